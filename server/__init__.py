@@ -1,0 +1,1 @@
+"""recontrol: an OpenAI-compatible server that aligns a frozen language model while it decodes."""

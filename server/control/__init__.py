@@ -1,0 +1,1 @@
+"""The algorithm: objectives over value heads, and the edit of hidden states that follows from them."""

@@ -1,0 +1,94 @@
+"""The seam between HTTP and whatever generates: what an engine offers, and what it reports.
+
+Knows no torch and no HTTP. Enter at `Engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+
+
+@dataclass(slots=True, frozen=True)
+class EngineInfo:
+    """Facts that stay the same while the engine runs."""
+
+    model_id: str
+    max_model_len: int
+    """Prompt and new tokens together."""
+    vocab_size: int
+    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> the head's card as plain JSON data."""
+
+
+@dataclass(slots=True, frozen=True)
+class EngineStatus:
+    is_running: bool
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    """Share of the slots' positions that hold a token, from 0 to 1."""
+
+
+class EngineObserver(Protocol):
+    """Told about events by an engine, from whatever thread it runs in; must be quick and never raise."""
+
+    def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None: ...
+    def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
+    def on_edit(self, *, duration_s: float) -> None: ...
+    def on_finish(
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+    ) -> None: ...
+    def on_step(self, status: EngineStatus) -> None: ...
+
+
+class NullObserver:
+    """Hears everything and keeps nothing: for offline use and tests."""
+
+    def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None: ...
+    def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
+    def on_edit(self, *, duration_s: float) -> None: ...
+    def on_finish(
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+    ) -> None: ...
+    def on_step(self, status: EngineStatus) -> None: ...
+
+
+class Engine(Protocol):
+    """Turns requests into chunks. `tests/engines/contract.py` holds every implementation to this."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def start(self) -> None:
+        """Load and begin the loop; returns when requests can be answered. Raises ConfigurationError."""
+        ...
+
+    async def stop(self) -> None:
+        """End the loop. Running requests end with FinishReason.ABORT."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens the model expects at its start."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of role/content messages in the model's own chat template. Raises InvalidRequestError."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """Check and queue the request at once, then yield its chunks; closing the iterator aborts it.
+
+        Raises, before anything is queued: InvalidRequestError, ContextLengthError, UnknownHeadError,
+        OverloadedError, EngineStoppedError.
+        """
+        ...
+
+    def status(self) -> EngineStatus: ...

@@ -1,0 +1,100 @@
+"""Every error this program raises on purpose.
+
+    RecontrolError                     a code and an HTTP status for each leaf
+    |-- InvalidRequestError      400   the caller can mend the request
+    |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
+    |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
+    |-- NotFoundError            404
+    |   |-- UnknownHeadError     404   lists the heads that exist
+    |   `-- UnknownModelError    404   lists the model ids that exist
+    |-- OverloadedError          429   the waiting queue is full
+    |-- EngineStoppedError       503   the loop has ended or never started
+    |-- GenerationError          500   one request failed inside the engine; others go on
+    `-- ConfigurationError       500   the server or a command was set up wrongly
+        |-- ModelLoadError       500   no such model, or one this server cannot run
+        `-- HeadMismatchError    500   a value head that was made for another model
+
+Knows nothing of HTTP frameworks: `server.api.handlers` turns these into responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class RecontrolError(Exception):
+    """Root. `message` is shown to the user; `param` names the request field at fault, if one is."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(RecontrolError):
+    code = "invalid_value"
+    status = 400
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    code = "unsupported_field"
+
+
+class NotFoundError(RecontrolError):
+    code = "not_found"
+    status = 404
+
+
+class UnknownHeadError(NotFoundError):
+    code = "head_not_found"
+
+    def __init__(self, name: str, known: Iterable[str], *, param: str | None = None) -> None:
+        listed = ", ".join(sorted(known)) or "none is loaded"
+        super().__init__(f"There is no value head {name!r}. Known heads: {listed}.", param=param)
+
+
+class UnknownModelError(NotFoundError):
+    code = "model_not_found"
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"There is no model {name!r}. Known models: {', '.join(sorted(known))}.", param="model")
+
+
+class OverloadedError(RecontrolError):
+    """The queue is full. `retry_after_s` goes into the Retry-After header."""
+
+    code = "overloaded"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStoppedError(RecontrolError):
+    code = "engine_stopped"
+    status = 503
+
+
+class GenerationError(RecontrolError):
+    code = "generation_failed"
+
+
+class ConfigurationError(RecontrolError):
+    code = "configuration_error"
+
+
+class ModelLoadError(ConfigurationError):
+    code = "model_load_failed"
+
+
+class HeadMismatchError(ConfigurationError):
+    code = "head_mismatch"

@@ -1,0 +1,83 @@
+"""The server's settings: one class whose fields are the flags, the environment variables and the file's keys.
+
+`--max-batch-size 64`, `RECONTROL_MAX_BATCH_SIZE=64` and `max_batch_size = 64` in the TOML file that RECONTROL_CONFIG
+names mean the same; a flag wins over the environment, and that over the file. Read once, at start.
+"""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="RECONTROL_",
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        protected_namespaces=(),
+    )
+
+    model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
+    served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
+    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
+    engine: Literal["embedded", "fake"] = Field(
+        "embedded", description="fake answers without a model, for client tests"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
+
+    host: str = Field("127.0.0.1", description="address to bind; loopback only, for there is no authentication yet")
+    port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
+    max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
+
+    max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
+    max_model_len: Annotated[int, Field(ge=16, description="prompt and new tokens of one sequence")] | None = None
+    max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
+    prefill_chunk_tokens: Annotated[int, Field(ge=16, description="prompt tokens a sequence computes in a step")] = 256
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("host")
+    @classmethod
+    def _loopback_only(cls, host: str) -> str:
+        if host == "localhost" or _is_loopback(host) or os.environ.get("RECONTROL_ALLOW_PUBLIC_BIND") == "1":
+            return host
+        raise ValueError(
+            f"{host!r} is not a loopback address, and the server has no authentication. "
+            "Bind 127.0.0.1, or set RECONTROL_ALLOW_PUBLIC_BIND=1 where something in front of it keeps strangers out"
+        )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("RECONTROL_CONFIG")
+        toml = (TomlConfigSettingsSource(settings_cls, toml_file=file),) if file else ()
+        return (init_settings, env_settings, *toml)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,151 @@
+"""What crosses the seam between HTTP and an engine.
+
+Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and `GenerationChunk` (out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from server.control.objectives import Objective, WeightedSum
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+
+# Ranges within which no setting collapses the text; `recontrol eval --stress` measures the corners (README, Safety).
+MAX_STEP_SIZE = 10.0
+MAX_STEPS = 100
+MAX_KL_NATS = 1.0
+MAX_SHIFT_RATIO = 2.0
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """End-of-sequence token or a stop string."""
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(BaseModel):
+    """How tokens are drawn. Temperature 0 is greedy. `seed` None draws a fresh seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    temperature: Annotated[FiniteFloat, Field(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps every token."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Most likely alternatives reported a token, after control; None reports nothing."""
+    prompt_logprobs: bool = False
+    """Also report the prompt's own tokens (used by `echo`), always without control."""
+
+
+class ControlParams(BaseModel):
+    """One request's control: ascend `objective` by `steps` steps of `step_size`, within both budgets.
+
+    max_kl is in nats a token, KL(controlled || base) at temperature 1 before sampling filters; max_shift is the
+    length of the shift over the length of the hidden state. Defaults were chosen by measurement (README, Defaults).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    objective: Objective
+    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.5
+    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
+    max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
+    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 0.5
+
+    @classmethod
+    def for_head(cls, name: str) -> ControlParams:
+        """The default objective behind the model id `base@name`."""
+        return cls(objective=WeightedSum(weights={name: 1.0}))
+
+
+@dataclass(slots=True, frozen=True)
+class GenerationRequest:
+    """One prompt and `num_choices` continuations of it. Choice i draws from the stream keyed by (seed, i)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    control: ControlParams | None = None
+    num_choices: int = 1
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """`logprob` in nats after control, at temperature 1 before sampling filters; `top` holds (id, text, logprob)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class TokenEdit:
+    """What control did to the state behind one token. Values are in reward units, one for each head by name."""
+
+    value_before: dict[str, float]
+    value_after: dict[str, float]
+    kl: float
+    """KL(controlled || base) in nats."""
+    shift_ratio: float
+    is_budget_limited: bool
+    is_nonfinite: bool
+    """The edit was not finite, so the unedited state was used."""
+
+
+@dataclass(slots=True, frozen=True)
+class ControlSummary:
+    """A choice's edits taken together: means over its tokens, and the largest KL."""
+
+    value_before: dict[str, float]
+    value_after: dict[str, float]
+    mean_shift: float
+    mean_kl: float
+    max_kl: float
+    controlled_share: float
+    """Share of tokens whose distribution was moved."""
+    nonfinite_edits: int
+
+
+@dataclass(slots=True, frozen=True)
+class GenerationChunk:
+    """One token of one choice (or, with no token, text that was held back, or the end).
+
+    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. The request's first chunk
+    carries `prompt_logprobs` when asked for; entry 0 is None, since nothing predicts the first token.
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    edit: TokenEdit | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    control: ControlSummary | None = None
+    error: str | None = None
+    """Set with FinishReason.ERROR: a sentence for the user, without inner details."""
+
+
+@dataclass(slots=True, frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
