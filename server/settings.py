@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
 
     host: str = Field("127.0.0.1", description="address to bind; loopback only, for there is no authentication yet")
+    allow_public_bind: bool = Field(False, description="bind another address than loopback without authentication")
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
 
@@ -52,14 +53,13 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: Annotated[int, Field(ge=16, description="prompt tokens a sequence computes in a step")] = 256
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("host")
-    @classmethod
-    def _loopback_only(cls, host: str) -> str:
-        if host == "localhost" or _is_loopback(host) or os.environ.get("RECONTROL_ALLOW_PUBLIC_BIND") == "1":
-            return host
+    @model_validator(mode="after")
+    def _bind_loopback_unless_told(self) -> Self:
+        if self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
+            return self
         raise ValueError(
-            f"{host!r} is not a loopback address, and the server has no authentication. "
-            "Bind 127.0.0.1, or set RECONTROL_ALLOW_PUBLIC_BIND=1 where something in front of it keeps strangers out"
+            f"host: {self.host!r} is not a loopback address, and the server has no authentication yet. "
+            "Bind 127.0.0.1, or set allow_public_bind where something in front of the server keeps strangers out"
         )
 
     @classmethod
@@ -68,8 +68,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = os.environ.get("RECONTROL_CONFIG")
         toml = (TomlConfigSettingsSource(settings_cls, toml_file=file),) if file else ()
