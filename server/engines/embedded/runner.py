@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from server.engines.embedded.attention import KVCache, Segment, StepLayout, register_attention
 from server.errors import ModelLoadError
-from server.linear import PackedLinear, pack_linears
+from value_models.linear import PackedLinear
 
 _PROBE_LENGTH = 12
 _PROBE_STRIDE = 7919
@@ -46,6 +47,10 @@ class LMHead:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self._dtype = linear.weight.dtype
+
+    @property
+    def is_linear(self) -> bool:
+        return self._softcap is None
 
     def project(self, hidden_MD: Tensor) -> Tensor:
         """[M, D] any float dtype -> [M, V] float32."""
@@ -88,7 +93,7 @@ class ModelRunner:
             backbone.set_attn_implementation(register_attention())
             runner = cls(backbone, lm_head, KVCache(num_slots, max_len), model.device)
             runner._prove(probe.tolist(), reference_TV, type(model).__name__)
-            pack_linears(backbone)
+            _pack_linears(backbone)
             runner.kv.clear(0, _PROBE_LENGTH)
         return runner
 
@@ -130,3 +135,14 @@ class ModelRunner:
                 f"{model_name} cannot be served: the state before its LM head does not explain its logits "
                 f"(relative error {error:.3g}, allowed {allowed:.3g})"
             )
+
+
+def _pack_linears(model: nn.Module) -> None:
+    """Replace every linear layer below `model` in place. Weights shared with an embedding stay there unpacked."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(model, name, PackedLinear(child.weight, child.bias))
+        elif isinstance(child, Conv1D):
+            setattr(model, name, PackedLinear(child.weight.t(), child.bias))
+        else:
+            _pack_linears(child)

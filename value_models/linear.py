@@ -2,10 +2,10 @@
 
 A general matrix product picks its kernel, and with it the order of summation, by the number of rows, so the same row
 can differ in its last bits between a batch of one and a batch of thirty. oneDNN's product with a weight packed
-beforehand keeps one order for every row count from two up (`tests/test_linear.py` holds it), and is 1.5 to 2.6 times
-faster as well (shared/performance.md). On a GPU this is a plain linear map.
+beforehand keeps one order for every row count from two up (tests/value_models/test_linear.py holds it), and is faster
+as well. On a GPU this is a plain linear map.
 
-Knows nothing of models or control. Enter at `PackedLinear`, or `pack_linears` for a whole model.
+Knows nothing of models, heads or control. Enter at `PackedLinear`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 MIN_ROWS = 2
 _PACK_ROWS_HINT = 32
@@ -43,17 +42,6 @@ class PackedLinear(nn.Module):
             rows = rows.expand(MIN_ROWS, -1)
         y = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), self._weight, self._bias, "none", [], "")
         return y[:num_rows].view(*x.shape[:-1], self.out_features)
-
-
-def pack_linears(model: nn.Module) -> None:
-    """Replace every linear layer below `model` in place. Weights shared with an embedding stay there unpacked."""
-    for name, child in list(model.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(model, name, PackedLinear(child.weight, child.bias))
-        elif isinstance(child, Conv1D):
-            setattr(model, name, PackedLinear(child.weight.t(), child.bias))
-        else:
-            pack_linears(child)
 
 
 def _can_pack(weight: Tensor) -> bool:

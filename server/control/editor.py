@@ -1,0 +1,171 @@
+"""The edit: move controlled rows' hidden states uphill on their objectives, within both budgets, then to logits.
+
+For each group of rows (plan.py) the ascent runs in the space of the heads' first-layer units: n steps of
+z <- z + a * c(z) Gram with c = d objective / dz, and once at the end shift = a * sum_k c(z_k) ascent, which equals n
+steps in the state itself. The shift is capped relative to the state, then scaled so that the token distribution stays
+within the row's KL budget (budget.py). A row whose edit is not finite keeps its own state.
+
+Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
+it is told how states become logits. Enter at `StateEditor.logits`.
+
+Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.control.budget import general_divergence, largest_scale, linear_divergence
+from server.control.plan import EditGroup, EditPlan
+
+
+class Unembedding(Protocol):
+    """How states become logits: finish(project(h)), where `project` is linear without a bias."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `finish` only adds a constant, so that logits are linear along an edit."""
+        ...
+
+    def project(self, hidden_MD: Tensor) -> Tensor: ...
+    def finish(self, projected_MV: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True, frozen=True)
+class GroupStats:
+    """What happened to a group's rows. Values [R, K] in reward units; kl [R] in nats; the rest [R]."""
+
+    group: EditGroup
+    values_before_RK: Tensor
+    values_after_RK: Tensor
+    kl_R: Tensor
+    shift_ratio_R: Tensor
+    is_budget_limited_R: Tensor
+    is_nonfinite_R: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class _Ascent:
+    """A group's edit before the KL budget: the capped shift, and how units move with it."""
+
+    group: EditGroup
+    units_RU: Tensor
+    unit_shift_RU: Tensor
+    shift_RD: Tensor
+    shift_ratio_R: Tensor
+    is_capped_R: Tensor
+    is_nonfinite_R: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class _Edit:
+    """An ascent with the scale [R] that its KL budget allows, the divergence [R] there, and the logits' shift [R, V]."""
+
+    ascent: _Ascent
+    scale_R: Tensor
+    kl_R: Tensor
+    logit_shift_RV: Tensor
+    is_nonfinite_R: Tensor
+
+
+class StateEditor:
+    """Stateless beyond the unembedding; used from the engine's thread."""
+
+    def __init__(self, unembedding: Unembedding) -> None:
+        self._unembedding = unembedding
+
+    def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
+        """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
+        edits, projected_BV = self._edits(hidden_BD, plan)
+        logits_BV = self._unembedding.finish(projected_BV)
+        for edit in edits:
+            rows_R = edit.ascent.group.rows_R
+            logits_BV[rows_R] = self._unembedding.finish(projected_BV[rows_R] + edit.logit_shift_RV)
+        return logits_BV, [_stats(edit) for edit in edits]
+
+    def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
+        """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
+
+        Casting a state back to a narrow dtype rounds the edit, so an engine that samples here uses `logits`.
+        """
+        edits, _ = self._edits(hidden_BD, plan)
+        edited_BD = hidden_BD.clone()
+        for edit in edits:
+            rows_R = edit.ascent.group.rows_R
+            edited_RD = hidden_BD[rows_R].float() + edit.scale_R[:, None] * edit.ascent.shift_RD
+            edited_BD[rows_R] = edited_RD.to(hidden_BD.dtype)
+        return edited_BD, [_stats(edit) for edit in edits]
+
+    def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], Tensor]:
+        """Every group's edit, and the projection [B, V] of the unedited states."""
+        ascents = [_ascend(hidden_BD, group) for group in plan.groups]
+        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in ascents]
+        # One product with the LM head serves the states and the shifts.
+        projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
+        num_rows = hidden_BD.shape[0]
+        deltas = projected[num_rows:].split([shift.shape[0] for shift in shifts])
+        edits = [self._within_budget(*pair, projected) for pair in zip(ascents, deltas, strict=True)]
+        return edits, projected[:num_rows]
+
+    def _within_budget(self, ascent: _Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
+        base_RV = projected_BV[ascent.group.rows_R]
+        if self._unembedding.is_linear:
+            divergence = linear_divergence(self._unembedding.finish(base_RV), delta_RV)
+        else:
+            divergence = general_divergence(base_RV, delta_RV, self._unembedding.finish)
+        scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+        return _Edit(
+            ascent=ascent,
+            scale_R=scale_R,
+            kl_R=kl_R,
+            # Scale zero must not meet an infinite shift.
+            logit_shift_RV=torch.where(scale_R[:, None] > 0, scale_R[:, None] * delta_RV, 0.0),
+            is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
+        )
+
+
+def _ascend(hidden_BD: Tensor, group: EditGroup) -> _Ascent:
+    stack = group.stack
+    hidden_RD = hidden_BD[group.rows_R].float()
+    start_RU = stack.inputs(hidden_RD)
+    units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
+    for step in range(group.max_steps):
+        _, slopes = stack.readout(units_RU)
+        weighted_RU = torch.cat([slope * group.slope_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
+        size_R1 = torch.where(step < group.steps_R, group.step_size_R, 0.0)[:, None]
+        coefficients_RU = coefficients_RU + size_R1 * weighted_RU
+        units_RU = start_RU + stack.gram(coefficients_RU)
+    shift_RD = stack.ascent(coefficients_RU)
+    ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
+    is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
+    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
+    keep_R1 = ~is_nonfinite_R[:, None]
+    return _Ascent(
+        group=group,
+        units_RU=start_RU,
+        unit_shift_RU=torch.where(keep_R1, (units_RU - start_RU) * cap_R[:, None], 0.0),
+        shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
+        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),
+        is_capped_R=cap_R < 1.0,
+        is_nonfinite_R=is_nonfinite_R,
+    )
+
+
+def _stats(edit: _Edit) -> GroupStats:
+    ascent, scale_R = edit.ascent, edit.scale_R
+    stack = ascent.group.stack
+    before_RK, _ = stack.readout(ascent.units_RU)
+    after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.unit_shift_RU)
+    return GroupStats(
+        group=ascent.group,
+        values_before_RK=stack.rewards(before_RK),
+        values_after_RK=stack.rewards(after_RK),
+        kl_R=edit.kl_R,
+        shift_ratio_R=ascent.shift_ratio_R * scale_R,
+        is_budget_limited_R=(scale_R < 1.0) | ascent.is_capped_R,
+        is_nonfinite_R=edit.is_nonfinite_R,
+    )

@@ -1,0 +1,123 @@
+"""The heads a server offers: loaded once from a folder, checked against the model, stacked for the editor.
+
+A stack is a set of heads seen as one: their first layers under each other with the normalisation folded in, and the
+Gram matrix between all their ascent and input rows, so that one matrix product a step serves every head of the set.
+Knows nothing of requests or rows. Enter at `HeadRegistry.load`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.errors import HeadMismatchError, UnknownHeadError
+from value_models.heads import ValueHead
+from value_models.linear import PackedLinear
+from value_models.store import CARD_FILE, HeadCard, HeadFileError, load_head
+
+_log = logging.getLogger(__name__)
+# Callers choose the sets of heads, so what is kept for them is bounded.
+_MAX_STACKS = 64
+
+
+@dataclass(slots=True, frozen=True)
+class HeadStack:
+    """K heads as one. Shapes: U units of all heads together; `spans` are each head's units in that order."""
+
+    names: tuple[str, ...]
+    heads: tuple[ValueHead, ...]
+    spans: tuple[slice, ...]
+    inputs: PackedLinear
+    """h [R, D] -> z [R, U]."""
+    gram: PackedLinear
+    """c [R, U] -> change of z [R, U] by a step of size one."""
+    ascent: PackedLinear
+    """c [R, U] -> change of h [R, D] by a step of size one."""
+    reward_mean_K: Tensor
+    reward_scale_K: Tensor
+
+    def readout(self, units_RU: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Standardised values [R, K], and each head's own slope over its units, K tensors [R, U_k]."""
+        parts = [head.readout(units_RU[:, span]) for head, span in zip(self.heads, self.spans, strict=True)]
+        return torch.stack([value_R for value_R, _ in parts], dim=1), [slope for _, slope in parts]
+
+    def rewards(self, standardised_RK: Tensor) -> Tensor:
+        """Standardised values in reward units, [R, K]."""
+        return self.reward_mean_K + self.reward_scale_K * standardised_RK
+
+
+class HeadRegistry:
+    """Read only after loading; stacks are made on first use and kept."""
+
+    def __init__(self, heads: Mapping[str, tuple[ValueHead, HeadCard]]) -> None:
+        self._heads = dict(sorted(heads.items()))
+        self._stacks: dict[tuple[str, ...], HeadStack] = {}
+
+    @classmethod
+    def load(cls, folder: Path, base_model: dict[str, Any], *, device: torch.device | str = "cpu") -> HeadRegistry:
+        """Load every head below `folder`. Raises HeadMismatchError for one made for another model."""
+        heads: dict[str, tuple[ValueHead, HeadCard]] = {}
+        for card_path in sorted(folder.glob(f"*/{CARD_FILE}")):
+            try:
+                head, card = load_head(card_path.parent, device=device)
+            except HeadFileError as error:
+                raise HeadMismatchError(f"heads_dir: {error}") from error
+            if differences := card.base_model.differences(base_model):
+                raise HeadMismatchError(
+                    f"The value head {card.name!r} in {card_path.parent} was not made for the model "
+                    f"{base_model['name']!r}: {'; '.join(differences)}. Train it for this model "
+                    "(`recontrol rollouts`, `recontrol train`), or serve from another --heads-dir."
+                )
+            if card.name != card_path.parent.name:
+                raise HeadMismatchError(
+                    f"heads_dir: {card_path} names its head {card.name!r}; the folder must have that name"
+                )
+            heads[card.name] = (head, card)
+        _log.info("Loaded %d value heads from %s: %s", len(heads), folder, ", ".join(heads) or "none")
+        return cls(heads)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._heads)
+
+    def cards(self) -> dict[str, HeadCard]:
+        return {name: card for name, (_, card) in self._heads.items()}
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises UnknownHeadError, which lists the heads that exist."""
+        for name in names:
+            if name not in self._heads:
+                raise UnknownHeadError(name, self._heads, param="control.objective.weights")
+
+    def stack(self, names: tuple[str, ...]) -> HeadStack:
+        """The named heads as one, in the order given. Raises UnknownHeadError."""
+        if names not in self._stacks:
+            self.check(names)
+            if len(self._stacks) >= _MAX_STACKS:
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[names] = _stack(names, tuple(self._heads[name][0] for name in names))
+        return self._stacks[names]
+
+
+def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...]) -> HeadStack:
+    folded = [head.folded_inputs() for head in heads]
+    inputs_UD = torch.cat([weight for weight, _ in folded])
+    bias_U = torch.cat([bias for _, bias in folded])
+    ascent_UD = torch.cat([head.folded_ascent() for head in heads])
+    ends = torch.tensor([head.num_units for head in heads]).cumsum(0).tolist()
+    return HeadStack(
+        names=names,
+        heads=heads,
+        spans=tuple(slice(end - head.num_units, end) for end, head in zip(ends, heads, strict=True)),
+        inputs=PackedLinear(inputs_UD, bias_U),
+        gram=PackedLinear(inputs_UD @ ascent_UD.T),
+        ascent=PackedLinear(ascent_UD.T),
+        reward_mean_K=torch.stack([head.reward[0] for head in heads]),
+        reward_scale_K=torch.stack([head.reward[1] for head in heads]),
+    )

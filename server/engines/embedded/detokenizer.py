@@ -1,0 +1,64 @@
+"""Text from tokens as they come, and stop strings across their borders.
+
+`Detokenizer` never gives out a part of a character: bytes wait until they complete one. `StopMatcher` holds back text
+that may be the beginning of a stop string. Neither knows of sequences or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+_CONTEXT_TOKENS = 6
+
+
+class Detokenizer:
+    """Incremental decoding of one choice; the prompt's last tokens give the first new one its leading space."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt_token_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+
+    def add(self, token_id: int) -> str:
+        """Text that the token completes; empty while a character is still open."""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class StopMatcher:
+    """Passes text through until a stop string appears; the string itself and what follows are dropped."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.has_stopped = False
+
+    def add(self, text: str) -> str:
+        """Text that is safe to give out. Sets `has_stopped` at the earliest match."""
+        if not self._stop:
+            return text
+        self._held += text
+        starts = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if starts:
+            self.has_stopped = True
+            return self._release(min(starts), drop_rest=True)
+        return self._release(len(self._held) - self._open_suffix())
+
+    def flush(self) -> str:
+        """What is still held, at the end of the text."""
+        return self._release(len(self._held))
+
+    def _release(self, length: int, *, drop_rest: bool = False) -> str:
+        out, rest = self._held[:length], self._held[length:]
+        self._held = "" if drop_rest else rest
+        return out
+
+    def _open_suffix(self) -> int:
+        """Length of the longest end of the held text that begins some stop string."""
+        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,79 @@
+"""Tokens from logits, one random stream a sequence.
+
+Inverse-CDF sampling: token = first whose cumulative probability exceeds u, with one uniform u per row that depends on
+nothing but the row's seed, choice and position. So a neighbour can never disturb a draw, and no generator has state.
+Filters are defined by probability values rather than ranks, so ties do not depend on a sort's order. Knows nothing of
+models, control or requests. Enter at `sample`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class RowSampling:
+    """How one row is drawn; temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    stream: tuple[int, int]
+    """(seed, choice): the key of the row's random stream."""
+
+
+def uniform(stream: tuple[int, int], position: int) -> float:
+    """A number in [0, 1) keyed by stream and position alone (BLAKE2b in counter mode, 53 bits)."""
+    digest = hashlib.blake2b(struct.pack("<qqq", *stream, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> Tensor:
+    """Token ids [B] int64 from logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
+
+    B must be at least two on CPU, since torch reduces a single row in another order than the same row among others.
+    """
+    greedy_B = logits_BV.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
+    if not drawn:
+        return greedy_B
+    temperature = [row.temperature or 1.0 for row in rows]
+    probs_BV = (logits_BV / logits_BV.new_tensor(temperature)[:, None]).softmax(dim=-1)
+    for i in drawn:
+        _filter_row(probs_BV[i], rows[i])
+    cumulative_BV = probs_BV.cumsum(dim=-1)
+    total_B = cumulative_BV[:, -1]
+    # A row's u stays below its total even when the product rounds up.
+    u = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
+    target_B1 = (logits_BV.new_tensor(u) * total_B)[:, None]
+    drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    is_greedy_B = torch.tensor([row.temperature == 0 for row in rows], device=logits_BV.device)
+    return torch.where(is_greedy_B, greedy_B, drawn_B)
+
+
+def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
+    """Zero, in place, what top-k and then top-p leave out; ties with the last token kept stay in."""
+    if 0 < row.top_k < probs_V.shape[0]:
+        kth = probs_V.topk(row.top_k).values[-1]
+        probs_V.masked_fill_(probs_V < kth, 0.0)
+        probs_V /= probs_V.sum()
+    if row.top_p < 1.0:
+        probs_V.masked_fill_(probs_V < _nucleus_threshold(probs_V, row.top_p), 0.0)
+
+
+def _nucleus_threshold(probs_V: Tensor, top_p: float) -> Tensor:
+    """Smallest probability in the smallest set of most likely tokens that holds at least top_p of the mass.
+
+    Tokens below (1 - top_p) / V hold less than 1 - top_p together, so the nucleus never reaches them and only the
+    few others are sorted.
+    """
+    candidates = probs_V[probs_V >= (1.0 - top_p) / probs_V.shape[0]]
+    ordered = candidates.sort(descending=True).values
+    mass_before = ordered.cumsum(dim=0) - ordered
+    num_kept = int((mass_before < top_p).sum().clamp(min=1))
+    return ordered[num_kept - 1]

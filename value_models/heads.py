@@ -1,0 +1,214 @@
+"""Value heads: small networks from a language model's last hidden state to the reward of the finished response.
+
+    x = (h - mean) / scale                                normalised state, [D]
+    z = W x + b, linear rows excepted                     units, [U]: the rows of `inputs`
+    f = readout(z)                                        standardised value
+    V(h) = reward_mean + reward_scale * f                 reward units
+
+A head ascends in a metric M over x (the states' correlation matrix, or the identity as in the paper): the uphill
+direction in h is scale * M df/dx. Only `ascent` = W M is kept of M, so the whole ascent runs in the space of the units:
+one step of size a moves z by a * c(z) Gram with c = df/dz and Gram = ascent W^T, and h by a * scale * c(z) ascent.
+Gradients are closed-form matrix products with masks; there is no autograd in decoding.
+
+Knows nothing of models, rewards, files or requests. Enter at `ValueHead`; to add an architecture, write one class and
+put it in HEAD_TYPES.
+
+Shapes: B rows, D hidden size, U units (rows of the first layer), H width of a hidden layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from value_models.linear import PackedLinear
+
+
+class HeadShapeError(ValueError):
+    """Tensors that do not make a head of the type they claim."""
+
+
+class ValueHead(nn.Module):
+    """Base of all heads. Subclasses say what becomes of the units in `readout`; all tensors are float32 and frozen."""
+
+    type_name: ClassVar[str]
+
+    mean_D: Tensor
+    scale_D: Tensor
+    inputs_UD: Tensor
+    input_bias_U: Tensor
+    ascent_UD: Tensor
+    reward: Tensor
+
+    def __init__(
+        self,
+        *,
+        mean_D: Tensor,
+        scale_D: Tensor,
+        inputs_UD: Tensor,
+        input_bias_U: Tensor,
+        ascent_UD: Tensor | None = None,
+        reward_mean: float = 0.0,
+        reward_scale: float = 1.0,
+    ) -> None:
+        """`ascent_UD` None is the identity metric. Raises HeadShapeError."""
+        super().__init__()
+        num_units, hidden_size = inputs_UD.shape
+        ascent_UD = inputs_UD.clone() if ascent_UD is None else ascent_UD
+        _check_shape("mean", mean_D, (hidden_size,))
+        _check_shape("scale", scale_D, (hidden_size,))
+        _check_shape("input_bias", input_bias_U, (num_units,))
+        _check_shape("ascent", ascent_UD, (num_units, hidden_size))
+        if not reward_scale > 0:
+            raise HeadShapeError(f"reward_scale is {reward_scale}; it must be above 0")
+        self._keep("mean_D", mean_D)
+        self._keep("scale_D", scale_D)
+        self._keep("inputs_UD", inputs_UD)
+        self._keep("input_bias_U", input_bias_U)
+        self._keep("ascent_UD", ascent_UD)
+        self._keep("reward", torch.tensor([reward_mean, reward_scale]))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.inputs_UD.shape[1]
+
+    @property
+    def num_units(self) -> int:
+        return self.inputs_UD.shape[0]
+
+    @property
+    def reward_mean(self) -> float:
+        return float(self.reward[0])
+
+    @property
+    def reward_scale(self) -> float:
+        """Standard deviation of the training reward: the unit in which objectives see this head's value."""
+        return float(self.reward[1])
+
+    def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised value f [B] and its derivative c = df/dz [B, U]."""
+        raise NotImplementedError
+
+    def units(self, hidden_BD: Tensor) -> Tensor:
+        """z [B, U] of states [B, D]."""
+        normalised_BD = (hidden_BD.float() - self.mean_D) / self.scale_D
+        return functional.linear(normalised_BD, self.inputs_UD, self.input_bias_U)
+
+    def value(self, hidden_BD: Tensor) -> Tensor:
+        """Predicted reward [B], float32, in reward units."""
+        return self.reward[0] + self.reward[1] * self.readout(self.units(hidden_BD))[0]
+
+    def value_and_grad(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Value [B] in reward units and its plain gradient by the state, [B, D] in reward units per unit of h."""
+        standardised_B, slope_BU = self.readout(self.units(hidden_BD))
+        grad_BD = (slope_BU @ self.inputs_UD) / self.scale_D * self.reward[1]
+        return self.reward[0] + self.reward[1] * standardised_B, grad_BD
+
+    def folded_inputs(self) -> tuple[Tensor, Tensor]:
+        """First layer with the normalisation folded in: weights [U, D] and bias [U] with z = W' h + b'."""
+        weight_UD = self.inputs_UD / self.scale_D
+        return weight_UD, self.input_bias_U - weight_UD @ self.mean_D
+
+    def folded_ascent(self) -> Tensor:
+        """Rows [U, D] in h: an ascent step of size a is a * c(z) @ rows."""
+        return self.ascent_UD * self.scale_D
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor.detach().float().contiguous())
+
+
+class LinearHead(ValueHead):
+    """f = z of one unit. A static steering vector is this head with the vector as its ascent row."""
+
+    type_name = "linear"
+
+    def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
+        return units_BU[:, 0], torch.ones_like(units_BU)
+
+
+class MLPHead(ValueHead):
+    """ReLU network of one or more hidden layers, with a linear part beside it.
+
+    Unit 0 is the linear part (weight 1, no ReLU); units 1.. are the first hidden layer.
+    f = z_0 + w_out . relu(... relu(z_1..) ...) + b_out, as in the paper where the linear row is zero.
+    """
+
+    type_name = "mlp"
+
+    out_weight_H: Tensor
+    out_bias: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden_weights: Sequence[Tensor] = (),
+        hidden_biases: Sequence[Tensor] = (),
+        out_weight_H: Tensor,
+        out_bias: Tensor,
+        **first_layer: Any,
+    ) -> None:
+        """hidden_weights [H_out, H_in] are the layers after the first; none of them makes a two-layer head."""
+        super().__init__(**first_layer)
+        width = self.num_units - 1
+        for i, (weight, bias) in enumerate(zip(hidden_weights, hidden_biases, strict=True)):
+            _check_shape(f"hidden_weight_{i}", weight, (weight.shape[0], width))
+            _check_shape(f"hidden_bias_{i}", bias, (weight.shape[0],))
+            width = weight.shape[0]
+            self._keep(f"hidden_weight_{i}", weight)
+            self._keep(f"hidden_bias_{i}", bias)
+        _check_shape("out_weight", out_weight_H, (width,))
+        self._forward_layers = [
+            PackedLinear(w.float(), b.float()) for w, b in zip(hidden_weights, hidden_biases, strict=True)
+        ]
+        self._backward_layers = [PackedLinear(weight.float().t()) for weight in hidden_weights]
+        self._keep("out_weight_H", out_weight_H)
+        self._keep("out_bias", out_bias.reshape(()))
+
+    def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
+        linear_B, first_BH = units_BU[:, 0], units_BU[:, 1:]
+        masks = [first_BH > 0]
+        active_BH = first_BH * masks[0]
+        for layer in self._forward_layers:
+            pre_BH = layer(active_BH)
+            masks.append(pre_BH > 0)
+            active_BH = pre_BH * masks[-1]
+        value_B = linear_B + (active_BH * self.out_weight_H).sum(dim=-1) + self.out_bias
+        slope_BH = masks[-1] * self.out_weight_H
+        for layer, mask_BH in zip(reversed(self._backward_layers), reversed(masks[:-1]), strict=True):
+            slope_BH = layer(slope_BH) * mask_BH
+        return value_B, torch.cat([torch.ones_like(linear_B)[:, None], slope_BH], dim=1)
+
+
+HEAD_TYPES: dict[str, type[ValueHead]] = {head.type_name: head for head in (LinearHead, MLPHead)}
+
+
+def head_from_tensors(type_name: str, tensors: dict[str, Tensor]) -> ValueHead:
+    """The inverse of `state_dict` for a type in HEAD_TYPES. Raises HeadShapeError."""
+    if type_name not in HEAD_TYPES:
+        raise HeadShapeError(f"unknown head type {type_name!r}; known: {', '.join(sorted(HEAD_TYPES))}")
+    rest = dict(tensors)
+    try:
+        reward = rest.pop("reward")
+        arguments: dict[str, Any] = {
+            name: rest.pop(name) for name in ("mean_D", "scale_D", "inputs_UD", "input_bias_U", "ascent_UD")
+        }
+        arguments |= {"reward_mean": float(reward[0]), "reward_scale": float(reward[1])}
+        if HEAD_TYPES[type_name] is MLPHead:
+            arguments |= {"out_weight_H": rest.pop("out_weight_H"), "out_bias": rest.pop("out_bias")}
+            num_hidden = sum(name.startswith("hidden_weight_") for name in rest)
+            arguments["hidden_weights"] = [rest.pop(f"hidden_weight_{i}") for i in range(num_hidden)]
+            arguments["hidden_biases"] = [rest.pop(f"hidden_bias_{i}") for i in range(num_hidden)]
+    except KeyError as error:
+        raise HeadShapeError(f"the {type_name} head lacks the tensor {error.args[0]!r}") from error
+    if rest:
+        raise HeadShapeError(f"the {type_name} head has tensors it does not use: {', '.join(sorted(rest))}")
+    return HEAD_TYPES[type_name](**arguments)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise HeadShapeError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")

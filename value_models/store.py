@@ -1,0 +1,139 @@
+"""Value heads as files: a folder with `head.safetensors` (tensors) and `card.json` (what the head is and how it came).
+
+Loads nothing but safetensors and JSON, so a head from a stranger cannot run code. Knows nothing of servers or training.
+Enter at `save_head` and `load_head`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from value_models.heads import HeadShapeError, ValueHead, head_from_tensors
+
+HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class HeadFileError(ValueError):
+    """A head's folder is incomplete or wrong; the message names the file and the field."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelCard(_Frozen):
+    """Which language model's states a head reads. An imported head may not know the fingerprint."""
+
+    name: str
+    architecture: str | None = None
+    hidden_size: int = Field(gt=0)
+    vocab_size: int | None = None
+    fingerprint: str | None = None
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What keeps a head made for this model from one with identity `other`, in words; empty when it fits."""
+        return [
+            f"{field} is {other.get(field)!r}, the head was made for {mine!r}"
+            for field in ("hidden_size", "vocab_size", "architecture", "fingerprint")
+            if (mine := getattr(self, field)) is not None and mine != other.get(field)
+        ]
+
+
+class ArchitectureCard(_Frozen):
+    type: str
+    num_units: int
+    hidden_widths: list[int] = []
+    num_parameters: int
+
+
+class HeadCard(_Frozen):
+    """Everything a user should know of a head before trusting it."""
+
+    format_version: int = 1
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str
+    base_model: BaseModelCard
+    architecture: ArchitectureCard
+    normalisation: str
+    metric: str
+    """identity, or how the covariance was estimated."""
+    reward: str
+    reward_mean: float
+    reward_scale: float
+    targets: str
+    data: dict[str, Any]
+    """Prompts, rollouts, sampling settings, and the split."""
+    validation: dict[str, Any]
+    """Figures on validation prompts, which training used to stop."""
+    evaluation: dict[str, Any] | None = None
+    """Figures on held-out prompts against base, prompting and a static vector; written by `recontrol eval`."""
+    command: str
+    """What made this head."""
+
+
+def architecture_card(head: ValueHead) -> ArchitectureCard:
+    tensors = head.state_dict()
+    widths = [tensors[name].shape[0] for name in sorted(tensors) if name.startswith("hidden_weight_")]
+    counted = sum(t.numel() for name, t in tensors.items() if name.startswith(("inputs", "input_", "hidden", "out")))
+    return ArchitectureCard(type=head.type_name, num_units=head.num_units, hidden_widths=widths, num_parameters=counted)
+
+
+def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
+    """Write both files, each whole or not at all; the card goes last, so a folder with a card is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(folder)
+    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, scratch)
+    os.replace(scratch, folder / HEAD_FILE)
+    save_card(folder, card)
+
+
+def save_card(folder: Path, card: HeadCard) -> None:
+    """Replace a head's card."""
+    scratch = _scratch(folder)
+    Path(scratch).write_text(json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    os.chmod(scratch, 0o644)
+    os.replace(scratch, folder / CARD_FILE)
+
+
+def load_card(folder: Path) -> HeadCard:
+    """Raises HeadFileError."""
+    path = folder / CARD_FILE
+    try:
+        return HeadCard.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise HeadFileError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise HeadFileError(f"{path} is not a head card: {where}: {first['msg']}") from error
+
+
+def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:
+    """Raises HeadFileError when a file is missing, or the tensors are not what the card says."""
+    card = load_card(folder)
+    path = folder / HEAD_FILE
+    try:
+        head = head_from_tensors(card.architecture.type, load_file(path, device=str(device)))
+    except (OSError, SafetensorError, HeadShapeError) as error:
+        raise HeadFileError(f"{path} cannot be loaded: {error}") from error
+    if head.hidden_size != card.base_model.hidden_size:
+        raise HeadFileError(
+            f"{path} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
+        )
+    return head, card
+
+
+def _scratch(folder: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=".part-", dir=folder)
+    os.close(handle)
+    return name
