@@ -63,7 +63,7 @@ class _Ascent:
 
 @dataclass(slots=True, frozen=True)
 class _Edit:
-    """An ascent with the scale [R] that its KL budget allows, the divergence [R] there, and the logits' shift [R, V]."""
+    """An ascent, the scale [R] that its KL budget allows, the divergence [R] there, and the logits' shift [R, V]."""
 
     ascent: _Ascent
     scale_R: Tensor

@@ -1,0 +1,53 @@
+"""What a step tells about its tokens: log-probabilities and edits, from tensors to plain data.
+
+Each function moves what it needs to the host at once. Knows nothing of scheduling or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from server.control.editor import GroupStats
+from server.types import TokenEdit, TokenLogprob
+
+TokenText = Callable[[int], str]
+
+
+def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int, text: TokenText) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens [M] under logits [M, V], with the num_top most likely alternatives."""
+    log_probs_MV = logits_MV.log_softmax(dim=-1)
+    chosen_M = log_probs_MV.gather(1, token_ids_M[:, None])[:, 0].tolist()
+    top = log_probs_MV.topk(num_top, dim=-1)
+    return [
+        TokenLogprob(
+            token_id=token_id,
+            text=text(token_id),
+            logprob=chosen,
+            top=tuple((i, text(i), value) for i, value in zip(ids, values, strict=True)),
+        )
+        for token_id, chosen, ids, values in zip(
+            token_ids_M.tolist(), chosen_M, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
+
+
+def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
+    """Row of the step -> what control did to it."""
+    edits: dict[int, TokenEdit] = {}
+    for group_stats in stats:
+        names = group_stats.group.stack.names
+        before, after = group_stats.values_before_RK.tolist(), group_stats.values_after_RK.tolist()
+        kl, shift = group_stats.kl_R.tolist(), group_stats.shift_ratio_R.tolist()
+        is_limited, is_nonfinite = group_stats.is_budget_limited_R.tolist(), group_stats.is_nonfinite_R.tolist()
+        for i, row in enumerate(group_stats.group.rows):
+            edits[row] = TokenEdit(
+                value_before=dict(zip(names, before[i], strict=True)),
+                value_after=dict(zip(names, after[i], strict=True)),
+                kl=kl[i],
+                shift_ratio=shift[i],
+                is_budget_limited=is_limited[i],
+                is_nonfinite=is_nonfinite[i],
+            )
+    return edits

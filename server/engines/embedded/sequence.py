@@ -1,0 +1,135 @@
+"""One choice of one request on its way from waiting to finished.
+
+Holds state only; the scheduler moves it and the core fills it. Choices of one request share a `PromptGroup`, so their
+prompt is computed once. Knows nothing of tensors' contents, threads or HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from torch import Tensor
+
+from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
+from server.engines.embedded.sampler import RowSampling
+from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+
+
+class SequenceState(Enum):
+    WAITING = auto()
+    PREFILLING = auto()
+    DECODING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class PromptGroup:
+    """What the choices of one request share: the prompt, and once computed, the state behind its last token."""
+
+    token_ids: list[int]
+    last_hidden_D: Tensor | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    residents: list[Sequence] = field(default_factory=list)
+    """Members that hold a slot, in order of admission; the first computes the prompt."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: GenerationRequest
+    index: int
+    group: PromptGroup
+    emit: Callable[[GenerationChunk], None]
+    detokenizer: Detokenizer
+    arrival_s: float
+    row_sampling: RowSampling
+    stop: StopMatcher
+    states: list[Tensor] | None = None
+    """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1
+    num_prefilled: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    edits: EditTotals | None = None
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def choices(
+        cls,
+        request: GenerationRequest,
+        *,
+        make_detokenizer: Callable[[], Detokenizer],
+        emit: Callable[[GenerationChunk], None],
+        arrival_s: float,
+        keep_states: bool = False,
+    ) -> list[Sequence]:
+        """The request's choices, all waiting. Without a seed, a fresh one is drawn for the request."""
+        sampling = request.sampling
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        group = PromptGroup(list(request.prompt_token_ids))
+        return [
+            cls(
+                request=request,
+                index=index,
+                group=group,
+                emit=emit,
+                detokenizer=make_detokenizer(),
+                arrival_s=arrival_s,
+                row_sampling=RowSampling(sampling.temperature, sampling.top_p, sampling.top_k, (seed, index)),
+                stop=StopMatcher(sampling.stop),
+                states=[] if keep_states else None,
+                edits=EditTotals() if request.control is not None else None,
+            )
+            for index in range(request.num_choices)
+        ]
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.group.token_ids)
+
+    @property
+    def cached_len(self) -> int:
+        """Positions of its slot that may be in use: the newest token's, too, which is written when it is fed."""
+        return self.num_prefilled + len(self.token_ids)
+
+
+@dataclass(slots=True)
+class EditTotals:
+    """Running sums over a choice's token edits."""
+
+    num_tokens: int = 0
+    num_moved: int = 0
+    num_nonfinite: int = 0
+    sum_kl: float = 0.0
+    max_kl: float = 0.0
+    sum_shift: float = 0.0
+    sum_before: dict[str, float] = field(default_factory=dict)
+    sum_after: dict[str, float] = field(default_factory=dict)
+
+    def add(self, edit: TokenEdit) -> None:
+        self.num_tokens += 1
+        self.num_moved += edit.shift_ratio > 0
+        self.num_nonfinite += edit.is_nonfinite
+        self.sum_kl += edit.kl
+        self.max_kl = max(self.max_kl, edit.kl)
+        self.sum_shift += edit.shift_ratio
+        for sums, values in ((self.sum_before, edit.value_before), (self.sum_after, edit.value_after)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+
+    def summary(self) -> ControlSummary:
+        n = max(self.num_tokens, 1)
+        return ControlSummary(
+            value_before={name: total / n for name, total in self.sum_before.items()},
+            value_after={name: total / n for name, total in self.sum_after.items()},
+            mean_shift=self.sum_shift / n,
+            mean_kl=self.sum_kl / n,
+            max_kl=self.max_kl,
+            controlled_share=self.num_moved / n,
+            nonfinite_edits=self.num_nonfinite,
+        )
