@@ -81,6 +81,11 @@ class HeadCard(_Frozen):
     """What made this head."""
 
 
+def shipped_heads_folder(model_name: str) -> Path:
+    """Where this package keeps the heads made for a model; it need not exist."""
+    return Path(__file__).parent / "pretrained" / model_name
+
+
 def architecture_card(head: ValueHead) -> ArchitectureCard:
     tensors = head.state_dict()
     widths = [tensors[name].shape[0] for name in sorted(tensors) if name.startswith("hidden_weight_")]

@@ -1,0 +1,91 @@
+"""The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
+
+Implements `value_models.rollouts.RolloutSource`, and serves evaluation, which samples with control.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.engine import encode_chat
+from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.sequence import Sequence as TokenSequence
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings
+
+
+class EngineRolloutSource:
+    """Drives an `EngineCore` from the calling thread until all responses are there."""
+
+    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+        self._loaded = loaded
+        self._core = core
+
+    @property
+    def base_model(self) -> dict[str, Any]:
+        return self._loaded.identity
+
+    def sample(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        settings: RolloutSettings,
+        *,
+        control: ControlParams | None = None,
+        instruction: str | None = None,
+    ) -> Iterator[Rollout]:
+        """Raises RuntimeError when the engine fails on a response. An instruction is put before every prompt."""
+        open_sequences: list[TokenSequence] = []
+        texts: dict[tuple[str, int], list[str]] = {}
+        for prompt in prompts:
+            request = GenerationRequest(
+                request_id=prompt.id,
+                prompt_token_ids=tuple(self._encode(prompt, instruction)),
+                sampling=SamplingParams(
+                    max_tokens=settings.max_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    seed=_seed(settings.seed, prompt.id),
+                ),
+                control=control,
+                num_choices=settings.num_samples,
+            )
+
+            def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
+                texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
+
+            sequences = self._core.sequences(request, emit, keep_states=True)
+            open_sequences += sequences
+            self._core.add(sequences)
+        while open_sequences:
+            self._core.step()
+            done = [sequence for sequence in open_sequences if sequence.finish_reason is not None]
+            open_sequences = [sequence for sequence in open_sequences if sequence.finish_reason is None]
+            for sequence in done:
+                if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
+                    raise RuntimeError(f"the engine failed on prompt {sequence.request.request_id!r}; see the log")
+                prompt_id = sequence.request.request_id
+                yield Rollout(
+                    prompt_id=prompt_id,
+                    sample=sequence.index,
+                    response="".join(texts.pop((prompt_id, sequence.index))),
+                    token_ids=tuple(sequence.token_ids),
+                    is_finished=sequence.finish_reason is FinishReason.STOP,
+                    states_TD=torch.stack(sequence.states).cpu(),
+                )
+
+    def _encode(self, prompt: RolloutPrompt, instruction: str | None) -> list[int]:
+        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
+        if prompt.format == "chat":
+            return encode_chat(self._loaded.tokenizer, [{"role": "user", "content": text}])
+        tokenizer: Any = self._loaded.tokenizer
+        return tokenizer(text)["input_ids"]
+
+
+def _seed(seed: int, prompt_id: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

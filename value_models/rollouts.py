@@ -1,0 +1,265 @@
+"""Rollouts: responses sampled from the base model with the hidden states behind their tokens, kept as shards.
+
+A run is a folder: `manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair
+`shard-00000.safetensors` (states, token ids, offsets) and `shard-00000.jsonl` (one line a response). The JSONL is
+renamed into place last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows nothing
+of models: a `RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
+
+State t of a response is the post-norm state that predicts its token t, so the first one has seen the prompt alone.
+
+Shapes: N tokens of a shard's responses one after the other, D hidden size, T tokens of one response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+MANIFEST = "manifest.json"
+_SCRATCH_SUFFIX = ".part"
+
+
+class RolloutError(ValueError):
+    """A prompt file or a run's folder that cannot be used; the message says what to do."""
+
+
+class RolloutPrompt(BaseModel):
+    """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    id: str = Field(min_length=1)
+    format: Literal["chat", "text"] = "chat"
+    kind: str = ""
+    text: str = Field(min_length=1, alias="prompt")
+
+
+@dataclass(slots=True, frozen=True)
+class Rollout:
+    prompt_id: str
+    sample: int
+    response: str
+    token_ids: tuple[int, ...]
+    is_finished: bool
+    """Ended by itself, not by the token limit."""
+    states_TD: Tensor
+
+
+class RolloutSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_samples: int = Field(8, ge=1, description="responses for each prompt")
+    max_tokens: int = Field(64, ge=1, description="new tokens of a response")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    seed: int = 0
+    prompts_per_shard: int = Field(32, ge=1)
+
+
+class RolloutSource(Protocol):
+    """Samples from one base model."""
+
+    @property
+    def base_model(self) -> dict[str, Any]:
+        """Identity as plain data; see `value_models.store.BaseModelCard`."""
+        ...
+
+    def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
+        """settings.num_samples responses to each prompt, in any order. The seed of a response may depend on
+        settings.seed, the prompt's id and the sample's number only."""
+        ...
+
+
+@dataclass(slots=True, frozen=True)
+class RolloutShard:
+    """Response i has the tokens and states offsets[i]..offsets[i+1]."""
+
+    rows: list[dict[str, Any]]
+    """prompt_id, sample, response, is_finished of each response."""
+    states_ND: Tensor
+    token_ids_N: Tensor
+    offsets: list[int]
+
+
+@dataclass(slots=True, frozen=True)
+class RolloutSet:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def base_model(self) -> dict[str, Any]:
+        return self.manifest["base_model"]
+
+    def shards(self) -> Iterator[RolloutShard]:
+        for index in range(self.manifest["num_shards"]):
+            tensors = load_file(_shard(self.folder, index, ".safetensors"))
+            yield RolloutShard(
+                rows=[json.loads(line) for line in _shard(self.folder, index, ".jsonl").read_text().splitlines()],
+                states_ND=tensors["states_ND"],
+                token_ids_N=tensors["token_ids_N"],
+                offsets=tensors["offsets"].tolist(),
+            )
+
+
+def load_prompts(path: Path) -> list[RolloutPrompt]:
+    """Read JSON lines of {"id", "prompt", "format"?, "kind"?}. Raises RolloutError with the line's number."""
+    prompts: list[RolloutPrompt] = []
+    seen: set[str] = set()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RolloutError(f"prompts: {path} cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = RolloutPrompt.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the line"
+            raise RolloutError(f"prompts: {path}, line {number}: {where}: {first['msg']}") from error
+        if prompt.id in seen:
+            raise RolloutError(f"prompts: {path}, line {number}: the id {prompt.id!r} occurs twice")
+        seen.add(prompt.id)
+        prompts.append(prompt)
+    if not prompts:
+        raise RolloutError(f"prompts: {path} holds none")
+    return prompts
+
+
+def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:
+    """train, validation or test, by a hash of the id, so that a prompt keeps its side when the file grows."""
+    digest = hashlib.sha256(prompt_id.encode()).digest()
+    at = int.from_bytes(digest[:8], "big") / 2**64
+    if at < test_share:
+        return "test"
+    return "validation" if at < test_share + validation_share else "train"
+
+
+def collect_rollouts(
+    source: RolloutSource,
+    prompts: Sequence[RolloutPrompt],
+    folder: Path,
+    settings: RolloutSettings,
+    *,
+    show_progress: bool | None = None,
+) -> RolloutSet:
+    """Sample what is missing of a run and return it whole.
+
+    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run.
+    """
+    blocks = [
+        list(prompts[first : first + settings.prompts_per_shard])
+        for first in range(0, len(prompts), settings.prompts_per_shard)
+    ]
+    manifest = {
+        "base_model": source.base_model,
+        "settings": settings.model_dump(),
+        "prompts_sha256": _digest(prompts),
+        "num_prompts": len(prompts),
+        "num_shards": len(blocks),
+    }
+    _claim(folder, manifest)
+    with tqdm(
+        total=len(prompts) * settings.num_samples,
+        unit="response",
+        disable=not sys.stderr.isatty() if show_progress is None else not show_progress,
+    ) as bar:
+        for index, block in enumerate(blocks):
+            if not _shard(folder, index, ".jsonl").exists():
+                started_s = time.perf_counter()
+                num_tokens = _write_shard(folder, index, list(source.sample(block, settings)), settings, block)
+                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started_s):.0f} tokens/s")
+            bar.update(len(block) * settings.num_samples)
+    return RolloutSet(folder, manifest)
+
+
+def open_rollouts(folder: Path) -> RolloutSet:
+    """A run that is complete. Raises RolloutError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
+    missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
+    if missing:
+        raise RolloutError(
+            f"{folder} lacks {len(missing)} of {manifest['num_shards']} shards; `recontrol rollouts` goes on with them"
+        )
+    return RolloutSet(folder, manifest)
+
+
+def _claim(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder this run's, or check that it is; remove what a killed run left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"*{_SCRATCH_SUFFIX}"):
+        leftover.unlink()
+    path = folder / MANIFEST
+    if not path.exists():
+        _replace_text(path, json.dumps(manifest, indent=2) + "\n")
+        return
+    existing = json.loads(path.read_text())
+    if differing := [key for key in manifest if existing.get(key) != manifest[key]]:
+        raise RolloutError(
+            f"{folder} holds another run: {', '.join(differing)} differ. Choose another --out, or delete the folder."
+        )
+
+
+def _write_shard(
+    folder: Path, index: int, rollouts: list[Rollout], settings: RolloutSettings, block: list[RolloutPrompt]
+) -> int:
+    order = {prompt.id: position for position, prompt in enumerate(block)}
+    rollouts.sort(key=lambda rollout: (order[rollout.prompt_id], rollout.sample))
+    if len(rollouts) != len(block) * settings.num_samples:
+        raise RolloutError(f"the source gave {len(rollouts)} responses to {len(block)} prompts")
+    lengths = torch.tensor([0] + [len(rollout.token_ids) for rollout in rollouts])
+    tensors = {
+        "states_ND": torch.cat([rollout.states_TD for rollout in rollouts]).contiguous(),
+        "token_ids_N": torch.tensor([token for rollout in rollouts for token in rollout.token_ids]),
+        "offsets": lengths.cumsum(0),
+    }
+    path = _shard(folder, index, ".safetensors")
+    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
+    save_file(tensors, scratch)
+    os.replace(scratch, path)
+    rows = [
+        {
+            "prompt_id": rollout.prompt_id,
+            "sample": rollout.sample,
+            "response": rollout.response,
+            "is_finished": rollout.is_finished,
+        }
+        for rollout in rollouts
+    ]
+    _replace_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    return int(lengths.sum())
+
+
+def _shard(folder: Path, index: int, suffix: str) -> Path:
+    return folder / f"shard-{index:05d}{suffix}"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _digest(prompts: Sequence[RolloutPrompt]) -> str:
+    lines = "".join(prompt.model_dump_json() for prompt in prompts)
+    return hashlib.sha256(lines.encode()).hexdigest()
