@@ -1,0 +1,306 @@
+"""Fitting a value head to rollouts: rewards, targets, normalisation, metric, and a small network with early stopping.
+
+The linear part starts at the ridge solution, which is exact; the network beside it then learns what is left. Splits are
+by prompt, so validation figures are on prompts that the fit has not seen. Knows nothing of language models or servers.
+Enter at `load_training_data` and `train_head`.
+
+Shapes: N tokens of all responses one after the other, B responses, T longest response, D hidden size, H head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from value_models.heads import LinearHead, MLPHead, ValueHead
+from value_models.rewards import load_reward
+from value_models.rollouts import open_rollouts, split_of
+from value_models.targets import center_by_prompt, lambda_returns, terminal_rewards
+
+_log = logging.getLogger(__name__)
+_CHUNK = 65_536
+_MIN_SCALE = 1e-4
+
+
+class TrainSettings(BaseModel):
+    """What `recontrol train` can vary; the defaults are what the shipped heads were made with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
+    trace: float = Field(0.95, ge=0, le=1, description="lambda of td_lambda")
+    center_by_prompt: bool = Field(True, description="subtract each prompt's mean reward")
+    hidden_widths: tuple[int, ...] = Field((256,), min_length=1, description="widths of the hidden layers")
+    metric: Literal["covariance", "identity"] = "covariance"
+    shrinkage: float = Field(0.05, ge=0, le=1, description="share of the identity in the covariance metric")
+    ridge: float = Field(0.01, gt=0, description="of the linear part, relative to unit variance")
+    learning_rate: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    batch_size: int = Field(4096, ge=1, description="tokens")
+    max_epochs: int = Field(15, ge=1)
+    patience: int = Field(2, ge=1, description="epochs without a better validation loss before stopping")
+    seed: int = 0
+
+    @property
+    def effective_trace(self) -> float:
+        return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
+
+
+@dataclass(slots=True)
+class TrainingData:
+    """Scored rollouts. `offsets` are B + 1; `split` holds train, validation or test for each response."""
+
+    states_ND: Tensor
+    offsets: Tensor
+    prompt_B: Tensor
+    reward_B: Tensor
+    split: list[str]
+    base_model: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def tokens_of(self, split: str) -> Tensor:
+        """Indices of the tokens whose response is in a split."""
+        chosen = [i for i, name in enumerate(self.split) if name == split]
+        return torch.cat([torch.arange(int(self.offsets[i]), int(self.offsets[i + 1])) for i in chosen])
+
+    def response_of_tokens(self) -> Tensor:
+        """[N]: the response each token belongs to."""
+        lengths = self.offsets[1:] - self.offsets[:-1]
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def position_of_tokens(self) -> Tensor:
+        """[N]: each token's place in its response."""
+        return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
+
+
+@dataclass(slots=True)
+class TrainedHead:
+    head: ValueHead
+    figures: dict[str, Any]
+
+
+def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, str]) -> TrainingData:
+    """Read a run of rollouts and score it. Raises RolloutError, RewardError."""
+    rollouts = open_rollouts(folder)
+    reward = load_reward(reward_name)
+    states, offsets, prompt_ids, responses = [], [0], [], []
+    for shard in rollouts.shards():
+        states.append(shard.states_ND)
+        offsets += [offsets[-1] + end for end in shard.offsets[1:]]
+        prompt_ids += [row["prompt_id"] for row in shard.rows]
+        responses += [row["response"] for row in shard.rows]
+    numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    return TrainingData(
+        states_ND=torch.cat(states),
+        offsets=torch.tensor(offsets),
+        prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
+        reward_B=torch.tensor(reward([prompt_texts.get(i, "") for i in prompt_ids], responses)),
+        split=[split_of(prompt_id) for prompt_id in prompt_ids],
+        base_model=rollouts.base_model,
+        manifest=rollouts.manifest,
+    )
+
+
+def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
+    """Fit one head. Deterministic for a seed on one machine."""
+    torch.manual_seed(settings.seed)
+    train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
+    moments = _Moments.of(data.states_ND, train_N)
+    reward_B = center_by_prompt(data.reward_B, data.prompt_B) if settings.center_by_prompt else data.reward_B
+    is_train_B = torch.tensor([split == "train" for split in data.split])
+    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std().clamp(min=1e-6))
+    standard_B = (reward_B - mean) / scale
+    target_N = standard_B[data.response_of_tokens()]
+
+    linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
+    network = _Network(linear_D, settings.hidden_widths)
+    best_loss = _fit(network, data, moments, standard_B, settings, train_N, validation_N)
+
+    metric_DD = moments.correlation_DD if settings.metric == "covariance" else torch.eye(len(linear_D))
+    metric_DD = (1 - settings.shrinkage) * metric_DD + settings.shrinkage * torch.eye(len(linear_D))
+    head = network.head(moments, metric_DD if settings.metric == "covariance" else None, mean, scale)
+    figures = {
+        "loss": best_loss,
+        "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
+        "num_train_tokens": len(train_N),
+        "num_validation_tokens": len(validation_N),
+    }
+    return TrainedHead(head, figures)
+
+
+def static_vector_head(data: TrainingData) -> LinearHead:
+    """Difference of class means as a head: states of responses above their split's median reward less those below.
+
+    One ascent step of size one moves a state by the whole difference.
+    """
+    is_train_B = torch.tensor([split == "train" for split in data.split])
+    response_N = data.response_of_tokens()
+    median = data.reward_B[is_train_B].median()
+    is_high_N = (data.reward_B > median)[response_N] & is_train_B[response_N]
+    is_low_N = (data.reward_B <= median)[response_N] & is_train_B[response_N]
+    difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
+    return LinearHead(
+        mean_D=data.states_ND[is_train_B[response_N]].float().mean(0),
+        scale_D=torch.ones_like(difference_D),
+        inputs_UD=(difference_D / difference_D.norm())[None],
+        input_bias_U=torch.zeros(1),
+        ascent_UD=difference_D[None],
+    )
+
+
+@dataclass(slots=True)
+class _Moments:
+    """Mean and scale of the training states, and their correlation matrix."""
+
+    mean_D: Tensor
+    scale_D: Tensor
+    correlation_DD: Tensor
+
+    @classmethod
+    def of(cls, states_ND: Tensor, tokens_N: Tensor) -> _Moments:
+        size = states_ND.shape[1]
+        total_D, square_DD = torch.zeros(size), torch.zeros(size, size)
+        for chunk in tokens_N.split(_CHUNK):
+            states = states_ND[chunk].float()
+            total_D += states.sum(0)
+            square_DD += states.T @ states
+        mean_D = total_D / len(tokens_N)
+        covariance_DD = square_DD / len(tokens_N) - torch.outer(mean_D, mean_D)
+        scale_D = covariance_DD.diagonal().clamp(min=_MIN_SCALE**2).sqrt()
+        return cls(mean_D, scale_D, covariance_DD / torch.outer(scale_D, scale_D))
+
+    def normalise(self, states_ND: Tensor) -> Tensor:
+        return (states_ND.float() - self.mean_D) / self.scale_D
+
+    def ridge(self, states_ND: Tensor, tokens_N: Tensor, target_N: Tensor, penalty: float) -> Tensor:
+        """Coefficients [D] of the target on the normalised states."""
+        product_D = torch.zeros_like(self.mean_D)
+        for chunk in tokens_N.split(_CHUNK):
+            product_D += self.normalise(states_ND[chunk]).T @ target_N[chunk]
+        regularised_DD = self.correlation_DD + penalty * torch.eye(len(product_D))
+        return torch.linalg.solve(regularised_DD, product_D / len(tokens_N))
+
+
+class _Network(nn.Module):
+    """The trainable twin of `MLPHead`."""
+
+    def __init__(self, linear_D: Tensor, hidden_widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear_D = nn.Parameter(linear_D.clone())
+        sizes = [len(linear_D), *hidden_widths]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.out = nn.Linear(sizes[-1], 1)
+        # Starts as the linear part alone.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        active = x_ND
+        for layer in self.layers:
+            active = functional.relu(layer(active))
+        return x_ND @ self.linear_D + self.out(active)[:, 0]
+
+    def head(self, moments: _Moments, metric_DD: Tensor | None, mean: float, scale: float) -> MLPHead:
+        first: Any = self.layers[0]
+        later: list[Any] = list(self.layers[1:])
+        inputs_UD = torch.cat([self.linear_D[None], first.weight]).detach()
+        return MLPHead(
+            mean_D=moments.mean_D,
+            scale_D=moments.scale_D,
+            inputs_UD=inputs_UD,
+            input_bias_U=torch.cat([torch.zeros(1), first.bias.detach()]),
+            ascent_UD=None if metric_DD is None else inputs_UD @ metric_DD,
+            reward_mean=mean,
+            reward_scale=scale,
+            hidden_weights=[layer.weight.detach() for layer in later],
+            hidden_biases=[layer.bias.detach() for layer in later],
+            out_weight_H=self.out.weight.detach()[0],
+            out_bias=self.out.bias.detach()[0],
+        )
+
+
+def _fit(
+    network: _Network,
+    data: TrainingData,
+    moments: _Moments,
+    standard_B: Tensor,
+    settings: TrainSettings,
+    train_N: Tensor,
+    validation_N: Tensor,
+) -> float:
+    """Minimise the squared error with early stopping; leaves the best weights in the network, returns their loss."""
+    decayed = [p for name, p in network.named_parameters() if name.endswith("weight")]
+    others = [p for name, p in network.named_parameters() if not name.endswith("weight")]
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+    )
+    best_loss, best_state, waited = float("inf"), network.state_dict(), 0
+    reward_N = standard_B[data.response_of_tokens()]
+    for epoch in range(settings.max_epochs):
+        target_N = _targets(network, data, moments, standard_B, settings)
+        for batch in train_N[torch.randperm(len(train_N))].split(settings.batch_size):
+            loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), target_N[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        # Validation is always against the reward itself, so that target types can be compared.
+        validation_loss = float(
+            functional.mse_loss(_values(network, data, moments, validation_N), reward_N[validation_N])
+        )
+        _log.info("epoch %d: validation loss %.4f", epoch + 1, validation_loss)
+        if validation_loss < best_loss:
+            best_loss, waited = validation_loss, 0
+            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        else:
+            waited += 1
+            if waited >= settings.patience:
+                break
+    network.load_state_dict(best_state)
+    return best_loss
+
+
+def _targets(
+    network: _Network, data: TrainingData, moments: _Moments, standard_B: Tensor, settings: TrainSettings
+) -> Tensor:
+    """[N] targets for one epoch; bootstrapped ones take the network's values at the epoch's start."""
+    response_N = data.response_of_tokens()
+    if settings.effective_trace == 1.0:
+        return standard_B[response_N]
+    position_N = data.position_of_tokens()
+    shape = (len(standard_B), int(position_N.max()) + 1)
+    mask_BT = torch.zeros(shape, dtype=torch.bool)
+    mask_BT[response_N, position_N] = True
+    values_BT = torch.zeros(shape)
+    values_BT[response_N, position_N] = _values(network, data, moments, torch.arange(len(response_N)))
+    rewards_BT = terminal_rewards(standard_B, mask_BT)
+    return lambda_returns(rewards_BT, values_BT, mask_BT, trace=settings.effective_trace)[response_N, position_N]
+
+
+@torch.no_grad()
+def _values(network: _Network, data: TrainingData, moments: _Moments, tokens_N: Tensor) -> Tensor:
+    return torch.cat([network(moments.normalise(data.states_ND[chunk])) for chunk in tokens_N.split(_CHUNK)])
+
+
+def _r2_by_position(head: ValueHead, data: TrainingData, target_N: Tensor, tokens_N: Tensor) -> dict[str, float]:
+    """Share of the reward's variance that the head explains on given tokens, overall and at some positions."""
+    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in tokens_N.split(_CHUNK)])
+    position_N, truth_N = data.position_of_tokens()[tokens_N], target_N[tokens_N]
+    figures = {"all": _r2(values_N, truth_N)}
+    for position in (0, 10, 20, 40, 60):
+        at = position_N == position
+        if at.sum() > 1:
+            figures[f"token_{position}"] = _r2(values_N[at], truth_N[at])
+    return figures
+
+
+def _r2(values: Tensor, truth: Tensor) -> float:
+    variance = float(((truth - truth.mean()) ** 2).mean())
+    return 1.0 - float(((values - truth) ** 2).mean()) / max(variance, 1e-12)
