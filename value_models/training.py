@@ -9,6 +9,7 @@ Shapes: N tokens of all responses one after the other, B responses, T longest re
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ class _Network(nn.Module):
         super().__init__()
         self.linear_D = nn.Parameter(linear_D.clone())
         sizes = [len(linear_D), *hidden_widths]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.out = nn.Linear(sizes[-1], 1)
         # Starts as the linear part alone.
         nn.init.zeros_(self.out.weight)

@@ -57,6 +57,14 @@ class NullObserver:
     def on_step(self, status: EngineStatus) -> None: ...
 
 
+class ChunkStream(Protocol):
+    """An accepted request's chunks. `aclose` aborts what is unfinished; it may be called before the first chunk."""
+
+    def __aiter__(self) -> AsyncIterator[GenerationChunk]: ...
+    async def __anext__(self) -> GenerationChunk: ...
+    async def aclose(self) -> None: ...
+
+
 class Engine(Protocol):
     """Turns requests into chunks. `tests/engines/contract.py` holds every implementation to this."""
 
@@ -79,12 +87,16 @@ class Engine(Protocol):
         """Token ids of role/content messages in the model's own chat template. Raises InvalidRequestError."""
         ...
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a prompt given as token ids (for `echo`)."""
+        ...
+
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-        """Check and queue the request at once, then yield its chunks; closing the iterator aborts it.
+    def generate(self, request: GenerationRequest) -> ChunkStream:
+        """Check and queue the request at once, then yield its chunks; closing the stream aborts it.
 
         Raises, before anything is queued: InvalidRequestError, ContextLengthError, UnknownHeadError,
         OverloadedError, EngineStoppedError.

@@ -7,15 +7,16 @@ The event loop never waits for the model: requests go to the thread through a qu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from server.control.registry import HeadRegistry
-from server.engines.base import EngineInfo, EngineObserver, EngineStatus
+from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel, load_model
 from server.errors import (
@@ -44,6 +45,8 @@ class EmbeddedEngine:
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._info: EngineInfo | None = None
+        self._gate = threading.Lock()
+        self._is_open = False
         self._num_open = 0
         self._idle_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         self._status = self._idle_status
@@ -59,6 +62,7 @@ class EmbeddedEngine:
         self._core = await asyncio.to_thread(self._build_core)
         self._thread = threading.Thread(target=self._run, name="recontrol-engine", daemon=True)
         self._status = self._core.status()
+        self._is_open = True
         self._thread.start()
 
     async def stop(self) -> None:
@@ -79,41 +83,38 @@ class EmbeddedEngine:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return encode_chat(self._tokenizer, messages)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids))
+
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+    def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
         core = self._checked_core(request)
-        chunks: asyncio.Queue[GenerationChunk] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        stream = _EmbeddedStream(request.num_choices, lambda is_complete: self._close(request, is_complete))
+        sequences = core.sequences(request, stream.put_threadsafe)
+        self._post(lambda: core.add(sequences))
+        self._num_open += request.num_choices
+        return stream
 
-        def emit(chunk: GenerationChunk) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+    def _close(self, request: GenerationRequest, is_complete: bool) -> None:
+        self._num_open -= request.num_choices
+        core = self._core
+        if not is_complete and core is not None:
+            with contextlib.suppress(EngineStoppedError):
+                self._post(lambda: core.abort(request.request_id))
 
-        sequences = core.sequences(request, emit)
-        self._num_open += len(sequences)
-        self._inbox.put(lambda: core.add(sequences))
-        return self._stream(request, chunks)
-
-    async def _stream(
-        self, request: GenerationRequest, chunks: asyncio.Queue[GenerationChunk]
-    ) -> AsyncIterator[GenerationChunk]:
-        num_open = request.num_choices
-        try:
-            while num_open:
-                chunk = await chunks.get()
-                num_open -= chunk.finish_reason is not None
-                yield chunk
-        finally:
-            self._num_open -= request.num_choices
-            core = self._core
-            if num_open and core is not None:
-                self._inbox.put(lambda: core.abort(request.request_id))
+    def _post(self, action: Callable[[], None]) -> None:
+        """Hand an action to the loop thread; once the loop has ended nothing gets in any more."""
+        with self._gate:
+            if not self._is_open:
+                raise EngineStoppedError("The engine is not running.")
+            self._inbox.put(action)
 
     def _checked_core(self, request: GenerationRequest) -> EngineCore:
         core = self._core
-        if core is None or self._thread is None or not self._thread.is_alive():
+        if core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
         if request.control is not None:
             core.registry.check(request.control.objective.head_names)
@@ -165,32 +166,61 @@ class EmbeddedEngine:
         core = self._core
         assert core is not None
         try:
-            while True:
-                if not core.has_work:
-                    self._status = core.status()
-                item = self._next(block=not core.has_work)
-                while item is not _NOTHING:
-                    if item is None:
-                        return
-                    item()
-                    item = self._next(block=False)
+            while self._take_actions(wait=not core.has_work):
                 core.step()
                 self._status = core.status()
         except BaseException:
             _log.exception("The engine's loop has died; /health answers 503 from now on")
             core.abort_all(FinishReason.ERROR)
         finally:
+            with self._gate:
+                self._is_open = False
+            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason.
+            self._take_actions(wait=False)
             core.abort_all()
 
-    def _next(self, *, block: bool) -> Callable[[], None] | None:
-        try:
-            return self._inbox.get(block=block)
-        except queue.Empty:
-            return _NOTHING
+    def _take_actions(self, *, wait: bool) -> bool:
+        """Run what has come in, waiting for the first when there is nothing else to do; False means stop."""
+        while True:
+            try:
+                action = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if action is None:
+                return False
+            action()
+            wait = False
 
 
-def _NOTHING() -> None:
-    """What `_next` returns when the inbox is empty."""
+class _EmbeddedStream:
+    """Chunks on their way from the loop thread to one reader on the event loop that made this."""
+
+    def __init__(self, num_choices: int, on_close: Callable[[bool], None]) -> None:
+        self._chunks: asyncio.Queue[GenerationChunk] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._num_unfinished = num_choices
+        self._on_close: Callable[[bool], None] | None = on_close
+
+    def put_threadsafe(self, chunk: GenerationChunk) -> None:
+        # A loop that has closed has no reader left.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+
+    def __aiter__(self) -> _EmbeddedStream:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        if self._on_close is None or not self._num_unfinished:
+            await self.aclose()
+            raise StopAsyncIteration
+        chunk = await self._chunks.get()
+        self._num_unfinished -= chunk.finish_reason is not None
+        return chunk
+
+    async def aclose(self) -> None:
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(not self._num_unfinished)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -1,0 +1,53 @@
+"""GET /v1/models and /v1/heads: what can be asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.api.generation import model_ids
+from server.engines.base import Engine, EngineInfo
+from server.errors import UnknownHeadError, UnknownModelError
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The base model, and one id for each head's default objective."""
+    info = _info(request)
+    return {"object": "list", "data": [_model(name, info) for name in model_ids(info)]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def get_model(request: Request, model_id: str) -> dict[str, Any]:
+    info = _info(request)
+    if model_id not in model_ids(info):
+        raise UnknownModelError(model_id, model_ids(info))
+    return _model(model_id, info)
+
+
+@router.get("/v1/heads")
+async def list_heads(request: Request) -> dict[str, Any]:
+    """Every value head with its card."""
+    heads = _info(request).heads
+    return {"object": "list", "data": [{"id": name, "object": "value_head", **card} for name, card in heads.items()]}
+
+
+@router.get("/v1/heads/{name}")
+async def get_head(request: Request, name: str) -> dict[str, Any]:
+    heads = _info(request).heads
+    if name not in heads:
+        raise UnknownHeadError(name, heads)
+    return {"id": name, "object": "value_head", **heads[name]}
+
+
+def _info(request: Request) -> EngineInfo:
+    engine: Engine = request.app.state.engine
+    return engine.info
+
+
+def _model(name: str, info: EngineInfo) -> dict[str, Any]:
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "recontrol", "max_model_len": info.max_model_len}
+    return model if name == info.model_id else {**model, "parent": info.model_id}

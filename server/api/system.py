@@ -1,0 +1,33 @@
+"""GET /health, /version and /metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.engines.base import Engine
+from server.telemetry import Telemetry
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """200 while the engine's loop runs, else 503."""
+    engine: Engine = request.app.state.engine
+    is_running = engine.status().is_running
+    return JSONResponse({"status": "ok" if is_running else "engine is not running"}, 200 if is_running else 503)
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version("recontrol")}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus exposition text."""
+    telemetry: Telemetry = request.app.state.telemetry
+    return Response(telemetry.render(), media_type=telemetry.content_type)

@@ -1,0 +1,172 @@
+"""An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
+
+Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
+and independent of what else runs. Control is checked and reported but moves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
+from server.engines.embedded.detokenizer import StopMatcher
+from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError
+from server.types import (
+    ControlSummary,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    TokenEdit,
+    TokenLogprob,
+)
+
+_LETTERS = b"etaoin shrdlu"
+_CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
+
+
+class FakeEngine:
+    """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there."""
+
+    def __init__(
+        self,
+        *,
+        observer: EngineObserver | None = None,
+        heads: Sequence[str] = ("positive", "plain"),
+        token_delay_s: float = 0.0,
+        fail_after: int | None = None,
+        max_open: int = 1024,
+    ) -> None:
+        self.info = EngineInfo("fake", max_model_len=4096, vocab_size=256, heads={name: dict(_CARD) for name in heads})
+        self.num_open = 0
+        self._observer = observer or NullObserver()
+        self._token_delay_s = token_delay_s
+        self._fail_after = fail_after
+        self._max_open = max_open
+        self._is_running = False
+
+    async def start(self) -> None:
+        self._is_running = True
+
+    async def stop(self) -> None:
+        self._is_running = False
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
+
+    def generate(self, request: GenerationRequest) -> ChunkStream:
+        if not self._is_running:
+            raise EngineStoppedError("The engine is not running.")
+        if self.num_open >= self._max_open:
+            raise OverloadedError(f"{self.num_open} requests run already; try again later.")
+        if request.control is not None:
+            for name in request.control.objective.head_names:
+                if name not in self.info.heads:
+                    raise UnknownHeadError(name, self.info.heads, param="control.objective.weights")
+        self.num_open += 1
+        return _FakeStream(self, self._chunks(request))
+
+    async def _chunks(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        for index in range(request.num_choices):
+            async for chunk in self._choice(request, index):
+                yield chunk
+
+    async def _choice(self, request: GenerationRequest, index: int) -> AsyncIterator[GenerationChunk]:
+        sampling, started_s = request.sampling, time.monotonic()
+        matcher = StopMatcher(sampling.stop)
+        edit = None
+        if request.control is not None:
+            values = dict.fromkeys(request.control.objective.head_names, 0.5)
+            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, is_budget_limited=False, is_nonfinite=False)
+        scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
+        reason = FinishReason.LENGTH if sampling.max_tokens == 0 else None
+        if reason is not None:
+            yield GenerationChunk(index=index, prompt_logprobs=scores if index == 0 else None, finish_reason=reason)
+        for position in range(sampling.max_tokens):
+            await asyncio.sleep(self._token_delay_s)
+            token_id = self._token(request, index, position)
+            text = matcher.add(chr(token_id))
+            if matcher.has_stopped:
+                reason = FinishReason.STOP
+            elif position + 1 == sampling.max_tokens:
+                reason, text = FinishReason.LENGTH, text + matcher.flush()
+            if position == self._fail_after:
+                reason, text = FinishReason.ERROR, ""
+            if position == 0:
+                self._observer.on_first_token(queue_s=0.0, prefill_s=0.0, ttft_s=time.monotonic() - started_s)
+            self._observer.on_token(inter_token_s=None if position == 0 else self._token_delay_s, edit=edit)
+            yield GenerationChunk(
+                index=index,
+                text=text,
+                token_ids=(token_id,),
+                logprobs=() if sampling.logprobs is None else (self._logprob(token_id, sampling.logprobs),),
+                edit=edit,
+                prompt_logprobs=scores if position == index == 0 else None,
+                finish_reason=reason,
+                control=None if reason is None else _summary(edit),
+                error="The fake engine failed as told." if reason is FinishReason.ERROR else None,
+            )
+            if reason is not None:
+                break
+        assert reason is not None
+        self._observer.on_finish(
+            reason=reason,
+            e2e_s=time.monotonic() - started_s,
+            decode_s=0.0,
+            prompt_tokens=len(request.prompt_token_ids),
+            generation_tokens=sampling.max_tokens,
+        )
+
+    def _token(self, request: GenerationRequest, index: int, position: int) -> int:
+        key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
+        return _LETTERS[hashlib.blake2b(key, digest_size=1).digest()[0] % len(_LETTERS)]
+
+    def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:
+        top = tuple((letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
+        return TokenLogprob(token_id, chr(token_id), -2.0, top)
+
+
+def _summary(edit: TokenEdit | None) -> ControlSummary | None:
+    if edit is None:
+        return None
+    return ControlSummary(
+        edit.value_before, edit.value_after, mean_shift=0.0, mean_kl=0.0, max_kl=0.0, controlled_share=0.0,
+        nonfinite_edits=0,
+    )  # fmt: skip
+
+
+class _FakeStream:
+    def __init__(self, engine: FakeEngine, chunks: AsyncIterator[GenerationChunk]) -> None:
+        self._engine = engine
+        self._chunks = chunks
+        self._is_open = True
+
+    def __aiter__(self) -> _FakeStream:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        try:
+            return await anext(self._chunks)
+        except StopAsyncIteration:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._engine.num_open -= 1

@@ -1,0 +1,123 @@
+"""Every Prometheus collector, and the observer that feeds them. The only file that imports prometheus_client.
+
+Names are `recontrol_*` with base units; label values come from the engine's own registry, never from a request. Knows
+nothing of engines or HTTP. Enter at `Telemetry`; to add a runtime metric, add one collector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.engines.base import EngineStatus
+from server.types import FinishReason, TokenEdit
+
+_PREFIX = "recontrol"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_INTER_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_EDIT_S = (50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+_KL_NATS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+_RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+class Telemetry:
+    """Implements EngineObserver. `bind` names the model and its heads once they are known."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._model = ""
+        self._heads: frozenset[str] = frozenset()
+        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
+        self._inter_token = self._histogram("inter_token_latency_seconds", "Between tokens", _INTER_TOKEN_S)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", _SECONDS)
+        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first scheduling", _SECONDS)
+        self._prefill = self._histogram("request_prefill_time_seconds", "First scheduling to first token", _SECONDS)
+        self._decode = self._histogram("request_decode_time_seconds", "First token to last", _SECONDS)
+        self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt tokens of a sequence", _TOKENS)
+        self._generation_sizes = self._histogram("request_generation_tokens", "New tokens of a sequence", _TOKENS)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished sequences")
+        self._generation_tokens = self._counter("generation_tokens", "New tokens")
+        self._success = self._counter("request_success", "Finished sequences by reason", "finished_reason")
+        self._running = self._gauge("num_requests_running", "Sequences that hold a slot")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for a slot")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of key-value positions in use, 0 to 1")
+        self._edit_duration = self._histogram("edit_duration_seconds", "Edit and LM head of a controlled step", _EDIT_S)
+        self._controlled = self._counter("controlled_tokens", "Tokens drawn under control", "head")
+        self._value_before = self._histogram("value_before", "Head value before the edit", _value_buckets(), "head")
+        self._value_after = self._histogram("value_after", "Head value after the edit", _value_buckets(), "head")
+        self._kl = self._histogram("edit_kl", "KL from the base distribution, nats a token", _KL_NATS)
+        self._shift = self._histogram("edit_shift_ratio", "Length of the shift over the state's", _RATIO)
+        self._limited = self._counter("budget_limited_tokens", "Edits held back by a budget")
+        self._nonfinite = self._counter("nonfinite_edits", "Edits dropped for not being finite")
+
+    def bind(self, model: str, heads: Iterable[str]) -> None:
+        """Name the model and create every labelled series, so that they exist with zero from the start."""
+        self._model, self._heads = model, frozenset(heads)
+        for reason in FinishReason:
+            self._success.labels(model, reason.value)
+        for head in self._heads:
+            for collector in (self._controlled, self._value_before, self._value_after):
+                collector.labels(model, head)
+        for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite):
+            collector.labels(model)
+        self.on_step(EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0))
+
+    def render(self) -> bytes:
+        """The exposition text for a scrape."""
+        return generate_latest(self._registry)
+
+    def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None:
+        self._queue.labels(self._model).observe(queue_s)
+        self._prefill.labels(self._model).observe(prefill_s)
+        self._ttft.labels(self._model).observe(ttft_s)
+
+    def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None:
+        self._generation_tokens.labels(self._model).inc()
+        if inter_token_s is not None:
+            self._inter_token.labels(self._model).observe(inter_token_s)
+        if edit is None:
+            return
+        for head in self._heads & edit.value_before.keys():
+            self._controlled.labels(self._model, head).inc()
+            self._value_before.labels(self._model, head).observe(edit.value_before[head])
+            self._value_after.labels(self._model, head).observe(edit.value_after[head])
+        self._kl.labels(self._model).observe(edit.kl)
+        self._shift.labels(self._model).observe(edit.shift_ratio)
+        self._limited.labels(self._model).inc(edit.is_budget_limited)
+        self._nonfinite.labels(self._model).inc(edit.is_nonfinite)
+
+    def on_edit(self, *, duration_s: float) -> None:
+        self._edit_duration.labels(self._model).observe(duration_s)
+
+    def on_finish(
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+    ) -> None:
+        self._success.labels(self._model, reason.value).inc()
+        self._e2e.labels(self._model).observe(e2e_s)
+        self._decode.labels(self._model).observe(decode_s)
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        self._prompt_sizes.labels(self._model).observe(prompt_tokens)
+        self._generation_sizes.labels(self._model).observe(generation_tokens)
+
+    def on_step(self, status: EngineStatus) -> None:
+        self._running.labels(self._model).set(status.num_running)
+        self._waiting.labels(self._model).set(status.num_waiting)
+        self._kv_usage.labels(self._model).set(status.kv_cache_usage)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, ("model_name", *labels), buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, ("model_name", *labels), registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, ("model_name",), registry=self._registry)
+
+
+def _value_buckets() -> tuple[float, ...]:
+    """Rewards differ in range; these serve sentiment and ease in -1..1 as well as lengths in tens of words."""
+    return (-10, -5, -2, -1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1, 2, 5, 10)
