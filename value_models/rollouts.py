@@ -61,12 +61,12 @@ class Rollout:
 class RolloutSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_samples: int = Field(8, ge=1, description="responses for each prompt")
-    max_tokens: int = Field(64, ge=1, description="new tokens of a response")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    num_samples: int = Field(default=8, ge=1, description="responses for each prompt")
+    max_tokens: int = Field(default=64, ge=1, description="new tokens of a response")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
-    prompts_per_shard: int = Field(32, ge=1)
+    prompts_per_shard: int = Field(default=32, ge=1)
 
 
 class RolloutSource(Protocol):

@@ -55,14 +55,16 @@ class HeadStack:
 class HeadRegistry:
     """Read only after loading; stacks are made on first use and kept."""
 
-    def __init__(self, heads: Mapping[str, tuple[ValueHead, HeadCard]]) -> None:
+    def __init__(self, heads: Mapping[str, ValueHead], cards: Mapping[str, HeadCard] | None = None) -> None:
         self._heads = dict(sorted(heads.items()))
+        self._cards = dict(cards or {})
         self._stacks: dict[tuple[str, ...], HeadStack] = {}
 
     @classmethod
     def load(cls, folder: Path, base_model: dict[str, Any], *, device: torch.device | str = "cpu") -> HeadRegistry:
         """Load every head below `folder`. Raises HeadMismatchError for one made for another model."""
-        heads: dict[str, tuple[ValueHead, HeadCard]] = {}
+        heads: dict[str, ValueHead] = {}
+        cards: dict[str, HeadCard] = {}
         for card_path in sorted(folder.glob(f"*/{CARD_FILE}")):
             try:
                 head, card = load_head(card_path.parent, device=device)
@@ -78,16 +80,20 @@ class HeadRegistry:
                 raise HeadMismatchError(
                     f"heads_dir: {card_path} names its head {card.name!r}; the folder must have that name"
                 )
-            heads[card.name] = (head, card)
+            heads[card.name], cards[card.name] = head, card
         _log.info("Loaded %d value heads from %s: %s", len(heads), folder, ", ".join(heads) or "none")
-        return cls(heads)
+        return cls(heads, cards)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._heads)
 
     def cards(self) -> dict[str, HeadCard]:
-        return {name: card for name, (_, card) in self._heads.items()}
+        return dict(self._cards)
+
+    def with_head(self, name: str, head: ValueHead) -> HeadRegistry:
+        """A registry with one head more, which has no card."""
+        return HeadRegistry({**self._heads, name: head}, self._cards)
 
     def check(self, names: Sequence[str]) -> None:
         """Raises UnknownHeadError, which lists the heads that exist."""
@@ -101,7 +107,7 @@ class HeadRegistry:
             self.check(names)
             if len(self._stacks) >= _MAX_STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            self._stacks[names] = _stack(names, tuple(self._heads[name][0] for name in names))
+            self._stacks[names] = _stack(names, tuple(self._heads[name] for name in names))
         return self._stacks[names]
 
 

@@ -94,6 +94,13 @@ class EngineCore:
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
 
+    @torch.inference_mode()
+    def base_nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
+        """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
+        lm_head = self._runner.lm_head
+        log_probs_TV = lm_head.finish(lm_head.project(states_TD)).log_softmax(dim=-1)
+        return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
+
     def add(self, sequences: list[Sequence]) -> None:
         self._scheduler.waiting.extend(sequences)
 

@@ -1,6 +1,6 @@
 """The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
 
-Implements `value_models.rollouts.RolloutSource`, and serves evaluation, which samples with control.
+Implements `value_models.rollouts.RolloutSource`, and gives evaluation its arms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from value_models.evaluation import EvalSample
 from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings
 
 
@@ -30,15 +31,47 @@ class EngineRolloutSource:
     def base_model(self) -> dict[str, Any]:
         return self._loaded.identity
 
-    def sample(
+    def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
+        """Uncontrolled responses with the states behind their tokens. Raises RuntimeError when the engine fails."""
+        for sequence, response in self._run(prompts, settings, control=None, instruction=None):
+            yield Rollout(
+                prompt_id=sequence.request.request_id,
+                sample=sequence.index,
+                response=response,
+                token_ids=tuple(sequence.token_ids),
+                is_finished=sequence.finish_reason is FinishReason.STOP,
+                states_TD=torch.stack(sequence.states or []).cpu(),
+            )
+
+    def evaluate(
         self,
         prompts: Sequence[RolloutPrompt],
         settings: RolloutSettings,
         *,
         control: ControlParams | None = None,
         instruction: str | None = None,
-    ) -> Iterator[Rollout]:
-        """Raises RuntimeError when the engine fails on a response. An instruction is put before every prompt."""
+    ) -> Iterator[EvalSample]:
+        """Responses under control, or after an instruction put before every prompt, with their figures."""
+        for sequence, response in self._run(prompts, settings, control=control, instruction=instruction):
+            summary = sequence.edits.summary() if sequence.edits is not None else None
+            yield EvalSample(
+                prompt_id=sequence.request.request_id,
+                response=response,
+                num_tokens=len(sequence.token_ids),
+                nll=self._core.base_nll(torch.stack(sequence.states or []), sequence.token_ids),
+                mean_kl=summary.mean_kl if summary else 0.0,
+                max_kl=summary.max_kl if summary else 0.0,
+                is_finished=sequence.finish_reason is FinishReason.STOP,
+            )
+
+    def _run(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        settings: RolloutSettings,
+        *,
+        control: ControlParams | None,
+        instruction: str | None,
+    ) -> Iterator[tuple[TokenSequence, str]]:
         open_sequences: list[TokenSequence] = []
         texts: dict[tuple[str, int], list[str]] = {}
         for prompt in prompts:
@@ -66,17 +99,10 @@ class EngineRolloutSource:
             done = [sequence for sequence in open_sequences if sequence.finish_reason is not None]
             open_sequences = [sequence for sequence in open_sequences if sequence.finish_reason is None]
             for sequence in done:
+                request_id = sequence.request.request_id
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
-                    raise RuntimeError(f"the engine failed on prompt {sequence.request.request_id!r}; see the log")
-                prompt_id = sequence.request.request_id
-                yield Rollout(
-                    prompt_id=prompt_id,
-                    sample=sequence.index,
-                    response="".join(texts.pop((prompt_id, sequence.index))),
-                    token_ids=tuple(sequence.token_ids),
-                    is_finished=sequence.finish_reason is FinishReason.STOP,
-                    states_TD=torch.stack(sequence.states).cpu(),
-                )
+                    raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
+                yield sequence, "".join(texts.pop((request_id, sequence.index)))
 
     def _encode(self, prompt: RolloutPrompt, instruction: str | None) -> list[int]:
         text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"

@@ -1,0 +1,62 @@
+"""The `recontrol` command: serve, generate, heads, rollouts, train, eval.
+
+Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
+package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
+class and put it in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsError
+
+from server.cli.evaluate import Eval
+from server.cli.heads import HeadsImport, HeadsList, HeadsShow, HeadsTable
+from server.cli.serve import Generate, Serve
+from server.cli.train import Rollouts, Train
+from server.errors import RecontrolError
+
+COMMANDS: dict[str, type[BaseSettings]] = {
+    "serve": Serve,
+    "generate": Generate,
+    "heads list": HeadsList,
+    "heads show": HeadsShow,
+    "heads import": HeadsImport,
+    "heads table": HeadsTable,
+    "rollouts": Rollouts,
+    "train": Train,
+    "eval": Eval,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it went well, 2 for a mistake of the user's, said in one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
+    if name is None:
+        print(_usage(), file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    command = COMMANDS[name]
+    command.model_config["cli_prog_name"] = f"recontrol {name}"
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        CliApp.run(command, cli_args=words[len(name.split()) :])
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            message = problem["msg"].removeprefix("Value error, ")
+            print(f"recontrol {name}: {where + ': ' if where else ''}{message}", file=sys.stderr)
+        return 2
+    except (RecontrolError, SettingsError, ValueError) as error:
+        print(f"recontrol {name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  recontrol {name:13}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["Usage: recontrol COMMAND [--help]", "", *lines])

@@ -1,0 +1,57 @@
+"""What the commands that need a model share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import value_models
+from server.control.registry import HeadRegistry
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.engine import load_registry
+from server.engines.embedded.loader import LoadedModel, load_model
+from server.settings import DEFAULT_MODEL
+from value_models.rollouts import RolloutPrompt, load_prompts
+
+
+class Command(BaseSettings):
+    """Flags by field name; RECONTROL_<FIELD> in the environment means the same."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RECONTROL_",
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelCommand(Command):
+    """A command that runs the model in this process."""
+
+    model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
+    max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
+
+    def load(self) -> LoadedModel:
+        return load_model(self.model, device=self.device, dtype=self.dtype)
+
+    def core(self, loaded: LoadedModel, *, with_heads: bool = True) -> EngineCore:
+        """An engine to drive from this thread. Raises ModelLoadError, HeadMismatchError."""
+        registry = load_registry(self.heads_dir, loaded) if with_heads else HeadRegistry({})
+        return EngineCore(loaded, registry, max_batch_size=self.max_batch_size)
+
+
+def default_prompts_file() -> Path:
+    """The prompts this project wrote, which ship with the package."""
+    return Path(value_models.__file__).parent / "prompts" / "prompts.jsonl"
+
+
+def read_prompts(path: Path | None) -> list[RolloutPrompt]:
+    return load_prompts(path or default_prompts_file())

@@ -1,0 +1,152 @@
+"""`recontrol eval`: a head against base, prompting and a static vector, on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from tqdm import tqdm
+
+from server.cli.command import ModelCommand, read_prompts
+from server.control.objectives import WeightedSum
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.engine import load_registry
+from server.engines.embedded.rollouts import EngineRolloutSource
+from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from value_models.evaluation import Arm, evaluate_arms
+from value_models.rollouts import RolloutSettings, split_of
+from value_models.store import load_card, save_card, shipped_heads_folder
+from value_models.training import load_training_data, static_vector_head
+
+_STATIC = "static-vector"
+# By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
+_INSTRUCTIONS = {
+    "positive": "Always answer in a very positive, cheerful way.",
+    "plain": "Use short sentences and simple, common words.",
+    "brevity": "Answer in one short sentence.",
+}
+_JUDGES = {
+    "positive": ["afinn", "textblob_polarity"],
+    "plain": ["word_frequency", "dale_chall_easy"],
+    "brevity": ["num_sentences", "num_characters"],
+}
+
+
+class Eval(ModelCommand):
+    """Compare a head with base, prompting and a static vector on held-out prompts."""
+
+    head: CliPositionalArg[str]
+    rollouts: Path = Field(Path("runs/rollouts"), description="run that the static vector is taken from")
+    prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
+    split: Literal["test", "validation"] = "test"
+    formats: list[Literal["chat", "text"]] = Field(["chat"], description="prompting needs a chat to be fair")
+    instruction: str | None = Field(None, description="of the prompting arm; built-in rewards have one")
+    judges: list[str] | None = Field(None, description="built-in rewards have theirs")
+    num_samples: int = Field(4, ge=1, description="responses for each prompt")
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = 1.0
+    top_p: float = 0.95
+    seed: int = 1
+    max_kl: float = Field(0.3, gt=0, le=MAX_KL_NATS, description="budget of every controlled arm, nats a token")
+    stress: bool = Field(False, description="instead, the corners of the allowed ranges: does the text collapse?")
+    out: Path | None = Field(None, description="JSON file to write")
+    update_card: bool = Field(False, description="keep the figures in the head's card")
+
+    def cli_cmd(self) -> None:
+        loaded = self.load()
+        folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
+        card = load_card(folder)
+        prompts = [p for p in read_prompts(self.prompts) if split_of(p.id) == self.split and p.format in self.formats]
+        judges = self.judges or _JUDGES.get(card.reward, [])
+        registry = load_registry(self.heads_dir, loaded)
+        if not self.stress:
+            data = load_training_data(self.rollouts, card.reward, {p.id: p.text for p in prompts})
+            registry = registry.with_head(_STATIC, static_vector_head(data))
+        source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=self.max_batch_size))
+        arms = self._stress_arms(source) if self.stress else self._arms(source, card.reward)
+        with tqdm(total=len(arms), unit="arm") as bar:
+
+            def on_arm(name: str) -> None:
+                bar.set_description(name)
+                bar.update()
+
+            figures = evaluate_arms(arms, prompts, reward_name=card.reward, judges=judges, on_arm=on_arm)
+        result = {
+            "arms": figures,
+            "judges": judges,
+            "num_prompts": len(prompts),
+            "split": self.split,
+            "sampling": self._sampling().model_dump(exclude={"prompts_per_shard"}),
+            "max_kl": self.max_kl,
+            "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "command": shlex.join(["recontrol", *sys.argv[1:]]),
+        }
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(result, indent=2) + "\n")
+        if self.update_card:
+            save_card(folder, card.model_copy(update={"evaluation": result}))
+        _print(figures, judges)
+
+    def _sampling(self) -> RolloutSettings:
+        return RolloutSettings(
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+    def _arms(self, source: EngineRolloutSource, reward: str) -> dict[str, Arm]:
+        instruction = self.instruction or _INSTRUCTIONS.get(reward)
+        head = ControlParams(objective=WeightedSum(weights={self.head: 1.0}), max_kl=self.max_kl)
+        # Three differences of means are more than the budget ever lets through, so it alone sets the strength.
+        static = ControlParams(
+            objective=WeightedSum(weights={_STATIC: 1.0}),
+            step_size=3.0,
+            steps=1,
+            max_kl=self.max_kl,
+            max_shift=MAX_SHIFT_RATIO,
+        )
+        arms = {"base": self._arm(source)}
+        if instruction is not None:
+            arms["prompting"] = self._arm(source, instruction=instruction)
+        arms["static vector"] = self._arm(source, control=static)
+        arms["head"] = self._arm(source, control=head)
+        if instruction is not None:
+            arms["head + prompting"] = self._arm(source, control=head, instruction=instruction)
+        return arms
+
+    def _stress_arms(self, source: EngineRolloutSource) -> dict[str, Arm]:
+        """Base, and the largest steps, shift and budget that a request may ask for, either way."""
+        arms = {"base": self._arm(source)}
+        for weight in (1.0, -1.0):
+            for max_kl in (ControlParams.model_fields["max_kl"].default, MAX_KL_NATS):
+                control = ControlParams(
+                    objective=WeightedSum(weights={self.head: weight}),
+                    step_size=MAX_STEP_SIZE,
+                    steps=MAX_STEPS,
+                    max_kl=max_kl,
+                    max_shift=MAX_SHIFT_RATIO,
+                )
+                arms[f"weight {weight:+.0f}, max_kl {max_kl}"] = self._arm(source, control=control)
+        return arms
+
+    def _arm(
+        self, source: EngineRolloutSource, *, control: ControlParams | None = None, instruction: str | None = None
+    ) -> Arm:
+        return lambda prompts: source.evaluate(prompts, self._sampling(), control=control, instruction=instruction)
+
+
+def _print(figures: dict[str, Any], judges: list[str]) -> None:
+    for arm, values in figures.items():
+        shown = {name: values[name]["mean"] for name in ("reward", *judges, "diversity", "nll", "kl", "finished")}
+        print(f"{arm:24}" + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))

@@ -1,0 +1,130 @@
+"""`recontrol heads list | show | import | table`: value heads as files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from server.cli.command import Command
+from server.errors import UnknownHeadError
+from server.settings import DEFAULT_MODEL
+from value_models.heads import MLPHead
+from value_models.importer import import_pth
+from value_models.store import (
+    CARD_FILE,
+    BaseModelCard,
+    HeadCard,
+    architecture_card,
+    load_card,
+    save_head,
+    shipped_heads_folder,
+)
+
+
+class _HeadsCommand(Command):
+    heads_dir: Path | None = Field(None, description=f"folder of heads; by default those shipped for {DEFAULT_MODEL}")
+
+    @property
+    def folder(self) -> Path:
+        return self.heads_dir or shipped_heads_folder(DEFAULT_MODEL)
+
+    def cards(self) -> list[HeadCard]:
+        return [load_card(path.parent) for path in sorted(self.folder.glob(f"*/{CARD_FILE}"))]
+
+
+class HeadsList(_HeadsCommand):
+    """List the value heads of a folder."""
+
+    def cli_cmd(self) -> None:
+        for card in self.cards():
+            print(f"{card.name:16}{card.base_model.name:28}{card.description}")
+
+
+class HeadsShow(_HeadsCommand):
+    """Print a head's card."""
+
+    name: CliPositionalArg[str]
+
+    def cli_cmd(self) -> None:
+        cards = {card.name: card for card in self.cards()}
+        if self.name not in cards:
+            raise UnknownHeadError(self.name, cards)
+        print(cards[self.name].model_dump_json(indent=2))
+
+
+class HeadsTable(_HeadsCommand):
+    """Print the heads' evaluation as a Markdown table, from their cards."""
+
+    def cli_cmd(self) -> None:
+        print(evaluation_table(self.cards()))
+
+
+class HeadsImport(_HeadsCommand):
+    """Import a value function of the RE-Control paper's code (.pth, two or three layers)."""
+
+    path: CliPositionalArg[Path]
+    name: str
+    base_model: str = Field(description="name of the language model that the head was trained on")
+    description: str = ""
+
+    def cli_cmd(self) -> None:
+        layers = import_pth(self.path)
+        size = layers.hidden_size
+        head = MLPHead(
+            mean_D=torch.zeros(size),
+            scale_D=torch.ones(size),
+            # The paper's network has no linear part beside it.
+            inputs_UD=torch.cat([torch.zeros(1, size), layers.weights[0]]),
+            input_bias_U=torch.cat([torch.zeros(1), layers.biases[0]]),
+            hidden_weights=layers.weights[1:-1],
+            hidden_biases=layers.biases[1:-1],
+            out_weight_H=layers.weights[-1][0],
+            out_bias=layers.biases[-1],
+        )
+        unknown = "unknown: imported"
+        card = HeadCard(
+            name=self.name,
+            description=self.description or f"Imported from {self.path.name}",
+            base_model=BaseModelCard(name=self.base_model, hidden_size=size),
+            architecture=architecture_card(head),
+            normalisation="none",
+            metric="identity",
+            reward=unknown,
+            reward_mean=0.0,
+            reward_scale=1.0,
+            targets=unknown,
+            data={"source": self.path.name},
+            validation={},
+            command=shlex.join(["recontrol", *sys.argv[1:]]),
+        )
+        target = self.folder / self.name
+        save_head(target, head, card)
+        print(f"Imported a {len(layers.weights)}-layer head of hidden size {size} into {target}")
+
+
+def evaluation_table(cards: list[HeadCard]) -> str:
+    """Markdown: a row for each head and arm, figures with 95% intervals over prompts."""
+    lines = [
+        "| head | arm | reward | judges | diversity | nats/token (base) | KL, nats/token (mean) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        if card.evaluation is None:
+            continue
+        for arm, figures in card.evaluation["arms"].items():
+            judges = "; ".join(f"{name} {_interval(figures[name])}" for name in card.evaluation["judges"])
+            lines.append(
+                f"| {card.name} | {arm} | {_interval(figures['reward'])} | {judges} | "
+                f"{figures['diversity']['mean']:.3f} | {figures['nll']['mean']:.2f} | {figures['kl']['mean']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"

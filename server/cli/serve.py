@@ -1,0 +1,72 @@
+"""`recontrol serve` and `recontrol generate`."""
+
+from __future__ import annotations
+
+import uvicorn
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from server.app import create_app
+from server.cli.command import ModelCommand
+from server.control.objectives import WeightedSum
+from server.engines.embedded.engine import encode_chat
+from server.settings import Settings
+from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+
+_GRACE_S = 30
+
+
+class Serve(Settings):
+    """Serve the OpenAI-compatible API."""
+
+    print_config: bool = Field(False, description="print the settings as JSON and exit")
+
+    def cli_cmd(self) -> None:
+        settings = Settings.model_construct(**self.model_dump(exclude={"print_config"}))
+        if self.print_config:
+            print(settings.model_dump_json(indent=2))
+            return
+        uvicorn.run(
+            create_app(settings),
+            host=self.host,
+            port=self.port,
+            log_level=self.log_level,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+
+
+class Generate(ModelCommand):
+    """Generate one response on the command line, with or without control."""
+
+    prompt: CliPositionalArg[str]
+    head: dict[str, float] = Field({}, description="objective as JSON, for example '{\"positive\": 1.0}'")
+    chat: bool = Field(True, description="send the prompt through the model's chat template")
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 0.95
+    seed: int = 0
+    max_kl: float = ControlParams.model_fields["max_kl"].default
+
+    def cli_cmd(self) -> None:
+        control = None
+        if self.head:
+            control = ControlParams(objective=WeightedSum(weights=self.head), max_kl=self.max_kl)
+        loaded = self.load()
+        core = self.core(loaded, with_heads=control is not None)
+        if control is not None:
+            core.registry.check(control.objective.head_names)
+        if self.chat:
+            prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": self.prompt}])
+        else:
+            prompt = loaded.tokenizer(self.prompt)["input_ids"]
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+
+        def emit(chunk: GenerationChunk) -> None:
+            print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
+
+        request = GenerationRequest("generate", tuple(prompt), sampling, control)  # type: ignore[arg-type]
+        core.add(core.sequences(request, emit))
+        while core.has_work:
+            core.step()

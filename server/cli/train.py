@@ -1,0 +1,99 @@
+"""`recontrol rollouts` and `recontrol train`: from prompts to a value head."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+from pydantic import Field
+
+from server.cli.command import Command, ModelCommand, read_prompts
+from server.engines.embedded.rollouts import EngineRolloutSource
+from value_models.rollouts import RolloutSettings, collect_rollouts
+from value_models.store import (
+    NAME_PATTERN,
+    BaseModelCard,
+    HeadCard,
+    architecture_card,
+    save_head,
+    shipped_heads_folder,
+)
+from value_models.training import TrainingData, TrainSettings, load_training_data, train_head
+
+
+class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Sample responses with their hidden states; goes on where a killed run stopped."""
+
+    out: Path = Field(Path("runs/rollouts"), description="folder of the run")
+    prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
+
+    def cli_cmd(self) -> None:
+        prompts = read_prompts(self.prompts)
+        loaded = self.load()
+        source = EngineRolloutSource(loaded, self.core(loaded, with_heads=False))
+        settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
+        collect_rollouts(source, prompts, self.out, settings, show_progress=True)
+        print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
+
+
+class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Fit a value head to rollouts and write it with its card."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
+    reward: str = Field(description="positive, plain, brevity, hf:<folder or hub id>[#label], or module:function")
+    description: str = ""
+    rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
+    prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
+    out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
+
+    def cli_cmd(self) -> None:
+        texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
+        data = load_training_data(self.rollouts, self.reward, texts)
+        settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
+        trained = train_head(data, settings)
+        folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
+        card = HeadCard(
+            name=self.name,
+            description=self.description or f"Higher {self.reward}",
+            base_model=BaseModelCard(**data.base_model),
+            architecture=architecture_card(trained.head),
+            normalisation="mean and standard deviation of each dimension over training states",
+            metric=_metric_text(settings),
+            reward=self.reward,
+            reward_mean=trained.head.reward_mean,
+            reward_scale=trained.head.reward_scale,
+            targets=_targets_text(settings),
+            data=_data(data),
+            validation=trained.figures,
+            command=shlex.join(["recontrol", *sys.argv[1:]]),
+        )
+        save_head(folder, trained.head, card)
+        print(f"{folder}: R2 on validation prompts {trained.figures['r2']['all']:.3f}")
+
+
+def _metric_text(settings: TrainSettings) -> str:
+    if settings.metric == "identity":
+        return "identity"
+    return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity"
+
+
+def _targets_text(settings: TrainSettings) -> str:
+    centred = ", centred by prompt" if settings.center_by_prompt else ""
+    trace = f"({settings.trace})" if settings.targets == "td_lambda" else ""
+    return f"{settings.targets}{trace}{centred}"
+
+
+def _data(data: TrainingData) -> dict[str, object]:
+    responses = Counter(data.split)
+    prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
+               for split in responses}  # fmt: skip
+    return {
+        "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
+        "prompts": prompts,
+        "responses": dict(responses),
+        "tokens": int(data.offsets[-1]),
+        "rollouts": data.manifest["settings"],
+        "prompts_sha256": data.manifest["prompts_sha256"],
+    }
