@@ -121,7 +121,8 @@ class StateEditor:
         return _Edit(
             ascent=ascent,
             scale_R=scale_R,
-            kl_R=kl_R,
+            # No shift, no divergence: what is left of it would be rounding.
+            kl_R=torch.where(ascent.shift_ratio_R > 0, kl_R, 0.0),
             # Scale zero must not meet an infinite shift.
             logit_shift_RV=torch.where(scale_R[:, None] > 0, scale_R[:, None] * delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),

@@ -104,12 +104,14 @@ class EngineCore:
     def add(self, sequences: list[Sequence]) -> None:
         self._scheduler.waiting.extend(sequences)
 
+    @torch.inference_mode()
     def abort(self, request_id: str) -> None:
         """End a request's choices wherever they are; each gets its one finish reason."""
         for sequence in self._scheduler.sequences():
             if sequence.request.request_id == request_id:
                 self._finish(sequence, FinishReason.ABORT)
 
+    @torch.inference_mode()
     def abort_all(self, reason: FinishReason = FinishReason.ABORT) -> None:
         for sequence in self._scheduler.sequences():
             self._finish(sequence, reason)

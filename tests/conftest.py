@@ -1,0 +1,185 @@
+"""Tiny random models of several architectures, a byte-level tokenizer, and random heads: all made here, offline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from server.control.registry import HeadRegistry
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.loader import LoadedModel, load_model
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
+from value_models.heads import LinearHead, MLPHead, ValueHead
+
+HIDDEN = 32
+VOCAB = 258
+EOS = 256
+_SHARED = {"vocab_size": VOCAB, "bos_token_id": 257, "eos_token_id": EOS, "pad_token_id": EOS}
+_ROPE = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, **_SHARED}  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_ROPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_ROPE, tie_word_embeddings=False),
+    "gemma2": lambda: Gemma2Config(**_ROPE, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; 256 ends a text, 257 begins one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return fast
+
+
+def make_model_folder(folder: Path, architecture: str = "llama") -> Path:
+    """A random model as any user's folder would be: config, safetensors, tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than the usual initialisation, so that tokens differ and attention matters.
+            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(architecture: str = "llama") -> Path:
+        if architecture not in made:
+            made[architecture] = make_model_folder(tmp_path_factory.mktemp("models") / architecture, architecture)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., LoadedModel]:
+    def load(architecture: str = "llama", dtype: str = "float32") -> LoadedModel:
+        return load_model(str(model_folder(architecture)), device="cpu", dtype=dtype)
+
+    return load
+
+
+def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int = HIDDEN) -> MLPHead:
+    """A head with a random metric, strong enough to move a tiny model's distribution."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    inputs = normal(widths[0] + 1, hidden_size) / hidden_size**0.5
+    root = normal(hidden_size, hidden_size) / hidden_size**0.5
+    return MLPHead(
+        mean_D=normal(hidden_size) * 0.1,
+        scale_D=normal(hidden_size).abs() + 0.5,
+        inputs_UD=inputs,
+        input_bias_U=torch.cat([torch.zeros(1), normal(widths[0]) * 0.1]),
+        ascent_UD=inputs @ (root @ root.T),
+        hidden_weights=[normal(b, a) / a**0.5 for a, b in itertools.pairwise(widths)],
+        hidden_biases=[normal(b) * 0.1 for b in widths[1:]],
+        out_weight_H=normal(widths[-1]),
+        out_bias=normal(1)[0],
+        reward_mean=0.3,
+        reward_scale=2.0,
+    )
+
+
+def random_linear_head(seed: int) -> LinearHead:
+    rng = torch.Generator().manual_seed(seed)
+    return LinearHead(
+        mean_D=torch.zeros(HIDDEN),
+        scale_D=torch.ones(HIDDEN),
+        inputs_UD=torch.randn(1, HIDDEN, generator=rng),
+        input_bias_U=torch.zeros(1),
+    )
+
+
+@pytest.fixture(scope="session")
+def heads() -> dict[str, ValueHead]:
+    return {
+        "good": random_head(1),
+        "deep": random_head(2, widths=(16, 12)),
+        "line": random_linear_head(3),
+    }
+
+
+@pytest.fixture
+def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
+    def make(architecture: str = "llama", *, dtype: str = "float32", **options: int) -> EngineCore:
+        options = {"max_batch_size": 8, "prefill_chunk_tokens": 16, **options}
+        return EngineCore(load_tiny(architecture, dtype), HeadRegistry(heads), **options)
+
+    return make
+
+
+@pytest.fixture
+def core(make_core: Callable[..., EngineCore]) -> EngineCore:
+    return make_core()
+
+
+class Collected:
+    """What one choice gave."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.chunks: list[GenerationChunk] = []
+        self.finish_reasons: list[FinishReason] = []
+
+    def add(self, chunk: GenerationChunk) -> None:
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.chunks.append(chunk)
+        if chunk.finish_reason is not None:
+            self.finish_reasons.append(chunk.finish_reason)
+
+
+Results = dict[tuple[str, int], Collected]
+
+
+def run(core: EngineCore, requests: list[GenerationRequest], *, steps_between: int = 0) -> Results:
+    """Drive requests to their end, one joining every `steps_between` steps (0: all at once)."""
+    results: Results = {}
+    pending = list(requests)
+    while pending or core.has_work:
+        while pending:
+            request = pending.pop(0)
+
+            def emit(chunk: GenerationChunk, request_id: str = request.request_id) -> None:
+                results.setdefault((request_id, chunk.index), Collected()).add(chunk)
+
+            core.add(core.sequences(request, emit))
+            if steps_between:
+                break
+        for _ in range(max(steps_between, 1)):
+            core.step()
+    return results
+
+
+def control(weights: dict[str, float], **options: float) -> ControlParams:
+    return ControlParams.model_validate({"objective": {"weights": weights}, **options})

@@ -1,0 +1,185 @@
+"""The laws of the edit, on a random LM head."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.control.editor import StateEditor
+from server.control.plan import EditPlan
+from server.control.registry import HeadRegistry
+from server.types import ControlParams
+from tests.conftest import HIDDEN, control
+from value_models.heads import ValueHead
+from value_models.linear import PackedLinear
+
+VOCAB = 400
+
+
+class LinearUnembedding:
+    def __init__(self, softcap: float | None = None) -> None:
+        self._linear = PackedLinear(torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9)))
+        self._softcap = softcap
+
+    @property
+    def is_linear(self) -> bool:
+        return self._softcap is None
+
+    def project(self, hidden_MD: Tensor) -> Tensor:
+        return self._linear(hidden_MD)
+
+    def finish(self, projected_MV: Tensor) -> Tensor:
+        return projected_MV if self._softcap is None else self._softcap * torch.tanh(projected_MV / self._softcap)
+
+
+@pytest.fixture
+def registry(heads: dict[str, ValueHead]) -> HeadRegistry:
+    return HeadRegistry(heads)
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(4))
+
+
+UNEMBEDDING = LinearUnembedding()
+EDITOR = StateEditor(UNEMBEDDING)
+STRONG = {"step_size": 10.0, "steps": 100, "max_shift": 2.0}
+NULL_CONTROLS = [
+    control({"good": 1.0}, steps=0),
+    control({"good": 1.0}, step_size=0.0),
+    control({"good": 0.0}),
+    control({"good": 0.0, "line": 0.0}),
+]
+
+
+def plan_of(registry: HeadRegistry, rows: list[ControlParams | None]) -> EditPlan:
+    return EditPlan.from_rows(rows, registry)
+
+
+def naive_ascent(head: ValueHead, state: Tensor, params: ControlParams, weight: float) -> Tensor:
+    """The method as the paper states it, one step at a time in the state itself."""
+    start = state.clone()
+    for _ in range(params.steps):
+        _, slope = head.readout(head.units(state[None]))
+        state = state + params.step_size * weight * (slope @ head.folded_ascent())[0]
+    shift = state - start
+    return start + shift * min(1.0, params.max_shift * float(start.norm()) / max(float(shift.norm()), 1e-12))
+
+
+@pytest.mark.parametrize("params", NULL_CONTROLS)
+def test_null_control_gives_the_base_models_logits_bit_for_bit(
+    registry: HeadRegistry, hidden: Tensor, params: ControlParams
+) -> None:
+    base = UNEMBEDDING.project(hidden)
+    logits, (stats,) = EDITOR.logits(hidden, plan_of(registry, [params] * 7))
+    assert torch.equal(logits, base)
+    assert not stats.kl_R.any()
+    assert torch.equal(stats.values_before_RK, stats.values_after_RK)
+
+
+def test_rows_outside_the_plan_are_bit_identical(registry: HeadRegistry, hidden: Tensor) -> None:
+    plan = plan_of(registry, [None, control({"good": 1.0}), None, None, control({"line": 1.0}), None, None])
+    logits, _ = EDITOR.logits(hidden, plan)
+    edited, _ = EDITOR.edit(hidden, plan)
+    free = [0, 2, 3, 5, 6]
+    assert torch.equal(logits[free], UNEMBEDDING.project(hidden)[free])
+    assert torch.equal(edited[free], hidden[free])
+    assert not torch.equal(edited[[1, 4]], hidden[[1, 4]])
+
+
+@pytest.mark.parametrize("name", ["good", "deep", "line"])
+def test_the_loop_over_units_equals_steps_in_the_state(registry: HeadRegistry, hidden: Tensor, name: str) -> None:
+    params = control({name: -0.7}, step_size=0.01, steps=9, max_kl=1.0, max_shift=2.0)
+    edited, (stats,) = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
+    head = registry.stack((name,)).heads[0]
+    assert not stats.is_budget_limited_R.any()
+    for i in range(7):
+        torch.testing.assert_close(edited[i], naive_ascent(head, hidden[i], params, -0.7), rtol=1e-4, atol=1e-4)
+
+
+def test_several_heads_ascend_their_weighted_sum(registry: HeadRegistry, hidden: Tensor) -> None:
+    params = control({"good": 1.0, "deep": -2.0}, step_size=1e-3, steps=1, max_kl=1.0, max_shift=2.0)
+    edited, _ = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
+    stack = registry.stack(("deep", "good"))
+    expected = hidden.clone()
+    for head, weight in zip(stack.heads, (-2.0, 1.0), strict=True):
+        expected += 1e-3 * weight * (head.readout(head.units(hidden))[1] @ head.folded_ascent())
+    torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("max_kl", [0.01, 0.3, 1.0])
+def test_the_divergence_of_what_is_sampled_never_exceeds_the_budget(
+    registry: HeadRegistry, hidden: Tensor, softcap: float | None, max_kl: float
+) -> None:
+    unembedding = LinearUnembedding(softcap)
+    plan = plan_of(registry, [control({name: 1.0}, max_kl=max_kl, **STRONG) for name in ("good", "deep", "line")] * 2)
+    logits, stats = StateEditor(unembedding).logits(hidden[:6], plan)
+    log_base = unembedding.finish(unembedding.project(hidden[:6])).double().log_softmax(-1)
+    log_moved = logits.double().log_softmax(-1)
+    kl = (log_moved.exp() * (log_moved - log_base)).sum(-1)
+    assert (kl <= max_kl).all()
+    assert kl.max() > 0.5 * max_kl
+    for group in stats:
+        torch.testing.assert_close(group.kl_R.double(), kl[group.group.rows_R], rtol=1e-3, atol=1e-5)
+
+
+def test_the_shift_never_exceeds_its_share_of_the_state(registry: HeadRegistry, hidden: Tensor) -> None:
+    params = control({"good": 1.0}, step_size=10.0, steps=50, max_shift=0.05, max_kl=1.0)
+    edited, (stats,) = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
+    ratio = (edited - hidden).norm(dim=-1) / hidden.norm(dim=-1)
+    assert (ratio <= 0.05 * (1 + 1e-4)).all()
+    torch.testing.assert_close(stats.shift_ratio_R, ratio, rtol=1e-3, atol=1e-5)
+
+
+def test_a_rows_edit_is_the_same_bits_alone_and_among_others(registry: HeadRegistry, hidden: Tensor) -> None:
+    rows = [
+        control({"good": 1.0}),
+        control({"good": 1.0, "line": -1.0}, step_size=2.0),
+        None,
+        control({"good": -3.0}, steps=40, max_kl=0.05),
+        control({"deep": 1.0}, max_shift=0.1),
+        control({"line": 5.0, "good": 0.1}, steps=1),
+        control({"good": 1.0}, steps=0),
+    ]
+    whole, _ = EDITOR.logits(hidden, plan_of(registry, rows))
+    for order in (torch.arange(7).flip(0), torch.tensor([3, 0]), torch.tensor([5, 4, 1])):
+        some, _ = EDITOR.logits(hidden[order], plan_of(registry, [rows[i] for i in order.tolist()]))
+        assert torch.equal(some, whole[order])
+    for i in range(7):
+        alone, _ = EDITOR.logits(hidden[[i, i]], plan_of(registry, [rows[i]] * 2))
+        assert torch.equal(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_nonfinite_edit_keeps_the_state_is_counted_and_touches_no_neighbour(hidden: Tensor, bad: float) -> None:
+    broken = control({"broken": 1.0})
+    good = control({"good": 1.0})
+    heads = {"good": _head(), "broken": _head()}
+    heads["broken"].ascent_UD.fill_(bad)
+    logits, stats = EDITOR.logits(hidden, plan_of(HeadRegistry(heads), [good, broken, good, broken, None, None, None]))
+    alone, _ = EDITOR.logits(hidden, plan_of(HeadRegistry(heads), [good, None, good, None, None, None, None]))
+    assert torch.equal(logits, alone)
+    by_head = {group.group.stack.names: group for group in stats}
+    assert by_head["broken",].is_nonfinite_R.all()
+    assert not by_head["good",].is_nonfinite_R.any()
+
+
+def _head() -> ValueHead:
+    from tests.conftest import random_head
+
+    return random_head(5)
+
+
+def test_control_raises_the_predicted_value_and_a_negative_weight_lowers_it(
+    registry: HeadRegistry, hidden: Tensor
+) -> None:
+    for weight in (1.0, -1.0):
+        params = control({"good": weight}, step_size=0.05)
+        _, (stats,) = EDITOR.logits(hidden, plan_of(registry, [params] * 7))
+        assert ((stats.values_after_RK - stats.values_before_RK) * weight > 0).all()
+
+
+def test_many_kinds_of_rows_need_one_group_for_each_set_of_heads(registry: HeadRegistry) -> None:
+    rows = [control({"good": w}, steps=s) for w in (1.0, -1.0) for s in (1, 5)] + [control({"line": 1.0, "good": 2.0})]
+    assert len(plan_of(registry, rows).groups) == 2

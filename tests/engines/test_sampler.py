@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from server.engines.embedded.sampler import RowSampling, sample, uniform
+
+
+def rows(count: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> list[RowSampling]:
+    return [RowSampling(temperature, top_p, top_k, (7, i)) for i in range(count)]
+
+
+def draw(probs: list[float], count: int, **options: float) -> list[float]:
+    logits = torch.tensor(probs).log().expand(count, -1).contiguous()
+    drawn = sample(logits, rows(count, **options), [0] * count)  # type: ignore[arg-type]
+    return (torch.bincount(drawn, minlength=len(probs)) / count).tolist()
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    probs = [0.5, 0.3, 0.15, 0.05]
+    assert draw(probs, 20_000) == pytest.approx(probs, abs=0.015)
+
+
+def test_temperature_sharpens_it() -> None:
+    squared = torch.tensor([0.5, 0.3, 0.2]).square()
+    assert draw([0.5, 0.3, 0.2], 20_000, temperature=0.5) == pytest.approx(
+        (squared / squared.sum()).tolist(), abs=0.015
+    )
+
+
+def test_top_k_keeps_the_k_most_likely() -> None:
+    assert draw([0.4, 0.1, 0.3, 0.2], 5_000, top_k=2) == pytest.approx([4 / 7, 0, 3 / 7, 0], abs=0.03)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.39, 1), (0.69, 2), (0.71, 3), (0.95, 4)])
+def test_top_p_keeps_the_smallest_set_that_holds_p(top_p: float, kept: int) -> None:
+    assert sum(share > 0 for share in draw([0.4, 0.1, 0.3, 0.2], 2_000, top_p=top_p)) == kept
+
+
+def test_temperature_zero_is_greedy() -> None:
+    logits = torch.randn(5, 50)
+    assert torch.equal(sample(logits, rows(5, temperature=0.0), [0] * 5), logits.argmax(-1))
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.full((4000, 3), -float("inf"))
+    logits[:, 1] = 0.0
+    assert (sample(logits, rows(4000), [0] * 4000) == 1).all()
+
+
+def test_a_row_is_drawn_alike_whatever_the_others_ask_for() -> None:
+    logits = torch.randn(6, 3000)
+    mixed = [RowSampling(t, p, k, (3, i)) for i, (t, p, k) in enumerate(
+        [(1.0, 0.9, 0), (0.0, 1.0, 0), (0.5, 1.0, 40), (1.5, 0.5, 7), (1.0, 1.0, 0), (0.8, 0.99, 0)])]  # fmt: skip
+    whole = sample(logits, mixed, [5] * 6)
+    for i in range(6):
+        assert sample(logits[[i, i]], [mixed[i]] * 2, [5, 5])[0] == whole[i]
+
+
+def test_the_stream_depends_on_seed_choice_and_position_alone() -> None:
+    assert uniform((1, 2), 3) == uniform((1, 2), 3)
+    others = {uniform(stream, position) for stream in ((1, 2), (2, 1), (-1, 2)) for position in (3, 4)}
+    assert len(others) == 6
+    assert all(0 <= u < 1 for u in others)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from tests.conftest import random_head, random_linear_head
+from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
+
+HEADS = [random_head(0), random_head(1, widths=(16, 12)), random_head(2, widths=(8, 8, 8)), random_linear_head(3)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_closed_form_gradient_equals_autograd(head: ValueHead) -> None:
+    hidden = torch.randn(5, head.hidden_size)
+    value, grad = head.value_and_grad(hidden)
+    leaf = hidden.clone().requires_grad_()
+    # The head's own forward pass in plain operations, so that autograd can follow it.
+    x = (leaf - head.mean_D) / head.scale_D
+    z = x @ head.inputs_UD.T + head.input_bias_U
+    expected = head.reward_mean + head.reward_scale * _forward(head, z)
+    expected.sum().backward()
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def _forward(head: ValueHead, z: torch.Tensor) -> torch.Tensor:
+    if not isinstance(head, MLPHead):
+        return z[:, 0]
+    tensors, active = head.state_dict(), z[:, 1:].relu()
+    for i in range(sum(name.startswith("hidden_weight_") for name in tensors)):
+        active = (active @ tensors[f"hidden_weight_{i}"].T + tensors[f"hidden_bias_{i}"]).relu()
+    return z[:, 0] + active @ head.out_weight_H + head.out_bias
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_gradient_equals_finite_differences(head: ValueHead) -> None:
+    hidden, direction = torch.randn(4, head.hidden_size), torch.randn(4, head.hidden_size)
+    step = 1e-3
+    slope = (head.value(hidden + step * direction) - head.value(hidden - step * direction)) / (2 * step)
+    _, grad = head.value_and_grad(hidden)
+    # A ReLU may switch within the step in one row; not in most.
+    error = (slope - (grad * direction).sum(-1)).abs()
+    assert error.median() < 1e-2
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_survives_its_state_dict(head: ValueHead) -> None:
+    again = head_from_tensors(head.type_name, dict(head.state_dict()))
+    hidden = torch.randn(3, head.hidden_size)
+    assert torch.equal(again.value(hidden), head.value(hidden))
+
+
+def test_heads_are_frozen() -> None:
+    assert not list(random_head(0).parameters())
+    assert not random_head(0).value(torch.randn(2, 32)).requires_grad
+
+
+@pytest.mark.parametrize("name", ["mean_D", "inputs_UD", "out_weight_H"])
+def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
+    tensors = dict(random_head(0).state_dict())
+    without = {key: value for key, value in tensors.items() if key != name}
+    with pytest.raises(HeadShapeError, match=name):
+        head_from_tensors("mlp", without)
+    with pytest.raises(HeadShapeError):
+        head_from_tensors("mlp", {**tensors, name: torch.zeros(3, 3)})
+
+
+def test_an_unknown_type_or_an_unused_tensor_is_refused() -> None:
+    tensors = dict(random_head(0).state_dict())
+    with pytest.raises(HeadShapeError, match="known: linear, mlp"):
+        head_from_tensors("transformer", tensors)
+    with pytest.raises(HeadShapeError, match="extra"):
+        head_from_tensors("mlp", {**tensors, "extra": torch.zeros(1)})
