@@ -1,8 +1,8 @@
 """Fitting a value head to rollouts: rewards, targets, normalisation, metric, and a small network with early stopping.
 
-The linear part starts at the ridge solution, which is exact; the network beside it then learns what is left. Splits are
-by prompt, so validation figures are on prompts that the fit has not seen. Knows nothing of language models or servers.
-Enter at `load_training_data` and `train_head`.
+The linear part is the ridge solution, which is exact; hidden layers, if any, start from it and learn what is left.
+Splits are by prompt, so validation figures are on prompts that the fit has not seen. Knows nothing of language models
+or servers. Enter at `load_training_data` and `train_head`.
 
 Shapes: N tokens of all responses one after the other, B responses, T longest response, D hidden size, H head width.
 """
@@ -38,9 +38,9 @@ class TrainSettings(BaseModel):
     targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
     trace: float = Field(0.95, ge=0, le=1, description="lambda of td_lambda")
     center_by_prompt: bool = Field(True, description="subtract each prompt's mean reward")
-    hidden_widths: tuple[int, ...] = Field((256,), min_length=1, description="widths of the hidden layers")
+    hidden_widths: tuple[int, ...] = Field((), description="hidden layers beside the linear part; none by default")
     metric: Literal["covariance", "identity"] = "covariance"
-    shrinkage: float = Field(0.05, ge=0, le=1, description="share of the identity in the covariance metric")
+    shrinkage: float = Field(0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(0.01, gt=0, description="of the linear part, relative to unit variance")
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -121,14 +121,14 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     target_N = standard_B[data.response_of_tokens()]
 
     linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
-    network = _Network(linear_D, settings.hidden_widths)
-    best_loss = _fit(network, data, moments, standard_B, settings, train_N, validation_N)
-
-    metric_DD = moments.correlation_DD if settings.metric == "covariance" else torch.eye(len(linear_D))
-    metric_DD = (1 - settings.shrinkage) * metric_DD + settings.shrinkage * torch.eye(len(linear_D))
-    head = network.head(moments, metric_DD if settings.metric == "covariance" else None, mean, scale)
+    metric_DD = moments.metric(settings.shrinkage) if settings.metric == "covariance" else None
+    if settings.hidden_widths:
+        network = _Network(linear_D, settings.hidden_widths)
+        _fit(network, data, moments, standard_B, settings, train_N, validation_N)
+        head = network.head(moments, metric_DD, mean, scale)
+    else:
+        head = moments.linear_head(linear_D, metric_DD, mean, scale)
     figures = {
-        "loss": best_loss,
         "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
         "num_train_tokens": len(train_N),
         "num_validation_tokens": len(validation_N),
@@ -188,6 +188,21 @@ class _Moments:
         regularised_DD = self.correlation_DD + penalty * torch.eye(len(product_D))
         return torch.linalg.solve(regularised_DD, product_D / len(tokens_N))
 
+    def metric(self, shrinkage: float) -> Tensor:
+        """[D, D]: the correlation matrix, shrunk towards the identity."""
+        return (1 - shrinkage) * self.correlation_DD + shrinkage * torch.eye(len(self.mean_D))
+
+    def linear_head(self, linear_D: Tensor, metric_DD: Tensor | None, mean: float, scale: float) -> LinearHead:
+        return LinearHead(
+            mean_D=self.mean_D,
+            scale_D=self.scale_D,
+            inputs_UD=linear_D[None],
+            input_bias_U=torch.zeros(1),
+            ascent_UD=None if metric_DD is None else (linear_D @ metric_DD)[None],
+            reward_mean=mean,
+            reward_scale=scale,
+        )
+
 
 class _Network(nn.Module):
     """The trainable twin of `MLPHead`."""
@@ -235,8 +250,8 @@ def _fit(
     settings: TrainSettings,
     train_N: Tensor,
     validation_N: Tensor,
-) -> float:
-    """Minimise the squared error with early stopping; leaves the best weights in the network, returns their loss."""
+) -> None:
+    """Minimise the squared error with early stopping; leaves the best weights in the network."""
     decayed = [p for name, p in network.named_parameters() if name.endswith("weight")]
     others = [p for name, p in network.named_parameters() if not name.endswith("weight")]
     optimiser = torch.optim.AdamW(
@@ -265,7 +280,6 @@ def _fit(
             if waited >= settings.patience:
                 break
     network.load_state_dict(best_state)
-    return best_loss
 
 
 def _targets(

@@ -1,0 +1,62 @@
+"""Clients of an app over the fake engine, in process and over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.engines.fake import FakeEngine
+from server.settings import Settings
+from server.telemetry import Telemetry
+
+
+@pytest.fixture
+def make_app() -> Callable[..., FastAPI]:
+    def make(**options: Any) -> FastAPI:
+        telemetry = Telemetry()
+        settings = Settings(max_body_bytes=100_000)
+        return create_app(settings, FakeEngine(observer=telemetry, **options), telemetry)
+
+    return make
+
+
+@pytest.fixture
+def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
+    with TestClient(make_app()) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app on a free port of this machine; its base URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def complete(client: TestClient, **body: Any) -> httpx.Response:
+    return client.post("/v1/completions", json={"model": "fake", "prompt": "hello", **body})
+
+
+def chat(client: TestClient, **body: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": "hello"}]
+    return client.post("/v1/chat/completions", json={"model": "fake", "messages": messages, **body})

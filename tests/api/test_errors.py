@@ -1,0 +1,224 @@
+"""Bad input: a clear error that names the field, and the next request works."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from tests.api.conftest import chat, complete
+
+BAD_NUMBERS = [-1, float("nan"), float("inf"), 1e308, True, "1"]
+BAD_FIELDS = [
+    *[("temperature", value) for value in BAD_NUMBERS],
+    *[("top_p", value) for value in [0, 1.1, *BAD_NUMBERS]],
+    *[("max_tokens", value) for value in [1.5, 2**70, *BAD_NUMBERS]],
+    *[("n", value) for value in [0, 10**6, 1.0, *BAD_NUMBERS]],
+    *[("top_k", value) for value in [-2, 2**70, 1.5, True]],
+    *[("seed", value) for value in [2**63, 1.5, True, "1"]],
+    *[("logprobs", value) for value in [21, *BAD_NUMBERS]],
+    *[("stop", value) for value in ["", [""], ["a"] * 5, ["a"] * 500_000, "a" * 257, 3, [1]]],
+    *[("stream", value) for value in [1, "true"]],
+    *[("stream_options", value) for value in [{"include_usage": True}, {"x": 1}, 3]],
+    *[("user", value) for value in ["u" * 257, 3]],
+    *[("best_of", 2), ("suffix", "x"), ("echo", "yes"), ("logit_bias", {}), ("presence_penalty", 1.0)],
+]
+BAD_PROMPTS: list[Any] = [
+    "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
+]  # fmt: skip
+BAD_CONTROLS: list[tuple[str, Any]] = [
+    ("control.objective", {}),
+    ("control.objective", {"objective": {"weights": {}}}),
+    ("control.objective.type", {"objective": {"type": "sum", "weights": {"plain": 1}}}),
+    *[
+        ("control.objective.weights", {"objective": {"weights": {"plain": w}}})
+        for w in [float("nan"), 1e308, True, "1"]
+    ],
+    *[("control.step_size", {"step_size": v}) for v in [11, *BAD_NUMBERS]],
+    *[("control.steps", {"steps": v}) for v in [101, 1.5, *BAD_NUMBERS]],
+    *[("control.max_kl", {"max_kl": v}) for v in [0, 1.01, None, *BAD_NUMBERS]],
+    *[("control.max_shift", {"max_shift": v}) for v in [0, 2.01, *BAD_NUMBERS]],
+    ("control.gate", {"gate": 1}),
+    ("control", 3),
+]
+
+
+def post(client: TestClient, body: dict[str, Any]) -> Any:
+    """As json, but with Python's NaN and Infinity, which a hostile client can send."""
+    content = json.dumps(body).encode()
+    return client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+
+
+def assert_refused(client: TestClient, response: Any, field: str, status: int = 400) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] is None or error["param"].startswith(field.split(".", maxsplit=1)[0]), error
+    assert field in error["message"], error
+    assert complete(client).status_code == 200
+
+
+@pytest.fixture
+def client(make_app: Callable[..., FastAPI]) -> Any:
+    # A limit large enough for 500,000 stop strings to reach the schema.
+    app = make_app()
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS, ids=lambda v: str(v)[:24])
+def test_a_bad_field_is_refused_by_name(client: TestClient, field: str, value: Any) -> None:
+    response = post(client, {"model": "fake", "prompt": "hi", field: value})
+    if response.status_code == 413:
+        return
+    assert_refused(client, response, field)
+
+
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda v: str(v)[:24])
+def test_a_bad_prompt_is_refused_and_the_next_request_works(client: TestClient, prompt: Any) -> None:
+    assert_refused(client, post(client, {"model": "fake", "prompt": prompt}), "prompt")
+
+
+@pytest.mark.parametrize(("field", "control"), BAD_CONTROLS, ids=lambda v: str(v)[:40])
+def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, control: Any) -> None:
+    if isinstance(control, dict) and control and "objective" not in control:
+        control = {"objective": {"weights": {"plain": 1.0}}, **control}
+    assert_refused(client, post(client, {"model": "fake", "prompt": "hi", "control": control}), field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("messages", []),
+        ("messages.0.role", [{"role": "tool", "content": "x"}]),
+        ("messages.0.name", [{"role": "user", "content": "x", "name": "me"}]),
+        ("messages.0.content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+        ("messages.0.content", [{"role": "user", "content": None}]),
+        ("tools", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("chat_template", "{{ 1 }}"),
+        ("chat_template_kwargs", {"tokenize": True}),
+        ("top_logprobs", 3),
+        ("max_tokens", 0),
+    ],
+)
+def test_what_chat_does_not_serve_is_refused_with_a_reason(client: TestClient, field: str, value: Any) -> None:
+    assert_refused(client, chat(client, **{field.partition(".")[0]: value}), field)
+
+
+def test_two_different_limits_are_refused(client: TestClient) -> None:
+    assert_refused(client, chat(client, max_tokens=3, max_completion_tokens=4), "max_tokens")
+
+
+@pytest.mark.parametrize("head", ["nobody", "plain.x"])
+def test_an_unknown_head_is_a_404_that_lists_the_known(client: TestClient, head: str) -> None:
+    response = complete(client, control={"objective": {"weights": {head: 1.0}}})
+    assert response.status_code == 404
+    assert "plain, positive" in response.json()["error"]["message"]
+    assert complete(client, model=f"fake@{head}").status_code == 404
+    assert client.get(f"/v1/heads/{head}").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["../etc/passwd", "/etc/passwd", "http://x/y"])
+def test_a_head_given_as_a_path_is_never_opened(client: TestClient, path: str) -> None:
+    assert complete(client, control={"objective": {"weights": {path: 1.0}}}).status_code == 400
+    assert complete(client, model=f"fake@{path}").status_code == 404
+
+
+@pytest.mark.parametrize("model", ["nope", "fake@", "@fake", "FAKE"])
+def test_an_unknown_model_is_a_404_that_lists_the_known(client: TestClient, model: str) -> None:
+    response = complete(client, model=model)
+    assert response.status_code == 404
+    assert "fake" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b"null", 400),
+        (b"", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 10_000 + b"]" * 10_000, 400),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400),
+        (b" " * 200_000, 413),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(client: TestClient, content: bytes, status: int) -> None:
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+    assert complete(client).status_code == 200
+
+
+def test_a_large_body_without_a_length_is_stopped_while_it_is_read(client: TestClient) -> None:
+    response = client.post("/v1/completions", content=(b" " * 10_000 for _ in range(20)))
+    assert response.status_code == 413
+
+
+def test_too_much_in_all_is_refused_at_once(client: TestClient) -> None:
+    assert complete(client, prompt=["a"] * 64, n=128).status_code == 400
+    assert complete(client, n=128, max_tokens=4000).status_code == 400
+    response = complete(client, max_tokens=4096)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_zero_tokens_need_echo(client: TestClient) -> None:
+    assert_refused(client, complete(client, max_tokens=0), "max_tokens")
+
+
+def test_unknown_routes_and_methods_have_the_same_error_body(client: TestClient) -> None:
+    assert client.get("/nope").json()["error"]["message"] == "There is no GET /nope."
+    assert client.get("/v1/completions").status_code == 405
+    assert "error" in client.get("/v1/completions").json()
+
+
+def test_a_failure_inside_says_nothing_of_the_inside(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app()
+    app.state.engine.generate = lambda _: 1 / 0
+    with TestClient(app, raise_server_exceptions=False) as client:
+        response = complete(client)
+    assert response.status_code == 500
+    message = response.json()["error"]["message"]
+    assert "division" not in message
+    assert response.headers["x-request-id"] in message
+
+
+def test_a_choice_that_fails_is_a_500_or_an_error_event(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(fail_after=2)) as client:
+        assert complete(client).status_code == 500
+        streamed = complete(client, stream=True).text.split("\n\n")
+    assert '"error"' in streamed[-3]
+    assert streamed[-2] == "data: [DONE]"
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app(max_open=0)
+    with TestClient(app) as client:
+        response = complete(client)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+
+
+def test_when_a_later_prompt_is_refused_the_earlier_ones_are_let_go(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app(max_open=2)
+    with TestClient(app) as client:
+        assert complete(client, prompt=["a", "b", "c"]).status_code == 429
+        assert app.state.engine.num_open == 0
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("abc-1", True), ("a" * 65, False), ("a b", False), ("x%0ay", False)])
+def test_a_request_id_is_reflected_only_if_harmless(client: TestClient, given: str, is_kept: bool) -> None:
+    response = client.get("/health", headers={"x-request-id": given})
+    assert (response.headers["x-request-id"] == given) == is_kept
+
+
+def test_a_users_line_break_never_makes_a_second_log_line(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="recontrol.access"):
+        complete(client, user="me\nFAKE LINE\x1b[31m")
+    (record,) = [r for r in caplog.records if r.name == "recontrol.access"]
+    assert "\n" not in record.getMessage()
+    assert "\x1b" not in record.getMessage()

@@ -1,0 +1,63 @@
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from server.telemetry import Telemetry
+from tests.api.conftest import complete
+
+NAMES = {
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "prompt_tokens",
+    "generation_tokens", "request_success", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+    "request_prompt_tokens", "request_generation_tokens", "edit_duration_seconds", "controlled_tokens",
+    "value_before", "value_after", "edit_kl", "edit_shift_ratio", "budget_limited_tokens", "nonfinite_edits",
+}  # fmt: skip
+
+
+def scrape(client: TestClient) -> dict[tuple[str, str], float]:
+    """(sample name, value of its second label) -> value, read by prometheus_client's own parser."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        (sample.name, next((v for k, v in sample.labels.items() if k != "model_name"), "")): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_the_exposition_parses_and_has_every_metric_from_the_start(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app()) as client:
+        text = client.get("/metrics").text
+        names = {family.name for family in text_string_to_metric_families(text)}
+        assert names >= {f"recontrol_{name}" for name in NAMES}
+        assert scrape(client)["recontrol_controlled_tokens_total", "plain"] == 0
+        assert scrape(client)["recontrol_request_success_total", "stop"] == 0
+
+
+def test_tokens_requests_and_controlled_tokens_are_counted(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app()) as client:
+        complete(client, max_tokens=5)
+        complete(client, max_tokens=7, model="fake@plain")
+        counts = scrape(client)
+    assert counts["recontrol_generation_tokens_total", ""] == 12
+    assert counts["recontrol_prompt_tokens_total", ""] == 10
+    assert counts["recontrol_request_success_total", "length"] == 2
+    assert counts["recontrol_controlled_tokens_total", "plain"] == 7
+    assert counts["recontrol_controlled_tokens_total", "positive"] == 0
+    assert counts["recontrol_time_to_first_token_seconds_count", ""] == 2
+
+
+def test_a_name_from_a_request_never_becomes_a_label(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app()) as client:
+        complete(client, model="fake@<script>", user="evil-user")
+        text = client.get("/metrics").text
+    assert "script" not in text
+    assert "evil" not in text
+
+
+def test_two_telemetries_do_not_share_anything() -> None:
+    first, second = Telemetry(), Telemetry()
+    first.bind("m", ["h"])
+    assert b'head="h"' in first.render()
+    assert b'head="h"' not in second.render()

@@ -1,0 +1,72 @@
+"""What needs a real connection: the OpenAI SDK, and clients that leave."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from tests.api.conftest import serving
+
+CONTROL = {"control": {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3}}
+
+
+@pytest.fixture
+def sdk(make_app: Callable[..., FastAPI]) -> Iterator[openai.OpenAI]:
+    with serving(make_app()) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        yield client
+
+
+def test_the_openai_sdk_completes_with_and_without_control_streaming_and_not(sdk: openai.OpenAI) -> None:
+    for extra in (None, CONTROL):
+        whole = sdk.completions.create(model="fake", prompt="hi", max_tokens=9, seed=1, extra_body=extra)
+        stream = sdk.completions.create(model="fake", prompt="hi", max_tokens=9, seed=1, stream=True, extra_body=extra)
+        assert "".join(event.choices[0].text for event in stream) == whole.choices[0].text
+        assert hasattr(whole.choices[0], "control") == (extra is not None)
+
+
+def test_the_openai_sdk_chats_streaming_and_not(sdk: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    whole = sdk.chat.completions.create(model="fake@plain", messages=messages, max_tokens=9, seed=1)  # type: ignore[arg-type]
+    stream = sdk.chat.completions.create(model="fake@plain", messages=messages, max_tokens=9, seed=1, stream=True)  # type: ignore[arg-type]
+    assert "".join(event.choices[0].delta.content or "" for event in stream) == whole.choices[0].message.content
+
+
+def test_the_openai_sdk_sees_our_errors_as_its_own(sdk: openai.OpenAI) -> None:
+    assert sdk.models.list().data[0].id == "fake"
+    with pytest.raises(openai.NotFoundError, match="Known models"):
+        sdk.completions.create(model="nope", prompt="hi")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        sdk.completions.create(model="fake", prompt="hi", temperature=9)
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+def test_a_client_that_leaves_frees_its_slots(make_app: Callable[..., FastAPI], is_streaming: bool) -> None:
+    app = make_app(token_delay_s=0.02)
+    engine = app.state.engine
+    body = {"model": "fake", "prompt": ["hi", "ho"], "max_tokens": 4000, "stream": is_streaming}
+    with serving(app) as url, httpx.Client() as client:
+        if is_streaming:
+            with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+                next(response.iter_lines())
+                assert engine.num_open == 2
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{url}/v1/completions", json=body, timeout=0.3)
+        deadline = time.monotonic() + 5
+        while engine.num_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.num_open == 0
+
+
+def test_a_huge_header_is_refused_and_the_server_lives(sdk: openai.OpenAI) -> None:
+    url = str(sdk.base_url)
+    # The server answers and hangs up; whether the answer arrives before the reset is the network's business.
+    with contextlib.suppress(httpx.ReadError, httpx.WriteError):
+        assert httpx.get(f"{url}models", headers={"x-big": "a" * 1_000_000}).status_code in (400, 431)
+    assert httpx.get(f"{url}models").status_code == 200

@@ -1,0 +1,191 @@
+"""What every engine promises, held for the fake and the embedded one alike, and what the embedded one adds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engines.base import Engine
+from server.engines.embedded.engine import EmbeddedEngine
+from server.engines.fake import FakeEngine
+from server.errors import (
+    ContextLengthError,
+    EngineStoppedError,
+    HeadMismatchError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownHeadError,
+)
+from server.settings import Settings
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from tests.conftest import control
+from value_models.heads import ValueHead
+from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
+
+
+def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
+    for name, head in heads.items():
+        card = HeadCard(
+            name=name, description="random", base_model=BaseModelCard(**identity),
+            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
+            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
+            command="pytest",
+        )  # fmt: skip
+        save_head(folder / name, head, card)
+    return folder
+
+
+@pytest.fixture
+def settings(
+    model_folder: Callable[..., Path], load_tiny: Callable[..., Any], heads: dict[str, ValueHead], tmp_path: Path
+) -> Settings:
+    renamed = {"positive": heads["good"], "plain": heads["line"]}
+    folder = write_heads(tmp_path / "heads", renamed, load_tiny().identity)
+    return Settings(
+        model=str(model_folder("llama")),
+        heads_dir=folder,
+        device="cpu",
+        dtype="float32",
+        max_batch_size=4,
+        max_waiting=8,
+    )
+
+
+@pytest.fixture(params=["fake", "embedded"])
+async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
+    engine: Engine = FakeEngine(max_open=8) if request.param == "fake" else EmbeddedEngine(settings)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def ask(name: str = "r", **options: Any) -> GenerationRequest:
+    sampling = {"max_tokens": 8, "seed": 1, **options.pop("sampling", {})}
+    return GenerationRequest(name, (104, 105), SamplingParams(**sampling), **options)
+
+
+async def everything(engine: Engine, request: GenerationRequest) -> list[GenerationChunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+async def test_each_choice_ends_with_exactly_one_finish_reason(engine: Engine) -> None:
+    chunks = await everything(engine, ask(num_choices=3))
+    ends = [chunk.index for chunk in chunks if chunk.finish_reason is not None]
+    assert sorted(ends) == [0, 1, 2]
+    for index in range(3):
+        assert [c for c in chunks if c.index == index][-1].finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+
+
+async def test_the_same_seed_gives_the_same_text(engine: Engine) -> None:
+    first, second = await asyncio.gather(everything(engine, ask("a")), everything(engine, ask("b")))
+    assert "".join(c.text for c in first) == "".join(c.text for c in second)
+    assert first[0].token_ids == second[0].token_ids
+
+
+async def test_control_is_reported_at_the_end(engine: Engine) -> None:
+    chunks = await everything(engine, ask(control=control({"positive": 1.0})))
+    summary = chunks[-1].control
+    assert summary is not None
+    assert list(summary.value_after) == ["positive"]
+
+
+async def test_an_unknown_head_is_refused_before_anything_is_queued(engine: Engine) -> None:
+    with pytest.raises(UnknownHeadError, match="plain, positive"):
+        engine.generate(ask(control=control({"nobody": 1.0})))
+    assert engine.status().num_waiting == 0
+
+
+async def test_closing_a_stream_before_or_after_its_first_chunk_frees_it(engine: Engine) -> None:
+    for has_begun in (False, True):
+        stream = engine.generate(ask(sampling={"max_tokens": 200}))
+        if has_begun:
+            await anext(stream.__aiter__())
+        await stream.aclose()
+        await stream.aclose()
+        for _ in range(200):
+            if engine.status().num_running + engine.status().num_waiting == 0:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.status().num_running == 0
+
+
+async def test_beyond_its_limit_an_engine_is_overloaded_and_recovers(engine: Engine) -> None:
+    streams = []
+
+    def flood() -> None:
+        for i in range(100):
+            streams.append(engine.generate(ask(f"r{i}", sampling={"max_tokens": 200})))
+
+    with pytest.raises(OverloadedError):
+        flood()
+    for stream in streams:
+        await stream.aclose()
+    assert await everything(engine, ask())
+
+
+async def test_a_stopped_engine_refuses(engine: Engine) -> None:
+    assert engine.status().is_running
+    await engine.stop()
+    assert not engine.status().is_running
+    with pytest.raises(EngineStoppedError):
+        engine.generate(ask())
+
+
+@pytest.fixture
+async def embedded(settings: Settings) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(settings)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+async def test_stopping_ends_what_runs_with_an_abort(embedded: EmbeddedEngine) -> None:
+    stream = embedded.generate(ask(sampling={"max_tokens": 250}))
+    await anext(stream)
+    await embedded.stop()
+    reasons = [chunk.finish_reason async for chunk in stream if chunk.finish_reason]
+    assert reasons == [FinishReason.ABORT]
+
+
+async def test_a_loop_that_dies_ends_its_requests_and_reports_itself(
+    embedded: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = embedded.generate(ask(sampling={"max_tokens": 250}))
+    await anext(stream)
+
+    def die() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(embedded._core, "step", die)
+    reasons = [chunk.finish_reason async for chunk in stream if chunk.finish_reason]
+    assert reasons == [FinishReason.ERROR]
+    while any(thread.name == "recontrol-engine" for thread in threading.enumerate()):
+        await asyncio.sleep(0.01)
+    assert not embedded.status().is_running
+
+
+async def test_bad_prompts_are_refused(embedded: EmbeddedEngine) -> None:
+    for prompt, error in (((), InvalidRequestError), ((258,), InvalidRequestError), ((1,) * 250, ContextLengthError)):
+        with pytest.raises(error):
+            embedded.generate(GenerationRequest("r", prompt, SamplingParams(max_tokens=16)))
+
+
+async def test_stop_strings_cut_the_text_and_the_stop_is_reported(embedded: EmbeddedEngine) -> None:
+    text = "".join(chunk.text for chunk in await everything(embedded, ask(sampling={"max_tokens": 60})))
+    stop = text[5:8]
+    chunks = await everything(embedded, ask(sampling={"max_tokens": 60, "stop": (stop,)}))
+    assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+async def test_heads_of_another_model_are_refused_with_what_differs(
+    settings: Settings, model_folder: Callable[..., Path]
+) -> None:
+    other = settings.model_copy(update={"model": str(model_folder("qwen2"))})
+    with pytest.raises(HeadMismatchError, match="fingerprint"):
+        await EmbeddedEngine(other).start()

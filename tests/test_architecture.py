@@ -1,0 +1,92 @@
+"""The direction of imports (lower never imports higher), read from the source; imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each package or module, and what of this project it may import.
+ALLOWED = {
+    "value_models.linear": (),
+    "value_models.heads": ("value_models.linear",),
+    "value_models.targets": (),
+    "value_models.rewards": (),
+    "value_models.metrics": (),
+    "value_models.importer": (),
+    "value_models.store": ("value_models.heads",),
+    "value_models.rollouts": (),
+    "value_models.training": ("value_models",),
+    "value_models.evaluation": ("value_models",),
+    "server.errors": (),
+    "server.settings": (),
+    "server.control": ("value_models.heads", "value_models.store", "value_models.linear", "server.errors",
+                       "server.control"),
+    "server.types": ("server.control.objectives",),
+    "server.telemetry": ("server.types", "server.engines.base"),
+    "server.engines": ("server.engines", "server.control", "server.types", "server.errors", "server.settings",
+                       "value_models.linear", "value_models.heads", "value_models.store", "value_models.rollouts",
+                       "value_models.evaluation"),
+    "server.api": ("server.api", "server.types", "server.engines.base", "server.errors", "server.telemetry"),
+    "server.app": ("server.api", "server.engines", "server.settings", "server.telemetry"),
+    "server.cli": ("server", "value_models"),
+}  # fmt: skip
+FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from server.api import chat` means the module server.api.chat, where there is one.
+            found |= {name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in names}
+    return {name for name in found if name.split(".")[0] in ("server", "value_models")}
+
+
+def is_within(name: str, scope: str) -> bool:
+    return name == scope or name.startswith(f"{scope}.")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
+    name = module_name(path)
+    if name in ("server", "value_models"):
+        assert not imports_of(path)
+        return
+    (scope,) = [scope for scope in ALLOWED if is_within(name, scope)]
+    wrong = {used for used in imports_of(path) if not any(is_within(used, allowed) for allowed in ALLOWED[scope])}
+    assert not wrong
+
+
+def test_only_telemetry_knows_prometheus() -> None:
+    users = {module_name(path) for path in FILES if "from prometheus_client import" in path.read_text()}
+    assert users == {"server.telemetry"}
+
+
+def test_only_the_importer_unpickles_and_only_the_command_line_reaches_it() -> None:
+    loaders = {module_name(path) for path in FILES if "torch.load(" in path.read_text()}
+    users = {module_name(path) for path in FILES if "value_models.importer" in imports_of(path)}
+    assert loaders == {"value_models.importer"}
+    assert users == {"server.cli.heads"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= 320
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))

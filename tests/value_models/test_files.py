@@ -1,0 +1,195 @@
+"""Heads, prompts, rollouts and imported files on disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import random_head
+from tests.engines.test_contract import write_heads
+from value_models.importer import ImportFileError, import_pth
+from value_models.rollouts import (
+    Rollout,
+    RolloutError,
+    RolloutPrompt,
+    RolloutSettings,
+    collect_rollouts,
+    load_prompts,
+    open_rollouts,
+    split_of,
+)
+from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError, load_head
+
+IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
+PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]
+SETTINGS = RolloutSettings(num_samples=2, prompts_per_shard=2)
+
+
+class FakeSource:
+    """Responses that depend on prompt and sample alone; `fail_at` dies when it is asked for that prompt."""
+
+    def __init__(self, fail_at: str | None = None, model: dict[str, Any] = IDENTITY) -> None:
+        self.base_model = model
+        self._fail_at = fail_at
+
+    def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
+        for prompt in reversed(prompts):
+            if prompt.id == self._fail_at:
+                raise KeyboardInterrupt
+            for sample in range(settings.num_samples):
+                length = int(prompt.id[1:]) + sample + 1
+                yield Rollout(prompt.id, sample, f"{prompt.id}/{sample}", tuple(range(length)), True,
+                              torch.full((length, 4), float(length)))  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        collect_rollouts(FakeSource(fail_at="p2"), PROMPTS, tmp_path / "a", SETTINGS)
+    (tmp_path / "a" / "shard-00001.safetensors.part").write_bytes(b"half")
+    with pytest.raises(RolloutError, match="lacks 2 of 3 shards"):
+        open_rollouts(tmp_path / "a")
+    collect_rollouts(FakeSource(fail_at="p0"), PROMPTS, tmp_path / "a", SETTINGS)
+    collect_rollouts(FakeSource(), PROMPTS, tmp_path / "b", SETTINGS)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_complete_run_reads_back_in_order(tmp_path: Path) -> None:
+    collect_rollouts(FakeSource(), PROMPTS, tmp_path, SETTINGS)
+    shards = list(open_rollouts(tmp_path).shards())
+    assert [row["prompt_id"] for shard in shards for row in shard.rows] == [p.id for p in PROMPTS for _ in range(2)]
+    for shard in shards:
+        for i, (first, last) in enumerate(itertools.pairwise(shard.offsets)):
+            assert (shard.states_ND[first:last] == last - first).all()
+            assert shard.token_ids_N[first:last].tolist() == list(range(last - first)), i
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "model", "what"),
+    [
+        (PROMPTS[:4], SETTINGS, IDENTITY, "prompts_sha256"),
+        (PROMPTS, RolloutSettings(num_samples=3, prompts_per_shard=2), IDENTITY, "settings"),
+        (PROMPTS, SETTINGS, {**IDENTITY, "fingerprint": "other"}, "base_model"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_with_what_differs(
+    tmp_path: Path, prompts: list[RolloutPrompt], settings: RolloutSettings, model: dict[str, Any], what: str
+) -> None:
+    collect_rollouts(FakeSource(), PROMPTS, tmp_path, SETTINGS)
+    with pytest.raises(RolloutError, match=what):
+        collect_rollouts(FakeSource(model=model), prompts, tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{", "line 2"),
+        ('{"id": "a"}', "line 2: prompt"),
+        ('{"id": "x", "prompt": "y"}', "twice"),
+        ('{"id": "b", "prompt": ""}', "prompt"),
+    ],
+)
+def test_a_bad_prompt_file_names_the_line(tmp_path: Path, line: str, what: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"id": "x", "prompt": "hi"}}\n{line}\n')
+    with pytest.raises(RolloutError, match=what):
+        load_prompts(path)
+
+
+def test_a_prompt_keeps_its_side_of_the_split() -> None:
+    sides = [split_of(f"id-{i}") for i in range(2000)]
+    assert sides == [split_of(f"id-{i}") for i in range(2000)]
+    assert sides.count("test") == pytest.approx(200, abs=50)
+    assert sides.count("validation") == pytest.approx(200, abs=50)
+
+
+def test_the_shipped_prompts_are_many_diverse_and_unique() -> None:
+    prompts = load_prompts(Path("value_models/prompts/prompts.jsonl"))
+    assert len(prompts) > 1000
+    assert len({prompt.text for prompt in prompts}) == len(prompts)
+    assert len({prompt.kind for prompt in prompts}) >= 15
+
+
+def test_a_saved_head_reads_back_and_an_interrupted_one_is_no_head(tmp_path: Path) -> None:
+    head = random_head(3, widths=(8, 6))
+    write_heads(tmp_path, {"h": head}, IDENTITY)
+    again, card = load_head(tmp_path / "h")
+    hidden = torch.randn(2, 32)
+    assert torch.equal(again.value(hidden), head.value(hidden))
+    assert card.architecture.hidden_widths == [6]
+    (tmp_path / "h" / CARD_FILE).unlink()
+    with pytest.raises(HeadFileError, match=CARD_FILE):
+        load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", pickle.dumps({"a": 1})])
+def test_a_head_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+    write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
+    (tmp_path / "h" / HEAD_FILE).write_bytes(content)
+    with pytest.raises(HeadFileError, match=HEAD_FILE):
+        load_head(tmp_path / "h")
+
+
+def test_a_card_with_an_unknown_or_wrong_field_is_refused_by_name(tmp_path: Path) -> None:
+    write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
+    path = tmp_path / "h" / CARD_FILE
+    card = json.loads(path.read_text())
+    for change, what in (
+        ({"surprise": 1}, "surprise"),
+        ({"reward_mean": "x"}, "reward_mean"),
+        ({"name": "../x"}, "name"),
+    ):
+        path.write_text(json.dumps({**card, **change}))
+        with pytest.raises(HeadFileError, match=what):
+            load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize("widths", [[6, 5, 1], [6, 5, 4, 1]])
+def test_the_papers_value_functions_are_imported_exactly(tmp_path: Path, widths: list[int]) -> None:
+    layers: list[nn.Module] = []
+    for size_in, size_out in itertools.pairwise(widths):
+        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+    network = nn.Sequential(*layers[:-1])
+    torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "value.pth")
+    imported, x = import_pth(tmp_path / "value.pth"), torch.randn(3, 6)
+    y = x
+    for i, (weight, bias) in enumerate(zip(imported.weights, imported.biases, strict=True)):
+        y = nn.functional.linear(y.relu() if i else y, weight, bias)
+    torch.testing.assert_close(y, network(x))
+
+
+def _layer(name: str, size_in: int, size_out: int) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.zeros(size_out, size_in), f"{name}.bias": torch.zeros(size_out)}
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (open, ("/tmp/recontrol-was-here", "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (_layer("a", 3, 1), "2 or 3"),
+        ({**_layer("a", 3, 4), **_layer("b", 5, 1)}, "chain"),
+        ({"a.weight": torch.zeros(4, 3)}, "expected weights and biases"),
+        ([1, 2], "no state dict"),
+        (Evil(), "plain tensors"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_function_is_refused_and_code_is_never_run(tmp_path: Path, content: Any, what: str) -> None:
+    torch.save(content, tmp_path / "value.pth")
+    with pytest.raises(ImportFileError, match=what):
+        import_pth(tmp_path / "value.pth")
+    assert not Path("/tmp/recontrol-was-here").exists()

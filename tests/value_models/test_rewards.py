@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from tests.conftest import byte_tokenizer
+from value_models.metrics import EVAL_METRICS, MetricError, bootstrap_interval, load_metric
+from value_models.rewards import REWARDS, RewardError, load_reward
+
+GOOD, BAD = "What a wonderful, happy day! I love it.", "This is terrible. I hate this awful mess."
+EASY = "The cat sat on the mat. It was a big cat."
+HARD = "Epistemological considerations necessitate methodological circumspection notwithstanding idiosyncrasies."
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"), [("positive", GOOD, BAD), ("plain", EASY, HARD), ("brevity", "Yes.", HARD * 5)]
+)
+def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, worse: str) -> None:
+    high, low, empty = load_reward(name)(["", "", ""], [better, worse, ""])
+    assert high > low
+    assert isinstance(empty, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("afinn", GOOD, BAD),
+        ("textblob_polarity", GOOD, BAD),
+        ("word_frequency", EASY, HARD),
+        ("dale_chall_easy", EASY, HARD),
+        ("diversity", EASY, "a b c d " * 9),
+        ("num_sentences", EASY, HARD),
+        ("num_characters", HARD, EASY),
+    ],
+)
+def test_a_judge_ranks_an_obvious_pair(name: str, better: str, worse: str) -> None:
+    metric = load_metric(name)
+    assert metric(better) > metric(worse)
+    assert isinstance(metric(""), float)
+
+
+def test_every_metric_and_reward_is_covered_above() -> None:
+    assert set(EVAL_METRICS) == {"afinn", "textblob_polarity", "word_frequency", "dale_chall_easy", "diversity",
+                                 "num_sentences", "num_characters"}  # fmt: skip
+    assert set(REWARDS) == {"positive", "plain", "brevity"}
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(RewardError, match="brevity, plain, positive"):
+        load_reward("nope")
+    with pytest.raises(MetricError, match="afinn"):
+        load_metric("nope")
+
+
+def test_a_users_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def vowels(prompts, responses):\n    return [sum(c in 'aeiou' for c in r) for r in responses]\n"
+        "def short(prompts, responses):\n    return [0.0]\n"
+        "def nan(prompts, responses):\n    return [float('nan')] * len(responses)\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_reward("my_rewards:vowels")(["", ""], ["aha", "zzz"]) == [2.0, 0.0]
+    for name in ("short", "nan"):
+        with pytest.raises(RewardError, match="one finite number for each of 2"):
+            load_reward(f"my_rewards:{name}")(["", ""], ["a", "b"])
+    for name in ("my_rewards:missing", "no_such_module:f", "my_rewards:number"):
+        with pytest.raises(RewardError):
+            load_reward(name)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_a_sequence_classification_model_is_a_reward(tmp_path: Path, num_labels: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=258, num_labels=num_labels, pad_token_id=None)  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    reward = load_reward(f"hf:{tmp_path}")
+    prompts, responses = ["hi"] * 20, [f"answer {i}" * (i + 1) for i in range(20)]
+    scores = reward(prompts, responses)
+    assert len(scores) == 20
+    assert reward(prompts[:1], responses[:1]) == pytest.approx(scores[:1], abs=1e-4)
+    if num_labels == 3:
+        assert all(score <= 0 for score in scores)
+        named = load_reward(f"hf:{tmp_path}#LABEL_2")(prompts, responses)
+        assert named == pytest.approx(scores)
+        with pytest.raises(RewardError, match="LABEL_0"):
+            load_reward(f"hf:{tmp_path}#nope")
+
+
+def test_a_classifier_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(RewardError, match="cannot load"):
+        load_reward(f"hf:{tmp_path}")
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more_values() -> None:
+    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 1000
+    (low, high), (low_many, high_many) = bootstrap_interval(few), bootstrap_interval(many)
+    assert low < 0.5 < high
+    assert high_many - low_many < (high - low) / 5
+    assert bootstrap_interval(few) == (low, high)

@@ -1,0 +1,89 @@
+"""Training on made-up rollouts whose reward is a known function of the states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from value_models.evaluation import EvalSample, evaluate_arms
+from value_models.heads import LinearHead, MLPHead
+from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings, collect_rollouts
+from value_models.training import TrainingData, TrainSettings, load_training_data, static_vector_head, train_head
+
+SIZE = 12
+PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(60)]
+FAST = {"batch_size": 256, "max_epochs": 8, "learning_rate": 3e-3}
+
+
+class SyntheticSource:
+    """A response's length is its reward; its states carry it in one direction, under correlated noise."""
+
+    base_model = {"name": "m", "architecture": "X", "hidden_size": SIZE, "vocab_size": 9, "fingerprint": "f"}  # noqa: RUF012
+
+    def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
+        for prompt in prompts:
+            rng = torch.Generator().manual_seed(int(prompt.id[1:]))
+            for sample in range(settings.num_samples):
+                words = int(torch.randint(2, 12, (1,), generator=rng))
+                noise = torch.randn(words, SIZE, generator=rng)
+                noise[:, 1] += noise[:, 2]
+                noise[:, 0] = 0.3 * noise[:, 0] - 0.3 * words
+                yield Rollout(prompt.id, sample, " ".join(["word"] * words), tuple(range(words)), True, noise)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    folder = tmp_path_factory.mktemp("rollouts")
+    collect_rollouts(SyntheticSource(), PROMPTS, folder, RolloutSettings(num_samples=6))
+    return load_training_data(folder, "brevity", {prompt.id: prompt.text for prompt in PROMPTS})
+
+
+@pytest.mark.parametrize("targets", ["monte_carlo", "td_lambda", "td_one_step"])
+def test_every_kind_of_target_finds_the_reward(data: TrainingData, targets: str) -> None:
+    settings = TrainSettings.model_validate({"targets": targets, "hidden_widths": (16,), **FAST})
+    assert train_head(data, settings).figures["r2"]["all"] > 0.5
+
+
+@pytest.mark.parametrize("widths", [(), (8,), (8, 6)])
+def test_a_head_of_any_depth_predicts_in_reward_units(data: TrainingData, widths: tuple[int, ...]) -> None:
+    trained = train_head(data, TrainSettings.model_validate({"hidden_widths": widths, **FAST}))
+    assert isinstance(trained.head, MLPHead if widths else LinearHead)
+    tokens = data.tokens_of("test")
+    error = trained.head.value(data.states_ND[tokens]) - data.reward_B[data.response_of_tokens()[tokens]]
+    assert error.abs().mean() < 0.08
+
+
+def test_the_same_seed_gives_the_same_head(data: TrainingData) -> None:
+    settings = TrainSettings.model_validate({"hidden_widths": (8,), **FAST})
+    first, second = (train_head(data, settings).head.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_prompt_is_on_two_sides_of_the_split(data: TrainingData) -> None:
+    sides: dict[int, set[str]] = {}
+    for prompt, split in zip(data.prompt_B.tolist(), data.split, strict=True):
+        sides.setdefault(prompt, set()).add(split)
+    assert all(len(side) == 1 for side in sides.values())
+    counted = sum(len(data.tokens_of(split)) for split in ("train", "validation", "test"))
+    assert counted == data.states_ND.shape[0]
+
+
+def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(data: TrainingData) -> None:
+    settings = TrainSettings(hidden_widths=(), shrinkage=0.0, ridge=1e-6, center_by_prompt=False)
+    ascent = train_head(data, settings).head.folded_ascent()[0]
+    static = static_vector_head(data).folded_ascent()[0]
+    assert torch.cosine_similarity(ascent, static, dim=0) > 0.97
+
+
+def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
+    def arm(text: str) -> object:
+        return lambda prompts: [EvalSample(p.id, text, 2, 1.0, 0.1, 0.2, True) for p in prompts]
+
+    arms = {"base": arm("bad day"), "better": arm("good day")}
+    figures = evaluate_arms(arms, PROMPTS[:9], reward_name="positive", judges=["afinn"])  # type: ignore[arg-type]
+    assert figures["better"]["reward_gain"]["low"] > 0
+    assert figures["better"]["afinn"]["mean"] > figures["base"]["afinn"]["mean"]
+    assert figures["base"]["largest_kl"] == 0.2
+    assert "reward_gain" not in figures["base"]
