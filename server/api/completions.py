@@ -11,7 +11,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.generation import ClientDisconnectedError, Generation, collect, start, unless_disconnected
+from server.api.generation import (
+    ClientDisconnectedError,
+    Generation,
+    check_token_ids,
+    collect,
+    start,
+    unless_disconnected,
+)
 from server.api.handlers import request_id_of
 from server.api.schemas import CompletionBody
 from server.api.sse import EventStream
@@ -55,6 +62,7 @@ def _prompts(engine: Engine, body: CompletionBody) -> tuple[list[str] | None, li
         prompt = [prompt]
     if isinstance(prompt[0], str):
         return prompt, [engine.encode(text) for text in prompt]
+    check_token_ids(prompt, engine.info)
     return ([engine.decode(ids) for ids in prompt] if body.echo else None), prompt
 
 
@@ -77,15 +85,11 @@ class _Response:
     async def whole(self) -> dict[str, Any]:
         choices = []
         num_choices = self._generation.num_choices
-        prompt_scores: tuple[TokenLogprob | None, ...] | None = None
         for index, choice in enumerate(await collect(self._generation)):
             echo = "" if self._echo is None else self._echo[index // num_choices]
-            if index % num_choices == 0:
-                prompt_scores = None
-            prompt_scores = choice.prompt_logprobs or prompt_scores
             logprobs = None
             if self._body.logprobs is not None:
-                scores = [*(self._prompt_entries(index, prompt_scores) if self._echo else []), *choice.logprobs]
+                scores = [*self._prompt_entries(index), *choice.logprobs]
                 logprobs = legacy_logprobs(scores, 0)
             choices.append(self._choice(index, echo + choice.text, logprobs, choice.finish_reason, choice.control))
         return {**self._head, "choices": choices, "usage": usage_body(self._generation.usage)}
@@ -102,8 +106,7 @@ class _Response:
                     offsets[index] = 0
                     if self._echo is not None:
                         text = self._echo[index // self._generation.num_choices] + text
-                        if chunk.prompt_logprobs is not None:
-                            scores = [*self._prompt_entries(index, chunk.prompt_logprobs), *scores]
+                        scores = [*self._prompt_entries(index), *scores]
                 if not text and not scores and chunk.finish_reason is None:
                     continue
                 logprobs = None
@@ -133,13 +136,14 @@ class _Response:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         return choice if control is None else {**choice, "control": asdict(control)}
 
-    def _prompt_entries(
-        self, index: int, scores: tuple[TokenLogprob | None, ...] | None
-    ) -> Sequence[TokenLogprob | tuple[str, None]]:
-        """The prompt's scored tokens; nothing predicts the first, so it has a text only."""
-        first = self._generation.prompts[index // self._generation.num_choices][0]
-        text = self._generation.engine.token_text(first)
-        return [(text, None), *(score for score in scores or () if score is not None)]
+    def _prompt_entries(self, index: int) -> Sequence[TokenLogprob | tuple[str, None]]:
+        """The scored tokens of a choice's prompt, if echoed; nothing predicts the first, so it has a text only."""
+        prompt_index = index // self._generation.num_choices
+        if self._echo is None or self._body.logprobs is None:
+            return []
+        scores = self._generation.prompt_logprobs.get(prompt_index, ())
+        text = self._generation.engine.token_text(self._generation.prompts[prompt_index][0])
+        return [(text, None), *(score for score in scores if score is not None)]
 
 
 def legacy_logprobs(scores: Sequence[TokenLogprob | tuple[str, None]], offset: int) -> dict[str, Any]:

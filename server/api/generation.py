@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Generation:
     num_choices: int
     streams: list[ChunkStream]
     completion_tokens: int = 0
+    prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
+    """By prompt index, from before the prompt's first chunk is given out."""
 
     @property
     def usage(self) -> Usage:
@@ -79,6 +82,8 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += len(chunk.token_ids)
+                if chunk.prompt_logprobs is not None:
+                    self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
                 num_open -= chunk.finish_reason is not None
                 yield prompt_index * self.num_choices + chunk.index, chunk
         finally:
@@ -98,7 +103,6 @@ class Choice:
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
 
@@ -111,7 +115,6 @@ async def collect(generation: Generation) -> list[Choice]:
             choice = choices[index]
             choice.text += chunk.text
             choice.logprobs += chunk.logprobs
-            choice.prompt_logprobs = chunk.prompt_logprobs or choice.prompt_logprobs
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
     return choices
@@ -167,13 +170,15 @@ async def start(
 
 def resolve_control(body: GenerationBody, info: EngineInfo) -> ControlParams | None:
     """The body's control, or the default one behind `base@head`. Raises UnknownModelError, UnknownHeadError."""
-    base, _, head = body.model.partition("@")
-    if base != info.model_id or body.model.endswith("@"):
+    # The base's own id may hold an "@", so it is compared whole.
+    head = body.model.removeprefix(f"{info.model_id}@")
+    if body.model != info.model_id and head in ("", body.model):
         raise UnknownModelError(body.model, model_ids(info))
-    if head:
+    if body.model != info.model_id:
         if body.control is not None:
             raise InvalidRequestError(
-                f"control: the model id {body.model!r} already chooses an objective; use {base!r} with control",
+                f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
+                "control",
                 param="control",
             )
         if head not in info.heads:
@@ -191,19 +196,23 @@ def model_ids(info: EngineInfo) -> list[str]:
     return [info.model_id, *(f"{info.model_id}@{name}" for name in info.heads)]
 
 
+def check_token_ids(prompts: Sequence[Sequence[int]], info: EngineInfo) -> None:
+    """Ids that a request gives: an engine must never see, not even to decode, one outside the vocabulary."""
+    for token_id in itertools.chain.from_iterable(prompts):
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"prompt: token id {token_id} is outside the vocabulary, 0 to {info.vocab_size - 1}", param="prompt"
+            )
+
+
 def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int, info: EngineInfo) -> None:
-    """Lengths, the vocabulary, and the caps on what one body may ask for in all."""
+    """Lengths, and the caps on what one body may ask for in all."""
     num_sequences = len(prompts) * num_choices
     if num_sequences > MAX_SEQUENCES:
         raise InvalidRequestError(
             f"n: {len(prompts)} prompts x n = {num_sequences} sequences; at most {MAX_SEQUENCES} are allowed", param="n"
         )
     for prompt in prompts:
-        for token_id in prompt:
-            if not 0 <= token_id < info.vocab_size:
-                raise InvalidRequestError(
-                    f"prompt: token id {token_id} is outside the vocabulary, 0 to {info.vocab_size - 1}", param="prompt"
-                )
         if len(prompt) + max_tokens > info.max_model_len:
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.types import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, ControlParams
@@ -15,6 +15,7 @@ from server.types import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STR
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 131_072
 MAX_MESSAGES = 1024
+MAX_PARTS = 1024
 MAX_USER_CHARS = 256
 REFUSED = "unsupported_field"
 
@@ -26,7 +27,7 @@ def _check_prompt(prompt: Any) -> Any:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("must not be empty")
-        return prompt
+        return _check_text(prompt)
     if not isinstance(prompt, list):
         raise ValueError(f"must be {_PROMPT_FORMS}")
     if not prompt:
@@ -39,7 +40,7 @@ def _check_prompt(prompt: Any) -> Any:
     if all(isinstance(item, str) for item in prompt):
         if not all(prompt):
             raise ValueError("must not hold an empty string")
-        return prompt
+        return [_check_text(item) for item in prompt]
     if all(isinstance(item, list) and all(_is_token(token) for token in item) for item in prompt):
         if not all(prompt):
             raise ValueError("must not hold an empty list")
@@ -47,6 +48,15 @@ def _check_prompt(prompt: Any) -> Any:
             _check_length(item)
         return prompt
     raise ValueError(f"must be {_PROMPT_FORMS}")
+
+
+def _check_text(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
+    return text
 
 
 def _is_token(item: Any) -> bool:
@@ -68,7 +78,7 @@ def _check_stop(stop: Any) -> Any:
         raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are allowed")
     if not all(1 <= len(item) <= MAX_STOP_CHARS for item in listed):
         raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
-    return listed
+    return [_check_text(item) for item in listed]
 
 
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
@@ -144,30 +154,39 @@ class TextPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, AfterValidator(_check_text)]
 
 
-def _check_content(content: Any) -> Any:
-    if isinstance(content, list):
-        for part in content:
-            if isinstance(part, dict) and part.get("type") != "text":
-                raise ValueError(f"parts of type {str(part.get('type'))[:32]!r} are not supported; only text is")
-    elif not isinstance(content, str):
+def _as_parts(content: Any) -> Any:
+    """A string becomes one part, so that errors name one form instead of each that a union allows."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
         raise ValueError("must be a string or a list of text parts")
+    for part in content:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise ValueError(f"parts of type {str(part.get('type'))[:32]!r} are not supported; only text is")
     return content
+
+
+Content = Annotated[
+    list[TextPart],
+    Field(min_length=1, max_length=MAX_PARTS),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
+]
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str | list[TextPart], BeforeValidator(_check_content)]
+    content: Content
     name: None = None
     """Only null: chat templates have no place for it."""
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 _NO_TOOLS = "tools are not supported"

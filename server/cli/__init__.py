@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         CliApp.run(command, cli_args=words[len(name.split()) :])
+    except SystemExit as end:
+        # argparse has said what it had to say: help, or a flag that does not exist.
+        return end.code if isinstance(end.code, int) else 1
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))

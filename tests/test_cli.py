@@ -1,0 +1,143 @@
+"""The command line, end to end on a tiny model: rollouts, train, eval, generate, heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def workshop(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Flags that name a tiny model, and a folder with rollouts of it and a head trained on them."""
+    folder = tmp_path_factory.mktemp("workshop")
+    prompts = folder / "prompts.jsonl"
+    lines = [{"id": f"p{i}", "format": "text" if i % 4 else "chat", "prompt": f"prompt {i}"} for i in range(40)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--model", str(model_folder("llama")), "--dtype", "float32", "--device", "cpu"]
+    common = ["--prompts", str(prompts)]
+    out = ["--out", str(folder / "rollouts")]
+    assert main(["rollouts", *flags, *common, *out, "--num-samples", "2", "--max-tokens", "8"]) == 0
+    train = ["train", "--name", "short", "--reward", "brevity", "--rollouts", str(folder / "rollouts"), *common]
+    assert main([*train, "--out", str(folder / "heads")]) == 0
+    return flags, folder
+
+
+def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: tuple[list[str], Path]) -> None:
+    card = json.loads((workshop[1] / "heads" / "short" / "card.json").read_text())
+    assert card["reward"] == "brevity"
+    assert card["base_model"]["hidden_size"] == 32
+    assert card["data"]["responses"]["train"] > card["data"]["responses"].get("test", 0)
+    assert "r2" in card["validation"]
+
+
+def test_evaluation_writes_json_and_the_card_and_the_table_renders_it(
+    workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    heads = ["--heads-dir", str(folder / "heads")]
+    inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
+    options = ["--num-samples", "1", "--max-tokens", "6", "--out", str(folder / "eval.json"), "--update-card"]
+    assert main(["eval", "short", *flags, *heads, *inputs, *options]) == 0
+    result = json.loads((folder / "eval.json").read_text())
+    assert list(result["arms"]) == ["base", "prompting", "static vector", "head", "head + prompting"]
+    assert result["arms"]["head"]["largest_kl"] <= result["max_kl"]
+    capsys.readouterr()
+    assert main(["heads", "table", *heads]) == 0
+    table = capsys.readouterr().out
+    assert f"| short | head | {result['arms']['head']['reward']['mean']:.2f} [" in table
+
+
+def test_heads_are_listed_and_shown(workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["--heads-dir", str(workshop[1] / "heads")]
+    assert main(["heads", "list", *heads]) == 0
+    assert capsys.readouterr().out.startswith("short")
+    assert main(["heads", "show", "short", *heads]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "short"
+    assert main(["heads", "show", "nope", *heads]) == 2
+    assert "Known heads: short" in capsys.readouterr().err
+
+
+def test_generate_prints_the_same_text_for_the_same_seed(
+    workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    outputs = []
+    for head in ([], [], ["--head", '{"short": 1.0}']):
+        assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "9", *head]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", '{"nope": 1}']) == 2
+    assert "Known heads: short" in capsys.readouterr().err
+
+
+def test_the_papers_heads_are_imported_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = {
+        "0.weight": torch.randn(5, 6),
+        "0.bias": torch.randn(5),
+        "2.weight": torch.randn(1, 5),
+        "2.bias": torch.randn(1),
+    }
+    torch.save(layers, tmp_path / "value.pth")
+    words = ["heads", "import", str(tmp_path / "value.pth"), "--name", "paper", "--base-model", "vicuna"]
+    assert main([*words, "--heads-dir", str(tmp_path / "heads")]) == 0
+    card = json.loads((tmp_path / "heads" / "paper" / "card.json").read_text())
+    assert card["base_model"]["hidden_size"] == 6
+    assert main([*words[:2], str(tmp_path / "none.pth"), *words[3:]]) == 2
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_print_config_prints_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECONTROL_MAX_BATCH_SIZE", "7")
+    assert main(["serve", "--print-config", "--port", "1234"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert (settings["port"], settings["max_batch_size"], settings["host"]) == (1234, 7, "127.0.0.1")
+
+
+def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.toml").write_text("port = 1111\nmax_batch_size = 3\nmax_waiting = 5\n")
+    monkeypatch.setenv("RECONTROL_CONFIG", str(tmp_path / "c.toml"))
+    monkeypatch.setenv("RECONTROL_MAX_BATCH_SIZE", "4")
+    assert main(["serve", "--print-config", "--port", "2222"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert (settings["port"], settings["max_batch_size"], settings["max_waiting"]) == (2222, 4, 5)
+    (tmp_path / "c.toml").write_text("prot = 1111\n")
+    assert main(["serve", "--print-config"]) == 2
+    assert "prot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["serve", "--port", "99999"], "port"),
+        (["serve", "--host", "0.0.0.0"], "allow_public_bind"),
+        (["train", "--name", "x y", "--reward", "brevity"], "name"),
+        (["train", "--name", "x", "--reward", "nope", "--rollouts", "/nonexistent"], "rollouts"),
+        (["eval", "nope", "--max-kl", "7"], "max_kl"),
+        (["rollouts", "--prompts", "/nonexistent"], "prompts"),
+        (["serve", "--print-config", "--model"], "model"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert "Traceback" not in error
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert name in usage
+        assert (command.__doc__ or "").splitlines()[0] in usage
+    assert main([]) == 2

@@ -1,0 +1,135 @@
+"""The default model with the shipped heads, over HTTP, as users use it."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.app import create_app
+from server.control.registry import HeadRegistry
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.loader import default_model_folder, load_model
+from server.settings import DEFAULT_MODEL, Settings
+from server.types import GenerationRequest, SamplingParams
+from tests.api.conftest import serving
+from tests.conftest import run
+from value_models.rewards import positive
+from value_models.store import CARD_FILE, HEAD_FILE, load_card, shipped_heads_folder
+
+pytestmark = pytest.mark.slow
+HEADS = sorted(path.parent.name for path in shipped_heads_folder(DEFAULT_MODEL).glob(f"*/{CARD_FILE}"))
+PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge stand?", "Write a note to my boss."]
+CONTROLS: list[dict[str, Any] | None] = [
+    None,
+    {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3},
+    {"objective": {"weights": {"plain": 1.0, "brevity": 0.5}}},
+    {"objective": {"weights": {"positive": -1.0}}, "max_kl": 0.1, "steps": 3},
+    {"objective": {"weights": {"brevity": 1.0}}, "step_size": 5.0},
+]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(create_app(Settings(max_batch_size=32))) as url:
+        yield url
+
+
+def ask(index: int, *, n: int = 1) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": DEFAULT_MODEL,
+        "messages": [{"role": "user", "content": PROMPTS[index % len(PROMPTS)]}],
+        "max_tokens": 12 + index % 9,
+        "temperature": [1.0, 0.7, 0.0][index % 3],
+        "top_p": 0.95,
+        "seed": index,
+        "n": n,
+    }
+    if (control := CONTROLS[index % len(CONTROLS)]) is not None:
+        body["control"] = control
+    return body
+
+
+def test_thirty_two_concurrent_requests_with_mixed_objectives_each_equal_the_same_request_alone(url: str) -> None:
+    async def all_at_once() -> list[Any]:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            posts = [client.post("/v1/chat/completions", json=ask(i)) for i in range(32)]
+            return [response.json() for response in await asyncio.gather(*posts)]
+
+    together = asyncio.run(all_at_once())
+    with httpx.Client(base_url=url, timeout=300) as client:
+        alone = [client.post("/v1/chat/completions", json=ask(i)).json() for i in range(32)]
+    for i in range(32):
+        assert together[i]["choices"] == alone[i]["choices"], i
+
+
+def test_the_openai_sdk_completes_with_and_without_control_streaming_and_not(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        texts = []
+        for extra in (None, {"control": CONTROLS[1]}):
+            options: dict[str, Any] = {"model": DEFAULT_MODEL, "prompt": "The film was", "max_tokens": 16, "seed": 2}
+            whole = client.completions.create(**options, extra_body=extra)
+            stream = client.completions.create(**options, stream=True, extra_body=extra)
+            assert "".join(event.choices[0].text for event in stream) == whole.choices[0].text
+            texts.append(whole.choices[0].text)
+        assert texts[0] != texts[1]
+
+
+def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: str) -> None:
+    means = []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for model in (DEFAULT_MODEL, f"{DEFAULT_MODEL}@positive"):
+            choices = []
+            for index in range(4):
+                body = {"model": model, "messages": [{"role": "user", "content": PROMPTS[index]}], "n": 8, "seed": 5}
+                choices += client.post("/v1/chat/completions", json={**body, "max_tokens": 40}).json()["choices"]
+            means.append(statistics.mean(positive([], [choice["message"]["content"] for choice in choices])))
+            assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
+    assert means[1] > means[0] + 0.1
+
+
+def test_metrics_are_read_by_prometheus_clients_parser(url: str) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)}
+    heads = {
+        sample.labels["head"] for sample in families["recontrol_controlled_tokens"].samples if "head" in sample.labels
+    }
+    assert heads == set(HEADS)
+    assert families["recontrol_time_to_first_token_seconds"].type == "histogram"
+
+
+def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
+    folder = default_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The three laws of motion are")["input_ids"]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    core = EngineCore(load_model(DEFAULT_MODEL, dtype="float32"), HeadRegistry({}), max_batch_size=2)
+    request = GenerationRequest("r", tuple(prompt), SamplingParams(max_tokens=24, temperature=0.0))
+    assert run(core, [request])["r", 0].token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_at_least_three_heads_are_shipped_and_small() -> None:
+    assert {"positive", "plain", "brevity"} <= set(HEADS)
+    for name in HEADS:
+        assert (shipped_heads_folder(DEFAULT_MODEL) / name / HEAD_FILE).stat().st_size < 4 * 2**20
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_shipped_head_beats_base_prompting_and_the_static_vector_as_its_card_tells(name: str) -> None:
+    evaluation = load_card(shipped_heads_folder(DEFAULT_MODEL) / name).evaluation
+    assert evaluation is not None
+    arms = evaluation["arms"]
+    assert arms["head"]["reward"]["low"] > arms["base"]["reward"]["high"]
+    for rival in ("prompting", "static vector"):
+        assert arms["head"]["reward"]["mean"] > arms[rival]["reward"]["mean"], rival
+    assert arms["head"]["largest_kl"] <= evaluation["max_kl"]
+    assert arms["head"]["diversity"]["mean"] > 0.97 * arms["base"]["diversity"]["mean"]
