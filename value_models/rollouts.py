@@ -119,9 +119,12 @@ def load_prompts(path: Path) -> list[RolloutPrompt]:
     prompts: list[RolloutPrompt] = []
     seen: set[str] = set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside a string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise RolloutError(f"prompts: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RolloutError(f"prompts: {path} is not UTF-8 ({error})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -159,8 +162,11 @@ def collect_rollouts(
 ) -> RolloutSet:
     """Sample what is missing of a run and return it whole.
 
-    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run.
+    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run, when an id
+    occurs twice, or when the source does not give exactly the responses asked for.
     """
+    if len({prompt.id for prompt in prompts}) != len(prompts):
+        raise RolloutError("prompts: an id occurs twice; a response could not be told from another's")
     blocks = [
         list(prompts[first : first + settings.prompts_per_shard])
         for first in range(0, len(prompts), settings.prompts_per_shard)
@@ -210,20 +216,32 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     if not path.exists():
         _replace_text(path, json.dumps(manifest, indent=2) + "\n")
         return
-    existing = json.loads(path.read_text())
-    if differing := [key for key in manifest if existing.get(key) != manifest[key]]:
+    try:
+        existing = _flat(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise RolloutError(f"{path} is no manifest of rollouts ({error}); choose another --out") from error
+    # Through JSON, as the one on disk went.
+    wanted = _flat(json.loads(json.dumps(manifest)))
+    keys = [key for key in {**wanted, **existing} if existing.get(key) != wanted.get(key)]
+    if keys:
+        differing = ", ".join(f"{key} ({existing.get(key)} there, {wanted.get(key)} asked)" for key in keys)
         raise RolloutError(
-            f"{folder} holds another run: {', '.join(differing)} differ. Choose another --out, or delete the folder."
+            f"{folder} holds another run; these differ: {differing}. Choose another --out, or delete the folder."
         )
+
+
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
+    """{"settings": {"seed": 0}} as {"settings.seed": 0}, so that a difference is named exactly."""
+    flat: dict[str, Any] = {}
+    for key, value in manifest.items():
+        flat |= {f"{key}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _write_shard(
     folder: Path, index: int, rollouts: list[Rollout], settings: RolloutSettings, block: list[RolloutPrompt]
 ) -> int:
-    order = {prompt.id: position for position, prompt in enumerate(block)}
-    rollouts.sort(key=lambda rollout: (order[rollout.prompt_id], rollout.sample))
-    if len(rollouts) != len(block) * settings.num_samples:
-        raise RolloutError(f"the source gave {len(rollouts)} responses to {len(block)} prompts")
+    rollouts = _checked(rollouts, settings, block)
     lengths = torch.tensor([0] + [len(rollout.token_ids) for rollout in rollouts])
     tensors = {
         "states_ND": torch.cat([rollout.states_TD for rollout in rollouts]).contiguous(),
@@ -233,18 +251,31 @@ def _write_shard(
     path = _shard(folder, index, ".safetensors")
     scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
     save_file(tensors, scratch)
+    with scratch.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(scratch, path)
-    rows = [
-        {
-            "prompt_id": rollout.prompt_id,
-            "sample": rollout.sample,
-            "response": rollout.response,
-            "is_finished": rollout.is_finished,
-        }
-        for rollout in rollouts
-    ]
+    fields = ("prompt_id", "sample", "response", "is_finished")
+    rows = [{field: getattr(rollout, field) for field in fields} for rollout in rollouts]
     _replace_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
+
+
+def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:
+    """In the prompts' order. Raises RolloutError unless each sample of each prompt is there once, a state a token."""
+    by_key = {(rollout.prompt_id, rollout.sample): rollout for rollout in rollouts}
+    wanted = [(prompt.id, sample) for prompt in block for sample in range(settings.num_samples)]
+    if len(by_key) != len(rollouts) or by_key.keys() != set(wanted):
+        given = f"{len(rollouts)} responses ({len(by_key)} distinct)"
+        raise RolloutError(
+            f"the source gave {given}; {settings.num_samples} were asked for each of {len(block)} prompts"
+        )
+    for (prompt_id, sample), rollout in by_key.items():
+        if rollout.states_TD.dim() != 2 or len(rollout.states_TD) != len(rollout.token_ids):
+            shape = tuple(rollout.states_TD.shape)
+            raise RolloutError(
+                f"prompt {prompt_id!r}, sample {sample}: {len(rollout.token_ids)} tokens, but states of shape {shape}"
+            )
+    return [by_key[key] for key in wanted]
 
 
 def _shard(folder: Path, index: int, suffix: str) -> Path:
