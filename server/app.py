@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from server.api import chat, completions, handlers, models, system
+from server.api.schemas import ErrorBody
 from server.engines import create_engine
 from server.engines.base import Engine
 from server.settings import Settings
@@ -33,10 +34,11 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             await engine.stop()
 
     # The interactive docs load scripts from other hosts; /openapi.json stays.
-    app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A redirect would be built from the Host header, so a path with a slash too many is a 404.
+    app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine = engine
     app.state.telemetry = telemetry
     handlers.install(app, max_body_bytes=settings.max_body_bytes)
     for module in (completions, chat, models, system):
-        app.include_router(module.router)
+        app.include_router(module.router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app

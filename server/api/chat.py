@@ -12,7 +12,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.completions import usage_body
-from server.api.generation import ClientDisconnectedError, Generation, collect, start, unless_disconnected
+from server.api.generation import (
+    ClientDisconnectedError,
+    Generation,
+    collect,
+    shown_logprob,
+    start,
+    unless_disconnected,
+)
 from server.api.handlers import request_id_of
 from server.api.schemas import ChatBody
 from server.api.sse import EventStream
@@ -114,4 +121,4 @@ def _chat_logprob(score: TokenLogprob) -> dict[str, Any]:
 
 
 def _scored(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": shown_logprob(logprob), "bytes": list(text.encode())}

@@ -16,6 +16,7 @@ from server.api.generation import (
     Generation,
     check_token_ids,
     collect,
+    shown_logprob,
     start,
     unless_disconnected,
 )
@@ -154,9 +155,13 @@ def legacy_logprobs(scores: Sequence[TokenLogprob | tuple[str, None]], offset: i
         offsets.append(offsets[-1] + len(token))
     return {
         "tokens": tokens,
-        "token_logprobs": [score.logprob if isinstance(score, TokenLogprob) else None for score in scores],
+        "token_logprobs": [
+            shown_logprob(score.logprob) if isinstance(score, TokenLogprob) else None for score in scores
+        ],
         "top_logprobs": [
-            {text: value for _, text, value in reversed(score.top)} if isinstance(score, TokenLogprob) else None
+            {text: shown_logprob(value) for _, text, value in reversed(score.top)}
+            if isinstance(score, TokenLogprob)
+            else None
             for score in scores
         ],
         "text_offset": offsets[: len(tokens)],

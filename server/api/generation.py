@@ -41,6 +41,7 @@ _log = logging.getLogger("recontrol.access")
 MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17
 _LOGGED_USER_CHARS = 64
+_MIN_LOGPROB = -9999.0
 _Result = TypeVar("_Result")
 
 
@@ -225,6 +226,11 @@ def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: i
             "one request may ask for",
             param="max_tokens",
         )
+
+
+def shown_logprob(logprob: float) -> float:
+    """JSON has no -inf; -9999.0 stands for it, as in vLLM."""
+    return max(logprob, _MIN_LOGPROB)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

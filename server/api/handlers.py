@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,11 +18,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.schemas import REFUSED
+from server.api.schemas import REFUSED, allowed_fields
 from server.errors import OverloadedError, RecontrolError
 
 _log = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
+_SHOWN_CHARS = 64
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
 
@@ -60,22 +61,23 @@ async def _on_recontrol_error(request: Request, error: Exception) -> JSONRespons
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    del request
     assert isinstance(error, RequestValidationError)
     # An unknown field explains others that it was meant to be, so it goes first.
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = first["loc"][1:]
     context = first.get("ctx") or {}
     if first["type"] in (REFUSED, "field"):
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
-    where = ".".join(path)
+    # A name comes from the request, so only its beginning is sent back.
+    where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
     if first["type"] == "json_invalid":
         return JSONResponse(
             _body(400, f"The body is not valid JSON: {context.get('error')}.", None, "invalid_json"), 400
         )
     if first["type"] == "extra_forbidden":
-        message = f"{where}: there is no such field. See /openapi.json for those that are allowed."
+        body = get_type_hints(request.scope["endpoint"])["body"]
+        message = f"{where}: there is no such field. Allowed here: {', '.join(allowed_fields(body, path))}."
     else:
         message = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     return JSONResponse(_body(400, message, where or None, _code(first["type"])), 400)
@@ -84,9 +86,9 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message = f"There is no {request.method} {request.url.path}."
+        message = f"There is no {request.method} {request.scope['path']}."
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {request.url.path}."
+        message = f"{request.method} is not allowed on {request.scope['path']}."
     else:
         message = str(error.detail)
     return JSONResponse(_body(error.status_code, message, None, None), error.status_code, error.headers)
@@ -146,7 +148,7 @@ class _BodyLimit:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdigit() or int(length) > self._max_body_bytes:
+        if not length.isdecimal() or int(length) > self._max_body_bytes:
             await self._too_large()(scope, receive, send)
             return
         body = bytearray()

@@ -5,7 +5,8 @@ Knows nothing of engines. Enter at `CompletionBody` and `ChatBody`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +18,8 @@ MAX_PROMPT_TOKENS = 131_072
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
 MAX_USER_CHARS = 256
+MAX_INTEGER = 2**31
+"""Beyond any length a model has; keeps thousands of digits out of messages."""
 REFUSED = "unsupported_field"
 
 _PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
@@ -99,10 +102,10 @@ class GenerationBody(BaseModel):
     refused: ClassVar[dict[str, str]] = {}
 
     model: str = Field(min_length=1, max_length=256)
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     """-1 and 0 keep every token."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -204,8 +207,8 @@ class ChatBody(GenerationBody):
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -220,3 +223,30 @@ class ChatBody(GenerationBody):
                 "field", "max_tokens: differs from max_completion_tokens; give one of them", {"name": "max_tokens"}
             )
         return self
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every response that is not a success."""
+
+    error: ErrorDetail
+
+
+def allowed_fields(body: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """The fields that are allowed where the last part of `path` is, in the model that holds it."""
+    for part in path[:-1]:
+        if isinstance(part, str) and part in body.model_fields:
+            body = _model_in(body.model_fields[part].annotation) or body
+    return list(body.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)

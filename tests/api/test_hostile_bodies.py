@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from server.engines.fake import FakeEngine
+from server.types import TokenLogprob
 from tests.api.conftest import chat, complete
 
 
@@ -53,3 +55,62 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
         for key, values in choice["logprobs"].items():
             joined.setdefault(choice["index"], {}).setdefault(key, []).extend(values)
     assert joined == whole
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name", "allowed"),
+    [
+        ("/v1/completions", {"prompt": "x", "logit_bias": {}}, "logit_bias", "prompt, logprobs, echo"),
+        ("/v1/completions", {"prompt": "x", "stream_options": {"x": 1}}, "stream_options.x", "include_usage, contin"),
+        (
+            "/v1/completions",
+            {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gate": 1}},
+            "control.gate",
+            "objective, step_size, steps, max_kl, max_shift.",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}, "x": 1}}},
+            "control.objective.x",
+            "type, weights.",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "z": 1}]}, "messages.0.z", "role, con"),
+    ],
+)
+def test_an_unknown_field_is_named_with_those_allowed_in_its_place(
+    client: TestClient, path: str, fields: dict[str, Any], name: str, allowed: str
+) -> None:
+    error = post(client, path, fields).json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name}: there is no such field. Allowed here: ")
+    assert allowed in error["message"]
+
+
+def test_an_error_sends_back_no_more_than_the_beginning_of_a_name(client: TestClient) -> None:
+    assert len(post(client, "/v1/completions", {"prompt": "x", "x" * 50_000: 1}).content) < 1000
+    assert len(post(client, "/v1/completions", {"prompt": "x", "max_tokens": 10**4000}).content) < 1000
+
+
+@pytest.mark.parametrize("host", ["[", "a/b?#", "evil.example"])
+def test_nothing_in_a_response_comes_from_the_host_header(client: TestClient, host: str) -> None:
+    response = client.get("/health/", headers={"host": host}, follow_redirects=False)
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == "There is no GET /health/."
+
+
+def test_the_openapi_document_names_our_error_body_and_no_status_that_is_never_sent(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert {"4XX", "5XX"} < set(operation["responses"])
+            assert "422" not in operation["responses"]
+
+
+def test_a_log_probability_of_minus_infinity_is_still_json(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    impossible = TokenLogprob(101, "e", float("-inf"), ((101, "e", float("-inf")),))
+    monkeypatch.setattr(FakeEngine, "_logprob", lambda *_: impossible)
+    for stream in (False, True):
+        assert "-9999.0" in complete(client, logprobs=1, stream=stream).text
+        response = chat(client, logprobs=True, top_logprobs=1, stream=stream)
+        assert "-9999.0" in response.text
+        assert "Infinity" not in response.text
