@@ -31,7 +31,7 @@ def terminal_rewards(reward_B: Tensor, mask_BT: Tensor) -> Tensor:
         raise TargetShapeError(f"rewards {tuple(reward_B.shape)} do not fit a mask of {tuple(mask_BT.shape)}")
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     is_last_BT = positions_T == last_valid_index(mask_BT)[:, None]
-    return torch.where(is_last_BT, reward_B[:, None].float(), 0.0)
+    return torch.where(is_last_BT, reward_B.detach()[:, None].float(), 0.0)
 
 
 def lambda_returns(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, trace: float) -> Tensor:
@@ -62,8 +62,11 @@ def lambda_returns(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, tr
 def center_by_prompt(reward_B: Tensor, prompt_B: Tensor) -> Tensor:
     """Rewards less the mean over responses to the same prompt (its index in prompt_B), plus the mean over all.
 
-    What is left is what a response can do about its reward, which is what an edit can use.
+    What is left is what a response can do about its reward, which is what an edit can use. The mean is the plain one,
+    not leave-one-out: a prompt with one response keeps nothing but the mean over all.
     """
+    if reward_B.shape != prompt_B.shape:
+        raise TargetShapeError(f"rewards {tuple(reward_B.shape)} and prompts {tuple(prompt_B.shape)} differ")
     num_prompts = int(prompt_B.max()) + 1
     count_P = torch.zeros(num_prompts).index_add_(0, prompt_B, torch.ones_like(reward_B))
     mean_P = torch.zeros(num_prompts).index_add_(0, prompt_B, reward_B) / count_P.clamp(min=1)
