@@ -7,7 +7,6 @@ from a request. Enter at `import_pth`.
 from __future__ import annotations
 
 import itertools
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,17 @@ def import_pth(path: Path) -> ImportedLayers:
     """Read two or three layers, whatever their keys' prefix is. Raises ImportFileError."""
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ImportFileError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ImportFileError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        # Any error may come of arbitrary bytes (KeyError, EOFError, ...), and torch's message advises to run the code.
+        raise ImportFileError(
+            f"{path} is not a file of plain tensors ({type(error).__name__}); code in a pickle is never run. "
+            "Write it with torch.save(model.state_dict(), path)"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ImportFileError(f"{path} holds no state dict of tensors")
     names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     expected = {f"{name}{suffix}" for name in names for suffix in (".weight", ".bias")}
@@ -61,3 +66,5 @@ def _check(path: Path, weights: list[Tensor], biases: list[Tensor]) -> None:
     ) and all(after.shape[1] == before.shape[0] for before, after in itertools.pairwise(weights))
     if not chains or weights[-1].shape[0] != 1:
         raise ImportFileError(f"{path}: layers of shapes {shapes} do not chain to a single value")
+    if not all(bool(tensor.isfinite().all()) for tensor in (*weights, *biases)):
+        raise ImportFileError(f"{path} holds numbers that are not finite")
