@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-_WORD = re.compile(r"[A-Za-z']+")
+_WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 
 
 class MetricError(ValueError):
-    """A metric that is unknown or whose library is missing."""
+    """A metric that is unknown, whose library is missing, or that has nothing to measure."""
 
 
 def diversity(text: str) -> float:
@@ -50,10 +50,13 @@ def word_frequency(text: str) -> float:
 
 
 def dale_chall_easy(text: str) -> float:
-    """Share of words that are not on textstat's list of difficult ones (Dale and Chall 1948)."""
-    textstat = _library("textstat")
-    words = len(_WORD.findall(text))
-    return 1.0 - min(textstat.difficult_words(text) / words, 1.0) if words else 1.0
+    """Share of words on the easy list of Dale and Chall (1948) or of one syllable. One for a text without words.
+
+    Word by word: textstat's own count takes each difficult word once, so that repeating it would look easier.
+    """
+    is_difficult = _library("textstat").is_difficult_word
+    words = _WORD.findall(text)
+    return 1.0 - sum(map(is_difficult, words)) / len(words) if words else 1.0
 
 
 def num_sentences(text: str) -> float:
@@ -86,8 +89,13 @@ def load_metric(name: str) -> Callable[[str], float]:
 def bootstrap_interval(
     values: Sequence[float], *, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean. Pass one value a prompt: responses to one prompt are not independent."""
+    """Percentile interval of the mean. Pass one value a prompt: responses to one prompt are not independent.
+
+    For a paired comparison pass the differences. Raises MetricError without values.
+    """
     data = np.asarray(values, dtype=float)
+    if not len(data):
+        raise MetricError("an interval needs at least one value")
     rows = np.random.default_rng(seed).integers(0, len(data), (num_resamples, len(data)))
     low, high = np.quantile(data[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HF_BATCH = 16
+_HF_MAX_TOKENS = 512
 
 
 class RewardError(ValueError):
@@ -67,9 +70,16 @@ def load_reward(name: str) -> Reward:
         )
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        scores = [float(score) for score in reward(prompts, responses)]
+        if len(prompts) != len(responses):
+            raise RewardError(f"reward {name!r}: {len(prompts)} prompts do not pair with {len(responses)} responses")
+        returned = reward(prompts, responses)
+        must = f"reward {name!r} must return one finite number for each of {len(responses)} responses"
+        try:
+            scores = [float(score) for score in returned]
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"{must}: {error}") from error
         if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-            raise RewardError(f"reward {name!r} must return one finite number for each of {len(responses)} responses")
+            raise RewardError(f"{must}: it returned {len(scores)}, {sum(map(math.isfinite, scores))} of them finite")
         return scores
 
     return checked
@@ -79,7 +89,7 @@ def _user_reward(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise RewardError(f"reward: {name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise RewardError(f"reward: {name!r} is not callable; it must take prompts and responses")
@@ -87,20 +97,16 @@ def _user_reward(name: str) -> Reward:
 
 
 def _hugging_face_reward(source: str) -> Reward:
-    """The logit of a one-label model, or the log-probability of a label (by name or index; the last by default)."""
+    """The logit of a one-label model, or the log-probability of a label (by name or index; the last by default).
+
+    Prompt and response go in as a pair of texts, cut to what the model can read, 512 tokens at most.
+    """
     folder, _, label = source.partition("#")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise RewardError(f"reward: cannot load the classifier {folder!r}: {error}") from error
-    model.eval()
+    tokenizer, model = _load_classifier(folder)
     column = _label_column(model.config, label)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
+    is_multi_label = model.config.problem_type == "multi_label_classification"
+    positions = getattr(model.config, "max_position_embeddings", None) or _HF_MAX_TOKENS
+    max_length = min(tokenizer.model_max_length, positions, _HF_MAX_TOKENS)
 
     @torch.inference_mode()
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -111,22 +117,48 @@ def _hugging_face_reward(source: str) -> Reward:
                 list(prompts[first:last]),
                 list(responses[first:last]),
                 truncation=True,
-                max_length=min(tokenizer.model_max_length, 512),
+                max_length=max_length,
                 padding=True,
                 return_tensors="pt",
             )
             logits = model(**batch).logits.float()
-            scores += (logits[:, 0] if column is None else logits.log_softmax(dim=-1)[:, column]).tolist()
+            if column is None:
+                scores += logits[:, 0].tolist()
+            else:
+                log_probs = functional.logsigmoid(logits) if is_multi_label else logits.log_softmax(dim=-1)
+                scores += log_probs[:, column].tolist()
         return scores
 
     return reward
 
 
+def _load_classifier(folder: str) -> tuple[Any, Any]:
+    """Tokenizer and model, able to pad. Raises RewardError, also for a model whose classifier is not in the file."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RewardError(f"reward: cannot load the classifier {folder!r}: {error}") from error
+    model, info = loaded
+    if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
+        # transformers would fill these at random, and the reward would be noise.
+        raise RewardError(f"reward: {folder!r} is no trained classifier; its files lack {', '.join(map(str, absent))}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise RewardError(f"reward: the tokenizer of {folder!r} has neither a padding nor an end-of-sequence token")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model.eval()
+
+
 def _label_column(config: Any, label: str) -> int | None:
     """None for a model with a single output."""
-    if config.num_labels == 1:
-        return None
     names = {str(name): index for index, name in config.id2label.items()}
+    if config.num_labels == 1 and label in ("", "0", *names):
+        return None
     if not label:
         return config.num_labels - 1
     if label in names:
