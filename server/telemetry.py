@@ -6,6 +6,7 @@ nothing of engines or HTTP. Enter at `Telemetry`; to add a runtime metric, add o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -83,10 +84,10 @@ class Telemetry:
             return
         for head in self._heads & edit.value_before.keys():
             self._controlled.labels(self._model, head).inc()
-            self._value_before.labels(self._model, head).observe(edit.value_before[head])
-            self._value_after.labels(self._model, head).observe(edit.value_after[head])
-        self._kl.labels(self._model).observe(edit.kl)
-        self._shift.labels(self._model).observe(edit.shift_ratio)
+            _observe_finite(self._value_before.labels(self._model, head), edit.value_before[head])
+            _observe_finite(self._value_after.labels(self._model, head), edit.value_after[head])
+        _observe_finite(self._kl.labels(self._model), edit.kl)
+        _observe_finite(self._shift.labels(self._model), edit.shift_ratio)
         self._limited.labels(self._model).inc(edit.is_budget_limited)
         self._nonfinite.labels(self._model).inc(edit.is_nonfinite)
 
@@ -116,6 +117,12 @@ class Telemetry:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"{_PREFIX}_{name}", text, ("model_name",), registry=self._registry)
+
+
+def _observe_finite(histogram: Histogram, value: float) -> None:
+    """One NaN would make a histogram's sum NaN for good; `nonfinite_edits_total` counts what is left out here."""
+    if math.isfinite(value):
+        histogram.observe(value)
 
 
 def _value_buckets() -> tuple[float, ...]:

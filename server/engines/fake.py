@@ -79,7 +79,15 @@ class FakeEngine:
                 if name not in self.info.heads:
                     raise UnknownHeadError(name, self.info.heads, param="control.objective.weights")
         self.num_open += 1
-        return _FakeStream(self, self._chunks(request))
+        return _FakeStream(self, request, self._chunks(request))
+
+    def forget(self, num_unfinished: int) -> None:
+        """A stream has been closed with this many choices unfinished: they end as aborted."""
+        self.num_open -= 1
+        for _ in range(num_unfinished):
+            self._observer.on_finish(
+                reason=FinishReason.ABORT, e2e_s=0.0, decode_s=0.0, prompt_tokens=0, generation_tokens=0
+            )
 
     async def _chunks(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         for index in range(request.num_choices):
@@ -96,9 +104,20 @@ class FakeEngine:
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
         reason = FinishReason.LENGTH if sampling.max_tokens == 0 else None
         if reason is not None:
-            yield GenerationChunk(index=index, prompt_logprobs=scores if index == 0 else None, finish_reason=reason)
+            yield GenerationChunk(
+                index=index,
+                prompt_logprobs=scores if index == 0 else None,
+                finish_reason=reason,
+                control=_summary(edit),
+            )
+        num_tokens = 0
         for position in range(sampling.max_tokens):
             await asyncio.sleep(self._token_delay_s)
+            if not self._is_running:
+                reason = FinishReason.ABORT
+                yield GenerationChunk(index=index, finish_reason=reason, control=_summary(edit))
+                break
+            num_tokens += 1
             token_id = self._token(request, index, position)
             text = matcher.add(chr(token_id))
             if matcher.has_stopped:
@@ -129,7 +148,7 @@ class FakeEngine:
             e2e_s=time.monotonic() - started_s,
             decode_s=0.0,
             prompt_tokens=len(request.prompt_token_ids),
-            generation_tokens=sampling.max_tokens,
+            generation_tokens=num_tokens,
         )
 
     def _token(self, request: GenerationRequest, index: int, position: int) -> int:
@@ -151,8 +170,9 @@ def _summary(edit: TokenEdit | None) -> ControlSummary | None:
 
 
 class _FakeStream:
-    def __init__(self, engine: FakeEngine, chunks: AsyncIterator[GenerationChunk]) -> None:
+    def __init__(self, engine: FakeEngine, request: GenerationRequest, chunks: AsyncIterator[GenerationChunk]) -> None:
         self._engine = engine
+        self._num_unfinished = request.num_choices
         self._chunks = chunks
         self._is_open = True
 
@@ -160,13 +180,17 @@ class _FakeStream:
         return self
 
     async def __anext__(self) -> GenerationChunk:
+        if not self._is_open:
+            raise StopAsyncIteration
         try:
-            return await anext(self._chunks)
+            chunk = await anext(self._chunks)
         except StopAsyncIteration:
             await self.aclose()
             raise
+        self._num_unfinished -= chunk.finish_reason is not None
+        return chunk
 
     async def aclose(self) -> None:
         if self._is_open:
             self._is_open = False
-            self._engine.num_open -= 1
+            self._engine.forget(self._num_unfinished)
