@@ -18,7 +18,7 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 
-# Ranges within which no setting collapses the text; `recontrol eval --stress` measures the corners (README, Safety).
+# Ranges within which no setting collapses the text; `recontrol eval --stress` measures the corners (README).
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 1.0
@@ -55,16 +55,16 @@ class ControlParams(BaseModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within both budgets.
 
     max_kl is in nats a token, KL(controlled || base) at temperature 1 before sampling filters; max_shift is the
-    length of the shift over the length of the hidden state. Defaults were chosen by measurement (README, Defaults).
+    length of the shift over the length of the hidden state. The defaults were measured (value_models/README.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     objective: Objective
-    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.5
+    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 2.0
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
-    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 0.5
+    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "value_models.linear": (),
     "value_models.heads": ("value_models.linear",),
+    "value_models.moments": (),
     "value_models.targets": (),
     "value_models.rewards": (),
     "value_models.metrics": (),

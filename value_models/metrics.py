@@ -37,6 +37,17 @@ def afinn(text: str) -> float:
     return _afinn().score(text) / max(len(text.split()), 1)
 
 
+def afinn_calm(text: str) -> float:
+    """Minus the AFINN valence a word, whatever its sign: text without emotional words scores zero, the highest."""
+    scores = [abs(score) for score in _afinn().scores(text)]
+    return -sum(scores) / max(len(text.split()), 1)
+
+
+def vader_neutral(text: str) -> float:
+    """Share of the text that VADER's lexicon finds neutral, 0 to 1."""
+    return _library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer().polarity_scores(text)["neu"]
+
+
 def textblob_polarity(text: str) -> float:
     """Polarity of Pattern's lexicon, -1 to 1."""
     return _library("textblob").TextBlob(text).sentiment.polarity
@@ -71,6 +82,8 @@ def num_characters(text: str) -> float:
 EVAL_METRICS: dict[str, Callable[[str], float]] = {
     "diversity": diversity,
     "afinn": afinn,
+    "afinn_calm": afinn_calm,
+    "vader_neutral": vader_neutral,
     "textblob_polarity": textblob_polarity,
     "word_frequency": word_frequency,
     "dale_chall_easy": dale_chall_easy,
@@ -110,4 +123,4 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MetricError(f"metric: needs {name}; run `pip install recontrol[train]`") from error
+        raise MetricError(f"metric: needs {name.partition('.')[0]}; run `pip install recontrol[train]`") from error

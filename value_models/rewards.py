@@ -43,13 +43,20 @@ def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     ]
 
 
+def neutral(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """One minus TextBlob's subjectivity, 0 to 1: matter-of-fact text scores high."""
+    del prompts
+    textblob = _library("textblob")
+    return [1.0 - textblob.TextBlob(response).sentiment.subjectivity for response in responses]
+
+
 def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Minus the number of words, over 50."""
     del prompts
     return [-len(response.split()) / 50.0 for response in responses]
 
 
-REWARDS: dict[str, Reward] = {"positive": positive, "plain": plain, "brevity": brevity}
+REWARDS: dict[str, Reward] = {"positive": positive, "plain": plain, "neutral": neutral, "brevity": brevity}
 
 
 def load_reward(name: str) -> Reward:

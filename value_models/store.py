@@ -77,6 +77,8 @@ class HeadCard(_Frozen):
     """Figures on validation prompts, which training used to stop."""
     evaluation: dict[str, Any] | None = None
     """Figures on held-out prompts against base, prompting and a static vector; written by `recontrol eval`."""
+    stress: dict[str, Any] | None = None
+    """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --stress`."""
     command: str
     """What made this head."""
 

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from value_models.heads import LinearHead, MLPHead, ValueHead
+from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.rewards import load_reward
 from value_models.rollouts import open_rollouts, split_of
 from value_models.targets import center_by_prompt, lambda_returns, terminal_rewards
 
 _log = logging.getLogger(__name__)
-_CHUNK = 65_536
-_MIN_SCALE = 1e-4
 
 
 class TrainSettings(BaseModel):
@@ -113,7 +112,7 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     """Fit one head. Deterministic for a seed on one machine."""
     torch.manual_seed(settings.seed)
     train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
-    moments = _Moments.of(data.states_ND, train_N)
+    moments = Moments.of(data.states_ND, train_N)
     reward_B = center_by_prompt(data.reward_B, data.prompt_B) if settings.center_by_prompt else data.reward_B
     is_train_B = torch.tensor([split == "train" for split in data.split])
     mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std().clamp(min=1e-6))
@@ -127,7 +126,15 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
         _fit(network, data, moments, standard_B, settings, train_N, validation_N)
         head = network.head(moments, metric_DD, mean, scale)
     else:
-        head = moments.linear_head(linear_D, metric_DD, mean, scale)
+        head = LinearHead(
+            mean_D=moments.mean_D,
+            scale_D=moments.scale_D,
+            inputs_UD=linear_D[None],
+            input_bias_U=torch.zeros(1),
+            ascent_UD=None if metric_DD is None else (linear_D @ metric_DD)[None],
+            reward_mean=mean,
+            reward_scale=scale,
+        )
     figures = {
         "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
         "num_train_tokens": len(train_N),
@@ -156,54 +163,6 @@ def static_vector_head(data: TrainingData) -> LinearHead:
     )
 
 
-@dataclass(slots=True)
-class _Moments:
-    """Mean and scale of the training states, and their correlation matrix."""
-
-    mean_D: Tensor
-    scale_D: Tensor
-    correlation_DD: Tensor
-
-    @classmethod
-    def of(cls, states_ND: Tensor, tokens_N: Tensor) -> _Moments:
-        size = states_ND.shape[1]
-        total_D, square_DD = torch.zeros(size), torch.zeros(size, size)
-        for chunk in tokens_N.split(_CHUNK):
-            states = states_ND[chunk].float()
-            total_D += states.sum(0)
-            square_DD += states.T @ states
-        mean_D = total_D / len(tokens_N)
-        covariance_DD = square_DD / len(tokens_N) - torch.outer(mean_D, mean_D)
-        scale_D = covariance_DD.diagonal().clamp(min=_MIN_SCALE**2).sqrt()
-        return cls(mean_D, scale_D, covariance_DD / torch.outer(scale_D, scale_D))
-
-    def normalise(self, states_ND: Tensor) -> Tensor:
-        return (states_ND.float() - self.mean_D) / self.scale_D
-
-    def ridge(self, states_ND: Tensor, tokens_N: Tensor, target_N: Tensor, penalty: float) -> Tensor:
-        """Coefficients [D] of the target on the normalised states."""
-        product_D = torch.zeros_like(self.mean_D)
-        for chunk in tokens_N.split(_CHUNK):
-            product_D += self.normalise(states_ND[chunk]).T @ target_N[chunk]
-        regularised_DD = self.correlation_DD + penalty * torch.eye(len(product_D))
-        return torch.linalg.solve(regularised_DD, product_D / len(tokens_N))
-
-    def metric(self, shrinkage: float) -> Tensor:
-        """[D, D]: the correlation matrix, shrunk towards the identity."""
-        return (1 - shrinkage) * self.correlation_DD + shrinkage * torch.eye(len(self.mean_D))
-
-    def linear_head(self, linear_D: Tensor, metric_DD: Tensor | None, mean: float, scale: float) -> LinearHead:
-        return LinearHead(
-            mean_D=self.mean_D,
-            scale_D=self.scale_D,
-            inputs_UD=linear_D[None],
-            input_bias_U=torch.zeros(1),
-            ascent_UD=None if metric_DD is None else (linear_D @ metric_DD)[None],
-            reward_mean=mean,
-            reward_scale=scale,
-        )
-
-
 class _Network(nn.Module):
     """The trainable twin of `MLPHead`."""
 
@@ -223,7 +182,7 @@ class _Network(nn.Module):
             active = functional.relu(layer(active))
         return x_ND @ self.linear_D + self.out(active)[:, 0]
 
-    def head(self, moments: _Moments, metric_DD: Tensor | None, mean: float, scale: float) -> MLPHead:
+    def head(self, moments: Moments, metric_DD: Tensor | None, mean: float, scale: float) -> MLPHead:
         first: Any = self.layers[0]
         later: list[Any] = list(self.layers[1:])
         inputs_UD = torch.cat([self.linear_D[None], first.weight]).detach()
@@ -245,7 +204,7 @@ class _Network(nn.Module):
 def _fit(
     network: _Network,
     data: TrainingData,
-    moments: _Moments,
+    moments: Moments,
     standard_B: Tensor,
     settings: TrainSettings,
     train_N: Tensor,
@@ -283,7 +242,7 @@ def _fit(
 
 
 def _targets(
-    network: _Network, data: TrainingData, moments: _Moments, standard_B: Tensor, settings: TrainSettings
+    network: _Network, data: TrainingData, moments: Moments, standard_B: Tensor, settings: TrainSettings
 ) -> Tensor:
     """[N] targets for one epoch; bootstrapped ones take the network's values at the epoch's start."""
     response_N = data.response_of_tokens()
@@ -300,13 +259,13 @@ def _targets(
 
 
 @torch.no_grad()
-def _values(network: _Network, data: TrainingData, moments: _Moments, tokens_N: Tensor) -> Tensor:
-    return torch.cat([network(moments.normalise(data.states_ND[chunk])) for chunk in tokens_N.split(_CHUNK)])
+def _values(network: _Network, data: TrainingData, moments: Moments, tokens_N: Tensor) -> Tensor:
+    return torch.cat([network(moments.normalise(data.states_ND[chunk])) for chunk in tokens_N.split(CHUNK_TOKENS)])
 
 
 def _r2_by_position(head: ValueHead, data: TrainingData, target_N: Tensor, tokens_N: Tensor) -> dict[str, float]:
     """Share of the reward's variance that the head explains on given tokens, overall and at some positions."""
-    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in tokens_N.split(_CHUNK)])
+    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in tokens_N.split(CHUNK_TOKENS)])
     position_N, truth_N = data.position_of_tokens()[tokens_N], target_N[tokens_N]
     figures = {"all": _r2(values_N, truth_N)}
     for position in (0, 10, 20, 40, 60):

@@ -30,11 +30,13 @@ _STATIC = "static-vector"
 _INSTRUCTIONS = {
     "positive": "Always answer in a very positive, cheerful way.",
     "plain": "Use short sentences and simple, common words.",
+    "neutral": "Answer in a neutral, factual tone, without opinions or feelings.",
     "brevity": "Answer in one short sentence.",
 }
 _JUDGES = {
     "positive": ["afinn", "textblob_polarity"],
     "plain": ["word_frequency", "dale_chall_easy"],
+    "neutral": ["afinn_calm", "vader_neutral"],
     "brevity": ["num_sentences", "num_characters"],
 }
 
@@ -93,7 +95,7 @@ class Eval(ModelCommand):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(result, indent=2) + "\n")
         if self.update_card:
-            save_card(folder, card.model_copy(update={"evaluation": result}))
+            save_card(folder, card.model_copy(update={"stress" if self.stress else "evaluation": result}))
         _print(figures, judges)
 
     def _sampling(self) -> RolloutSettings:

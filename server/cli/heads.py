@@ -61,8 +61,10 @@ class HeadsShow(_HeadsCommand):
 class HeadsTable(_HeadsCommand):
     """Print the heads' evaluation as a Markdown table, from their cards."""
 
+    stress: bool = Field(False, description="the stress test instead of the evaluation")
+
     def cli_cmd(self) -> None:
-        print(evaluation_table(self.cards()))
+        print(evaluation_table(self.cards(), stress=self.stress))
 
 
 class HeadsImport(_HeadsCommand):
@@ -108,20 +110,20 @@ class HeadsImport(_HeadsCommand):
         print(f"Imported a {len(layers.weights)}-layer head of hidden size {size} into {target}")
 
 
-def evaluation_table(cards: list[HeadCard]) -> str:
-    """Markdown: a row for each head and arm, figures with 95% intervals over prompts."""
+def evaluation_table(cards: list[HeadCard], *, stress: bool = False) -> str:
+    """Markdown: a row for each head and arm of its evaluation (or stress test), with 95% intervals over prompts."""
     lines = [
-        "| head | arm | reward | judges | diversity | nats/token (base) | KL, nats/token (mean) |",
-        "|---|---|---|---|---|---|---|",
+        "| head | arm | reward | judges | diversity | nats/token under base | mean KL | largest KL |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for card in cards:
-        if card.evaluation is None:
-            continue
-        for arm, figures in card.evaluation["arms"].items():
-            judges = "; ".join(f"{name} {_interval(figures[name])}" for name in card.evaluation["judges"])
+        result = card.stress if stress else card.evaluation
+        for arm, figures in (result or {}).get("arms", {}).items():
+            judges = "; ".join(f"{name} {_interval(figures[name])}" for name in (result or {})["judges"])
             lines.append(
                 f"| {card.name} | {arm} | {_interval(figures['reward'])} | {judges} | "
-                f"{figures['diversity']['mean']:.3f} | {figures['nll']['mean']:.2f} | {figures['kl']['mean']:.2f} |"
+                f"{figures['diversity']['mean']:.3f} | {figures['nll']['mean']:.2f} | "
+                f"{figures['kl']['mean']:.2f} | {figures['largest_kl']:.2f} |"
             )
     return "\n".join(lines)
 

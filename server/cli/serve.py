@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import uvicorn
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -9,8 +11,10 @@ from pydantic_settings import CliPositionalArg
 from server.app import create_app
 from server.cli.command import ModelCommand
 from server.control.objectives import WeightedSum
+from server.engines import create_engine
 from server.engines.embedded.engine import encode_chat
 from server.settings import Settings
+from server.telemetry import Telemetry
 from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
 
 _GRACE_S = 30
@@ -26,13 +30,22 @@ class Serve(Settings):
         if self.print_config:
             print(settings.model_dump_json(indent=2))
             return
-        uvicorn.run(
-            create_app(settings),
-            host=self.host,
-            port=self.port,
-            log_level=self.log_level,
-            timeout_graceful_shutdown=_GRACE_S,
-        )
+        asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    telemetry = Telemetry()
+    engine = create_engine(settings, observer=telemetry)
+    # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
+    await engine.start()
+    config = uvicorn.Config(
+        create_app(settings, engine, telemetry),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    await uvicorn.Server(config).serve()
 
 
 class Generate(ModelCommand):

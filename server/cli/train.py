@@ -42,13 +42,17 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
     """Fit a value head to rollouts and write it with its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
-    reward: str = Field(description="positive, plain, brevity, hf:<folder or hub id>[#label], or module:function")
+    reward: str = Field(
+        description="positive, plain, neutral, brevity, hf:<folder or hub id>[#label], or module:function"
+    )
     description: str = ""
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
+        # As with `python -m`: a reward of the user's own may live in the folder the command is run from.
+        sys.path.insert(0, str(Path.cwd()))
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, self.reward, texts)
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})

@@ -72,7 +72,10 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     async def start(self) -> None:
-        """Load and begin the loop; returns when requests can be answered. Raises ConfigurationError."""
+        """Load and begin the loop; returns when requests can be answered. Harmless when it has been started already.
+
+        Raises ConfigurationError.
+        """
         ...
 
     async def stop(self) -> None:

@@ -15,7 +15,13 @@ HARD = "Epistemological considerations necessitate methodological circumspection
 
 
 @pytest.mark.parametrize(
-    ("name", "better", "worse"), [("positive", GOOD, BAD), ("plain", EASY, HARD), ("brevity", "Yes.", HARD * 5)]
+    ("name", "better", "worse"),
+    [
+        ("positive", GOOD, BAD),
+        ("plain", EASY, HARD),
+        ("neutral", "It is made of steel.", GOOD),
+        ("brevity", "Yes.", HARD * 5),
+    ],
 )
 def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, worse: str) -> None:
     high, low, empty = load_reward(name)(["", "", ""], [better, worse, ""])
@@ -28,6 +34,8 @@ def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, 
     [
         ("afinn", GOOD, BAD),
         ("textblob_polarity", GOOD, BAD),
+        ("afinn_calm", EASY, BAD),
+        ("vader_neutral", EASY, GOOD),
         ("word_frequency", EASY, HARD),
         ("dale_chall_easy", EASY, HARD),
         ("diversity", EASY, "a b c d " * 9),
@@ -42,13 +50,13 @@ def test_a_judge_ranks_an_obvious_pair(name: str, better: str, worse: str) -> No
 
 
 def test_every_metric_and_reward_is_covered_above() -> None:
-    assert set(EVAL_METRICS) == {"afinn", "textblob_polarity", "word_frequency", "dale_chall_easy", "diversity",
-                                 "num_sentences", "num_characters"}  # fmt: skip
-    assert set(REWARDS) == {"positive", "plain", "brevity"}
+    judges = {"afinn", "afinn_calm", "vader_neutral", "textblob_polarity", "word_frequency", "dale_chall_easy"}
+    assert set(EVAL_METRICS) == judges | {"diversity", "num_sentences", "num_characters"}
+    assert set(REWARDS) == {"positive", "plain", "neutral", "brevity"}
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(RewardError, match="brevity, plain, positive"):
+    with pytest.raises(RewardError, match="brevity, neutral, plain, positive"):
         load_reward("nope")
     with pytest.raises(MetricError, match="afinn"):
         load_metric("nope")

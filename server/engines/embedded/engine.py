@@ -59,6 +59,8 @@ class EmbeddedEngine:
 
     async def start(self) -> None:
         """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError."""
+        if self._thread is not None:
+            return
         self._core = await asyncio.to_thread(self._build_core)
         self._thread = threading.Thread(target=self._run, name="recontrol-engine", daemon=True)
         self._status = self._core.status()
