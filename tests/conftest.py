@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def heads() -> dict[str, ValueHead]:
 
 @pytest.fixture
 def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
-    def make(architecture: str = "llama", *, dtype: str = "float32", **options: int) -> EngineCore:
+    def make(architecture: str = "llama", *, dtype: str = "float32", **options: Any) -> EngineCore:
         options = {"max_batch_size": 8, "prefill_chunk_tokens": 16, **options}
         return EngineCore(load_tiny(architecture, dtype), HeadRegistry(heads), **options)
 

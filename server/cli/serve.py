@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import uvicorn
 from pydantic import Field
@@ -30,6 +31,7 @@ class Serve(Settings):
         if self.print_config:
             print(settings.model_dump_json(indent=2))
             return
+        logging.getLogger().setLevel(self.log_level.upper())
         asyncio.run(_serve(settings))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
 from server.types import FinishReason, GenerationRequest, SamplingParams
@@ -131,6 +132,30 @@ def test_every_choice_ends_with_exactly_one_finish_reason_and_frees_its_slot(cor
     assert all(result.chunks[-1].finish_reason is not None for result in results.values())
     assert core.status().num_running == 0
     assert core.status().kv_cache_usage == 0
+
+
+def test_the_observer_hears_of_every_token_and_that_nothing_runs_at_the_end(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    class Recorder(NullObserver):
+        num_tokens, last = 0, None
+
+        def on_token(self, **_: object) -> None:
+            self.num_tokens += 1
+
+        def on_step(self, status: EngineStatus) -> None:
+            self.last = status
+
+    recorder = Recorder()
+    core = make_core(observer=recorder)
+    results = run(core, requests(6))
+    assert recorder.num_tokens == sum(len(result.token_ids) for result in results.values())
+    assert recorder.last is not None
+    assert (recorder.last.num_running, recorder.last.num_waiting) == (0, 0)
+    core.add(core.sequences(GenerationRequest("r", (1,), SamplingParams(max_tokens=99)), lambda _: None))
+    core.step()
+    core.abort("r")
+    assert recorder.last.num_running == 0
 
 
 def test_an_abort_ends_a_request_wherever_it_is_and_spares_the_others(core: EngineCore) -> None:

@@ -110,6 +110,7 @@ class EngineCore:
         for sequence in self._scheduler.sequences():
             if sequence.request.request_id == request_id:
                 self._finish(sequence, FinishReason.ABORT)
+        self._observer.on_step(self.status())
 
     @torch.inference_mode()
     def abort_all(self, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -120,7 +121,6 @@ class EngineCore:
     def step(self) -> None:
         """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit."""
         self._scheduler.admit(time.monotonic())
-        self._observer.on_step(self.status())
         try:
             rows, hidden_BD = self._forward()
             if rows:
@@ -129,6 +129,7 @@ class EngineCore:
             _log.exception("A step failed; its sequences end with an error")
             for sequence in [*self._scheduler.decoding, *self._scheduler.prefilling]:
                 self._finish(sequence, FinishReason.ERROR)
+        self._observer.on_step(self.status())
 
     def _forward(self) -> tuple[list[Sequence], Tensor]:
         """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
