@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
-from server.api.completions import usage_body
-from server.api.generation import (
-    ClientDisconnectedError,
-    Generation,
-    collect,
-    shown_logprob,
-    start,
-    unless_disconnected,
-)
+from server.api.generation import Choice, Generation, shown_logprob, start
 from server.api.handlers import request_id_of
+from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
-from server.api.sse import EventStream
 from server.engines.base import Engine
-from server.types import ControlSummary, TokenLogprob
+from server.types import GenerationChunk, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 256
 router = APIRouter()
@@ -34,7 +22,6 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    request_id = request_id_of(request)
     prompt = engine.encode_chat([{"role": message.role, "content": message.text} for message in body.messages])
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
@@ -43,74 +30,34 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         engine,
         body,
         [prompt],
-        request_id=request_id,
+        request_id=request_id_of(request),
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    response = _Response(body, generation, f"chatcmpl-{request_id}")
-    if body.stream:
-        return EventStream(response.events(), on_end=generation.close, request_id=request_id)
-    try:
-        return JSONResponse(await unless_disconnected(request, response.whole()))
-    except ClientDisconnectedError:
-        return Response(status_code=499)
-    finally:
-        await generation.close()
+    return await _ChatWriter(request, body, generation).respond()
 
 
-class _Response:
-    """Writes a generation in the chat format, whole or as events."""
+class _ChatWriter(ResponseWriter):
+    id_prefix, object_name, event_object_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, generation: Generation, completion_id: str) -> None:
-        self._body = body
-        self._generation = generation
-        self._head = {"id": completion_id, "created": int(time.time()), "model": body.model}
+    def __init__(self, request: Request, body: ChatBody, generation: Generation) -> None:
+        super().__init__(request, body, generation)
+        self._has_logprobs = bool(body.logprobs)
 
-    async def whole(self) -> dict[str, Any]:
-        choices = []
-        for index, choice in enumerate(await collect(self._generation)):
-            message = {"role": "assistant", "content": choice.text}
-            choices.append(
-                self._choice(index, "message", message, choice.logprobs, choice.finish_reason, choice.control)
-            )
-        usage = usage_body(self._generation.usage)
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+    def choice_content(self, index: int, choice: Choice) -> dict[str, Any]:
+        del index
+        message = {"role": "assistant", "content": choice.text}
+        return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        options = self._body.stream_options
-        include_usage = bool(options and options.include_usage)
-        continuous = bool(options and options.continuous_usage_stats)
-        head = {**self._head, "object": "chat.completion.chunk"}
-        has_role: set[int] = set()
-        async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for index, chunk in chunks:
-                if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
-                    continue
-                delta = {} if index in has_role else {"role": "assistant"}
-                has_role.add(index)
-                delta["content"] = chunk.text
-                choice = self._choice(index, "delta", delta, chunk.logprobs, chunk.finish_reason, chunk.control)
-                event = {**head, "choices": [choice]}
-                if continuous:
-                    event["usage"] = usage_body(self._generation.usage)
-                elif include_usage:
-                    event["usage"] = None
-                yield event
-        if include_usage:
-            yield {**head, "choices": [], "usage": usage_body(self._generation.usage)}
+    def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
+        del index
+        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
+            return None
+        role = {"role": "assistant"} if is_first else {}
+        return {"delta": {**role, "content": chunk.text}, "logprobs": self._logprobs(chunk.logprobs)}
 
-    def _choice(
-        self,
-        index: int,
-        key: str,
-        content: dict[str, Any],
-        scores: Sequence[TokenLogprob],
-        finish_reason: str | None,
-        control: ControlSummary | None,
-    ) -> dict[str, Any]:
-        logprobs = {"content": [_chat_logprob(score) for score in scores]} if self._body.logprobs else None
-        choice = {"index": index, key: content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return choice if control is None else {**choice, "control": asdict(control)}
+    def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": [_chat_logprob(score) for score in scores]} if self._has_logprobs else None
 
 
 def _chat_logprob(score: TokenLogprob) -> dict[str, Any]:

@@ -10,11 +10,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from fastapi import Request
 
 from server.api.schemas import GenerationBody
 from server.engines.base import ChunkStream, Engine, EngineInfo
@@ -42,11 +39,6 @@ MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17
 _LOGGED_USER_CHARS = 64
 _MIN_LOGPROB = -9999.0
-_Result = TypeVar("_Result")
-
-
-class ClientDisconnectedError(Exception):
-    """The client has gone; there is nobody to answer."""
 
 
 @dataclass(slots=True)
@@ -231,25 +223,6 @@ def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: i
 def shown_logprob(logprob: float) -> float:
     """JSON has no -inf; -9999.0 stands for it, as in vLLM."""
     return max(logprob, _MIN_LOGPROB)
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Await `work`, but cancel it when the client goes. Raises ClientDisconnectedError."""
-
-    async def wait_for_disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.create_task(wait_for_disconnect())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnectedError
-        return task.result()
-    finally:
-        for pending in (task, watch):
-            pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _pump(index: int, stream: ChunkStream, queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]]) -> None:

@@ -1,0 +1,126 @@
+"""How a generation becomes an HTTP response, whole or as events: what the formats share, and the client's leaving.
+
+A format is a subclass of `ResponseWriter` that says what a choice holds. Enter at `ResponseWriter.respond`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import asdict
+from typing import Any, ClassVar, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.generation import Choice, Generation, collect
+from server.api.handlers import request_id_of
+from server.api.schemas import GenerationBody
+from server.api.sse import EventStream
+from server.types import ControlSummary, FinishReason, GenerationChunk
+
+_CLIENT_CLOSED_REQUEST = 499
+_Result = TypeVar("_Result")
+
+
+class ClientDisconnectedError(Exception):
+    """The client has gone; there is nobody to answer."""
+
+
+class ResponseWriter(ABC):
+    """Writes one generation in one format."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    event_object_name: ClassVar[str]
+
+    def __init__(self, request: Request, body: GenerationBody, generation: Generation) -> None:
+        self._request = request
+        self._generation = generation
+        self._is_streamed = bool(body.stream)
+        options = body.stream_options
+        self._include_usage = bool(options and options.include_usage)
+        self._continuous_usage = bool(options and options.continuous_usage_stats)
+        self._request_id = request_id_of(request)
+        self._head = {"id": f"{self.id_prefix}-{self._request_id}", "created": int(time.time()), "model": body.model}
+
+    @abstractmethod
+    def choice_content(self, index: int, choice: Choice) -> dict[str, Any]:
+        """What a finished choice holds beside its index, finish reason and control."""
+
+    @abstractmethod
+    def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
+        """What an event of a choice holds; None when the chunk has nothing to show."""
+
+    async def respond(self) -> Response:
+        """Answer, and abort what is unfinished when the client goes."""
+        if self._is_streamed:
+            return EventStream(self._events(), on_end=self._generation.close, request_id=self._request_id)
+        try:
+            return JSONResponse(await _unless_disconnected(self._request, self._whole()))
+        except ClientDisconnectedError:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        finally:
+            await self._generation.close()
+
+    async def _whole(self) -> dict[str, Any]:
+        choices = [
+            _choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control)
+            for index, choice in enumerate(await collect(self._generation))
+        ]
+        return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
+
+    async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
+        head = {**self._head, "object": self.event_object_name}
+        begun: set[int] = set()
+        async with contextlib.aclosing(self._generation.chunks()) as chunks:
+            async for index, chunk in chunks:
+                content = self.event_content(index, chunk, is_first=index not in begun)
+                if content is None:
+                    continue
+                begun.add(index)
+                event = {**head, "choices": [_choice(index, content, chunk.finish_reason, chunk.control)]}
+                if self._continuous_usage:
+                    event["usage"] = self._usage()
+                elif self._include_usage:
+                    event["usage"] = None
+                yield event
+        if self._include_usage:
+            yield {**head, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, int]:
+        usage = self._generation.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+        }
+
+
+def _choice(
+    index: int, content: dict[str, Any], finish_reason: FinishReason | None, control: ControlSummary | None
+) -> dict[str, Any]:
+    choice = {"index": index, **content, "finish_reason": finish_reason}
+    return choice if control is None else {**choice, "control": asdict(control)}
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Await `work`, but cancel it when the client goes. Raises ClientDisconnectedError."""
+
+    async def wait_for_disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.create_task(wait_for_disconnect())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
