@@ -14,7 +14,7 @@ RUN python -c "from server.engines.embedded.loader import default_model_folder; 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 recontrol
 COPY --from=build /opt/recontrol /opt/recontrol
-ENV PATH=/opt/recontrol/bin:$PATH RECONTROL_CACHE_DIR=/opt/recontrol/cache HF_HUB_OFFLINE=1
+ENV PATH=/opt/recontrol/bin:$PATH RECONTROL_CACHE_DIR=/opt/recontrol/cache
 USER recontrol
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

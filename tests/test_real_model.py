@@ -31,9 +31,9 @@ PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge
 CONTROLS: list[dict[str, Any] | None] = [
     None,
     {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3},
-    {"objective": {"weights": {"plain": 1.0, "brevity": 0.5}}},
+    {"objective": {"weights": {"plain": 1.0, "neutral": 0.5}}},
     {"objective": {"weights": {"positive": -1.0}}, "max_kl": 0.1, "steps": 3},
-    {"objective": {"weights": {"brevity": 1.0}}, "step_size": 5.0},
+    {"objective": {"weights": {"neutral": 1.0}}, "step_size": 5.0},
 ]
 
 
@@ -118,7 +118,7 @@ def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
 
 
 def test_at_least_three_heads_are_shipped_and_small() -> None:
-    assert {"positive", "plain", "brevity"} <= set(HEADS)
+    assert {"positive", "plain", "neutral"} <= set(HEADS)
     for name in HEADS:
         assert (shipped_heads_folder(DEFAULT_MODEL) / name / HEAD_FILE).stat().st_size < 4 * 2**20
 

@@ -114,6 +114,14 @@ async def test_closing_a_stream_before_or_after_its_first_chunk_frees_it(engine:
         assert engine.status().num_running == 0
 
 
+async def test_closing_a_stream_spares_another_request_of_the_same_id(engine: Engine) -> None:
+    first, second = (engine.generate(ask("same", sampling={"max_tokens": 60})) for _ in range(2))
+    await anext(first.__aiter__())
+    await first.aclose()
+    reasons = [chunk.finish_reason async for chunk in second if chunk.finish_reason]
+    assert reasons in ([FinishReason.LENGTH], [FinishReason.STOP])
+
+
 async def test_beyond_its_limit_an_engine_is_overloaded_and_recovers(engine: Engine) -> None:
     streams = []
 

@@ -11,6 +11,7 @@ import torch
 from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.sequence import Sequence
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, Results, control, run
 
@@ -152,9 +153,10 @@ def test_the_observer_hears_of_every_token_and_that_nothing_runs_at_the_end(
     assert recorder.num_tokens == sum(len(result.token_ids) for result in results.values())
     assert recorder.last is not None
     assert (recorder.last.num_running, recorder.last.num_waiting) == (0, 0)
-    core.add(core.sequences(GenerationRequest("r", (1,), SamplingParams(max_tokens=99)), lambda _: None))
+    sequences = core.sequences(GenerationRequest("r", (1,), SamplingParams(max_tokens=99)), lambda _: None)
+    core.add(sequences)
     core.step()
-    core.abort("r")
+    core.abort(sequences)
     assert recorder.last.num_running == 0
 
 
@@ -163,6 +165,7 @@ def test_an_abort_ends_a_request_wherever_it_is_and_spares_the_others(core: Engi
     expected = tokens(run(core, mixed))
     reasons: dict[str, list[FinishReason]] = {}
     received: dict[tuple[str, int], list[int]] = {}
+    admitted: dict[str, list[Sequence]] = {}
     for request in mixed:
 
         def emit(chunk: object, request_id: str = request.request_id) -> None:
@@ -170,10 +173,11 @@ def test_an_abort_ends_a_request_wherever_it_is_and_spares_the_others(core: Engi
             if chunk.finish_reason is not None:  # type: ignore[attr-defined]
                 reasons.setdefault(request_id, []).append(chunk.finish_reason)  # type: ignore[attr-defined]
 
-        core.add(core.sequences(request, emit))
+        admitted[request.request_id] = core.sequences(request, emit)
+        core.add(admitted[request.request_id])
     for victim in ("r1", "r8", "r11"):
         core.step()
-        core.abort(victim)
+        core.abort(admitted[victim])
     while core.has_work:
         core.step()
     survivors = {key: value for key, value in received.items() if FinishReason.ABORT not in reasons[key[0]]}

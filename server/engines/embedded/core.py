@@ -105,11 +105,10 @@ class EngineCore:
         self._scheduler.waiting.extend(sequences)
 
     @torch.inference_mode()
-    def abort(self, request_id: str) -> None:
-        """End a request's choices wherever they are; each gets its one finish reason."""
-        for sequence in self._scheduler.sequences():
-            if sequence.request.request_id == request_id:
-                self._finish(sequence, FinishReason.ABORT)
+    def abort(self, sequences: list[Sequence]) -> None:
+        """End these choices wherever they are; each gets its one finish reason, and those that have it keep it."""
+        for sequence in sequences:
+            self._finish(sequence, FinishReason.ABORT)
         self._observer.on_step(self.status())
 
     @torch.inference_mode()

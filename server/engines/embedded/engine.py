@@ -94,18 +94,19 @@ class EmbeddedEngine:
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
         core = self._checked_core(request)
-        stream = _EmbeddedStream(request.num_choices, lambda is_complete: self._close(request, is_complete))
+
+        def close(is_complete: bool) -> None:
+            self._num_open -= request.num_choices
+            if not is_complete:
+                # By identity: request ids come from clients, and two may be the same.
+                with contextlib.suppress(EngineStoppedError):
+                    self._post(lambda: core.abort(sequences))
+
+        stream = _EmbeddedStream(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
         self._num_open += request.num_choices
         return stream
-
-    def _close(self, request: GenerationRequest, is_complete: bool) -> None:
-        self._num_open -= request.num_choices
-        core = self._core
-        if not is_complete and core is not None:
-            with contextlib.suppress(EngineStoppedError):
-                self._post(lambda: core.abort(request.request_id))
 
     def _post(self, action: Callable[[], None]) -> None:
         """Hand an action to the loop thread; once the loop has ended nothing gets in any more."""
