@@ -44,7 +44,7 @@ def test_the_commands_are_those_that_made_the_heads() -> None:
     ("field", "default", "largest"),
     [
         ("max_kl", 0.3, MAX_KL_NATS),
-        ("step_size", 2, MAX_STEP_SIZE),
+        ("step_size", 5, MAX_STEP_SIZE),
         ("steps", 10, MAX_STEPS),
         ("max_shift", 1, MAX_SHIFT_RATIO),
     ],

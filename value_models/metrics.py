@@ -43,9 +43,9 @@ def afinn_calm(text: str) -> float:
     return -sum(scores) / max(len(text.split()), 1)
 
 
-def vader_neutral(text: str) -> float:
-    """Share of the text that VADER's lexicon finds neutral, 0 to 1."""
-    return _library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer().polarity_scores(text)["neu"]
+def textblob_objectivity(text: str) -> float:
+    """One minus the subjectivity of Pattern's lexicon, 0 to 1."""
+    return 1.0 - _library("textblob").TextBlob(text).sentiment.subjectivity
 
 
 def textblob_polarity(text: str) -> float:
@@ -83,7 +83,7 @@ EVAL_METRICS: dict[str, Callable[[str], float]] = {
     "diversity": diversity,
     "afinn": afinn,
     "afinn_calm": afinn_calm,
-    "vader_neutral": vader_neutral,
+    "textblob_objectivity": textblob_objectivity,
     "textblob_polarity": textblob_polarity,
     "word_frequency": word_frequency,
     "dale_chall_easy": dale_chall_easy,

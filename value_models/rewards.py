@@ -44,10 +44,10 @@ def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 def neutral(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """One minus TextBlob's subjectivity, 0 to 1: matter-of-fact text scores high."""
+    """Share of the text that VADER's lexicon finds neutral, 0 to 1. No words: 0.5."""
     del prompts
-    textblob = _library("textblob")
-    return [1.0 - textblob.TextBlob(response).sentiment.subjectivity for response in responses]
+    analyser = _library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+    return [analyser.polarity_scores(response)["neu"] if _has_words(response) else 0.5 for response in responses]
 
 
 def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -36,7 +36,7 @@ _INSTRUCTIONS = {
 _JUDGES = {
     "positive": ["afinn", "textblob_polarity"],
     "plain": ["word_frequency", "dale_chall_easy"],
-    "neutral": ["afinn_calm", "vader_neutral"],
+    "neutral": ["afinn_calm", "textblob_objectivity"],
     "brevity": ["num_sentences", "num_characters"],
 }
 
@@ -110,10 +110,10 @@ class Eval(ModelCommand):
     def _arms(self, source: EngineRolloutSource, reward: str) -> dict[str, Arm]:
         instruction = self.instruction or _INSTRUCTIONS.get(reward)
         head = ControlParams(objective=WeightedSum(weights={self.head: 1.0}), max_kl=self.max_kl)
-        # Three differences of means are more than the budget ever lets through, so it alone sets the strength.
+        # Ten differences of means are more than the budget lets through nearly everywhere, so it alone sets the strength.
         static = ControlParams(
             objective=WeightedSum(weights={_STATIC: 1.0}),
-            step_size=3.0,
+            step_size=MAX_STEP_SIZE,
             steps=1,
             max_kl=self.max_kl,
             max_shift=MAX_SHIFT_RATIO,

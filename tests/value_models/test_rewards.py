@@ -35,7 +35,7 @@ def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, 
         ("afinn", GOOD, BAD),
         ("textblob_polarity", GOOD, BAD),
         ("afinn_calm", EASY, BAD),
-        ("vader_neutral", EASY, GOOD),
+        ("textblob_objectivity", EASY, GOOD),
         ("word_frequency", EASY, HARD),
         ("dale_chall_easy", EASY, HARD),
         ("diversity", EASY, "a b c d " * 9),
@@ -50,7 +50,7 @@ def test_a_judge_ranks_an_obvious_pair(name: str, better: str, worse: str) -> No
 
 
 def test_every_metric_and_reward_is_covered_above() -> None:
-    judges = {"afinn", "afinn_calm", "vader_neutral", "textblob_polarity", "word_frequency", "dale_chall_easy"}
+    judges = {"afinn", "afinn_calm", "textblob_objectivity", "textblob_polarity", "word_frequency", "dale_chall_easy"}
     assert set(EVAL_METRICS) == judges | {"diversity", "num_sentences", "num_characters"}
     assert set(REWARDS) == {"positive", "plain", "neutral", "brevity"}
 
