@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from value_models.heads import HeadShapeError, ValueHead, head_from_tensors
+from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -90,7 +90,8 @@ def shipped_heads_folder(model_name: str) -> Path:
 
 def architecture_card(head: ValueHead) -> ArchitectureCard:
     tensors = head.state_dict()
-    widths = [tensors[name].shape[0] for name in sorted(tensors) if name.startswith("hidden_weight_")]
+    later = [tensors[name].shape[0] for name in sorted(tensors) if name.startswith("hidden_weight_")]
+    widths = [head.num_units - 1, *later] if isinstance(head, MLPHead) else []
     counted = sum(t.numel() for name, t in tensors.items() if name.startswith(("inputs", "input_", "hidden", "out")))
     return ArchitectureCard(type=head.type_name, num_units=head.num_units, hidden_widths=widths, num_parameters=counted)
 
@@ -100,7 +101,7 @@ def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(folder)
     save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, scratch)
-    os.replace(scratch, folder / HEAD_FILE)
+    _publish(scratch, folder / HEAD_FILE)
     save_card(folder, card)
 
 
@@ -108,8 +109,7 @@ def save_card(folder: Path, card: HeadCard) -> None:
     """Replace a head's card."""
     scratch = _scratch(folder)
     Path(scratch).write_text(json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, folder / CARD_FILE)
+    _publish(scratch, folder / CARD_FILE)
 
 
 def load_card(folder: Path) -> HeadCard:
@@ -144,3 +144,9 @@ def _scratch(folder: Path) -> str:
     handle, name = tempfile.mkstemp(prefix=".part-", dir=folder)
     os.close(handle)
     return name
+
+
+def _publish(scratch: str, target: Path) -> None:
+    # A scratch file is its maker's alone; a head is for whoever may read the folder.
+    os.chmod(scratch, 0o644)
+    os.replace(scratch, target)

@@ -110,7 +110,7 @@ class Eval(ModelCommand):
     def _arms(self, source: EngineRolloutSource, reward: str) -> dict[str, Arm]:
         instruction = self.instruction or _INSTRUCTIONS.get(reward)
         head = ControlParams(objective=WeightedSum(weights={self.head: 1.0}), max_kl=self.max_kl)
-        # Ten differences of means are more than the budget lets through nearly everywhere, so it alone sets the strength.
+        # Ten differences of means are more than the budget lets through, so it alone sets the strength.
         static = ControlParams(
             objective=WeightedSum(weights={_STATIC: 1.0}),
             step_size=MAX_STEP_SIZE,

@@ -127,7 +127,8 @@ def test_a_saved_head_reads_back_and_an_interrupted_one_is_no_head(tmp_path: Pat
     again, card = load_head(tmp_path / "h")
     hidden = torch.randn(2, 32)
     assert torch.equal(again.value(hidden), head.value(hidden))
-    assert card.architecture.hidden_widths == [6]
+    assert card.architecture.hidden_widths == [8, 6]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "h").iterdir())
     (tmp_path / "h" / CARD_FILE).unlink()
     with pytest.raises(HeadFileError, match=CARD_FILE):
         load_head(tmp_path / "h")
