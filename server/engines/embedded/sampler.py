@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Probabilities above which most nuclei lie whole: a few tokens to sort instead of thousands.
+_FLOORS = (1e-3, 1e-4)
+
 
 @dataclass(slots=True, frozen=True)
 class RowSampling:
@@ -38,10 +41,9 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
 
     B must be at least two on CPU, since torch reduces a single row in another order than the same row among others.
     """
-    greedy_B = logits_BV.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if not drawn:
-        return greedy_B
+        return logits_BV.argmax(dim=-1)
     temperature = [row.temperature or 1.0 for row in rows]
     probs_BV = (logits_BV / logits_BV.new_tensor(temperature)[:, None]).softmax(dim=-1)
     for i in drawn:
@@ -52,8 +54,10 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
     u = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
     target_B1 = (logits_BV.new_tensor(u) * total_B)[:, None]
     drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    if len(drawn) == len(rows):
+        return drawn_B
     is_greedy_B = torch.tensor([row.temperature == 0 for row in rows], device=logits_BV.device)
-    return torch.where(is_greedy_B, greedy_B, drawn_B)
+    return torch.where(is_greedy_B, logits_BV.argmax(dim=-1), drawn_B)
 
 
 def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
@@ -69,10 +73,14 @@ def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
 def _nucleus_threshold(probs_V: Tensor, top_p: float) -> Tensor:
     """Smallest probability in the smallest set of most likely tokens that holds at least top_p of the mass.
 
-    Tokens below (1 - top_p) / V hold less than 1 - top_p together, so the nucleus never reaches them and only the
-    few others are sorted.
+    Only the tokens above a floor are sorted: the highest floor above which the mass suffices. At the last one it
+    always does, since the tokens below (1 - top_p) / V hold less than 1 - top_p together.
     """
-    candidates = probs_V[probs_V >= (1.0 - top_p) / probs_V.shape[0]]
+    candidates = probs_V
+    for floor in (*_FLOORS, (1.0 - top_p) / probs_V.shape[0]):
+        candidates = probs_V[probs_V >= floor]
+        if float(candidates.sum()) >= top_p:
+            break
     ordered = candidates.sort(descending=True).values
     mass_before = ordered.cumsum(dim=0) - ordered
     num_kept = int((mass_before < top_p).sum().clamp(min=1))
