@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.control.budget import general_divergence, largest_scale, linear_divergence
+from server.control.budget import GeneralDivergence, LinearDivergence, largest_scale
 from server.control.plan import EditGroup, EditPlan
 
 
@@ -114,9 +114,9 @@ class StateEditor:
     def _within_budget(self, ascent: _Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
         base_RV = projected_BV[ascent.group.rows_R]
         if self._unembedding.is_linear:
-            divergence = linear_divergence(self._unembedding.finish(base_RV), delta_RV)
+            divergence = LinearDivergence(self._unembedding.finish(base_RV), delta_RV)
         else:
-            divergence = general_divergence(base_RV, delta_RV, self._unembedding.finish)
+            divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
         scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
         return _Edit(
             ascent=ascent,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from server.control.budget import general_divergence, largest_scale, linear_divergence
+from server.control.budget import GeneralDivergence, LinearDivergence, largest_scale
 
 SCALES = [(1.0, 0.01), (3.0, 0.5), (3.0, 3.0), (8.0, 10.0), (0.1, 100.0)]
 
@@ -17,7 +17,7 @@ def exact_kl(base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor) -> to
 def test_the_budget_is_never_exceeded(base_scale: float, delta_scale: float, budget: float) -> None:
     torch.manual_seed(0)
     base, delta = torch.randn(8, 5000) * base_scale, torch.randn(8, 5000) * delta_scale
-    scale, kl = largest_scale(linear_divergence(base, delta), torch.full((8,), budget))
+    scale, kl = largest_scale(LinearDivergence(base, delta), torch.full((8,), budget))
     truth = exact_kl(base, delta, scale)
     assert (truth <= budget).all()
     torch.testing.assert_close(kl.double(), truth, rtol=0, atol=5e-6)
@@ -25,14 +25,14 @@ def test_the_budget_is_never_exceeded(base_scale: float, delta_scale: float, bud
 
 def test_an_edit_that_fits_is_taken_whole() -> None:
     base, delta = torch.randn(4, 300), torch.randn(4, 300) * 1e-3
-    scale, _ = largest_scale(linear_divergence(base, delta), torch.full((4,), 0.3))
+    scale, _ = largest_scale(LinearDivergence(base, delta), torch.full((4,), 0.3))
     assert torch.equal(scale, torch.ones(4))
 
 
 def test_an_ordinary_budget_is_used_up_to_a_few_percent() -> None:
     torch.manual_seed(1)
     base, delta = torch.randn(16, 5000) * 3, torch.randn(16, 5000) * 2
-    _, kl = largest_scale(linear_divergence(base, delta), torch.full((16,), 0.3))
+    _, kl = largest_scale(LinearDivergence(base, delta), torch.full((16,), 0.3))
     assert (kl >= 0.9 * 0.3).all()
 
 
@@ -40,10 +40,10 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     torch.manual_seed(2)
     base, delta = torch.randn(9, 3000) * 3, torch.randn(9, 3000) * torch.logspace(-2, 2, 9)[:, None]
     budget = torch.linspace(0.01, 1.0, 9)
-    whole, whole_kl = largest_scale(linear_divergence(base, delta), budget)
+    whole, whole_kl = largest_scale(LinearDivergence(base, delta), budget)
     for i in range(9):
         rows = [i, i]
-        alone, alone_kl = largest_scale(linear_divergence(base[rows], delta[rows]), budget[rows])
+        alone, alone_kl = largest_scale(LinearDivergence(base[rows], delta[rows]), budget[rows])
         assert alone[0] == whole[i]
         assert alone_kl[0] == whole_kl[i]
 
@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_a_nonfinite_edit_gets_scale_zero(bad: float) -> None:
     base, delta = torch.randn(3, 50), torch.randn(3, 50)
     delta[1, 7] = bad
-    scale, kl = largest_scale(linear_divergence(base, delta), torch.full((3,), 0.3))
+    scale, kl = largest_scale(LinearDivergence(base, delta), torch.full((3,), 0.3))
     assert scale[1] == 0
     assert kl[1] == 0
     assert scale[0] > 0
@@ -60,5 +60,5 @@ def test_a_nonfinite_edit_gets_scale_zero(bad: float) -> None:
 
 def test_both_forms_of_the_divergence_agree() -> None:
     base, delta, scale = torch.randn(5, 400), torch.randn(5, 400), torch.rand(5)
-    general = general_divergence(base, delta, lambda logits: logits)
-    torch.testing.assert_close(linear_divergence(base, delta)(scale), general(scale), rtol=1e-4, atol=1e-5)
+    general = GeneralDivergence(base, delta, lambda logits: logits)
+    torch.testing.assert_close(LinearDivergence(base, delta)(scale), general(scale), rtol=1e-4, atol=1e-5)
