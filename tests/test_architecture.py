@@ -17,6 +17,8 @@ ALLOWED = {
     "value_models.importer": (),
     "value_models.store": ("value_models.heads",),
     "value_models.rollouts": (),
+    "value_models.training_data": ("value_models.rewards", "value_models.rollouts", "value_models.targets"),
+    "value_models.ascent": ("value_models.heads", "value_models.moments", "value_models.training_data"),
     "value_models.training": ("value_models",),
     "value_models.evaluation": ("value_models",),
     "server.errors": (),

@@ -117,6 +117,10 @@ class ValueHead(nn.Module):
         """Rows [U, D] in h: an ascent step of size a is a * c(z) @ rows."""
         return self.ascent_UD * self.scale_D
 
+    def with_ascent(self, ascent_UD: Tensor) -> ValueHead:
+        """The same head with other ascent rows (see value_models/ascent.py)."""
+        return head_from_tensors(self.type_name, {**self.state_dict(), "ascent_UD": ascent_UD})
+
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.detach().float().contiguous())
 

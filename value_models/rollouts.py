@@ -1,9 +1,9 @@
 """Rollouts: responses sampled from the base model with the hidden states behind their tokens, kept as shards.
 
 A run is a folder: `manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair
-`shard-00000.safetensors` (states, token ids, offsets) and `shard-00000.jsonl` (one line a response). The JSONL is
-renamed into place last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows nothing
-of models: a `RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
+`shard-00000.safetensors` (states, gradients, token ids, offsets) and `shard-00000.jsonl` (one line a response). The
+JSONL is renamed into place last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows
+nothing of models: a `RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
 
 State t of a response is the post-norm state that predicts its token t, so the first one has seen the prompt alone.
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 MANIFEST = "manifest.json"
+_FORMAT = 2
 _SCRATCH_SUFFIX = ".part"
 
 
@@ -56,6 +57,8 @@ class Rollout:
     is_finished: bool
     """Ended by itself, not by the token limit."""
     states_TD: Tensor
+    logp_grads_TD: Tensor
+    """Gradient of each token's log-probability under the base model by the state that predicts it."""
 
 
 class RolloutSettings(BaseModel):
@@ -90,6 +93,7 @@ class RolloutShard:
     rows: list[dict[str, Any]]
     """prompt_id, sample, response, is_finished of each response."""
     states_ND: Tensor
+    logp_grads_ND: Tensor
     token_ids_N: Tensor
     offsets: list[int]
 
@@ -109,6 +113,7 @@ class RolloutSet:
             yield RolloutShard(
                 rows=[json.loads(line) for line in _shard(self.folder, index, ".jsonl").read_text().splitlines()],
                 states_ND=tensors["states_ND"],
+                logp_grads_ND=tensors["logp_grads_ND"],
                 token_ids_N=tensors["token_ids_N"],
                 offsets=tensors["offsets"].tolist(),
             )
@@ -172,6 +177,7 @@ def collect_rollouts(
         for first in range(0, len(prompts), settings.prompts_per_shard)
     ]
     manifest = {
+        "format": _FORMAT,
         "base_model": source.base_model,
         "settings": settings.model_dump(),
         "prompts_sha256": _digest(prompts),
@@ -199,6 +205,10 @@ def open_rollouts(folder: Path) -> RolloutSet:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
+    if manifest.get("format") != _FORMAT:
+        raise RolloutError(
+            f"{folder} has format {manifest.get('format')}, this version reads {_FORMAT}; sample them anew"
+        )
     missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
@@ -245,6 +255,7 @@ def _write_shard(
     lengths = torch.tensor([0] + [len(rollout.token_ids) for rollout in rollouts])
     tensors = {
         "states_ND": torch.cat([rollout.states_TD for rollout in rollouts]).contiguous(),
+        "logp_grads_ND": torch.cat([rollout.logp_grads_TD for rollout in rollouts]).contiguous(),
         "token_ids_N": torch.tensor([token for rollout in rollouts for token in rollout.token_ids]),
         "offsets": lengths.cumsum(0),
     }
@@ -270,11 +281,12 @@ def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequ
             f"the source gave {given}; {settings.num_samples} were asked for each of {len(block)} prompts"
         )
     for (prompt_id, sample), rollout in by_key.items():
-        if rollout.states_TD.dim() != 2 or len(rollout.states_TD) != len(rollout.token_ids):
-            shape = tuple(rollout.states_TD.shape)
-            raise RolloutError(
-                f"prompt {prompt_id!r}, sample {sample}: {len(rollout.token_ids)} tokens, but states of shape {shape}"
-            )
+        for name, tensor in (("states", rollout.states_TD), ("gradients", rollout.logp_grads_TD)):
+            if tensor.dim() != 2 or len(tensor) != len(rollout.token_ids):
+                raise RolloutError(
+                    f"prompt {prompt_id!r}, sample {sample}: {len(rollout.token_ids)} tokens, but {name} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
     return [by_key[key] for key in wanted]
 
 

@@ -1,10 +1,10 @@
-"""Fitting a value head to rollouts: rewards, targets, normalisation, metric, and a small network with early stopping.
+"""Fitting a value head to rollouts: targets, normalisation, a small network with early stopping, the way uphill.
 
 The linear part is the ridge solution, which is exact; hidden layers, if any, start from it and learn what is left.
 Splits are by prompt, so validation figures are on prompts that the fit has not seen. Knows nothing of language models
-or servers. Enter at `load_training_data` and `train_head`.
+or servers. Enter at `train_head`.
 
-Shapes: N tokens of all responses one after the other, B responses, T longest response, D hidden size, H head width.
+Shapes: N tokens of all responses one after the other, B responses, D hidden size, H head width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from value_models.ascent import Metric, ascent_rows, calibrated
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
-from value_models.rewards import load_reward
-from value_models.rollouts import open_rollouts, split_of
-from value_models.targets import center_by_prompt, lambda_returns, terminal_rewards
+from value_models.targets import center_by_prompt
+from value_models.training_data import TrainingData
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +37,9 @@ class TrainSettings(BaseModel):
     trace: float = Field(0.95, ge=0, le=1, description="lambda of td_lambda")
     center_by_prompt: bool = Field(True, description="subtract each prompt's mean reward")
     hidden_widths: tuple[int, ...] = Field((), description="hidden layers beside the linear part; none by default")
-    metric: Literal["covariance", "identity"] = "covariance"
+    metric: Metric = Field("natural", description="which way is uphill; see value_models/ascent.py")
+    advantage_trace: float = Field(0.95, ge=0, le=1, description="lambda of the natural metric's advantages")
+    damping: float = Field(1.0, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(0.01, gt=0, description="of the linear part, relative to unit variance")
     learning_rate: float = Field(3e-4, gt=0)
@@ -54,58 +55,9 @@ class TrainSettings(BaseModel):
 
 
 @dataclass(slots=True)
-class TrainingData:
-    """Scored rollouts. `offsets` are B + 1; `split` holds train, validation or test for each response."""
-
-    states_ND: Tensor
-    offsets: Tensor
-    prompt_B: Tensor
-    reward_B: Tensor
-    split: list[str]
-    base_model: dict[str, Any]
-    manifest: dict[str, Any]
-
-    def tokens_of(self, split: str) -> Tensor:
-        """Indices of the tokens whose response is in a split."""
-        chosen = [i for i, name in enumerate(self.split) if name == split]
-        return torch.cat([torch.arange(int(self.offsets[i]), int(self.offsets[i + 1])) for i in chosen])
-
-    def response_of_tokens(self) -> Tensor:
-        """[N]: the response each token belongs to."""
-        lengths = self.offsets[1:] - self.offsets[:-1]
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-
-    def position_of_tokens(self) -> Tensor:
-        """[N]: each token's place in its response."""
-        return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
-
-
-@dataclass(slots=True)
 class TrainedHead:
     head: ValueHead
     figures: dict[str, Any]
-
-
-def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, str]) -> TrainingData:
-    """Read a run of rollouts and score it. Raises RolloutError, RewardError."""
-    rollouts = open_rollouts(folder)
-    reward = load_reward(reward_name)
-    states, offsets, prompt_ids, responses = [], [0], [], []
-    for shard in rollouts.shards():
-        states.append(shard.states_ND)
-        offsets += [offsets[-1] + end for end in shard.offsets[1:]]
-        prompt_ids += [row["prompt_id"] for row in shard.rows]
-        responses += [row["response"] for row in shard.rows]
-    numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
-    return TrainingData(
-        states_ND=torch.cat(states),
-        offsets=torch.tensor(offsets),
-        prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
-        reward_B=torch.tensor(reward([prompt_texts.get(i, "") for i in prompt_ids], responses)),
-        split=[split_of(prompt_id) for prompt_id in prompt_ids],
-        base_model=rollouts.base_model,
-        manifest=rollouts.manifest,
-    )
 
 
 def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
@@ -120,47 +72,36 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     target_N = standard_B[data.response_of_tokens()]
 
     linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
-    metric_DD = moments.metric(settings.shrinkage) if settings.metric == "covariance" else None
     if settings.hidden_widths:
         network = _Network(linear_D, settings.hidden_widths)
         _fit(network, data, moments, standard_B, settings, train_N, validation_N)
-        head = network.head(moments, metric_DD, mean, scale)
+        head = network.head(moments, mean, scale)
     else:
         head = LinearHead(
             mean_D=moments.mean_D,
             scale_D=moments.scale_D,
             inputs_UD=linear_D[None],
             input_bias_U=torch.zeros(1),
-            ascent_UD=None if metric_DD is None else (linear_D @ metric_DD)[None],
             reward_mean=mean,
             reward_scale=scale,
         )
+    rows_UD = ascent_rows(
+        head,
+        data,
+        moments,
+        standard_B,
+        metric=settings.metric,
+        shrinkage=settings.shrinkage,
+        trace=settings.advantage_trace,
+        damping=settings.damping,
+    )
+    head = calibrated(head.with_ascent(rows_UD), data)
     figures = {
         "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
         "num_train_tokens": len(train_N),
         "num_validation_tokens": len(validation_N),
     }
     return TrainedHead(head, figures)
-
-
-def static_vector_head(data: TrainingData) -> LinearHead:
-    """Difference of class means as a head: states of responses above their split's median reward less those below.
-
-    One ascent step of size one moves a state by the whole difference.
-    """
-    is_train_B = torch.tensor([split == "train" for split in data.split])
-    response_N = data.response_of_tokens()
-    median = data.reward_B[is_train_B].median()
-    is_high_N = (data.reward_B > median)[response_N] & is_train_B[response_N]
-    is_low_N = (data.reward_B <= median)[response_N] & is_train_B[response_N]
-    difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
-    return LinearHead(
-        mean_D=data.states_ND[is_train_B[response_N]].float().mean(0),
-        scale_D=torch.ones_like(difference_D),
-        inputs_UD=(difference_D / difference_D.norm())[None],
-        input_bias_U=torch.zeros(1),
-        ascent_UD=difference_D[None],
-    )
 
 
 class _Network(nn.Module):
@@ -182,16 +123,14 @@ class _Network(nn.Module):
             active = functional.relu(layer(active))
         return x_ND @ self.linear_D + self.out(active)[:, 0]
 
-    def head(self, moments: Moments, metric_DD: Tensor | None, mean: float, scale: float) -> MLPHead:
+    def head(self, moments: Moments, mean: float, scale: float) -> MLPHead:
         first: Any = self.layers[0]
         later: list[Any] = list(self.layers[1:])
-        inputs_UD = torch.cat([self.linear_D[None], first.weight]).detach()
         return MLPHead(
             mean_D=moments.mean_D,
             scale_D=moments.scale_D,
-            inputs_UD=inputs_UD,
+            inputs_UD=torch.cat([self.linear_D[None], first.weight]).detach(),
             input_bias_U=torch.cat([torch.zeros(1), first.bias.detach()]),
-            ascent_UD=None if metric_DD is None else inputs_UD @ metric_DD,
             reward_mean=mean,
             reward_scale=scale,
             hidden_weights=[layer.weight.detach() for layer in later],
@@ -245,17 +184,10 @@ def _targets(
     network: _Network, data: TrainingData, moments: Moments, standard_B: Tensor, settings: TrainSettings
 ) -> Tensor:
     """[N] targets for one epoch; bootstrapped ones take the network's values at the epoch's start."""
-    response_N = data.response_of_tokens()
     if settings.effective_trace == 1.0:
-        return standard_B[response_N]
-    position_N = data.position_of_tokens()
-    shape = (len(standard_B), int(position_N.max()) + 1)
-    mask_BT = torch.zeros(shape, dtype=torch.bool)
-    mask_BT[response_N, position_N] = True
-    values_BT = torch.zeros(shape)
-    values_BT[response_N, position_N] = _values(network, data, moments, torch.arange(len(response_N)))
-    rewards_BT = terminal_rewards(standard_B, mask_BT)
-    return lambda_returns(rewards_BT, values_BT, mask_BT, trace=settings.effective_trace)[response_N, position_N]
+        return standard_B[data.response_of_tokens()]
+    values_N = _values(network, data, moments, torch.arange(data.states_ND.shape[0]))
+    return data.lambda_returns(standard_B, values_N, trace=settings.effective_trace)
 
 
 @torch.no_grad()

@@ -20,10 +20,11 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from value_models.ascent import static_vector_head
 from value_models.evaluation import Arm, evaluate_arms
 from value_models.rollouts import RolloutSettings, split_of
 from value_models.store import load_card, save_card, shipped_heads_folder
-from value_models.training import load_training_data, static_vector_head
+from value_models.training_data import load_training_data
 
 _STATIC = "static-vector"
 # By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.

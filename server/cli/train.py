@@ -11,6 +11,7 @@ from pydantic import Field
 
 from server.cli.command import Command, ModelCommand, read_prompts
 from server.engines.embedded.rollouts import EngineRolloutSource
+from value_models.ascent import UNIT_COST_NATS
 from value_models.rollouts import RolloutSettings, collect_rollouts
 from value_models.store import (
     NAME_PATTERN,
@@ -20,7 +21,10 @@ from value_models.store import (
     save_head,
     shipped_heads_folder,
 )
-from value_models.training import TrainingData, TrainSettings, load_training_data, train_head
+from value_models.training import TrainSettings, train_head
+from value_models.training_data import TrainingData, load_training_data
+
+_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 
 
 class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -78,9 +82,13 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
 
 
 def _metric_text(settings: TrainSettings) -> str:
-    if settings.metric == "identity":
-        return "identity"
-    return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity"
+    if settings.metric == "natural":
+        return (
+            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
+        ) + _UNIT
+    if settings.metric == "covariance":
+        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
+    return f"identity; {_UNIT}"
 
 
 def _targets_text(settings: TrainSettings) -> str:

@@ -66,16 +66,21 @@ class EditPlan:
         for names, indices in members.items():
             held = indices * 2 if len(indices) == 1 else indices
             controls = [control for i in held if (control := rows[i]) is not None]
+            stack = registry.stack(names)
             # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
             steps = [0 if c.objective.is_null or c.step_size == 0 else c.steps for c in controls]
+            sizes = [c.step_size for c in controls]
+            if stack.has_constant_slope:
+                sizes = [size * count for size, count in zip(sizes, steps, strict=True)]
+                steps = [min(count, 1) for count in steps]
             zeros_1K = torch.zeros(1, len(names), device=device)
             groups.append(
                 EditGroup(
-                    stack=registry.stack(names),
+                    stack=stack,
                     rows=tuple(indices),
                     rows_R=torch.tensor(held, device=device),
                     slope_RK=torch.cat([c.objective.slope(zeros_1K) for c in controls]),
-                    step_size_R=torch.tensor([c.step_size for c in controls], device=device),
+                    step_size_R=torch.tensor(sizes, device=device),
                     steps_R=torch.tensor(steps, device=device),
                     max_steps=max(steps),
                     max_kl_R=torch.tensor([c.max_kl for c in controls], device=device),

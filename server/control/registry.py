@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.errors import HeadMismatchError, UnknownHeadError
-from value_models.heads import ValueHead
+from value_models.heads import LinearHead, ValueHead
 from value_models.linear import PackedLinear
 from value_models.store import CARD_FILE, HeadCard, HeadFileError, load_head
 
@@ -41,6 +41,11 @@ class HeadStack:
     """c [R, U] -> change of h [R, D] by a step of size one."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
+
+    @property
+    def has_constant_slope(self) -> bool:
+        """Whether every head is linear, so that n steps are one of n times the size."""
+        return all(isinstance(head, LinearHead) for head in self.heads)
 
     def readout(self, units_RU: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Standardised values [R, K], and each head's own slope over its units, K tensors [R, U_k]."""

@@ -13,7 +13,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
 from server.types import FinishReason, GenerationRequest, SamplingParams
-from tests.conftest import CONFIGS, Results, control, run
+from tests.conftest import CONFIGS, HIDDEN, Results, control, run
 
 CONTROLS = [
     None,
@@ -212,6 +212,19 @@ def test_prompt_log_probabilities_are_the_models_own_whatever_the_chunks_and_the
     got = [score.logprob for score in chunk.prompt_logprobs if score is not None]
     assert got == pytest.approx(expected, abs=1e-3)
     assert chunk.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_closed_form_gradient_of_a_tokens_log_probability_equals_autograd(
+    make_core: Callable[..., EngineCore], architecture: str
+) -> None:
+    core = make_core(architecture)
+    states, chosen = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)), [3, 0, 255, 17, 17]
+    weight = core._runner.lm_head.project(torch.eye(HIDDEN))
+    leaf = states.clone().requires_grad_()
+    log_probs = core._runner.lm_head.finish(leaf @ weight).log_softmax(-1)
+    log_probs[torch.arange(5), chosen].sum().backward()
+    torch.testing.assert_close(core.base_logp_grads(states, chosen), leaf.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:

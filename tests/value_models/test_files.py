@@ -46,8 +46,10 @@ class FakeSource:
                 raise KeyboardInterrupt
             for sample in range(settings.num_samples):
                 length = int(prompt.id[1:]) + sample + 1
-                yield Rollout(prompt.id, sample, f"{prompt.id}/{sample}", tuple(range(length)), True,
-                              torch.full((length, 4), float(length)))  # fmt: skip
+                states = torch.full((length, 4), float(length))
+                yield Rollout(
+                    prompt.id, sample, f"{prompt.id}/{sample}", tuple(range(length)), True, states, -states
+                )  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -72,6 +74,7 @@ def test_a_complete_run_reads_back_in_order(tmp_path: Path) -> None:
     for shard in shards:
         for i, (first, last) in enumerate(itertools.pairwise(shard.offsets)):
             assert (shard.states_ND[first:last] == last - first).all()
+            assert (shard.logp_grads_ND[first:last] == first - last).all()
             assert shard.token_ids_N[first:last].tolist() == list(range(last - first)), i
 
 

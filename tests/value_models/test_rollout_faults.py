@@ -25,8 +25,9 @@ PROMPTS = [RolloutPrompt(id="p", prompt="hello")]
 SETTINGS = RolloutSettings(num_samples=2)
 
 
-def rollout(prompt_id: str, sample: int, *, num_tokens: int = 3, num_states: int = 3) -> Rollout:
-    return Rollout(prompt_id, sample, "text", tuple(range(num_tokens)), True, torch.zeros(num_states, 4))
+def rollout(prompt_id: str, sample: int, *, num_tokens: int = 3, num_states: int = 3, num_grads: int = 3) -> Rollout:
+    states, grads = torch.zeros(num_states, 4), torch.zeros(num_grads, 4)
+    return Rollout(prompt_id, sample, "text", tuple(range(num_tokens)), True, states, grads)
 
 
 class ListedSource:
@@ -48,7 +49,8 @@ GOOD = (rollout("p", 0), rollout("p", 1))
         ([rollout("p", 0), rollout("p", 0)], "1 distinct"),
         ([rollout("p", 0), rollout("p", 2)], "asked for each of 1 prompts"),
         ([rollout("p", 0), rollout("stranger", 1)], "asked for each of 1 prompts"),
-        ([rollout("p", 0), rollout("p", 1, num_states=2)], "sample 1: 3 tokens"),
+        ([rollout("p", 0), rollout("p", 1, num_states=2)], "sample 1: 3 tokens, but states"),
+        ([rollout("p", 0), rollout("p", 1, num_grads=2)], "sample 1: 3 tokens, but gradients"),
     ],
 )
 def test_responses_that_were_not_asked_for_are_refused_and_leave_no_shard(

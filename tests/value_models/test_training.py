@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from value_models.ascent import static_vector_head
 from value_models.evaluation import EvalSample, evaluate_arms
 from value_models.heads import LinearHead, MLPHead
 from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings, collect_rollouts
-from value_models.training import TrainingData, TrainSettings, load_training_data, static_vector_head, train_head
+from value_models.training import TrainSettings, train_head
+from value_models.training_data import TrainingData, load_training_data
 
 SIZE = 12
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(60)]
@@ -30,7 +32,8 @@ class SyntheticSource:
                 noise = torch.randn(words, SIZE, generator=rng)
                 noise[:, 1] += noise[:, 2]
                 noise[:, 0] = 0.3 * noise[:, 0] - 0.3 * words
-                yield Rollout(prompt.id, sample, " ".join(["word"] * words), tuple(range(words)), True, noise)
+                grads = torch.randn(words, SIZE, generator=rng)
+                yield Rollout(prompt.id, sample, " ".join(["word"] * words), tuple(range(words)), True, noise, grads)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_no_prompt_is_on_two_sides_of_the_split(data: TrainingData) -> None:
 
 
 def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(data: TrainingData) -> None:
-    settings = TrainSettings(hidden_widths=(), shrinkage=0.0, ridge=1e-6, center_by_prompt=False)
+    settings = TrainSettings(metric="covariance", shrinkage=0.0, ridge=1e-6, center_by_prompt=False)
     ascent = train_head(data, settings).head.folded_ascent()[0]
     static = static_vector_head(data).folded_ascent()[0]
     assert torch.cosine_similarity(ascent, static, dim=0) > 0.97

@@ -95,10 +95,14 @@ class EngineCore:
         return self._tokenizer.decode([token_id])
 
     @torch.inference_mode()
+    def base_logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
+        """Gradients [T, D] of tokens' log-probabilities under the base model by the states behind them."""
+        return self._runner.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
+
+    @torch.inference_mode()
     def base_nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
         """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
-        lm_head = self._runner.lm_head
-        log_probs_TV = lm_head.finish(lm_head.project(states_TD)).log_softmax(dim=-1)
+        log_probs_TV = self._runner.lm_head.logits(states_TD).log_softmax(dim=-1)
         return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
     def add(self, sequences: list[Sequence]) -> None:
@@ -270,8 +274,7 @@ class EngineCore:
         following = prompt[segment.start + 1 : segment.end + 1]
         if not following:
             return
-        lm_head = self._runner.lm_head
-        logits_TV = lm_head.finish(lm_head.project(hidden_TD))[: len(following)]
+        logits_TV = self._runner.lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)
         num_top = sequence.request.sampling.logprobs or 0
         sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top, self.token_text)

@@ -34,13 +34,15 @@ class EngineRolloutSource:
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
         """Uncontrolled responses with the states behind their tokens. Raises RuntimeError when the engine fails."""
         for sequence, response in self._run(prompts, settings, control=None, instruction=None):
+            states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
                 response=response,
                 token_ids=tuple(sequence.token_ids),
                 is_finished=sequence.finish_reason is FinishReason.STOP,
-                states_TD=torch.stack(sequence.states or []).cpu(),
+                states_TD=states_TD.cpu(),
+                logp_grads_TD=self._core.base_logp_grads(states_TD, sequence.token_ids).cpu(),
             )
 
     def evaluate(

@@ -8,6 +8,7 @@ and refuses a model for which this engine's numbers differ from the model's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class LMHead:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self._dtype = linear.weight.dtype
+        self._dtype, self._device = linear.weight.dtype, linear.weight.device
 
     @property
     def is_linear(self) -> bool:
@@ -64,6 +65,28 @@ class LMHead:
         if self._softcap is not None:
             projected_MV = self._softcap * torch.tanh(projected_MV / self._softcap)
         return projected_MV
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """[M, D] any float dtype -> logits [M, V] float32."""
+        return self.finish(self.project(hidden_MD))
+
+    def logp_grads(self, hidden_MD: Tensor, token_ids_M: Tensor) -> Tensor:
+        """Gradients [M, D] of tokens' log-probabilities (temperature 1) by the states, in closed form.
+
+        For plain logits W h it is W[token] - E[W[v]], v ~ softmax(W h): the token's row less the expected row.
+        """
+        logits_MV = self.logits(hidden_MD)
+        residual_MV = logits_MV.softmax(dim=-1).neg_()
+        residual_MV.scatter_add_(1, token_ids_M[:, None], torch.ones_like(residual_MV[:, :1]))
+        if self._softcap is not None:
+            residual_MV *= 1 - (logits_MV / self._softcap).square()
+        return self._transposed(residual_MV.to(self._dtype)) * self._scale
+
+    @cached_property
+    def _transposed(self) -> PackedLinear:
+        """The map by W^T, made when rollouts first ask for it; the identity's product is W^T itself."""
+        eye_DD = torch.eye(self._linear.in_features, dtype=self._dtype, device=self._device)
+        return PackedLinear(self._linear(eye_DD))
 
 
 class ModelRunner:
@@ -127,7 +150,7 @@ class ModelRunner:
                 f"{model_name} cannot be served: its attention does not go through transformers' interface as this "
                 f"engine needs ({error})"
             ) from error
-        logits_TV = self.lm_head.finish(self.lm_head.project(torch.cat([prefill_TD, decode_1D])))
+        logits_TV = self.lm_head.logits(torch.cat([prefill_TD, decode_1D]))
         error_T = (logits_TV - reference_TV).norm(dim=-1) / reference_TV.norm(dim=-1)
         error, allowed = error_T.median().item(), _ALLOWED_ERROR[prefill_TD.dtype]
         if not error <= allowed:

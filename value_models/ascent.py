@@ -1,0 +1,111 @@
+"""Which way is uphill: the rows along which a head's edits move a state, and how long one step is.
+
+    identity      rows W: the plain gradient of the value, as in the paper
+    covariance    rows W M, M the correlation of the training states
+    natural       the natural policy gradient: one row u with the advantages A of the sampled tokens best explained by
+                  u . grad_h log pi(token | h), that is u = F^-1 E[A grad], F = E[grad grad^T] the Fisher information
+
+The plain gradient asks how the value reads a state; an edit is felt only through the token it makes likelier, which is
+what the natural one asks. Advantages come from the head's own values (generalised advantage estimation), so a token is
+credited with what it changed and not with the luck of the whole response.
+
+All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average over training states, to
+second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
+at `ascent_rows` and `calibrated`.
+
+Shapes: N tokens of all responses one after the other, D hidden size, U units of a head.
+
+Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimensional continuous control using GAE.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from value_models.heads import LinearHead, ValueHead
+from value_models.moments import CHUNK_TOKENS, Moments
+from value_models.training_data import TrainingData
+
+Metric = Literal["natural", "covariance", "identity"]
+UNIT_COST_NATS = 0.1
+_MIN_COST_NATS = 1e-12
+
+
+def ascent_rows(
+    head: ValueHead,
+    data: TrainingData,
+    moments: Moments,
+    standard_B: Tensor,
+    *,
+    metric: Metric,
+    shrinkage: float,
+    trace: float,
+    damping: float,
+) -> Tensor:
+    """Rows [U, D] over the normalised state, not yet calibrated. `standard_B` are the rewards that the head predicts.
+
+    `shrinkage` belongs to the covariance metric; `trace` (lambda of the advantages) and `damping` (added to the Fisher
+    information, relative to its mean eigenvalue) to the natural one. There the linear unit alone has a row.
+    """
+    if metric == "identity":
+        return head.inputs_UD.clone()
+    if metric == "covariance":
+        return head.inputs_UD @ moments.metric(shrinkage)
+    values_N = _standardised_values(head, data)
+    advantage_N = data.lambda_returns(standard_B, values_N, trace=trace) - values_N
+    rows_UD = torch.zeros_like(head.inputs_UD)
+    rows_UD[0] = natural_direction(data, data.tokens_of("train"), advantage_N, damping=damping) / head.scale_D
+    return rows_UD
+
+
+def natural_direction(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor, *, damping: float) -> Tensor:
+    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad], over the given tokens."""
+    size = data.states_ND.shape[1]
+    fisher_DD, gain_D = torch.zeros(size, size), torch.zeros(size)
+    for chunk in tokens_N.split(CHUNK_TOKENS):
+        grads = data.logp_grads_ND[chunk].float()
+        fisher_DD += grads.T @ grads
+        gain_D += advantage_N[chunk] @ grads
+    damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(size)
+    return torch.linalg.solve(damped_DD, gain_D)
+
+
+def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
+    """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a training token on average."""
+    total_nats, tokens_N = 0.0, data.tokens_of("train")
+    for chunk in tokens_N.split(CHUNK_TOKENS):
+        _, slope_U = head.readout(head.units(data.states_ND[chunk]))
+        shift_D = slope_U @ head.folded_ascent()
+        change = torch.linalg.vecdot(shift_D, data.logp_grads_ND[chunk].float())
+        total_nats += 0.5 * float(change.square().sum())
+    cost_nats = max(total_nats / len(tokens_N), _MIN_COST_NATS)
+    return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
+
+
+def static_vector_head(data: TrainingData) -> ValueHead:
+    """The rival: a difference of class means as a head, calibrated like any other.
+
+    States of responses above the training split's median reward less those of the others.
+    """
+    is_train_B = torch.tensor([split == "train" for split in data.split])
+    response_N = data.response_of_tokens()
+    median = data.reward_B[is_train_B].median()
+    is_high_N = (data.reward_B > median)[response_N] & is_train_B[response_N]
+    is_low_N = (data.reward_B <= median)[response_N] & is_train_B[response_N]
+    difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
+    head = LinearHead(
+        mean_D=data.states_ND[is_train_B[response_N]].float().mean(0),
+        scale_D=torch.ones_like(difference_D),
+        inputs_UD=(difference_D / difference_D.norm())[None],
+        input_bias_U=torch.zeros(1),
+        ascent_UD=difference_D[None],
+    )
+    return calibrated(head, data)
+
+
+def _standardised_values(head: ValueHead, data: TrainingData) -> Tensor:
+    """[N], in standard deviations of the training reward."""
+    return torch.cat([head.readout(head.units(states))[0] for states in data.states_ND.split(CHUNK_TOKENS)])

@@ -1,0 +1,81 @@
+"""Scored rollouts: what a head is fitted to. Enter at `load_training_data`.
+
+Shapes: N tokens of all responses one after the other, B responses, T longest response, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from value_models.rewards import load_reward
+from value_models.rollouts import open_rollouts, split_of
+from value_models.targets import lambda_returns, terminal_rewards
+
+
+@dataclass(slots=True)
+class TrainingData:
+    """`offsets` are B + 1; `split` holds train, validation or test for each response."""
+
+    states_ND: Tensor
+    logp_grads_ND: Tensor
+    """Gradient of each token's log-probability by its state; see `value_models.rollouts.Rollout`."""
+    offsets: Tensor
+    prompt_B: Tensor
+    reward_B: Tensor
+    split: list[str]
+    base_model: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def tokens_of(self, split: str) -> Tensor:
+        """Indices of the tokens whose response is in a split."""
+        is_in_B = torch.tensor([name == split for name in self.split])
+        return is_in_B[self.response_of_tokens()].nonzero()[:, 0]
+
+    def response_of_tokens(self) -> Tensor:
+        """[N]: the response each token belongs to."""
+        lengths = self.offsets[1:] - self.offsets[:-1]
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def position_of_tokens(self) -> Tensor:
+        """[N]: each token's place in its response."""
+        return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
+
+    def lambda_returns(self, reward_B: Tensor, values_N: Tensor, *, trace: float) -> Tensor:
+        """`targets.lambda_returns` [N] of each response's terminal reward and its tokens' values."""
+        response_N, position_N = self.response_of_tokens(), self.position_of_tokens()
+        shape = (len(reward_B), int(position_N.max()) + 1)
+        mask_BT = torch.zeros(shape, dtype=torch.bool)
+        mask_BT[response_N, position_N] = True
+        values_BT = torch.zeros(shape)
+        values_BT[response_N, position_N] = values_N
+        returns_BT = lambda_returns(terminal_rewards(reward_B, mask_BT), values_BT, mask_BT, trace=trace)
+        return returns_BT[response_N, position_N]
+
+
+def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, str]) -> TrainingData:
+    """Read a run of rollouts and score it. Raises RolloutError, RewardError."""
+    rollouts = open_rollouts(folder)
+    reward = load_reward(reward_name)
+    states, grads, offsets, prompt_ids, responses = [], [], [0], [], []
+    for shard in rollouts.shards():
+        states.append(shard.states_ND)
+        grads.append(shard.logp_grads_ND)
+        offsets += [offsets[-1] + end for end in shard.offsets[1:]]
+        prompt_ids += [row["prompt_id"] for row in shard.rows]
+        responses += [row["response"] for row in shard.rows]
+    numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    return TrainingData(
+        states_ND=torch.cat(states),
+        logp_grads_ND=torch.cat(grads),
+        offsets=torch.tensor(offsets),
+        prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
+        reward_B=torch.tensor(reward([prompt_texts.get(i, "") for i in prompt_ids], responses)),
+        split=[split_of(prompt_id) for prompt_id in prompt_ids],
+        base_model=rollouts.base_model,
+        manifest=rollouts.manifest,
+    )
