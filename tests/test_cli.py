@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from server.cli import COMMANDS, main
+from server.cli.report import SECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert "r2" in card["validation"]
 
 
-def test_evaluation_writes_json_and_the_card_and_the_table_renders_it(
-    workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
+    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, folder = workshop
     heads = ["--heads-dir", str(folder / "heads")]
@@ -48,9 +49,21 @@ def test_evaluation_writes_json_and_the_card_and_the_table_renders_it(
     assert list(result["arms"]) == ["base", "prompting", "static vector", "head", "head + prompting"]
     assert result["arms"]["head"]["largest_kl"] <= result["max_kl"]
     capsys.readouterr()
-    assert main(["heads", "table", *heads]) == 0
-    table = capsys.readouterr().out
-    assert f"| short | head | {result['arms']['head']['reward']['mean']:.2f} [" in table
+    assert main(["heads", "report", *heads]) == 0
+    report = capsys.readouterr().out
+    assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in report
+    page = tmp_path / "page.md"
+    markers = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in SECTIONS]
+    page.write_text("\n".join(["title", *markers, "end"]))
+    assert main(["heads", "report", *heads, "--into", str(page)]) == 0
+    text = page.read_text()
+    assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in text
+    assert text.startswith("title\n")
+    assert text.endswith("\nend")
+    assert "old" not in text
+    page.write_text("no sections")
+    assert main(["heads", "report", *heads, "--into", str(page)]) == 2
+    assert "has no section" in capsys.readouterr().err
 
 
 def test_heads_are_listed_and_shown(workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,15 @@ from value_models.metrics import bootstrap_interval, load_metric
 from value_models.rewards import load_reward
 from value_models.rollouts import RolloutPrompt
 
+_NUM_EXAMPLES = 3
+
 
 @dataclass(slots=True, frozen=True)
 class EvalSample:
     """One response. `nll` is the mean negative log-probability of its tokens under the base model, in nats."""
 
     prompt_id: str
+    sample: int
     response: str
     num_tokens: int
     nll: float
@@ -41,7 +44,7 @@ def evaluate_arms(
     judges: Sequence[str],
     on_arm: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Arm -> metric -> {mean, low, high}; the first arm is the baseline of `gain_over_<first>` on reward and judges.
+    """Arm -> metric -> {mean, low, high}; `<metric>_gain` is over the first arm, prompt by prompt.
 
     Raises RewardError, MetricError.
     """
@@ -66,6 +69,7 @@ def evaluate_arms(
         arm_figures["largest_kl"] = max((sample.max_kl for sample in samples), default=0.0)
         arm_figures["wall_s"] = round(wall_s, 2)
         arm_figures["num_responses"] = len(samples)
+        arm_figures["examples"] = _examples(samples, prompts)
         figures[name] = arm_figures
     return figures
 
@@ -85,6 +89,12 @@ def _scores(
     scores["finished"] = [float(sample.is_finished) for sample in samples]
     scores["tokens"] = [float(sample.num_tokens) for sample in samples]
     return scores
+
+
+def _examples(samples: list[EvalSample], prompts: Sequence[RolloutPrompt]) -> list[dict[str, str]]:
+    """The first response to each of the first prompts: not chosen, and the same prompts and seeds in every arm."""
+    first = {sample.prompt_id: sample.response for sample in samples if sample.sample == 0}
+    return [{"prompt": prompt.text, "response": first[prompt.id]} for prompt in prompts[:_NUM_EXAMPLES]]
 
 
 def _by_prompt(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scores: list[float]) -> list[float]:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
 
 from server.cli.evaluate import Eval
-from server.cli.heads import HeadsImport, HeadsList, HeadsShow, HeadsTable
+from server.cli.heads import HeadsImport, HeadsList, HeadsShow
+from server.cli.report import HeadsReport
 from server.cli.serve import Generate, Serve
 from server.cli.train import Rollouts, Train
 from server.errors import RecontrolError
@@ -26,7 +27,7 @@ COMMANDS: dict[str, type[BaseSettings]] = {
     "heads list": HeadsList,
     "heads show": HeadsShow,
     "heads import": HeadsImport,
-    "heads table": HeadsTable,
+    "heads report": HeadsReport,
     "rollouts": Rollouts,
     "train": Train,
     "eval": Eval,

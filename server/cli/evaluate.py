@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +20,20 @@ from server.control.objectives import WeightedSum
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.rollouts import EngineRolloutSource
+from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.ascent import static_vector_head
 from value_models.evaluation import Arm, evaluate_arms
-from value_models.rollouts import RolloutSettings, split_of
+from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
 from value_models.store import load_card, save_card, shipped_heads_folder
 from value_models.training_data import load_training_data
 
 _STATIC = "static-vector"
+_DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
+# The static vector's strength is set on so many validation prompts, until its divergence is the head's within 3%.
+_NUM_TUNING_PROMPTS = 64
+_MAX_TUNING_ROUNDS = 4
+_EQUAL_KL = 0.03
 # By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
 _INSTRUCTIONS = {
     "positive": "Always answer in a very positive, cheerful way.",
@@ -57,7 +64,8 @@ class Eval(ModelCommand):
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 1
-    max_kl: float = Field(0.3, gt=0, le=MAX_KL_NATS, description="budget of every controlled arm, nats a token")
+    max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of controlled arms, nats a token")
+    step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head's arms")
     stress: bool = Field(False, description="instead, the corners of the allowed ranges: does the text collapse?")
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's card")
@@ -66,14 +74,19 @@ class Eval(ModelCommand):
         loaded = self.load()
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
         card = load_card(folder)
-        prompts = [p for p in read_prompts(self.prompts) if split_of(p.id) == self.split and p.format in self.formats]
+        everything = [prompt for prompt in read_prompts(self.prompts) if prompt.format in self.formats]
+        prompts = _of_split(everything, self.split)
         judges = self.judges or _JUDGES.get(card.reward, [])
         registry = load_registry(self.heads_dir, loaded)
         if not self.stress:
-            data = load_training_data(self.rollouts, card.reward, {p.id: p.text for p in prompts})
+            data = load_training_data(self.rollouts, card.reward, {p.id: p.text for p in everything})
             registry = registry.with_head(_STATIC, static_vector_head(data))
         source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=self.max_batch_size))
-        arms = self._stress_arms(source) if self.stress else self._arms(source, card.reward)
+        if self.stress:
+            arms = self._stress_arms(source)
+        else:
+            tuning = _of_split(everything, "validation")[:_NUM_TUNING_PROMPTS]
+            arms = self._arms(source, card.reward, self._static_step_size(source, tuning))
         with tqdm(total=len(arms), unit="arm") as bar:
 
             def on_arm(name: str) -> None:
@@ -87,7 +100,8 @@ class Eval(ModelCommand):
             "num_prompts": len(prompts),
             "split": self.split,
             "sampling": self._sampling().model_dump(exclude={"prompts_per_shard"}),
-            "max_kl": self.max_kl,
+            "max_kl": MAX_KL_NATS if self.stress else self.max_kl,
+            "step_size": self.step_size,
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "command": shlex.join(["recontrol", *sys.argv[1:]]),
@@ -99,6 +113,23 @@ class Eval(ModelCommand):
             save_card(folder, card.model_copy(update={"stress" if self.stress else "evaluation": result}))
         _print(figures, judges)
 
+    def _static_step_size(self, source: EngineRolloutSource, prompts: list[RolloutPrompt]) -> float:
+        """The step size at which the static vector diverges as far from the base as the head, on given prompts."""
+
+        def mean_kl(control: ControlParams) -> float:
+            return statistics.fmean(s.mean_kl for s in source.evaluate(prompts, self._sampling(), control=control))
+
+        wanted, step_size = mean_kl(self._control(self.head, self.step_size)), self.step_size
+        for _ in range(_MAX_TUNING_ROUNDS):
+            kl = mean_kl(self._control(_STATIC, step_size))
+            if abs(kl - wanted) <= _EQUAL_KL * wanted:
+                break
+            step_size = min(step_size * (wanted / max(kl, 1e-6)) ** 0.5, MAX_STEP_SIZE)
+        return step_size
+
+    def _control(self, head: str, step_size: float) -> ControlParams:
+        return ControlParams(objective=WeightedSum(weights={head: 1.0}), step_size=step_size, max_kl=self.max_kl)
+
     def _sampling(self) -> RolloutSettings:
         return RolloutSettings(
             num_samples=self.num_samples,
@@ -108,17 +139,9 @@ class Eval(ModelCommand):
             seed=self.seed,
         )
 
-    def _arms(self, source: EngineRolloutSource, reward: str) -> dict[str, Arm]:
+    def _arms(self, source: EngineRolloutSource, reward: str, static_step_size: float) -> dict[str, Arm]:
         instruction = self.instruction or _INSTRUCTIONS.get(reward)
-        head = ControlParams(objective=WeightedSum(weights={self.head: 1.0}), max_kl=self.max_kl)
-        # Ten differences of means are more than the budget lets through, so it alone sets the strength.
-        static = ControlParams(
-            objective=WeightedSum(weights={_STATIC: 1.0}),
-            step_size=MAX_STEP_SIZE,
-            steps=1,
-            max_kl=self.max_kl,
-            max_shift=MAX_SHIFT_RATIO,
-        )
+        head, static = self._control(self.head, self.step_size), self._control(_STATIC, static_step_size)
         arms = {"base": self._arm(source)}
         if instruction is not None:
             arms["prompting"] = self._arm(source, instruction=instruction)
@@ -132,7 +155,7 @@ class Eval(ModelCommand):
         """Base, and the largest steps, shift and budget that a request may ask for, either way."""
         arms = {"base": self._arm(source)}
         for weight in (1.0, -1.0):
-            for max_kl in (ControlParams.model_fields["max_kl"].default, MAX_KL_NATS):
+            for max_kl in (_DEFAULTS["max_kl"], MAX_KL_NATS):
                 control = ControlParams(
                     objective=WeightedSum(weights={self.head: weight}),
                     step_size=MAX_STEP_SIZE,
@@ -147,6 +170,13 @@ class Eval(ModelCommand):
         self, source: EngineRolloutSource, *, control: ControlParams | None = None, instruction: str | None = None
     ) -> Arm:
         return lambda prompts: source.evaluate(prompts, self._sampling(), control=control, instruction=instruction)
+
+
+def _of_split(prompts: list[RolloutPrompt], split: str) -> list[RolloutPrompt]:
+    chosen = [prompt for prompt in prompts if split_of(prompt.id) == split]
+    if not chosen:
+        raise ConfigurationError(f"prompts: none of the {len(prompts)} with these formats is in the {split} split")
+    return chosen
 
 
 def _print(figures: dict[str, Any], judges: list[str]) -> None:

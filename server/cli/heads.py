@@ -1,11 +1,10 @@
-"""`recontrol heads list | show | import | table`: value heads as files."""
+"""`recontrol heads list | show | import`: value heads as files."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -27,7 +26,7 @@ from value_models.store import (
 )
 
 
-class _HeadsCommand(Command):
+class HeadsCommand(Command):
     heads_dir: Path | None = Field(None, description=f"folder of heads; by default those shipped for {DEFAULT_MODEL}")
 
     @property
@@ -38,7 +37,7 @@ class _HeadsCommand(Command):
         return [load_card(path.parent) for path in sorted(self.folder.glob(f"*/{CARD_FILE}"))]
 
 
-class HeadsList(_HeadsCommand):
+class HeadsList(HeadsCommand):
     """List the value heads of a folder."""
 
     def cli_cmd(self) -> None:
@@ -46,7 +45,7 @@ class HeadsList(_HeadsCommand):
             print(f"{card.name:16}{card.base_model.name:28}{card.description}")
 
 
-class HeadsShow(_HeadsCommand):
+class HeadsShow(HeadsCommand):
     """Print a head's card."""
 
     name: CliPositionalArg[str]
@@ -58,16 +57,7 @@ class HeadsShow(_HeadsCommand):
         print(cards[self.name].model_dump_json(indent=2))
 
 
-class HeadsTable(_HeadsCommand):
-    """Print the heads' evaluation as a Markdown table, from their cards."""
-
-    stress: bool = Field(False, description="the stress test instead of the evaluation")
-
-    def cli_cmd(self) -> None:
-        print(evaluation_table(self.cards(), stress=self.stress))
-
-
-class HeadsImport(_HeadsCommand):
+class HeadsImport(HeadsCommand):
     """Import a value function of the RE-Control paper's code (.pth, two or three layers)."""
 
     path: CliPositionalArg[Path]
@@ -108,25 +98,3 @@ class HeadsImport(_HeadsCommand):
         target = self.folder / self.name
         save_head(target, head, card)
         print(f"Imported a {len(layers.weights)}-layer head of hidden size {size} into {target}")
-
-
-def evaluation_table(cards: list[HeadCard], *, stress: bool = False) -> str:
-    """Markdown: a row for each head and arm of its evaluation (or stress test), with 95% intervals over prompts."""
-    lines = [
-        "| head | arm | reward | judges | diversity | nats/token under base | mean KL | largest KL |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for card in cards:
-        result = card.stress if stress else card.evaluation
-        for arm, figures in (result or {}).get("arms", {}).items():
-            judges = "; ".join(f"{name} {_interval(figures[name])}" for name in (result or {})["judges"])
-            lines.append(
-                f"| {card.name} | {arm} | {_interval(figures['reward'])} | {judges} | "
-                f"{figures['diversity']['mean']:.3f} | {figures['nll']['mean']:.2f} | "
-                f"{figures['kl']['mean']:.2f} | {figures['largest_kl']:.2f} |"
-            )
-    return "\n".join(lines)
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"

@@ -82,7 +82,7 @@ def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(
 
 def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
     def arm(text: str) -> object:
-        return lambda prompts: [EvalSample(p.id, text, 2, 1.0, 0.1, 0.2, True) for p in prompts]
+        return lambda prompts: [EvalSample(p.id, 0, text, 2, 1.0, 0.1, 0.2, True) for p in prompts]
 
     arms = {"base": arm("bad day"), "better": arm("good day")}
     figures = evaluate_arms(arms, PROMPTS[:9], reward_name="positive", judges=["afinn"])  # type: ignore[arg-type]
@@ -90,3 +90,4 @@ def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
     assert figures["better"]["afinn"]["mean"] > figures["base"]["afinn"]["mean"]
     assert figures["base"]["largest_kl"] == 0.2
     assert "reward_gain" not in figures["base"]
+    assert figures["better"]["examples"][0] == {"prompt": "prompt 0", "response": "good day"}

@@ -270,9 +270,9 @@ class EngineCore:
 
     def _score_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the segment's positions, without control."""
-        prompt = sequence.group.token_ids
-        following = prompt[segment.start + 1 : segment.end + 1]
-        if not following:
+        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
+        # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
+        if not following or not sequence.group.prompt_logprobs:
             return
         logits_TV = self._runner.lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)

@@ -58,6 +58,7 @@ class EngineRolloutSource:
             summary = sequence.edits.summary() if sequence.edits is not None else None
             yield EvalSample(
                 prompt_id=sequence.request.request_id,
+                sample=sequence.index,
                 response=response,
                 num_tokens=len(sequence.token_ids),
                 nll=self._core.base_nll(torch.stack(sequence.states or []), sequence.token_ids),

@@ -1,0 +1,101 @@
+"""`recontrol heads report`: the heads' cards as the Markdown that the README shows.
+
+A section of a Markdown file is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at SECTIONS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from server.cli.heads import HeadsCommand
+from server.errors import ConfigurationError
+from value_models.store import HeadCard
+
+
+class HeadsReport(HeadsCommand):
+    """Print the heads' figures and an example as Markdown, or bring a file's sections up to date."""
+
+    into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
+
+    def cli_cmd(self) -> None:
+        sections = {name: render(self.cards()) for name, render in SECTIONS.items()}
+        if self.into is None:
+            print("\n\n".join(sections.values()))
+            return
+        text = self.into.read_text()
+        for name, body in sections.items():
+            pattern = re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
+            if not pattern.search(text):
+                raise ConfigurationError(f"into: {self.into} has no section `<!-- {name}: begin -->`")
+            text = pattern.sub(lambda _, body=body: f"{body}\n", text)
+        self.into.write_text(text)
+
+
+def evaluation_tables(cards: Sequence[HeadCard]) -> str:
+    return "\n\n".join(_table(card, card.evaluation) for card in cards if card.evaluation is not None)
+
+
+def stress_tables(cards: Sequence[HeadCard]) -> str:
+    return "\n\n".join(_table(card, card.stress) for card in cards if card.stress is not None)
+
+
+def commands(cards: Sequence[HeadCard]) -> str:
+    """Rollouts first, then what made and measured each head."""
+    runs = {
+        f"recontrol rollouts --num-samples {card.data['rollouts']['num_samples']}"
+        for card in cards
+        if "rollouts" in card.data
+    }
+    lines = sorted(runs)
+    for card in cards:
+        measured = [result["command"] for result in (card.evaluation, card.stress) if result is not None]
+        lines += [card.command, *measured]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def transcript(cards: Sequence[HeadCard]) -> str:
+    """The first example of the evaluation: the base model's response, and each head's, from the same seed."""
+    evaluated = {card.name: card.evaluation["arms"] for card in cards if card.evaluation is not None}
+    if not evaluated:
+        return ""
+    base = next(iter(evaluated.values()))["base"]["examples"][0]
+    parts = [("prompt", base["prompt"]), ("base", base["response"])]
+    parts += [(f"`{name}`", arms["head"]["examples"][0]["response"]) for name, arms in evaluated.items()]
+    return "\n\n".join(f"> **{who}:** {_quoted(text)}" for who, text in parts)
+
+
+SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
+    "transcript": transcript,
+    "heads": evaluation_tables,
+    "stress": stress_tables,
+    "commands": commands,
+}
+
+
+def _table(card: HeadCard, result: dict[str, Any]) -> str:
+    """A row for each arm, with 95% intervals over prompts."""
+    columns = ["reward", *result["judges"]]
+    titles = [f"`{card.name}`", *columns, "diversity", "nats/token", "mean KL", "largest KL"]
+    lines = [_row(titles), "|---" * len(titles) + "|"]
+    for arm, figures in result["arms"].items():
+        cells = [_interval(figures[column]) for column in columns]
+        cells += [f"{figures[name]['mean']:.2f}" for name in ("diversity", "nll", "kl")]
+        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text.split())
