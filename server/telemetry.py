@@ -95,14 +95,15 @@ class Telemetry:
         self._edit_duration.labels(self._model).observe(duration_s)
 
     def on_finish(
-        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None:
         self._success.labels(self._model, reason.value).inc()
         self._e2e.labels(self._model).observe(e2e_s)
-        self._decode.labels(self._model).observe(decode_s)
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
-        self._prompt_sizes.labels(self._model).observe(prompt_tokens)
-        self._generation_sizes.labels(self._model).observe(generation_tokens)
+        if decode_s is not None:
+            self._decode.labels(self._model).observe(decode_s)
+            self._prompt_sizes.labels(self._model).observe(prompt_tokens)
+            self._generation_sizes.labels(self._model).observe(generation_tokens)
 
     def on_step(self, status: EngineStatus) -> None:
         self._running.labels(self._model).set(status.num_running)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from value_models.heads import LinearHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
-from value_models.training_data import TrainingData
+from value_models.training_data import TrainingData, TrainingDataError
 
 Metric = Literal["natural", "covariance", "identity"]
 UNIT_COST_NATS = 0.1
@@ -88,16 +88,19 @@ def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
 def static_vector_head(data: TrainingData) -> ValueHead:
     """The rival: a difference of class means as a head, calibrated like any other.
 
-    States of responses above the training split's median reward less those of the others.
+    States of responses above the training split's median reward (or at it, when it is the largest) less those of the
+    others. Raises TrainingDataError when all rewards are the same.
     """
-    is_train_B = torch.tensor([split == "train" for split in data.split])
-    response_N = data.response_of_tokens()
-    median = data.reward_B[is_train_B].median()
-    is_high_N = (data.reward_B > median)[response_N] & is_train_B[response_N]
-    is_low_N = (data.reward_B <= median)[response_N] & is_train_B[response_N]
+    is_train_B, response_N = data.is_in("train"), data.response_of_tokens()
+    rewards = data.reward_B[is_train_B]
+    if bool((rewards == rewards[0]).all()):
+        raise TrainingDataError("reward: the training responses all have the same reward; there are no two classes")
+    median = rewards.median()
+    is_high_B = data.reward_B >= median if rewards.max() == median else data.reward_B > median
+    is_high_N, is_low_N = (is_high_B & is_train_B)[response_N], (~is_high_B & is_train_B)[response_N]
     difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
     head = LinearHead(
-        mean_D=data.states_ND[is_train_B[response_N]].float().mean(0),
+        mean_D=data.states_ND[is_high_N | is_low_N].float().mean(0),
         scale_D=torch.ones_like(difference_D),
         inputs_UD=(difference_D / difference_D.norm())[None],
         input_bias_U=torch.zeros(1),

@@ -44,14 +44,14 @@ def evaluate_arms(
     judges: Sequence[str],
     on_arm: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Arm -> metric -> {mean, low, high}; `<metric>_gain` is over the first arm, prompt by prompt.
+    """Arm -> metric -> {mean, low, high}; `gain_over` of an arm compares it with each earlier one, prompt by prompt.
 
     Raises RewardError, MetricError.
     """
     scorers = {name: load_metric(name) for name in (*judges, "diversity")}
     reward = load_reward(reward_name)
     figures: dict[str, Any] = {}
-    baseline: dict[str, list[float]] = {}
+    earlier: dict[str, dict[str, list[float]]] = {}
     for name, arm in arms.items():
         on_arm(name)
         started_s = time.perf_counter()
@@ -60,12 +60,11 @@ def evaluate_arms(
         values = _scores(samples, prompts, reward, scorers)
         by_prompt = {metric: _by_prompt(samples, prompts, scores) for metric, scores in values.items()}
         arm_figures: dict[str, Any] = {metric: _with_interval(means) for metric, means in by_prompt.items()}
-        if baseline:
-            for metric in ("reward", *judges):
-                gains = [mine - base for mine, base in zip(by_prompt[metric], baseline[metric], strict=True)]
-                arm_figures[f"{metric}_gain"] = _with_interval(gains)
-        else:
-            baseline = by_prompt
+        arm_figures["gain_over"] = {
+            other: {metric: _gain(by_prompt[metric], theirs[metric]) for metric in ("reward", *judges)}
+            for other, theirs in earlier.items()
+        }
+        earlier[name] = by_prompt
         arm_figures["largest_kl"] = max((sample.max_kl for sample in samples), default=0.0)
         arm_figures["wall_s"] = round(wall_s, 2)
         arm_figures["num_responses"] = len(samples)
@@ -103,6 +102,10 @@ def _by_prompt(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scor
     for sample, score in zip(samples, scores, strict=True):
         grouped[sample.prompt_id].append(score)
     return [sum(group) / len(group) for group in grouped.values()]
+
+
+def _gain(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    return _with_interval([a - b for a, b in zip(mine, theirs, strict=True)])
 
 
 def _with_interval(values: list[float]) -> dict[str, float]:

@@ -5,9 +5,9 @@
     f = readout(z)                                        standardised value
     V(h) = reward_mean + reward_scale * f                 reward units
 
-A head ascends in a metric M over x (the states' correlation matrix, or the identity as in the paper): the uphill
-direction in h is scale * M df/dx. Only `ascent` = W M is kept of M, so the whole ascent runs in the space of the units:
-one step of size a moves z by a * c(z) Gram with c = df/dz and Gram = ascent W^T, and h by a * scale * c(z) ascent.
+A head ascends along `ascent` rows, one for each unit and chosen in training (value_models/ascent.py; the rows of W are
+the plain gradient, as in the paper). The whole ascent runs in the space of the units: one step of size a moves z by
+a * c(z) Gram with c = df/dz and Gram = ascent W^T, and h by a * scale * c(z) ascent.
 Gradients are closed-form matrix products with masks; there is no autograd in decoding.
 
 Knows nothing of models, rewards, files or requests. Enter at `ValueHead`; to add an architecture, write one class and

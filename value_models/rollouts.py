@@ -224,6 +224,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
         leftover.unlink()
     path = folder / MANIFEST
     if not path.exists():
+        if any(folder.glob("shard-*")):
+            raise RolloutError(f"{folder} has shards, but no {MANIFEST} that tells what they are; choose another --out")
         _replace_text(path, json.dumps(manifest, indent=2) + "\n")
         return
     try:

@@ -6,11 +6,12 @@ Enter at `save_head` and `load_head`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,14 +60,14 @@ class ArchitectureCard(_Frozen):
 class HeadCard(_Frozen):
     """Everything a user should know of a head before trusting it."""
 
-    format_version: int = 1
+    format_version: Literal[2] = 2
     name: str = Field(pattern=NAME_PATTERN)
     description: str
     base_model: BaseModelCard
     architecture: ArchitectureCard
     normalisation: str
     metric: str
-    """identity, or how the covariance was estimated."""
+    """Which way the head ascends, and what a step of length 1 costs."""
     reward: str
     reward_mean: float
     reward_scale: float
@@ -81,6 +82,8 @@ class HeadCard(_Frozen):
     """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --stress`."""
     command: str
     """What made this head."""
+    tensors_sha256: str = ""
+    """Of the file beside the card; written with it."""
 
 
 def shipped_heads_folder(model_name: str) -> Path:
@@ -101,8 +104,10 @@ def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(folder)
     save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, scratch)
+    # A head that is replaced must not be left with the old one's card.
+    (folder / CARD_FILE).unlink(missing_ok=True)
     _publish(scratch, folder / HEAD_FILE)
-    save_card(folder, card)
+    save_card(folder, card.model_copy(update={"tensors_sha256": _digest(folder / HEAD_FILE)}))
 
 
 def save_card(folder: Path, card: HeadCard) -> None:
@@ -129,6 +134,8 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
     """Raises HeadFileError when a file is missing, or the tensors are not what the card says."""
     card = load_card(folder)
     path = folder / HEAD_FILE
+    if path.is_file() and _digest(path) != card.tensors_sha256:
+        raise HeadFileError(f"{path} is not the file that its card was written for (tensors_sha256 differs)")
     try:
         head = head_from_tensors(card.architecture.type, load_file(path, device=str(device)))
     except (OSError, SafetensorError, HeadShapeError) as error:
@@ -138,6 +145,10 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
             f"{path} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
     return head, card
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _scratch(folder: Path) -> str:

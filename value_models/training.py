@@ -12,10 +12,10 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,9 +23,10 @@ from value_models.ascent import Metric, ascent_rows, calibrated
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.targets import center_by_prompt
-from value_models.training_data import TrainingData
+from value_models.training_data import TrainingData, TrainingDataError
 
 _log = logging.getLogger(__name__)
+_MIN_REWARD_SCALE = 1e-5
 
 
 class TrainSettings(BaseModel):
@@ -49,6 +50,15 @@ class TrainSettings(BaseModel):
     patience: int = Field(2, ge=1, description="epochs without a better validation loss before stopping")
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _linear_heads_are_fitted_to_returns(self) -> Self:
+        if self.targets != "monte_carlo" and not self.hidden_widths:
+            raise ValueError(
+                f"targets: a linear head is fitted to monte_carlo targets in closed form; {self.targets} needs "
+                "hidden_widths"
+            )
+        return self
+
     @property
     def effective_trace(self) -> float:
         return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
@@ -61,13 +71,19 @@ class TrainedHead:
 
 
 def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
-    """Fit one head. Deterministic for a seed on one machine."""
+    """Fit one head. Deterministic for a seed on one machine.
+
+    Raises TrainingDataError when a split is empty, or when the rewards are all the same.
+    """
     torch.manual_seed(settings.seed)
     train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
     moments = Moments.of(data.states_ND, train_N)
     reward_B = center_by_prompt(data.reward_B, data.prompt_B) if settings.center_by_prompt else data.reward_B
-    is_train_B = torch.tensor([split == "train" for split in data.split])
-    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std().clamp(min=1e-6))
+    is_train_B = data.is_in("train")
+    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
+    if not scale > _MIN_REWARD_SCALE:
+        within = " within each prompt (sample several responses a prompt)" if settings.center_by_prompt else ""
+        raise TrainingDataError(f"reward: the training responses all have the same reward{within}; nothing to learn")
     standard_B = (reward_B - mean) / scale
     target_N = standard_B[data.response_of_tokens()]
 
@@ -156,27 +172,26 @@ def _fit(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.learning_rate,
     )
-    best_loss, best_state, waited = float("inf"), network.state_dict(), 0
     reward_N = standard_B[data.response_of_tokens()]
-    for epoch in range(settings.max_epochs):
+    best_loss, best_state, waited = float("inf"), {}, 0
+    for epoch in range(settings.max_epochs + 1):
+        # Validation is always against the reward itself, so that target types can be compared; first the linear part's.
+        values_N = _values(network, data, moments, validation_N)
+        validation_loss = float(functional.mse_loss(values_N, reward_N[validation_N]))
+        _log.info("after %d epochs: validation loss %.4f", epoch, validation_loss)
+        if validation_loss < best_loss:
+            best_loss, waited = validation_loss, 0
+            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        else:
+            waited += 1
+        if waited >= settings.patience or epoch == settings.max_epochs:
+            break
         target_N = _targets(network, data, moments, standard_B, settings)
         for batch in train_N[torch.randperm(len(train_N))].split(settings.batch_size):
             loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), target_N[batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        # Validation is always against the reward itself, so that target types can be compared.
-        validation_loss = float(
-            functional.mse_loss(_values(network, data, moments, validation_N), reward_N[validation_N])
-        )
-        _log.info("epoch %d: validation loss %.4f", epoch + 1, validation_loss)
-        if validation_loss < best_loss:
-            best_loss, waited = validation_loss, 0
-            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        else:
-            waited += 1
-            if waited >= settings.patience:
-                break
     network.load_state_dict(best_state)
 
 

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from value_models.rewards import load_reward
-from value_models.rollouts import open_rollouts, split_of
+from value_models.rollouts import RolloutError, open_rollouts, split_of
 from value_models.targets import lambda_returns, terminal_rewards
+
+
+class TrainingDataError(ValueError):
+    """Rollouts or rewards from which no head can be learnt; the message says what is missing."""
 
 
 @dataclass(slots=True)
@@ -31,10 +35,16 @@ class TrainingData:
     base_model: dict[str, Any]
     manifest: dict[str, Any]
 
-    def tokens_of(self, split: str) -> Tensor:
-        """Indices of the tokens whose response is in a split."""
+    def is_in(self, split: str) -> Tensor:
+        """[B] bool: whether a response is in a split. Raises TrainingDataError when none is."""
         is_in_B = torch.tensor([name == split for name in self.split])
-        return is_in_B[self.response_of_tokens()].nonzero()[:, 0]
+        if not is_in_B.any():
+            raise TrainingDataError(f"prompts: none is in the {split} split; it is chosen by the id, so add prompts")
+        return is_in_B
+
+    def tokens_of(self, split: str) -> Tensor:
+        """Indices of the tokens whose response is in a split. Raises TrainingDataError when there is none."""
+        return self.is_in(split)[self.response_of_tokens()].nonzero()[:, 0]
 
     def response_of_tokens(self) -> Tensor:
         """[N]: the response each token belongs to."""
@@ -58,7 +68,7 @@ class TrainingData:
 
 
 def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, str]) -> TrainingData:
-    """Read a run of rollouts and score it. Raises RolloutError, RewardError."""
+    """Read a run of rollouts and score it; `prompt_texts` are by id. Raises RolloutError, RewardError."""
     rollouts = open_rollouts(folder)
     reward = load_reward(reward_name)
     states, grads, offsets, prompt_ids, responses = [], [], [0], [], []
@@ -68,13 +78,15 @@ def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, s
         offsets += [offsets[-1] + end for end in shard.offsets[1:]]
         prompt_ids += [row["prompt_id"] for row in shard.rows]
         responses += [row["response"] for row in shard.rows]
+    if unknown := set(prompt_ids) - set(prompt_texts):
+        raise RolloutError(f"prompts: {len(unknown)} prompts of {folder} are not in the file, {min(unknown)!r} for one")
     numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
     return TrainingData(
         states_ND=torch.cat(states),
         logp_grads_ND=torch.cat(grads),
         offsets=torch.tensor(offsets),
         prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
-        reward_B=torch.tensor(reward([prompt_texts.get(i, "") for i in prompt_ids], responses)),
+        reward_B=torch.tensor(reward([prompt_texts[i] for i in prompt_ids], responses)),
         split=[split_of(prompt_id) for prompt_id in prompt_ids],
         base_model=rollouts.base_model,
         manifest=rollouts.manifest,

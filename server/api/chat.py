@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.generation import MAX_NEW_TOKENS, Choice, Generation, shown_logprob, start
 from server.api.handlers import request_id_of
 from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
 from server.engines.base import Engine
 from server.types import GenerationChunk, TokenLogprob
 
-DEFAULT_MAX_TOKENS = 256
 router = APIRouter()
 
 
@@ -22,10 +22,13 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    prompt = engine.encode_chat([{"role": message.role, "content": message.text} for message in body.messages])
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    # A long conversation takes long, which must not stop the other requests.
+    prompt = await asyncio.to_thread(engine.encode_chat, messages)
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
-        max_tokens = max(min(DEFAULT_MAX_TOKENS, engine.info.max_model_len - len(prompt)), 1)
+        # As in vLLM: up to the end of the context, within what one body may ask for.
+        max_tokens = max(min(engine.info.max_model_len - len(prompt), MAX_NEW_TOKENS // (body.n or 1)), 1)
     generation = await start(
         engine,
         body,

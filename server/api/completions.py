@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ router = APIRouter()
 async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Continue one or several prompts."""
     engine: Engine = request.app.state.engine
-    texts, prompts = _prompts(engine, body)
+    # A long text takes long, which must not stop the other requests.
+    texts, prompts = await asyncio.to_thread(_prompts, engine, body)
     generation = await start(
         engine,
         body,

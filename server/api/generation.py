@@ -37,6 +37,7 @@ from server.types import (
 _log = logging.getLogger("recontrol.access")
 MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17
+MAX_PROMPT_SCORES = 2**18
 _LOGGED_USER_CHARS = 64
 _MIN_LOGPROB = -9999.0
 
@@ -128,6 +129,8 @@ async def start(
     control = resolve_control(body, info)
     num_choices = body.n or 1
     check_size(prompts, num_choices, max_tokens, info)
+    if prompt_logprobs:
+        check_scored(prompts, num_choices, logprobs or 0)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -217,6 +220,17 @@ def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: i
             f"max_tokens: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that "
             "one request may ask for",
             param="max_tokens",
+        )
+
+
+def check_scored(prompts: Sequence[Sequence[int]], num_choices: int, num_top: int) -> None:
+    """The cap on log-probabilities of prompts, which come without a new token being drawn."""
+    num_scores = sum(map(len, prompts)) * num_choices * (num_top + 1)
+    if num_scores > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"logprobs: with echo this asks for {num_scores} log-probabilities of prompt tokens (tokens x n x "
+            f"(logprobs + 1)); at most {MAX_PROMPT_SCORES} are allowed",
+            param="logprobs",
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
@@ -39,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
-        print(_usage(), file=sys.stdout if words[:1] in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+        is_asked = bool({"-h", "--help"} & set(words))
+        print(_usage(), file=sys.stdout if is_asked else sys.stderr)
+        return 0 if is_asked else 2
     command = COMMANDS[name]
     command.model_config["cli_prog_name"] = f"recontrol {name}"
+    # As with `python -m`: a reward of the user's own may live in the folder the command is run from.
+    sys.path.insert(0, str(Path.cwd()))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         CliApp.run(command, cli_args=words[len(name.split()) :])
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = problem["msg"].removeprefix("Value error, ")
             print(f"recontrol {name}: {where + ': ' if where else ''}{message}", file=sys.stderr)
         return 2
-    except (RecontrolError, SettingsError, ValueError) as error:
+    except (RecontrolError, SettingsError, ValueError, OSError) as error:
         print(f"recontrol {name}: {error}", file=sys.stderr)
         return 2
     return 0

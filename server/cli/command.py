@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,6 +47,14 @@ class ModelCommand(Command):
         """An engine to drive from this thread. Raises ModelLoadError, HeadMismatchError."""
         registry = load_registry(self.heads_dir, loaded) if with_heads else HeadRegistry({})
         return EngineCore(loaded, registry, max_batch_size=self.max_batch_size)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def default_prompts_file() -> Path:

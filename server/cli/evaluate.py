@@ -8,14 +8,14 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from server.cli.command import ModelCommand, read_prompts
+from server.cli.command import ModelCommand, read_prompts, write_text
 from server.control.objectives import WeightedSum
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import load_registry
@@ -24,8 +24,10 @@ from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.ascent import static_vector_head
 from value_models.evaluation import Arm, evaluate_arms
+from value_models.metrics import load_metric
+from value_models.rewards import load_reward
 from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
-from value_models.store import load_card, save_card, shipped_heads_folder
+from value_models.store import HeadCard, load_card, save_card, shipped_heads_folder
 from value_models.training_data import load_training_data
 
 _STATIC = "static-vector"
@@ -70,23 +72,37 @@ class Eval(ModelCommand):
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's card")
 
+    @model_validator(mode="after")
+    def _stress_has_its_own_settings(self) -> Self:
+        given = sorted({"max_kl", "step_size", "instruction"} & self.model_fields_set)
+        if self.stress and given:
+            raise ValueError(f"{given[0]}: the stress test takes the largest allowed values; leave it out")
+        return self
+
     def cli_cmd(self) -> None:
         loaded = self.load()
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
         card = load_card(folder)
-        everything = [prompt for prompt in read_prompts(self.prompts) if prompt.format in self.formats]
-        prompts = _of_split(everything, self.split)
+        # What can be wrong with names is said before minutes of sampling.
+        load_reward(card.reward)
         judges = self.judges or _JUDGES.get(card.reward, [])
+        for judge in judges:
+            load_metric(judge)
+        everything = read_prompts(self.prompts)
+        served = [prompt for prompt in everything if prompt.format in self.formats]
+        prompts = _of_split(served, self.split)
         registry = load_registry(self.heads_dir, loaded)
         if not self.stress:
-            data = load_training_data(self.rollouts, card.reward, {p.id: p.text for p in everything})
-            registry = registry.with_head(_STATIC, static_vector_head(data))
+            data = load_training_data(self.rollouts, card.reward, {prompt.id: prompt.text for prompt in everything})
+            registry = registry.with_head(_STATIC, static_vector_head(data).to(loaded.model.device))
         source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=self.max_batch_size))
         if self.stress:
+            setting: dict[str, Any] = {"step_size": MAX_STEP_SIZE, "steps": MAX_STEPS, "max_shift": MAX_SHIFT_RATIO}
             arms = self._stress_arms(source)
         else:
-            tuning = _of_split(everything, "validation")[:_NUM_TUNING_PROMPTS]
-            arms = self._arms(source, card.reward, self._static_step_size(source, tuning))
+            tuned = self._static_strength(source, _of_split(served, "validation")[:_NUM_TUNING_PROMPTS])
+            setting = {"step_size": self.step_size, "max_kl": self.max_kl, "static_vector": tuned}
+            arms = self._arms(source, card.reward, tuned["step_size"])
         with tqdm(total=len(arms), unit="arm") as bar:
 
             def on_arm(name: str) -> None:
@@ -100,32 +116,32 @@ class Eval(ModelCommand):
             "num_prompts": len(prompts),
             "split": self.split,
             "sampling": self._sampling().model_dump(exclude={"prompts_per_shard"}),
-            "max_kl": MAX_KL_NATS if self.stress else self.max_kl,
-            "step_size": self.step_size,
+            "control": setting,
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "command": shlex.join(["recontrol", *sys.argv[1:]]),
         }
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(result, indent=2) + "\n")
+            write_text(self.out, json.dumps(result, indent=2) + "\n")
         if self.update_card:
-            save_card(folder, card.model_copy(update={"stress" if self.stress else "evaluation": result}))
+            _update_card(folder, card, {"stress" if self.stress else "evaluation": result})
         _print(figures, judges)
 
-    def _static_step_size(self, source: EngineRolloutSource, prompts: list[RolloutPrompt]) -> float:
+    def _static_strength(self, source: EngineRolloutSource, prompts: list[RolloutPrompt]) -> dict[str, float]:
         """The step size at which the static vector diverges as far from the base as the head, on given prompts."""
 
         def mean_kl(control: ControlParams) -> float:
             return statistics.fmean(s.mean_kl for s in source.evaluate(prompts, self._sampling(), control=control))
 
         wanted, step_size = mean_kl(self._control(self.head, self.step_size)), self.step_size
+        tried: list[dict[str, float]] = []
         for _ in range(_MAX_TUNING_ROUNDS):
             kl = mean_kl(self._control(_STATIC, step_size))
+            tried.append({"step_size": step_size, "kl": kl, "wanted_kl": wanted})
             if abs(kl - wanted) <= _EQUAL_KL * wanted:
                 break
             step_size = min(step_size * (wanted / max(kl, 1e-6)) ** 0.5, MAX_STEP_SIZE)
-        return step_size
+        return min(tried, key=lambda trial: abs(trial["kl"] - wanted))
 
     def _control(self, head: str, step_size: float) -> ControlParams:
         return ControlParams(objective=WeightedSum(weights={head: 1.0}), step_size=step_size, max_kl=self.max_kl)
@@ -177,6 +193,16 @@ def _of_split(prompts: list[RolloutPrompt], split: str) -> list[RolloutPrompt]:
     if not chosen:
         raise ConfigurationError(f"prompts: none of the {len(prompts)} with these formats is in the {split} split")
     return chosen
+
+
+def _update_card(folder: Path, card: HeadCard, update: dict[str, Any]) -> None:
+    """Add to the card as it is now, which another evaluation may have written meanwhile."""
+    current = load_card(folder)
+    if current.tensors_sha256 != card.tensors_sha256:
+        raise ConfigurationError(
+            f"{folder} holds another head than when the evaluation began; its card is kept as it is"
+        )
+    save_card(folder, current.model_copy(update=update))
 
 
 def _print(figures: dict[str, Any], judges: list[str]) -> None:

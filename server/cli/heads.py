@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import Command
-from server.errors import UnknownHeadError
+from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
 from value_models.heads import MLPHead
 from value_models.importer import import_pth
@@ -34,6 +34,8 @@ class HeadsCommand(Command):
         return self.heads_dir or shipped_heads_folder(DEFAULT_MODEL)
 
     def cards(self) -> list[HeadCard]:
+        if not self.folder.is_dir():
+            raise ConfigurationError(f"heads_dir: {self.folder} is not a folder")
         return [load_card(path.parent) for path in sorted(self.folder.glob(f"*/{CARD_FILE}"))]
 
 

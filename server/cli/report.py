@@ -12,8 +12,10 @@ from typing import Any
 
 from pydantic import Field
 
+from server.cli.command import write_text
 from server.cli.heads import HeadsCommand
 from server.errors import ConfigurationError
+from value_models.rollouts import RolloutSettings
 from value_models.store import HeadCard
 
 
@@ -33,7 +35,7 @@ class HeadsReport(HeadsCommand):
             if not pattern.search(text):
                 raise ConfigurationError(f"into: {self.into} has no section `<!-- {name}: begin -->`")
             text = pattern.sub(lambda _, body=body: f"{body}\n", text)
-        self.into.write_text(text)
+        write_text(self.into, text)
 
 
 def evaluation_tables(cards: Sequence[HeadCard]) -> str:
@@ -46,12 +48,7 @@ def stress_tables(cards: Sequence[HeadCard]) -> str:
 
 def commands(cards: Sequence[HeadCard]) -> str:
     """Rollouts first, then what made and measured each head."""
-    runs = {
-        f"recontrol rollouts --num-samples {card.data['rollouts']['num_samples']}"
-        for card in cards
-        if "rollouts" in card.data
-    }
-    lines = sorted(runs)
+    lines: list[str] = sorted({_rollouts_command(card.data["rollouts"]) for card in cards if "rollouts" in card.data})
     for card in cards:
         measured = [result["command"] for result in (card.evaluation, card.stress) if result is not None]
         lines += [card.command, *measured]
@@ -75,6 +72,12 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "stress": stress_tables,
     "commands": commands,
 }
+
+
+def _rollouts_command(settings: dict[str, Any]) -> str:
+    defaults = RolloutSettings().model_dump()
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value != defaults[name]]
+    return " ".join(["recontrol rollouts", *flags])
 
 
 def _table(card: HeadCard, result: dict[str, Any]) -> str:

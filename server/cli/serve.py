@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 
 import uvicorn
 from pydantic import Field
@@ -13,12 +15,16 @@ from server.app import create_app
 from server.cli.command import ModelCommand
 from server.control.objectives import WeightedSum
 from server.engines import create_engine
+from server.engines.base import Engine
 from server.engines.embedded.engine import encode_chat
+from server.errors import GenerationError
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 
 _GRACE_S = 30
+_ENDING_S = 1
+"""For the last events to reach their clients."""
 
 
 class Serve(Settings):
@@ -32,7 +38,9 @@ class Serve(Settings):
             print(settings.model_dump_json(indent=2))
             return
         logging.getLogger().setLevel(self.log_level.upper())
-        asyncio.run(_serve(settings))
+        # uvicorn shuts down cleanly on Ctrl-C and then raises it again.
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
@@ -47,7 +55,28 @@ async def _serve(settings: Settings) -> None:
         log_level=settings.log_level,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    await uvicorn.Server(config).serve()
+    await GracefulServer(config, engine).serve()
+
+
+class GracefulServer(uvicorn.Server):
+    """Ends what still runs shortly before the grace period does, so that every stream gets its last event."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        grace_s = self.config.timeout_graceful_shutdown or 0
+
+        async def stop_engine_in_time() -> None:
+            await asyncio.sleep(max(grace_s - _ENDING_S, 0))
+            await self._engine.stop()
+
+        ending = asyncio.create_task(stop_engine_in_time())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 class Generate(ModelCommand):
@@ -68,8 +97,6 @@ class Generate(ModelCommand):
             control = ControlParams(objective=WeightedSum(weights=self.head), max_kl=self.max_kl)
         loaded = self.load()
         core = self.core(loaded, with_heads=control is not None)
-        if control is not None:
-            core.registry.check(control.objective.head_names)
         if self.chat:
             prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": self.prompt}])
         else:
@@ -82,6 +109,10 @@ class Generate(ModelCommand):
             print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
 
         request = GenerationRequest("generate", tuple(prompt), sampling, control)  # type: ignore[arg-type]
-        core.add(core.sequences(request, emit))
+        core.check(request)
+        sequences = core.sequences(request, emit)
+        core.add(sequences)
         while core.has_work:
             core.step()
+        if sequences[0].finish_reason is FinishReason.ERROR:
+            raise GenerationError("The engine failed; the log says why.")

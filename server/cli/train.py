@@ -55,8 +55,6 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
-        # As with `python -m`: a reward of the user's own may live in the folder the command is run from.
-        sys.path.insert(0, str(Path.cwd()))
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, self.reward, texts)
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from server.control.budget import GeneralDivergence, LinearDivergence, largest_scale
 from server.control.plan import EditGroup, EditPlan
+from server.control.registry import MAX_STACKS, HeadStack
+from value_models.linear import PackedLinear
 
 
 class Unembedding(Protocol):
@@ -54,7 +56,8 @@ class _Ascent:
 
     group: EditGroup
     units_RU: Tensor
-    unit_shift_RU: Tensor
+    coefficients_RU: Tensor
+    """What the ascent rows were taken times, the cap on the shift included."""
     shift_RD: Tensor
     shift_ratio_R: Tensor
     is_capped_R: Tensor
@@ -73,10 +76,11 @@ class _Edit:
 
 
 class StateEditor:
-    """Stateless beyond the unembedding; used from the engine's thread."""
+    """Holds the unembedding, and what it makes of linear heads' ascent rows; used from the engine's thread."""
 
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
+        self._row_logits: dict[HeadStack, PackedLinear] = {}
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
@@ -103,13 +107,28 @@ class StateEditor:
     def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], Tensor]:
         """Every group's edit, and the projection [B, V] of the unedited states."""
         ascents = [_ascend(hidden_BD, group) for group in plan.groups]
-        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in ascents]
-        # One product with the LM head serves the states and the shifts.
+        # One product with the LM head serves the states and the shifts, but those of linear heads need none.
+        bent = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
+        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in bent]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = projected[num_rows:].split([shift.shape[0] for shift in shifts])
-        edits = [self._within_budget(*pair, projected) for pair in zip(ascents, deltas, strict=True)]
+        deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
+        edits: list[_Edit] = []
+        for ascent in ascents:
+            stack = ascent.group.stack
+            is_linear = stack.has_constant_slope
+            delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
+            edits.append(self._within_budget(ascent, delta_RV, projected))
         return edits, projected[:num_rows]
+
+    def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
+        """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
+        if stack not in self._row_logits:
+            if len(self._row_logits) >= MAX_STACKS:
+                del self._row_logits[next(iter(self._row_logits))]
+            rows_UD = torch.cat([head.folded_ascent() for head in stack.heads])
+            self._row_logits[stack] = PackedLinear(self._unembedding.project(rows_UD).t())
+        return self._row_logits[stack]
 
     def _within_budget(self, ascent: _Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
         base_RV = projected_BV[ascent.group.rows_R]
@@ -148,7 +167,7 @@ def _ascend(hidden_BD: Tensor, group: EditGroup) -> _Ascent:
     return _Ascent(
         group=group,
         units_RU=start_RU,
-        unit_shift_RU=torch.where(keep_R1, (units_RU - start_RU) * cap_R[:, None], 0.0),
+        coefficients_RU=torch.where(keep_R1, coefficients_RU * cap_R[:, None], 0.0),
         shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
         shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),
         is_capped_R=cap_R < 1.0,
@@ -160,7 +179,7 @@ def _stats(edit: _Edit) -> GroupStats:
     ascent, scale_R = edit.ascent, edit.scale_R
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
-    after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.unit_shift_RU)
+    after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
     return GroupStats(
         group=ascent.group,
         values_before_RK=stack.rewards(before_RK),

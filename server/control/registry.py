@@ -23,12 +23,15 @@ from value_models.store import CARD_FILE, HeadCard, HeadFileError, load_head
 
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
-_MAX_STACKS = 64
+MAX_STACKS = 64
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class HeadStack:
-    """K heads as one. Shapes: U units of all heads together; `spans` are each head's units in that order."""
+    """K heads as one; equal to itself alone.
+
+    Shapes: U units of all heads together; `spans` are each head's units in that order.
+    """
 
     names: tuple[str, ...]
     heads: tuple[ValueHead, ...]
@@ -66,8 +69,18 @@ class HeadRegistry:
         self._stacks: dict[tuple[str, ...], HeadStack] = {}
 
     @classmethod
-    def load(cls, folder: Path, base_model: dict[str, Any], *, device: torch.device | str = "cpu") -> HeadRegistry:
-        """Load every head below `folder`. Raises HeadMismatchError for one made for another model."""
+    def load(
+        cls,
+        folder: Path,
+        base_model: dict[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        skip_mismatched: bool = False,
+    ) -> HeadRegistry:
+        """Load every head below `folder`.
+
+        One made for another model raises HeadMismatchError, or is left out with a warning if told so.
+        """
         heads: dict[str, ValueHead] = {}
         cards: dict[str, HeadCard] = {}
         for card_path in sorted(folder.glob(f"*/{CARD_FILE}")):
@@ -76,11 +89,15 @@ class HeadRegistry:
             except HeadFileError as error:
                 raise HeadMismatchError(f"heads_dir: {error}") from error
             if differences := card.base_model.differences(base_model):
-                raise HeadMismatchError(
+                message = (
                     f"The value head {card.name!r} in {card_path.parent} was not made for the model "
                     f"{base_model['name']!r}: {'; '.join(differences)}. Train it for this model "
                     "(`recontrol rollouts`, `recontrol train`), or serve from another --heads-dir."
                 )
+                if not skip_mismatched:
+                    raise HeadMismatchError(message)
+                _log.warning("%s", message)
+                continue
             if card.name != card_path.parent.name:
                 raise HeadMismatchError(
                     f"heads_dir: {card_path} names its head {card.name!r}; the folder must have that name"
@@ -110,7 +127,7 @@ class HeadRegistry:
         """The named heads as one, in the order given. Raises UnknownHeadError."""
         if names not in self._stacks:
             self.check(names)
-            if len(self._stacks) >= _MAX_STACKS:
+            if len(self._stacks) >= MAX_STACKS:
                 del self._stacks[next(iter(self._stacks))]
             self._stacks[names] = _stack(names, tuple(self._heads[name] for name in names))
         return self._stacks[names]

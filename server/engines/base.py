@@ -34,13 +34,16 @@ class EngineStatus:
 
 
 class EngineObserver(Protocol):
-    """Told about events by an engine, from whatever thread it runs in; must be quick and never raise."""
+    """Told about events by an engine, from whatever thread it runs in; must be quick and never raise.
+
+    `decode_s` is None for a sequence without a token, `prompt_tokens` what was computed of its prompt.
+    """
 
     def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None: ...
     def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
     def on_edit(self, *, duration_s: float) -> None: ...
     def on_finish(
-        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None: ...
     def on_step(self, status: EngineStatus) -> None: ...
 
@@ -52,7 +55,7 @@ class NullObserver:
     def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
     def on_edit(self, *, duration_s: float) -> None: ...
     def on_finish(
-        self, *, reason: FinishReason, e2e_s: float, decode_s: float, prompt_tokens: int, generation_tokens: int
+        self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None: ...
     def on_step(self, status: EngineStatus) -> None: ...
 
@@ -83,11 +86,14 @@ class Engine(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens the model expects at its start."""
+        """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of role/content messages in the model's own chat template. Raises InvalidRequestError."""
+        """Token ids of role/content messages in the model's own chat template. From any thread.
+
+        Raises InvalidRequestError.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

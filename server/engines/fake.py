@@ -86,7 +86,7 @@ class FakeEngine:
         self.num_open -= 1
         for _ in range(num_unfinished):
             self._observer.on_finish(
-                reason=FinishReason.ABORT, e2e_s=0.0, decode_s=0.0, prompt_tokens=0, generation_tokens=0
+                reason=FinishReason.ABORT, e2e_s=0.0, decode_s=None, prompt_tokens=0, generation_tokens=0
             )
 
     async def _chunks(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
@@ -146,7 +146,7 @@ class FakeEngine:
         self._observer.on_finish(
             reason=reason,
             e2e_s=time.monotonic() - started_s,
-            decode_s=0.0,
+            decode_s=0.0 if num_tokens else None,
             prompt_tokens=len(request.prompt_token_ids),
             generation_tokens=num_tokens,
         )

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from server.cli.serve import GracefulServer
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -39,7 +40,8 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
+    server = GracefulServer(config, app.state.engine)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

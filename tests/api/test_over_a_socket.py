@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -71,3 +72,18 @@ def test_a_huge_header_is_refused_and_the_server_lives(sdk: openai.OpenAI) -> No
     with contextlib.suppress(httpx.ReadError, httpx.WriteError):
         assert httpx.get(f"{url}models", headers={"x-big": "a" * 1_000_000}).status_code in (400, 431)
     assert httpx.get(f"{url}models").status_code == 200
+
+
+def test_a_server_that_stops_ends_its_streams_with_an_error_and_done(make_app: Callable[..., FastAPI]) -> None:
+    body = {"model": "fake", "prompt": "hi", "max_tokens": 4000, "stream": True}
+    server = contextlib.ExitStack()
+    url = server.enter_context(serving(make_app(token_delay_s=0.02)))
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=10) as response:
+        lines = response.iter_lines()
+        next(lines)
+        stopping = threading.Thread(target=server.close)
+        stopping.start()
+        events = [line for line in lines if line]
+    stopping.join()
+    assert "server stopped" in events[-2]
+    assert events[-1] == "data: [DONE]"

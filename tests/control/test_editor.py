@@ -97,6 +97,15 @@ def test_the_loop_over_units_equals_steps_in_the_state(registry: HeadRegistry, h
         torch.testing.assert_close(edited[i], naive_ascent(head, hidden[i], params, -0.7), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["good", "deep", "line"])
+def test_the_logits_are_those_of_the_edited_state(registry: HeadRegistry, hidden: Tensor, name: str) -> None:
+    plan = plan_of(registry, [control({name: 1.0}, step_size=0.3, max_kl=0.2)] * 7)
+    logits, _ = EDITOR.logits(hidden, plan)
+    edited, _ = EDITOR.edit(hidden, plan)
+    assert not torch.equal(edited, hidden)
+    torch.testing.assert_close(logits, UNEMBEDDING.project(edited), rtol=1e-4, atol=1e-4)
+
+
 def test_several_heads_ascend_their_weighted_sum(registry: HeadRegistry, hidden: Tensor) -> None:
     params = control({"good": 1.0, "deep": -2.0}, step_size=1e-3, steps=1, max_kl=1.0, max_shift=2.0)
     edited, _ = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
@@ -134,7 +143,7 @@ def test_the_shift_never_exceeds_its_share_of_the_state(registry: HeadRegistry, 
 
 def test_a_rows_edit_is_the_same_bits_alone_and_among_others(registry: HeadRegistry, hidden: Tensor) -> None:
     rows = [
-        control({"good": 1.0}),
+        control({"line": 1.0}, step_size=2.0, max_kl=0.1),
         control({"good": 1.0, "line": -1.0}, step_size=2.0),
         None,
         control({"good": -3.0}, steps=40, max_kl=0.05),

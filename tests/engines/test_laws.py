@@ -220,11 +220,12 @@ def test_the_closed_form_gradient_of_a_tokens_log_probability_equals_autograd(
 ) -> None:
     core = make_core(architecture)
     states, chosen = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)), [3, 0, 255, 17, 17]
-    weight = core._runner.lm_head.project(torch.eye(HIDDEN))
+    weight = core.lm_head.project(torch.eye(HIDDEN))
     leaf = states.clone().requires_grad_()
-    log_probs = core._runner.lm_head.finish(leaf @ weight).log_softmax(-1)
+    log_probs = core.lm_head.finish(leaf @ weight).log_softmax(-1)
     log_probs[torch.arange(5), chosen].sum().backward()
-    torch.testing.assert_close(core.base_logp_grads(states, chosen), leaf.grad, rtol=1e-4, atol=1e-4)
+    grads = core.lm_head.logp_grads(states, torch.tensor(chosen))
+    torch.testing.assert_close(grads, leaf.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:

@@ -86,8 +86,8 @@ def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
 
     arms = {"base": arm("bad day"), "better": arm("good day")}
     figures = evaluate_arms(arms, PROMPTS[:9], reward_name="positive", judges=["afinn"])  # type: ignore[arg-type]
-    assert figures["better"]["reward_gain"]["low"] > 0
+    assert figures["better"]["gain_over"]["base"]["reward"]["low"] > 0
     assert figures["better"]["afinn"]["mean"] > figures["base"]["afinn"]["mean"]
     assert figures["base"]["largest_kl"] == 0.2
-    assert "reward_gain" not in figures["base"]
+    assert figures["base"]["gain_over"] == {}
     assert figures["better"]["examples"][0] == {"prompt": "prompt 0", "response": "good day"}

@@ -11,6 +11,7 @@ attention head, S attended positions.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,17 +35,20 @@ class KVCache:
         self.num_slots = num_slots
         self.max_len = max_len
         self.capacity = 0
-        self._wanted = min(_LENGTH_BUCKET, max_len)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` positions in every slot."""
         assert length <= self.max_len
-        while self._wanted < length:
-            self._wanted = min(2 * self._wanted, self.max_len)
-        if self._wanted > self.capacity:
-            self._layers = {i: (self._grown(k), self._grown(v)) for i, (k, v) in self._layers.items()}
-            self.capacity = self._wanted
+        capacity = self.capacity or min(_LENGTH_BUCKET, self.max_len)
+        while capacity < length:
+            capacity = min(2 * capacity, self.max_len)
+        if capacity > self.capacity:
+            # Layer by layer, so that one layer's old tensors at most stand beside the new ones; a failure half-way
+            # leaves layers that are larger than they need be.
+            for index, (keys, values) in self._layers.items():
+                self._layers[index] = (_grown(keys, capacity), _grown(values, capacity))
+            self.capacity = capacity
 
     def layer(self, index: int, like_key: Tensor, like_value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, made on first use in the shape of [1, N, T, P] examples."""
@@ -58,20 +62,24 @@ class KVCache:
             keys[target, :, :length] = keys[source, :, :length]
             values[target, :, :length] = values[source, :, :length]
 
-    def clear(self, slot: int, length: int) -> None:
-        """Zero a slot, so that no non-finite leftover meets the next sequence through 0 x NaN."""
-        for keys, values in self._layers.values():
-            keys[slot, :, :length] = 0
-            values[slot, :, :length] = 0
+    def clear(self, slot: int, length: int, *, start: int = 0) -> None:
+        """Zero a slot's positions, so that no non-finite leftover meets the next sequence through 0 x NaN."""
+        if start < length:
+            for keys, values in self._layers.values():
+                keys[slot, :, start:length] = 0
+                values[slot, :, start:length] = 0
 
     def _empty(self, like: Tensor) -> Tensor:
         _, num_heads, _, head_size = like.shape
         return like.new_zeros(self.num_slots, num_heads, self.capacity, head_size)
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(*old.shape[:2], self._wanted, old.shape[3])
-        new[:, :, : old.shape[2]] = old
-        return new
+
+def _grown(old: Tensor, capacity: int) -> Tensor:
+    if old.shape[2] >= capacity:
+        return old
+    new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+    new[:, :, : old.shape[2]] = old
+    return new
 
 
 @dataclass(slots=True, frozen=True)
@@ -199,5 +207,10 @@ def _attend(query_BNQP: Tensor, keys_BNSP: Tensor, values_BNSP: Tensor, mask: Te
     scores_BNQS = (query_BNQP @ keys_BNSP.transpose(-1, -2)).float() * how.scaling
     if how.softcap is not None:
         scores_BNQS = how.softcap * torch.tanh(scores_BNQS / how.softcap)
-    weights_BNQS = scores_BNQS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return weights_BNQS.to(values_BNSP.dtype) @ values_BNSP
+    weights_BNQS = scores_BNQS.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(values_BNSP.dtype)
+    if values_BNSP.dtype != torch.float32:
+        return weights_BNQS @ values_BNSP
+    # In float32 the product's order of summation can depend on S, which the step's longest row decides: sum blocks of
+    # one size in order, of which those beyond a row's own length add exact zeros.
+    blocks = zip(weights_BNQS.split(_LENGTH_BUCKET, dim=-1), values_BNSP.split(_LENGTH_BUCKET, dim=-2), strict=True)
+    return functools.reduce(torch.add, (weights @ values for weights, values in blocks))

@@ -23,10 +23,11 @@ from server.engines.embedded.attention import Segment
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.reports import token_edits, token_logprobs
-from server.engines.embedded.runner import DecodeRow, ModelRunner
+from server.engines.embedded.runner import DecodeRow, LMHead, ModelRunner
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.errors import ContextLengthError, InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 from value_models.linear import MIN_ROWS
 
@@ -49,12 +50,13 @@ class EngineCore:
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
         self.max_model_len = min(max_model_len or loaded.max_len, loaded.max_len)
+        self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
         self._max_batch_size = max_batch_size
         # One slot more than rows: scratch space for the scheduler's swaps.
         self._runner = ModelRunner.create(loaded.model, num_slots=max_batch_size + 1, max_len=self.max_model_len)
-        self._editor = StateEditor(self._runner.lm_head)
+        self._editor = StateEditor(self.lm_head)
         self._scheduler = Scheduler(
             self._runner.kv,
             max_batch_size=max_batch_size,
@@ -63,6 +65,11 @@ class EngineCore:
         )
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
+
+    @property
+    def lm_head(self) -> LMHead:
+        """The base model's; for those who drive this engine and want more than its tokens."""
+        return self._runner.lm_head
 
     @property
     def has_work(self) -> bool:
@@ -78,10 +85,26 @@ class EngineCore:
             kv_cache_usage=scheduler.num_cached_tokens / capacity,
         )
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
+        if request.control is not None:
+            self.registry.check(request.control.objective.head_names)
+        prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
+        if not prompt:
+            raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
+        if bad := [token for token in prompt if not 0 <= token < self.vocab_size]:
+            raise InvalidRequestError(f"prompt: token id {bad[0]} is outside 0..{self.vocab_size - 1}", param="prompt")
+        if len(prompt) + max_tokens > self.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}: together more than the "
+                f"{self.max_model_len} that fit.",
+                param="max_tokens",
+            )
+
     def sequences(
         self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
     ) -> list[Sequence]:
-        """The request's choices, ready for `add`. Heads and lengths must have been checked."""
+        """The request's choices, ready for `add`. The request must have passed `check`."""
         backend = self._tokenizer.backend_tokenizer
         return Sequence.choices(
             request,
@@ -93,17 +116,6 @@ class EngineCore:
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
-
-    @torch.inference_mode()
-    def base_logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
-        """Gradients [T, D] of tokens' log-probabilities under the base model by the states behind them."""
-        return self._runner.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
-
-    @torch.inference_mode()
-    def base_nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
-        """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
-        log_probs_TV = self._runner.lm_head.logits(states_TD).log_softmax(dim=-1)
-        return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
     def add(self, sequences: list[Sequence]) -> None:
         self._scheduler.waiting.extend(sequences)
@@ -119,6 +131,7 @@ class EngineCore:
     def abort_all(self, reason: FinishReason = FinishReason.ABORT) -> None:
         for sequence in self._scheduler.sequences():
             self._finish(sequence, reason)
+        self._observer.on_step(self.status())
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -170,8 +183,12 @@ class EngineCore:
         padded = rows * MIN_ROWS if num_rows < MIN_ROWS else rows
         hidden_PD = hidden_BD.expand(len(padded), -1).contiguous()
         logits_PV, stats = self._edited_logits(rows, hidden_PD)
+        is_finite_P = logits_PV.amax(dim=-1).isfinite()
+        is_finite = is_finite_P.tolist()
+        if not all(is_finite):
+            # Whatever a broken row would do to the sampler, its neighbours must not feel it; it ends below.
+            logits_PV[~is_finite_P] = 0.0
         tokens_P = sample(logits_PV, [s.row_sampling for s in padded], [len(s.token_ids) for s in padded])
-        is_finite = logits_PV.amax(dim=-1).isfinite().tolist()
         logprobs = self._logprobs(rows, logits_PV, tokens_P)
         edits = token_edits(stats)
         now_s = time.monotonic()
@@ -253,8 +270,8 @@ class EngineCore:
         self._observer.on_finish(
             reason=reason,
             e2e_s=now_s - sequence.arrival_s,
-            decode_s=now_s - sequence.first_token_s if sequence.first_token_s else 0.0,
-            prompt_tokens=sequence.prompt_len,
+            decode_s=now_s - sequence.first_token_s if sequence.token_ids else None,
+            prompt_tokens=sequence.num_prefilled,
             generation_tokens=len(sequence.token_ids),
         )
 
@@ -274,7 +291,7 @@ class EngineCore:
         # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
         if not following or not sequence.group.prompt_logprobs:
             return
-        logits_TV = self._runner.lm_head.logits(hidden_TD)[: len(following)]
+        logits_TV = self.lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)
         num_top = sequence.request.sampling.logprobs or 0
         sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top, self.token_text)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 _CONTEXT_TOKENS = 6
+_REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
@@ -19,11 +20,20 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_token_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        # A stream whose context ends in an open character would give the context out with the first new text.
+        while context and tokenizer.decode(context, skip_special_tokens=True).endswith(_REPLACEMENT):
+            context.pop()
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
 
     def add(self, token_id: int) -> str:
         """Text that the token completes; empty while a character is still open."""
-        return self._stream.step(self._tokenizer, token_id) or ""
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:
+            # Byte-fallback decoders can rewrite text that is out already, which a stream refuses: begin a new one.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id) or ""
 
 
 class StopMatcher:

@@ -21,7 +21,6 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel, load_model
 from server.errors import (
     ConfigurationError,
-    ContextLengthError,
     EngineStoppedError,
     InvalidRequestError,
     OverloadedError,
@@ -46,6 +45,8 @@ class EmbeddedEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._info: EngineInfo | None = None
         self._gate = threading.Lock()
+        # A call may change the tokenizer's truncation and padding, so one at a time.
+        self._encoding = threading.Lock()
         self._is_open = False
         self._num_open = 0
         self._idle_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
@@ -80,10 +81,12 @@ class EmbeddedEngine:
         return self._status if is_running else self._idle_status
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text)["input_ids"]
+        with self._encoding:
+            return self._tokenizer(text)["input_ids"]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return encode_chat(self._tokenizer, messages)
+        with self._encoding:
+            return encode_chat(self._tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
@@ -119,22 +122,11 @@ class EmbeddedEngine:
         core = self._core
         if core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
-        if request.control is not None:
-            core.registry.check(request.control.objective.head_names)
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
-        if bad := [t for t in request.prompt_token_ids if not 0 <= t < self.info.vocab_size]:
-            raise InvalidRequestError(
-                f"prompt: token id {bad[0]} is outside 0..{self.info.vocab_size - 1}", param="prompt"
-            )
-        wanted = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if wanted > core.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is "
-                f"{request.sampling.max_tokens}: together more than the {core.max_model_len} that fit.",
-                param="max_tokens",
-            )
-        if self._num_open + request.num_choices > self._settings.max_batch_size + self._settings.max_waiting:
+        core.check(request)
+        capacity = self._settings.max_batch_size + self._settings.max_waiting
+        if request.num_choices > capacity:
+            raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
+        if self._num_open + request.num_choices > capacity:
             raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
         return core
 
@@ -148,6 +140,9 @@ class EmbeddedEngine:
         settings = self._settings
         self._loaded = loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         registry = load_registry(settings.heads_dir, loaded)
+        # The first call settles truncation and padding; later ones only read, as the loop's detokenizers do.
+        tokenizer: Any = loaded.tokenizer
+        tokenizer(" ")
         core = EngineCore(
             loaded,
             registry,
@@ -159,7 +154,7 @@ class EmbeddedEngine:
         self._info = EngineInfo(
             model_id=settings.served_model_name or loaded.name,
             max_model_len=core.max_model_len,
-            vocab_size=loaded.identity["vocab_size"],
+            vocab_size=core.vocab_size,
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
         )
         return core
@@ -240,8 +235,11 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
 
 
 def load_registry(heads_dir: Path | None, loaded: LoadedModel) -> HeadRegistry:
-    """The heads of a folder, by default those shipped for the model. Raises HeadMismatchError, ConfigurationError."""
+    """The heads of a folder, by default those shipped for the model. Raises HeadMismatchError, ConfigurationError.
+
+    A model that only shares its name with a shipped one, such as a fine-tune, is served without its heads.
+    """
     folder = heads_dir or shipped_heads_folder(loaded.name)
     if heads_dir is not None and not heads_dir.is_dir():
         raise ConfigurationError(f"heads_dir: {heads_dir} is not a folder")
-    return HeadRegistry.load(folder, loaded.identity, device=loaded.model.device)
+    return HeadRegistry.load(folder, loaded.identity, device=loaded.model.device, skip_mismatched=heads_dir is None)

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
+from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.evaluation import EvalSample
-from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings
+from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
 
 class EngineRolloutSource:
@@ -32,7 +34,10 @@ class EngineRolloutSource:
         return self._loaded.identity
 
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
-        """Uncontrolled responses with the states behind their tokens. Raises RuntimeError when the engine fails."""
+        """Uncontrolled responses with the states behind their tokens.
+
+        Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
+        """
         for sequence, response in self._run(prompts, settings, control=None, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
@@ -42,7 +47,7 @@ class EngineRolloutSource:
                 token_ids=tuple(sequence.token_ids),
                 is_finished=sequence.finish_reason is FinishReason.STOP,
                 states_TD=states_TD.cpu(),
-                logp_grads_TD=self._core.base_logp_grads(states_TD, sequence.token_ids).cpu(),
+                logp_grads_TD=self._logp_grads(states_TD, sequence.token_ids).cpu(),
             )
 
     def evaluate(
@@ -61,7 +66,7 @@ class EngineRolloutSource:
                 sample=sequence.index,
                 response=response,
                 num_tokens=len(sequence.token_ids),
-                nll=self._core.base_nll(torch.stack(sequence.states or []), sequence.token_ids),
+                nll=self._nll(torch.stack(sequence.states or []), sequence.token_ids),
                 mean_kl=summary.mean_kl if summary else 0.0,
                 max_kl=summary.max_kl if summary else 0.0,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
@@ -90,6 +95,10 @@ class EngineRolloutSource:
                 control=control,
                 num_choices=settings.num_samples,
             )
+            try:
+                self._core.check(request)
+            except InvalidRequestError as error:
+                raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
                 texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
@@ -106,6 +115,16 @@ class EngineRolloutSource:
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
                 yield sequence, "".join(texts.pop((request_id, sequence.index)))
+
+    @torch.inference_mode()
+    def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
+        return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
+
+    @torch.inference_mode()
+    def _nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
+        """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
+        log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
+        return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
     def _encode(self, prompt: RolloutPrompt, instruction: str | None) -> list[int]:
         text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"

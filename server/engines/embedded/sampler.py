@@ -15,19 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Below it a row is greedy: its logits over its temperature would not be finite in float32.
+_MIN_TEMPERATURE = 1e-5
 # Probabilities above which most nuclei lie whole: a few tokens to sort instead of thousands.
 _FLOORS = (1e-3, 1e-4)
 
 
 @dataclass(slots=True, frozen=True)
 class RowSampling:
-    """How one row is drawn; temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How one row is drawn; a temperature near 0 is greedy, top_k 0 and top_p 1 keep every token."""
 
     temperature: float
     top_p: float
     top_k: int
     stream: tuple[int, int]
     """(seed, choice): the key of the row's random stream."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < _MIN_TEMPERATURE
 
 
 def uniform(stream: tuple[int, int], position: int) -> float:
@@ -37,14 +43,14 @@ def uniform(stream: tuple[int, int], position: int) -> float:
 
 
 def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> Tensor:
-    """Token ids [B] int64 from logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
+    """Token ids [B] int64 from finite logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
 
     B must be at least two on CPU, since torch reduces a single row in another order than the same row among others.
     """
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
+    drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if not drawn:
         return logits_BV.argmax(dim=-1)
-    temperature = [row.temperature or 1.0 for row in rows]
+    temperature = [1.0 if row.is_greedy else row.temperature for row in rows]
     probs_BV = (logits_BV / logits_BV.new_tensor(temperature)[:, None]).softmax(dim=-1)
     for i in drawn:
         _filter_row(probs_BV[i], rows[i])
@@ -56,7 +62,7 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
     drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
     if len(drawn) == len(rows):
         return drawn_B
-    is_greedy_B = torch.tensor([row.temperature == 0 for row in rows], device=logits_BV.device)
+    is_greedy_B = torch.tensor([row.is_greedy for row in rows], device=logits_BV.device)
     return torch.where(is_greedy_B, logits_BV.argmax(dim=-1), drawn_B)
 
 

@@ -122,9 +122,14 @@ class Scheduler:
             scratch = self._max_batch_size
             self._kv.copy(target, scratch, occupant.cached_len)
         self._kv.copy(source, target, sequence.cached_len)
+        occupant_len = 0
         if occupant is not None:
-            self._kv.copy(self._max_batch_size, source, occupant.cached_len)
+            occupant_len = occupant.cached_len
+            self._kv.copy(self._max_batch_size, source, occupant_len)
             occupant.slot = source
             self._slots[source] = occupant
+        # What was longer leaves no tail behind.
+        self._kv.clear(source, sequence.cached_len, start=occupant_len)
+        self._kv.clear(target, occupant_len, start=sequence.cached_len)
         sequence.slot = target
         self._slots[target] = sequence
