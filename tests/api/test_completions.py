@@ -141,3 +141,9 @@ def test_models_and_heads_are_listed(client: TestClient) -> None:
     assert client.get("/v1/models/fake@plain").json()["parent"] == "fake"
     assert [head["id"] for head in client.get("/v1/heads").json()["data"]] == ["positive", "plain"]
     assert client.get("/v1/heads/plain").json()["id"] == "plain"
+
+
+def test_a_chat_without_max_tokens_may_fill_the_context(client: TestClient) -> None:
+    answer = chat(client).json()
+    assert answer["usage"]["total_tokens"] == 4096
+    assert answer["choices"][0]["finish_reason"] == "length"

@@ -222,3 +222,10 @@ def test_a_users_line_break_never_makes_a_second_log_line(client: TestClient, ca
     (record,) = [r for r in caplog.records if r.name == "recontrol.access"]
     assert "\n" not in record.getMessage()
     assert "\x1b" not in record.getMessage()
+
+
+def test_echoed_log_probabilities_are_capped_over_tokens_choices_and_alternatives(client: TestClient) -> None:
+    body = {"prompt": [5] * 4000, "echo": True, "max_tokens": 0}
+    assert complete(client, **body, logprobs=20).status_code == 200
+    assert_refused(client, complete(client, **body, logprobs=20, n=64), "logprobs")
+    assert complete(client, **body, n=64).status_code == 200

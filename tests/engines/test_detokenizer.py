@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from tests.conftest import byte_tokenizer
@@ -51,3 +52,20 @@ def test_a_stop_string_is_a_literal() -> None:
 def test_without_a_match_everything_comes_out(stop: list[str]) -> None:
     matcher = StopMatcher(stop)
     assert matcher.add("zz top ") + matcher.add("z") + matcher.flush() == "zz top z"
+
+
+@pytest.mark.parametrize("ending", ["1234 \ufffd", "😀"])
+def test_a_prompt_that_ends_in_an_open_character_does_not_leak_into_the_text(ending: str) -> None:
+    prompt = TOKENIZER(f"The code is {ending}")["input_ids"]
+    for context in (prompt, prompt[:-1], prompt[:-2]):
+        detokenizer = Detokenizer(TOKENIZER.backend_tokenizer, context)
+        assert "".join(detokenizer.add(token) for token in TOKENIZER(" is it")["input_ids"]) == " is it"
+
+
+def test_a_byte_fallback_decoder_that_rewrites_its_text_does_not_end_the_request() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(tokenizer, [0])
+    text = "".join(detokenizer.add(token) for token in [*(byte + 1 for byte in "天".encode()), 0xFF + 1, 0, 0])
+    assert text.startswith("天")
+    assert text.endswith("a")

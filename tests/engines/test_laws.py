@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from server.engines.base import EngineStatus, NullObserver
+from server.engines.embedded import attention
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
@@ -235,3 +236,60 @@ def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:
     moved = run(core, [GenerationRequest("r", (9,), sampling, control=steer)])["r", 0].chunks[0].logprobs[0]
     assert base.logprob == base.top[0][2]
     assert {i: p for i, _, p in base.top} != {i: p for i, _, p in moved.top}
+
+
+def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() -> None:
+    rng = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 8, 1024, 64, generator=rng) for _ in range(2))
+    query, how = torch.randn(2, 8, 4, 64, generator=rng), attention._AttentionKind(0.125, None, None)
+    last = torch.tensor([[299], [40]])
+    results = [
+        attention._attend(
+            query,
+            keys[:, :, :length],
+            values[:, :, :length],
+            attention._visible(last, length, None)[:, None, None],
+            how,
+        )
+        for length in (320, 384, 448, 512, 640, 1024)
+    ]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [GenerationRequest(f"r{i}", (5, i), SamplingParams(max_tokens=6, top_p=0.8, seed=i)) for i in range(4)]
+    expected = tokens(run(core, mixed))
+    forward = core._runner.forward
+    steps = iter(range(100))
+
+    def broken(*args: object) -> torch.Tensor:
+        hidden = forward(*args)  # type: ignore[arg-type]
+        if next(steps) == 2:
+            hidden = hidden.clone()
+            hidden[1] = float("nan")
+        return hidden
+
+    monkeypatch.setattr(core._runner, "forward", broken)
+    results = run(core, mixed)
+    failed = [key for key, result in results.items() if result.finish_reasons == [FinishReason.ERROR]]
+    assert len(failed) == 1
+    assert {k: r.token_ids for k, r in results.items() if k not in failed} == {
+        k: ids for k, ids in expected.items() if k not in failed
+    }
+
+
+def test_keys_and_values_are_the_same_with_control_and_without(make_core: Callable[..., EngineCore]) -> None:
+    """Control edits the state in front of the LM head alone, so greedy tokens forced equal leave equal caches."""
+    caches = []
+    for steer in (None, control({"good": 1.0}, step_size=1e-4)):
+        core = make_core()
+        sequences = core.sequences(
+            GenerationRequest("r", tuple(range(9)), SamplingParams(max_tokens=50, temperature=0.0), steer),
+            lambda _: None,
+        )
+        core.add(sequences)
+        for _ in range(5):
+            core.step()
+        caches.append((sequences[0].token_ids, [keys.clone() for keys, _ in core._runner.kv._layers.values()]))
+    assert caches[0][0] == caches[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(caches[0][1], caches[1][1], strict=True))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from server.engines.embedded.sampler import RowSampling, sample, uniform
+from server.engines.embedded.sampler import RowSampling, nucleus_threshold, sample, uniform
 
 
 def rows(count: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> list[RowSampling]:
@@ -60,3 +60,26 @@ def test_the_stream_depends_on_seed_choice_and_position_alone() -> None:
     others = {uniform(stream, position) for stream in ((1, 2), (2, 1), (-1, 2)) for position in (3, 4)}
     assert len(others) == 6
     assert all(0 <= u < 1 for u in others)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-50, 1e-40, 1e-6])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_too_small_to_divide_by_is_greedy_and_spares_the_neighbours(
+    temperature: float, top_p: float
+) -> None:
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(0)) * 5
+    mixed = rows(3)
+    alone = sample(logits, mixed, [0, 0, 0])
+    mixed[1] = RowSampling(temperature, top_p, 0, (7, 1))
+    drawn = sample(logits, mixed, [0, 0, 0])
+    assert drawn[1] == logits[1].argmax()
+    assert torch.equal(drawn[[0, 2]], alone[[0, 2]])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_the_nucleus_is_the_smallest_set_that_holds_its_mass(top_p: float, sharpness: float) -> None:
+    probs = (torch.randn(20_000, generator=torch.Generator().manual_seed(1)) * sharpness).softmax(0)
+    ordered = probs.sort(descending=True).values
+    kept = int((ordered.cumsum(0) - ordered < top_p).sum())
+    assert nucleus_threshold(probs, top_p) == ordered[kept - 1]

@@ -1,3 +1,6 @@
+import pytest
+
+from server.engines.embedded import attention
 from server.engines.embedded.core import EngineCore
 from server.types import GenerationChunk, GenerationRequest, SamplingParams
 
@@ -49,3 +52,32 @@ def test_memory_for_keys_and_values_grows_with_use(core: EngineCore) -> None:
     while core.has_work:
         core.step()
     assert 203 <= kv.capacity <= core.max_model_len
+
+
+def test_a_cache_that_could_not_grow_grows_when_it_can(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    add(core, "short", 3, 2, log)
+    core.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_grown", lambda *_: 1 / 0)
+        add(core, "long", 100, 2, log)
+        while core.has_work:
+            core.step()
+    assert "long" not in log
+    for name, length in (("after", 3), ("longer", 150)):
+        add(core, name, length, 2, log)
+        while core.has_work:
+            core.step()
+        assert log.count(name) == 2
+
+
+def test_a_slot_that_was_moved_from_keeps_nothing(core: EngineCore) -> None:
+    log: list[str] = []
+    for name, length, max_tokens in (("a", 40, 3), ("b", 3, 30), ("c", 60, 12), ("d", 5, 20)):
+        add(core, name, length, max_tokens, log)
+    kv = core._runner.kv
+    while core.has_work:
+        core.step()
+        held = {sequence.slot: sequence.cached_len for sequence in core._scheduler.sequences() if sequence.slot >= 0}
+        for keys, _ in kv._layers.values():
+            assert all(not keys[slot, :, held.get(slot, 0) :].any() for slot in range(kv.num_slots - 1))

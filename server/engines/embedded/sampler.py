@@ -73,10 +73,10 @@ def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
         probs_V.masked_fill_(probs_V < kth, 0.0)
         probs_V /= probs_V.sum()
     if row.top_p < 1.0:
-        probs_V.masked_fill_(probs_V < _nucleus_threshold(probs_V, row.top_p), 0.0)
+        probs_V.masked_fill_(probs_V < nucleus_threshold(probs_V, row.top_p), 0.0)
 
 
-def _nucleus_threshold(probs_V: Tensor, top_p: float) -> Tensor:
+def nucleus_threshold(probs_V: Tensor, top_p: float) -> Tensor:
     """Smallest probability in the smallest set of most likely tokens that holds at least top_p of the mass.
 
     Only the tokens above a floor are sorted: the highest floor above which the mass suffices. At the last one it
