@@ -14,7 +14,7 @@ ALLOWED = {
     "value_models.targets": (),
     "value_models.rewards": (),
     "value_models.metrics": (),
-    "value_models.importer": (),
+    "value_models.importer": ("value_models.heads",),
     "value_models.store": ("value_models.heads",),
     "value_models.rollouts": (),
     "value_models.training_data": ("value_models.rewards", "value_models.rollouts", "value_models.targets"),

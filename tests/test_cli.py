@@ -66,6 +66,16 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     assert "has no section" in capsys.readouterr().err
 
 
+def test_a_prompt_that_does_not_fit_is_named(
+    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "hi"}\n{"id": "long", "prompt": "' + "x" * 300 + '"}\n')
+    out = ["--prompts", str(prompts), "--out", str(tmp_path / "run"), "--max-tokens", "8"]
+    assert main(["rollouts", *workshop[0], *out]) == 2
+    assert "prompt 'long'" in capsys.readouterr().err
+
+
 def test_heads_are_listed_and_shown(workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     heads = ["--heads-dir", str(workshop[1] / "heads")]
     assert main(["heads", "list", *heads]) == 0
@@ -85,6 +95,8 @@ def test_generate_prints_the_same_text_for_the_same_seed(
         assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "9", *head]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+    assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "999"]) == 2
+    assert "together more than" in capsys.readouterr().err
     assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", '{"nope": 1}']) == 2
     assert "Known heads: short" in capsys.readouterr().err
 
@@ -126,6 +138,9 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
     (tmp_path / "c.toml").write_text("prot = 1111\n")
     assert main(["serve", "--print-config"]) == 2
     assert "prot" in capsys.readouterr().err
+    monkeypatch.setenv("RECONTROL_CONFIG", str(tmp_path / "none.toml"))
+    assert main(["serve", "--print-config"]) == 2
+    assert "none.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -138,6 +153,10 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--max-kl", "7"], "max_kl"),
         (["rollouts", "--prompts", "/nonexistent"], "prompts"),
         (["serve", "--print-config", "--model"], "model"),
+        (["eval", "nope", "--stress", "--max-kl", "0.1"], "max_kl"),
+        (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
+        (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
+        (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:

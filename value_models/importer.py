@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from value_models.heads import MLPHead
+
 
 class ImportFileError(ValueError):
     """The file is not a value function of the paper's kind; the message says what was found."""
@@ -29,6 +31,21 @@ class ImportedLayers:
     @property
     def hidden_size(self) -> int:
         return self.weights[0].shape[1]
+
+    def head(self) -> MLPHead:
+        """The same function as a head, without normalisation and with the plain gradient as its way uphill."""
+        size = self.hidden_size
+        return MLPHead(
+            mean_D=torch.zeros(size),
+            scale_D=torch.ones(size),
+            # The paper's network has no linear part beside it.
+            inputs_UD=torch.cat([torch.zeros(1, size), self.weights[0]]),
+            input_bias_U=torch.cat([torch.zeros(1), self.biases[0]]),
+            hidden_weights=self.weights[1:-1],
+            hidden_biases=self.biases[1:-1],
+            out_weight_H=self.weights[-1][0],
+            out_bias=self.biases[-1],
+        )
 
 
 def import_pth(path: Path) -> ImportedLayers:

@@ -6,14 +6,12 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import Command
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
-from value_models.heads import MLPHead
 from value_models.importer import import_pth
 from value_models.store import (
     CARD_FILE,
@@ -69,26 +67,15 @@ class HeadsImport(HeadsCommand):
 
     def cli_cmd(self) -> None:
         layers = import_pth(self.path)
-        size = layers.hidden_size
-        head = MLPHead(
-            mean_D=torch.zeros(size),
-            scale_D=torch.ones(size),
-            # The paper's network has no linear part beside it.
-            inputs_UD=torch.cat([torch.zeros(1, size), layers.weights[0]]),
-            input_bias_U=torch.cat([torch.zeros(1), layers.biases[0]]),
-            hidden_weights=layers.weights[1:-1],
-            hidden_biases=layers.biases[1:-1],
-            out_weight_H=layers.weights[-1][0],
-            out_bias=layers.biases[-1],
-        )
+        head = layers.head()
         unknown = "unknown: imported"
         card = HeadCard(
             name=self.name,
             description=self.description or f"Imported from {self.path.name}",
-            base_model=BaseModelCard(name=self.base_model, hidden_size=size),
+            base_model=BaseModelCard(name=self.base_model, hidden_size=layers.hidden_size),
             architecture=architecture_card(head),
             normalisation="none",
-            metric="identity",
+            metric="identity, steps not calibrated",
             reward=unknown,
             reward_mean=0.0,
             reward_scale=1.0,
@@ -99,4 +86,4 @@ class HeadsImport(HeadsCommand):
         )
         target = self.folder / self.name
         save_head(target, head, card)
-        print(f"Imported a {len(layers.weights)}-layer head of hidden size {size} into {target}")
+        print(f"Imported a {len(layers.weights)}-layer head of hidden size {layers.hidden_size} into {target}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 from tests.conftest import random_head
 from tests.engines.test_contract import write_heads
+from value_models import store
 from value_models.importer import ImportFileError, import_pth
 from value_models.rollouts import (
     Rollout,
@@ -141,7 +144,28 @@ def test_a_saved_head_reads_back_and_an_interrupted_one_is_no_head(tmp_path: Pat
 def test_a_head_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
     (tmp_path / "h" / HEAD_FILE).write_bytes(content)
-    with pytest.raises(HeadFileError, match=HEAD_FILE):
+    path = tmp_path / "h" / CARD_FILE
+    digest = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tensors_sha256": digest}))
+    with pytest.raises(HeadFileError, match="cannot be loaded"):
+        load_head(tmp_path / "h")
+
+
+def test_tensors_that_the_card_was_not_written_for_are_refused(tmp_path: Path) -> None:
+    write_heads(tmp_path / "a", {"h": random_head(3)}, IDENTITY)
+    write_heads(tmp_path / "b", {"h": random_head(4)}, IDENTITY)
+    shutil.copy(tmp_path / "b" / "h" / HEAD_FILE, tmp_path / "a" / "h" / HEAD_FILE)
+    with pytest.raises(HeadFileError, match="tensors_sha256"):
+        load_head(tmp_path / "a" / "h")
+
+
+def test_a_head_whose_replacement_was_cut_off_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_heads(tmp_path, {"h": random_head(4)}, IDENTITY)
+    with pytest.raises(HeadFileError, match=CARD_FILE):
         load_head(tmp_path / "h")
 
 
@@ -166,11 +190,11 @@ def test_the_papers_value_functions_are_imported_exactly(tmp_path: Path, widths:
         layers += [nn.Linear(size_in, size_out), nn.ReLU()]
     network = nn.Sequential(*layers[:-1])
     torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "value.pth")
-    imported, x = import_pth(tmp_path / "value.pth"), torch.randn(3, 6)
-    y = x
-    for i, (weight, bias) in enumerate(zip(imported.weights, imported.biases, strict=True)):
-        y = nn.functional.linear(y.relu() if i else y, weight, bias)
-    torch.testing.assert_close(y, network(x))
+    x = torch.randn(3, 6, requires_grad=True)
+    values_B, grad_BD = import_pth(tmp_path / "value.pth").head().value_and_grad(x.detach())
+    expected_B = network(x)[:, 0]
+    torch.testing.assert_close(values_B, expected_B)
+    torch.testing.assert_close(grad_BD, torch.autograd.grad(expected_B.sum(), x)[0])
 
 
 def _layer(name: str, size_in: int, size_out: int) -> dict[str, torch.Tensor]:

@@ -126,3 +126,18 @@ def test_a_prompt_file_in_another_encoding_is_a_clear_error(tmp_path: Path) -> N
     path.write_bytes('{"id": "a", "prompt": "café"}'.encode("latin-1"))
     with pytest.raises(RolloutError, match="not UTF-8"):
         load_prompts(path)
+
+
+def test_shards_without_a_manifest_are_not_taken_for_this_runs(tmp_path: Path) -> None:
+    collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(RolloutError, match="no manifest"):
+        collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+
+
+def test_a_run_of_an_older_format_is_refused(tmp_path: Path) -> None:
+    collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(RolloutError, match="format 1"):
+        open_rollouts(tmp_path)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from tests.engines.test_contract import write_heads
 from value_models.ascent import static_vector_head
 from value_models.evaluation import EvalSample, evaluate_arms
 from value_models.heads import LinearHead, MLPHead
-from value_models.rollouts import Rollout, RolloutPrompt, RolloutSettings, collect_rollouts
+from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings, collect_rollouts
+from value_models.store import load_head
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, load_training_data
+from value_models.training_data import TrainingData, TrainingDataError, load_training_data
 
 SIZE = 12
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(60)]
@@ -91,3 +96,48 @@ def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
     assert figures["base"]["largest_kl"] == 0.2
     assert figures["base"]["gain_over"] == {}
     assert figures["better"]["examples"][0] == {"prompt": "prompt 0", "response": "good day"}
+
+
+def test_a_deep_head_is_saved_and_loaded_with_every_layer_it_was_trained_with(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    head = train_head(data, TrainSettings.model_validate({"hidden_widths": (8, 6), **FAST})).head
+    write_heads(tmp_path, {"deep": head}, {**SyntheticSource.base_model})
+    again, card = load_head(tmp_path / "deep")
+    assert card.architecture.hidden_widths == [8, 6]
+    assert torch.equal(again.value(data.states_ND[:50]), head.value(data.states_ND[:50]))
+
+
+def test_bootstrapped_targets_without_a_hidden_layer_are_refused() -> None:
+    with pytest.raises(ValidationError, match="needs hidden_widths"):
+        TrainSettings(targets="td_lambda")
+
+
+def with_rewards(data: TrainingData, rewards: torch.Tensor, split: list[str] | None = None) -> TrainingData:
+    return replace(data, reward_B=rewards, split=data.split if split is None else split)
+
+
+def test_rewards_or_splits_from_which_nothing_can_be_learnt_are_a_clear_error(data: TrainingData) -> None:
+    same = with_rewards(data, torch.full_like(data.reward_B, 0.7))
+    for fit in (lambda: train_head(same, TrainSettings()), lambda: static_vector_head(same)):
+        with pytest.raises(TrainingDataError, match="same reward"):
+            fit()
+    by_prompt = with_rewards(data, data.prompt_B.float())
+    with pytest.raises(TrainingDataError, match="within each prompt"):
+        train_head(by_prompt, TrainSettings())
+    for split in ("train", "validation"):
+        others = ["test"] * len(data.split) if split == "train" else ["train"] * len(data.split)
+        with pytest.raises(TrainingDataError, match=f"the {split} split"):
+            train_head(with_rewards(data, data.reward_B, others), TrainSettings())
+
+
+def test_the_static_vector_has_two_classes_even_when_most_rewards_are_the_largest(data: TrainingData) -> None:
+    rewards = torch.ones_like(data.reward_B)
+    rewards[::3] = torch.rand(len(rewards[::3]))
+    assert static_vector_head(with_rewards(data, rewards)).ascent_UD.isfinite().all()
+
+
+def test_prompts_that_the_run_does_not_know_are_refused(tmp_path: Path) -> None:
+    collect_rollouts(SyntheticSource(), PROMPTS[:3], tmp_path, RolloutSettings(num_samples=1))
+    with pytest.raises(RolloutError, match="2 prompts"):
+        load_training_data(tmp_path, "brevity", {"p0": "prompt 0"})
