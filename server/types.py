@@ -21,7 +21,7 @@ MAX_CHOICES = 128
 # Ranges within which no setting collapses the text; `recontrol eval --stress` measures the corners (README).
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
-MAX_KL_NATS = 1.0
+MAX_KL_NATS = 0.5
 MAX_SHIFT_RATIO = 2.0
 
 
@@ -55,13 +55,14 @@ class ControlParams(BaseModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within both budgets.
 
     max_kl is in nats a token, KL(controlled || base) at temperature 1 before sampling filters; max_shift is the
-    length of the shift over the length of the hidden state. The defaults were measured (value_models/README.md).
+    length of the shift over the length of the hidden state. An ascent of length steps x step_size = 1 costs a trained
+    head 0.1 nats a token on average (value_models/ascent.py). The defaults were measured (value_models/README.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     objective: Objective
-    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.1
+    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.15
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
     max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0

@@ -47,7 +47,7 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     assert main(["eval", "short", *flags, *heads, *inputs, *options]) == 0
     result = json.loads((folder / "eval.json").read_text())
     assert list(result["arms"]) == ["base", "prompting", "static vector", "head", "head + prompting"]
-    assert result["arms"]["head"]["largest_kl"] <= result["max_kl"]
+    assert result["arms"]["head"]["largest_kl"] <= result["control"]["max_kl"]
     capsys.readouterr()
     assert main(["heads", "report", *heads]) == 0
     report = capsys.readouterr().out
