@@ -38,7 +38,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     ],
     *[("control.step_size", {"step_size": v}) for v in [11, *BAD_NUMBERS]],
     *[("control.steps", {"steps": v}) for v in [101, 1.5, *BAD_NUMBERS]],
-    *[("control.max_kl", {"max_kl": v}) for v in [0, 1.01, None, *BAD_NUMBERS]],
+    *[("control.max_kl", {"max_kl": v}) for v in [0, 0.51, None, *BAD_NUMBERS]],
     *[("control.max_shift", {"max_shift": v}) for v in [0, 2.01, *BAD_NUMBERS]],
     ("control.gate", {"gate": 1}),
     ("control", 3),

@@ -89,7 +89,7 @@ def test_rows_outside_the_plan_are_bit_identical(registry: HeadRegistry, hidden:
 
 @pytest.mark.parametrize("name", ["good", "deep", "line"])
 def test_the_loop_over_units_equals_steps_in_the_state(registry: HeadRegistry, hidden: Tensor, name: str) -> None:
-    params = control({name: -0.7}, step_size=0.01, steps=9, max_kl=1.0, max_shift=2.0)
+    params = control({name: -0.7}, step_size=0.01, steps=9, max_kl=0.5, max_shift=2.0)
     edited, (stats,) = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
     head = registry.stack((name,)).heads[0]
     assert not stats.is_budget_limited_R.any()
@@ -107,7 +107,7 @@ def test_the_logits_are_those_of_the_edited_state(registry: HeadRegistry, hidden
 
 
 def test_several_heads_ascend_their_weighted_sum(registry: HeadRegistry, hidden: Tensor) -> None:
-    params = control({"good": 1.0, "deep": -2.0}, step_size=1e-3, steps=1, max_kl=1.0, max_shift=2.0)
+    params = control({"good": 1.0, "deep": -2.0}, step_size=1e-3, steps=1, max_kl=0.5, max_shift=2.0)
     edited, _ = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
     stack = registry.stack(("deep", "good"))
     expected = hidden.clone()
@@ -117,7 +117,7 @@ def test_several_heads_ascend_their_weighted_sum(registry: HeadRegistry, hidden:
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("max_kl", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("max_kl", [0.01, 0.3, 0.5])
 def test_the_divergence_of_what_is_sampled_never_exceeds_the_budget(
     registry: HeadRegistry, hidden: Tensor, softcap: float | None, max_kl: float
 ) -> None:
@@ -134,7 +134,7 @@ def test_the_divergence_of_what_is_sampled_never_exceeds_the_budget(
 
 
 def test_the_shift_never_exceeds_its_share_of_the_state(registry: HeadRegistry, hidden: Tensor) -> None:
-    params = control({"good": 1.0}, step_size=10.0, steps=50, max_shift=0.05, max_kl=1.0)
+    params = control({"good": 1.0}, step_size=10.0, steps=50, max_shift=0.05, max_kl=0.5)
     edited, (stats,) = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
     ratio = (edited - hidden).norm(dim=-1) / hidden.norm(dim=-1)
     assert (ratio <= 0.05 * (1 + 1e-4)).all()

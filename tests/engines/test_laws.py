@@ -230,7 +230,7 @@ def test_the_closed_form_gradient_of_a_tokens_log_probability_equals_autograd(
 
 
 def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:
-    steer = control({"good": 1.0}, step_size=5.0, max_kl=1.0, max_shift=2.0)
+    steer = control({"good": 1.0}, step_size=5.0, max_kl=0.5, max_shift=2.0)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
     base = run(core, [GenerationRequest("r", (9,), sampling)])["r", 0].chunks[0].logprobs[0]
     moved = run(core, [GenerationRequest("r", (9,), sampling, control=steer)])["r", 0].chunks[0].logprobs[0]
