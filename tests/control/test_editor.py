@@ -192,3 +192,17 @@ def test_control_raises_the_predicted_value_and_a_negative_weight_lowers_it(
 def test_many_kinds_of_rows_need_one_group_for_each_set_of_heads(registry: HeadRegistry) -> None:
     rows = [control({"good": w}, steps=s) for w in (1.0, -1.0) for s in (1, 5)] + [control({"line": 1.0, "good": 2.0})]
     assert len(plan_of(registry, rows).groups) == 2
+
+
+@pytest.mark.parametrize("name", ["good", "line"])
+def test_a_row_that_overflows_is_counted_and_spares_the_others_of_its_group(
+    registry: HeadRegistry, hidden: Tensor, name: str
+) -> None:
+    plan = plan_of(registry, [control({name: 1.0}, step_size=2.0)] * 7)
+    whole, _ = EDITOR.logits(hidden, plan)
+    broken = hidden.clone()
+    broken[2] = torch.finfo(torch.float32).max
+    logits, (stats,) = EDITOR.logits(broken, plan)
+    others = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(logits[others], whole[others])
+    assert stats.is_nonfinite_R.tolist() == [i == 2 for i in range(7)]

@@ -14,7 +14,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
 from server.types import FinishReason, GenerationRequest, SamplingParams
-from tests.conftest import CONFIGS, HIDDEN, Results, control, run
+from tests.conftest import CONFIGS, HIDDEN, Results, control, random_head, run
 
 CONTROLS = [
     None,
@@ -293,3 +293,17 @@ def test_keys_and_values_are_the_same_with_control_and_without(make_core: Callab
         caches.append((sequences[0].token_ids, [keys.clone() for keys, _ in core._runner.kv._layers.values()]))
     assert caches[0][0] == caches[1][0]
     assert all(torch.equal(a, b) for a, b in zip(caches[0][1], caches[1][1], strict=True))
+
+
+def test_edits_that_are_not_finite_leave_the_base_models_tokens_and_are_counted(core: EngineCore) -> None:
+    broken = random_head(4)
+    broken.ascent_UD.fill_(float("nan"))
+    core.registry = core.registry.with_head("broken", broken)
+    sampling = SamplingParams(max_tokens=8, seed=3)
+    base = run(core, [GenerationRequest("r", (1, 2), sampling)])["r", 0]
+    controlled = run(core, [GenerationRequest("r", (1, 2), sampling, control({"broken": 1.0}))])["r", 0]
+    assert controlled.token_ids == base.token_ids
+    summary = controlled.chunks[-1].control
+    assert summary is not None
+    assert summary.nonfinite_edits == len(controlled.token_ids)
+    assert summary.max_kl == 0.0
