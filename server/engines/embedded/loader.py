@@ -135,6 +135,10 @@ def _convert_default_model(folder: Path) -> None:
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(scratch)
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+    # A scratch folder is its maker's alone; the cache is for whoever may read its parent, as in the container image.
+    scratch.chmod(0o755)
+    for file in scratch.iterdir():
+        file.chmod(0o644)
     os.replace(scratch, folder)
 
 
