@@ -41,7 +41,7 @@ def test_every_head_was_evaluated_and_put_under_stress() -> None:
     ("field", "default", "largest"),
     [
         ("max_kl", 0.3, MAX_KL_NATS),
-        ("step_size", 0.15, MAX_STEP_SIZE),
+        ("step_size", 0.12, MAX_STEP_SIZE),
         ("steps", 10, MAX_STEPS),
         ("max_shift", 1, MAX_SHIFT_RATIO),
     ],
