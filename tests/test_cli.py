@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.cli import COMMANDS, main
-from server.cli.report import SECTIONS
+from server.cli.report import SECTIONS, transcript
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     report = capsys.readouterr().out
     assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in report
     page = tmp_path / "page.md"
-    markers = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in SECTIONS]
+    markers = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in (*SECTIONS, "transcript")]
     page.write_text("\n".join(["title", *markers, "end"]))
     assert main(["heads", "report", *heads, "--into", str(page)]) == 0
     text = page.read_text()
@@ -99,6 +99,21 @@ def test_generate_prints_the_same_text_for_the_same_seed(
     assert "together more than" in capsys.readouterr().err
     assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", '{"nope": 1}']) == 2
     assert "Known heads: short" in capsys.readouterr().err
+
+
+def test_compare_writes_what_the_report_quotes(
+    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    out = tmp_path / "transcript.json"
+    options = ["--heads-dir", str(folder / "heads"), "--max-tokens", "9", "--out", str(out)]
+    assert main(["compare", "say hi", *flags, *options]) == 0
+    result = json.loads(out.read_text())
+    assert list(result["responses"]) == ["base", "short"]
+    capsys.readouterr()
+    assert main(["generate", "say hi", *flags, *options[:4]]) == 0
+    assert capsys.readouterr().out == result["responses"]["base"] + "\n"
+    assert transcript(out).startswith("> **prompt:** say hi\n>\n> **`base`:** ")
 
 
 def test_the_papers_heads_are_imported_from_the_command_line(

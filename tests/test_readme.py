@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cli.report import SECTIONS
+from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.settings import DEFAULT_MODEL
 from server.types import (
     MAX_KL_NATS,
@@ -30,6 +30,10 @@ def section(name: str) -> str:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_what_the_readme_shows_of_the_heads_is_rendered_from_their_cards(name: str) -> None:
     assert section(name) == SECTIONS[name](cards()).strip()
+
+
+def test_the_transcript_is_what_compare_wrote() -> None:
+    assert section("transcript") == transcript(shipped_heads_folder(DEFAULT_MODEL) / TRANSCRIPT_FILE)
 
 
 def test_every_head_was_evaluated_and_put_under_stress() -> None:

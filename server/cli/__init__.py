@@ -1,4 +1,4 @@
-"""The `recontrol` command: serve, generate, heads, rollouts, train, eval.
+"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
 package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
@@ -16,15 +16,17 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
 
 from server.cli.evaluate import Eval
+from server.cli.generate import Compare, Generate
 from server.cli.heads import HeadsImport, HeadsList, HeadsShow
 from server.cli.report import HeadsReport
-from server.cli.serve import Generate, Serve
+from server.cli.serve import Serve
 from server.cli.train import Rollouts, Train
 from server.errors import RecontrolError
 
 COMMANDS: dict[str, type[BaseSettings]] = {
     "serve": Serve,
     "generate": Generate,
+    "compare": Compare,
     "heads list": HeadsList,
     "heads show": HeadsShow,
     "heads import": HeadsImport,

@@ -5,6 +5,7 @@ A section of a Markdown file is what stands between `<!-- name: begin -->` and `
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from server.errors import ConfigurationError
 from value_models.rollouts import RolloutSettings
 from value_models.store import HeadCard
 
+TRANSCRIPT_FILE = "transcript.json"
+"""In a folder of heads: the output of `recontrol compare` that the README shows."""
+
 
 class HeadsReport(HeadsCommand):
     """Print the heads' figures and an example as Markdown, or bring a file's sections up to date."""
@@ -25,7 +29,9 @@ class HeadsReport(HeadsCommand):
     into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
 
     def cli_cmd(self) -> None:
-        sections = {name: render(self.cards()) for name, render in SECTIONS.items()}
+        cards, transcripts = self.cards(), self.folder / TRANSCRIPT_FILE
+        sections = {name: render(cards) for name, render in SECTIONS.items()}
+        sections["transcript"] = transcript(transcripts) if transcripts.exists() else ""
         if self.into is None:
             print("\n\n".join(sections.values()))
             return
@@ -55,19 +61,15 @@ def commands(cards: Sequence[HeadCard]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def transcript(cards: Sequence[HeadCard]) -> str:
-    """The first example of the evaluation: the base model's response, and each head's, from the same seed."""
-    evaluated = {card.name: card.evaluation["arms"] for card in cards if card.evaluation is not None}
-    if not evaluated:
-        return ""
-    base = next(iter(evaluated.values()))["base"]["examples"][0]
-    parts = [("prompt", base["prompt"]), ("base", base["response"])]
-    parts += [(f"`{name}`", arms["head"]["examples"][0]["response"]) for name, arms in evaluated.items()]
-    return "\n\n".join(f"> **{who}:** {_quoted(text)}" for who, text in parts)
+def transcript(path: Path) -> str:
+    """What `recontrol compare --out` wrote: one prompt, the base model's response, and each head's."""
+    result = json.loads(path.read_text())
+    parts = [("prompt", result["prompt"]), *((f"`{name}`", text) for name, text in result["responses"].items())]
+    quotes = [f"> **{who}:** {' '.join(text.split())}" for who, text in parts]
+    return "\n>\n".join([*quotes, f"> `{result['command']}`"])
 
 
 SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
-    "transcript": transcript,
     "heads": evaluation_tables,
     "stress": stress_tables,
     "commands": commands,
@@ -98,7 +100,3 @@ def _row(cells: Sequence[str]) -> str:
 
 def _interval(figure: dict[str, Any]) -> str:
     return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
-
-
-def _quoted(text: str) -> str:
-    return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""`recontrol serve` and `recontrol generate`."""
+"""`recontrol serve`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ import socket
 
 import uvicorn
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
 from server.app import create_app
-from server.cli.command import ModelCommand
-from server.control.objectives import WeightedSum
 from server.engines import create_engine
 from server.engines.base import Engine
-from server.engines.embedded.engine import encode_chat
-from server.errors import GenerationError
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 
 _GRACE_S = 30
 _ENDING_S = 1
@@ -77,42 +71,3 @@ class GracefulServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
-
-
-class Generate(ModelCommand):
-    """Generate one response on the command line, with or without control."""
-
-    prompt: CliPositionalArg[str]
-    head: dict[str, float] = Field({}, description="objective as JSON, for example '{\"positive\": 1.0}'")
-    chat: bool = Field(True, description="send the prompt through the model's chat template")
-    max_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 0.95
-    seed: int = 0
-    max_kl: float = ControlParams.model_fields["max_kl"].default
-
-    def cli_cmd(self) -> None:
-        control = None
-        if self.head:
-            control = ControlParams(objective=WeightedSum(weights=self.head), max_kl=self.max_kl)
-        loaded = self.load()
-        core = self.core(loaded, with_heads=control is not None)
-        if self.chat:
-            prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": self.prompt}])
-        else:
-            prompt = loaded.tokenizer(self.prompt)["input_ids"]
-        sampling = SamplingParams(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
-        )
-
-        def emit(chunk: GenerationChunk) -> None:
-            print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
-
-        request = GenerationRequest("generate", tuple(prompt), sampling, control)  # type: ignore[arg-type]
-        core.check(request)
-        sequences = core.sequences(request, emit)
-        core.add(sequences)
-        while core.has_work:
-            core.step()
-        if sequences[0].finish_reason is FinishReason.ERROR:
-            raise GenerationError("The engine failed; the log says why.")

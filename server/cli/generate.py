@@ -1,0 +1,107 @@
+"""`recontrol generate` and `recontrol compare`: responses on the command line, without a server."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from server.cli.command import ModelCommand, write_text
+from server.control.objectives import WeightedSum
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.engine import encode_chat
+from server.engines.embedded.loader import LoadedModel
+from server.errors import GenerationError
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+
+
+class _PromptCommand(ModelCommand):
+    prompt: CliPositionalArg[str]
+    chat: bool = Field(True, description="send the prompt through the model's chat template")
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 0.95
+    seed: int = 0
+    max_kl: float = ControlParams.model_fields["max_kl"].default
+
+    def control(self, weights: dict[str, float]) -> ControlParams:
+        return ControlParams(objective=WeightedSum(weights=weights), max_kl=self.max_kl)
+
+    def respond(
+        self,
+        loaded: LoadedModel,
+        core: EngineCore,
+        control: ControlParams | None,
+        emit: Callable[[GenerationChunk], None] = lambda _: None,
+    ) -> str:
+        """One response to the prompt. Raises GenerationError, ContextLengthError, UnknownHeadError."""
+        tokenizer: Any = loaded.tokenizer
+        if self.chat:
+            token_ids = encode_chat(tokenizer, [{"role": "user", "content": self.prompt}])
+        else:
+            token_ids = tokenizer(self.prompt)["input_ids"]
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+        request = GenerationRequest("command-line", tuple(token_ids), sampling, control)
+        core.check(request)
+        texts: list[str] = []
+
+        def keep(chunk: GenerationChunk) -> None:
+            texts.append(chunk.text)
+            emit(chunk)
+
+        (sequence,) = core.sequences(request, keep)
+        core.add([sequence])
+        while core.has_work:
+            core.step()
+        if sequence.finish_reason is FinishReason.ERROR:
+            raise GenerationError("The engine failed; the log says why.")
+        return "".join(texts)
+
+
+class Generate(_PromptCommand):
+    """Generate one response on the command line, with or without control."""
+
+    head: dict[str, float] = Field({}, description="objective as JSON, for example '{\"positive\": 1.0}'")
+
+    def cli_cmd(self) -> None:
+        control = self.control(self.head) if self.head else None
+        loaded = self.load()
+        core = self.core(loaded, with_heads=control is not None)
+
+        def show(chunk: GenerationChunk) -> None:
+            print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
+
+        self.respond(loaded, core, control, show)
+
+
+class Compare(_PromptCommand):
+    """Print one prompt's response from the base model and under each head, from the same seed."""
+
+    out: Path | None = Field(None, description="JSON file to write")
+
+    def cli_cmd(self) -> None:
+        loaded = self.load()
+        core = self.core(loaded)
+        responses = {"base": self.respond(loaded, core, None)}
+        for name in core.registry.names:
+            responses[name] = self.respond(loaded, core, self.control({name: 1.0}))
+        for name, text in responses.items():
+            print(f"[{name}] {' '.join(text.split())}\n")
+        if self.out is not None:
+            result = {
+                "prompt": self.prompt,
+                "responses": responses,
+                "hardware": f"{platform.machine()}, {loaded.model.device}",
+                "dtype": str(loaded.model.dtype).removeprefix("torch."),
+                "command": shlex.join(["recontrol", *sys.argv[1:]]),
+            }
+            write_text(self.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
