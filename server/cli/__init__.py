@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
@@ -47,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if is_asked else 2
     command = COMMANDS[name]
     command.model_config["cli_prog_name"] = f"recontrol {name}"
-    # As with `python -m`: a reward of the user's own may live in the folder the command is run from.
-    sys.path.insert(0, str(Path.cwd()))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         CliApp.run(command, cli_args=words[len(name.split()) :])

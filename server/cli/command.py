@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +49,17 @@ class ModelCommand(Command):
         """An engine to drive from this thread. Raises ModelLoadError, HeadMismatchError."""
         registry = load_registry(self.heads_dir, loaded) if with_heads else HeadRegistry({})
         return EngineCore(loaded, registry, max_batch_size=self.max_batch_size)
+
+
+def command_line() -> str:
+    """The command that is running, for files that tell what made them."""
+    return shlex.join(["recontrol", *sys.argv[1:]])
+
+
+def allow_rewards_of_the_working_folder() -> None:
+    """As with `python -m`: a reward of the user's own may live in the folder the command is run from."""
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def write_text(path: Path, text: str) -> None:

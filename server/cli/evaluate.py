@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +13,13 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from server.cli.command import ModelCommand, read_prompts, write_text
+from server.cli.command import (
+    ModelCommand,
+    allow_rewards_of_the_working_folder,
+    command_line,
+    read_prompts,
+    write_text,
+)
 from server.control.objectives import WeightedSum
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import load_registry
@@ -80,6 +84,7 @@ class Eval(ModelCommand):
         return self
 
     def cli_cmd(self) -> None:
+        allow_rewards_of_the_working_folder()
         loaded = self.load()
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
         card = load_card(folder)
@@ -119,7 +124,7 @@ class Eval(ModelCommand):
             "control": setting,
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "command": shlex.join(["recontrol", *sys.argv[1:]]),
+            "command": command_line(),
         }
         if self.out is not None:
             write_text(self.out, json.dumps(result, indent=2) + "\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import ModelCommand, write_text
+from server.cli.command import ModelCommand, command_line, write_text
 from server.control.objectives import WeightedSum
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import encode_chat
@@ -102,6 +100,6 @@ class Compare(_PromptCommand):
                 "responses": responses,
                 "hardware": f"{platform.machine()}, {loaded.model.device}",
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),
-                "command": shlex.join(["recontrol", *sys.argv[1:]]),
+                "command": command_line(),
             }
             write_text(self.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import Command
+from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
 from value_models.importer import import_pth
@@ -82,7 +80,7 @@ class HeadsImport(HeadsCommand):
             targets=unknown,
             data={"source": self.path.name},
             validation={},
-            command=shlex.join(["recontrol", *sys.argv[1:]]),
+            command=command_line(),
         )
         target = self.folder / self.name
         save_head(target, head, card)

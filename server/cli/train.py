@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 
 from pydantic import Field
 
-from server.cli.command import Command, ModelCommand, read_prompts
+from server.cli.command import (
+    Command,
+    ModelCommand,
+    allow_rewards_of_the_working_folder,
+    command_line,
+    read_prompts,
+)
 from server.engines.embedded.rollouts import EngineRolloutSource
 from value_models.ascent import UNIT_COST_NATS
 from value_models.rollouts import RolloutSettings, collect_rollouts
@@ -55,6 +59,7 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
+        allow_rewards_of_the_working_folder()
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, self.reward, texts)
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
@@ -73,7 +78,7 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
             targets=_targets_text(settings),
             data=_data(data),
             validation=trained.figures,
-            command=shlex.join(["recontrol", *sys.argv[1:]]),
+            command=command_line(),
         )
         save_head(folder, trained.head, card)
         print(f"{folder}: R2 on validation prompts {trained.figures['r2']['all']:.3f}")
