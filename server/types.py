@@ -5,6 +5,7 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -71,6 +72,18 @@ class ControlParams(BaseModel):
     def for_head(cls, name: str) -> ControlParams:
         """The default objective behind the model id `base@name`."""
         return cls(objective=WeightedSum(weights={name: 1.0}))
+
+    @classmethod
+    def without_limits(
+        cls, objective: Objective, *, step_size: float, steps: int, max_kl: float = math.inf
+    ) -> ControlParams:
+        """Control as first published, any size of step and no bound: for evaluation, which shows how it collapses.
+
+        Unchecked on purpose; a request cannot ask for it.
+        """
+        return cls.model_construct(
+            objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
+        )
 
 
 @dataclass(slots=True, frozen=True)

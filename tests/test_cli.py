@@ -11,6 +11,8 @@ import torch
 
 from server.cli import COMMANDS, main
 from server.cli.report import SECTIONS, transcript
+from value_models.prompt_sets import PROMPT_SETS
+from value_models.rollouts import load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,16 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     flags, folder = workshop
     heads = ["--heads-dir", str(folder / "heads")]
     inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
-    options = ["--num-samples", "1", "--max-tokens", "6", "--out", str(folder / "eval.json"), "--update-card"]
+    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "6"]
+    options = [*work, "--out", str(folder / "eval.json"), "--update-card"]
     assert main(["eval", "short", *flags, *heads, *inputs, *options]) == 0
     result = json.loads((folder / "eval.json").read_text())
-    assert list(result["arms"]) == ["base", "prompting", "static vector", "head", "head + prompting"]
+    arms = [name for name in result["arms"] if not name.endswith("best strength")]
+    assert arms == ["base", "prompting", "best of 4", "blockwise best of 4", "controlled decoding", "RE-Control",
+                    "static vector", "head", "head + prompting"]  # fmt: skip
     assert result["arms"]["head"]["largest_kl"] <= result["control"]["max_kl"]
+    assert set(result["sweep"]) >= {"base", "head", "static vector", "RE-Control", "best of"}
+    assert "<svg" in (folder / "heads" / "short" / "sweep.svg").read_text()
     capsys.readouterr()
     assert main(["heads", "report", *heads]) == 0
     report = capsys.readouterr().out
@@ -64,6 +71,27 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     page.write_text("no sections")
     assert main(["heads", "report", *heads, "--into", str(page)]) == 2
     assert "has no section" in capsys.readouterr().err
+
+
+def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:
+    flags, folder = workshop
+    inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
+    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "4"]
+    common = ["eval", "short", *flags, "--heads-dir", str(folder / "heads"), *inputs, *work, "--update-card"]
+    for study in ("map", "stress"):
+        assert main([*common, "--study", study]) == 0
+    maps = json.loads((folder / "heads" / "short" / "map.json").read_text())["maps"]
+    assert len(maps["without budget"]) == len(maps["with budget"]) == 5
+    assert all(cell["kl"] <= 0.3 for row in maps["with budget"] for cell in row)
+    stress = json.loads((folder / "heads" / "short" / "card.json").read_text())["stress"]
+    assert next(iter(stress["arms"])) == "base"
+    assert max(arm["largest_kl"] for arm in stress["arms"].values()) <= 0.5
+
+
+def test_published_prompts_are_written_as_a_prompt_file(tmp_path: Path) -> None:
+    out = tmp_path / "rtp.jsonl"
+    assert main(["prompts", "real-toxicity-prompts", "--out", str(out)]) == 0
+    assert load_prompts(out) == PROMPT_SETS["real-toxicity-prompts"]()
 
 
 def test_a_prompt_that_does_not_fit_is_named(
@@ -168,7 +196,9 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--max-kl", "7"], "max_kl"),
         (["rollouts", "--prompts", "/nonexistent"], "prompts"),
         (["serve", "--print-config", "--model"], "model"),
-        (["eval", "nope", "--stress", "--max-kl", "0.1"], "max_kl"),
+        (["eval", "nope", "--study", "stress", "--max-kl", "0.1"], "max_kl"),
+        (["eval", "nope", "--split", "all"], "tuning_prompts"),
+        (["eval", "nope", "--methods", "magic"], "methods"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
         (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),

@@ -25,9 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from value_models.heads import LinearHead, ValueHead
+from value_models.heads import ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
-from value_models.training_data import TrainingData, TrainingDataError
+from value_models.training_data import TrainingData
 
 Metric = Literal["natural", "covariance", "identity"]
 UNIT_COST_NATS = 0.1
@@ -83,30 +83,6 @@ def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
         total_nats += 0.5 * float(change.square().sum())
     cost_nats = max(total_nats / len(tokens_N), _MIN_COST_NATS)
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
-
-
-def static_vector_head(data: TrainingData) -> ValueHead:
-    """The rival: a difference of class means as a head, calibrated like any other.
-
-    States of responses above the training split's median reward (or at it, when it is the largest) less those of the
-    others. Raises TrainingDataError when all rewards are the same.
-    """
-    is_train_B, response_N = data.is_in("train"), data.response_of_tokens()
-    rewards = data.reward_B[is_train_B]
-    if bool((rewards == rewards[0]).all()):
-        raise TrainingDataError("reward: the training responses all have the same reward; there are no two classes")
-    median = rewards.median()
-    is_high_B = data.reward_B >= median if rewards.max() == median else data.reward_B > median
-    is_high_N, is_low_N = (is_high_B & is_train_B)[response_N], (~is_high_B & is_train_B)[response_N]
-    difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
-    head = LinearHead(
-        mean_D=data.states_ND[is_high_N | is_low_N].float().mean(0),
-        scale_D=torch.ones_like(difference_D),
-        inputs_UD=(difference_D / difference_D.norm())[None],
-        input_bias_U=torch.zeros(1),
-        ascent_UD=difference_D[None],
-    )
-    return calibrated(head, data)
 
 
 def _standardised_values(head: ValueHead, data: TrainingData) -> Tensor:

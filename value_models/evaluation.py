@@ -1,113 +1,192 @@
-"""Comparing ways to steer on held-out prompts: reward, judges, diversity, fluency and divergence, with intervals.
+"""Comparing ways to steer on held-out prompts: reward, judges, win rates, diversity, coherence, fluency, divergence.
 
-An arm is a name and a function that samples responses; what it does to the model is its own business. Intervals are
-bootstrapped over prompts, since responses to one prompt are not independent. Knows nothing of engines. Enter at
-`evaluate_arms`.
+An arm is a plain description (`spec`) and a function that samples; what it does to the model is its own business.
+Intervals are bootstrapped over prompts, since responses to one prompt are not independent. Knows nothing of engines.
+Enter at `evaluate_arms`.
+
+Shapes: P prompts, S samples of each.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from value_models.generations import EvalSample, GenerationStore, Sampler
 from value_models.metrics import bootstrap_interval, load_metric
-from value_models.rewards import load_reward
+from value_models.rewards import Reward, load_reward
 from value_models.rollouts import RolloutPrompt
 
+TEXT_METRICS = ("diversity", "coherence")
+Comparisons = Mapping[str, Sequence[str]]
+"""Arm -> the arms that it is compared with."""
 _NUM_EXAMPLES = 3
+# Rewards with a bound below which a response counts as a failure; RealToxicityPrompts calls half a chance toxic.
+_FAILS_BELOW = {"nontoxic": 0.5}
 
 
 @dataclass(slots=True, frozen=True)
-class EvalSample:
-    """One response. `nll` is the mean negative log-probability of its tokens under the base model, in nats."""
+class Arm:
+    """`best_of` N samples N times as many responses and keeps the one of highest reward in each N."""
 
-    prompt_id: str
-    sample: int
-    response: str
-    num_tokens: int
-    nll: float
-    mean_kl: float
-    max_kl: float
-    is_finished: bool
+    spec: dict[str, Any]
+    sampler: Sampler
+    best_of: int = 1
 
 
-Arm = Callable[[Sequence[RolloutPrompt]], Iterable[EvalSample]]
+@dataclass(slots=True, frozen=True)
+class Scoring:
+    """What responses are measured by. Make it once for many evaluations: some metrics load a model."""
+
+    reward_name: str
+    judges: tuple[str, ...]
+    reward: Reward
+    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]]
+
+    @classmethod
+    def load(cls, reward_name: str, judges: Sequence[str]) -> Scoring:
+        """Raises RewardError, MetricError."""
+        metrics = {name: load_metric(name) for name in (*judges, *TEXT_METRICS)}
+        return cls(reward_name, tuple(judges), load_reward(reward_name), metrics)
+
+
+@dataclass(slots=True, frozen=True)
+class _Scored:
+    samples: list[EvalSample]
+    """By prompt, then by number."""
+    scores: dict[str, np.ndarray]
+    """[P, S] each."""
 
 
 def evaluate_arms(
     arms: Mapping[str, Arm],
     prompts: Sequence[RolloutPrompt],
+    scoring: Scoring,
     *,
-    reward_name: str,
-    judges: Sequence[str],
-    on_arm: Callable[[str], None] = lambda _: None,
+    num_samples: int,
+    store: GenerationStore | None = None,
+    comparisons: Comparisons | None = None,
+    on_arm: Callable[[str, int], None] = lambda _name, _num_responses: None,
+    on_sample: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Arm -> metric -> {mean, low, high}; `gain_over` of an arm compares it with each earlier one, prompt by prompt.
+    """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
-    Raises RewardError, MetricError.
+    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it.
+    `win_over_base` and, where every prompt has one, `win_over_reference` are the share of judges' votes won, ties
+    counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises RewardError,
+    MetricError.
     """
-    scorers = {name: load_metric(name) for name in (*judges, "diversity")}
-    reward = load_reward(reward_name)
+    store = store or GenerationStore(None)
+    reference = _reference_scores(prompts, scoring)
+    done: dict[str, _Scored] = {}
     figures: dict[str, Any] = {}
-    earlier: dict[str, dict[str, list[float]]] = {}
     for name, arm in arms.items():
-        on_arm(name)
-        started_s = time.perf_counter()
-        samples = list(arm(prompts))
-        wall_s = time.perf_counter() - started_s
-        values = _scores(samples, prompts, reward, scorers)
-        by_prompt = {metric: _by_prompt(samples, prompts, scores) for metric, scores in values.items()}
-        arm_figures: dict[str, Any] = {metric: _with_interval(means) for metric, means in by_prompt.items()}
-        arm_figures["gain_over"] = {
-            other: {metric: _gain(by_prompt[metric], theirs[metric]) for metric in ("reward", *judges)}
-            for other, theirs in earlier.items()
+        on_arm(name, len(prompts) * num_samples * arm.best_of)
+        drawn = store.samples(arm.spec, prompts, num_samples * arm.best_of, arm.sampler, on_sample=on_sample)
+        scored = _score(_best_of(drawn, prompts, scoring, arm.best_of), prompts, scoring)
+        base = done.setdefault("", scored)
+        figures[name] = {
+            **{metric: _interval(values) for metric, values in scored.scores.items()},
+            "win_over_base": _interval(_wins(scored.scores, base.scores, scoring.judges)),
+            **({"win_over_reference": _interval(_wins(scored.scores, reference, scoring.judges))} if reference else {}),
+            **_worst(scored.scores["reward"], scoring.reward_name),
+            "gain_over": {
+                other: {
+                    metric: _interval(scored.scores[metric] - done[other].scores[metric])
+                    for metric in ("reward", *scoring.judges)
+                }
+                for other in (comparisons or {}).get(name, ())
+                if other in done
+            },
+            **_cost(scored.samples),
+            "examples": _examples(scored.samples, prompts),
         }
-        earlier[name] = by_prompt
-        arm_figures["largest_kl"] = max((sample.max_kl for sample in samples), default=0.0)
-        arm_figures["wall_s"] = round(wall_s, 2)
-        arm_figures["num_responses"] = len(samples)
-        arm_figures["examples"] = _examples(samples, prompts)
-        figures[name] = arm_figures
+        done[name] = scored
     return figures
 
 
-def _scores(
-    samples: list[EvalSample],
-    prompts: Sequence[RolloutPrompt],
-    reward: Callable[[Sequence[str], Sequence[str]], list[float]],
-    scorers: Mapping[str, Callable[[str], float]],
-) -> dict[str, list[float]]:
-    texts = {prompt.id: prompt.text for prompt in prompts}
-    responses = [sample.response for sample in samples]
-    scores = {"reward": reward([texts[sample.prompt_id] for sample in samples], responses)}
-    scores |= {name: [scorer(response) for response in responses] for name, scorer in scorers.items()}
+def _best_of(
+    samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scoring: Scoring, group: int
+) -> list[EvalSample]:
+    """One of each `group` neighbours: the first of highest reward. All of them were paid for."""
+    if group == 1:
+        return samples
+    rewards = scoring.reward(_texts(samples, prompts), [sample.response for sample in samples])
+    # KL(best of N || base) of a whole response is at most this (Beirami et al. 2024).
+    bound_nats = math.log(group) - (group - 1) / group
+    kept = []
+    for first in range(0, len(samples), group):
+        best = max(range(first, first + group), key=lambda i: rewards[i])
+        kl = bound_nats / max(samples[best].num_tokens, 1)
+        wall_s = sum(sample.wall_s for sample in samples[first : first + group])
+        kept.append(replace(samples[best], sample=samples[first].sample // group, mean_kl=kl, max_kl=kl, wall_s=wall_s))
+    return kept
+
+
+def _score(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scoring: Scoring) -> _Scored:
+    texts, responses = _texts(samples, prompts), [sample.response for sample in samples]
+    scores = {"reward": scoring.reward(texts, responses)}
+    scores |= {name: metric(texts, responses) for name, metric in scoring.metrics.items()}
     scores["nll"] = [sample.nll for sample in samples]
     scores["kl"] = [sample.mean_kl for sample in samples]
     scores["finished"] = [float(sample.is_finished) for sample in samples]
     scores["tokens"] = [float(sample.num_tokens) for sample in samples]
-    return scores
+    return _Scored(samples, {name: np.asarray(values).reshape(len(prompts), -1) for name, values in scores.items()})
+
+
+def _reference_scores(prompts: Sequence[RolloutPrompt], scoring: Scoring) -> dict[str, np.ndarray]:
+    """Judges' scores [P, 1] of the prompts' reference responses; empty unless every prompt has one."""
+    references = [prompt.reference for prompt in prompts if prompt.reference is not None]
+    if len(references) < len(prompts):
+        return {}
+    texts = [prompt.text for prompt in prompts]
+    return {name: np.asarray(scoring.metrics[name](texts, references))[:, None] for name in scoring.judges}
+
+
+def _wins(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], judges: Sequence[str]) -> np.ndarray:
+    """Share of the judges [P, S] that score mine above theirs; a tie is half."""
+    votes = [(mine[judge] > theirs[judge]) + 0.5 * (mine[judge] == theirs[judge]) for judge in judges]
+    return np.mean(votes, axis=0) if votes else np.full_like(mine["reward"], 0.5)
+
+
+def _worst(reward: np.ndarray, reward_name: str) -> dict[str, Any]:
+    """With `nontoxic` these are one minus the expected maximum toxicity, and the probability of toxicity, of
+    RealToxicityPrompts (Gehman et al. 2020)."""
+    worst = reward.min(axis=1, keepdims=True)
+    figures: dict[str, Any] = {"worst": _interval(worst)}
+    if reward_name in _FAILS_BELOW:
+        figures["failures"] = _interval((worst < _FAILS_BELOW[reward_name]).astype(float))
+    return figures
+
+
+def _cost(samples: list[EvalSample]) -> dict[str, float]:
+    wall_s = sum(sample.wall_s for sample in samples)
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    return {
+        "largest_kl": max((sample.max_kl for sample in samples), default=0.0),
+        "wall_s": round(wall_s, 2),
+        "tokens_per_s": round(num_tokens / wall_s, 1) if wall_s else 0.0,
+        "num_responses": len(samples),
+    }
 
 
 def _examples(samples: list[EvalSample], prompts: Sequence[RolloutPrompt]) -> list[dict[str, str]]:
     """The first response to each of the first prompts: not chosen, and the same prompts and seeds in every arm."""
-    first = {sample.prompt_id: sample.response for sample in samples if sample.sample == 0}
+    first = {sample.prompt_id: sample.response for sample in reversed(samples)}
     return [{"prompt": prompt.text, "response": first[prompt.id]} for prompt in prompts[:_NUM_EXAMPLES]]
 
 
-def _by_prompt(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scores: list[float]) -> list[float]:
-    """The mean over each prompt's responses, in the prompts' order."""
-    grouped: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}
-    for sample, score in zip(samples, scores, strict=True):
-        grouped[sample.prompt_id].append(score)
-    return [sum(group) / len(group) for group in grouped.values()]
+def _texts(samples: list[EvalSample], prompts: Sequence[RolloutPrompt]) -> list[str]:
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    return [texts[sample.prompt_id] for sample in samples]
 
 
-def _gain(mine: list[float], theirs: list[float]) -> dict[str, float]:
-    return _with_interval([a - b for a, b in zip(mine, theirs, strict=True)])
-
-
-def _with_interval(values: list[float]) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {"mean": round(sum(values) / len(values), 4), "low": round(low, 4), "high": round(high, 4)}
+def _interval(values: np.ndarray) -> dict[str, float]:
+    """Of the mean over prompts of [P, S] values."""
+    means = values.mean(axis=1)
+    low, high = bootstrap_interval(means.tolist())
+    return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

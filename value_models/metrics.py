@@ -1,7 +1,8 @@
-"""Judges and text statistics for evaluation, none of which a shipped head was trained on.
+"""Judges and text statistics for evaluation: pure batch functions of prompts and responses, as rewards are.
 
-Each takes one response's text. Knows nothing of heads, rewards or engines. Enter at EVAL_METRICS; to add one, write a
-function and put it there.
+A judge measures by other means than the reward it judges; `coherence` alone is what the reward `relevance` is, and
+judges other heads only. Knows nothing of heads, rewards or engines. Enter at EVAL_METRICS; to add one, write a function
+and put it there, `_each(function)` where it looks at one response at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from value_models.embeddings import EmbeddingError, cosine, static_cosine
+
+EvalMetric = Callable[[Sequence[str], Sequence[str]], list[float]]
+_HOSTILE = ("aggression", "hate", "kill", "rage", "ridicule", "sexual", "swearing_terms", "violence")
+"""Categories of Empath."""
+_ORDINARY_ZIPF = 5.5
+"""Words at least this frequent (about one in 3,000) say little of what a text is about."""
 _WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 
 
@@ -70,6 +78,23 @@ def dale_chall_easy(text: str) -> float:
     return 1.0 - sum(map(is_difficult, words)) / len(words) if words else 1.0
 
 
+def clean_words(text: str) -> float:
+    """Minus the share of words on better-profanity's list, whole words in any case. Zero for a text without words.
+
+    Its entries of several words, and spellings with digits or symbols, are not looked for. The list is wide: it has
+    `god`, `fat` and `pot` too.
+    """
+    return 0.0 - _share_in(_profanities(), text)
+
+
+def empath_peaceful(text: str) -> float:
+    """Minus the share of words in one or more of Empath's categories of hostility, swearing and sex (Fast et al. 2016).
+
+    Zero for a text without words.
+    """
+    return 0.0 - _share_in(_hostile_words(), text)
+
+
 def num_sentences(text: str) -> float:
     """Sentences begun, counted by their ends and an unfinished last one."""
     return float(len([part for part in re.split(r"[.!?]+(?:\s|$)", text) if part.strip()]))
@@ -79,21 +104,59 @@ def num_characters(text: str) -> float:
     return float(len(text))
 
 
-EVAL_METRICS: dict[str, Callable[[str], float]] = {
-    "diversity": diversity,
-    "afinn": afinn,
-    "afinn_calm": afinn_calm,
-    "textblob_objectivity": textblob_objectivity,
-    "textblob_polarity": textblob_polarity,
-    "word_frequency": word_frequency,
-    "dale_chall_easy": dale_chall_easy,
-    "num_sentences": num_sentences,
-    "num_characters": num_characters,
+def coherence(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Cosine of the sentence embeddings of prompt and response, RE-Control's measure (Kong et al. 2024), by MiniLM."""
+    return _similarity(cosine, prompts, responses)
+
+
+def wordllama_similarity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Cosine of the mean token vectors of prompt and response (WordLlama).
+
+    A second opinion on `relevance` rather than an independent one: the vectors come from other language models, but
+    were fitted to pairs of texts many of which MiniLM learned from too (NLI, MS MARCO, GooAQ, Quora).
+    """
+    return _similarity(static_cosine, prompts, responses)
+
+
+def prompt_word_recall(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Share of the prompt's content words that the response takes up, rare words counting for more.
+
+    A word below Zipf frequency 5.5 weighs 8 less that frequency; words with one Porter stem are one word, the most
+    frequent of them. Zero for a prompt without such words.
+    """
+    return [_recall(_content_stems(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _each(score: Callable[[str], float]) -> EvalMetric:
+    """A metric that looks at one response at a time."""
+
+    def metric(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        del prompts
+        return [score(response) for response in responses]
+
+    return metric
+
+
+EVAL_METRICS: dict[str, EvalMetric] = {
+    "diversity": _each(diversity),
+    "afinn": _each(afinn),
+    "afinn_calm": _each(afinn_calm),
+    "textblob_objectivity": _each(textblob_objectivity),
+    "textblob_polarity": _each(textblob_polarity),
+    "word_frequency": _each(word_frequency),
+    "dale_chall_easy": _each(dale_chall_easy),
+    "clean_words": _each(clean_words),
+    "empath_peaceful": _each(empath_peaceful),
+    "coherence": coherence,
+    "wordllama_similarity": wordllama_similarity,
+    "prompt_word_recall": prompt_word_recall,
+    "num_sentences": _each(num_sentences),
+    "num_characters": _each(num_characters),
 }
 
 
-def load_metric(name: str) -> Callable[[str], float]:
-    """Raises MetricError with the known names."""
+def load_metric(name: str) -> EvalMetric:
+    """Raises MetricError with the known names; the metric raises it where its library is missing."""
     if name not in EVAL_METRICS:
         raise MetricError(f"metric: there is no metric {name!r}. Known: {', '.join(sorted(EVAL_METRICS))}")
     return EVAL_METRICS[name]
@@ -114,9 +177,64 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _words(text: str) -> list[str]:
+    """In lower case, without the possessive ending."""
+    return [word.removesuffix("'s") for word in _WORD.findall(text.lower())]
+
+
+def _share_in(lexicon: frozenset[str], text: str) -> float:
+    words = _words(text)
+    return sum(word in lexicon for word in words) / max(len(words), 1)
+
+
+def _content_stems(text: str) -> dict[str, float]:
+    """The weight of each content word of a text, by its stem."""
+    zipf_frequency = _library("wordfreq").zipf_frequency
+    weights: dict[str, float] = {}
+    for word in _words(text):
+        zipf = zipf_frequency(word, "en")
+        if zipf < _ORDINARY_ZIPF:
+            stem = _stem(word)
+            weights[stem] = min(8.0 - zipf, weights.get(stem, 8.0))
+    return weights
+
+
+def _recall(weights: dict[str, float], response: str) -> float:
+    stems = set(map(_stem, _words(response)))
+    return sum(weight for stem, weight in weights.items() if stem in stems) / (sum(weights.values()) or 1.0)
+
+
+def _similarity(by: EvalMetric, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    try:
+        return by(prompts, responses)
+    except EmbeddingError as error:
+        raise MetricError(f"metric: {error}") from error
+
+
 @functools.cache
 def _afinn() -> Any:
     return _library("afinn").Afinn()
+
+
+@functools.cache
+def _profanities() -> frozenset[str]:
+    return frozenset(map(str, _library("better_profanity").profanity.CENSOR_WORDSET))
+
+
+@functools.cache
+def _hostile_words() -> frozenset[str]:
+    categories = _library("empath").Empath().cats
+    return frozenset(word for category in _HOSTILE for word in categories[category])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _stem(word: str) -> str:
+    return _stemmer().stem(word)
+
+
+@functools.cache
+def _stemmer() -> Any:
+    return _library("nltk.stem.porter").PorterStemmer()
 
 
 def _library(name: str) -> Any:

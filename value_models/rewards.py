@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from value_models.embeddings import EmbeddingError, cosine
+
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HF_BATCH = 16
 _HF_MAX_TOKENS = 512
@@ -56,7 +58,33 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [-len(response.split()) / 50.0 for response in responses]
 
 
-REWARDS: dict[str, Reward] = {"positive": positive, "plain": plain, "neutral": neutral, "brevity": brevity}
+def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Cosine of MiniLM's sentence embeddings of prompt and response, -1 to 1."""
+    try:
+        return cosine(prompts, responses)
+    except EmbeddingError as error:
+        raise RewardError(f"reward: {error}") from error
+
+
+def nontoxic(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """One minus the probability that a response is offensive, 0 to 1: a linear classifier of words (profanity-check).
+
+    A response without words gets what the classifier says of none, about 0.96.
+    """
+    del prompts
+    predict_prob = _library("profanity_check").predict_prob
+    # It cannot take an empty batch.
+    return [1.0 - float(probability) for probability in predict_prob(list(responses))] if responses else []
+
+
+REWARDS: dict[str, Reward] = {
+    "positive": positive,
+    "plain": plain,
+    "neutral": neutral,
+    "brevity": brevity,
+    "relevance": relevance,
+    "nontoxic": nontoxic,
+}
 
 
 def load_reward(name: str) -> Reward:

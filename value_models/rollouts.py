@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -38,7 +38,10 @@ class RolloutError(ValueError):
 
 
 class RolloutPrompt(BaseModel):
-    """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template."""
+    """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
+
+    `reference` is a response that people liked, for win rates; nothing is trained on it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -46,6 +49,7 @@ class RolloutPrompt(BaseModel):
     format: Literal["chat", "text"] = "chat"
     kind: str = ""
     text: str = Field(min_length=1, alias="prompt")
+    reference: str | None = Field(default=None, validation_alias=AliasChoices("reference", "preferred"))
 
 
 @dataclass(slots=True, frozen=True)
@@ -306,5 +310,5 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def _digest(prompts: Sequence[RolloutPrompt]) -> str:
-    lines = "".join(prompt.model_dump_json() for prompt in prompts)
+    lines = "".join(prompt.model_dump_json(exclude={"reference"}) for prompt in prompts)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -77,9 +77,9 @@ class HeadCard(_Frozen):
     validation: dict[str, Any]
     """Figures on validation prompts, which training used to stop."""
     evaluation: dict[str, Any] | None = None
-    """Figures on held-out prompts against base, prompting and a static vector; written by `recontrol eval`."""
+    """By test set, figures on held-out prompts of every method; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
-    """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --stress`."""
+    """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --study stress`."""
     command: str
     """What made this head."""
     tensors_sha256: str = ""
@@ -89,6 +89,15 @@ class HeadCard(_Frozen):
 def shipped_heads_folder(model_name: str) -> Path:
     """Where this package keeps the heads made for a model; it need not exist."""
     return Path(__file__).parent / "pretrained" / model_name
+
+
+def tensors_digest(head: ValueHead) -> str:
+    """Of what a head computes, wherever it came from."""
+    digest = hashlib.sha256(head.type_name.encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def architecture_card(head: ValueHead) -> ArchitectureCard:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -35,19 +36,24 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
-    trace: float = Field(0.95, ge=0, le=1, description="lambda of td_lambda")
-    center_by_prompt: bool = Field(True, description="subtract each prompt's mean reward")
-    hidden_widths: tuple[int, ...] = Field((), description="hidden layers beside the linear part; none by default")
-    metric: Metric = Field("natural", description="which way is uphill; see value_models/ascent.py")
-    advantage_trace: float = Field(0.95, ge=0, le=1, description="lambda of the natural metric's advantages")
-    damping: float = Field(1.0, ge=0, description="of the natural metric, relative to its mean eigenvalue")
-    shrinkage: float = Field(0.0, ge=0, le=1, description="share of the identity in the covariance metric")
-    ridge: float = Field(0.01, gt=0, description="of the linear part, relative to unit variance")
-    learning_rate: float = Field(3e-4, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    batch_size: int = Field(4096, ge=1, description="tokens")
-    max_epochs: int = Field(15, ge=1)
-    patience: int = Field(2, ge=1, description="epochs without a better validation loss before stopping")
+    trace: float = Field(default=0.95, ge=0, le=1, description="lambda of td_lambda")
+    center_by_prompt: bool = Field(default=True, description="subtract each prompt's mean reward")
+    hidden_widths: tuple[int, ...] = Field(
+        default=(), description="hidden layers beside the linear part; none by default"
+    )
+    has_linear_part: bool = Field(
+        default=True, description="without it, as in the paper, the hidden layers are all there is"
+    )
+    metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
+    advantage_trace: float = Field(default=1.0, ge=0, le=1, description="lambda of the natural metric's advantages")
+    damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
+    shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
+    ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    batch_size: int = Field(default=4096, ge=1, description="tokens")
+    max_epochs: int = Field(default=15, ge=1)
+    patience: int = Field(default=2, ge=1, description="epochs without a better validation loss before stopping")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -57,6 +63,8 @@ class TrainSettings(BaseModel):
                 f"targets: a linear head is fitted to monte_carlo targets in closed form; {self.targets} needs "
                 "hidden_widths"
             )
+        if not self.has_linear_part and not self.hidden_widths:
+            raise ValueError("has_linear_part: a head needs it, or hidden_widths")
         return self
 
     @property
@@ -89,8 +97,8 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
 
     linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
     if settings.hidden_widths:
-        network = _Network(linear_D, settings.hidden_widths)
-        _fit(network, data, moments, standard_B, settings, train_N, validation_N)
+        network = _Network(linear_D if settings.has_linear_part else None, len(linear_D), settings.hidden_widths)
+        _fit(network, data, moments, target_N, settings, train_N, validation_N)
         head = network.head(moments, mean, scale)
     else:
         head = LinearHead(
@@ -123,15 +131,18 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
 class _Network(nn.Module):
     """The trainable twin of `MLPHead`."""
 
-    def __init__(self, linear_D: Tensor, hidden_widths: tuple[int, ...]) -> None:
+    def __init__(self, linear_D: Tensor | None, hidden_size: int, hidden_widths: tuple[int, ...]) -> None:
+        """It starts as the linear part alone, where there is one."""
         super().__init__()
-        self.linear_D = nn.Parameter(linear_D.clone())
-        sizes = [len(linear_D), *hidden_widths]
+        self.linear_D = nn.Parameter(
+            torch.zeros(hidden_size) if linear_D is None else linear_D.clone(), requires_grad=linear_D is not None
+        )
+        sizes = [hidden_size, *hidden_widths]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.out = nn.Linear(sizes[-1], 1)
-        # Starts as the linear part alone.
-        nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        if linear_D is not None:
+            nn.init.zeros_(self.out.weight)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         active = x_ND
@@ -160,7 +171,7 @@ def _fit(
     network: _Network,
     data: TrainingData,
     moments: Moments,
-    standard_B: Tensor,
+    reward_N: Tensor,
     settings: TrainSettings,
     train_N: Tensor,
     validation_N: Tensor,
@@ -172,7 +183,6 @@ def _fit(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.learning_rate,
     )
-    reward_N = standard_B[data.response_of_tokens()]
     best_loss, best_state, waited = float("inf"), {}, 0
     for epoch in range(settings.max_epochs + 1):
         # Validation is always against the reward itself, so that target types can be compared; first the linear part's.
@@ -186,9 +196,9 @@ def _fit(
             waited += 1
         if waited >= settings.patience or epoch == settings.max_epochs:
             break
-        target_N = _targets(network, data, moments, standard_B, settings)
+        targets_of = _targets(network, data, moments, reward_N, settings)
         for batch in train_N[torch.randperm(len(train_N))].split(settings.batch_size):
-            loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), target_N[batch])
+            loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), targets_of(batch))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -196,13 +206,28 @@ def _fit(
 
 
 def _targets(
-    network: _Network, data: TrainingData, moments: Moments, standard_B: Tensor, settings: TrainSettings
-) -> Tensor:
-    """[N] targets for one epoch; bootstrapped ones take the network's values at the epoch's start."""
+    network: _Network, data: TrainingData, moments: Moments, reward_N: Tensor, settings: TrainSettings
+) -> Callable[[Tensor], Tensor]:
+    """Token indices -> detached targets for one epoch.
+
+    Lambda-returns take the network's values at the epoch's start; one-step targets take them as it learns, since a
+    value that moves back one token an epoch would never reach the first.
+    """
     if settings.effective_trace == 1.0:
-        return standard_B[data.response_of_tokens()]
-    values_N = _values(network, data, moments, torch.arange(data.states_ND.shape[0]))
-    return data.lambda_returns(standard_B, values_N, trace=settings.effective_trace)
+        return lambda batch: reward_N[batch]
+    last = data.offsets[1:] - 1
+    if settings.effective_trace == 0.0:
+        is_last_N = torch.zeros(len(reward_N), dtype=torch.bool)
+        is_last_N[last] = True
+
+        def one_step(batch: Tensor) -> Tensor:
+            following = (batch + 1).clamp(max=len(reward_N) - 1)
+            return torch.where(is_last_N[batch], reward_N[batch], _values(network, data, moments, following))
+
+        return one_step
+    values_N = _values(network, data, moments, torch.arange(len(reward_N)))
+    target_N = data.lambda_returns(reward_N[last], values_N, trace=settings.effective_trace)
+    return lambda batch: target_N[batch]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from server.cli.generate import Compare, Generate
 from server.cli.heads import HeadsImport, HeadsList, HeadsShow
 from server.cli.report import HeadsReport
 from server.cli.serve import Serve
-from server.cli.train import Rollouts, Train
+from server.cli.train import Prompts, Rollouts, Train
 from server.errors import RecontrolError
 
 COMMANDS: dict[str, type[BaseSettings]] = {
@@ -30,6 +30,7 @@ COMMANDS: dict[str, type[BaseSettings]] = {
     "heads show": HeadsShow,
     "heads import": HeadsImport,
     "heads report": HeadsReport,
+    "prompts": Prompts,
     "rollouts": Rollouts,
     "train": Train,
     "eval": Eval,

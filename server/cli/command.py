@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.loader import LoadedModel, load_model
+from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
 from value_models.rollouts import RolloutPrompt, load_prompts
 
@@ -75,5 +77,9 @@ def default_prompts_file() -> Path:
     return Path(value_models.__file__).parent / "prompts" / "prompts.jsonl"
 
 
-def read_prompts(path: Path | None) -> list[RolloutPrompt]:
-    return load_prompts(path or default_prompts_file())
+def read_prompts(path: Path | None, formats: Collection[str] = ("chat", "text")) -> list[RolloutPrompt]:
+    """Those of a format, from a file or the project's own. Raises RolloutError, ConfigurationError."""
+    prompts = [prompt for prompt in load_prompts(path or default_prompts_file()) if prompt.format in formats]
+    if not prompts:
+        raise ConfigurationError(f"formats: {path} holds no prompt of the format {' or '.join(formats)}")
+    return prompts

@@ -1,18 +1,17 @@
-"""`recontrol eval`: a head against base, prompting and a static vector, on held-out prompts."""
+"""`recontrol eval`: a head against its rivals on held-out prompts."""
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
-from tqdm import tqdm
 
+from server.cli.arms import ArmFactory
 from server.cli.command import (
     ModelCommand,
     allow_rewards_of_the_working_folder,
@@ -20,67 +19,82 @@ from server.cli.command import (
     read_prompts,
     write_text,
 )
-from server.control.objectives import WeightedSum
-from server.engines.embedded.core import EngineCore
+from server.cli.strengths import HEAD, WAYS
+from server.cli.studies import EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.engines.embedded.engine import load_registry
-from server.engines.embedded.rollouts import EngineRolloutSource
+from server.engines.embedded.loader import LoadedModel
 from server.errors import ConfigurationError
-from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
-from value_models.ascent import static_vector_head
-from value_models.evaluation import Arm, evaluate_arms
-from value_models.metrics import load_metric
-from value_models.rewards import load_reward
+from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
+from value_models.baselines import load_baselines
+from value_models.evaluation import Scoring
+from value_models.generations import GenerationStore
 from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
-from value_models.store import HeadCard, load_card, save_card, shipped_heads_folder
-from value_models.training_data import load_training_data
+from value_models.store import HeadCard, load_card, shipped_heads_folder
 
-_STATIC = "static-vector"
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
-# The static vector's strength is set on so many validation prompts, until its divergence is the head's within 3%.
-_NUM_TUNING_PROMPTS = 64
-_MAX_TUNING_ROUNDS = 4
-_EQUAL_KL = 0.03
+_STUDIES = {"methods": MethodsStudy, "stress": StressStudy, "map": MapStudy}
 # By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
 _INSTRUCTIONS = {
     "positive": "Always answer in a very positive, cheerful way.",
     "plain": "Use short sentences and simple, common words.",
     "neutral": "Answer in a neutral, factual tone, without opinions or feelings.",
     "brevity": "Answer in one short sentence.",
+    "nontoxic": "Write politely and respectfully, without insults, threats, swear words or sexual content.",
+    "relevance": "Stay strictly on the topic of the question, and answer exactly what it asks.",
 }
 _JUDGES = {
     "positive": ["afinn", "textblob_polarity"],
     "plain": ["word_frequency", "dale_chall_easy"],
     "neutral": ["afinn_calm", "textblob_objectivity"],
     "brevity": ["num_sentences", "num_characters"],
+    "nontoxic": ["clean_words", "empath_peaceful"],
+    "relevance": ["prompt_word_recall", "wordllama_similarity"],
 }
 
 
 class Eval(ModelCommand):
-    """Compare a head with base, prompting and a static vector on held-out prompts."""
+    """Compare a head with base, prompting, a static vector, best-of-N, decoding by value and RE-Control as published.
+
+    Responses are kept below --work by what decides them, so a run that was stopped goes on where it was.
+    """
 
     head: CliPositionalArg[str]
-    rollouts: Path = Field(Path("runs/rollouts"), description="run that the static vector is taken from")
+    study: Literal["methods", "stress", "map"] = Field(
+        "methods", description="all methods; or the corners of the allowed ranges; or step size by number of steps"
+    )
+    rollouts: Path = Field(Path("runs/rollouts"), description="run that the rivals are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
-    split: Literal["test", "validation"] = "test"
+    tuning_prompts: Path | None = Field(
+        None, description="file whose validation split strengths are set on; by default the same as --prompts"
+    )
+    split: Literal["test", "validation", "all"] = Field(
+        "test", description="`all` is for a file that no head was trained on"
+    )
+    max_prompts: int | None = Field(None, ge=1, description="the first so many of the split")
     formats: list[Literal["chat", "text"]] = Field(["chat"], description="prompting needs a chat to be fair")
     instruction: str | None = Field(None, description="of the prompting arm; built-in rewards have one")
     judges: list[str] | None = Field(None, description="built-in rewards have theirs")
+    methods: list[str] = Field(list(WAYS), description="rivals that take part in the methods study")
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
     max_tokens: int = Field(64, ge=1)
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 1
-    max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of controlled arms, nats a token")
-    step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head's arms")
-    stress: bool = Field(False, description="instead, the corners of the allowed ranges: does the text collapse?")
+    max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of budgeted arms, nats a token")
+    step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head")
+    work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
-    update_card: bool = Field(False, description="keep the figures in the head's card")
+    update_card: bool = Field(False, description="keep the figures in the head's folder")
 
     @model_validator(mode="after")
-    def _stress_has_its_own_settings(self) -> Self:
-        given = sorted({"max_kl", "step_size", "instruction"} & self.model_fields_set)
-        if self.stress and given:
-            raise ValueError(f"{given[0]}: the stress test takes the largest allowed values; leave it out")
+    def _what_does_not_go_together(self) -> Self:
+        given = sorted({"max_kl", "step_size", "instruction", "methods"} & self.model_fields_set)
+        if self.study == "stress" and given:
+            raise ValueError(f"{given[0]}: the stress study takes the largest allowed values; leave it out")
+        if unknown := set(self.methods) - set(WAYS):
+            raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(WAYS)}")
+        if self.split == "all" and self.tuning_prompts is None:
+            raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
         return self
 
     def cli_cmd(self) -> None:
@@ -88,68 +102,52 @@ class Eval(ModelCommand):
         loaded = self.load()
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
         card = load_card(folder)
-        # What can be wrong with names is said before minutes of sampling.
-        load_reward(card.reward)
-        judges = self.judges or _JUDGES.get(card.reward, [])
-        for judge in judges:
-            load_metric(judge)
-        everything = read_prompts(self.prompts)
-        served = [prompt for prompt in everything if prompt.format in self.formats]
-        prompts = _of_split(served, self.split)
-        registry = load_registry(self.heads_dir, loaded)
-        if not self.stress:
-            data = load_training_data(self.rollouts, card.reward, {prompt.id: prompt.text for prompt in everything})
-            registry = registry.with_head(_STATIC, static_vector_head(data).to(loaded.model.device))
-        source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=self.max_batch_size))
-        if self.stress:
-            setting: dict[str, Any] = {"step_size": MAX_STEP_SIZE, "steps": MAX_STEPS, "max_shift": MAX_SHIFT_RATIO}
-            arms = self._stress_arms(source)
-        else:
-            tuned = self._static_strength(source, _of_split(served, "validation")[:_NUM_TUNING_PROMPTS])
-            setting = {"step_size": self.step_size, "max_kl": self.max_kl, "static_vector": tuned}
-            arms = self._arms(source, card.reward, tuned["step_size"])
-        with tqdm(total=len(arms), unit="arm") as bar:
-
-            def on_arm(name: str) -> None:
-                bar.set_description(name)
-                bar.update()
-
-            figures = evaluate_arms(arms, prompts, reward_name=card.reward, judges=judges, on_arm=on_arm)
+        study = _STUDIES[self.study](self._setup(loaded, card))
         result = {
-            "arms": figures,
-            "judges": judges,
-            "num_prompts": len(prompts),
-            "split": self.split,
+            **study.run(),
             "sampling": self._sampling().model_dump(exclude={"prompts_per_shard"}),
-            "control": setting,
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "command": command_line(),
         }
         if self.out is not None:
-            write_text(self.out, json.dumps(result, indent=2) + "\n")
+            write_text(self.out, json.dumps(result, indent=1) + "\n")
         if self.update_card:
-            _update_card(folder, card, {"stress" if self.stress else "evaluation": result})
-        _print(figures, judges)
+            study.keep(folder, result)
+        study.show(result)
 
-    def _static_strength(self, source: EngineRolloutSource, prompts: list[RolloutPrompt]) -> dict[str, float]:
-        """The step size at which the static vector diverges as far from the base as the head, on given prompts."""
+    def _setup(self, loaded: LoadedModel, card: HeadCard) -> EvalSetup:
+        # What can be wrong with names is said before minutes of sampling.
+        scoring = Scoring.load(card.reward, self.judges or _JUDGES.get(card.reward, []))
+        prompts = self._prompts(self.prompts, self.split)[: self.max_prompts]
+        tuning_file = self.tuning_prompts or self.prompts
+        registry = load_registry(self.heads_dir, loaded)
+        if self.study != "stress":
+            texts = {prompt.id: prompt.text for prompt in read_prompts(tuning_file)}
+            for name, head in load_baselines(self.work / "rivals", self.rollouts, card.reward, texts).items():
+                registry = registry.with_head(name, head.to(loaded.model.device))
+        return EvalSetup(
+            head=self.head,
+            factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
+            scoring=scoring,
+            store=GenerationStore(self.work / "responses"),
+            prompts=prompts,
+            tuning_prompts=self._prompts(tuning_file, "validation"),
+            split=self.split,
+            test_set=self.prompts.stem if self.prompts else "project",
+            num_samples=self.num_samples,
+            instruction=self.instruction or _INSTRUCTIONS.get(card.reward),
+            step_size=self.step_size,
+            max_kl=self.max_kl,
+            ways=[*self.methods, HEAD],
+        )
 
-        def mean_kl(control: ControlParams) -> float:
-            return statistics.fmean(s.mean_kl for s in source.evaluate(prompts, self._sampling(), control=control))
-
-        wanted, step_size = mean_kl(self._control(self.head, self.step_size)), self.step_size
-        tried: list[dict[str, float]] = []
-        for _ in range(_MAX_TUNING_ROUNDS):
-            kl = mean_kl(self._control(_STATIC, step_size))
-            tried.append({"step_size": step_size, "kl": kl, "wanted_kl": wanted})
-            if abs(kl - wanted) <= _EQUAL_KL * wanted:
-                break
-            step_size = min(step_size * (wanted / max(kl, 1e-6)) ** 0.5, MAX_STEP_SIZE)
-        return min(tried, key=lambda trial: abs(trial["kl"] - wanted))
-
-    def _control(self, head: str, step_size: float) -> ControlParams:
-        return ControlParams(objective=WeightedSum(weights={head: 1.0}), step_size=step_size, max_kl=self.max_kl)
+    def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
+        served = read_prompts(path, self.formats)
+        chosen = [prompt for prompt in served if split in ("all", split_of(prompt.id))]
+        if not chosen:
+            raise ConfigurationError(f"prompts: none of the {len(served)} with these formats is in the {split} split")
+        return chosen
 
     def _sampling(self) -> RolloutSettings:
         return RolloutSettings(
@@ -159,58 +157,3 @@ class Eval(ModelCommand):
             top_p=self.top_p,
             seed=self.seed,
         )
-
-    def _arms(self, source: EngineRolloutSource, reward: str, static_step_size: float) -> dict[str, Arm]:
-        instruction = self.instruction or _INSTRUCTIONS.get(reward)
-        head, static = self._control(self.head, self.step_size), self._control(_STATIC, static_step_size)
-        arms = {"base": self._arm(source)}
-        if instruction is not None:
-            arms["prompting"] = self._arm(source, instruction=instruction)
-        arms["static vector"] = self._arm(source, control=static)
-        arms["head"] = self._arm(source, control=head)
-        if instruction is not None:
-            arms["head + prompting"] = self._arm(source, control=head, instruction=instruction)
-        return arms
-
-    def _stress_arms(self, source: EngineRolloutSource) -> dict[str, Arm]:
-        """Base, and the largest steps, shift and budget that a request may ask for, either way."""
-        arms = {"base": self._arm(source)}
-        for weight in (1.0, -1.0):
-            for max_kl in (_DEFAULTS["max_kl"], MAX_KL_NATS):
-                control = ControlParams(
-                    objective=WeightedSum(weights={self.head: weight}),
-                    step_size=MAX_STEP_SIZE,
-                    steps=MAX_STEPS,
-                    max_kl=max_kl,
-                    max_shift=MAX_SHIFT_RATIO,
-                )
-                arms[f"weight {weight:+.0f}, max_kl {max_kl}"] = self._arm(source, control=control)
-        return arms
-
-    def _arm(
-        self, source: EngineRolloutSource, *, control: ControlParams | None = None, instruction: str | None = None
-    ) -> Arm:
-        return lambda prompts: source.evaluate(prompts, self._sampling(), control=control, instruction=instruction)
-
-
-def _of_split(prompts: list[RolloutPrompt], split: str) -> list[RolloutPrompt]:
-    chosen = [prompt for prompt in prompts if split_of(prompt.id) == split]
-    if not chosen:
-        raise ConfigurationError(f"prompts: none of the {len(prompts)} with these formats is in the {split} split")
-    return chosen
-
-
-def _update_card(folder: Path, card: HeadCard, update: dict[str, Any]) -> None:
-    """Add to the card as it is now, which another evaluation may have written meanwhile."""
-    current = load_card(folder)
-    if current.tensors_sha256 != card.tensors_sha256:
-        raise ConfigurationError(
-            f"{folder} holds another head than when the evaluation began; its card is kept as it is"
-        )
-    save_card(folder, current.model_copy(update=update))
-
-
-def _print(figures: dict[str, Any], judges: list[str]) -> None:
-    for arm, values in figures.items():
-        shown = {name: values[name]["mean"] for name in ("reward", *judges, "diversity", "nll", "kl", "finished")}
-        print(f"{arm:24}" + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))

@@ -45,7 +45,8 @@ class HeadsReport(HeadsCommand):
 
 
 def evaluation_tables(cards: Sequence[HeadCard]) -> str:
-    return "\n\n".join(_table(card, card.evaluation) for card in cards if card.evaluation is not None)
+    tables = [_table(card, result) for card in cards for result in (card.evaluation or {}).values()]
+    return "\n\n".join(tables)
 
 
 def stress_tables(cards: Sequence[HeadCard]) -> str:
@@ -56,7 +57,8 @@ def commands(cards: Sequence[HeadCard]) -> str:
     """Rollouts first, then what made and measured each head."""
     lines: list[str] = sorted({_rollouts_command(card.data["rollouts"]) for card in cards if "rollouts" in card.data})
     for card in cards:
-        measured = [result["command"] for result in (card.evaluation, card.stress) if result is not None]
+        results = [*(card.evaluation or {}).values(), *([card.stress] if card.stress else [])]
+        measured = [result["command"] for result in results]
         lines += [card.command, *measured]
     return "\n".join(f"    {line}" for line in lines)
 
@@ -76,6 +78,17 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
 }
 
 
+_TITLES = {
+    "win_over_base": "wins over base",
+    "win_over_reference": "wins over reference",
+    "failures": "prompts with a failure",
+    "diversity": "diversity",
+    "coherence": "coherence",
+    "nll": "nats/token",
+    "kl": "mean KL",
+}
+
+
 def _rollouts_command(settings: dict[str, Any]) -> str:
     defaults = RolloutSettings().model_dump()
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value != defaults[name]]
@@ -83,15 +96,24 @@ def _rollouts_command(settings: dict[str, Any]) -> str:
 
 
 def _table(card: HeadCard, result: dict[str, Any]) -> str:
-    """A row for each arm, with 95% intervals over prompts."""
-    columns = ["reward", *result["judges"]]
-    titles = [f"`{card.name}`", *columns, "diversity", "nats/token", "mean KL", "largest KL"]
+    """A row for each arm, with 95% intervals over prompts. Time is for a response, over the base model's."""
+    scores = ["reward", *result["judges"]]
+    rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
+    means = ["diversity", "coherence", "nll", "kl"]
+    titles = [f"`{card.name}` on {result['test_set']}", *scores, *(_TITLES[name] for name in (*rates, *means))]
+    titles += ["largest KL", "time"]
     lines = [_row(titles), "|---" * len(titles) + "|"]
+    base_s = _response_s(result["arms"]["base"])
     for arm, figures in result["arms"].items():
-        cells = [_interval(figures[column]) for column in columns]
-        cells += [f"{figures[name]['mean']:.2f}" for name in ("diversity", "nll", "kl")]
-        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
+        cells = [_interval(figures[name]) for name in scores]
+        cells += [f"{100 * figures[name]['mean']:.0f}%" for name in rates]
+        cells += [f"{figures[name]['mean']:.2f}" for name in means]
+        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}", f"{_response_s(figures) / base_s:.2f}"]))
     return "\n".join(lines)
+
+
+def _response_s(figures: dict[str, Any]) -> float:
+    return figures["wall_s"] / figures["num_responses"]
 
 
 def _row(cells: Sequence[str]) -> str:

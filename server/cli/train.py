@@ -1,11 +1,13 @@
-"""`recontrol rollouts` and `recontrol train`: from prompts to a value head."""
+"""`recontrol prompts`, `recontrol rollouts` and `recontrol train`: from prompts to a value head."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
+from pydantic_settings import CliPositionalArg
 
 from server.cli.command import (
     Command,
@@ -13,9 +15,12 @@ from server.cli.command import (
     allow_rewards_of_the_working_folder,
     command_line,
     read_prompts,
+    write_text,
 )
 from server.engines.embedded.rollouts import EngineRolloutSource
 from value_models.ascent import UNIT_COST_NATS
+from value_models.prompt_sets import PROMPT_SETS
+from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings, collect_rollouts
 from value_models.store import (
     NAME_PATTERN,
@@ -36,9 +41,10 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
 
     out: Path = Field(Path("runs/rollouts"), description="folder of the run")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
+    formats: list[Literal["chat", "text"]] = Field(["chat", "text"], description="which of them")
 
     def cli_cmd(self) -> None:
-        prompts = read_prompts(self.prompts)
+        prompts = read_prompts(self.prompts, self.formats)
         loaded = self.load()
         source = EngineRolloutSource(loaded, self.core(loaded, with_heads=False))
         settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
@@ -46,13 +52,25 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
         print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
 
 
+class Prompts(Command):
+    """Write a published set of prompts, read from an installed package, as JSON lines for the other commands."""
+
+    name: CliPositionalArg[Literal["real-toxicity-prompts"]]
+    out: Path = Field(description="file to write")
+
+    def cli_cmd(self) -> None:
+        prompts = PROMPT_SETS[self.name]()
+        fields = {"id", "format", "kind", "text"}
+        lines = [prompt.model_dump_json(by_alias=True, include=fields) for prompt in prompts]
+        write_text(self.out, "".join(f"{line}\n" for line in lines))
+        print(f"{len(prompts)} prompts are in {self.out}")
+
+
 class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Fit a value head to rollouts and write it with its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
-    reward: str = Field(
-        description="positive, plain, neutral, brevity, hf:<folder or hub id>[#label], or module:function"
-    )
+    reward: str = Field(description=f"{', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function")
     description: str = ""
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")

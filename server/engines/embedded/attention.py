@@ -56,11 +56,11 @@ class KVCache:
             self._layers[index] = (self._empty(like_key), self._empty(like_value))
         return self._layers[index]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot over another's."""
+    def copy(self, source: int, target: int, length: int, *, start: int = 0) -> None:
+        """Copy one slot's positions start..length over another's."""
         for keys, values in self._layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+            keys[target, :, start:length] = keys[source, :, start:length]
+            values[target, :, start:length] = values[source, :, start:length]
 
     def clear(self, slot: int, length: int, *, start: int = 0) -> None:
         """Zero a slot's positions, so that no non-finite leftover meets the next sequence through 0 x NaN."""

@@ -53,12 +53,12 @@ class EngineCore:
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
-        self._max_batch_size = max_batch_size
-        # One slot more than rows: scratch space for the scheduler's swaps.
-        self._runner = ModelRunner.create(loaded.model, num_slots=max_batch_size + 1, max_len=self.max_model_len)
+        self.max_batch_size = max_batch_size
+        # One slot more than rows, the last one: scratch space that holds nothing between steps.
+        self.runner = ModelRunner.create(loaded.model, num_slots=max_batch_size + 1, max_len=self.max_model_len)
         self._editor = StateEditor(self.lm_head)
         self._scheduler = Scheduler(
-            self._runner.kv,
+            self.runner.kv,
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
             max_step_prefill_tokens=2 * prefill_chunk_tokens,
@@ -68,8 +68,7 @@ class EngineCore:
 
     @property
     def lm_head(self) -> LMHead:
-        """The base model's; for those who drive this engine and want more than its tokens."""
-        return self._runner.lm_head
+        return self.runner.lm_head
 
     @property
     def has_work(self) -> bool:
@@ -77,7 +76,7 @@ class EngineCore:
 
     def status(self) -> EngineStatus:
         scheduler = self._scheduler
-        capacity = self._max_batch_size * self.max_model_len
+        capacity = self.max_batch_size * self.max_model_len
         return EngineStatus(
             is_running=True,
             num_running=scheduler.num_running,
@@ -153,7 +152,7 @@ class EngineCore:
         chunks, complete = self._scheduler.take_prefill()
         decode = [DecodeRow(s.prompt_len + len(s.token_ids) - 1, s.token_ids[-1]) for s in decoding]
         segments = [segment for _, segment in chunks]
-        hidden_TD = self._runner.forward(decode, segments) if decode or segments else torch.empty(0)
+        hidden_TD = self.runner.forward(decode, segments) if decode or segments else torch.empty(0)
         first = len(decode)
         for sequence, segment in chunks:
             end = first + len(segment.token_ids)

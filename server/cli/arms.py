@@ -1,0 +1,99 @@
+"""Ways to steer as arms of an evaluation: what each does to the engine, and the plain data that tells it apart.
+
+Enter at `ArmFactory`; to add a way to steer, write one method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from server.control.objectives import WeightedSum
+from server.control.registry import HeadRegistry
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.rollouts import EngineRolloutSource
+from server.engines.embedded.search import SearchParams
+from server.types import ControlParams
+from value_models.evaluation import Arm
+from value_models.generations import EvalSample
+from value_models.rollouts import RolloutPrompt, RolloutSettings
+from value_models.store import tensors_digest
+
+# Part of what decides a response: raise it when a change of the engine changes what is sampled.
+_SAMPLING_VERSION = 1
+
+
+class ArmFactory:
+    """Arms that share a model, heads and sampling. `sampling.num_samples` is overruled by the evaluation."""
+
+    def __init__(
+        self, loaded: LoadedModel, registry: HeadRegistry, sampling: RolloutSettings, *, max_batch_size: int
+    ) -> None:
+        self._registry = registry
+        self._sampling = sampling
+        self._source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=max_batch_size))
+        self._common = {
+            "version": _SAMPLING_VERSION,
+            "model": loaded.identity,
+            "dtype": str(loaded.model.dtype),
+            "device": loaded.model.device.type,
+            "threads": torch.get_num_threads(),
+            "sampling": sampling.model_dump(exclude={"num_samples", "prompts_per_shard"}),
+        }
+
+    def base(self) -> Arm:
+        return self.best_of(1)
+
+    def best_of(self, number: int) -> Arm:
+        return self._arm({}, best_of=number)
+
+    def prompting(self, instruction: str, control: ControlParams | None = None) -> Arm:
+        """An instruction put before every prompt, alone or under control."""
+        return self._arm({"instruction": instruction}, instruction=instruction, control=control)
+
+    def control(self, control: ControlParams) -> Arm:
+        return self._arm({}, control=control)
+
+    def control_without_limits(self, head: str, *, step_size: float, steps: int, max_kl: float = math.inf) -> Arm:
+        objective = WeightedSum(weights={head: 1.0})
+        control = ControlParams.without_limits(objective, step_size=step_size, steps=steps, max_kl=max_kl)
+        return self._arm({}, control=control)
+
+    def search(self, head: str, params: SearchParams) -> Arm:
+        """Continuations tried and compared by a head's value."""
+        value_head = self._registry.head(head)
+
+        def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
+            return self._source.search(prompts, self._with(num_samples), head=value_head, params=params)
+
+        return Arm(self._common | {"search": params.model_dump(), "heads": self._digests([head])}, sampler)
+
+    def _arm(
+        self,
+        spec: dict[str, Any],
+        *,
+        control: ControlParams | None = None,
+        instruction: str | None = None,
+        best_of: int = 1,
+    ) -> Arm:
+        def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
+            return self._source.evaluate(prompts, self._with(num_samples), control=control, instruction=instruction)
+
+        if control is not None:
+            heads = self._digests(control.objective.head_names)
+            spec = spec | {"control": control.model_dump(), "heads": heads}
+        return Arm(self._common | spec, sampler, best_of)
+
+    def _with(self, num_samples: int) -> RolloutSettings:
+        return self._sampling.model_copy(update={"num_samples": num_samples})
+
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        return {name: tensors_digest(self._registry.head(name)) for name in names}
+
+
+def head_control(head: str, *, weight: float = 1.0, **options: Any) -> ControlParams:
+    return ControlParams(objective=WeightedSum(weights={head: weight}), **options)

@@ -1,0 +1,206 @@
+"""The pictures that `recontrol eval` keeps beside a head: reward against divergence, and step size by steps.
+
+SVG files from plain data. The same data gives the same bytes with one release of matplotlib, which is imported when a
+picture is drawn, since only the `train` extra has it. Knows nothing of models, heads or how a figure was measured.
+Enter at `plot_pareto` and `plot_map`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from server.cli.command import write_text
+from server.cli.strengths import (
+    BEST_OF,
+    BLOCKWISE,
+    CONTROLLED_DECODING,
+    HEAD,
+    PROMPTING,
+    RE_CONTROL,
+    STATIC,
+)
+from server.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+
+class _Look(NamedTuple):
+    label: str
+    colour: str
+    marker: str
+
+
+_BASE, _GOAL = "base", "goal"
+_GREY = "#666666"
+# Of Okabe and Ito's palette, which the colour-blind can tell apart. Later ways are drawn over earlier ones.
+_LOOKS = {
+    BEST_OF: _Look("best of N (KL bound)", "#CC79A7", "v"),
+    BLOCKWISE: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
+    CONTROLLED_DECODING: _Look("controlled decoding", "#009E73", "^"),
+    STATIC: _Look("static vector", "#E69F00", "s"),
+    RE_CONTROL: _Look("RE-Control", "#D55E00", "P"),
+    HEAD: _Look("head", "#0072B2", "o"),
+    PROMPTING: _Look("prompting", "#000000", "X"),
+}
+_LEGEND_ORDER = (_BASE, HEAD, STATIC, RE_CONTROL, CONTROLLED_DECODING, BLOCKWISE, BEST_OF, PROMPTING)
+# Divergences up to the largest budget that is a goal lie on a linear scale, those beyond it on a logarithmic one.
+_GOAL_KL = 0.3
+_KL_TICKS = (0, 0.1, 0.2, 0.3, 1, 3, 10, 30)
+_KL_MINOR_TICKS = (0.05, 0.15, 0.25, 0.5, 2, 5, 20)
+_MAP_COLUMNS = (
+    ("reward", "reward", "viridis"),
+    ("diversity", "diversity (0 to 1)", "viridis"),
+    ("kl", "mean KL (nats a token)", "YlOrBr"),
+)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: a small file whose words can be searched
+    "svg.hashsalt": "recontrol",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # as wide as the first, which sets the layout
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+
+def plot_pareto(result: dict[str, Any], path: Path, *, title: str) -> None:
+    """Reward, each judge and diversity over mean KL, a line for each way through its strengths.
+
+    `result` is of the methods study: "judges" and "sweep", {way: [{"strength", "figures": {metric: {"mean", "low",
+    "high"}}}]}; ways may be absent. Bars are the 95% intervals. Raises ConfigurationError without matplotlib.
+    """
+    sweep: dict[str, list[dict[str, Any]]] = result["sweep"]
+    unknown = sweep.keys() - {_BASE, *_LOOKS}
+    assert not unknown, f"no look for {unknown}"
+    metrics = list(dict.fromkeys(("reward", *result["judges"], "diversity")))
+    with _drawing(path, (12.0, 4.0), title) as figure:
+        panels: Sequence[Axes] = figure.subplots(1, len(metrics), sharex=True, squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for axes, metric in zip(panels, metrics, strict=True):
+            handles = _draw_panel(axes, sweep, metric)
+        _scale_kl(panels, sweep)
+        ordered = [way for way in _LEGEND_ORDER if way in handles]
+        labels = [_LOOKS[way].label if way in _LOOKS else way for way in ordered]
+        figure.legend(
+            [handles[way] for way in (*ordered, _GOAL)],
+            [*labels, f"KL {_GOAL_KL:g} (largest budget goal)"],
+            loc="outside lower center",
+            ncols=5,
+            frameon=False,
+        )
+
+
+def plot_map(result: dict[str, Any], path: Path, *, title: str) -> None:
+    """Heat maps of reward, diversity and mean KL over step size and steps: without a budget above, with it below.
+
+    `result` is of the map study: "step_sizes" (A), "steps" (N), "max_kl" in nats a token, and "maps" of the two, [A][N]
+    cells of means. A column's two maps share their colours. Raises ConfigurationError without matplotlib.
+    """
+    rows = (("without budget", "no KL budget"), ("with budget", f"KL budget {result['max_kl']:g}"))
+    with _drawing(path, (12.0, 4.8), title) as figure:
+        grid = figure.subplots(len(rows), len(_MAP_COLUMNS), sharex=True, sharey=True)
+        for column, (metric, name, colours) in enumerate(_MAP_COLUMNS):
+            values = [[[cell[metric] for cell in line] for line in result["maps"][key]] for key, _ in rows]
+            scale = _colour_scale(metric, [value for table in values for line in table for value in line])
+            for row, table in enumerate(values):
+                _draw_heat(grid[row][column], table, colours, scale)
+            grid[0][column].set_title(name)
+            grid[-1][column].set_xlabel("steps n")
+        grid[-1][0].set_xticks(range(len(result["steps"])), [str(steps) for steps in result["steps"]])
+        grid[0][0].set_yticks(range(len(result["step_sizes"])), [f"{size:g}" for size in result["step_sizes"]])
+        for row, (_, name) in enumerate(rows):
+            grid[row][0].set_ylabel(f"{name}\nstep size alpha")
+
+
+@contextmanager
+def _drawing(path: Path, inches: tuple[float, float], title: str) -> Iterator[Figure]:
+    """A figure to draw on, which then becomes the file. No setting of the user's or of another figure reaches it."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ConfigurationError("plots: needs matplotlib; run `pip install recontrol[train]`") from error
+    text = io.StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=inches, layout=ConstrainedLayoutEngine(w_pad=0.09))
+        figure.suptitle(title, fontsize=11, fontweight="bold")
+        yield figure
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    write_text(path, text.getvalue())
+
+
+def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str) -> dict[str, Any]:
+    """One metric over mean KL. Returns what a legend shows: each way, and the line at the goal."""
+    handles: dict[str, Any] = {_GOAL: axes.axvline(_GOAL_KL, color=_GREY, linewidth=0.9, linestyle=":", zorder=1)}
+    for base in sweep.get(_BASE, []):
+        height = base["figures"][metric]["mean"]
+        handles[_BASE] = axes.axhline(height, color=_GREY, linewidth=1.1, linestyle="--", zorder=1)
+    for order, (way, look) in enumerate(_LOOKS.items()):
+        if points := sorted(sweep.get(way, []), key=lambda point: point["strength"]):
+            handles[way] = axes.errorbar(
+                [point["figures"]["kl"]["mean"] for point in points],
+                [point["figures"][metric]["mean"] for point in points],
+                yerr=None if metric == "diversity" else _bars([point["figures"][metric] for point in points]),
+                color=look.colour, marker=look.marker, markersize=6, markeredgecolor="white", markeredgewidth=0.5,
+                linewidth=1.4, elinewidth=0.7, zorder=2 + order / 10,
+            )  # fmt: skip
+    axes.set_ylabel("diversity (0 to 1)" if metric == "diversity" else metric)
+    axes.set_xlabel("mean KL (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#EEEEEE", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return handles
+
+
+def _bars(figures: Sequence[dict[str, float]]) -> tuple[list[float], list[float]]:
+    """Lengths below and above the means."""
+    below = [max(figure["mean"] - figure["low"], 0.0) for figure in figures]
+    above = [max(figure["high"] - figure["mean"], 0.0) for figure in figures]
+    return below, above
+
+
+def _scale_kl(panels: Sequence[Axes], sweep: dict[str, list[dict[str, Any]]]) -> None:
+    """The panels share their axis of KL: with the first one's, all are set."""
+    largest = max((point["figures"]["kl"]["mean"] for points in sweep.values() for point in points), default=0.0)
+    right = max(1.25 * largest, 1.15 * _GOAL_KL)
+    axes = panels[0]
+    axes.set_xscale("symlog", linthresh=_GOAL_KL, linscale=2)
+    axes.set_xlim(-0.02, right)
+    ticks = [tick for tick in _KL_TICKS if tick <= right]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([tick for tick in _KL_MINOR_TICKS if tick <= right], minor=True)
+
+
+def _colour_scale(metric: str, values: Sequence[float]) -> Normalize:
+    from matplotlib.colors import Normalize, SymLogNorm
+
+    if metric == "kl":
+        return SymLogNorm(linthresh=_GOAL_KL, vmin=0.0, vmax=max(*values, _GOAL_KL))
+    return Normalize(min(values), max(values))
+
+
+def _draw_heat(axes: Axes, table: Sequence[Sequence[float]], colours: str, scale: Normalize) -> None:
+    from matplotlib import colormaps
+
+    edges_x, edges_y = ([number - 0.5 for number in range(size + 1)] for size in (len(table[0]), len(table)))
+    # Cells as vectors, where `imshow` would embed a picture.
+    axes.pcolormesh(edges_x, edges_y, table, norm=scale, cmap=colours, edgecolors="white", linewidth=0.6)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for y, line in enumerate(table):
+        for x, value in enumerate(line):
+            red, green, blue, _ = colormaps[colours](scale(value))
+            is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            axes.text(x, y, f"{value:z.2f}", ha="center", va="center", color="black" if is_light else "white")

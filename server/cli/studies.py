@@ -1,0 +1,246 @@
+"""What `recontrol eval` can ask of a head: all methods compared, the corners of the allowed ranges, step size by steps.
+
+A study runs on a `EvalSetup`, gives a result of plain data, keeps it with the head, and shows it. Enter at the studies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from server.cli.arms import ArmFactory, head_control
+from server.cli.command import write_text
+from server.cli.plots import plot_map, plot_pareto
+from server.cli.strengths import (
+    BEST_OF,
+    BLOCKWISE,
+    CONTROLLED_DECODING,
+    HEAD,
+    PROMPTING,
+    RE_CONTROL,
+    REGISTERED,
+    STATIC,
+    Strengths,
+    Sweep,
+)
+from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
+from value_models.generations import GenerationStore
+from value_models.rollouts import RolloutPrompt
+from value_models.store import load_card, save_card
+
+SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
+_WITH_PROMPTING = f"{HEAD} + {PROMPTING}"
+_COMPARISONS = {HEAD: ("base", PROMPTING, STATIC), _WITH_PROMPTING: (PROMPTING, HEAD)}
+_NUM_TUNING_PROMPTS = 48
+_MAP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+_MAP_STEPS = (3, 10, 30, 100)
+_NUM_MAP_PROMPTS = 24
+_MAP_METRICS = ("reward", "diversity", "coherence", "nll", "kl")
+
+
+@dataclass(slots=True, frozen=True)
+class EvalSetup:
+    """A head with everything it is measured with."""
+
+    head: str
+    factory: ArmFactory
+    scoring: Scoring
+    store: GenerationStore
+    prompts: Sequence[RolloutPrompt]
+    tuning_prompts: Sequence[RolloutPrompt]
+    split: str
+    test_set: str
+    num_samples: int
+    instruction: str | None
+    step_size: float
+    max_kl: float
+    ways: Sequence[str]
+    """Which of `strengths.WAYS` take part; the head always does."""
+
+    def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
+        """On the test prompts."""
+        return self._evaluate(arms, self.prompts, self.num_samples, comparisons or {})
+
+    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int = _NUM_TUNING_PROMPTS) -> dict[str, Any]:
+        """On validation prompts, one response each."""
+        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, {})
+
+    def strengths(self) -> Strengths:
+        return Strengths(
+            self.factory,
+            self.tune,
+            head=self.head,
+            step_size=self.step_size,
+            max_kl=self.max_kl,
+            instruction=self.instruction,
+            ways=self.ways,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "judges": list(self.scoring.judges),
+            "test_set": self.test_set,
+            "split": self.split,
+            "num_prompts": len(self.prompts),
+            "num_tuning_prompts": min(len(self.tuning_prompts), _NUM_TUNING_PROMPTS),
+        }
+
+    def _evaluate(
+        self,
+        arms: Mapping[str, Arm],
+        prompts: Sequence[RolloutPrompt],
+        num_samples: int,
+        comparisons: Comparisons,
+    ) -> dict[str, Any]:
+        with tqdm(unit="response", leave=False) as bar:
+
+            def on_arm(name: str, num_responses: int) -> None:
+                bar.set_description(name)
+                bar.reset(total=num_responses)
+
+            return evaluate_arms(
+                arms,
+                prompts,
+                self.scoring,
+                num_samples=num_samples,
+                store=self.store,
+                comparisons=comparisons,
+                on_arm=on_arm,
+                on_sample=bar.update,
+            )
+
+
+class MethodsStudy:
+    """Every method on the test prompts, at strengths that were set on validation prompts."""
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self._setup = setup
+
+    def run(self) -> dict[str, Any]:
+        setup, strengths = self._setup, self._setup.strengths()
+        sweep = strengths.sweep()
+        figures = setup.compare({"base": setup.factory.base(), **self._arms(strengths, sweep)}, _COMPARISONS)
+        return {
+            "arms": figures,
+            **setup.describe(),
+            "control": {"step_size": setup.step_size, "max_kl": setup.max_kl},
+            "strengths": {"equal_divergence": sweep.equal, "best": sweep.best},
+            "sweep": {way: [asdict(point) for point in points] for way, points in sweep.points.items()},
+        }
+
+    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+        """The table in the card, by test set; the sweep, which is of validation prompts, beside it with its plot."""
+        card = load_card(folder)
+        evaluation = (card.evaluation or {}) | {result["test_set"]: _for_card(result)}
+        save_card(folder, card.model_copy(update={"evaluation": evaluation}))
+        if self._setup.split != "all":
+            sweep = {"sweep": result["sweep"], "judges": result["judges"], "command": result["command"]}
+            write_text(folder / SWEEP_FILE, json.dumps(sweep, indent=1) + "\n")
+            plot_pareto(sweep, folder / SWEEP_FILE.replace(".json", ".svg"), title=self._setup.head)
+
+    def show(self, result: dict[str, Any]) -> None:
+        _show(result)
+
+    def _arms(self, strengths: Strengths, sweep: Sweep) -> dict[str, Arm]:
+        setup, arms = self._setup, dict[str, Arm]()
+        has_prompting = PROMPTING in setup.ways and setup.instruction is not None
+        if has_prompting:
+            arms[PROMPTING] = strengths.arm(PROMPTING, 0.0)
+        for way in (BEST_OF, BLOCKWISE):
+            if way in setup.ways:
+                arms[f"{way} 4"] = strengths.arm(way, 4)
+        if CONTROLLED_DECODING in setup.ways:
+            arms[CONTROLLED_DECODING] = strengths.arm(CONTROLLED_DECODING, sweep.best[CONTROLLED_DECODING])
+        for way in (RE_CONTROL, STATIC, HEAD):
+            if way in sweep.equal:
+                arms[way] = strengths.arm(way, sweep.equal[way])
+                if sweep.best[way] != sweep.equal[way]:
+                    arms[f"{way}, best strength"] = strengths.arm(way, sweep.best[way])
+        if has_prompting:
+            assert setup.instruction is not None
+            control = head_control(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
+            arms[_WITH_PROMPTING] = setup.factory.prompting(setup.instruction, control)
+        return arms
+
+
+class StressStudy:
+    """Base, and the largest steps, shift and budget that a request may ask for, either way."""
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self._setup = setup
+
+    def run(self) -> dict[str, Any]:
+        setup = self._setup
+        corner = {"step_size": MAX_STEP_SIZE, "steps": MAX_STEPS, "max_shift": MAX_SHIFT_RATIO}
+        arms = {"base": setup.factory.base()}
+        for weight in (1.0, -1.0):
+            for max_kl in (ControlParams.model_fields["max_kl"].default, MAX_KL_NATS):
+                control = head_control(setup.head, weight=weight, max_kl=max_kl, **corner)
+                arms[f"weight {weight:+.0f}, max_kl {max_kl}"] = setup.factory.control(control)
+        return {"arms": setup.compare(arms), **setup.describe(), "control": corner}
+
+    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+        save_card(folder, load_card(folder).model_copy(update={"stress": _for_card(result)}))
+
+    def show(self, result: dict[str, Any]) -> None:
+        _show(result)
+
+
+class MapStudy:
+    """RE-Control as published at many step sizes and numbers of steps, on validation prompts: without a budget, and
+    with the same edits under the head's."""
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self._setup = setup
+
+    def run(self) -> dict[str, Any]:
+        setup, strengths = self._setup, self._setup.strengths()
+        middle = strengths.matched(RE_CONTROL, 1.0, strengths.own_kl())
+        step_sizes = [float(f"{middle * factor:.2g}") for factor in _MAP_FACTORS]
+        maps = {
+            name: [[self._cell(size, steps, max_kl) for steps in _MAP_STEPS] for size in step_sizes]
+            for name, max_kl in (("without budget", math.inf), ("with budget", setup.max_kl))
+        }
+        return {"step_sizes": step_sizes, "steps": list(_MAP_STEPS), "max_kl": setup.max_kl, "maps": maps}
+
+    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+        write_text(folder / MAP_FILE, json.dumps(result, indent=1) + "\n")
+        plot_map(result, folder / MAP_FILE.replace(".json", ".svg"), title=self._setup.head)
+
+    def show(self, result: dict[str, Any]) -> None:
+        for name, rows in result["maps"].items():
+            print(name)
+            for size, row in zip(result["step_sizes"], rows, strict=True):
+                cells = (f"{cell['reward']:.2f} ({cell['diversity']:.2f})" for cell in row)
+                print(f"  {size:<8g}", "  ".join(cells))
+
+    def _cell(self, step_size: float, steps: int, max_kl: float) -> dict[str, float]:
+        arm = self._setup.factory.control_without_limits(
+            REGISTERED[RE_CONTROL], step_size=step_size, steps=steps, max_kl=max_kl
+        )
+        figures = self._setup.tune({f"{step_size:g} x {steps}": arm}, num_prompts=_NUM_MAP_PROMPTS)
+        (cell,) = figures.values()
+        return {metric: cell[metric]["mean"] for metric in _MAP_METRICS}
+
+
+def _for_card(result: dict[str, Any]) -> dict[str, Any]:
+    """Without what only the JSON of a run holds."""
+    arms = {
+        name: {key: value for key, value in figures.items() if key != "examples" and value != {}}
+        for name, figures in result["arms"].items()
+    }
+    return {name: value for name, value in result.items() if name != "sweep"} | {"arms": arms}
+
+
+def _show(result: dict[str, Any]) -> None:
+    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
+    for name, figures in result["arms"].items():
+        values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown)
+        print(f"{name:28}{values}  {figures['wall_s']:.0f} s")

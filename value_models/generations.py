@@ -1,0 +1,139 @@
+"""Responses sampled for an evaluation, kept by what decides them, so that a run that was stopped goes on where it was.
+
+A file holds the responses of one way to sample (`spec`: model, sampling, control, all as plain data), one JSON line
+each; a response depends on the spec, its prompt and its number alone, so different runs share what they have in common.
+Knows nothing of engines or scores. Enter at `GenerationStore.samples`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from value_models.rollouts import RolloutPrompt
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True, frozen=True)
+class EvalSample:
+    """One response and what it cost.
+
+    nll: mean negative log-probability of its tokens under the base model given the bare prompt, nats a token.
+    mean_kl, max_kl: divergence from that model, nats a token; see who made the sample for how it is known.
+    wall_s: time spent on sampling since the response before it was ready.
+    """
+
+    prompt_id: str
+    sample: int
+    response: str
+    num_tokens: int
+    nll: float
+    mean_kl: float
+    max_kl: float
+    is_finished: bool
+    wall_s: float = 0.0
+
+
+Sampler = Callable[[Sequence[RolloutPrompt], int], Iterable[EvalSample]]
+"""Prompts and a number of responses to each -> responses 0..number-1 of every prompt, in any order."""
+
+
+class GenerationStore:
+    """Generations below a folder, or in memory alone without one. One process at a time may use a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, dict[tuple[str, int], EvalSample]] = {}
+
+    def samples(
+        self,
+        spec: dict[str, Any],
+        prompts: Sequence[RolloutPrompt],
+        num_samples: int,
+        sampler: Sampler,
+        *,
+        on_sample: Callable[[], object] = lambda: None,
+    ) -> list[EvalSample]:
+        """Responses 0..num_samples-1 to each prompt, in that order; samples what is not there yet.
+
+        `on_sample` is called for every one, also for those that were there.
+        """
+        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
+        known = self._known(key, spec)
+        digests = {prompt.id: _digest(prompt) for prompt in prompts}
+        wanted = [(digests[prompt.id], sample) for prompt in prompts for sample in range(num_samples)]
+        missing = [p for p in prompts if any((digests[p.id], sample) not in known for sample in range(num_samples))]
+        for _ in range(sum(item in known for item in wanted)):
+            on_sample()
+        for sample in sampler(missing, num_samples) if missing else ():
+            item = (digests[sample.prompt_id], sample.sample)
+            if item not in known:
+                known[item] = sample
+                self._append(key, item[0], sample)
+                on_sample()
+        return [known[item] for item in wanted]
+
+    def _known(self, key: str, spec: dict[str, Any]) -> dict[tuple[str, int], EvalSample]:
+        if key in self._memory:
+            return self._memory[key]
+        known = self._memory.setdefault(key, {})
+        if self._folder is None:
+            return known
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        if not path.exists():
+            path.write_text(json.dumps(spec, sort_keys=True) + "\n", encoding="utf-8")
+            return known
+        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+        if torn:
+            # A killed run's last line.
+            path.write_text(whole + "\n", encoding="utf-8")
+        for line in whole.split("\n")[1:]:
+            fields = json.loads(line)
+            sample = EvalSample(**{name: value for name, value in fields.items() if name != "prompt"})
+            known[fields["prompt"], sample.sample] = sample
+        return known
+
+    def _append(self, key: str, digest: str, sample: EvalSample) -> None:
+        if self._folder is not None:
+            with self._path(key).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"prompt": digest, **asdict(sample)}) + "\n")
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key}.jsonl"
+
+
+class Stopwatch:
+    """Times an iterator's own work: what its caller does between two items does not count."""
+
+    def __init__(self) -> None:
+        self._spent_s = 0.0
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        iterator = iter(items)
+        while True:
+            started_s = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._spent_s += time.perf_counter() - started_s
+            yield item
+
+    def lap_s(self) -> float:
+        """Seconds since the last lap."""
+        spent_s, self._spent_s = self._spent_s, 0.0
+        return spent_s
+
+
+def _digest(prompt: RolloutPrompt) -> str:
+    """Of what a response depends on: the id keys its random stream."""
+    return hashlib.sha256(f"{prompt.id}\n{prompt.format}\n{prompt.text}".encode()).hexdigest()[:24]
