@@ -19,7 +19,7 @@ from server.cli.command import (
     read_prompts,
     write_text,
 )
-from server.cli.strengths import HEAD, WAYS
+from server.cli.strengths import RIVALS
 from server.cli.studies import EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.loader import LoadedModel
@@ -74,7 +74,7 @@ class Eval(ModelCommand):
     formats: list[Literal["chat", "text"]] = Field(["chat"], description="prompting needs a chat to be fair")
     instruction: str | None = Field(None, description="of the prompting arm; built-in rewards have one")
     judges: list[str] | None = Field(None, description="built-in rewards have theirs")
-    methods: list[str] = Field(list(WAYS), description="rivals that take part in the methods study")
+    methods: list[str] = Field(list(RIVALS), description="rivals that take part in the methods study")
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
     max_tokens: int = Field(64, ge=1)
     temperature: float = 1.0
@@ -91,8 +91,8 @@ class Eval(ModelCommand):
         given = sorted({"max_kl", "step_size", "instruction", "methods"} & self.model_fields_set)
         if self.study == "stress" and given:
             raise ValueError(f"{given[0]}: the stress study takes the largest allowed values; leave it out")
-        if unknown := set(self.methods) - set(WAYS):
-            raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(WAYS)}")
+        if unknown := set(self.methods) - set(RIVALS):
+            raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(RIVALS)}")
         if self.split == "all" and self.tuning_prompts is None:
             raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
         return self
@@ -139,7 +139,7 @@ class Eval(ModelCommand):
             instruction=self.instruction or _INSTRUCTIONS.get(card.reward),
             step_size=self.step_size,
             max_kl=self.max_kl,
-            ways=[*self.methods, HEAD],
+            rivals=self.methods,
         )
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:

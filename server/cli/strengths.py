@@ -20,7 +20,7 @@ HEAD, STATIC, RE_CONTROL = "head", "static vector", "RE-Control"
 CONTROLLED_DECODING, BLOCKWISE, BEST_OF, PROMPTING = "controlled decoding", "blockwise best of", "best of", "prompting"
 REGISTERED = {STATIC: "static-vector", RE_CONTROL: "re-control"}
 """The rivals' names as heads."""
-WAYS = (PROMPTING, BEST_OF, BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL, STATIC, HEAD)
+RIVALS = (PROMPTING, BEST_OF, BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL, STATIC)
 PUBLISHED_STEPS = 30
 _FACTORS = (0.35, 0.6, 1.5, 2.0)
 _SINGLE_STRENGTHS = {CONTROLLED_DECODING: (2.0, 6.0), BLOCKWISE: (4.0,), BEST_OF: (2.0, 4.0, 8.0), PROMPTING: (0.0,)}
@@ -64,10 +64,10 @@ class Strengths:
         step_size: float,
         max_kl: float,
         instruction: str | None,
-        ways: Collection[str] = WAYS,
+        rivals: Collection[str] = RIVALS,
     ) -> None:
         self._factory, self._measure = factory, measure
-        self._ways = ways
+        self._rivals = rivals
         self._head, self._step_size, self._max_kl = head, step_size, max_kl
         self._instruction = instruction
 
@@ -79,15 +79,15 @@ class Strengths:
         sweep.points[HEAD] = self._around(HEAD, [own], self._step_size)
         sweep.equal[HEAD] = self._step_size
         for way, start in ((STATIC, self._step_size), (RE_CONTROL, 1.0)):
-            if way in self._ways:
+            if way in self._rivals:
                 tried = self._tried(way, start, own.mean("kl"))
                 sweep.equal[way] = _nearest(tried, own.mean("kl")).strength
                 sweep.points[way] = self._around(way, tried, sweep.equal[way])
         for way, strengths in _SINGLE_STRENGTHS.items():
-            if way in self._ways and (way != PROMPTING or self._instruction is not None):
+            if way in self._rivals and (way != PROMPTING or self._instruction is not None):
                 sweep.points[way] = [self._point(way, strength, self.arm(way, strength)) for strength in strengths]
         for way in (HEAD, STATIC, RE_CONTROL, CONTROLLED_DECODING):
-            if way in self._ways:
+            if way in sweep.points:
                 sweep.best[way] = _best(sweep.points[way], base).strength
         return sweep
 

@@ -61,8 +61,8 @@ class EvalSetup:
     instruction: str | None
     step_size: float
     max_kl: float
-    ways: Sequence[str]
-    """Which of `strengths.WAYS` take part; the head always does."""
+    rivals: Sequence[str]
+    """Which of `strengths.RIVALS` take part."""
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
@@ -80,7 +80,7 @@ class EvalSetup:
             step_size=self.step_size,
             max_kl=self.max_kl,
             instruction=self.instruction,
-            ways=self.ways,
+            rivals=self.rivals,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -150,13 +150,13 @@ class MethodsStudy:
 
     def _arms(self, strengths: Strengths, sweep: Sweep) -> dict[str, Arm]:
         setup, arms = self._setup, dict[str, Arm]()
-        has_prompting = PROMPTING in setup.ways and setup.instruction is not None
+        has_prompting = PROMPTING in setup.rivals and setup.instruction is not None
         if has_prompting:
             arms[PROMPTING] = strengths.arm(PROMPTING, 0.0)
         for way in (BEST_OF, BLOCKWISE):
-            if way in setup.ways:
+            if way in setup.rivals:
                 arms[f"{way} 4"] = strengths.arm(way, 4)
-        if CONTROLLED_DECODING in setup.ways:
+        if CONTROLLED_DECODING in setup.rivals:
             arms[CONTROLLED_DECODING] = strengths.arm(CONTROLLED_DECODING, sweep.best[CONTROLLED_DECODING])
         for way in (RE_CONTROL, STATIC, HEAD):
             if way in sweep.equal:
