@@ -30,6 +30,8 @@ RE_CONTROL = TrainSettings(
     hidden_widths=(512,),
     has_linear_part=False,
     metric="identity",
+    learning_rate=1e-3,
+    max_epochs=6,
 )
 
 

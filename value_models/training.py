@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from value_models.ascent import Metric, ascent_rows, calibrated
+from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.targets import center_by_prompt
@@ -121,6 +121,7 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     )
     head = calibrated(head.with_ascent(rows_UD), data)
     figures = {
+        "ascent_gain": round(ascent_gain(head, data, standard_B, validation_N), 4),
         "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
         "num_train_tokens": len(train_N),
         "num_validation_tokens": len(validation_N),

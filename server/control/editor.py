@@ -13,16 +13,26 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from server.control.budget import GeneralDivergence, LinearDivergence, largest_scale
+from server.control.budget import (
+    GeneralDivergence,
+    LinearDivergence,
+    ShiftTable,
+    largest_scale,
+    largest_scale_of_shared,
+)
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
-from value_models.linear import PackedLinear
+from value_models.linear import MIN_ROWS, PackedLinear
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 
 
 class Unembedding(Protocol):
@@ -58,6 +68,8 @@ class _Ascent:
     units_RU: Tensor
     coefficients_RU: Tensor
     """What the ascent rows were taken times, the cap on the shift included."""
+    share_R: Tensor
+    """How much of the ascent the cap on the shift left."""
     shift_RD: Tensor
     shift_ratio_R: Tensor
     is_capped_R: Tensor
@@ -66,12 +78,16 @@ class _Ascent:
 
 @dataclass(slots=True, frozen=True)
 class _Edit:
-    """An ascent, the scale [R] that its KL budget allows, the divergence [R] there, and the logits' shift [R, V]."""
+    """An ascent, the scale [R] that its KL budget allows and the divergence [R] there.
+
+    The logits move by factor_R x delta, which is [R, V], or [1, V] where rows share it.
+    """
 
     ascent: _Ascent
     scale_R: Tensor
     kl_R: Tensor
-    logit_shift_RV: Tensor
+    factor_R: Tensor
+    delta: Tensor
     is_nonfinite_R: Tensor
 
 
@@ -81,15 +97,19 @@ class StateEditor:
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, PackedLinear] = {}
+        self._tables: dict[tuple[HeadStack, tuple[float, ...]], ShiftTable] = {}
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
         edits, projected_BV = self._edits(hidden_BD, plan)
-        logits_BV = self._unembedding.finish(projected_BV)
         for edit in edits:
-            rows_R = edit.ascent.group.rows_R
-            logits_BV[rows_R] = self._unembedding.finish(projected_BV[rows_R] + edit.logit_shift_RV)
-        return logits_BV, [_stats(edit) for edit in edits]
+            factor_R1, rows = edit.factor_R[:, None], edit.ascent.group.rows
+            if len(rows) == len(projected_BV):
+                projected_BV.addcmul_(factor_R1[: len(rows)], edit.delta[: len(rows)])
+            else:
+                rows_R = edit.ascent.group.rows_R
+                projected_BV[rows_R] = torch.addcmul(projected_BV[rows_R], factor_R1, edit.delta)
+        return self._unembedding.finish(projected_BV), [_stats(edit) for edit in edits]
 
     def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
@@ -115,20 +135,40 @@ class StateEditor:
         deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
         edits: list[_Edit] = []
         for ascent in ascents:
-            stack = ascent.group.stack
-            is_linear = stack.has_constant_slope
-            delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
-            edits.append(self._within_budget(ascent, delta_RV, projected))
+            group = ascent.group
+            if group.coefficients is not None and self._unembedding.is_linear and hidden_BD.device.type == "cpu":
+                edits.append(self._shared_within_budget(ascent, group.coefficients, projected[:num_rows]))
+            else:
+                is_linear = group.stack.has_constant_slope
+                delta_RV = self._row_logits_of(group.stack)(ascent.coefficients_RU) if is_linear else next(deltas)
+                edits.append(self._within_budget(ascent, delta_RV, projected))
         return edits, projected[:num_rows]
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
-        if stack not in self._row_logits:
-            if len(self._row_logits) >= MAX_STACKS:
-                del self._row_logits[next(iter(self._row_logits))]
-            rows_UD = torch.cat([head.folded_ascent() for head in stack.heads])
-            self._row_logits[stack] = PackedLinear(self._unembedding.project(rows_UD).t())
-        return self._row_logits[stack]
+        return _kept(self._row_logits, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t()))
+
+    def _table_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> ShiftTable:
+        def make() -> ShiftTable:
+            coefficients_RU = torch.tensor([coefficients] * MIN_ROWS)
+            return ShiftTable(self._row_logits_of(stack)(coefficients_RU)[0])
+
+        return _kept(self._tables, (stack, coefficients), make)
+
+    def _shared_within_budget(self, ascent: _Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
+        """For rows that share their shift but for its length."""
+        group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
+        is_whole = len(group.rows) == len(projected_BV)
+        base_RV = self._unembedding.finish(projected_BV if is_whole else projected_BV[group.rows_R])
+        scale_R, kl_R = largest_scale_of_shared(table, ascent.share_R, base_RV, group.max_kl_R)
+        return _Edit(
+            ascent=ascent,
+            scale_R=scale_R,
+            kl_R=torch.where(ascent.shift_ratio_R > 0, kl_R, 0.0),
+            factor_R=scale_R * ascent.share_R,
+            delta=table.shift_V[None],
+            is_nonfinite_R=ascent.is_nonfinite_R | (not table.is_finite),
+        )
 
     def _within_budget(self, ascent: _Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
         base_RV = projected_BV[ascent.group.rows_R]
@@ -142,10 +182,24 @@ class StateEditor:
             scale_R=scale_R,
             # No shift, no divergence: what is left of it would be rounding.
             kl_R=torch.where(ascent.shift_ratio_R > 0, kl_R, 0.0),
+            factor_R=scale_R,
             # Scale zero must not meet an infinite shift.
-            logit_shift_RV=torch.where(scale_R[:, None] > 0, scale_R[:, None] * delta_RV, 0.0),
+            delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
         )
+
+
+def _rows_of(stack: HeadStack) -> Tensor:
+    return torch.cat([head.folded_ascent() for head in stack.heads])
+
+
+def _kept(kept: dict[Key, Made], key: Key, make: Callable[[], Made]) -> Made:
+    """What was made for a key before, or is made now; the oldest goes when there are too many."""
+    if key not in kept:
+        if len(kept) >= MAX_STACKS:
+            del kept[next(iter(kept))]
+        kept[key] = make()
+    return kept[key]
 
 
 def _ascend(hidden_BD: Tensor, group: EditGroup) -> _Ascent:
@@ -167,6 +221,7 @@ def _ascend(hidden_BD: Tensor, group: EditGroup) -> _Ascent:
     return _Ascent(
         group=group,
         units_RU=start_RU,
+        share_R=torch.where(is_nonfinite_R, 0.0, cap_R),
         coefficients_RU=torch.where(keep_R1, coefficients_RU * cap_R[:, None], 0.0),
         shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
         shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),

@@ -1,7 +1,8 @@
 """Which rows of a step are controlled, and how: rows grouped by the set of heads they use.
 
 Rows that share a set of heads run through the same few matrix products whatever their weights, steps and budgets are.
-A plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
+When all heads of a set are linear, an ascent is the same shift in every state; rows of such a group share that too. A
+plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
 `EditPlan.from_rows`.
 """
 
@@ -35,7 +36,10 @@ class RowControl(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class EditGroup:
-    """R rows that share a stack of heads. A group of one row is held twice, so that products see two (linear.py)."""
+    """R rows that share a stack of heads. A group of one row is held twice, so that products see two (linear.py).
+
+    `coefficients`: what every row takes the stack's ascent rows times, [U], when all heads are linear; otherwise None.
+    """
 
     stack: HeadStack
     rows: tuple[int, ...]
@@ -47,6 +51,7 @@ class EditGroup:
     max_steps: int
     max_kl_R: Tensor
     max_shift_R: Tensor
+    coefficients: tuple[float, ...] | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,33 +63,49 @@ class EditPlan:
         cls, rows: Sequence[RowControl | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
     ) -> EditPlan:
         """One entry for each row of the step; None leaves the row alone. Raises UnknownHeadError."""
-        members: dict[tuple[str, ...], list[int]] = {}
+        members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
-                members.setdefault(control.objective.head_names, []).append(index)
-        groups = []
-        for names, indices in members.items():
-            held = indices * 2 if len(indices) == 1 else indices
-            controls = [control for i in held if (control := rows[i]) is not None]
-            stack = registry.stack(names)
-            # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
-            steps = [0 if c.objective.is_null or c.step_size == 0 else c.steps for c in controls]
-            sizes = [c.step_size for c in controls]
-            if stack.has_constant_slope:
-                sizes = [size * count for size, count in zip(sizes, steps, strict=True)]
-                steps = [min(count, 1) for count in steps]
-            zeros_1K = torch.zeros(1, len(names), device=device)
-            groups.append(
-                EditGroup(
-                    stack=stack,
-                    rows=tuple(indices),
-                    rows_R=torch.tensor(held, device=device),
-                    slope_RK=torch.cat([c.objective.slope(zeros_1K) for c in controls]),
-                    step_size_R=torch.tensor(sizes, device=device),
-                    steps_R=torch.tensor(steps, device=device),
-                    max_steps=max(steps),
-                    max_kl_R=torch.tensor([c.max_kl for c in controls], device=device),
-                    max_shift_R=torch.tensor([c.max_shift for c in controls], device=device),
-                )
-            )
-        return cls(tuple(groups))
+                stack = registry.stack(control.objective.head_names)
+                members.setdefault((stack, _coefficients(stack, control)), []).append(index)
+        return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
+
+
+def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | None:
+    if not stack.has_constant_slope:
+        return None
+    steps, size = _steps(stack, control)
+    slope_1K = control.objective.slope(torch.zeros(1, len(stack.names)))
+    return tuple((torch.tensor(size * steps) * slope_1K)[0].tolist())
+
+
+def _steps(stack: HeadStack, control: RowControl) -> tuple[int, float]:
+    """Number and size of the steps; where the slope is constant, n steps are one of n times the size."""
+    # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
+    steps = 0 if control.objective.is_null or control.step_size == 0 else control.steps
+    return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
+
+
+def _group(
+    key: tuple[HeadStack, tuple[float, ...] | None],
+    indices: list[int],
+    rows: Sequence[RowControl | None],
+    device: torch.device | str,
+) -> EditGroup:
+    stack, coefficients = key
+    held = indices * 2 if len(indices) == 1 else indices
+    controls = [control for i in held if (control := rows[i]) is not None]
+    steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
+    zeros_1K = torch.zeros(1, len(stack.names), device=device)
+    return EditGroup(
+        stack=stack,
+        rows=tuple(indices),
+        rows_R=torch.tensor(held, device=device),
+        slope_RK=torch.cat([c.objective.slope(zeros_1K) for c in controls]),
+        step_size_R=torch.tensor(sizes, device=device),
+        steps_R=torch.tensor(steps, device=device),
+        max_steps=max(steps),
+        max_kl_R=torch.tensor([c.max_kl for c in controls], device=device),
+        max_shift_R=torch.tensor([c.max_shift for c in controls], device=device),
+        coefficients=coefficients,
+    )

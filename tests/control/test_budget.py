@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from server.control.budget import GeneralDivergence, LinearDivergence, largest_scale
+from server.control.budget import (
+    GeneralDivergence,
+    LinearDivergence,
+    ShiftTable,
+    largest_scale,
+    largest_scale_of_shared,
+)
 
 SCALES = [(1.0, 0.01), (3.0, 0.5), (3.0, 3.0), (8.0, 10.0), (0.1, 100.0)]
 
@@ -62,3 +68,41 @@ def test_both_forms_of_the_divergence_agree() -> None:
     base, delta, scale = torch.randn(5, 400), torch.randn(5, 400), torch.rand(5)
     general = GeneralDivergence(base, delta, lambda logits: logits)
     torch.testing.assert_close(LinearDivergence(base, delta)(scale), general(scale), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("base_scale", "delta_scale"), SCALES)
+def test_a_table_of_a_shared_shift_gives_the_divergence_of_taking_it_whole(
+    base_scale: float, delta_scale: float
+) -> None:
+    torch.manual_seed(3)
+    base, shift = torch.randn(6, 50_000) * base_scale, torch.randn(50_000) * delta_scale
+    exact = exact_kl(base, shift.expand(6, -1), torch.ones(6))
+    torch.testing.assert_close(ShiftTable(shift).divergence(base).double(), exact, rtol=1e-5, atol=5e-6)
+
+
+def test_rows_that_share_a_shift_are_scaled_as_those_that_do_not() -> None:
+    torch.manual_seed(4)
+    base, shift, share = torch.randn(12, 3000) * 3, torch.randn(3000), torch.tensor([1.0, 1.0, 0.4] * 4)
+    budget = torch.logspace(-3, 0.5, 12)
+    shared = largest_scale_of_shared(ShiftTable(shift), share, base, budget)
+    alone = largest_scale(LinearDivergence(base, share[:, None] * shift), budget)
+    torch.testing.assert_close(shared, alone, rtol=0.05, atol=1e-5)
+    assert (exact_kl(base, shift.expand(12, -1), shared[0] * share) <= budget).all()
+
+
+def test_a_row_that_shares_a_shift_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(5)
+    table, base = ShiftTable(torch.randn(3000)), torch.randn(9, 3000) * 3
+    share, budget = torch.tensor([1.0, 0.7, 1.0] * 3), torch.logspace(-2, 0.3, 9)
+    whole, whole_kl = largest_scale_of_shared(table, share, base, budget)
+    for i in range(9):
+        rows = [i, i]
+        alone, alone_kl = largest_scale_of_shared(table, share[rows], base[rows], budget[rows])
+        assert alone[0] == whole[i]
+        assert alone_kl[0] == whole_kl[i]
+
+
+def test_a_shared_shift_that_is_not_finite_is_none_at_all() -> None:
+    table = ShiftTable(torch.tensor([0.0, float("inf"), 1.0]))
+    assert not table.is_finite
+    assert not table.shift_V.any()

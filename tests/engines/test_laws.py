@@ -192,7 +192,7 @@ def test_a_failed_step_ends_its_sequences_with_an_error_and_the_loop_goes_on(
 ) -> None:
     request = GenerationRequest("r", (1, 2), SamplingParams(max_tokens=5, seed=0))
     with monkeypatch.context() as patch:
-        patch.setattr(core._runner, "forward", lambda *_: 1 / 0)
+        patch.setattr(core.runner, "forward", lambda *_: 1 / 0)
         failed = run(core, [request])["r", 0]
     assert failed.finish_reasons == [FinishReason.ERROR]
     assert "division" not in (failed.chunks[-1].error or "")
@@ -259,7 +259,7 @@ def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() 
 def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [GenerationRequest(f"r{i}", (5, i), SamplingParams(max_tokens=6, top_p=0.8, seed=i)) for i in range(4)]
     expected = tokens(run(core, mixed))
-    forward = core._runner.forward
+    forward = core.runner.forward
     steps = iter(range(100))
 
     def broken(*args: object) -> torch.Tensor:
@@ -269,7 +269,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypa
             hidden[1] = float("nan")
         return hidden
 
-    monkeypatch.setattr(core._runner, "forward", broken)
+    monkeypatch.setattr(core.runner, "forward", broken)
     results = run(core, mixed)
     failed = [key for key, result in results.items() if result.finish_reasons == [FinishReason.ERROR]]
     assert len(failed) == 1
@@ -290,7 +290,7 @@ def test_keys_and_values_are_the_same_with_control_and_without(make_core: Callab
         core.add(sequences)
         for _ in range(5):
             core.step()
-        caches.append((sequences[0].token_ids, [keys.clone() for keys, _ in core._runner.kv._layers.values()]))
+        caches.append((sequences[0].token_ids, [keys.clone() for keys, _ in core.runner.kv._layers.values()]))
     assert caches[0][0] == caches[1][0]
     assert all(torch.equal(a, b) for a, b in zip(caches[0][1], caches[1][1], strict=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from value_models.ascent import UNIT_COST_NATS, ascent_rows, calibrated, natural_direction
+from value_models.ascent import UNIT_COST_NATS, ascent_gain, ascent_rows, calibrated, natural_direction
 from value_models.baselines import static_vector_head
 from value_models.heads import LinearHead, MLPHead
 from value_models.moments import Moments
@@ -73,6 +73,18 @@ def test_an_ascent_of_length_one_costs_the_same_for_every_head(
     _, slope_NU = head.readout(head.units(data.states_ND[train]))
     change_N = ((slope_NU @ head.folded_ascent()) * data.logp_grads_ND[train]).sum(-1)
     assert float(0.5 * change_N.square().mean()) == pytest.approx(UNIT_COST_NATS, rel=1e-3)
+
+
+def test_no_direction_earns_more_for_its_cost_than_the_one_that_explains_the_advantages(data: TrainingData) -> None:
+    head = train_head(data, TrainSettings(advantage_trace=1.0, damping=0.0)).head
+    held_out = data.tokens_of("validation")
+    gains = [
+        ascent_gain(head.with_ascent(row_D[None] / head.scale_D), data, data.reward_B, held_out)
+        for row_D in (GOAL, 5 * GOAL, -GOAL, torch.eye(SIZE)[1], torch.eye(SIZE)[0])
+    ]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-4)
+    assert gains[0] == pytest.approx(-gains[2], rel=1e-4)
+    assert gains[0] > max(gains[3:])
 
 
 def test_calibration_keeps_values_and_direction(data: TrainingData) -> None:
