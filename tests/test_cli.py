@@ -71,6 +71,9 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     page.write_text("no sections")
     assert main(["heads", "report", *heads, "--into", str(page)]) == 2
     assert "has no section" in capsys.readouterr().err
+    page.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n")
+    assert main(["heads", "report", *heads, "--into", str(page)]) == 0
+    assert f"| `short` | prompts | {result['arms']['base']['reward']['mean']:.2f} |" in page.read_text()
 
 
 def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:

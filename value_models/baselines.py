@@ -23,6 +23,7 @@ from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.rollouts import open_rollouts
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, TrainingDataError, load_training_data
+from value_models.whole_files import write_whole
 
 RE_CONTROL = TrainSettings(
     targets="td_one_step",
@@ -48,12 +49,10 @@ def load_baselines(
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     paths = {name: folder / f"{key}-{name}.safetensors" for name in _BASELINES}
     if not all(path.exists() for path in paths.values()):
-        folder.mkdir(parents=True, exist_ok=True)
         data = load_training_data(rollouts, reward_name, prompt_texts)
         for name, (_, fit) in _BASELINES.items():
-            scratch = paths[name].with_suffix(".part")
-            save_file(fit(data).state_dict(), scratch)
-            scratch.replace(paths[name])
+            tensors = fit(data).state_dict()
+            write_whole(paths[name], lambda scratch, tensors=tensors: save_file(tensors, scratch))
     return {name: head_from_tensors(_BASELINES[name][0], load_file(path)) for name, path in paths.items()}
 
 

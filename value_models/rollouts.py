@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from value_models.whole_files import SCRATCH_SUFFIX, write_text, write_whole
+
 MANIFEST = "manifest.json"
 _FORMAT = 2
-_SCRATCH_SUFFIX = ".part"
 
 
 class RolloutError(ValueError):
@@ -224,13 +224,13 @@ def open_rollouts(folder: Path) -> RolloutSet:
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Make the folder this run's, or check that it is; remove what a killed run left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"*{_SCRATCH_SUFFIX}"):
+    for leftover in folder.glob(f"*{SCRATCH_SUFFIX}"):
         leftover.unlink()
     path = folder / MANIFEST
     if not path.exists():
         if any(folder.glob("shard-*")):
             raise RolloutError(f"{folder} has shards, but no {MANIFEST} that tells what they are; choose another --out")
-        _replace_text(path, json.dumps(manifest, indent=2) + "\n")
+        write_text(path, json.dumps(manifest, indent=2) + "\n")
         return
     try:
         existing = _flat(json.loads(path.read_text(encoding="utf-8")))
@@ -265,15 +265,10 @@ def _write_shard(
         "token_ids_N": torch.tensor([token for rollout in rollouts for token in rollout.token_ids]),
         "offsets": lengths.cumsum(0),
     }
-    path = _shard(folder, index, ".safetensors")
-    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
-    save_file(tensors, scratch)
-    with scratch.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    write_whole(_shard(folder, index, ".safetensors"), lambda scratch: save_file(tensors, scratch))
     fields = ("prompt_id", "sample", "response", "is_finished")
     rows = [{field: getattr(rollout, field) for field in fields} for rollout in rollouts]
-    _replace_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
 
 
@@ -298,15 +293,6 @@ def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequ
 
 def _shard(folder: Path, index: int, suffix: str) -> Path:
     return folder / f"shard-{index:05d}{suffix}"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def _digest(prompts: Sequence[RolloutPrompt]) -> str:

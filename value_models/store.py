@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
+from value_models.whole_files import write_text, write_whole
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -110,20 +109,16 @@ def architecture_card(head: ValueHead) -> ArchitectureCard:
 
 def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     """Write both files, each whole or not at all; the card goes last, so a folder with a card is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(folder)
-    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, scratch)
+    tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
     # A head that is replaced must not be left with the old one's card.
     (folder / CARD_FILE).unlink(missing_ok=True)
-    _publish(scratch, folder / HEAD_FILE)
+    write_whole(folder / HEAD_FILE, lambda scratch: save_file(tensors, scratch))
     save_card(folder, card.model_copy(update={"tensors_sha256": _digest(folder / HEAD_FILE)}))
 
 
 def save_card(folder: Path, card: HeadCard) -> None:
     """Replace a head's card."""
-    scratch = _scratch(folder)
-    Path(scratch).write_text(json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
-    _publish(scratch, folder / CARD_FILE)
+    write_text(folder / CARD_FILE, json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
 
 
 def load_card(folder: Path) -> HeadCard:
@@ -158,15 +153,3 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _scratch(folder: Path) -> str:
-    handle, name = tempfile.mkstemp(prefix=".part-", dir=folder)
-    os.close(handle)
-    return name
-
-
-def _publish(scratch: str, target: Path) -> None:
-    # A scratch file is its maker's alone; a head is for whoever may read the folder.
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Collection
@@ -62,14 +61,6 @@ def allow_rewards_of_the_working_folder() -> None:
     """As with `python -m`: a reward of the user's own may live in the folder the command is run from."""
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 def default_prompts_file() -> Path:

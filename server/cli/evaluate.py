@@ -17,7 +17,6 @@ from server.cli.command import (
     allow_rewards_of_the_working_folder,
     command_line,
     read_prompts,
-    write_text,
 )
 from server.cli.strengths import RIVALS
 from server.cli.studies import EvalSetup, MapStudy, MethodsStudy, StressStudy
@@ -30,6 +29,7 @@ from value_models.evaluation import Scoring
 from value_models.generations import GenerationStore
 from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
 from value_models.store import HeadCard, load_card, shipped_heads_folder
+from value_models.whole_files import write_text
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _STUDIES = {"methods": MethodsStudy, "stress": StressStudy, "map": MapStudy}

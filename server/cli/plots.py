@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from server.cli.command import write_text
 from server.cli.strengths import (
     BEST_OF,
     BLOCKWISE,
@@ -24,6 +23,7 @@ from server.cli.strengths import (
     STATIC,
 )
 from server.errors import ConfigurationError
+from value_models.whole_files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""`recontrol heads report`: the heads' cards as the Markdown that the README shows.
+"""`recontrol heads report`: the heads' cards as the Markdown that the README and the heads' own page show.
 
 A section of a Markdown file is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at SECTIONS.
 """
@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
-from server.cli.command import write_text
 from server.cli.heads import HeadsCommand
 from server.errors import ConfigurationError
 from value_models.rollouts import RolloutSettings
 from value_models.store import HeadCard
+from value_models.whole_files import write_text
 
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the README shows."""
@@ -36,17 +36,44 @@ class HeadsReport(HeadsCommand):
             print("\n\n".join(sections.values()))
             return
         text = self.into.read_text()
-        for name, body in sections.items():
-            pattern = re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
-            if not pattern.search(text):
-                raise ConfigurationError(f"into: {self.into} has no section `<!-- {name}: begin -->`")
-            text = pattern.sub(lambda _, body=body: f"{body}\n", text)
+        found = [name for name in sections if _section(name).search(text)]
+        if not found:
+            known = ", ".join(f"`<!-- {name}: begin -->`" for name in sections)
+            raise ConfigurationError(f"into: {self.into} has no section; there are {known}")
+        for name in found:
+            text = _section(name).sub(lambda _, body=sections[name]: f"{body}\n", text)
         write_text(self.into, text)
 
 
+def summary_table(cards: Sequence[HeadCard]) -> str:
+    """A row for each head and test set: rewards, votes of the judges, and what the head costs, all against the base."""
+    titles = ["head", "test set", *(f"reward: {arm}" for arm in ("base", *_SUMMARY_ARMS))]
+    titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL", "time"]
+    lines = [_row(titles), "|---" * len(titles) + "|"]
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            arms = result["arms"]
+            base, head = arms["base"], arms["head"]
+            rewards = [f"{arms[arm]['reward']['mean']:.2f}" if arm in arms else "" for arm in ("base", *_SUMMARY_ARMS)]
+            votes = [f"{100 * arms[arm]['win_over_base']['mean']:.0f}%" if arm in arms else "" for arm in _SUMMARY_ARMS]
+            costs = [
+                f"{head['diversity']['mean'] / base['diversity']['mean']:.2f}",
+                f"{head['nll']['mean'] - base['nll']['mean']:+.2f}",
+                f"{head['kl']['mean']:.2f}",
+                f"{_response_s(head) / _response_s(base):.2f}",
+            ]
+            lines.append(_row([f"`{card.name}`", result["test_set"], *rewards, *votes, *costs]))
+    return "\n".join(lines)
+
+
 def evaluation_tables(cards: Sequence[HeadCard]) -> str:
-    tables = [_table(card, result) for card in cards for result in (card.evaluation or {}).values()]
-    return "\n\n".join(tables)
+    """Every method on every test set, and each head's plot of reward against divergence."""
+    parts: list[str] = []
+    for card in cards:
+        parts += [f"### {card.name}", card.description]
+        parts += [_table(card, result) for result in (card.evaluation or {}).values()]
+        parts.append(f"![reward and judges against divergence, on validation prompts]({card.name}/sweep.svg)")
+    return "\n\n".join(parts)
 
 
 def stress_tables(cards: Sequence[HeadCard]) -> str:
@@ -72,12 +99,14 @@ def transcript(path: Path) -> str:
 
 
 SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
+    "summary": summary_table,
     "heads": evaluation_tables,
     "stress": stress_tables,
     "commands": commands,
 }
 
 
+_SUMMARY_ARMS = ("prompting", "static vector", "best of 4", "head", "head + prompting")
 _TITLES = {
     "win_over_base": "wins over base",
     "win_over_reference": "wins over reference",
@@ -114,6 +143,10 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
 
 def _response_s(figures: dict[str, Any]) -> float:
     return figures["wall_s"] / figures["num_responses"]
+
+
+def _section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from server.cli.arms import ArmFactory, head_control
-from server.cli.command import write_text
 from server.cli.plots import plot_map, plot_pareto
 from server.cli.strengths import (
     BEST_OF,
@@ -34,6 +33,7 @@ from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
 from value_models.rollouts import RolloutPrompt
 from value_models.store import load_card, save_card
+from value_models.whole_files import write_text
 
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
 _WITH_PROMPTING = f"{HEAD} + {PROMPTING}"

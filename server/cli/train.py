@@ -15,7 +15,6 @@ from server.cli.command import (
     allow_rewards_of_the_working_folder,
     command_line,
     read_prompts,
-    write_text,
 )
 from server.engines.embedded.rollouts import EngineRolloutSource
 from value_models.ascent import UNIT_COST_NATS
@@ -32,6 +31,7 @@ from value_models.store import (
 )
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
+from value_models.whole_files import write_text
 
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 

@@ -1,0 +1,40 @@
+"""Files that are there whole or not at all: written into a scratch file beside, which is then renamed.
+
+Enter at `write_whole` and `write_text`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+SCRATCH_SUFFIX = ".part"
+"""What a killed process may leave behind ends in this."""
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a scratch file, and put that in the place of `path`, whose folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=path.parent)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        write(scratch)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        # A scratch file is its maker's alone; the result is for whoever may read the folder.
+        scratch.chmod(0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda scratch: _write(scratch, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
