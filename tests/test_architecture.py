@@ -24,7 +24,7 @@ ALLOWED = {
     "value_models.ascent": ("value_models.heads", "value_models.moments", "value_models.training_data"),
     "value_models.training": ("value_models",),
     "value_models.baselines": ("value_models",),
-    "value_models.generations": ("value_models.rollouts",),
+    "value_models.generations": ("value_models.rollouts", "value_models.whole_files"),
     "value_models.evaluation": ("value_models",),
     "server.errors": (),
     "server.settings": (),

@@ -11,11 +11,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from value_models.rollouts import RolloutPrompt
+from value_models.whole_files import write_text
 
 Item = TypeVar("Item")
 
@@ -45,7 +49,10 @@ Sampler = Callable[[Sequence[RolloutPrompt], int], Iterable[EvalSample]]
 
 
 class GenerationStore:
-    """Generations below a folder, or in memory alone without one. One process at a time may use a folder."""
+    """Generations below a folder, or in memory alone without one.
+
+    Processes may share a folder: who samples a spec holds its lock, and the others wait and find the responses there.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -65,6 +72,18 @@ class GenerationStore:
         `on_sample` is called for every one, also for those that were there.
         """
         key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
+        with self._lock(key):
+            return self._samples(key, spec, prompts, num_samples, sampler, on_sample)
+
+    def _samples(
+        self,
+        key: str,
+        spec: dict[str, Any],
+        prompts: Sequence[RolloutPrompt],
+        num_samples: int,
+        sampler: Sampler,
+        on_sample: Callable[[], object],
+    ) -> list[EvalSample]:
         known = self._known(key, spec)
         digests = {prompt.id: _digest(prompt) for prompt in prompts}
         wanted = [(digests[prompt.id], sample) for prompt in prompts for sample in range(num_samples)]
@@ -79,21 +98,24 @@ class GenerationStore:
                 on_sample()
         return [known[item] for item in wanted]
 
-    def _known(self, key: str, spec: dict[str, Any]) -> dict[tuple[str, int], EvalSample]:
-        if key in self._memory:
-            return self._memory[key]
-        known = self._memory.setdefault(key, {})
+    def _lock(self, key: str) -> AbstractContextManager[object]:
         if self._folder is None:
-            return known
+            return nullcontext()
         self._folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._path(key).with_suffix(".lock"))
+
+    def _known(self, key: str, spec: dict[str, Any]) -> dict[tuple[str, int], EvalSample]:
+        """By the prompt's digest and the response's number, read anew: another process may have added some."""
+        if self._folder is None:
+            return self._memory.setdefault(key, {})
         path = self._path(key)
-        if not path.exists():
-            path.write_text(json.dumps(spec, sort_keys=True) + "\n", encoding="utf-8")
-            return known
-        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-        if torn:
-            # A killed run's last line.
-            path.write_text(whole + "\n", encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, _, torn = text.rpartition("\n")
+        whole = whole or json.dumps(spec, sort_keys=True)
+        if torn or not text:
+            # A new file, or a killed run's last line.
+            write_text(path, whole + "\n")
+        known: dict[tuple[str, int], EvalSample] = {}
         for line in whole.split("\n")[1:]:
             fields = json.loads(line)
             sample = EvalSample(**{name: value for name, value in fields.items() if name != "prompt"})

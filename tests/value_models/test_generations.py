@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_a_prompt_whose_text_changed_is_sampled_anew(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_where_it_stopped_even_in_the_middle_of_a_line(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         GenerationStore(tmp_path).samples(SPEC, PROMPTS, 2, CountingSampler(fail_at="p1"))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text()[:-20])
     sampler = CountingSampler()
     samples = GenerationStore(tmp_path).samples(SPEC, PROMPTS, 2, sampler)
@@ -81,6 +82,30 @@ def test_a_killed_run_goes_on_where_it_stopped_even_in_the_middle_of_a_line(tmp_
     assert sampler.asked == ["p2", "p1", "p0"]
     assert responses(samples) == [f"p{i}/{j}" for i in range(4) for j in range(2)]
     assert len(file.read_text().splitlines()) == 9
+
+
+def test_a_file_torn_in_its_first_line_is_begun_anew(tmp_path: Path) -> None:
+    GenerationStore(tmp_path).samples(SPEC, PROMPTS[:1], 1, CountingSampler())
+    (file,) = tmp_path.glob("*.jsonl")
+    file.write_text('{"mod')
+    sampler = CountingSampler()
+    for _ in range(2):
+        assert responses(GenerationStore(tmp_path).samples(SPEC, PROMPTS[:1], 1, sampler)) == ["p0/0"]
+    assert sampler.asked == ["p0"]
+
+
+def test_a_process_that_comes_second_waits_and_finds_what_the_first_sampled(tmp_path: Path) -> None:
+    first, second = CountingSampler(), CountingSampler()
+
+    def sampling_while_another_asks(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
+        thread.start()
+        yield from first(prompts, num_samples)
+
+    thread = threading.Thread(target=lambda: GenerationStore(tmp_path).samples(SPEC, PROMPTS, 2, second))
+    GenerationStore(tmp_path).samples(SPEC, PROMPTS, 2, sampling_while_another_asks)
+    thread.join()
+    assert first.asked == ["p3", "p2", "p1", "p0"]
+    assert second.asked == []
 
 
 def test_without_a_folder_responses_are_kept_in_memory() -> None:
