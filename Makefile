@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/pyright
 
 heads: data
-	$(BIN)/recontrol-heads
+	sh value_models/make_heads.sh $(BIN)/recontrol
 
 setup: $(STAMP)
 

@@ -19,7 +19,7 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 
-# Ranges within which no setting collapses the text; `recontrol eval --stress` measures the corners (README).
+# Ranges within which no setting collapses the text; `recontrol eval --study stress` measures the corners (README).
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5

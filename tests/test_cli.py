@@ -11,6 +11,7 @@ import torch
 
 from server.cli import COMMANDS, main
 from server.cli.report import SECTIONS, transcript
+from server.cli.strengths import Method
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rollouts import load_prompts
 
@@ -53,7 +54,7 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     assert arms == ["base", "prompting", "best of 4", "blockwise best of 4", "controlled decoding", "RE-Control",
                     "static vector", "head", "head + prompting"]  # fmt: skip
     assert result["arms"]["head"]["largest_kl"] <= result["control"]["max_kl"]
-    assert set(result["sweep"]) >= {"base", "head", "static vector", "RE-Control", "best of"}
+    assert set(result["sweep"]) == {"base", *Method}
     assert "<svg" in (folder / "heads" / "short" / "sweep.svg").read_text()
     capsys.readouterr()
     assert main(["heads", "report", *heads]) == 0
@@ -78,11 +79,15 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
 
 def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:
     flags, folder = workshop
-    inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
-    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "4"]
-    common = ["eval", "short", *flags, "--heads-dir", str(folder / "heads"), *inputs, *work, "--update-card"]
-    for study in ("map", "stress"):
-        assert main([*common, "--study", study]) == 0
+    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--max-tokens", "4"]
+    common = ["eval", "short", *flags, "--heads-dir", str(folder / "heads"), "--formats", "text", *work]
+    prompts = str(folder / "prompts.jsonl")
+    runs = {
+        "map": ["--tuning-prompts", prompts, "--rollouts", str(folder / "rollouts")],
+        "stress": ["--prompts", prompts],
+    }
+    for study, inputs in runs.items():
+        assert main([*common, *inputs, "--study", study, "--update-card"]) == 0
     maps = json.loads((folder / "heads" / "short" / "map.json").read_text())["maps"]
     assert len(maps["without budget"]) == len(maps["with budget"]) == 5
     assert all(cell["kl"] <= 0.3 for row in maps["with budget"] for cell in row)
@@ -202,6 +207,10 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--study", "stress", "--max-kl", "0.1"], "max_kl"),
         (["eval", "nope", "--split", "all"], "tuning_prompts"),
         (["eval", "nope", "--methods", "magic"], "methods"),
+        (["eval", "nope", "--judges", "magic"], "judges"),
+        (["eval", "nope", "--study", "map", "--num-samples", "2"], "num_samples"),
+        (["eval", "nope", "--split", "validation", "--update-card"], "update_card"),
+        (["eval", "nope", "--max-batch-size", "4"], "max_batch_size"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
         (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),

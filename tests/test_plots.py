@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 from server.cli.plots import plot_map, plot_pareto
-from server.cli.strengths import BEST_OF, BLOCKWISE, CONTROLLED_DECODING, HEAD, PROMPTING, RE_CONTROL, STATIC
+from server.cli.strengths import Method
 from server.errors import ConfigurationError
 
-WAYS = ("base", HEAD, STATIC, RE_CONTROL, CONTROLLED_DECODING, BLOCKWISE, BEST_OF, PROMPTING)
+METHODS = ("base", *Method)
 JUDGES = ["afinn", "textblob_polarity"]
 STEP_SIZES, STEPS = [0.017, 0.17, 1.7], [3, 10, 30, 100]
 MAP_METRICS = ("reward", "diversity", "kl", "coherence", "nll")
@@ -26,9 +26,9 @@ def sweep_point(strength: float, kl: float) -> dict[str, Any]:
     return {"strength": strength, "figures": {**figures, "kl": {"mean": kl, "low": kl, "high": kl}}}
 
 
-def methods_result(ways: tuple[str, ...] = WAYS) -> dict[str, Any]:
-    points = {way: [sweep_point(1.0, 0.01 * number)] for number, way in enumerate(ways)}
-    return {"judges": JUDGES, "sweep": {way: [*some, sweep_point(2.0, 4.0)] for way, some in points.items()}}
+def methods_result(methods: tuple[str, ...] = METHODS) -> dict[str, Any]:
+    points = {method: [sweep_point(1.0, 0.01 * number)] for number, method in enumerate(methods)}
+    return {"judges": JUDGES, "sweep": {method: [*some, sweep_point(2.0, 4.0)] for method, some in points.items()}}
 
 
 def map_result() -> dict[str, Any]:
@@ -41,25 +41,29 @@ def map_result() -> dict[str, Any]:
     return {"step_sizes": STEP_SIZES, "steps": STEPS, "max_kl": 0.3, "maps": maps}
 
 
+def label(method: str) -> str:
+    return method.label if isinstance(method, Method) else method
+
+
 def texts_of(path: Path) -> list[str]:
     """Raises where the file is not well-formed."""
     return ["".join(text.itertext()) for text in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_picture_of_a_sweep_names_every_way_and_metric(tmp_path: Path) -> None:
+def test_the_picture_of_a_sweep_names_every_method_and_metric(tmp_path: Path) -> None:
     plot_pareto(methods_result(), tmp_path / "sweep.svg", title="cheerful")
     texts = texts_of(tmp_path / "sweep.svg")
-    assert all(any(text.startswith(way) for text in texts) for way in WAYS)
+    assert all(any(text.startswith(label(method)) for text in texts) for method in METHODS)
     assert {"cheerful", "reward", *JUDGES, "diversity (0 to 1)", "mean KL (nats a token)"} <= set(texts)
     assert {"best of N (KL bound)", "blockwise best of N (KL bound)"} <= set(texts)
     assert (tmp_path / "sweep.svg").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("ways", [(), ("base",), ("base", HEAD), (RE_CONTROL,)])
-def test_ways_that_were_not_swept_are_not_shown(tmp_path: Path, ways: tuple[str, ...]) -> None:
-    plot_pareto(methods_result(ways) | {"judges": []}, tmp_path / "sweep.svg", title="cheerful")
+@pytest.mark.parametrize("methods", [(), ("base",), ("base", Method.HEAD), (Method.RE_CONTROL,)])
+def test_methods_that_were_not_swept_are_not_shown(tmp_path: Path, methods: tuple[str, ...]) -> None:
+    plot_pareto(methods_result(methods) | {"judges": []}, tmp_path / "sweep.svg", title="cheerful")
     texts = texts_of(tmp_path / "sweep.svg")
-    assert [way for way in WAYS if any(text.startswith(way) for text in texts)] == list(ways)
+    assert [m for m in METHODS if any(text.startswith(label(m)) for text in texts)] == list(methods)
 
 
 def test_the_map_holds_the_number_of_every_cell(tmp_path: Path) -> None:

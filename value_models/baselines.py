@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,21 +38,23 @@ RE_CONTROL = TrainSettings(
 
 
 def load_baselines(
-    folder: Path, rollouts: Path, reward_name: str, prompt_texts: dict[str, str]
+    folder: Path, rollouts: Path, reward_name: str, prompt_texts: dict[str, str], names: Sequence[str]
 ) -> dict[str, ValueHead]:
-    """By name; trained on a run of rollouts when `folder` does not hold them yet. Raises RolloutError, RewardError,
-    TrainingDataError."""
+    """Of `static-vector` and `re-control` those that are named, trained on a run when `folder` does not hold them yet.
+
+    Raises RolloutError, RewardError, TrainingDataError.
+    """
     made_from = {
         "rollouts": open_rollouts(rollouts).manifest,
         "reward": reward_name,
         "re_control": RE_CONTROL.model_dump(),
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    paths = {name: folder / f"{key}-{name}.safetensors" for name in _BASELINES}
+    paths = {name: folder / f"{key}-{name}.safetensors" for name in names}
     if not all(path.exists() for path in paths.values()):
         data = load_training_data(rollouts, reward_name, prompt_texts)
-        for name, (_, fit) in _BASELINES.items():
-            tensors = fit(data).state_dict()
+        for name in (name for name in names if not paths[name].exists()):
+            tensors = _BASELINES[name][1](data).state_dict()
             write_whole(paths[name], lambda scratch, tensors=tensors: save_file(tensors, scratch))
     return {name: head_from_tensors(_BASELINES[name][0], load_file(path)) for name, path in paths.items()}
 

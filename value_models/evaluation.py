@@ -51,7 +51,11 @@ class Scoring:
     def load(cls, reward_name: str, judges: Sequence[str]) -> Scoring:
         """Raises RewardError, MetricError."""
         metrics = {name: load_metric(name) for name in (*judges, *TEXT_METRICS)}
-        return cls(reward_name, tuple(judges), load_reward(reward_name), metrics)
+        scoring = cls(reward_name, tuple(judges), load_reward(reward_name), metrics)
+        # A library that is missing is missed now, and not after what is to be scored has been sampled.
+        for score in (scoring.reward, *metrics.values()):
+            score(["Is it?"], ["It is."])
+        return scoring
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,23 +80,23 @@ def evaluate_arms(
     """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
     `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it.
-    `win_over_base` and, where every prompt has one, `win_over_reference` are the share of judges' votes won, ties
-    counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises RewardError,
-    MetricError.
+    `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
+    ties counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises
+    RewardError, MetricError.
     """
     store = store or GenerationStore(None)
     reference = _reference_scores(prompts, scoring)
     done: dict[str, _Scored] = {}
+    base: _Scored | None = None
     figures: dict[str, Any] = {}
     for name, arm in arms.items():
         on_arm(name, len(prompts) * num_samples * arm.best_of)
         drawn = store.samples(arm.spec, prompts, num_samples * arm.best_of, arm.sampler, on_sample=on_sample)
         scored = _score(_best_of(drawn, prompts, scoring, arm.best_of), prompts, scoring)
-        base = done.setdefault("", scored)
+        base = base or scored
         figures[name] = {
             **{metric: _interval(values) for metric, values in scored.scores.items()},
-            "win_over_base": _interval(_wins(scored.scores, base.scores, scoring.judges)),
-            **({"win_over_reference": _interval(_wins(scored.scores, reference, scoring.judges))} if reference else {}),
+            **_votes(scored.scores, {"win_over_base": base.scores, "win_over_reference": reference}, scoring.judges),
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {
@@ -147,10 +151,16 @@ def _reference_scores(prompts: Sequence[RolloutPrompt], scoring: Scoring) -> dic
     return {name: np.asarray(scoring.metrics[name](texts, references))[:, None] for name in scoring.judges}
 
 
-def _wins(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], judges: Sequence[str]) -> np.ndarray:
-    """Share of the judges [P, S] that score mine above theirs; a tie is half."""
-    votes = [(mine[judge] > theirs[judge]) + 0.5 * (mine[judge] == theirs[judge]) for judge in judges]
-    return np.mean(votes, axis=0) if votes else np.full_like(mine["reward"], 0.5)
+def _votes(
+    mine: dict[str, np.ndarray], others: dict[str, dict[str, np.ndarray]], judges: Sequence[str]
+) -> dict[str, Any]:
+    """Share of the judges' votes won over each of others that has scores; a tie is half. Nothing without judges."""
+    votes = {
+        name: np.mean([(mine[j] > theirs[j]) + 0.5 * (mine[j] == theirs[j]) for j in judges], axis=0)
+        for name, theirs in others.items()
+        if judges and theirs
+    }
+    return {name: _interval(share) for name, share in votes.items()}
 
 
 def _worst(reward: np.ndarray, reward_name: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Judges and text statistics for evaluation: pure batch functions of prompts and responses, as rewards are.
 
-A judge measures by other means than the reward it judges; `coherence` alone is what the reward `relevance` is, and
-judges other heads only. Knows nothing of heads, rewards or engines. Enter at EVAL_METRICS; to add one, write a function
-and put it there, `_each(function)` where it looks at one response at a time.
+Higher is better for what a judge judges, by other means than the reward it judges; `coherence` alone is what the reward
+`relevance` is, and judges other heads only. Knows nothing of heads, rewards or engines. Enter at EVAL_METRICS; to add
+one, write a function and put it there, `_each(function)` where it looks at one response at a time.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def empath_peaceful(text: str) -> float:
     return 0.0 - _share_in(_hostile_words(), text)
 
 
-def num_sentences(text: str) -> float:
-    """Sentences begun, counted by their ends and an unfinished last one."""
-    return float(len([part for part in re.split(r"[.!?]+(?:\s|$)", text) if part.strip()]))
+def few_sentences(text: str) -> float:
+    """Minus the sentences begun, counted by their ends and an unfinished last one."""
+    return -float(len([part for part in re.split(r"[.!?]+(?:\s|$)", text) if part.strip()]))
 
 
-def num_characters(text: str) -> float:
-    return float(len(text))
+def few_characters(text: str) -> float:
+    """Minus the characters."""
+    return -float(len(text))
 
 
 def coherence(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -150,8 +151,8 @@ EVAL_METRICS: dict[str, EvalMetric] = {
     "coherence": coherence,
     "wordllama_similarity": wordllama_similarity,
     "prompt_word_recall": prompt_word_recall,
-    "num_sentences": _each(num_sentences),
-    "num_characters": _each(num_characters),
+    "few_sentences": _each(few_sentences),
+    "few_characters": _each(few_characters),
 }
 
 

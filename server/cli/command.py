@@ -72,5 +72,6 @@ def read_prompts(path: Path | None, formats: Collection[str] = ("chat", "text"))
     """Those of a format, from a file or the project's own. Raises RolloutError, ConfigurationError."""
     prompts = [prompt for prompt in load_prompts(path or default_prompts_file()) if prompt.format in formats]
     if not prompts:
-        raise ConfigurationError(f"formats: {path} holds no prompt of the format {' or '.join(formats)}")
+        source = path or "the project's own file"
+        raise ConfigurationError(f"formats: {source} holds no {' or '.join(formats)} prompts; see --formats")
     return prompts

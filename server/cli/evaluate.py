@@ -1,7 +1,14 @@
-"""`recontrol eval`: a head against its rivals on held-out prompts."""
+"""`recontrol eval`: a head against other methods on held-out prompts.
+
+`Eval` reads flags into an `EvalSetup`. A study (studies.py) asks how strong each method should be (strengths.py), on
+validation prompts; an `ArmFactory` (arms.py) turns a method and a strength into an `Arm`; `evaluate_arms` samples arms
+through the `GenerationStore` and scores them. Results go to the card and to plots.py; report.py renders them later.
+Enter at `Eval.cli_cmd`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -18,20 +25,25 @@ from server.cli.command import (
     command_line,
     read_prompts,
 )
-from server.cli.strengths import RIVALS
+from server.cli.plots import require_matplotlib
+from server.cli.strengths import BASELINES, RIVALS, Method
 from server.cli.studies import EvalSetup, MapStudy, MethodsStudy, StressStudy
+from server.control.registry import HeadRegistry
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
 from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from value_models.baselines import load_baselines
 from value_models.evaluation import Scoring
 from value_models.generations import GenerationStore
+from value_models.metrics import EVAL_METRICS
 from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
-from value_models.store import HeadCard, load_card, shipped_heads_folder
+from value_models.store import load_card, shipped_heads_folder
 from value_models.whole_files import write_text
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
+_SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
 _STUDIES = {"methods": MethodsStudy, "stress": StressStudy, "map": MapStudy}
 # By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
 _INSTRUCTIONS = {
@@ -46,66 +58,96 @@ _JUDGES = {
     "positive": ["afinn", "textblob_polarity"],
     "plain": ["word_frequency", "dale_chall_easy"],
     "neutral": ["afinn_calm", "textblob_objectivity"],
-    "brevity": ["num_sentences", "num_characters"],
+    "brevity": ["few_sentences", "few_characters"],
     "nontoxic": ["clean_words", "empath_peaceful"],
     "relevance": ["prompt_word_recall", "wordllama_similarity"],
 }
 
 
-class Eval(ModelCommand):
-    """Compare a head with base, prompting, a static vector, best-of-N, decoding by value and RE-Control as published.
+# What a study does not use; to give it would mean nothing.
+_UNUSED_FLAGS = {
+    "methods": set[str](),
+    "stress": {"max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "map": {"prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
+}
 
-    Responses are kept below --work by what decides them, so a run that was stopped goes on where it was.
+
+class Eval(ModelCommand):
+    """Compare a head with prompting, a static vector, best-of-N, decoding by value and RE-Control as published.
+
+    Responses are kept below --work and used again, so a run that was stopped goes on where it was.
     """
 
-    head: CliPositionalArg[str]
+    head: CliPositionalArg[str] = Field(description="its name: a folder below --heads-dir")
     study: Literal["methods", "stress", "map"] = Field(
-        "methods", description="all methods; or the corners of the allowed ranges; or step size by number of steps"
+        "methods",
+        description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
+        "number of steps of RE-Control as published, with and without a budget",
     )
-    rollouts: Path = Field(Path("runs/rollouts"), description="run that the rivals are trained on")
+    rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
     tuning_prompts: Path | None = Field(
-        None, description="file whose validation split strengths are set on; by default the same as --prompts"
+        None,
+        description="file whose validation split strengths are set on, and which holds the prompts of --rollouts; by "
+        "default the same as --prompts",
     )
     split: Literal["test", "validation", "all"] = Field(
         "test", description="`all` is for a file that no head was trained on"
     )
-    max_prompts: int | None = Field(None, ge=1, description="the first so many of the split")
-    formats: list[Literal["chat", "text"]] = Field(["chat"], description="prompting needs a chat to be fair")
-    instruction: str | None = Field(None, description="of the prompting arm; built-in rewards have one")
-    judges: list[str] | None = Field(None, description="built-in rewards have theirs")
-    methods: list[str] = Field(list(RIVALS), description="rivals that take part in the methods study")
+    max_prompts: int | None = Field(
+        None, ge=1, description="so many of the split, drawn by a hash of the id; the sweep takes 48 validation prompts"
+    )
+    formats: list[Literal["chat", "text"]] = Field(
+        ["chat"], description="comma-separated kinds of prompts; an instruction is a fair rival in a chat alone"
+    )
+    instruction: str | None = Field(
+        None, description="what prompting puts before each prompt; built-in rewards have one"
+    )
+    judges: list[str] | None = Field(
+        None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
+    )
+    methods: list[Method] = Field(
+        list(RIVALS), description=f"comma-separated, what the head is compared with; of: {', '.join(RIVALS)}"
+    )
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
-    max_tokens: int = Field(64, ge=1)
-    temperature: float = 1.0
-    top_p: float = 0.95
+    max_tokens: int = Field(64, ge=1, description="new tokens of a response")
+    temperature: float = Field(1.0, gt=0, le=2, description="controlled decoding draws at 1, whatever this is")
+    top_p: float = Field(0.95, gt=0, le=1)
     seed: int = 1
     max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of budgeted arms, nats a token")
     step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head")
-    work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
+    work: Path = Field(Path("runs/eval"), description="folder for responses and baselines, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
-    update_card: bool = Field(False, description="keep the figures in the head's folder")
+    update_card: bool = Field(False, description="keep the figures, and their plots, in the head's folder")
 
     @model_validator(mode="after")
     def _what_does_not_go_together(self) -> Self:
-        given = sorted({"max_kl", "step_size", "instruction", "methods"} & self.model_fields_set)
-        if self.study == "stress" and given:
-            raise ValueError(f"{given[0]}: the stress study takes the largest allowed values; leave it out")
-        if unknown := set(self.methods) - set(RIVALS):
-            raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(RIVALS)}")
-        if self.split == "all" and self.tuning_prompts is None:
+        if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
+            raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
+        if self.study == "methods" and self.split == "all" and self.tuning_prompts is None:
             raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
+        if self.update_card and self.split == "validation":
+            raise ValueError("update_card: a card tells of test prompts; leave it out with --split validation")
+        if unknown := set(self.judges or []) - EVAL_METRICS.keys():
+            raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(EVAL_METRICS)}")
+        widths = {Method.CONTROLLED_DECODING: ControlledDecoding(), Method.BLOCKWISE: BlockwiseBestOf()}
+        for method in widths.keys() & set(self.methods):
+            if self.study == "methods" and self.max_batch_size < (width := widths[method].num_candidates):
+                raise ValueError(f"max_batch_size: {method} tries {width} continuations at once; give as many rows")
         return self
 
     def cli_cmd(self) -> None:
         allow_rewards_of_the_working_folder()
+        if self.update_card:
+            require_matplotlib()
         loaded = self.load()
+        registry = load_registry(self.heads_dir, loaded)
+        registry.check([self.head], param="head")
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
-        card = load_card(folder)
-        study = _STUDIES[self.study](self._setup(loaded, card))
+        study = _STUDIES[self.study](self._setup(loaded, registry, load_card(folder).reward))
         result = {
             **study.run(),
-            "sampling": self._sampling().model_dump(exclude={"prompts_per_shard"}),
+            "sampling": self._sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "command": command_line(),
@@ -113,47 +155,53 @@ class Eval(ModelCommand):
         if self.out is not None:
             write_text(self.out, json.dumps(result, indent=1) + "\n")
         if self.update_card:
-            study.keep(folder, result)
+            study.save(folder, result)
         study.show(result)
 
-    def _setup(self, loaded: LoadedModel, card: HeadCard) -> EvalSetup:
-        # What can be wrong with names is said before minutes of sampling.
-        scoring = Scoring.load(card.reward, self.judges or _JUDGES.get(card.reward, []))
-        prompts = self._prompts(self.prompts, self.split)[: self.max_prompts]
+    def _setup(self, loaded: LoadedModel, registry: HeadRegistry, reward: str) -> EvalSetup:
+        # What can be wrong with names, or is missing, is said before minutes of sampling.
+        scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
+        instruction = self.instruction or _INSTRUCTIONS.get(reward)
+        if self.study == "methods" and Method.PROMPTING in self.methods and instruction is None:
+            raise ConfigurationError(
+                f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
+            )
         tuning_file = self.tuning_prompts or self.prompts
-        registry = load_registry(self.heads_dir, loaded)
-        if self.study != "stress":
+        if baselines := self._baselines():
             texts = {prompt.id: prompt.text for prompt in read_prompts(tuning_file)}
-            for name, head in load_baselines(self.work / "rivals", self.rollouts, card.reward, texts).items():
+            for name, head in load_baselines(self.work / "baselines", self.rollouts, reward, texts, baselines).items():
                 registry = registry.with_head(name, head.to(loaded.model.device))
         return EvalSetup(
             head=self.head,
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
             scoring=scoring,
             store=GenerationStore(self.work / "responses"),
-            prompts=prompts,
-            tuning_prompts=self._prompts(tuning_file, "validation"),
+            prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],
+            tuning_prompts=[] if self.study == "stress" else self._prompts(tuning_file, "validation"),
             split=self.split,
             test_set=self.prompts.stem if self.prompts else "project",
             num_samples=self.num_samples,
-            instruction=self.instruction or _INSTRUCTIONS.get(card.reward),
+            instruction=instruction,
             step_size=self.step_size,
             max_kl=self.max_kl,
-            rivals=self.methods,
+            methods=self.methods,
         )
+
+    def _baselines(self) -> list[str]:
+        """Those that the study compares with."""
+        if self.study == "methods":
+            return [method.value for method in BASELINES if method in self.methods]
+        return [Method.RE_CONTROL.value] if self.study == "map" else []
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
         served = read_prompts(path, self.formats)
         chosen = [prompt for prompt in served if split in ("all", split_of(prompt.id))]
+        # A file may be sorted by kind; the first so many should be of every kind.
+        chosen.sort(key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
         if not chosen:
-            raise ConfigurationError(f"prompts: none of the {len(served)} with these formats is in the {split} split")
+            source = path or "the project's own prompts"
+            raise ConfigurationError(f"prompts: none of the {len(served)} of {source} is in the {split} split")
         return chosen
 
     def _sampling(self) -> RolloutSettings:
-        return RolloutSettings(
-            num_samples=self.num_samples,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
+        return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})

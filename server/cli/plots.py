@@ -7,21 +7,14 @@ Enter at `plot_pareto` and `plot_map`.
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from server.cli.strengths import (
-    BEST_OF,
-    BLOCKWISE,
-    CONTROLLED_DECODING,
-    HEAD,
-    PROMPTING,
-    RE_CONTROL,
-    STATIC,
-)
+from server.cli.strengths import Method
 from server.errors import ConfigurationError
 from value_models.whole_files import write_text
 
@@ -39,17 +32,26 @@ class _Look(NamedTuple):
 
 _BASE, _GOAL = "base", "goal"
 _GREY = "#666666"
-# Of Okabe and Ito's palette, which the colour-blind can tell apart. Later ways are drawn over earlier ones.
+# Of Okabe and Ito's palette, which the colour-blind can tell apart. Later methods are drawn over earlier ones.
 _LOOKS = {
-    BEST_OF: _Look("best of N (KL bound)", "#CC79A7", "v"),
-    BLOCKWISE: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
-    CONTROLLED_DECODING: _Look("controlled decoding", "#009E73", "^"),
-    STATIC: _Look("static vector", "#E69F00", "s"),
-    RE_CONTROL: _Look("RE-Control", "#D55E00", "P"),
-    HEAD: _Look("head", "#0072B2", "o"),
-    PROMPTING: _Look("prompting", "#000000", "X"),
+    Method.BEST_OF: _Look("best of N (KL bound)", "#CC79A7", "v"),
+    Method.BLOCKWISE: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
+    Method.CONTROLLED_DECODING: _Look("controlled decoding", "#009E73", "^"),
+    Method.STATIC_VECTOR: _Look("static vector", "#E69F00", "s"),
+    Method.RE_CONTROL: _Look("RE-Control", "#D55E00", "P"),
+    Method.HEAD: _Look("head", "#0072B2", "o"),
+    Method.PROMPTING: _Look("prompting", "#000000", "X"),
 }
-_LEGEND_ORDER = (_BASE, HEAD, STATIC, RE_CONTROL, CONTROLLED_DECODING, BLOCKWISE, BEST_OF, PROMPTING)
+_LEGEND_ORDER = (
+    _BASE,
+    Method.HEAD,
+    Method.STATIC_VECTOR,
+    Method.RE_CONTROL,
+    Method.CONTROLLED_DECODING,
+    Method.BLOCKWISE,
+    Method.BEST_OF,
+    Method.PROMPTING,
+)
 # Divergences up to the largest budget that is a goal lie on a linear scale, those beyond it on a logarithmic one.
 _GOAL_KL = 0.3
 _KL_TICKS = (0, 0.1, 0.2, 0.3, 1, 3, 10, 30)
@@ -73,10 +75,10 @@ _STYLE: dict[Any, Any] = {
 
 
 def plot_pareto(result: dict[str, Any], path: Path, *, title: str) -> None:
-    """Reward, each judge and diversity over mean KL, a line for each way through its strengths.
+    """Reward, each judge and diversity over mean KL, a line for each method through its strengths.
 
-    `result` is of the methods study: "judges" and "sweep", {way: [{"strength", "figures": {metric: {"mean", "low",
-    "high"}}}]}; ways may be absent. Bars are the 95% intervals. Raises ConfigurationError without matplotlib.
+    `result` is of the methods study: "judges" and "sweep", {method: [{"strength", "figures": {metric: {"mean", "low",
+    "high"}}}]}; methods may be absent. Bars are the 95% intervals. Raises ConfigurationError without matplotlib.
     """
     sweep: dict[str, list[dict[str, Any]]] = result["sweep"]
     unknown = sweep.keys() - {_BASE, *_LOOKS}
@@ -88,10 +90,11 @@ def plot_pareto(result: dict[str, Any], path: Path, *, title: str) -> None:
         for axes, metric in zip(panels, metrics, strict=True):
             handles = _draw_panel(axes, sweep, metric)
         _scale_kl(panels, sweep)
-        ordered = [way for way in _LEGEND_ORDER if way in handles]
-        labels = [_LOOKS[way].label if way in _LOOKS else way for way in ordered]
+        looks: dict[str, _Look] = {**_LOOKS}
+        ordered = [method for method in _LEGEND_ORDER if method in handles]
+        labels = [look.label if (look := looks.get(method)) else method for method in ordered]
         figure.legend(
-            [handles[way] for way in (*ordered, _GOAL)],
+            [handles[method] for method in (*ordered, _GOAL)],
             [*labels, f"KL {_GOAL_KL:g} (largest budget goal)"],
             loc="outside lower center",
             ncols=5,
@@ -121,15 +124,22 @@ def plot_map(result: dict[str, Any], path: Path, *, title: str) -> None:
             grid[row][0].set_ylabel(f"{name}\nstep size alpha")
 
 
+def require_matplotlib() -> None:
+    """Raises ConfigurationError without it: to be asked before the hours whose result is to be drawn."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ConfigurationError("plots: needs matplotlib; run `pip install recontrol[train]`") from error
+
+
 @contextmanager
 def _drawing(path: Path, inches: tuple[float, float], title: str) -> Iterator[Figure]:
     """A figure to draw on, which then becomes the file. No setting of the user's or of another figure reaches it."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ConfigurationError("plots: needs matplotlib; run `pip install recontrol[train]`") from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     text = io.StringIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -142,14 +152,14 @@ def _drawing(path: Path, inches: tuple[float, float], title: str) -> Iterator[Fi
 
 
 def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str) -> dict[str, Any]:
-    """One metric over mean KL. Returns what a legend shows: each way, and the line at the goal."""
+    """One metric over mean KL. Returns what a legend shows: each method, and the line at the goal."""
     handles: dict[str, Any] = {_GOAL: axes.axvline(_GOAL_KL, color=_GREY, linewidth=0.9, linestyle=":", zorder=1)}
     for base in sweep.get(_BASE, []):
         height = base["figures"][metric]["mean"]
         handles[_BASE] = axes.axhline(height, color=_GREY, linewidth=1.1, linestyle="--", zorder=1)
-    for order, (way, look) in enumerate(_LOOKS.items()):
-        if points := sorted(sweep.get(way, []), key=lambda point: point["strength"]):
-            handles[way] = axes.errorbar(
+    for order, (method, look) in enumerate(_LOOKS.items()):
+        if points := sorted(sweep.get(method, []), key=lambda point: point["strength"]):
+            handles[method] = axes.errorbar(
                 [point["figures"]["kl"]["mean"] for point in points],
                 [point["figures"][metric]["mean"] for point in points],
                 yerr=None if metric == "diversity" else _bars([point["figures"][metric] for point in points]),

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from server.cli.heads import HeadsCommand
 from server.errors import ConfigurationError
-from value_models.rollouts import RolloutSettings
 from value_models.store import HeadCard
 from value_models.whole_files import write_text
 
@@ -55,7 +54,7 @@ def summary_table(cards: Sequence[HeadCard]) -> str:
             arms = result["arms"]
             base, head = arms["base"], arms["head"]
             rewards = [f"{arms[arm]['reward']['mean']:.2f}" if arm in arms else "" for arm in ("base", *_SUMMARY_ARMS)]
-            votes = [f"{100 * arms[arm]['win_over_base']['mean']:.0f}%" if arm in arms else "" for arm in _SUMMARY_ARMS]
+            votes = [_share(arms.get(arm, {}).get("win_over_base")) for arm in _SUMMARY_ARMS]
             costs = [
                 f"{head['diversity']['mean'] / base['diversity']['mean']:.2f}",
                 f"{head['nll']['mean'] - base['nll']['mean']:+.2f}",
@@ -72,7 +71,8 @@ def evaluation_tables(cards: Sequence[HeadCard]) -> str:
     for card in cards:
         parts += [f"### {card.name}", card.description]
         parts += [_table(card, result) for result in (card.evaluation or {}).values()]
-        parts.append(f"![reward and judges against divergence, on validation prompts]({card.name}/sweep.svg)")
+        if card.evaluation:
+            parts.append(f"![reward and judges against divergence, on validation prompts]({card.name}/sweep.svg)")
     return "\n\n".join(parts)
 
 
@@ -81,12 +81,11 @@ def stress_tables(cards: Sequence[HeadCard]) -> str:
 
 
 def commands(cards: Sequence[HeadCard]) -> str:
-    """Rollouts first, then what made and measured each head."""
-    lines: list[str] = sorted({_rollouts_command(card.data["rollouts"]) for card in cards if "rollouts" in card.data})
+    """What made and measured each head."""
+    lines: list[str] = []
     for card in cards:
         results = [*(card.evaluation or {}).values(), *([card.stress] if card.stress else [])]
-        measured = [result["command"] for result in results]
-        lines += [card.command, *measured]
+        lines += [card.command, *(result["command"] for result in results)]
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -118,24 +117,19 @@ _TITLES = {
 }
 
 
-def _rollouts_command(settings: dict[str, Any]) -> str:
-    defaults = RolloutSettings().model_dump()
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value != defaults[name]]
-    return " ".join(["recontrol rollouts", *flags])
-
-
 def _table(card: HeadCard, result: dict[str, Any]) -> str:
     """A row for each arm, with 95% intervals over prompts. Time is for a response, over the base model's."""
     scores = ["reward", *result["judges"]]
     rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
     means = ["diversity", "coherence", "nll", "kl"]
-    titles = [f"`{card.name}` on {result['test_set']}", *scores, *(_TITLES[name] for name in (*rates, *means))]
+    size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
+    titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(_TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL", "time"]
     lines = [_row(titles), "|---" * len(titles) + "|"]
     base_s = _response_s(result["arms"]["base"])
     for arm, figures in result["arms"].items():
         cells = [_interval(figures[name]) for name in scores]
-        cells += [f"{100 * figures[name]['mean']:.0f}%" for name in rates]
+        cells += [_share(figures[name]) for name in rates]
         cells += [f"{figures[name]['mean']:.2f}" for name in means]
         lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}", f"{_response_s(figures) / base_s:.2f}"]))
     return "\n".join(lines)
@@ -151,6 +145,10 @@ def _section(name: str) -> re.Pattern[str]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _share(figure: dict[str, Any] | None) -> str:
+    return f"{100 * figure['mean']:.0f}%" if figure else ""
 
 
 def _interval(figure: dict[str, Any]) -> str:

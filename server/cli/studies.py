@@ -1,13 +1,14 @@
 """What `recontrol eval` can ask of a head: all methods compared, the corners of the allowed ranges, step size by steps.
 
-A study runs on a `EvalSetup`, gives a result of plain data, keeps it with the head, and shows it. Enter at the studies.
+A study runs on an `EvalSetup`, gives a result of plain data, saves it with the head, and shows it. Enter at one of the
+studies.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,7 @@ from tqdm import tqdm
 
 from server.cli.arms import ArmFactory, head_control
 from server.cli.plots import plot_map, plot_pareto
-from server.cli.strengths import (
-    BEST_OF,
-    BLOCKWISE,
-    CONTROLLED_DECODING,
-    HEAD,
-    PROMPTING,
-    RE_CONTROL,
-    REGISTERED,
-    STATIC,
-    Strengths,
-    Sweep,
-)
+from server.cli.strengths import Method, StrengthSearch, Sweep
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
@@ -36,8 +26,12 @@ from value_models.store import load_card, save_card
 from value_models.whole_files import write_text
 
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
-_WITH_PROMPTING = f"{HEAD} + {PROMPTING}"
-_COMPARISONS = {HEAD: ("base", PROMPTING, STATIC), _WITH_PROMPTING: (PROMPTING, HEAD)}
+_HEAD, _PROMPTING = Method.HEAD.label, Method.PROMPTING.label
+_WITH_PROMPTING = f"{_HEAD} + {_PROMPTING}"
+_COMPARISONS = {
+    _HEAD: ("base", _PROMPTING, Method.STATIC_VECTOR.label, "best of 4"),
+    _WITH_PROMPTING: (_PROMPTING, _HEAD),
+}
 _NUM_TUNING_PROMPTS = 48
 _MAP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _MAP_STEPS = (3, 10, 30, 100)
@@ -61,8 +55,8 @@ class EvalSetup:
     instruction: str | None
     step_size: float
     max_kl: float
-    rivals: Sequence[str]
-    """Which of `strengths.RIVALS` take part."""
+    methods: Collection[Method]
+    """Those that take part, besides the head."""
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
@@ -72,15 +66,15 @@ class EvalSetup:
         """On validation prompts, one response each."""
         return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, {})
 
-    def strengths(self) -> Strengths:
-        return Strengths(
+    def strengths(self) -> StrengthSearch:
+        return StrengthSearch(
             self.factory,
             self.tune,
             head=self.head,
             step_size=self.step_size,
             max_kl=self.max_kl,
             instruction=self.instruction,
-            rivals=self.rivals,
+            methods=self.methods,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -131,39 +125,37 @@ class MethodsStudy:
             "arms": figures,
             **setup.describe(),
             "control": {"step_size": setup.step_size, "max_kl": setup.max_kl},
-            "strengths": {"equal_divergence": sweep.equal, "best": sweep.best},
-            "sweep": {way: [asdict(point) for point in points] for way, points in sweep.points.items()},
+            "strengths": {"equal_divergence": _plain(sweep.matched), "best": _plain(sweep.best)},
+            "sweep": {str(method): [asdict(point) for point in points] for method, points in sweep.points.items()},
         }
 
-    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+    def save(self, folder: Path, result: dict[str, Any]) -> None:
         """The table in the card, by test set; the sweep, which is of validation prompts, beside it with its plot."""
         card = load_card(folder)
         evaluation = (card.evaluation or {}) | {result["test_set"]: _for_card(result)}
         save_card(folder, card.model_copy(update={"evaluation": evaluation}))
         if self._setup.split != "all":
-            sweep = {"sweep": result["sweep"], "judges": result["judges"], "command": result["command"]}
+            kept = ("test_set", "num_tuning_prompts", "judges", "strengths", "sweep", "sampling", "command")
+            sweep = {name: result[name] for name in kept}
             write_text(folder / SWEEP_FILE, json.dumps(sweep, indent=1) + "\n")
             plot_pareto(sweep, folder / SWEEP_FILE.replace(".json", ".svg"), title=self._setup.head)
 
     def show(self, result: dict[str, Any]) -> None:
         _show(result)
 
-    def _arms(self, strengths: Strengths, sweep: Sweep) -> dict[str, Arm]:
+    def _arms(self, strengths: StrengthSearch, sweep: Sweep) -> dict[str, Arm]:
         setup, arms = self._setup, dict[str, Arm]()
-        has_prompting = PROMPTING in setup.rivals and setup.instruction is not None
-        if has_prompting:
-            arms[PROMPTING] = strengths.arm(PROMPTING, 0.0)
-        for way in (BEST_OF, BLOCKWISE):
-            if way in setup.rivals:
-                arms[f"{way} 4"] = strengths.arm(way, 4)
-        if CONTROLLED_DECODING in setup.rivals:
-            arms[CONTROLLED_DECODING] = strengths.arm(CONTROLLED_DECODING, sweep.best[CONTROLLED_DECODING])
-        for way in (RE_CONTROL, STATIC, HEAD):
-            if way in sweep.equal:
-                arms[way] = strengths.arm(way, sweep.equal[way])
-                if sweep.best[way] != sweep.equal[way]:
-                    arms[f"{way}, best strength"] = strengths.arm(way, sweep.best[way])
-        if has_prompting:
+        for method in (Method.PROMPTING, Method.BEST_OF, Method.BLOCKWISE, Method.CONTROLLED_DECODING):
+            if method in setup.methods:
+                is_best_of = method in (Method.BEST_OF, Method.BLOCKWISE)
+                strength = 4.0 if is_best_of else sweep.best.get(method, 0.0)
+                arms[f"{method.label} 4" if is_best_of else method.label] = strengths.arm(method, strength)
+        for method in (Method.RE_CONTROL, Method.STATIC_VECTOR, Method.HEAD):
+            if method in sweep.matched:
+                arms[method.label] = strengths.arm(method, sweep.matched[method])
+                if sweep.best[method] != sweep.matched[method]:
+                    arms[f"{method.label}, best strength"] = strengths.arm(method, sweep.best[method])
+        if Method.PROMPTING in setup.methods:
             assert setup.instruction is not None
             control = head_control(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
             arms[_WITH_PROMPTING] = setup.factory.prompting(setup.instruction, control)
@@ -186,7 +178,7 @@ class StressStudy:
                 arms[f"weight {weight:+.0f}, max_kl {max_kl}"] = setup.factory.control(control)
         return {"arms": setup.compare(arms), **setup.describe(), "control": corner}
 
-    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+    def save(self, folder: Path, result: dict[str, Any]) -> None:
         save_card(folder, load_card(folder).model_copy(update={"stress": _for_card(result)}))
 
     def show(self, result: dict[str, Any]) -> None:
@@ -202,7 +194,7 @@ class MapStudy:
 
     def run(self) -> dict[str, Any]:
         setup, strengths = self._setup, self._setup.strengths()
-        middle = strengths.matched(RE_CONTROL, 1.0, strengths.own_kl())
+        middle = strengths.matched(Method.RE_CONTROL)
         step_sizes = [float(f"{middle * factor:.2g}") for factor in _MAP_FACTORS]
         maps = {
             name: [[self._cell(size, steps, max_kl) for steps in _MAP_STEPS] for size in step_sizes]
@@ -210,7 +202,7 @@ class MapStudy:
         }
         return {"step_sizes": step_sizes, "steps": list(_MAP_STEPS), "max_kl": setup.max_kl, "maps": maps}
 
-    def keep(self, folder: Path, result: dict[str, Any]) -> None:
+    def save(self, folder: Path, result: dict[str, Any]) -> None:
         write_text(folder / MAP_FILE, json.dumps(result, indent=1) + "\n")
         plot_map(result, folder / MAP_FILE.replace(".json", ".svg"), title=self._setup.head)
 
@@ -223,11 +215,15 @@ class MapStudy:
 
     def _cell(self, step_size: float, steps: int, max_kl: float) -> dict[str, float]:
         arm = self._setup.factory.control_without_limits(
-            REGISTERED[RE_CONTROL], step_size=step_size, steps=steps, max_kl=max_kl
+            Method.RE_CONTROL.value, step_size=step_size, steps=steps, max_kl=max_kl
         )
         figures = self._setup.tune({f"{step_size:g} x {steps}": arm}, num_prompts=_NUM_MAP_PROMPTS)
         (cell,) = figures.values()
         return {metric: cell[metric]["mean"] for metric in _MAP_METRICS}
+
+
+def _plain(strengths: Mapping[Method, float]) -> dict[str, float]:
+    return {method.value: strength for method, strength in strengths.items()}
 
 
 def _for_card(result: dict[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,7 @@ class Prompts(Command):
 
     def cli_cmd(self) -> None:
         prompts = PROMPT_SETS[self.name]()
-        fields = {"id", "format", "kind", "text"}
-        lines = [prompt.model_dump_json(by_alias=True, include=fields) for prompt in prompts]
+        lines = [prompt.model_dump_json(by_alias=True, exclude_none=True) for prompt in prompts]
         write_text(self.out, "".join(f"{line}\n" for line in lines))
         print(f"{len(prompts)} prompts are in {self.out}")
 

@@ -33,6 +33,8 @@ from value_models.linear import MIN_ROWS, PackedLinear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
+# Three rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
+_MAX_TABLES = 64
 
 
 class Unembedding(Protocol):
@@ -128,8 +130,8 @@ class StateEditor:
         """Every group's edit, and the projection [B, V] of the unedited states."""
         ascents = [_ascend(hidden_BD, group) for group in plan.groups]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
-        bent = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
-        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in bent]
+        nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
+        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
         deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
@@ -146,19 +148,21 @@ class StateEditor:
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
-        return _kept(self._row_logits, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t()))
+        return _kept(
+            self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
+        )
 
     def _table_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> ShiftTable:
         def make() -> ShiftTable:
             coefficients_RU = torch.tensor([coefficients] * MIN_ROWS)
             return ShiftTable(self._row_logits_of(stack)(coefficients_RU)[0])
 
-        return _kept(self._tables, (stack, coefficients), make)
+        return _kept(self._tables, _MAX_TABLES, (stack, coefficients), make)
 
     def _shared_within_budget(self, ascent: _Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
         """For rows that share their shift but for its length."""
         group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
-        is_whole = len(group.rows) == len(projected_BV)
+        is_whole = len(group.rows_R) == len(projected_BV)
         base_RV = self._unembedding.finish(projected_BV if is_whole else projected_BV[group.rows_R])
         scale_R, kl_R = largest_scale_of_shared(table, ascent.share_R, base_RV, group.max_kl_R)
         return _Edit(
@@ -193,10 +197,10 @@ def _rows_of(stack: HeadStack) -> Tensor:
     return torch.cat([head.folded_ascent() for head in stack.heads])
 
 
-def _kept(kept: dict[Key, Made], key: Key, make: Callable[[], Made]) -> Made:
+def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made]) -> Made:
     """What was made for a key before, or is made now; the oldest goes when there are too many."""
     if key not in kept:
-        if len(kept) >= MAX_STACKS:
+        if len(kept) >= at_most:
             del kept[next(iter(kept))]
         kept[key] = make()
     return kept[key]

@@ -1,8 +1,9 @@
-"""Which rows of a step are controlled, and how: rows grouped by the set of heads they use.
+"""Which rows of a step are controlled, and how: rows grouped by what they can share.
 
-Rows that share a set of heads run through the same few matrix products whatever their weights, steps and budgets are.
-When all heads of a set are linear, an ascent is the same shift in every state; rows of such a group share that too. A
-plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
+Rows with the same heads run through the same few matrix products, whatever their weights, steps and budgets are. When
+all of those heads are linear, an ascent is the same shift in every state, and rows are grouped by that too: by what
+their weights, step size and steps come to. Such a group shares most of its work, but there is one for each distinct
+control. A plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
 `EditPlan.from_rows`.
 """
 

@@ -122,11 +122,11 @@ class HeadRegistry:
         self.check([name])
         return self._heads[name]
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises UnknownHeadError, which lists the heads that exist."""
+    def check(self, names: Sequence[str], *, param: str = "control.objective.weights") -> None:
+        """Raises UnknownHeadError, which names the field and lists the heads that exist."""
         for name in names:
             if name not in self._heads:
-                raise UnknownHeadError(name, self._heads, param="control.objective.weights")
+                raise UnknownHeadError(name, self._heads, param=param)
 
     def stack(self, names: tuple[str, ...]) -> HeadStack:
         """The named heads as one, in the order given. Raises UnknownHeadError."""

@@ -1,5 +1,7 @@
 """The laws of the edit, on a random LM head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -192,6 +194,29 @@ def test_control_raises_the_predicted_value_and_a_negative_weight_lowers_it(
 def test_many_kinds_of_rows_need_one_group_for_each_set_of_heads(registry: HeadRegistry) -> None:
     rows = [control({"good": w}, steps=s) for w in (1.0, -1.0) for s in (1, 5)] + [control({"line": 1.0, "good": 2.0})]
     assert len(plan_of(registry, rows).groups) == 2
+
+
+def test_rows_of_linear_heads_are_grouped_by_their_shift(registry: HeadRegistry) -> None:
+    rows = [control({"line": weight}, step_size=size, steps=steps)
+            for weight, size, steps in ((1.0, 0.2, 5), (0.5, 0.2, 10), (2.0, 0.5, 1), (-1.0, 0.2, 5))]  # fmt: skip
+    assert [group.rows for group in plan_of(registry, rows).groups] == [(0, 1, 2), (3,)]
+
+
+def test_sharing_a_shift_changes_nothing_but_rounding(registry: HeadRegistry, hidden: Tensor) -> None:
+    rows = [control({"line": 1.0}, step_size=3.0, max_kl=0.02 * (i + 1), max_shift=0.5) for i in range(7)]
+    plan = plan_of(registry, rows)
+    alone = EditPlan(tuple(replace(group, coefficients=None) for group in plan.groups))
+    (shared_BV, (shared,)), (alone_BV, (other,)) = EDITOR.logits(hidden, plan), EDITOR.logits(hidden, alone)
+    torch.testing.assert_close(shared_BV, alone_BV, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(shared.kl_R, other.kl_R, rtol=0.05, atol=1e-5)
+    assert shared.is_budget_limited_R.tolist() == other.is_budget_limited_R.tolist()
+
+
+def test_more_distinct_shifts_than_are_kept_give_each_row_its_own(registry: HeadRegistry, hidden: Tensor) -> None:
+    rows = [control({"line": 0.01 * (i + 1)}) for i in range(70)]
+    many, _ = EDITOR.logits(hidden[:1].expand(70, -1).contiguous(), plan_of(registry, rows))
+    for i in (0, 35, 69):
+        assert torch.equal(EDITOR.logits(hidden[:1].contiguous(), plan_of(registry, [rows[i]]))[0][0], many[i])
 
 
 @pytest.mark.parametrize("name", ["good", "line"])

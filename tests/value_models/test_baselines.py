@@ -14,6 +14,7 @@ from value_models.heads import MLPHead
 from value_models.rollouts import RolloutSettings, collect_rollouts
 from value_models.training_data import load_training_data
 
+NAMES = ["static-vector", "re-control"]
 TEXTS = {prompt.id: prompt.text for prompt in PROMPTS}
 
 
@@ -36,14 +37,14 @@ def test_re_control_steps_along_the_plain_gradient_of_the_value_by_the_state(rol
 def test_rivals_are_trained_once_and_again_for_another_reward(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load_baselines(tmp_path, rollouts, "brevity", TEXTS)
-    assert set(first) == {"static-vector", "re-control"}
+    first = load_baselines(tmp_path, rollouts, "brevity", TEXTS, NAMES)
+    assert set(first) == set(NAMES)
     monkeypatch.setattr(baselines, "load_training_data", lambda *_: pytest.fail("trained again"))
-    again = load_baselines(tmp_path, rollouts, "brevity", TEXTS)
+    again = load_baselines(tmp_path, rollouts, "brevity", TEXTS, NAMES)
     for name, head in first.items():
         assert all(
             torch.equal(a, b)
             for a, b in zip(head.state_dict().values(), again[name].state_dict().values(), strict=True)
         )
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        load_baselines(tmp_path, rollouts, "plain", TEXTS)
+        load_baselines(tmp_path, rollouts, "plain", TEXTS, NAMES[:1])

