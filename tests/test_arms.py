@@ -1,0 +1,98 @@
+"""Ways to steer as arms, on a tiny model: what tells them apart, and what their samples' figures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from server.cli.arms import ArmFactory, head_control
+from server.control.registry import HeadRegistry
+from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
+from tests.conftest import random_head
+from value_models.evaluation import Arm
+from value_models.heads import ValueHead
+from value_models.rollouts import RolloutPrompt, RolloutSettings
+
+PROMPTS = [RolloutPrompt(id=f"p{i}", format="text", prompt="ab" * (i + 1)) for i in range(4)]
+SAMPLING = RolloutSettings(max_tokens=6, top_p=1.0)
+
+
+@pytest.fixture
+def make(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., ArmFactory]:
+    def factory(sampling: RolloutSettings = SAMPLING, **others: ValueHead) -> ArmFactory:
+        return ArmFactory(load_tiny(), HeadRegistry({**heads, **others}), sampling, max_batch_size=8)
+
+    return factory
+
+
+def arms(factory: ArmFactory) -> list[Arm]:
+    return [
+        factory.base(),
+        factory.prompting("Be kind."),
+        factory.prompting("Be brief."),
+        factory.prompting("Be kind.", head_control("good")),
+        factory.control(head_control("good")),
+        factory.control(head_control("good", weight=-1.0)),
+        factory.control(head_control("line")),
+        factory.control(head_control("good", max_kl=0.1)),
+        factory.control_without_limits("good", step_size=1.0, steps=3),
+        factory.control_without_limits("good", step_size=1.0, steps=4),
+        factory.search("good", ControlledDecoding()),
+        factory.search("good", ControlledDecoding(value_weight=1.0)),
+        factory.search("line", ControlledDecoding()),
+        factory.search("good", BlockwiseBestOf()),
+    ]
+
+
+def test_what_matters_for_a_response_tells_arms_apart(make: Callable[..., ArmFactory]) -> None:
+    factories = [make(), make(SAMPLING.model_copy(update={"seed": 7})), make(good=random_head(9))]
+    specs = [str(arm.spec) for factory in factories[:2] for arm in arms(factory)]
+    assert len(set(specs)) == 2 * len(arms(factories[0]))
+    # Another head under the same name is another arm; what does not use it is not.
+    same = {str(arm.spec) for arm in arms(factories[0])} & {str(arm.spec) for arm in arms(factories[2])}
+    assert len(same) == sum("good" not in str(arm.spec) for arm in arms(factories[0]))
+
+
+def test_the_number_of_samples_is_no_part_of_an_arm(make: Callable[..., ArmFactory]) -> None:
+    factory = make()
+    assert factory.base().spec == factory.best_of(4).spec
+    one = {s.prompt_id: s.response for s in factory.base().sampler(PROMPTS, 1)}
+    two = {s.prompt_id: s.response for s in factory.base().sampler(PROMPTS, 2) if s.sample == 0}
+    assert one == two
+
+
+@pytest.mark.parametrize("way", range(14))
+def test_every_arm_gives_each_response_once_with_figures(make: Callable[..., ArmFactory], way: int) -> None:
+    samples = list(arms(make())[way].sampler(PROMPTS, 2))
+    assert {(s.prompt_id, s.sample) for s in samples} == {(p.id, i) for p in PROMPTS for i in range(2)}
+    for sample in samples:
+        assert 1 <= sample.num_tokens <= 6
+        assert sample.nll > 0
+        assert sample.wall_s > 0
+    assert any(sample.mean_kl for sample in samples) == (way != 0)
+
+
+def test_an_instructions_divergence_is_what_its_tokens_lose_without_it(
+    make: Callable[..., ArmFactory], load_tiny: Callable[..., LoadedModel]
+) -> None:
+    instruction, prompt = "Be kind.", PROMPTS[0]
+    one_token = SAMPLING.model_copy(update={"max_tokens": 1})
+    samples = make(one_token).prompting(instruction).sampler([prompt], 16)
+    loaded = load_tiny()
+    tokenizer: Any = loaded.tokenizer
+    # Those whose token is a whole character: the others' text does not tell which it was.
+    told = [(s, ids) for s in samples if len(ids := tokenizer(s.response)["input_ids"]) == 1 and s.response.isascii()]
+    assert told
+
+    def nll(text: str, token_id: int) -> float:
+        logits = loaded.model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+        return -float(logits.log_softmax(-1)[token_id])
+
+    for sample, (token_id,) in told:
+        bare, instructed = nll(prompt.text, token_id), nll(f"{instruction}\n\n{prompt.text}", token_id)
+        assert sample.nll == pytest.approx(bare, abs=1e-3)
+        assert sample.mean_kl == pytest.approx(bare - instructed, abs=1e-3)
