@@ -1,5 +1,6 @@
 """The README shows what the cards and the code say, no more."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,32 +14,36 @@ from server.types import (
     MAX_STEPS,
     ControlParams,
 )
-from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
+from value_models.store import CARD_FILE, load_card, shipped_heads_folder
 
-README = Path("README.md").read_text()
-
-
-def cards() -> list[HeadCard]:
-    folder = shipped_heads_folder(DEFAULT_MODEL)
-    return [load_card(path.parent) for path in sorted(folder.glob(f"*/{CARD_FILE}"))]
+FOLDER = shipped_heads_folder(DEFAULT_MODEL)
+PAGES = [Path("README.md").read_text(), (FOLDER / "README.md").read_text()]
+README = PAGES[0]
 
 
-def section(name: str) -> str:
-    return README.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
+def section(page: str, name: str) -> str | None:
+    """What stands between its markers, if the page has them."""
+    _, found, rest = page.partition(f"<!-- {name}: begin -->")
+    return rest.split(f"<!-- {name}: end -->")[0].strip() if found else None
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_what_the_readme_shows_of_the_heads_is_rendered_from_their_cards(name: str) -> None:
-    assert section(name) == SECTIONS[name](cards()).strip()
+def test_what_the_pages_show_of_the_heads_is_rendered_from_their_cards(name: str) -> None:
+    cards = [load_card(path.parent) for path in sorted(FOLDER.glob(f"*/{CARD_FILE}"))]
+    shown = [text for page in PAGES if (text := section(page, name)) is not None]
+    assert shown == [SECTIONS[name](cards).strip()]
 
 
 def test_the_transcript_is_what_compare_wrote() -> None:
-    assert section("transcript") == transcript(shipped_heads_folder(DEFAULT_MODEL) / TRANSCRIPT_FILE)
+    assert section(README, "transcript") == transcript(FOLDER / TRANSCRIPT_FILE)
 
 
-def test_every_head_was_evaluated_and_put_under_stress() -> None:
-    assert cards()
-    assert all(card.evaluation is not None and card.stress is not None for card in cards())
+@pytest.mark.parametrize("page", [Path("README.md"), FOLDER / "README.md", Path("value_models/README.md")])
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", page.read_text())
+    assert links
+    for link in links:
+        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.parametrize(

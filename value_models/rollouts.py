@@ -40,7 +40,7 @@ class RolloutError(ValueError):
 class RolloutPrompt(BaseModel):
     """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
 
-    `reference` is a response that people liked, for win rates; nothing is trained on it.
+    `reference` is a response that people liked, for win rates; nothing is trained on it. SHP calls it `preferred`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -31,7 +31,7 @@ _MIN_REWARD_SCALE = 1e-5
 
 
 class TrainSettings(BaseModel):
-    """What `recontrol train` can vary; the defaults are what the shipped heads were made with."""
+    """What `recontrol train` can vary; the defaults are what the default model's heads were made with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
