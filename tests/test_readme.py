@@ -38,7 +38,7 @@ def test_the_transcript_is_what_compare_wrote() -> None:
     assert section(README, "transcript") == transcript(FOLDER / TRANSCRIPT_FILE)
 
 
-@pytest.mark.parametrize("page", [Path("README.md"), FOLDER / "README.md", Path("value_models/README.md")])
+@pytest.mark.parametrize("page", [Path("README.md"), FOLDER / "README.md"])
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", page.read_text())
     assert links
