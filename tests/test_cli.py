@@ -91,7 +91,11 @@ def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list
     maps = json.loads((folder / "heads" / "short" / "map.json").read_text())["maps"]
     assert len(maps["without budget"]) == len(maps["with budget"]) == 5
     assert all(cell["kl"] <= 0.3 for row in maps["with budget"] for cell in row)
-    stress = json.loads((folder / "heads" / "short" / "card.json").read_text())["stress"]
+    card = json.loads((folder / "heads" / "short" / "card.json").read_text())
+    cost = {name: figures["over_base"] for name, figures in card["cost"]["arms"].items()}
+    assert cost["base"] == 1.0
+    assert cost["best of 4"] > 1.5
+    stress = card["stress"]
     assert next(iter(stress["arms"])) == "base"
     assert max(arm["largest_kl"] for arm in stress["arms"].values()) <= 0.5
 

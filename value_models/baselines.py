@@ -26,6 +26,8 @@ from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, TrainingDataError, load_training_data
 from value_models.whole_files import write_whole
 
+# Part of what makes a baseline: raise it when the way they are fitted changes.
+_VERSION = 1
 RE_CONTROL = TrainSettings(
     targets="td_one_step",
     center_by_prompt=False,
@@ -45,6 +47,7 @@ def load_baselines(
     Raises RolloutError, RewardError, TrainingDataError.
     """
     made_from = {
+        "version": _VERSION,
         "rollouts": open_rollouts(rollouts).manifest,
         "reward": reward_name,
         "re_control": RE_CONTROL.model_dump(),

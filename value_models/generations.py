@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
 from value_models.rollouts import RolloutPrompt
 from value_models.whole_files import write_text
-
-Item = TypeVar("Item")
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,7 +27,7 @@ class EvalSample:
 
     nll: mean negative log-probability of its tokens under the base model given the bare prompt, nats a token.
     mean_kl, max_kl: divergence from that model, nats a token; see who made the sample for how it is known.
-    wall_s: time spent on sampling since the response before it was ready.
+    wall_s: its share of the time that sampling took.
     """
 
     prompt_id: str
@@ -117,7 +114,11 @@ class GenerationStore:
             write_text(path, whole + "\n")
         known: dict[tuple[str, int], EvalSample] = {}
         for line in whole.split("\n")[1:]:
-            fields = json.loads(line)
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                # Not a whole line, whatever became of it: that response is sampled again.
+                continue
             sample = EvalSample(**{name: value for name, value in fields.items() if name != "prompt"})
             known[fields["prompt"], sample.sample] = sample
         return known
@@ -130,30 +131,6 @@ class GenerationStore:
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}.jsonl"
-
-
-class Stopwatch:
-    """Times an iterator's own work: what its caller does between two items does not count."""
-
-    def __init__(self) -> None:
-        self._spent_s = 0.0
-
-    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        iterator = iter(items)
-        while True:
-            started_s = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._spent_s += time.perf_counter() - started_s
-            yield item
-
-    def lap_s(self) -> float:
-        """Seconds since the last lap."""
-        spent_s, self._spent_s = self._spent_s, 0.0
-        return spent_s
 
 
 def _digest(prompt: RolloutPrompt) -> str:

@@ -130,6 +130,11 @@ class LinearHead(ValueHead):
 
     type_name = "linear"
 
+    def __init__(self, **first_layer: Any) -> None:
+        super().__init__(**first_layer)
+        if self.num_units != 1:
+            raise HeadShapeError(f"a linear head has one unit; inputs have {self.num_units} rows")
+
     def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
         return units_BU[:, 0], torch.ones_like(units_BU)
 

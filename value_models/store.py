@@ -20,6 +20,8 @@ from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_ten
 from value_models.whole_files import write_text, write_whole
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
+"""Figures of `recontrol eval` that are too long for a card; beside each lies its plot, an SVG."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -79,6 +81,8 @@ class HeadCard(_Frozen):
     """By test set, figures on held-out prompts of every method; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
     """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --study stress`."""
+    cost: dict[str, Any] | None = None
+    """What a response of each method takes; written by `recontrol eval --study cost`."""
     command: str
     """What made this head."""
     tensors_sha256: str = ""
@@ -110,8 +114,10 @@ def architecture_card(head: ValueHead) -> ArchitectureCard:
 def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     """Write both files, each whole or not at all; the card goes last, so a folder with a card is complete."""
     tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
-    # A head that is replaced must not be left with the old one's card.
-    (folder / CARD_FILE).unlink(missing_ok=True)
+    # A head that is replaced must not be left with the old one's card and figures.
+    for name in (CARD_FILE, SWEEP_FILE, MAP_FILE):
+        for path in (folder / name, (folder / name).with_suffix(".svg")):
+            path.unlink(missing_ok=True)
     write_whole(folder / HEAD_FILE, lambda scratch: save_file(tensors, scratch))
     save_card(folder, card.model_copy(update={"tensors_sha256": _digest(folder / HEAD_FILE)}))
 

@@ -27,7 +27,7 @@ from server.cli.command import (
 )
 from server.cli.plots import require_matplotlib
 from server.cli.strengths import BASELINES, RIVALS, Method
-from server.cli.studies import EvalSetup, MapStudy, MethodsStudy, StressStudy
+from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.control.registry import HeadRegistry
 from server.engines.embedded.engine import load_registry
 from server.engines.embedded.loader import LoadedModel
@@ -38,13 +38,13 @@ from value_models.baselines import load_baselines
 from value_models.evaluation import Scoring
 from value_models.generations import GenerationStore
 from value_models.metrics import EVAL_METRICS
-from value_models.rollouts import RolloutPrompt, RolloutSettings, split_of
-from value_models.store import load_card, shipped_heads_folder
+from value_models.rollouts import RolloutPrompt, RolloutSettings, open_rollouts, split_of
+from value_models.store import HeadCard, load_card, shipped_heads_folder
 from value_models.whole_files import write_text
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
-_STUDIES = {"methods": MethodsStudy, "stress": StressStudy, "map": MapStudy}
+_STUDIES = {"methods": MethodsStudy, "stress": StressStudy, "map": MapStudy, "cost": CostStudy}
 # By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
 _INSTRUCTIONS = {
     "positive": "Always answer in a very positive, cheerful way.",
@@ -64,10 +64,12 @@ _JUDGES = {
 }
 
 
+_SWEEPING = ("methods", "cost")
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
     "methods": set[str](),
     "stress": {"max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "cost": {"max_prompts"},
     "map": {"prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
 }
 
@@ -79,10 +81,10 @@ class Eval(ModelCommand):
     """
 
     head: CliPositionalArg[str] = Field(description="its name: a folder below --heads-dir")
-    study: Literal["methods", "stress", "map"] = Field(
+    study: Literal["methods", "stress", "map", "cost"] = Field(
         "methods",
         description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
-        "number of steps of RE-Control as published, with and without a budget",
+        "number of steps of RE-Control as published, with and without a budget; cost: what a response takes",
     )
     rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
@@ -124,7 +126,7 @@ class Eval(ModelCommand):
     def _what_does_not_go_together(self) -> Self:
         if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
             raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
-        if self.study == "methods" and self.split == "all" and self.tuning_prompts is None:
+        if self.study in _SWEEPING and self.split == "all" and self.tuning_prompts is None:
             raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
         if self.update_card and self.split == "validation":
             raise ValueError("update_card: a card tells of test prompts; leave it out with --split validation")
@@ -132,7 +134,7 @@ class Eval(ModelCommand):
             raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(EVAL_METRICS)}")
         widths = {Method.CONTROLLED_DECODING: ControlledDecoding(), Method.BLOCKWISE: BlockwiseBestOf()}
         for method in widths.keys() & set(self.methods):
-            if self.study == "methods" and self.max_batch_size < (width := widths[method].num_candidates):
+            if self.study in _SWEEPING and self.max_batch_size < (width := widths[method].num_candidates):
                 raise ValueError(f"max_batch_size: {method} tries {width} continuations at once; give as many rows")
         return self
 
@@ -144,7 +146,7 @@ class Eval(ModelCommand):
         registry = load_registry(self.heads_dir, loaded)
         registry.check([self.head], param="head")
         folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
-        study = _STUDIES[self.study](self._setup(loaded, registry, load_card(folder).reward))
+        study = _STUDIES[self.study](self._setup(loaded, registry, load_card(folder)))
         result = {
             **study.run(),
             "sampling": self._sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
@@ -158,21 +160,28 @@ class Eval(ModelCommand):
             study.save(folder, result)
         study.show(result)
 
-    def _setup(self, loaded: LoadedModel, registry: HeadRegistry, reward: str) -> EvalSetup:
+    def _setup(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard) -> EvalSetup:
         # What can be wrong with names, or is missing, is said before minutes of sampling.
+        reward = card.reward
         scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
         instruction = self.instruction or _INSTRUCTIONS.get(reward)
-        if self.study == "methods" and Method.PROMPTING in self.methods and instruction is None:
+        if self.study in _SWEEPING and Method.PROMPTING in self.methods and instruction is None:
             raise ConfigurationError(
                 f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
             )
         tuning_file = self.tuning_prompts or self.prompts
         if baselines := self._baselines():
+            prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
+            if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
+                raise ConfigurationError(
+                    f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
+                )
             texts = {prompt.id: prompt.text for prompt in read_prompts(tuning_file)}
             for name, head in load_baselines(self.work / "baselines", self.rollouts, reward, texts, baselines).items():
                 registry = registry.with_head(name, head.to(loaded.model.device))
         return EvalSetup(
             head=self.head,
+            tensors_sha256=card.tensors_sha256,
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
             scoring=scoring,
             store=GenerationStore(self.work / "responses"),
@@ -189,7 +198,7 @@ class Eval(ModelCommand):
 
     def _baselines(self) -> list[str]:
         """Those that the study compares with."""
-        if self.study == "methods":
+        if self.study in _SWEEPING:
             return [method.value for method in BASELINES if method in self.methods]
         return [Method.RE_CONTROL.value] if self.study == "map" else []
 

@@ -47,7 +47,7 @@ class HeadsReport(HeadsCommand):
 def summary_table(cards: Sequence[HeadCard]) -> str:
     """A row for each head and test set: rewards, votes of the judges, and what the head costs, all against the base."""
     titles = ["head", "test set", *(f"reward: {arm}" for arm in ("base", *_SUMMARY_ARMS))]
-    titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL", "time"]
+    titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL"]
     lines = [_row(titles), "|---" * len(titles) + "|"]
     for card in cards:
         for result in (card.evaluation or {}).values():
@@ -59,7 +59,6 @@ def summary_table(cards: Sequence[HeadCard]) -> str:
                 f"{head['diversity']['mean'] / base['diversity']['mean']:.2f}",
                 f"{head['nll']['mean'] - base['nll']['mean']:+.2f}",
                 f"{head['kl']['mean']:.2f}",
-                f"{_response_s(head) / _response_s(base):.2f}",
             ]
             lines.append(_row([f"`{card.name}`", result["test_set"], *rewards, *votes, *costs]))
     return "\n".join(lines)
@@ -80,11 +79,25 @@ def stress_tables(cards: Sequence[HeadCard]) -> str:
     return "\n\n".join(_table(card, card.stress) for card in cards if card.stress is not None)
 
 
+def cost_table(cards: Sequence[HeadCard]) -> str:
+    """What a response of each method takes, with the hardware."""
+    tables = []
+    for card in cards:
+        if card.cost is not None:
+            lines = [_row(["method", "seconds a response", "over base"]), "|---|---|---|"]
+            lines += [
+                _row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
+                for name, figures in card.cost["arms"].items()
+            ]
+            tables.append("\n".join([*lines, "", f"`{card.cost['command']}`, {card.cost['hardware']}"]))
+    return "\n\n".join(tables)
+
+
 def commands(cards: Sequence[HeadCard]) -> str:
     """What made and measured each head."""
     lines: list[str] = []
     for card in cards:
-        results = [*(card.evaluation or {}).values(), *([card.stress] if card.stress else [])]
+        results = [*(card.evaluation or {}).values(), *(result for result in (card.stress, card.cost) if result)]
         lines += [card.command, *(result["command"] for result in results)]
     return "\n".join(f"    {line}" for line in lines)
 
@@ -99,6 +112,7 @@ def transcript(path: Path) -> str:
 
 SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "summary": summary_table,
+    "cost": cost_table,
     "heads": evaluation_tables,
     "stress": stress_tables,
     "commands": commands,
@@ -118,25 +132,20 @@ _TITLES = {
 
 
 def _table(card: HeadCard, result: dict[str, Any]) -> str:
-    """A row for each arm, with 95% intervals over prompts. Time is for a response, over the base model's."""
+    """A row for each arm, with 95% intervals over prompts."""
     scores = ["reward", *result["judges"]]
     rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
     means = ["diversity", "coherence", "nll", "kl"]
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
     titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(_TITLES[name] for name in (*rates, *means))]
-    titles += ["largest KL", "time"]
+    titles += ["largest KL"]
     lines = [_row(titles), "|---" * len(titles) + "|"]
-    base_s = _response_s(result["arms"]["base"])
     for arm, figures in result["arms"].items():
         cells = [_interval(figures[name]) for name in scores]
         cells += [_share(figures[name]) for name in rates]
         cells += [f"{figures[name]['mean']:.2f}" for name in means]
-        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}", f"{_response_s(figures) / base_s:.2f}"]))
+        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
     return "\n".join(lines)
-
-
-def _response_s(figures: dict[str, Any]) -> float:
-    return figures["wall_s"] / figures["num_responses"]
 
 
 def _section(name: str) -> re.Pattern[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +19,14 @@ from tqdm import tqdm
 from server.cli.arms import ArmFactory, head_control
 from server.cli.plots import plot_map, plot_pareto
 from server.cli.strengths import Method, StrengthSearch, Sweep
+from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
 from value_models.rollouts import RolloutPrompt
-from value_models.store import load_card, save_card
+from value_models.store import MAP_FILE, SWEEP_FILE, HeadCard, load_card, save_card
 from value_models.whole_files import write_text
 
-SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
 _HEAD, _PROMPTING = Method.HEAD.label, Method.PROMPTING.label
 _WITH_PROMPTING = f"{_HEAD} + {_PROMPTING}"
 _COMPARISONS = {
@@ -33,6 +34,7 @@ _COMPARISONS = {
     _WITH_PROMPTING: (_PROMPTING, _HEAD),
 }
 _NUM_TUNING_PROMPTS = 48
+_NUM_COST_PROMPTS, _NUM_COST_ROUNDS = 16, 3
 _MAP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _MAP_STEPS = (3, 10, 30, 100)
 _NUM_MAP_PROMPTS = 24
@@ -44,6 +46,8 @@ class EvalSetup:
     """A head with everything it is measured with."""
 
     head: str
+    tensors_sha256: str
+    """Of the head that is measured: what is saved must be its own."""
     factory: ArmFactory
     scoring: Scoring
     store: GenerationStore
@@ -76,6 +80,13 @@ class EvalSetup:
             instruction=self.instruction,
             methods=self.methods,
         )
+
+    def card(self, folder: Path) -> HeadCard:
+        """As it is now: other figures may have come meanwhile, but no other head. Raises ConfigurationError."""
+        card = load_card(folder)
+        if card.tensors_sha256 != self.tensors_sha256:
+            raise ConfigurationError(f"{folder} holds another head than when the evaluation began; nothing is saved")
+        return card
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -120,7 +131,7 @@ class MethodsStudy:
     def run(self) -> dict[str, Any]:
         setup, strengths = self._setup, self._setup.strengths()
         sweep = strengths.sweep()
-        figures = setup.compare({"base": setup.factory.base(), **self._arms(strengths, sweep)}, _COMPARISONS)
+        figures = setup.compare(_arms(setup, strengths, sweep), _COMPARISONS)
         return {
             "arms": figures,
             **setup.describe(),
@@ -131,7 +142,7 @@ class MethodsStudy:
 
     def save(self, folder: Path, result: dict[str, Any]) -> None:
         """The table in the card, by test set; the sweep, which is of validation prompts, beside it with its plot."""
-        card = load_card(folder)
+        card = self._setup.card(folder)
         evaluation = (card.evaluation or {}) | {result["test_set"]: _for_card(result)}
         save_card(folder, card.model_copy(update={"evaluation": evaluation}))
         if self._setup.split != "all":
@@ -143,23 +154,40 @@ class MethodsStudy:
     def show(self, result: dict[str, Any]) -> None:
         _show(result)
 
-    def _arms(self, strengths: StrengthSearch, sweep: Sweep) -> dict[str, Arm]:
-        setup, arms = self._setup, dict[str, Arm]()
-        for method in (Method.PROMPTING, Method.BEST_OF, Method.BLOCKWISE, Method.CONTROLLED_DECODING):
-            if method in setup.methods:
-                is_best_of = method in (Method.BEST_OF, Method.BLOCKWISE)
-                strength = 4.0 if is_best_of else sweep.best.get(method, 0.0)
-                arms[f"{method.label} 4" if is_best_of else method.label] = strengths.arm(method, strength)
-        for method in (Method.RE_CONTROL, Method.STATIC_VECTOR, Method.HEAD):
-            if method in sweep.matched:
-                arms[method.label] = strengths.arm(method, sweep.matched[method])
-                if sweep.best[method] != sweep.matched[method]:
-                    arms[f"{method.label}, best strength"] = strengths.arm(method, sweep.best[method])
-        if Method.PROMPTING in setup.methods:
-            assert setup.instruction is not None
-            control = head_control(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
-            arms[_WITH_PROMPTING] = setup.factory.prompting(setup.instruction, control)
-        return arms
+
+class CostStudy:
+    """What a response of each method takes: sampled anew on test prompts, by turns, so that all meet the same machine.
+
+    Worth its figures only on a machine that does nothing else.
+    """
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self._setup = setup
+
+    def run(self) -> dict[str, Any]:
+        setup, strengths = self._setup, self._setup.strengths()
+        arms = _arms(setup, strengths, strengths.sweep())
+        prompts = setup.prompts[:_NUM_COST_PROMPTS]
+        spent_s: dict[str, list[float]] = {name: [] for name in arms}
+        for _ in tqdm(range(_NUM_COST_ROUNDS), unit="round", leave=False):
+            for name, arm in arms.items():
+                samples = arm.sampler(prompts, setup.num_samples * arm.best_of)
+                spent_s[name].append(sum(sample.wall_s for sample in samples) / len(prompts) / setup.num_samples)
+        figures = {
+            name: {
+                "response_s": round(statistics.median(seconds), 4),
+                "over_base": round(statistics.median(a / b for a, b in zip(seconds, spent_s["base"], strict=True)), 3),
+            }
+            for name, seconds in spent_s.items()
+        }
+        return {"arms": figures, "num_rounds": _NUM_COST_ROUNDS, **setup.describe(), "num_prompts": len(prompts)}
+
+    def save(self, folder: Path, result: dict[str, Any]) -> None:
+        save_card(folder, self._setup.card(folder).model_copy(update={"cost": result}))
+
+    def show(self, result: dict[str, Any]) -> None:
+        for name, figures in result["arms"].items():
+            print(f"{name:28}{figures['response_s']:.3f} s a response, {figures['over_base']:.2f} of base")
 
 
 class StressStudy:
@@ -179,7 +207,7 @@ class StressStudy:
         return {"arms": setup.compare(arms), **setup.describe(), "control": corner}
 
     def save(self, folder: Path, result: dict[str, Any]) -> None:
-        save_card(folder, load_card(folder).model_copy(update={"stress": _for_card(result)}))
+        save_card(folder, self._setup.card(folder).model_copy(update={"stress": _for_card(result)}))
 
     def show(self, result: dict[str, Any]) -> None:
         _show(result)
@@ -203,6 +231,7 @@ class MapStudy:
         return {"step_sizes": step_sizes, "steps": list(_MAP_STEPS), "max_kl": setup.max_kl, "maps": maps}
 
     def save(self, folder: Path, result: dict[str, Any]) -> None:
+        self._setup.card(folder)
         write_text(folder / MAP_FILE, json.dumps(result, indent=1) + "\n")
         plot_map(result, folder / MAP_FILE.replace(".json", ".svg"), title=self._setup.head)
 
@@ -220,6 +249,26 @@ class MapStudy:
         figures = self._setup.tune({f"{step_size:g} x {steps}": arm}, num_prompts=_NUM_MAP_PROMPTS)
         (cell,) = figures.values()
         return {metric: cell[metric]["mean"] for metric in _MAP_METRICS}
+
+
+def _arms(setup: EvalSetup, strengths: StrengthSearch, sweep: Sweep) -> dict[str, Arm]:
+    """Base first, then every method at the strengths that the sweep found."""
+    arms = {"base": setup.factory.base()}
+    for method in (Method.PROMPTING, Method.BEST_OF, Method.BLOCKWISE, Method.CONTROLLED_DECODING):
+        if method in setup.methods:
+            is_best_of = method in (Method.BEST_OF, Method.BLOCKWISE)
+            strength = 4.0 if is_best_of else sweep.best.get(method, 0.0)
+            arms[f"{method.label} 4" if is_best_of else method.label] = strengths.arm(method, strength)
+    for method in (Method.RE_CONTROL, Method.STATIC_VECTOR, Method.HEAD):
+        if method in sweep.matched:
+            arms[method.label] = strengths.arm(method, sweep.matched[method])
+            if sweep.best[method] != sweep.matched[method]:
+                arms[f"{method.label}, best strength"] = strengths.arm(method, sweep.best[method])
+    if Method.PROMPTING in setup.methods:
+        assert setup.instruction is not None
+        control = head_control(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
+        arms[_WITH_PROMPTING] = setup.factory.prompting(setup.instruction, control)
+    return arms
 
 
 def _plain(strengths: Mapping[Method, float]) -> dict[str, float]:

@@ -22,8 +22,10 @@ from value_models.linear import MIN_ROWS, PackedLinear
 # Aim a little below the budget, so that a good guess lands inside; wider at last, so that something always does.
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
 _CLOSE_ENOUGH = 0.97
-# Bound on the float32 error of a divergence over a vocabulary of 50,000, measured at 3e-6 (tests/control).
-_ROUNDING_NATS = 5e-6
+# Bound on the float32 error of a divergence over a vocabulary of 50,000 (tests/control/test_budget.py).
+_ROUNDING_NATS = 2e-5
+# Of sums of exponentials: where the shift's peak leaves less than this, they say nothing, and no edit is safe.
+_MIN_TOTAL = 1e-30
 
 
 class Divergence(Protocol):
@@ -45,18 +47,19 @@ class Divergence(Protocol):
 class LinearDivergence:
     """When the logits are base + s * delta exactly.
 
-    With p0 the base distribution and d = delta - max(delta): w = p0 exp(s d), KL = s E_w[d] - log sum(w).
+    With p0 the base distribution and d = delta - max(delta): w = p0 exp(s d), KL = s E_w[d] - log (sum(w) / sum(p0)).
     """
 
     def __init__(self, base_RV: Tensor, delta_RV: Tensor) -> None:
         self._base_probs_RV = base_RV.softmax(dim=-1)
+        # One but for rounding, which would be the largest part of a small divergence's error.
+        self._mass_R = self._base_probs_RV.sum(dim=-1)
         self._delta_RV = delta_RV - delta_RV.amax(dim=-1, keepdim=True)
 
     def __call__(self, scale_R: Tensor) -> Tensor:
         weights_RV = (scale_R[:, None] * self._delta_RV).exp_().mul_(self._base_probs_RV)
         total_R = weights_RV.sum(dim=-1)
-        mean_R = torch.linalg.vecdot(weights_RV, self._delta_RV) / total_R
-        return (scale_R * mean_R - total_R.log()).clamp(min=0.0)
+        return _divergence(scale_R * torch.linalg.vecdot(weights_RV, self._delta_RV), total_R, self._mass_R)
 
     def root_slope(self) -> Tensor:
         """KL(s) = s^2 Var_p0(d) / 2 + O(s^3)."""
@@ -67,14 +70,16 @@ class LinearDivergence:
     def take(self, rows: Tensor) -> LinearDivergence:
         taken = object.__new__(LinearDivergence)
         taken._base_probs_RV, taken._delta_RV = self._base_probs_RV[rows], self._delta_RV[rows]
+        taken._mass_R = self._mass_R[rows]
         return taken
 
 
 class ShiftTable:
     """One shift d [V] of the logits that many rows share, and the divergence of taking it whole.
 
-    KL(1) = sum(p0 e d) / sum(p0 e) - log sum(p0 e) with e = exp(d), d less its largest entry: one product of the base
-    probabilities with a packed table of e and e d, where every row for itself would need passes over the vocabulary.
+    KL(1) = sum(p0 e d) / sum(p0 e) - log (sum(p0 e) / sum(p0)) with e = exp(d), d less its largest entry: one product
+    of the base probabilities with a packed table of e, e d and ones, where every row for itself would need passes over
+    the vocabulary.
     """
 
     def __init__(self, shift_V: Tensor) -> None:
@@ -83,12 +88,17 @@ class ShiftTable:
         self.shift_V = shift_V if self.is_finite else torch.zeros_like(shift_V)
         lowered_V = self.shift_V - self.shift_V.amax()
         weights_V = lowered_V.exp()
-        self._sums = PackedLinear(torch.stack([weights_V, weights_V * lowered_V]))
+        self._sums = PackedLinear(torch.stack([weights_V, weights_V * lowered_V, torch.ones_like(weights_V)]))
 
     def divergence(self, base_RV: Tensor) -> Tensor:
         """KL(1) [R] in nats of rows with base logits [R, V], two rows at least."""
-        total_R, weighted_R = self._sums(base_RV.softmax(dim=-1)).unbind(dim=-1)
-        return (weighted_R / total_R - total_R.log()).clamp(min=0.0)
+        total_R, weighted_R, mass_R = self._sums(base_RV.softmax(dim=-1)).unbind(dim=-1)
+        return _divergence(weighted_R, total_R, mass_R)
+
+
+def _divergence(weighted_R: Tensor, total_R: Tensor, mass_R: Tensor) -> Tensor:
+    kl_R = (weighted_R / total_R - (total_R / mass_R).log()).clamp(min=0.0)
+    return torch.where(total_R > _MIN_TOTAL, kl_R, torch.inf)
 
 
 class GeneralDivergence:

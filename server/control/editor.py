@@ -162,7 +162,8 @@ class StateEditor:
     def _shared_within_budget(self, ascent: _Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
         """For rows that share their shift but for its length."""
         group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
-        is_whole = len(group.rows_R) == len(projected_BV)
+        # A single row is held twice, and then is not the whole batch, even one of two rows.
+        is_whole = len(group.rows) == len(group.rows_R) == len(projected_BV)
         base_RV = self._unembedding.finish(projected_BV if is_whole else projected_BV[group.rows_R])
         scale_R, kl_R = largest_scale_of_shared(table, ascent.share_R, base_RV, group.max_kl_R)
         return _Edit(

@@ -1,9 +1,9 @@
 """Which rows of a step are controlled, and how: rows grouped by what they can share.
 
 Rows with the same heads run through the same few matrix products, whatever their weights, steps and budgets are. When
-all of those heads are linear, an ascent is the same shift in every state, and rows are grouped by that too: by what
-their weights, step size and steps come to. Such a group shares most of its work, but there is one for each distinct
-control. A plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
+all of those heads are linear, an ascent is the same shift in every state, and on a CPU rows are grouped by that too: by
+what their weights, step size and steps come to. Such a group shares most of its work, but there is one for each
+distinct control. A plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
 `EditPlan.from_rows`.
 """
 
@@ -39,7 +39,8 @@ class RowControl(Protocol):
 class EditGroup:
     """R rows that share a stack of heads. A group of one row is held twice, so that products see two (linear.py).
 
-    `coefficients`: what every row takes the stack's ascent rows times, [U], when all heads are linear; otherwise None.
+    `coefficients`: what every row takes the stack's ascent rows times, [U], when all heads are linear; otherwise, and
+    on a GPU, where more groups cost more than what they share saves, None.
     """
 
     stack: HeadStack
@@ -68,13 +69,13 @@ class EditPlan:
         for index, control in enumerate(rows):
             if control is not None:
                 stack = registry.stack(control.objective.head_names)
-                members.setdefault((stack, _coefficients(stack, control)), []).append(index)
+                is_shared = stack.has_constant_slope and torch.device(device).type == "cpu"
+                key = (stack, _coefficients(stack, control) if is_shared else None)
+                members.setdefault(key, []).append(index)
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
 
 
-def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | None:
-    if not stack.has_constant_slope:
-        return None
+def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...]:
     steps, size = _steps(stack, control)
     slope_1K = control.objective.slope(torch.zeros(1, len(stack.names)))
     return tuple((torch.tensor(size * steps) * slope_1K)[0].tolist())

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from server.control import budget as budget_module
 from server.control.budget import (
     GeneralDivergence,
     LinearDivergence,
@@ -26,7 +27,7 @@ def test_the_budget_is_never_exceeded(base_scale: float, delta_scale: float, bud
     scale, kl = largest_scale(LinearDivergence(base, delta), torch.full((8,), budget))
     truth = exact_kl(base, delta, scale)
     assert (truth <= budget).all()
-    torch.testing.assert_close(kl.double(), truth, rtol=0, atol=5e-6)
+    torch.testing.assert_close(kl.double(), truth, rtol=0, atol=1e-5)
 
 
 def test_an_edit_that_fits_is_taken_whole() -> None:
@@ -106,3 +107,27 @@ def test_a_shared_shift_that_is_not_finite_is_none_at_all() -> None:
     table = ShiftTable(torch.tensor([0.0, float("inf"), 1.0]))
     assert not table.is_finite
     assert not table.shift_V.any()
+
+
+@pytest.mark.parametrize("peak", [20.0, 60.0, 100.0, 1000.0])
+def test_a_shift_of_one_token_far_above_the_rest_keeps_its_budget(peak: float) -> None:
+    torch.manual_seed(6)
+    base, shift, budget = torch.randn(8, 50_000) * 3, torch.zeros(50_000), torch.full((8,), 0.05)
+    shift[17] = peak
+    delta = shift.expand(8, -1)
+    for scale, kl in (
+        largest_scale(LinearDivergence(base, delta), budget),
+        largest_scale_of_shared(ShiftTable(shift), torch.ones(8), base, budget),
+    ):
+        truth = exact_kl(base, delta, scale)
+        assert (truth <= budget).all()
+        torch.testing.assert_close(kl.double(), truth, rtol=0, atol=2e-5)
+
+
+def test_the_error_of_a_divergence_is_within_the_margin_that_budgets_leave() -> None:
+    torch.manual_seed(7)
+    for size in (0.01, 0.1, 0.5, 2.0):
+        base, shift = torch.randn(16, 50_000) * 3, torch.randn(50_000) * size
+        truth = exact_kl(base, shift.expand(16, -1), torch.ones(16))
+        for kl in (LinearDivergence(base, shift.expand(16, -1))(torch.ones(16)), ShiftTable(shift).divergence(base)):
+            assert (truth - kl.double()).max() < budget_module._ROUNDING_NATS / 2

@@ -202,6 +202,26 @@ def test_rows_of_linear_heads_are_grouped_by_their_shift(registry: HeadRegistry)
     assert [group.rows for group in plan_of(registry, rows).groups] == [(0, 1, 2), (3,)]
 
 
+@pytest.mark.parametrize("name", ["good", "line"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_controlled_row_of_two_is_edited_as_if_alone(
+    registry: HeadRegistry, hidden: Tensor, name: str, place: int
+) -> None:
+    params = control({name: 1.0}, max_kl=0.05, **STRONG)
+    rows: list[ControlParams | None] = [None, None]
+    rows[place] = params
+    for first in range(5):
+        pair = hidden[first : first + 2].contiguous()
+        logits, (stats,) = EDITOR.logits(pair, plan_of(registry, rows))
+        alone, (its,) = EDITOR.logits(pair[[place, place]], plan_of(registry, [params, None]))
+        assert torch.equal(logits[place], alone[0])
+        assert torch.equal(logits[1 - place], UNEMBEDDING.project(pair)[1 - place])
+        assert stats.kl_R[0] == its.kl_R[0]
+        log_base = UNEMBEDDING.project(pair)[place].double().log_softmax(-1)
+        log_moved = logits[place].double().log_softmax(-1)
+        assert float((log_moved.exp() * (log_moved - log_base)).sum()) <= 0.05
+
+
 def test_sharing_a_shift_changes_nothing_but_rounding(registry: HeadRegistry, hidden: Tensor) -> None:
     rows = [control({"line": 1.0}, step_size=3.0, max_kl=0.02 * (i + 1), max_shift=0.5) for i in range(7)]
     plan = plan_of(registry, rows)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from value_models import generations
-from value_models.generations import EvalSample, GenerationStore, Stopwatch
+from value_models.generations import EvalSample, GenerationStore
 from value_models.rollouts import RolloutPrompt
 
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(4)]
@@ -114,9 +113,11 @@ def test_without_a_folder_responses_are_kept_in_memory() -> None:
     assert len(sampler.asked) == 4
 
 
-def test_the_stopwatch_counts_the_iterators_time_and_not_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 10.0, 12.0, 20.0, 23.0])
-    monkeypatch.setattr(generations.time, "perf_counter", lambda: next(now))
-    clock = Stopwatch()
-    assert [clock.lap_s() for _ in clock.timed("ab")] == [1.0, 2.0]
-    assert clock.lap_s() == 3.0
+def test_a_line_that_cannot_be_read_is_sampled_again(tmp_path: Path) -> None:
+    GenerationStore(tmp_path).samples(SPEC, PROMPTS, 1, CountingSampler())
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_text().split("\n")
+    file.write_text("\n".join([*lines[:2], lines[2][:9] + lines[3], *lines[4:]]))
+    sampler = CountingSampler()
+    assert len(GenerationStore(tmp_path).samples(SPEC, PROMPTS, 1, sampler)) == 4
+    assert len(sampler.asked) == 2

@@ -69,3 +69,13 @@ def test_an_unknown_type_or_an_unused_tensor_is_refused() -> None:
         head_from_tensors("transformer", tensors)
     with pytest.raises(HeadShapeError, match="extra"):
         head_from_tensors("mlp", {**tensors, "extra": torch.zeros(1)})
+
+
+def test_a_linear_head_has_one_unit() -> None:
+    head = random_linear_head(0)
+    tensors = head.state_dict()
+    two = {
+        name: tensors[name].expand(2, *tensors[name].shape[1:]) for name in ("inputs_UD", "input_bias_U", "ascent_UD")
+    }
+    with pytest.raises(HeadShapeError, match="one unit"):
+        head_from_tensors("linear", tensors | two)

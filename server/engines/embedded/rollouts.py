@@ -6,6 +6,7 @@ Implements `value_models.rollouts.RolloutSource`, and gives evaluation its sampl
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.search import SearchJob, SearchParams, SearchResult, ValueSearch
 from server.engines.embedded.sequence import Sequence as TokenSequence
+from server.engines.embedded.sequence import SequenceState
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.generations import EvalSample, Stopwatch
+from value_models.generations import EvalSample
 from value_models.heads import ValueHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
@@ -42,7 +44,7 @@ class EngineRolloutSource:
 
         Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
         """
-        for sequence, response in self._run(prompts, settings, control=None, instruction=None):
+        for sequence, response, _ in self._run(prompts, settings, control=None, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
@@ -67,9 +69,8 @@ class EngineRolloutSource:
         The divergence of control is exact. An instruction's is what its tokens' log-probabilities lose without it, a
         sampled estimate, added to the mean.
         """
-        clock, bare = Stopwatch(), {prompt.id: prompt for prompt in prompts}
-        for sequence, response in clock.timed(self._run(prompts, settings, control=control, instruction=instruction)):
-            wall_s = clock.lap_s()
+        bare = {prompt.id: prompt for prompt in prompts}
+        for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = sequence.edits.summary() if sequence.edits is not None else None
             nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
             if instruction is not None:
@@ -91,7 +92,7 @@ class EngineRolloutSource:
         self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings, *, head: ValueHead, params: SearchParams
     ) -> Iterator[EvalSample]:
         """Responses found by trying continuations and reading the head's value of them."""
-        core, clock = self._core, Stopwatch()
+        core = self._core
         searcher = ValueSearch(core.runner, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size)
         jobs = [
             SearchJob(
@@ -106,7 +107,7 @@ class EngineRolloutSource:
             for prompt in prompts
             for index in range(settings.num_samples)
         ]
-        for result in clock.timed(searcher.run(jobs, params)):
+        for result in searcher.run(jobs, params):
             yield EvalSample(
                 prompt_id=result.job.prompt_id,
                 sample=result.job.index,
@@ -116,7 +117,7 @@ class EngineRolloutSource:
                 mean_kl=sum(result.kl) / len(result.kl),
                 max_kl=max(result.kl),
                 is_finished=result.is_finished,
-                wall_s=clock.lap_s(),
+                wall_s=result.wall_s,
             )
 
     def _run(
@@ -126,7 +127,9 @@ class EngineRolloutSource:
         *,
         control: ControlParams | None,
         instruction: str | None,
-    ) -> Iterator[tuple[TokenSequence, str]]:
+    ) -> Iterator[tuple[TokenSequence, str, float]]:
+        """Finished sequences with their texts and what they took: each step's seconds, shared by those it served."""
+        spent_s: dict[TokenSequence, float] = {}
         open_sequences: list[TokenSequence] = []
         texts: dict[tuple[str, int], list[str]] = {}
         for prompt in prompts:
@@ -154,14 +157,18 @@ class EngineRolloutSource:
             open_sequences += sequences
             self._core.add(sequences)
         while open_sequences:
+            started_s = time.perf_counter()
             self._core.step()
+            served = [sequence for sequence in open_sequences if sequence.state is not SequenceState.WAITING]
+            for sequence in served:
+                spent_s[sequence] = spent_s.get(sequence, 0.0) + (time.perf_counter() - started_s) / len(served)
             done = [sequence for sequence in open_sequences if sequence.finish_reason is not None]
             open_sequences = [sequence for sequence in open_sequences if sequence.finish_reason is None]
             for sequence in done:
                 request_id = sequence.request.request_id
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop((request_id, sequence.index)))
+                yield sequence, "".join(texts.pop((request_id, sequence.index))), spent_s.pop(sequence)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:

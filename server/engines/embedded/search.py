@@ -15,6 +15,7 @@ Source: Mudgal et al. 2024, Controlled decoding from language models; Khanov et 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class SearchResult:
     """The state behind each token."""
     kl: list[float] = field(default_factory=list)
     is_finished: bool = False
+    wall_s: float = 0.0
+    """Each step's seconds, shared by the lanes it served."""
 
 
 @dataclass(slots=True)
@@ -127,6 +130,7 @@ class ValueSearch:
         lanes: list[_Lane | None] = [None] * min(self._max_rows // width, len(queue))
         try:
             while queue or any(lanes):
+                started_s = time.perf_counter()
                 for i, lane in enumerate(lanes):
                     if lane is None and queue:
                         lanes[i] = self._open(i * width, queue.popleft(), width)
@@ -134,7 +138,9 @@ class ValueSearch:
                     lanes.pop()
                 running = [lane for lane in lanes if lane is not None]
                 self._propose(running, params)
-                self._advance(lanes, width)
+                self._advance(running, len(lanes) * width)
+                for lane in running:
+                    lane.result.wall_s += (time.perf_counter() - started_s) / len(running)
                 for i, lane in enumerate(lanes):
                     if lane is not None and self._is_due(lane, params):
                         self._commit(lane, params)
@@ -176,24 +182,21 @@ class ValueSearch:
             if not lane.candidates[k].is_ended:
                 _extend(lane.candidates[k], token_id)
 
-    def _advance(self, lanes: list[_Lane | None], width: int) -> None:
+    def _advance(self, lanes: list[_Lane], num_rows: int) -> None:
         """One step of the model for every candidate; row b of the step is slot b, so empty lanes have idle rows."""
-        rows = [DecodeRow(0, 0) for _ in range(len(lanes) * width)]
-        for lane in lanes:
-            for k, candidate in enumerate(lane.candidates if lane is not None else ()):
-                assert lane is not None
-                position = lane.length + len(candidate.token_ids) - 1
-                rows[lane.first_slot + k] = DecodeRow(position, candidate.token_ids[-1])
+        rows = [DecodeRow(0, 0) for _ in range(num_rows)]
+        placed = [
+            (lane.first_slot + k, lane, candidate) for lane in lanes for k, candidate in enumerate(lane.candidates)
+        ]
+        for slot, lane, candidate in placed:
+            rows[slot] = DecodeRow(lane.length + len(candidate.token_ids) - 1, candidate.token_ids[-1])
         hidden_BD = self._runner.forward(rows, [])
         values = self._values(hidden_BD)
-        for lane in lanes:
-            for k, candidate in enumerate(lane.candidates if lane is not None else ()):
-                assert lane is not None
-                if candidate.token_ids[-1] in self._eos_token_ids:
-                    candidate.is_ended = True
-                elif not candidate.is_ended:
-                    candidate.hidden_D = hidden_BD[lane.first_slot + k]
-                    candidate.value = values[lane.first_slot + k]
+        for slot, _, candidate in placed:
+            if candidate.token_ids[-1] in self._eos_token_ids:
+                candidate.is_ended = True
+            elif not candidate.is_ended:
+                candidate.hidden_D, candidate.value = hidden_BD[slot], values[slot]
 
     def _is_due(self, lane: _Lane, params: SearchParams) -> bool:
         room = min(params.block_tokens, lane.result.job.max_tokens - len(lane.result.token_ids))
