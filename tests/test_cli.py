@@ -82,9 +82,11 @@ def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list
     work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--max-tokens", "4"]
     common = ["eval", "short", *flags, "--heads-dir", str(folder / "heads"), "--formats", "text", *work]
     prompts = str(folder / "prompts.jsonl")
+    rollouts = ["--rollouts", str(folder / "rollouts")]
     runs = {
-        "map": ["--tuning-prompts", prompts, "--rollouts", str(folder / "rollouts")],
+        "map": ["--tuning-prompts", prompts, *rollouts],
         "stress": ["--prompts", prompts],
+        "cost": ["--prompts", prompts, *rollouts, "--num-samples", "1", "--methods", "best-of,controlled-decoding"],
     }
     for study, inputs in runs.items():
         assert main([*common, *inputs, "--study", study, "--update-card"]) == 0
