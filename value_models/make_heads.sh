@@ -29,7 +29,7 @@ train nontoxic 'Text without insults, threats or swear words (the classifier of 
 train plain "$plain" --rollouts runs/gemma --damping 1
 
 measure() { "$recontrol" eval "$@" --update-card; }
-cheap='--methods prompting,best-of,re-control,static-vector'
+cheap='--methods prompting,best-of,static-vector'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
 stress='--study stress --max-prompts 32 --num-samples 2'
 measure positive
