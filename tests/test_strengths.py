@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.cli.evaluate import Eval
 from server.cli.strengths import RIVALS, Method, StrengthSearch
 from server.types import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
@@ -96,6 +97,10 @@ def test_points_come_in_order_of_strength_and_within_what_is_allowed() -> None:
         strengths = [point.strength for point in points]
         assert strengths == sorted(set(strengths))
     assert max(point.strength for point in sweep.points[Method.HEAD]) == MAX_STEP_SIZE
+
+
+def test_the_command_line_names_every_rival() -> None:
+    assert Eval.model_fields["methods"].default == [method.value for method in RIVALS]
 
 
 def test_the_map_begins_where_the_sweep_matches() -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,7 @@ from server.cli.command import (
     read_prompts,
 )
 from server.cli.plots import require_matplotlib
-from server.cli.strengths import BASELINES, RIVALS, Method
+from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.control.registry import HeadRegistry
 from server.engines.embedded.engine import load_registry
@@ -64,6 +64,9 @@ _JUDGES = {
 }
 
 
+_Rival = Literal[
+    "prompting", "best-of", "blockwise-best-of", "controlled-decoding", "re-control", "static-vector"
+]  # those of strengths.RIVALS
 _SWEEPING = ("methods", "cost")
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
@@ -108,9 +111,7 @@ class Eval(ModelCommand):
     judges: list[str] | None = Field(
         None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
     )
-    methods: list[Method] = Field(
-        list(RIVALS), description=f"comma-separated, what the head is compared with; of: {', '.join(RIVALS)}"
-    )
+    methods: list[_Rival] = Field(list(get_args(_Rival)), description="comma-separated: what the head is compared with")
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
     max_tokens: int = Field(64, ge=1, description="new tokens of a response")
     temperature: float = Field(1.0, gt=0, le=2, description="controlled decoding draws at 1, whatever this is")
@@ -193,7 +194,7 @@ class Eval(ModelCommand):
             instruction=instruction,
             step_size=self.step_size,
             max_kl=self.max_kl,
-            methods=self.methods,
+            methods=[Method(name) for name in self.methods],
         )
 
     def _baselines(self) -> list[str]:
