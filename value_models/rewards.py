@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from value_models.embeddings import EmbeddingError, cosine
+from value_models.embeddings import cosine
+from value_models.packages import library
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HF_BATCH = 16
@@ -25,20 +26,20 @@ _HF_MAX_TOKENS = 512
 
 
 class RewardError(ValueError):
-    """An unknown reward, one whose library is missing, or one that does not return a finite number a response."""
+    """An unknown reward, or one that does not return a finite number a response."""
 
 
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """VADER's compound sentiment, -1 to 1 (Hutto and Gilbert 2014)."""
     del prompts
-    analyser = _library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+    analyser = library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     return [analyser.polarity_scores(response)["compound"] for response in responses]
 
 
 def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Flesch reading ease within 0 to 100, over 100: short sentences and short words score high. No words: 0.5."""
     del prompts
-    textstat = _library("textstat")
+    textstat = library("textstat")
     return [
         min(max(textstat.flesch_reading_ease(response), 0.0), 100.0) / 100.0 if _has_words(response) else 0.5
         for response in responses
@@ -48,7 +49,7 @@ def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def neutral(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Share of the text that VADER's lexicon finds neutral, 0 to 1. No words: 0.5."""
     del prompts
-    analyser = _library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+    analyser = library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     return [analyser.polarity_scores(response)["neu"] if _has_words(response) else 0.5 for response in responses]
 
 
@@ -60,10 +61,7 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Cosine of MiniLM's sentence embeddings of prompt and response, -1 to 1."""
-    try:
-        return cosine(prompts, responses)
-    except EmbeddingError as error:
-        raise RewardError(f"reward: {error}") from error
+    return cosine(prompts, responses)
 
 
 def nontoxic(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -72,7 +70,7 @@ def nontoxic(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     A response without words gets what the classifier says of none, about 0.96.
     """
     del prompts
-    predict_prob = _library("profanity_check").predict_prob
+    predict_prob = library("profanity_check").predict_prob
     # It cannot take an empty batch.
     return [1.0 - float(probability) for probability in predict_prob(list(responses))] if responses else []
 
@@ -201,13 +199,6 @@ def _label_column(config: Any, label: str) -> int | None:
     if label.isdigit() and int(label) < config.num_labels:
         return int(label)
     raise RewardError(f"reward: the classifier has no label {label!r}; it has {', '.join(names)}")
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RewardError(f"reward: needs {name.partition('.')[0]}; run `pip install recontrol[train]`") from error
 
 
 def _has_words(text: str) -> bool:

