@@ -98,7 +98,8 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
             command=command_line(),
         )
         save_head(folder, trained.head, card)
-        print(f"{folder}: R2 on validation prompts {trained.figures['r2']['all']:.3f}")
+        figures = trained.figures
+        print(f"{folder}: on validation prompts R2 {figures['r2']['all']:.3f}, ascent gain {figures['ascent_gain']:.3f}")
 
 
 def _metric_text(settings: TrainSettings) -> str:
