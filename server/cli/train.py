@@ -99,7 +99,9 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
         )
         save_head(folder, trained.head, card)
         figures = trained.figures
-        print(f"{folder}: on validation prompts R2 {figures['r2']['all']:.3f}, ascent gain {figures['ascent_gain']:.3f}")
+        print(
+            f"{folder}: on validation prompts R2 {figures['r2']['all']:.3f}, ascent gain {figures['ascent_gain']:.3f}"
+        )
 
 
 def _metric_text(settings: TrainSettings) -> str:
