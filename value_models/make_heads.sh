@@ -31,7 +31,7 @@ train plain "$plain" --rollouts runs/gemma --damping 1
 measure() { "$recontrol" eval "$@" --update-card; }
 cheap='--methods prompting,best-of,static-vector'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
-stress='--study stress --max-prompts 32 --num-samples 2'
+stress='--study stress --max-prompts 16 --num-samples 2'
 measure positive
 measure positive --study map
 measure positive --study cost --num-samples 2
@@ -43,7 +43,7 @@ for head in plain neutral relevance; do measure $head $cheap; done
 for head in positive plain neutral relevance; do measure $head $stress; done
 measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector
 if [ -f "$SHP" ]; then
-    shp="--prompts $SHP --split all --max-prompts 48 --num-samples 2 --tuning-prompts $own"
+    shp="--prompts $SHP --split all --max-prompts 32 --num-samples 2 --tuning-prompts $own"
     for head in positive plain neutral relevance; do measure $head $shp --methods prompting,static-vector; done
     measure brevity --rollouts runs/long --max-tokens 96 $shp --methods prompting,static-vector
 fi
