@@ -91,7 +91,7 @@ def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list
     for study, inputs in runs.items():
         assert main([*common, *inputs, "--study", study, "--update-card"]) == 0
     maps = json.loads((folder / "heads" / "short" / "map.json").read_text())["maps"]
-    assert len(maps["without budget"]) == len(maps["with budget"]) == 5
+    assert len(maps["without budget"]) == len(maps["with budget"]) == 4
     assert all(cell["kl"] <= 0.3 for row in maps["with budget"] for cell in row)
     card = json.loads((folder / "heads" / "short" / "card.json").read_text())
     cost = {name: figures["over_base"] for name, figures in card["cost"]["arms"].items()}

@@ -41,9 +41,9 @@ def test_a_head_is_the_one_its_card_was_written_for(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_head_was_measured_against_every_rival(name: str) -> None:
     arms = result(name)["arms"]
-    assert {"base", "prompting", "best of 4", "static vector", "head", "head + prompting"} <= set(arms)
+    assert {"base", "prompting", "static vector", "head", "head + prompting"} <= set(arms)
     if name in ("positive", "nontoxic"):
-        assert {"blockwise best of 4", "controlled decoding", "RE-Control"} <= set(arms)
+        assert {"best of 4", "blockwise best of 4", "controlled decoding", "RE-Control"} <= set(arms)
     assert len(result(name)["judges"]) >= 2
     assert card(name).stress is not None
 

@@ -29,7 +29,7 @@ train nontoxic 'Text without insults, threats or swear words (the classifier of 
 train plain "$plain" --rollouts runs/gemma --damping 1
 
 measure() { "$recontrol" eval "$@" --update-card; }
-cheap='--methods prompting,best-of,static-vector'
+few='--methods prompting,static-vector'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
 stress='--study stress --max-prompts 16 --num-samples 2'
 measure positive
@@ -37,15 +37,16 @@ measure positive --study map
 measure positive --study cost --num-samples 2
 measure nontoxic --rollouts runs/rtp $toxic --num-samples 8
 measure nontoxic $toxic --study stress --num-samples 2
-measure brevity --rollouts runs/long --max-tokens 96 $cheap
+measure brevity --rollouts runs/long --max-tokens 96 $few
 measure brevity --max-tokens 96 $stress
-for head in plain neutral relevance; do measure $head $cheap; done
+measure neutral --num-samples 2 $few
+for head in plain relevance; do measure $head $few,best-of; done
 for head in positive plain neutral relevance; do measure $head $stress; done
 measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector
 if [ -f "$SHP" ]; then
     shp="--prompts $SHP --split all --max-prompts 32 --num-samples 2 --tuning-prompts $own"
-    for head in positive plain neutral relevance; do measure $head $shp --methods prompting,static-vector; done
-    measure brevity --rollouts runs/long --max-tokens 96 $shp --methods prompting,static-vector
+    for head in positive plain neutral relevance; do measure $head $shp $few; done
+    measure brevity --rollouts runs/long --max-tokens 96 $shp $few
 fi
 
 "$recontrol" heads report --into README.md

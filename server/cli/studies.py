@@ -35,8 +35,8 @@ _COMPARISONS = {
 }
 _NUM_TUNING_PROMPTS = 48
 _NUM_COST_PROMPTS, _NUM_COST_ROUNDS = 16, 2
-_MAP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-_MAP_STEPS = (3, 10, 30, 100)
+_MAP_FACTORS = (0.3, 1.0, 3.0, 10.0)
+_MAP_STEPS = (10, 30, 100)
 _NUM_MAP_PROMPTS = 24
 _MAP_METRICS = ("reward", "diversity", "coherence", "nll", "kl")
 
