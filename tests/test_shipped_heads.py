@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from server.settings import DEFAULT_MODEL
 from server.types import MAX_KL_NATS
-from value_models.store import CARD_FILE, HEAD_FILE, HeadCard, load_card, load_head, shipped_heads_folder
+from value_models.store import CARD_FILE, HEAD_FILE, MAP_FILE, HeadCard, load_card, load_head, shipped_heads_folder
 
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)
 NAMES = sorted(path.parent.name for path in FOLDER.glob(f"*/{CARD_FILE}"))
+
+
+# Where the paired interval of the gain is not above zero: the heads' page shows the figures, and says why.
+NOT_WON = {
+    ("brevity", "prompting"): {"reward", "few_sentences", "few_characters"},
+    ("nontoxic", "static vector"): {"empath_peaceful"},
+}
 
 
 def card(name: str) -> HeadCard:
@@ -49,6 +57,21 @@ def test_every_head_was_measured_against_every_rival(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rival", ["base", "prompting", "static vector"])
+def test_a_head_beats_its_rivals_on_its_reward_and_on_judges_it_never_saw(name: str, rival: str) -> None:
+    gains = result(name)["arms"]["head"]["gain_over"][rival]
+    lost = {metric for metric, gain in gains.items() if not gain["low"] > 0}
+    assert lost == NOT_WON.get((name, rival), set())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_static_vector_was_beaten_at_equal_divergence(name: str) -> None:
+    arms = result(name)["arms"]
+    # Within what matching on validation prompts leaves.
+    assert arms["head"]["kl"]["mean"] < 1.1 * arms["static vector"]["kl"]["mean"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_head_keeps_its_budget_and_the_text_sound(name: str) -> None:
     arms = result(name)["arms"]
     base, head = arms["base"], arms["head"]
@@ -56,6 +79,21 @@ def test_a_head_keeps_its_budget_and_the_text_sound(name: str) -> None:
     assert head["kl"]["mean"] <= 0.3
     assert head["diversity"]["mean"] >= 0.97 * base["diversity"]["mean"]
     assert head["nll"]["mean"] <= base["nll"]["mean"] + 0.4
+
+
+def test_without_a_budget_the_published_method_collapses_and_with_one_it_does_not() -> None:
+    maps = json.loads((FOLDER / "positive" / MAP_FILE).read_text())["maps"]
+    lowest = {name: min(cell["diversity"] for row in rows for cell in row) for name, rows in maps.items()}
+    assert lowest["without budget"] < 0.5
+    assert lowest["with budget"] > 0.9
+
+
+def test_a_head_steers_a_model_of_another_architecture() -> None:
+    other = load_card(shipped_heads_folder("gemma-3-270m") / "plain")
+    assert other.base_model.architecture == "Gemma3ForCausalLM"
+    assert other.evaluation is not None
+    arms = other.evaluation["project"]["arms"]
+    assert arms["head"]["gain_over"]["base"]["reward"]["low"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
