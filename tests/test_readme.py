@@ -14,7 +14,7 @@ from server.types import (
     MAX_STEPS,
     ControlParams,
 )
-from value_models.store import CARD_FILE, load_card, shipped_heads_folder
+from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)
 PAGES = [Path("README.md").read_text(), (FOLDER / "README.md").read_text()]
@@ -27,11 +27,21 @@ def section(page: str, name: str) -> str | None:
     return rest.split(f"<!-- {name}: end -->")[0].strip() if found else None
 
 
+def cards(folder: Path) -> list[HeadCard]:
+    return [load_card(path.parent) for path in sorted(folder.glob(f"*/{CARD_FILE}"))]
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_what_the_pages_show_of_the_heads_is_rendered_from_their_cards(name: str) -> None:
-    cards = [load_card(path.parent) for path in sorted(FOLDER.glob(f"*/{CARD_FILE}"))]
     shown = [text for page in PAGES if (text := section(page, name)) is not None]
-    assert shown == [SECTIONS[name](cards).strip()]
+    assert shown == [SECTIONS[name](cards(FOLDER)).strip()]
+
+
+def test_the_second_models_page_is_rendered_from_its_card() -> None:
+    folder = shipped_heads_folder("gemma-3-270m")
+    page = (folder / "README.md").read_text()
+    for name in ("heads", "commands"):
+        assert section(page, name) == SECTIONS[name](cards(folder)).strip()
 
 
 def test_the_transcript_is_what_compare_wrote() -> None:

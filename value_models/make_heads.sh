@@ -51,3 +51,4 @@ fi
 
 "$recontrol" heads report --into README.md
 "$recontrol" heads report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
+"$recontrol" heads report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md
