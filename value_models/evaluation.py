@@ -9,14 +9,13 @@ Shapes: P prompts, S samples of each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from value_models.generations import EvalSample, GenerationStore, Sampler
+from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.metrics import bootstrap_interval, load_metric
 from value_models.rewards import Reward, load_reward
 from value_models.rollouts import RolloutPrompt
@@ -120,12 +119,10 @@ def _best_of(
     if group == 1:
         return samples
     rewards = scoring.reward(_texts(samples, prompts), [sample.response for sample in samples])
-    # KL(best of N || base) of a whole response is at most this (Beirami et al. 2024).
-    bound_nats = math.log(group) - (group - 1) / group
     kept = []
     for first in range(0, len(samples), group):
         best = max(range(first, first + group), key=lambda i: rewards[i])
-        kl = bound_nats / max(samples[best].num_tokens, 1)
+        kl = best_of_kl_bound(group) / max(samples[best].num_tokens, 1)
         wall_s = sum(sample.wall_s for sample in samples[first : first + group])
         kept.append(replace(samples[best], sample=samples[first].sample // group, mean_kl=kl, max_kl=kl, wall_s=wall_s))
     return kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -43,6 +44,11 @@ class EvalSample:
 
 Sampler = Callable[[Sequence[RolloutPrompt], int], Iterable[EvalSample]]
 """Prompts and a number of responses to each -> responses 0..number-1 of every prompt, in any order."""
+
+
+def best_of_kl_bound(number: int) -> float:
+    """What keeping the best of so many samples can diverge from the sampler at most, in nats (Beirami et al. 2024)."""
+    return math.log(number) - (number - 1) / number
 
 
 class GenerationStore:

@@ -169,7 +169,7 @@ class StateEditor:
         return _Edit(
             ascent=ascent,
             scale_R=scale_R,
-            kl_R=torch.where(ascent.shift_ratio_R > 0, kl_R, 0.0),
+            kl_R=kl_R,
             factor_R=scale_R * ascent.share_R,
             delta=table.shift_V[None],
             is_nonfinite_R=ascent.is_nonfinite_R | (not table.is_finite),
@@ -185,8 +185,7 @@ class StateEditor:
         return _Edit(
             ascent=ascent,
             scale_R=scale_R,
-            # No shift, no divergence: what is left of it would be rounding.
-            kl_R=torch.where(ascent.shift_ratio_R > 0, kl_R, 0.0),
+            kl_R=kl_R,
             factor_R=scale_R,
             # Scale zero must not meet an infinite shift.
             delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
@@ -244,7 +243,8 @@ def _stats(edit: _Edit) -> GroupStats:
         group=ascent.group,
         values_before_RK=stack.rewards(before_RK),
         values_after_RK=stack.rewards(after_RK),
-        kl_R=edit.kl_R,
+        # No shift, no divergence: what is left of it would be rounding.
+        kl_R=torch.where(ascent.shift_ratio_R > 0, edit.kl_R, 0.0),
         shift_ratio_R=ascent.shift_ratio_R * scale_R,
         is_budget_limited_R=(scale_R < 1.0) | ascent.is_capped_R,
         is_nonfinite_R=edit.is_nonfinite_R,

@@ -28,6 +28,7 @@ from torch import Tensor
 from server.engines.embedded.attention import Segment
 from server.engines.embedded.runner import DecodeRow, ModelRunner
 from server.engines.embedded.sampler import RowSampling, sample, uniform
+from value_models.generations import best_of_kl_bound
 from value_models.heads import ValueHead
 
 _PREFILL_CHUNK_TOKENS = 256
@@ -212,7 +213,7 @@ class ValueSearch:
             chosen, kl = _draw(lane, params.value_weight)
         else:
             chosen = max(range(width), key=lambda k: lane.candidates[k].value)
-            kl = math.log(width) - (width - 1) / width
+            kl = best_of_kl_bound(width)
         best, shared = lane.candidates[chosen], lane.length
         result.token_ids += best.token_ids
         result.states += best.states
