@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -17,6 +17,13 @@ def test_pieces_join_to_the_whole_and_none_holds_a_part_of_a_character(text: str
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
 
+@pytest.mark.parametrize("pieces", [["baa"], ["b", "aa"], ["ba", "a"], ["b", "a", "a"]])
+def test_the_stop_string_that_completes_first_wins_even_in_one_piece(pieces: list[str]) -> None:
+    matcher = StopMatcher(["a", "baa"])
+    assert "".join(matcher.add(piece) for piece in pieces if not matcher.has_stopped) == "b"
+
+
+@settings(max_examples=500)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_a_stop_string_is_found_wherever_the_text_is_cut(text: str, stop: list[str], data: st.DataObject) -> None:
     matcher, out, rest = StopMatcher(stop), "", text

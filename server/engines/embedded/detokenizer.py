@@ -45,14 +45,15 @@ class StopMatcher:
         self.has_stopped = False
 
     def add(self, text: str) -> str:
-        """Text that is safe to give out. Sets `has_stopped` at the earliest match."""
+        """Text that is safe to give out. Sets `has_stopped` at the match that completes first, however text was cut."""
         if not self._stop:
             return text
         self._held += text
-        starts = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if starts:
+        matches = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if matches:
             self.has_stopped = True
-            return self._release(min(starts), drop_rest=True)
+            _, start = min(matches)
+            return self._release(start, drop_rest=True)
         return self._release(len(self._held) - self._open_suffix())
 
     def flush(self) -> str:
