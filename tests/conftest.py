@@ -132,7 +132,7 @@ def heads() -> dict[str, ValueHead]:
 @pytest.fixture
 def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
     def make(architecture: str = "llama", *, dtype: str = "float32", **options: Any) -> EngineCore:
-        options = {"max_batch_size": 8, "prefill_chunk_tokens": 16, **options}
+        options = {"max_batch_size": 8, "prefill_chunk_tokens": 64, **options}
         return EngineCore(load_tiny(architecture, dtype), HeadRegistry(heads), **options)
 
     return make
@@ -163,7 +163,13 @@ class Collected:
 Results = dict[tuple[str, int], Collected]
 
 
-def run(core: EngineCore, requests: list[GenerationRequest], *, steps_between: int = 0) -> Results:
+def run(
+    core: EngineCore,
+    requests: list[GenerationRequest],
+    *,
+    steps_between: int = 0,
+    after_step: Callable[[EngineCore], object] = lambda _: None,
+) -> Results:
     """Drive requests to their end, one joining every `steps_between` steps (0: all at once)."""
     results: Results = {}
     pending = list(requests)
@@ -179,6 +185,7 @@ def run(core: EngineCore, requests: list[GenerationRequest], *, steps_between: i
                 break
         for _ in range(max(steps_between, 1)):
             core.step()
+            after_step(core)
     return results
 
 

@@ -241,7 +241,7 @@ def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:
 def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() -> None:
     rng = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(2, 8, 1024, 64, generator=rng) for _ in range(2))
-    query, how = torch.randn(2, 8, 4, 64, generator=rng), attention._AttentionKind(0.125, None, None)
+    query, how = torch.randn(2, 8, 4, 64, generator=rng), attention.AttentionKind(0.125)
     last = torch.tensor([[299], [40]])
     results = [
         attention._attend(

@@ -1,8 +1,12 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from server.engines.embedded import attention
 from server.engines.embedded.core import EngineCore
-from server.types import GenerationChunk, GenerationRequest, SamplingParams
+from server.errors import ConfigurationError
+from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+from tests.conftest import control, run
 
 
 def add(core: EngineCore, name: str, prompt_len: int, max_tokens: int, log: list[str]) -> None:
@@ -45,39 +49,81 @@ def test_those_who_wait_are_served_in_their_order(core: EngineCore) -> None:
     assert log == sorted(log)
 
 
-def test_memory_for_keys_and_values_grows_with_use(core: EngineCore) -> None:
-    kv = core.runner.kv
-    assert kv.capacity < 128
+def test_pages_follow_use_and_none_is_left_held(core: EngineCore) -> None:
+    pool = core.page_pool
     add(core, "long", 200, 3, [])
-    while core.has_work:
-        core.step()
-    assert 203 <= kv.capacity <= core.max_model_len
-
-
-def test_a_cache_that_could_not_grow_grows_when_it_can(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    add(core, "short", 3, 2, log)
+    add(core, "short", 3, 3, [])
     core.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "_grown", lambda *_: 1 / 0)
-        add(core, "long", 100, 2, log)
-        while core.has_work:
-            core.step()
-    assert "long" not in log
-    for name, length in (("after", 3), ("longer", 150)):
-        add(core, name, length, 2, log)
-        while core.has_work:
-            core.step()
-        assert log.count(name) == 2
-
-
-def test_a_slot_that_was_moved_from_keeps_nothing(core: EngineCore) -> None:
-    log: list[str] = []
-    for name, length, max_tokens in (("a", 40, 3), ("b", 3, 30), ("c", 60, 12), ("d", 5, 20)):
-        add(core, name, length, max_tokens, log)
-    kv = core.runner.kv
+    assert pool.num_held == 4 + 1
     while core.has_work:
         core.step()
-        held = {sequence.slot: sequence.cached_len for sequence in core._scheduler.sequences() if sequence.slot >= 0}
-        for keys, _ in kv._layers.values():
-            assert all(not keys[slot, :, held.get(slot, 0) :].any() for slot in range(kv.num_slots - 1))
+    assert pool.num_held == 0
+
+
+def small_core(make_core: Callable[..., EngineCore], num_pages: int, **options: Any) -> EngineCore:
+    """With so many pages besides the null page, enough for one sequence of 256 tokens at least."""
+    core = make_core(**options)
+    core.states([1])
+    page_gib = core.runner.kv.bytes_per_page / 2**30
+    return make_core(kv_cache_gib=(num_pages + 1.5) * page_gib, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_running_out_of_pages_changes_nobodys_tokens(make_core: Callable[..., EngineCore], dtype: str) -> None:
+    requests = [
+        GenerationRequest(
+            f"r{i}", tuple((i * j) % 250 for j in range(30 + 11 * i)), SamplingParams(max_tokens=90, seed=i),
+            control({"good": 1.0}) if i % 2 else None, num_choices=1 + i % 2,
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    roomy, tight = make_core(dtype=dtype), small_core(make_core, 5, dtype=dtype)
+    preempted: set[str] = set()
+
+    def watch(core: EngineCore) -> None:
+        preempted.update(s.request.request_id for s in core._scheduler.sequences() if s.num_preemptions)
+
+    expected, got = run(roomy, requests), run(tight, requests, after_step=watch)
+    assert preempted
+    assert {key: r.token_ids for key, r in got.items()} == {key: r.token_ids for key, r in expected.items()}
+    assert all(len(result.finish_reasons) == 1 for result in got.values())
+    assert tight.page_pool.num_held == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(
+    make_core: Callable[..., EngineCore], dtype: str
+) -> None:
+    def request(name: str, ending: int, steer: ControlParams | None, salt: str = "") -> GenerationRequest:
+        prompt = (*(i % 250 for i in range(130)), ending)
+        return GenerationRequest(name, prompt, SamplingParams(max_tokens=20, seed=5), steer, cache_salt=salt)
+
+    steer = control({"good": 1.0})
+    warm, cold = make_core(dtype=dtype), make_core(dtype=dtype, has_prefix_cache=False)
+    for number, (ending, how) in enumerate([(1, None), (2, steer), (3, None), (1, steer)]):
+        sequences = warm.sequences(request("r", ending, how), lambda _: None)
+        warm.add(sequences)
+        while warm.has_work:
+            warm.step()
+        assert sequences[0].num_cached == (128 if number else 0)
+        assert sequences[0].token_ids == run(cold, [request("r", ending, how)])["r", 0].token_ids
+    stranger = warm.sequences(request("r", 1, None, salt="another caller"), lambda _: None)
+    warm.add(stranger)
+    warm.step()
+    assert stranger[0].num_cached == 0
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused(make_core: Callable[..., EngineCore]) -> None:
+    with pytest.raises(ConfigurationError, match="kv_cache_gib: a sequence of 256 tokens takes"):
+        small_core(make_core, 3)
+
+
+def test_what_a_failed_sequence_leaves_is_cleared(core: EngineCore) -> None:
+    sequences = core.sequences(GenerationRequest("r", tuple(range(100)), SamplingParams(max_tokens=9)), lambda _: None)
+    core.add(sequences)
+    core.step()
+    pages = list(sequences[0].pages)
+    assert all(keys[pages].any() for keys, _ in core.runner.kv._layers.values())
+    core.abort(sequences)
+    assert not any(keys[pages].any() for keys, _ in core.runner.kv._layers.values())
+    assert core.page_pool.find(sequences[0].group.digests) == []

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engines.embedded.attention import Segment
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.search import (
     BlockwiseBestOf,
@@ -30,14 +29,13 @@ WAYS = [ControlledDecoding(num_candidates=3), BlockwiseBestOf(num_candidates=2, 
 
 
 def search(core: EngineCore, jobs: list[SearchJob], params: SearchParams, eos: frozenset[int] = frozenset()) -> dict:
-    searcher = ValueSearch(core.runner, HEAD, eos, max_rows=core.max_batch_size)
+    searcher = ValueSearch(core.runner, core.page_pool, HEAD, eos, max_rows=core.max_batch_size)
     return {result.job.prompt_id: result for result in searcher.run(jobs, params)}
 
 
 def states(core: EngineCore, token_ids: tuple[int, ...] | list[int]) -> torch.Tensor:
-    """All states of a text, computed in one piece in the scratch slot."""
-    with torch.inference_mode():
-        return core.runner.forward([], [Segment(core.max_batch_size, 0, list(token_ids))])
+    """All states of a text, computed in one piece."""
+    return core.states(list(token_ids))
 
 
 def value_of(core: EngineCore, token_ids: list[int]) -> float:
@@ -100,13 +98,13 @@ def test_an_end_of_sequence_token_ends_a_response(core: EngineCore, params: Sear
         assert all(i == len(result.token_ids) - 1 for i in ends)
 
 
-def test_the_cache_is_left_clean_and_too_many_candidates_are_refused(core: EngineCore) -> None:
+def test_no_page_is_left_held_and_too_many_candidates_are_refused(core: EngineCore) -> None:
     def first_tokens() -> list[int]:
         return run(core, [GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=8, seed=1))])["r", 0].token_ids
 
     before = first_tokens()
     search(core, JOBS, WAYS[0])
-    assert not any(layer.any() for keys_values in core.runner.kv._layers.values() for layer in keys_values)
+    assert core.page_pool.num_held == 0
     assert first_tokens() == before
     with pytest.raises(ValueError, match="num_candidates is 9, but only 8 rows"):
         search(core, JOBS, BlockwiseBestOf(num_candidates=9))

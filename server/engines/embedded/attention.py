@@ -1,12 +1,15 @@
-"""Slot-based key-value cache, and attention over it for a step's flattened rows.
+"""Attention of a step's flattened rows over the paged key-value cache.
 
-A step holds one row for each decoding sequence, which sit in the slots 0..B-1, then one segment for each prompt chunk.
-All rows run through the model as one sequence of T tokens; only attention looks at who they belong to. Every segment
-is attended on its own and every decode row only over its own slot, so a sequence's numbers never depend on the step's
-other rows. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
+A step holds one row for each newest token (a decode row), then one segment for each prompt chunk. All rows run through
+the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page's
+worth of a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on how its
+prompt was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or
+control.
+
+Two ways, which tests hold against each other: the native kernel, which treats all rows alike, and torch's products.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
-attention head, S attended positions.
+attention head, S attended positions, M pages of the longest sequence.
 """
 
 from __future__ import annotations
@@ -19,74 +22,33 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.engines.embedded.kv_cache import KVCache
+from server.engines.embedded.pages import NULL_PAGE, PAGE_TOKENS
+from server.kernels import native
+
 ATTENTION_NAME = "recontrol"
-_LENGTH_BUCKET = 64
 _HARMLESS_OPTIONS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+_MAX_NATIVE_GROUP = 8
 
 
 class UnsupportedAttentionError(ValueError):
     """The model asks attention for something this engine does not do."""
 
 
-class KVCache:
-    """Keys and values [slots, N, capacity, P] for each layer; capacity doubles on demand up to max_len."""
+@dataclass(slots=True, frozen=True)
+class DecodeRow:
+    """The newest token of a sequence, whose keys and values lie in `pages`."""
 
-    def __init__(self, num_slots: int, max_len: int) -> None:
-        self.num_slots = num_slots
-        self.max_len = max_len
-        self.capacity = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` positions in every slot."""
-        assert length <= self.max_len
-        capacity = self.capacity or min(_LENGTH_BUCKET, self.max_len)
-        while capacity < length:
-            capacity = min(2 * capacity, self.max_len)
-        if capacity > self.capacity:
-            # Layer by layer, so that one layer's old tensors at most stand beside the new ones; a failure half-way
-            # leaves layers that are larger than they need be.
-            for index, (keys, values) in self._layers.items():
-                self._layers[index] = (_grown(keys, capacity), _grown(values, capacity))
-            self.capacity = capacity
-
-    def layer(self, index: int, like_key: Tensor, like_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, made on first use in the shape of [1, N, T, P] examples."""
-        if index not in self._layers:
-            self._layers[index] = (self._empty(like_key), self._empty(like_value))
-        return self._layers[index]
-
-    def copy(self, source: int, target: int, length: int, *, start: int = 0) -> None:
-        """Copy one slot's positions start..length over another's."""
-        for keys, values in self._layers.values():
-            keys[target, :, start:length] = keys[source, :, start:length]
-            values[target, :, start:length] = values[source, :, start:length]
-
-    def clear(self, slot: int, length: int, *, start: int = 0) -> None:
-        """Zero a slot's positions, so that no non-finite leftover meets the next sequence through 0 x NaN."""
-        if start < length:
-            for keys, values in self._layers.values():
-                keys[slot, :, start:length] = 0
-                values[slot, :, start:length] = 0
-
-    def _empty(self, like: Tensor) -> Tensor:
-        _, num_heads, _, head_size = like.shape
-        return like.new_zeros(self.num_slots, num_heads, self.capacity, head_size)
-
-
-def _grown(old: Tensor, capacity: int) -> Tensor:
-    if old.shape[2] >= capacity:
-        return old
-    new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-    new[:, :, : old.shape[2]] = old
-    return new
+    pages: list[int]
+    position: int
+    token_id: int
 
 
 @dataclass(slots=True, frozen=True)
 class Segment:
-    """A chunk of one prompt: token_ids go to positions start.. of a slot."""
+    """A chunk of one prompt: token_ids go to positions start.. of the sequence that holds `pages`."""
 
-    slot: int
+    pages: list[int]
     start: int
     token_ids: list[int]
 
@@ -95,40 +57,59 @@ class Segment:
         return self.start + len(self.token_ids)
 
 
+@dataclass(slots=True, frozen=True)
+class AttentionKind:
+    """How one layer attends; a window or soft cap of None is none."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 @dataclass(slots=True)
 class StepLayout:
-    """Who the T flattened rows belong to: decode row b is slot b at decode_positions_B[b], then the segments."""
+    """Whose pages the T flattened rows read: table row sequences_T[t], up to position positions_T[t]."""
 
     kv: KVCache
-    decode_positions_B: Tensor
+    positions_T: Tensor
+    sequences_T: Tensor
+    tables: Tensor
+    """Pages of the decode rows, then of the segments' sequences, [B + segments, M] int32, padded with the null page."""
+    num_decode: int
     segments: list[Segment]
-    max_decode_len: int
     _decode_masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    @property
-    def num_decode(self) -> int:
-        return self.decode_positions_B.shape[0]
-
-    @property
-    def attended_len(self) -> int:
-        """S of the decode rows: the longest, rounded up so that few shapes occur."""
-        return min(-(-self.max_decode_len // _LENGTH_BUCKET) * _LENGTH_BUCKET, self.kv.capacity)
+    @classmethod
+    def of(cls, kv: KVCache, decode: list[DecodeRow], segments: list[Segment], device: torch.device) -> StepLayout:
+        positions = [row.position for row in decode]
+        owners = list(range(len(decode)))
+        for index, segment in enumerate(segments, start=len(decode)):
+            positions += range(segment.start, segment.end)
+            owners += [index] * len(segment.token_ids)
+        used = [row.pages[: row.position // PAGE_TOKENS + 1] for row in decode]
+        used += [segment.pages[: (segment.end - 1) // PAGE_TOKENS + 1] for segment in segments]
+        widest = max(map(len, used))
+        padded = [pages + [NULL_PAGE] * (widest - len(pages)) for pages in used]
+        both_2T = torch.tensor([positions, owners], device=device)
+        tables = torch.tensor(padded, dtype=torch.int32, device=device)
+        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments)
 
     def decode_mask(self, window: int | None) -> Tensor:
         """[B, 1, 1, S] bool, true where attended."""
         if window not in self._decode_masks:
-            last_B1 = self.decode_positions_B[:, None]
-            self._decode_masks[window] = _visible(last_B1, self.attended_len, window)[:, None, None]
+            last_B1 = self.positions_T[: self.num_decode, None]
+            length = self.tables.shape[1] * PAGE_TOKENS
+            self._decode_masks[window] = _visible(last_B1, length, window)[:, None, None]
         return self._decode_masks[window]
 
 
 def register_attention() -> str:
     """Make the attention below known to transformers; harmless when repeated."""
-    AttentionInterface.register(ATTENTION_NAME, slot_attention)
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
     return ATTENTION_NAME
 
 
-def slot_attention(
+def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -146,53 +127,90 @@ def slot_attention(
     if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(f"attention masks of the model's own or options {sorted(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = step.kv.layer(layer, key, value)
-    num_kv_heads, head_size = key.shape[1], key.shape[3]
-    how = _AttentionKind(head_size**-0.5 if scaling is None else scaling, sliding_window, softcap)
-    query_TNQP = query[0].transpose(0, 1).reshape(query.shape[2], num_kv_heads, -1, head_size)
+    head_size = key.shape[3]
+    how = AttentionKind(head_size**-0.5 if scaling is None else scaling, sliding_window, softcap)
+    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    keys, values = step.kv.layer(layer, *rows[1:])
+    if can_attend_natively(query.dtype, query.device, head_size, query.shape[1] // key.shape[1]):
+        out_TNP = torch.empty_like(rows[0])
+        addresses = [row.data_ptr() for row in rows]
+        strides = [row.stride(0) for row in rows]
+        attend_natively(addresses, strides, out_TNP.data_ptr(), keys, values, step, query.shape[1], how)
+        return out_TNP[None], None
+    return _attend_by_torch(*rows, keys, values, step, how)[None], None
+
+
+def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
+    is_fit = dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and group <= _MAX_NATIVE_GROUP
+    return is_fit and native() is not None
+
+
+def attend_natively(
+    addresses: list[int],
+    strides: list[int],
+    out: int,
+    keys: Tensor,
+    values: Tensor,
+    step: StepLayout,
+    num_heads: int,
+    how: AttentionKind,
+) -> None:
+    """Queries, keys and values at three addresses, their rows `strides` elements apart; the result goes to `out`."""
+    library: Any = native()
+    _, num_kv_heads, _, head_size = keys.shape
+    library.paged_attention_bf16(
+        *addresses, *strides, keys.data_ptr(), values.data_ptr(), step.tables.data_ptr(), step.tables.shape[1],
+        step.sequences_T.data_ptr(), step.positions_T.data_ptr(), out, len(step.positions_T), num_heads, num_kv_heads,
+        head_size, how.scaling, how.softcap or 0.0, how.window or 0,
+    )  # fmt: skip
+
+
+def _attend_by_torch(
+    query_TNP: Tensor, key_TNP: Tensor, value_TNP: Tensor, keys: Tensor, values: Tensor, step: StepLayout,
+    how: AttentionKind,
+) -> Tensor:  # fmt: skip
+    num_kv_heads = key_TNP.shape[1]
+    pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
+    keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
+    values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
+    query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
     outputs: list[Tensor] = []
     first = step.num_decode
     if first:
-        rows = torch.arange(first, device=key.device)
-        keys[rows, :, step.decode_positions_B] = key[0, :, :first].transpose(0, 1)
-        values[rows, :, step.decode_positions_B] = value[0, :, :first].transpose(0, 1)
-        outputs.append(_attend_decode(query_TNQP[:first], keys, values, step, how))
-    for segment in step.segments:
-        end = first + len(segment.token_ids)
-        keys[segment.slot, :, segment.start : segment.end] = key[0, :, first:end]
-        values[segment.slot, :, segment.start : segment.end] = value[0, :, first:end]
-        outputs.append(_attend_segment(query_TNQP[first:end], keys, values, segment, how))
-        first = end
-    return torch.cat(outputs)[None], None
+        tables = step.tables[:first]
+        mask = step.decode_mask(how.window)
+        outputs.append(_attend(query_TNQP[:first], _gather(keys, tables), _gather(values, tables), mask, how))
+    for index, segment in enumerate(step.segments, start=first):
+        table = step.tables[index]
+        for start in range(segment.start, segment.end, PAGE_TOKENS):
+            end = min(segment.end, start + PAGE_TOKENS)
+            span = slice(first + start - segment.start, first + end - segment.start)
+            outputs.append(_attend_segment(query_TNQP[span], keys, values, table, range(start, end), how))
+        first += len(segment.token_ids)
+    return torch.cat(outputs).flatten(1, 2)
 
 
-@dataclass(slots=True, frozen=True)
-class _AttentionKind:
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
-
-
-def _attend_decode(query_BNQP: Tensor, keys: Tensor, values: Tensor, step: StepLayout, how: _AttentionKind) -> Tensor:
-    """[B, heads, P]: decode row b over slot b."""
-    rows, length = step.num_decode, step.attended_len
-    mask = step.decode_mask(how.sliding_window)
-    return _attend(query_BNQP, keys[:rows, :, :length], values[:rows, :, :length], mask, how).flatten(1, 2)
-
-
-def _attend_segment(query_TNQP: Tensor, keys: Tensor, values: Tensor, segment: Segment, how: _AttentionKind) -> Tensor:
-    """[T, heads, P]: a prompt chunk over its own slot, causally."""
+def _attend_segment(
+    query_TNQP: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: range, how: AttentionKind
+) -> Tensor:
+    """[T, N, Q, P]: a page's worth of a prompt over its own pages, causally."""
     num_tokens, _, queries_per_head, _ = query_TNQP.shape
-    last_T1 = torch.arange(segment.start, segment.end, device=keys.device)[:, None]
-    mask_TS = _visible(last_T1, segment.end, how.sliding_window)
+    end, pages = positions.stop, table[None, : (positions.stop - 1) // PAGE_TOKENS + 1]
+    last_T1 = torch.arange(positions.start, end, device=keys.device)[:, None]
+    mask_TS = _visible(last_T1, end, how.window)
     out_1NQP = _attend(
         query_TNQP.transpose(0, 1).flatten(1, 2)[None],
-        keys[segment.slot, :, : segment.end][None],
-        values[segment.slot, :, : segment.end][None],
+        _gather(keys, pages)[:, :, :end],
+        _gather(values, pages)[:, :, :end],
         mask_TS.repeat_interleave(queries_per_head, dim=0)[None, None],
         how,
     )
-    return out_1NQP[0].unflatten(1, (num_tokens, queries_per_head)).transpose(0, 1).flatten(1, 2)
+    return out_1NQP[0].unflatten(1, (num_tokens, queries_per_head)).transpose(0, 1)
+
+
+def _gather(cache: Tensor, tables: Tensor) -> Tensor:
+    """[B, N, S, P] of the sequences with these tables [B, M]."""
+    return cache[tables].transpose(1, 2).flatten(2, 3)
 
 
 def _visible(last: Tensor, length: int, window: int | None) -> Tensor:
@@ -202,7 +220,7 @@ def _visible(last: Tensor, length: int, window: int | None) -> Tensor:
     return visible if window is None else visible & (positions > last - window)
 
 
-def _attend(query_BNQP: Tensor, keys_BNSP: Tensor, values_BNSP: Tensor, mask: Tensor, how: _AttentionKind) -> Tensor:
+def _attend(query_BNQP: Tensor, keys_BNSP: Tensor, values_BNSP: Tensor, mask: Tensor, how: AttentionKind) -> Tensor:
     """Plain products: unlike the fused kernel, these give a row the same bits in every batch in float32 too."""
     scores_BNQS = (query_BNQP @ keys_BNSP.transpose(-1, -2)).float() * how.scaling
     if how.softcap is not None:
@@ -212,5 +230,5 @@ def _attend(query_BNQP: Tensor, keys_BNSP: Tensor, values_BNSP: Tensor, mask: Te
         return weights_BNQS @ values_BNSP
     # In float32 the product's order of summation can depend on S, which the step's longest row decides: sum blocks of
     # one size in order, of which those beyond a row's own length add exact zeros.
-    blocks = zip(weights_BNQS.split(_LENGTH_BUCKET, dim=-1), values_BNSP.split(_LENGTH_BUCKET, dim=-2), strict=True)
+    blocks = zip(weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.split(PAGE_TOKENS, dim=-2), strict=True)
     return functools.reduce(torch.add, (weights @ values for weights, values in blocks))

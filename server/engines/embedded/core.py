@@ -21,9 +21,11 @@ from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.embedded.attention import Segment
 from server.engines.embedded.detokenizer import Detokenizer
+from server.engines.embedded.kv_cache import default_kv_bytes
 from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.pages import PagePool, num_pages_for
 from server.engines.embedded.reports import token_edits, token_logprobs
-from server.engines.embedded.runner import DecodeRow, LMHead, ModelRunner
+from server.engines.embedded.runner import LMHead, ModelRunner
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
@@ -44,9 +46,11 @@ class EngineCore:
         max_batch_size: int,
         max_model_len: int | None = None,
         prefill_chunk_tokens: int = 256,
+        kv_cache_gib: float | None = None,
+        has_prefix_cache: bool = True,
         observer: EngineObserver | None = None,
     ) -> None:
-        """Raises ModelLoadError when the model cannot be run exactly."""
+        """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
         self.max_model_len = min(max_model_len or loaded.max_len, loaded.max_len)
@@ -54,14 +58,18 @@ class EngineCore:
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
         self.max_batch_size = max_batch_size
-        # One slot more than rows, the last one: scratch space that holds nothing between steps.
-        self.runner = ModelRunner.create(loaded.model, num_slots=max_batch_size + 1, max_len=self.max_model_len)
+        self.runner = ModelRunner.create(
+            loaded.model,
+            max_len=self.max_model_len,
+            max_sequences=max_batch_size,
+            kv_bytes=default_kv_bytes(loaded.model.device) if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+        )
         self._editor = StateEditor(self.lm_head)
         self._scheduler = Scheduler(
             self.runner.kv,
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
-            max_step_prefill_tokens=2 * prefill_chunk_tokens,
+            has_prefix_cache=has_prefix_cache,
         )
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
@@ -71,17 +79,20 @@ class EngineCore:
         return self.runner.lm_head
 
     @property
+    def page_pool(self) -> PagePool:
+        return self._scheduler.pool
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
     def status(self) -> EngineStatus:
         scheduler = self._scheduler
-        capacity = self.max_batch_size * self.max_model_len
         return EngineStatus(
             is_running=True,
-            num_running=scheduler.num_running,
+            num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_cache_usage=scheduler.num_cached_tokens / capacity,
+            kv_cache_usage=scheduler.pool.num_held / (scheduler.pool.num_pages - 1),
         )
 
     def check(self, request: GenerationRequest) -> None:
@@ -135,35 +146,49 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit."""
-        self._scheduler.admit(time.monotonic())
         try:
             rows, hidden_BD = self._forward()
             if rows:
                 self._sample(rows, hidden_BD)
         except Exception:
             _log.exception("A step failed; its sequences end with an error")
-            for sequence in [*self._scheduler.decoding, *self._scheduler.prefilling]:
+            for sequence in list(self._scheduler.running):
                 self._finish(sequence, FinishReason.ERROR)
         self._observer.on_step(self.status())
 
+    @torch.inference_mode()
+    def states(self, token_ids: list[int]) -> Tensor:
+        """The states [T, D] behind a text, computed in pages of its own and kept nowhere."""
+        pages = self.page_pool.take(num_pages_for(len(token_ids)))
+        if pages is None:
+            raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
+        try:
+            return self.runner.forward([], [Segment(pages, 0, token_ids)])
+        finally:
+            self.runner.kv.clear(self.page_pool.release(pages, forget=True))
+
     def _forward(self) -> tuple[list[Sequence], Tensor]:
         """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
-        decoding = list(self._scheduler.decoding)
-        chunks, complete = self._scheduler.take_prefill()
-        decode = [DecodeRow(s.prompt_len + len(s.token_ids) - 1, s.token_ids[-1]) for s in decoding]
-        segments = [segment for _, segment in chunks]
+        step = self._scheduler.schedule(time.monotonic())
+        decode = [row for _, rows in step.decoding for row in rows]
+        segments = [segment for _, segment in step.chunks]
         hidden_TD = self.runner.forward(decode, segments) if decode or segments else torch.empty(0)
-        first = len(decode)
-        for sequence, segment in chunks:
+        self._scheduler.advance(step)
+        rows, states = [], []
+        first = 0
+        for sequence, its_rows in step.decoding:
+            first += len(its_rows)
+            if sequence.num_computed == sequence.num_tokens:
+                rows.append(sequence)
+                states.append(hidden_TD[first - 1])
+        for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
             if sequence.request.sampling.prompt_logprobs:
                 self._score_prompt(sequence, segment, hidden_TD[first:end])
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
-        states = list(hidden_TD[: len(decode)])
-        rows = decoding
-        for sequence in complete:
+        for sequence in step.complete:
             if sequence.request.sampling.max_tokens == 0:
                 scores = self._take_prompt_logprobs(sequence)
                 self._finish(
@@ -171,6 +196,8 @@ class EngineCore:
                 )
                 continue
             self._scheduler.start_decoding(sequence)
+            if sequence.token_ids:
+                continue  # It was preempted: its tokens are fed again from the next step on.
             assert sequence.group.last_hidden_D is not None
             rows.append(sequence)
             states.append(sequence.group.last_hidden_D)
@@ -253,7 +280,7 @@ class EngineCore:
             self._finish(sequence, reason, chunk)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, chunk: GenerationChunk | None = None) -> None:
-        """Free the sequence's slot and emit its last chunk."""
+        """Free the sequence's pages and emit its last chunk."""
         if sequence.state is SequenceState.FINISHED:
             return
         self._scheduler.remove(sequence, reason)
@@ -270,7 +297,7 @@ class EngineCore:
             reason=reason,
             e2e_s=now_s - sequence.arrival_s,
             decode_s=now_s - sequence.first_token_s if sequence.token_ids else None,
-            prompt_tokens=sequence.num_prefilled,
+            prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
             generation_tokens=len(sequence.token_ids),
         )
 

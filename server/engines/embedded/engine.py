@@ -149,6 +149,8 @@ class EmbeddedEngine:
             max_batch_size=settings.max_batch_size,
             max_model_len=settings.max_model_len,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            kv_cache_gib=settings.kv_cache_gib,
+            has_prefix_cache=settings.prefix_cache,
             observer=self._observer,
         )
         self._info = EngineInfo(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engines.embedded.attention import Segment
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.engine import encode_chat
@@ -93,7 +92,7 @@ class EngineRolloutSource:
     ) -> Iterator[EvalSample]:
         """Responses found by trying continuations and reading the head's value of them."""
         core = self._core
-        searcher = ValueSearch(core.runner, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size)
+        searcher = ValueSearch(core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size)
         jobs = [
             SearchJob(
                 prompt_id=prompt.id,
@@ -174,15 +173,9 @@ class EngineRolloutSource:
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
         return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
 
-    @torch.inference_mode()
     def _states(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
-        """The states [T, D] behind tokens after another prompt than the one they were sampled from.
-
-        Computed in the engine's scratch slot, which is free between steps.
-        """
-        context = [*prompt_ids, *token_ids[:-1]]
-        hidden_TD = self._core.runner.forward([], [Segment(self._core.max_batch_size, 0, context)])
-        return hidden_TD[len(prompt_ids) - 1 :]
+        """The states [T, D] behind tokens after another prompt than the one they were sampled from."""
+        return self._core.states([*prompt_ids, *token_ids[:-1]])[len(prompt_ids) - 1 :]
 
     @torch.inference_mode()
     def _nll(self, states_TD: Tensor, token_ids: list[int]) -> float:

@@ -7,7 +7,6 @@ and refuses a model for which this engine's numbers differ from the model's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,21 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engines.embedded.attention import KVCache, Segment, StepLayout, register_attention
-from server.errors import ModelLoadError
+from server.engines.embedded.attention import DecodeRow, Segment, StepLayout, register_attention
+from server.engines.embedded.kv_cache import KVCache
+from server.engines.embedded.llama import NativeLlama
+from server.engines.embedded.pages import NULL_PAGE, num_pages_for
+from server.errors import ConfigurationError, ModelLoadError
+from server.kernels.linear import frozen_linear
 from value_models.linear import PackedLinear
 
 _PROBE_LENGTH = 12
 _PROBE_STRIDE = 7919
 _ALLOWED_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
-
-
-@dataclass(slots=True, frozen=True)
-class DecodeRow:
-    """The newest token of a decoding sequence; row b of a step lives in slot b."""
-
-    position: int
-    token_id: int
+# The null page, and one that holds the probe.
+_PROBE_PAGES = NULL_PAGE + 2
 
 
 class LMHead:
@@ -40,7 +37,7 @@ class LMHead:
     """
 
     def __init__(self, linear: nn.Linear, config: Any) -> None:
-        self._linear = PackedLinear(linear.weight)
+        self._linear: Any = frozen_linear(linear.weight, out_dtype=torch.float32)
         self._bias = None if linear.bias is None else linear.bias.detach().float()
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
@@ -86,7 +83,7 @@ class LMHead:
     def _transposed(self) -> PackedLinear:
         """The map by W^T, made when rollouts first ask for it; the identity's product is W^T itself."""
         eye_DD = torch.eye(self._linear.in_features, dtype=self._dtype, device=self._device)
-        return PackedLinear(self._linear(eye_DD))
+        return PackedLinear(self._linear(eye_DD).to(self._dtype))
 
 
 class ModelRunner:
@@ -99,10 +96,13 @@ class ModelRunner:
         self._backbone = backbone
 
     @classmethod
-    def create(cls, model: Any, *, num_slots: int, max_len: int) -> ModelRunner:
+    def create(cls, model: Any, *, max_len: int, max_sequences: int, kv_bytes: int) -> ModelRunner:
         """Take over a loaded causal language model; it must not be used by anyone else afterwards.
 
-        Raises ModelLoadError when the model cannot be run exactly.
+        The key-value cache gets room for `max_sequences` of `max_len` tokens, but never more than `kv_bytes`.
+
+        Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when not even one sequence of
+        max_len fits.
         """
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -114,37 +114,38 @@ class ModelRunner:
             reference_TV = model(probe[None], use_cache=False).logits[0].float()
             lm_head = LMHead(linear, config)
             backbone.set_attn_implementation(register_attention())
-            runner = cls(backbone, lm_head, KVCache(num_slots, max_len), model.device)
+            runner = cls(backbone, lm_head, KVCache(_PROBE_PAGES), model.device)
             runner._prove(probe.tolist(), reference_TV, type(model).__name__)
-            _pack_linears(backbone)
-            runner.kv.clear(0, _PROBE_LENGTH)
+            fast = NativeLlama.of(backbone, config, max_len=max_len)
+            if fast is None:
+                _pack_linears(backbone)
+            else:
+                # Its weights are in the native form now.
+                del backbone.layers
+                runner._backbone = fast
+                runner._prove(probe.tolist(), reference_TV, type(model).__name__)
+            runner.kv = KVCache(num_pages(runner.kv.bytes_per_page, max_len, max_sequences, kv_bytes))
         return runner
 
     @torch.inference_mode()
     def forward(self, decode: list[DecodeRow], segments: list[Segment]) -> Tensor:
         """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token."""
-        longest = max([row.position + 1 for row in decode] + [segment.end for segment in segments])
-        self.kv.reserve(longest)
         token_ids = [row.token_id for row in decode]
-        positions = [row.position for row in decode]
         for segment in segments:
             token_ids += segment.token_ids
-            positions += range(segment.start, segment.end)
-        inputs_2T = torch.tensor([token_ids, positions], device=self.device)
-        layout = StepLayout(
-            kv=self.kv,
-            decode_positions_B=inputs_2T[1, : len(decode)],
-            segments=segments,
-            max_decode_len=max((row.position + 1 for row in decode), default=0),
+        layout = StepLayout.of(self.kv, decode, segments, self.device)
+        ids_1T = torch.tensor([token_ids], device=self.device)
+        output = self._backbone(
+            input_ids=ids_1T, position_ids=layout.positions_T[None], use_cache=False, step=layout
         )
-        output = self._backbone(input_ids=inputs_2T[:1], position_ids=inputs_2T[1:], use_cache=False, step=layout)
         return output.last_hidden_state[0]
 
     def _prove(self, probe: list[int], reference_TV: Tensor, model_name: str) -> None:
         """Prefill, then decode, must give the model's own logits."""
         try:
-            prefill_TD = self.forward([], [Segment(0, 0, probe[:-1])])
-            decode_1D = self.forward([DecodeRow(len(probe) - 1, probe[-1])], [])
+            pages = [NULL_PAGE + 1]
+            prefill_TD = self.forward([], [Segment(pages, 0, probe[:-1])])
+            decode_1D = self.forward([DecodeRow(pages, len(probe) - 1, probe[-1])], [])
         except (TypeError, ValueError, AttributeError) as error:
             raise ModelLoadError(
                 f"{model_name} cannot be served: its attention does not go through transformers' interface as this "
@@ -160,12 +161,25 @@ class ModelRunner:
             )
 
 
+def num_pages(bytes_per_page: int, max_len: int, max_sequences: int, kv_bytes: int) -> int:
+    """Pages, the null page included. Raises ConfigurationError."""
+    one = num_pages_for(max_len)
+    wanted = max_sequences * one
+    allowed = min(wanted, kv_bytes // bytes_per_page - 1)
+    if allowed < one:
+        raise ConfigurationError(
+            f"kv_cache_gib: a sequence of {max_len} tokens takes {(one + 1) * bytes_per_page / 2**30:.3g} GiB of keys "
+            f"and values; allow that, or set a smaller max_model_len"
+        )
+    return NULL_PAGE + 1 + allowed
+
+
 def _pack_linears(model: nn.Module) -> None:
     """Replace every linear layer below `model` in place. Weights shared with an embedding stay there unpacked."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
-            setattr(model, name, PackedLinear(child.weight, child.bias))
+            setattr(model, name, frozen_linear(child.weight, child.bias))
         elif isinstance(child, Conv1D):
-            setattr(model, name, PackedLinear(child.weight.t(), child.bias))
+            setattr(model, name, frozen_linear(child.weight.t(), child.bias))
         else:
             _pack_linears(child)

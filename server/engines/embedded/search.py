@@ -3,9 +3,9 @@
     ControlledDecoding   the K most likely tokens are tried; one is drawn by p(token) exp(w V(state after it))
     BlockwiseBestOf      K continuations of b tokens are sampled; the one whose last state has the highest value goes on
 
-A lane holds one response: K neighbouring slots of the key-value cache with the same prefix, one for each candidate.
-When candidates are compared, the chosen one's keys and values go to the others. A token costs K rows of a step. Knows
-nothing of requests or scheduling; evaluation drives it while the engine rests. Enter at `ValueSearch.run`.
+A lane holds one response: K candidates, whose pages of the key-value cache share their beginning. When candidates are
+compared, the others go on from the chosen one's pages. A token costs K rows of a step. Knows nothing of requests or
+scheduling; evaluation drives it while the engine rests. Enter at `ValueSearch.run`.
 
 Shapes: K candidates of a lane, B rows of a step, D hidden size, V vocabulary.
 
@@ -25,13 +25,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from server.engines.embedded.attention import Segment
-from server.engines.embedded.runner import DecodeRow, ModelRunner
+from server.engines.embedded.attention import DecodeRow, Segment
+from server.engines.embedded.kv_cache import fork_pages
+from server.engines.embedded.pages import PagePool, num_pages_for
+from server.engines.embedded.runner import ModelRunner
 from server.engines.embedded.sampler import RowSampling, sample, uniform
 from value_models.generations import best_of_kl_bound
 from value_models.heads import ValueHead
 
 _PREFILL_CHUNK_TOKENS = 256
+_NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
 
 
 class ControlledDecoding(BaseModel):
@@ -91,6 +94,7 @@ class SearchResult:
 class _Candidate:
     """A continuation since the last comparison; an ended one keeps the value of the state that ended it."""
 
+    pages: list[int]
     hidden_D: Tensor
     value: float
     token_ids: list[int] = field(default_factory=list)
@@ -101,7 +105,6 @@ class _Candidate:
 
 @dataclass(slots=True)
 class _Lane:
-    first_slot: int
     result: SearchResult
     candidates: list[_Candidate]
 
@@ -112,10 +115,13 @@ class _Lane:
 
 
 class ValueSearch:
-    """Uses all slots of a runner that nobody else uses meanwhile."""
+    """Uses a runner that nobody else uses meanwhile."""
 
-    def __init__(self, runner: ModelRunner, head: ValueHead, eos_token_ids: frozenset[int], *, max_rows: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, pool: PagePool, head: ValueHead, eos_token_ids: frozenset[int], *, max_rows: int
+    ) -> None:
         self._runner = runner
+        self._pool = pool
         self._head = head
         self._eos_token_ids = eos_token_ids
         self._max_rows = max_rows
@@ -128,40 +134,55 @@ class ValueSearch:
         if width > self._max_rows:
             raise ValueError(f"num_candidates is {width}, but only {self._max_rows} rows fit a step")
         queue = deque(jobs)
-        lanes: list[_Lane | None] = [None] * min(self._max_rows // width, len(queue))
+        lanes: list[_Lane] = []
         try:
-            while queue or any(lanes):
+            while queue or lanes:
                 started_s = time.perf_counter()
-                for i, lane in enumerate(lanes):
-                    if lane is None and queue:
-                        lanes[i] = self._open(i * width, queue.popleft(), width)
-                while lanes and lanes[-1] is None:
-                    lanes.pop()
-                running = [lane for lane in lanes if lane is not None]
-                self._propose(running, params)
-                self._advance(running, len(lanes) * width)
-                for lane in running:
-                    lane.result.wall_s += (time.perf_counter() - started_s) / len(running)
-                for i, lane in enumerate(lanes):
-                    if lane is not None and self._is_due(lane, params):
-                        self._commit(lane, params)
-                        if self._is_done(lane):
-                            lanes[i] = None
-                            yield lane.result
+                while queue and len(lanes) < self._max_rows // width:
+                    lanes.append(self._open(queue.popleft(), width))
+                self._propose(lanes, params)
+                self._advance(lanes)
+                for lane in lanes:
+                    lane.result.wall_s += (time.perf_counter() - started_s) / len(lanes)
+                for lane in [lane for lane in lanes if self._is_due(lane, params)]:
+                    self._commit(lane, params)
+                    if self._is_done(lane):
+                        lanes.remove(lane)
+                        self._release(lane.candidates)
+                        yield lane.result
         finally:
-            for slot in range(self._max_rows):
-                self._runner.kv.clear(slot, self._runner.kv.capacity)
+            for lane in lanes:
+                self._release(lane.candidates)
 
-    def _open(self, first_slot: int, job: SearchJob, width: int) -> _Lane:
+    def _open(self, job: SearchJob, width: int) -> _Lane:
         prompt = list(job.prompt_token_ids)
+        pages = self._take(num_pages_for(len(prompt)))
         hidden_TD = torch.empty(0)
         for start in range(0, len(prompt), _PREFILL_CHUNK_TOKENS):
             chunk = prompt[start : start + _PREFILL_CHUNK_TOKENS]
-            hidden_TD = self._runner.forward([], [Segment(first_slot, start, chunk)])
-        for slot in range(first_slot + 1, first_slot + width):
-            self._runner.kv.copy(first_slot, slot, len(prompt))
-        value = self._values(hidden_TD[-1:])[0]
-        return _Lane(first_slot, SearchResult(job), [_Candidate(hidden_TD[-1], value) for _ in range(width)])
+            hidden_TD = self._runner.forward([], [Segment(pages, start, chunk)])
+        first = _Candidate(pages, hidden_TD[-1], self._values(hidden_TD[-1:])[0])
+        return _Lane(SearchResult(job), self._spread(first, len(prompt), width))
+
+    def _spread(self, chosen: _Candidate, length: int, width: int) -> list[_Candidate]:
+        """As many candidates that go on from one, the first of them in its pages."""
+        pages = [chosen.pages]
+        for _ in range(width - 1):
+            forked = fork_pages(self._runner.kv, self._pool, chosen.pages, length)
+            if forked is None:
+                raise RuntimeError(_NO_ROOM)
+            pages.append(forked)
+        return [_Candidate(its_pages, chosen.hidden_D, chosen.value) for its_pages in pages]
+
+    def _take(self, count: int) -> list[int]:
+        pages = self._pool.take(count)
+        if pages is None:
+            raise RuntimeError(_NO_ROOM)
+        return pages
+
+    def _release(self, candidates: Iterable[_Candidate]) -> None:
+        for candidate in candidates:
+            self._runner.kv.clear(self._pool.release(candidate.pages, forget=True))
 
     def _propose(self, lanes: list[_Lane], params: SearchParams) -> None:
         """Give every candidate that has not ended its next token."""
@@ -183,21 +204,20 @@ class ValueSearch:
             if not lane.candidates[k].is_ended:
                 _extend(lane.candidates[k], token_id)
 
-    def _advance(self, lanes: list[_Lane], num_rows: int) -> None:
-        """One step of the model for every candidate; row b of the step is slot b, so empty lanes have idle rows."""
-        rows = [DecodeRow(0, 0) for _ in range(num_rows)]
-        placed = [
-            (lane.first_slot + k, lane, candidate) for lane in lanes for k, candidate in enumerate(lane.candidates)
-        ]
-        for slot, lane, candidate in placed:
-            rows[slot] = DecodeRow(lane.length + len(candidate.token_ids) - 1, candidate.token_ids[-1])
+    def _advance(self, lanes: list[_Lane]) -> None:
+        """One step of the model for every candidate that has not ended."""
+        placed = [(lane, candidate) for lane in lanes for candidate in lane.candidates if not candidate.is_ended]
+        rows: list[DecodeRow] = []
+        for lane, candidate in placed:
+            length = lane.length + len(candidate.token_ids)
+            candidate.pages += self._take(num_pages_for(length) - len(candidate.pages))
+            rows.append(DecodeRow(candidate.pages, length - 1, candidate.token_ids[-1]))
         hidden_BD = self._runner.forward(rows, [])
-        values = self._values(hidden_BD)
-        for slot, _, candidate in placed:
+        for (_, candidate), hidden_D, value in zip(placed, hidden_BD, self._values(hidden_BD), strict=True):
             if candidate.token_ids[-1] in self._eos_token_ids:
                 candidate.is_ended = True
-            elif not candidate.is_ended:
-                candidate.hidden_D, candidate.value = hidden_BD[slot], values[slot]
+            else:
+                candidate.hidden_D, candidate.value = hidden_D, value
 
     def _is_due(self, lane: _Lane, params: SearchParams) -> bool:
         room = min(params.block_tokens, lane.result.job.max_tokens - len(lane.result.token_ids))
@@ -214,16 +234,14 @@ class ValueSearch:
         else:
             chosen = max(range(width), key=lambda k: lane.candidates[k].value)
             kl = best_of_kl_bound(width)
-        best, shared = lane.candidates[chosen], lane.length
+        best = lane.candidates[chosen]
         result.token_ids += best.token_ids
         result.states += best.states
         result.kl += [kl / len(best.token_ids)] * len(best.token_ids)
         result.is_finished = best.is_ended
         if not self._is_done(lane):
-            for slot in range(lane.first_slot, lane.first_slot + width):
-                if slot != lane.first_slot + chosen:
-                    self._runner.kv.copy(lane.first_slot + chosen, slot, lane.length, start=shared)
-            lane.candidates = [_Candidate(best.hidden_D, best.value) for _ in range(width)]
+            self._release(candidate for candidate in lane.candidates if candidate is not best)
+            lane.candidates = self._spread(best, lane.length, width)
 
     def _values(self, hidden_BD: Tensor) -> list[float]:
         """In standard deviations of the training reward."""

@@ -33,7 +33,9 @@ class PromptGroup:
     last_hidden_D: Tensor | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     residents: list[Sequence] = field(default_factory=list)
-    """Members that hold a slot, in order of admission; the first computes the prompt."""
+    """Members that run, in order of admission; the first computes the prompt."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of the prompt's full pages, as far as they have been asked for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +51,12 @@ class Sequence:
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
-    slot: int = -1
-    num_prefilled: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Positions whose keys and values are in the cache."""
+    num_cached: int = 0
+    """Prompt tokens that were there already when it was admitted."""
+    num_preemptions: int = 0
     token_ids: list[int] = field(default_factory=list)
     edits: EditTotals | None = None
     scheduled_s: float = 0.0
@@ -93,9 +99,9 @@ class Sequence:
         return len(self.group.token_ids)
 
     @property
-    def cached_len(self) -> int:
-        """Positions of its slot that may be in use: the newest token's, too, which is written when it is fed."""
-        return self.num_prefilled + len(self.token_ids)
+    def num_tokens(self) -> int:
+        """Of the prompt and new."""
+        return self.prompt_len + len(self.token_ids)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,187 @@
+// A step's rows over the vocabulary: drawing a token, and what a budget needs to know of an edited distribution.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+
+namespace recontrol {
+namespace {
+
+// Largest entry; NaN if any is NaN.
+float highest(const float* x, int64_t size) {
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    __mmask16 is_nan = 0;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __m512 v = _mm512_mask_loadu_ps(top, lanes_left(size - i), x + i);
+        is_nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        top = _mm512_max_ps(top, v);
+    }
+    return is_nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(top);
+}
+
+// p = exp(scale * (x - top)), returns the sum.
+double exponentials(const float* x, float* p, int64_t size, float top, float scale) {
+    constexpr int64_t kBlock = 1024;
+    double total = 0;
+    for (int64_t first = 0; first < size; first += kBlock) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = first; i < std::min(first + kBlock, size); i += kLanes) {
+            const __mmask16 mask = lanes_left(size - i);
+            const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(top));
+            const __m512 e = _mm512_maskz_mov_ps(mask, exp_ps(_mm512_mul_ps(lowered, _mm512_set1_ps(scale))));
+            _mm512_mask_storeu_ps(p + i, mask, e);
+            sum = _mm512_add_ps(sum, e);
+        }
+        total += _mm512_reduce_add_ps(sum);
+    }
+    return total;
+}
+
+double sum_from(const float* p, int64_t size, float least) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __m512 v = _mm512_maskz_loadu_ps(lanes_left(size - i), p + i);
+        sum = _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ), sum, v);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+void take_from(const float* p, int64_t size, float least, std::vector<float>& out) {
+    out.resize(size + kLanes);
+    float* end = out.data();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __m512 v = _mm512_maskz_loadu_ps(lanes_left(size - i), p + i);
+        const __mmask16 mask = lanes_left(size - i) & _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ);
+        _mm512_mask_compressstoreu_ps(end, mask, v);
+        end += __builtin_popcount(mask);
+    }
+    out.resize(end - out.data());
+}
+
+// Weights lie in (0, 1], the largest being 1: floors above which most filters find all that they keep.
+constexpr float kFloors[] = {1e-2f, 1e-3f, 1e-4f, 0.0f};
+
+float kth_largest(const float* p, int64_t size, int64_t k, std::vector<float>& scratch) {
+    for (const float floor : kFloors) {
+        take_from(p, size, floor, scratch);
+        if ((int64_t)scratch.size() >= k) break;
+    }
+    std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<float>());
+    return scratch[k - 1];
+}
+
+// Smallest weight in the smallest set of the largest weights that holds `mass`.
+float nucleus_threshold(const float* p, int64_t size, double mass, float least, std::vector<float>& scratch) {
+    for (const float floor : kFloors) {
+        take_from(p, size, std::max(floor, least), scratch);
+        double held = 0;
+        for (const float weight : scratch) held += weight;
+        if (held >= mass || floor <= least) break;
+    }
+    std::sort(scratch.begin(), scratch.end(), std::greater<float>());
+    double before = 0;
+    for (const float weight : scratch) {
+        before += weight;
+        if (before >= mass) return weight;
+    }
+    return scratch.back();
+}
+
+// First token, in order of ids, at which the weights of at least `least` come to more than `target`.
+int64_t draw(const float* p, int64_t size, float least, double target) {
+    constexpr int64_t kBlock = 256;
+    double before = 0;
+    int64_t last = -1;
+    for (int64_t first = 0; first < size; first += kBlock) {
+        const int64_t count = std::min(kBlock, size - first);
+        const double block = sum_from(p + first, count, least);
+        if (before + block <= target && first + kBlock < size) {
+            before += block;
+            continue;
+        }
+        for (int64_t i = first; i < first + count; ++i) {
+            if (!(p[i] >= least) || p[i] == 0) continue;
+            last = i;
+            before += p[i];
+            if (before > target) return i;
+        }
+        // Rounding: the block's elements came to less than its sum. Go on behind it.
+    }
+    if (last >= 0) return last;
+    return std::max_element(p, p + size) - p;
+}
+
+}  // namespace
+}  // namespace recontrol
+
+using namespace recontrol;
+
+// Token ids [rows] from logits [rows, vocabulary]: the inverse of the cumulative distribution at uniforms[r], after
+// top-k, top-p (of what top-k left) and min-p. A temperature of 0 takes the largest logit, a top_k of 0 keeps all. A row
+// whose largest logit is not finite gets token -1.
+EXPORT void sample_f32(const float* logits, int64_t rows, int64_t vocabulary, const float* temperatures,
+                       const int64_t* top_k, const double* top_p, const float* min_p, const double* uniforms,
+                       int64_t* tokens) {
+#pragma omp parallel
+    {
+        std::vector<float> weights(vocabulary), scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* row = logits + r * vocabulary;
+            const float top = highest(row, vocabulary);
+            if (!std::isfinite(top)) {
+                tokens[r] = -1;
+                continue;
+            }
+            if (temperatures[r] == 0) {
+                tokens[r] = std::find(row, row + vocabulary, top) - row;
+                continue;
+            }
+            double total = exponentials(row, weights.data(), vocabulary, top, 1.0f / temperatures[r]);
+            float least = 0;
+            if (0 < top_k[r] && top_k[r] < vocabulary) {
+                least = kth_largest(weights.data(), vocabulary, top_k[r], scratch);
+                total = sum_from(weights.data(), vocabulary, least);
+            }
+            if (top_p[r] < 1) least = nucleus_threshold(weights.data(), vocabulary, top_p[r] * total, least, scratch);
+            least = std::max(least, min_p[r]);
+            if (least > 0) total = sum_from(weights.data(), vocabulary, least);
+            tokens[r] = draw(weights.data(), vocabulary, least, uniforms[r] * total);
+        }
+    }
+}
+
+// What the divergence along an edit needs, for rows of base logits [rows, vocabulary] and a change of logits d, less
+// its largest entry, of the row's own or shared (delta_stride 0): with p0 = exp(base - max(base)) and
+// w = p0 exp(scale d), sums [rows, 3] = sum(w), sum(w d), sum(p0).
+EXPORT void tilted_sums_f32(const float* base, const float* delta, int64_t delta_stride, const float* scales,
+                            double* sums, int64_t rows, int64_t vocabulary) {
+    constexpr int64_t kBlock = 1024;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* row = base + r * vocabulary;
+        const float* d = delta + r * delta_stride;
+        const __m512 top = _mm512_set1_ps(highest(row, vocabulary)), scale = _mm512_set1_ps(scales[r]);
+        double total = 0, weighted = 0, mass = 0;
+        for (int64_t first = 0; first < vocabulary; first += kBlock) {
+            __m512 total_v = _mm512_setzero_ps(), weighted_v = total_v, mass_v = total_v;
+            for (int64_t i = first; i < std::min(first + kBlock, vocabulary); i += kLanes) {
+                const __mmask16 mask = lanes_left(vocabulary - i);
+                const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, row + i), top);
+                const __m512 change = _mm512_maskz_loadu_ps(mask, d + i);
+                const __m512 p0 = _mm512_maskz_mov_ps(mask, exp_ps(lowered));
+                const __m512 w = _mm512_maskz_mov_ps(mask, _mm512_mul_ps(p0, exp_ps(_mm512_mul_ps(scale, change))));
+                mass_v = _mm512_add_ps(mass_v, p0);
+                total_v = _mm512_add_ps(total_v, w);
+                weighted_v = _mm512_fmadd_ps(w, change, weighted_v);
+            }
+            total += _mm512_reduce_add_ps(total_v);
+            weighted += _mm512_reduce_add_ps(weighted_v);
+            mass += _mm512_reduce_add_ps(mass_v);
+        }
+        sums[3 * r] = total, sums[3 * r + 1] = weighted, sums[3 * r + 2] = mass;
+    }
+}
