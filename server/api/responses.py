@@ -16,8 +16,8 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
-from server.api.handlers import request_id_of
 from server.api.schemas import GenerationBody
 from server.api.sse import EventStream
 from server.types import ControlSummary, FinishReason, GenerationChunk

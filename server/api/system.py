@@ -1,4 +1,4 @@
-"""GET /health, /version and /metrics."""
+"""GET /health (does the loop run?), /ready (may requests be sent?), /version and /metrics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ async def health(request: Request) -> JSONResponse:
     engine: Engine = request.app.state.engine
     is_running = engine.status().is_running
     return JSONResponse({"status": "ok" if is_running else "engine is not running"}, 200 if is_running else 503)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 while requests are taken, 503 once the server drains or when the engine's loop does not run."""
+    engine: Engine = request.app.state.engine
+    status = "draining" if request.app.state.is_draining else "ok"
+    if not engine.status().is_running:
+        status = "engine is not running"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/version")

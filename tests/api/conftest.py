@@ -10,12 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.app import create_app
-from server.cli.serve import GracefulServer
+from server.cli.http import DrainingServer
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -23,10 +22,11 @@ from server.telemetry import Telemetry
 
 @pytest.fixture
 def make_app() -> Callable[..., FastAPI]:
-    def make(**options: Any) -> FastAPI:
-        telemetry = Telemetry()
-        settings = Settings(max_body_bytes=100_000)
-        return create_app(settings, FakeEngine(observer=telemetry, **options), telemetry)
+    def make(*, settings: dict[str, Any] | None = None, **options: Any) -> FastAPI:
+        """`settings` are the server's, `options` the fake engine's."""
+        resolved = Settings(**{"max_body_bytes": 100_000, **(settings or {})})
+        telemetry = Telemetry(vllm_names=resolved.vllm_metrics)
+        return create_app(resolved, FakeEngine(observer=telemetry, **options), telemetry)
 
     return make
 
@@ -38,10 +38,9 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, *, grace_s: float = 0.5) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
-    server = GracefulServer(config, app.state.engine)
+    server = DrainingServer(app, host="127.0.0.1", port=0, grace_s=grace_s, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

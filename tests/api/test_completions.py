@@ -107,8 +107,9 @@ def test_echo_returns_the_prompt_and_its_log_probabilities(client: TestClient) -
 
 
 def test_null_means_the_default_everywhere(client: TestClient) -> None:
-    fields = ["max_tokens", "temperature", "top_p", "top_k", "n", "stop", "logprobs", "echo", "stream",
-              "stream_options", "user", "control", "best_of", "suffix"]  # fmt: skip
+    fields = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos",
+              "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "echo", "stream",
+              "stream_options", "user", "timeout_s", "control", "best_of", "suffix"]  # fmt: skip
     nulls = complete(client, seed=1, **dict.fromkeys(fields)).json()
     assert nulls["choices"] == complete(client, seed=1).json()["choices"]
 

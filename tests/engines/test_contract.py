@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.engines.base import Engine
-from server.engines.embedded import engine as engine_module
+from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import (
@@ -203,7 +203,7 @@ async def test_heads_of_another_model_are_refused_with_what_differs(
 async def test_a_model_that_only_shares_its_name_is_served_without_the_shipped_heads(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(engine_module, "shipped_heads_folder", lambda _: settings.heads_dir)
+    monkeypatch.setattr(heads_module, "shipped_heads_folder", lambda _: settings.heads_dir)
     engine = EmbeddedEngine(settings.model_copy(update={"heads_dir": None, "model": str(model_folder("qwen2"))}))
     await engine.start()
     assert engine.info.heads == {}
