@@ -41,6 +41,7 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 def serving(app: FastAPI, *, grace_s: float = 0.5) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
     server = DrainingServer(app, host="127.0.0.1", port=0, grace_s=grace_s, log_level="warning")
+    app.state.tell_to_stop = lambda: setattr(server, "should_exit", True)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -52,6 +53,16 @@ def serving(app: FastAPI, *, grace_s: float = 0.5) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def eventually(condition: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+    """Whether the condition comes true in time."""
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
 
 
 def complete(client: TestClient, **body: Any) -> httpx.Response:
