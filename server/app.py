@@ -91,10 +91,13 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
     if settings.pinned_control is None:
         return None
     try:
-        return ControlParams.model_validate_json(settings.pinned_control)
+        pinned = ControlParams.model_validate_json(settings.pinned_control)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigurationError(f"pinned_control: {problems}") from error
+    if pinned.objective.type != "weighted_sum":
+        raise ConfigurationError("pinned_control: objective: only a weighted_sum can be put together with a caller's")
+    return pinned
 
 
 def check_pinned(app: FastAPI) -> None:

@@ -91,6 +91,8 @@ class ControlParams(BaseModel):
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
     max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
+    trace: bool = False
+    """Report what control did to each token, beside the summary of each choice."""
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:

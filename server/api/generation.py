@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -35,6 +36,7 @@ class Generation:
     streams: list[ChunkStream]
     charge: Charge
     timeout_s: float | None
+    is_traced: bool
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
@@ -76,6 +78,12 @@ class Generation:
             await asyncio.gather(*pumps, return_exceptions=True)
             await self.close()
 
+    def traced(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """What control did to the chunk's token, if that was asked for."""
+        if not self.is_traced or chunk.edit is None:
+            return []
+        return [{"token_id": chunk.token_ids[0], **shown(asdict(chunk.edit))}]
+
     async def close(self) -> None:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
         await _close(self.streams)
@@ -98,6 +106,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -108,6 +117,7 @@ async def collect(generation: Generation) -> list[Choice]:
             choice = choices[index]
             choice.text += chunk.text
             choice.logprobs += chunk.logprobs
+            choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
     return choices
@@ -154,7 +164,23 @@ async def start(
         charge.settle(0)
         raise
     timeouts = [timeout_s for timeout_s in (body.timeout_s, state.request_timeout_s) if timeout_s is not None]
-    return Generation(engine, prompts, num_choices, streams, charge, min(timeouts, default=None), context.facts)
+    return Generation(
+        engine=engine,
+        prompts=prompts,
+        num_choices=num_choices,
+        streams=streams,
+        charge=charge,
+        timeout_s=min(timeouts, default=None),
+        is_traced=control is not None and control.trace,
+        facts=context.facts,
+    )
+
+
+def shown(value: Any) -> Any:
+    """Figures of control as JSON has them: it has no NaN and no infinity, so null stands for both."""
+    if isinstance(value, dict):
+        return {name: shown(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown_logprob(logprob: float) -> float:

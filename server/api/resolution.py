@@ -17,6 +17,8 @@ MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 _WEIGHTS = "control.objective.weights"
+_LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
+_COMPOSED = _LARGER_COUNTS | {"objective", "trace"}
 
 
 def sampling_params(
@@ -74,12 +76,22 @@ def with_pinned(asked: ControlParams | None, pinned: ControlParams | None) -> Co
     """A caller's control under the server's own, which it can neither switch off nor outweigh.
 
     The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
-    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two.
+    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two. Whatever else a
+    caller may ask for could hold back the pinned heads too, so it is refused.
 
-    Raises InvalidRequestError when the caller names a pinned head, or too many heads.
+    Raises InvalidRequestError for that, when the caller names a pinned head, or too many heads.
     """
     if asked is None or pinned is None:
         return pinned if asked is None else asked
+    if others := sorted(asked.model_fields_set - _COMPOSED):
+        raise InvalidRequestError(
+            f"control.{others[0]}: not allowed here, since this server pins heads", param=f"control.{others[0]}"
+        )
+    if asked.objective.type != "weighted_sum":
+        raise InvalidRequestError(
+            "control.objective.type: only weighted_sum is allowed here, since this server pins heads",
+            param="control.objective.type",
+        )
     mine, theirs = pinned.objective.weights, asked.objective.weights
     if both := sorted(mine.keys() & theirs.keys()):
         raise InvalidRequestError(
@@ -93,13 +105,9 @@ def with_pinned(asked: ControlParams | None, pinned: ControlParams | None) -> Co
         )
     allowed, total = (sum(map(abs, weights.values())) for weights in (mine, theirs))
     share = allowed / total if total > allowed else 1.0
-    return ControlParams(
-        objective=WeightedSum(weights={**{name: weight * share for name, weight in theirs.items()}, **mine}),
-        step_size=max(asked.step_size, pinned.step_size),
-        steps=max(asked.steps, pinned.steps),
-        max_kl=max(asked.max_kl, pinned.max_kl),
-        max_shift=max(asked.max_shift, pinned.max_shift),
-    )
+    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
+    weights = {**{name: weight * share for name, weight in theirs.items()}, **mine}
+    return pinned.model_copy(update={**larger, "objective": WeightedSum(weights=weights), "trace": asked.trace})
 
 
 def model_ids(info: EngineInfo) -> list[str]:

@@ -66,7 +66,7 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
             "/v1/completions",
             {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gate": 1}},
             "control.gate",
-            "objective, step_size, steps, max_kl, max_shift.",
+            "objective, step_size, steps, max_kl, max_shift, trace.",
         ),
         (
             "/v1/completions",

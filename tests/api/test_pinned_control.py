@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from server.api.resolution import with_pinned
-from server.errors import ConfigurationError
+from server.errors import ConfigurationError, InvalidRequestError
 from server.types import ControlParams, GenerationRequest
 from tests.api.conftest import chat, complete
 from tests.conftest import control
@@ -117,3 +118,15 @@ def test_pinned_heads_count_among_the_heads_that_a_request_may_name(
         assert complete(client, control={"objective": {"weights": dict.fromkeys(names[1:8], 1.0)}}).status_code == 200
         response = complete(client, control={"objective": {"weights": dict.fromkeys(names[1:9], 1.0)}})
         assert "at most 7 others" in response.json()["error"]["message"]
+
+
+def test_what_could_hold_back_pinned_heads_is_refused() -> None:
+    gated = ControlParams.model_construct(_fields_set={"objective", "gate"}, **control({"a": 1.0}).__dict__)
+    with pytest.raises(InvalidRequestError, match=r"control\.gate: not allowed here"):
+        with_pinned(gated, PINNED)
+    objective = SimpleNamespace(type="worst_case", weights={"a": 1.0}, head_names=("a",))
+    with pytest.raises(InvalidRequestError, match="only weighted_sum"):
+        with_pinned(ControlParams.model_construct(_fields_set={"objective"}, objective=objective), PINNED)
+    traced = with_pinned(control({"a": 1.0}, trace=True), PINNED)
+    assert traced is not None
+    assert traced.trace
