@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +16,12 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.cli.http import DrainingServer
+from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
+from tests.engines.test_contract import write_heads
+from value_models.heads import ValueHead
 
 
 @pytest.fixture
@@ -27,6 +31,24 @@ def make_app() -> Callable[..., FastAPI]:
         resolved = Settings(**{"max_body_bytes": 100_000, **(settings or {})})
         telemetry = Telemetry(vllm_names=resolved.vllm_metrics)
         return create_app(resolved, FakeEngine(observer=telemetry, **options), telemetry)
+
+    return make
+
+
+@pytest.fixture
+def make_embedded_app(
+    model_folder: Callable[..., Path], load_tiny: Callable[..., Any], heads: dict[str, ValueHead], tmp_path: Path
+) -> Callable[..., FastAPI]:
+    """The app over a tiny random model, whose heads lie in `tmp_path / "heads"`."""
+    write_heads(tmp_path / "heads", {"positive": heads["good"], "plain": heads["line"]}, load_tiny().identity)
+
+    def make(**settings: Any) -> FastAPI:
+        resolved = Settings(
+            model=str(model_folder()), served_model_name="tiny", heads_dir=tmp_path / "heads", device="cpu",
+            dtype="float32", max_batch_size=4, **settings,
+        )  # fmt: skip
+        telemetry = Telemetry()
+        return create_app(resolved, EmbeddedEngine(resolved, observer=telemetry), telemetry)
 
     return make
 
