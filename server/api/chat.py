@@ -12,13 +12,14 @@ from server.api.generation import Choice, Generation, shown_logprob, start
 from server.api.resolution import MAX_NEW_TOKENS
 from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody, ChatMessage
+from server.api.sse import STREAMED
 from server.engines.base import Engine
 from server.types import GenerationChunk, TokenLogprob
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine

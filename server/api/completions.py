@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.generation import Choice, Generation, shown_logprob, start
 from server.api.responses import ResponseWriter
 from server.api.schemas import CompletionBody
+from server.api.sse import STREAMED
 from server.engines.base import Engine, check_token_ids
 from server.types import GenerationChunk, TokenLogprob
 
@@ -19,7 +20,7 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Continue one or several prompts."""
     engine: Engine = request.app.state.engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from server.engines.base import Engine
 from server.telemetry import Telemetry
@@ -36,7 +36,7 @@ async def get_version() -> dict[str, str]:
     return {"version": version("recontrol")}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus exposition text."""
     telemetry: Telemetry = request.app.state.telemetry
