@@ -54,7 +54,7 @@ class GenerationBody(BaseModel):
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     """Goes into the access log."""
     timeout_s: Seconds | None = None
-    """Deadline for the whole response, counted from when the body was read."""
+    """Deadline for the whole response, counted from when it is queued."""
     control: ControlParams | None = None
 
     @model_validator(mode="before")
