@@ -1,4 +1,4 @@
-"""The application: settings, engine, telemetry and routes put together. Enter at `create_app`."""
+"""The application: settings, engine, telemetry, gate and routes put together. Enter at `create_app`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,38 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from pydantic import SecretStr, ValidationError
 
-from server.api import chat, completions, handlers, models, system
+from server.api import chat, completions, handlers, management, models, system, tokens
+from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
+from server.api.gate.identity import Identity
+from server.api.gate.keys import KeyRing
+from server.api.gate.limits import Callers, Limits
+from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
 from server.engines import create_engine
 from server.engines.base import Engine
+from server.errors import ConfigurationError
 from server.settings import Settings
 from server.telemetry import Telemetry
+from server.types import ControlParams
 
 
 def create_app(settings: Settings, engine: Engine | None = None, telemetry: Telemetry | None = None) -> FastAPI:
     """An ASGI app whose lifespan starts and stops the engine; by default the one that the settings name.
 
-    An engine that is passed in reports to whatever observer it was given, usually the same `telemetry`.
+    An engine that is passed in reports to whatever observer it was given, usually the same `telemetry`. Raises
+    ConfigurationError for keys or pinned control that cannot be used.
     """
-    telemetry = telemetry or Telemetry()
+    telemetry = telemetry or Telemetry(vllm_names=settings.vllm_metrics)
     engine = engine or create_engine(settings, observer=telemetry)
+    pinned = _pinned_control(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        del app
         await engine.start()
         telemetry.bind(engine.info.model_id, engine.info.heads)
+        check_pinned(app)
         try:
             yield
         finally:
@@ -38,7 +48,64 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine = engine
     app.state.telemetry = telemetry
-    handlers.install(app, max_body_bytes=settings.max_body_bytes)
-    for module in (completions, chat, models, system):
-        app.include_router(module.router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+    app.state.pinned = pinned
+    app.state.request_timeout_s = settings.request_timeout_s
+    app.state.is_draining = False
+    handlers.install(app)
+    management_keys = _keys(settings.management_keys, settings, "management_keys")
+    _install_gate(app, settings, management_keys)
+    routers = [module.router for module in (completions, chat, models, tokens, system)]
+    for router in [*routers, management.router] if management_keys else routers:
+        app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) -> None:
+    """The last one added is the outermost."""
+    keys = _keys(settings.api_keys, settings, "api_keys")
+    if keys & management_keys:
+        raise ConfigurationError("management_keys: a key that is also in api_keys would give management to callers")
+    limits = Limits(
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+        concurrent_requests=settings.concurrent_requests,
+    )
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Gatekeeper,
+        keys=keys,
+        management_keys=management_keys,
+        callers=Callers(limits),
+        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+    )
+    app.add_middleware(HeaderLimit)
+    app.add_middleware(Identity)
+
+
+def _keys(listed: SecretStr | None, settings: Settings, setting: str) -> KeyRing:
+    file = getattr(settings, f"{setting}_file")
+    return KeyRing.load(None if listed is None else listed.get_secret_value(), file, setting=setting)
+
+
+def _pinned_control(settings: Settings) -> ControlParams | None:
+    if settings.pinned_control is None:
+        return None
+    try:
+        pinned = ControlParams.model_validate_json(settings.pinned_control)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(f"pinned_control: {problems}") from error
+    if pinned.objective.type != "weighted_sum":
+        raise ConfigurationError("pinned_control: objective: only a weighted_sum can be put together with a caller's")
+    return pinned
+
+
+def check_pinned(app: FastAPI) -> None:
+    """Raises ConfigurationError when the started engine lacks a head that the settings pin."""
+    pinned: ControlParams | None = app.state.pinned
+    heads = app.state.engine.info.heads
+    missing = [name for name in pinned.objective.head_names if name not in heads] if pinned else []
+    if missing:
+        raise ConfigurationError(
+            f"pinned_control: no head {', '.join(missing)} is loaded; there are {', '.join(heads) or 'none'}"
+        )

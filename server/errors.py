@@ -4,11 +4,19 @@
     |-- InvalidRequestError      400   the caller can mend the request
     |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
+    |-- AuthenticationError      401   no key, or one that does not open this path
     |-- NotFoundError            404
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   `-- UnknownModelError    404   lists the model ids that exist
+    |-- HeadConflictError        409   a head that is loaded already, or pinned
+    |-- BodyTooLargeError        413
+    |-- MediaTypeError           415   a body that is not JSON
+    |-- HeadersTooLargeError     431
     |-- OverloadedError          429   the waiting queue is full
+    |   `-- RateLimitError       429   the caller's own limit is reached
     |-- EngineStoppedError       503   the loop has ended or never started
+    |   `-- ShuttingDownError    503   what runs may finish; nothing new begins
+    |-- DeadlineExceededError    504   the request's own deadline has passed
     |-- GenerationError          500   one request failed inside the engine; others go on
     `-- ConfigurationError       500   the server or a command was set up wrongly
         |-- ModelLoadError       500   no such model, or one this server cannot run
@@ -48,6 +56,11 @@ class UnsupportedFieldError(InvalidRequestError):
     code = "unsupported_field"
 
 
+class AuthenticationError(RecontrolError):
+    code = "invalid_api_key"
+    status = 401
+
+
 class NotFoundError(RecontrolError):
     code = "not_found"
     status = 404
@@ -68,6 +81,26 @@ class UnknownModelError(NotFoundError):
         super().__init__(f"There is no model {name!r}. Known models: {', '.join(sorted(known))}.", param="model")
 
 
+class HeadConflictError(RecontrolError):
+    code = "head_conflict"
+    status = 409
+
+
+class BodyTooLargeError(RecontrolError):
+    code = "body_too_large"
+    status = 413
+
+
+class MediaTypeError(RecontrolError):
+    code = "unsupported_media_type"
+    status = 415
+
+
+class HeadersTooLargeError(RecontrolError):
+    code = "headers_too_large"
+    status = 431
+
+
 class OverloadedError(RecontrolError):
     """The queue is full. `retry_after_s` goes into the Retry-After header."""
 
@@ -79,9 +112,22 @@ class OverloadedError(RecontrolError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitError(OverloadedError):
+    code = "rate_limit_exceeded"
+
+
 class EngineStoppedError(RecontrolError):
     code = "engine_stopped"
     status = 503
+
+
+class ShuttingDownError(EngineStoppedError):
+    code = "shutting_down"
+
+
+class DeadlineExceededError(RecontrolError):
+    code = "deadline_exceeded"
+    status = 504
 
 
 class GenerationError(RecontrolError):

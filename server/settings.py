@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -43,10 +43,22 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
 
-    host: str = Field("127.0.0.1", description="address to bind; loopback only, for there is no authentication yet")
-    allow_public_bind: bool = Field(False, description="bind another address than loopback without authentication")
+    host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")
+    allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
+    request_timeout_s: Annotated[float, Field(gt=0, description="most time for a response; else a 504")] | None = None
+    shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
+
+    api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
+    api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
+    management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
+    management_keys_file: Path | None = Field(None, description="the same from a file")
+    public_metrics: bool = Field(False, description="serve /metrics without a key")
+    requests_per_minute: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1, description="of each key, prompt and new ones")] | None = None
+    concurrent_requests: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
+    pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
     max_model_len: Annotated[int, Field(ge=16, description="prompt and new tokens of one sequence")] | None = None
@@ -57,14 +69,17 @@ class Settings(BaseSettings):
     )
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")
+    vllm_metrics: bool = Field(False, description="/metrics has vLLM's names (vllm:*) as well")
 
     @model_validator(mode="after")
     def _bind_loopback_unless_told(self) -> Self:
-        if self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
+        has_keys = self.api_keys is not None or self.api_keys_file is not None
+        if has_keys or self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
             return self
         raise ValueError(
-            f"host: {self.host!r} is not a loopback address, and the server has no authentication yet. "
-            "Bind 127.0.0.1, or set allow_public_bind where something in front of the server keeps strangers out"
+            f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
+            "127.0.0.1, or set allow_public_bind where something in front of the server keeps strangers out"
         )
 
     @classmethod

@@ -7,14 +7,22 @@ nothing of engines or HTTP. Enter at `Telemetry`; to add a runtime metric, add o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from server.engines.base import EngineStatus
 from server.types import FinishReason, TokenEdit
 
 _PREFIX = "recontrol"
+VLLM_METRICS = frozenset({
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "prompt_tokens",
+    "generation_tokens", "request_success", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+    "request_prompt_tokens", "request_generation_tokens",
+})  # fmt: skip
+"""What vLLM has as well, by the same name behind the prefix and with the same labels."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _EDIT_S = (50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
@@ -24,11 +32,15 @@ _RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 class Telemetry:
-    """Implements EngineObserver. `bind` names the model and its heads once they are known."""
+    """Implements EngineObserver. `bind` names the model and its heads once they are known.
+
+    `vllm_names` gives the metrics that vLLM has too under its names as well, for dashboards made for vLLM.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, *, vllm_names: bool = False) -> None:
+        self._has_vllm_names = vllm_names
         self._registry = CollectorRegistry()
         self._model = ""
         self._heads: frozenset[str] = frozenset()
@@ -57,19 +69,25 @@ class Telemetry:
 
     def bind(self, model: str, heads: Iterable[str]) -> None:
         """Name the model and create every labelled series, so that they exist with zero from the start."""
-        self._model, self._heads = model, frozenset(heads)
+        self._model = model
         for reason in FinishReason:
             self._success.labels(model, reason.value)
-        for head in self._heads:
-            for collector in (self._controlled, self._value_before, self._value_after):
-                collector.labels(model, head)
+        self.bind_heads(heads)
         for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite):
             collector.labels(model)
         self.on_step(EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0))
 
+    def bind_heads(self, heads: Iterable[str]) -> None:
+        """Name the heads anew, after one was loaded; the series of one that has gone stay, as counters do."""
+        self._heads = self._heads | frozenset(heads)
+        for head in self._heads:
+            for collector in (self._controlled, self._value_before, self._value_after):
+                collector.labels(self._model, head)
+
     def render(self) -> bytes:
         """The exposition text for a scrape."""
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        return text + generate_latest(_VllmNames(self._registry)) if self._has_vllm_names else text
 
     def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None:
         self._queue.labels(self._model).observe(queue_s)
@@ -118,6 +136,23 @@ class Telemetry:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"{_PREFIX}_{name}", text, ("model_name",), registry=self._registry)
+
+
+class _VllmNames(Collector):
+    """The collectors that vLLM has too, under `vllm:*`: the same values, read when they are scraped."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            name = metric.name.removeprefix(f"{_PREFIX}_")
+            if name in VLLM_METRICS:
+                renamed = Metric(f"vllm:{name}", metric.documentation, metric.type)
+                renamed.samples = [
+                    sample._replace(name=sample.name.replace(f"{_PREFIX}_", "vllm:", 1)) for sample in metric.samples
+                ]
+                yield renamed
 
 
 def _observe_finite(histogram: Histogram, value: float) -> None:

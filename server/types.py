@@ -17,6 +17,11 @@ from server.control.objectives import Objective, WeightedSum
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS_TOKENS = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
 MAX_CHOICES = 128
 
 # Ranges within which no setting collapses the text; `recontrol eval --study stress` measures the corners (README).
@@ -24,6 +29,11 @@ MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5
 MAX_SHIFT_RATIO = 2.0
+
+
+Bias = Annotated[FiniteFloat, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
+Penalty = Annotated[FiniteFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
 
 
 class FinishReason(StrEnum):
@@ -44,8 +54,22 @@ class SamplingParams(BaseModel):
     top_p: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 keeps every token."""
+    min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
+    """Least probability, as a share of the most likely token's; 0 keeps every token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
+    """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
+    ignore_eos: bool = False
+    """Go on after end-of-sequence; `stop` and `stop_token_ids` still end the text."""
+    logit_bias: Annotated[dict[int, Bias], Field(max_length=MAX_LOGIT_BIAS_TOKENS)] = {}
+    """Token id -> added to its logit, before the penalties."""
+    presence_penalty: Penalty = 0.0
+    """Taken from the logit of each token that the output holds."""
+    frequency_penalty: Penalty = 0.0
+    """Taken from the logit of a token for each time that the output holds it."""
+    repetition_penalty: RepetitionPenalty = 1.0
+    """Divides the logits (multiplies those below 0) of each token that prompt or output hold."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False
@@ -67,6 +91,8 @@ class ControlParams(BaseModel):
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
     max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
+    trace: bool = False
+    """Report what control did to each token, beside the summary of each choice."""
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:
@@ -101,7 +127,8 @@ class GenerationRequest:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1 before sampling filters; `top` holds (id, text, logprob)."""
+    """`logprob` in nats after control, at temperature 1, before penalties, bias and sampling filters; `top` holds
+    (id, text, logprob)."""
 
     token_id: int
     text: str

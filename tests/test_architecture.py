@@ -29,6 +29,7 @@ ALLOWED = {
     "value_models.evaluation": ("value_models",),
     "server.errors": (),
     "server.settings": (),
+    "server.logs": (),
     "server.control": ("value_models.heads", "value_models.store", "value_models.linear", "server.errors",
                        "server.control"),
     "server.types": ("server.control.objectives",),
@@ -36,8 +37,10 @@ ALLOWED = {
     "server.engines": ("server.engines", "server.control", "server.types", "server.errors", "server.settings",
                        "value_models.linear", "value_models.heads", "value_models.store", "value_models.rollouts",
                        "value_models.generations"),
-    "server.api": ("server.api", "server.types", "server.engines.base", "server.errors", "server.telemetry"),
-    "server.app": ("server.api", "server.engines", "server.settings", "server.telemetry"),
+    "server.api": ("server.api", "server.types", "server.control.objectives", "server.engines.base", "server.errors",
+                   "server.logs", "server.telemetry"),
+    "server.app": ("server.api", "server.engines", "server.errors", "server.settings", "server.telemetry",
+                   "server.types"),
     "server.cli": ("server", "value_models"),
 }  # fmt: skip
 FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))

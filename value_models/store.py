@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
 from value_models.whole_files import write_text, write_whole
@@ -144,10 +144,13 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
     """Raises HeadFileError when a file is missing, or the tensors are not what the card says."""
     card = load_card(folder)
     path = folder / HEAD_FILE
-    if path.is_file() and _digest(path) != card.tensors_sha256:
-        raise HeadFileError(f"{path} is not the file that its card was written for (tensors_sha256 differs)")
     try:
-        head = head_from_tensors(card.architecture.type, load_file(path, device=str(device)))
+        # Read, not mapped: a server that has loaded a head must outlive the file's being written over.
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
+            raise HeadFileError(f"{path} is not the file that its card was written for (tensors_sha256 differs)")
+        tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
+        head = head_from_tensors(card.architecture.type, tensors)
     except (OSError, SafetensorError, HeadShapeError) as error:
         raise HeadFileError(f"{path} cannot be loaded: {error}") from error
     if head.hidden_size != card.base_model.hidden_size:

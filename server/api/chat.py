@@ -8,32 +8,31 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import MAX_NEW_TOKENS, Choice, Generation, shown_logprob, start
-from server.api.handlers import request_id_of
+from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.resolution import MAX_NEW_TOKENS
 from server.api.responses import ResponseWriter
-from server.api.schemas import ChatBody
+from server.api.schemas import ChatBody, ChatMessage
+from server.api.sse import STREAMED
 from server.engines.base import Engine
 from server.types import GenerationChunk, TokenLogprob
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
     # A long conversation takes long, which must not stop the other requests.
-    prompt = await asyncio.to_thread(engine.encode_chat, messages)
+    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages))
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
         # As in vLLM: up to the end of the context, within what one body may ask for.
         max_tokens = max(min(engine.info.max_model_len - len(prompt), MAX_NEW_TOKENS // (body.n or 1)), 1)
     generation = await start(
-        engine,
+        request,
         body,
         [prompt],
-        request_id=request_id_of(request),
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, check_token_ids, shown_logprob, start
-from server.api.handlers import request_id_of
+from server.api.generation import Choice, Generation, shown_logprob, start
 from server.api.responses import ResponseWriter
 from server.api.schemas import CompletionBody
-from server.engines.base import Engine
+from server.api.sse import STREAMED
+from server.engines.base import Engine, check_token_ids
 from server.types import GenerationChunk, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Continue one or several prompts."""
     engine: Engine = request.app.state.engine
     # A long text takes long, which must not stop the other requests.
     texts, prompts = await asyncio.to_thread(_prompts, engine, body)
     generation = await start(
-        engine,
+        request,
         body,
         prompts,
-        request_id=request_id_of(request),
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
@@ -44,7 +44,7 @@ def _prompts(engine: Engine, body: CompletionBody) -> tuple[list[str] | None, li
         prompt = [prompt]
     if isinstance(prompt[0], str):
         return prompt, [engine.encode(text) for text in prompt]
-    check_token_ids(prompt, engine.info)
+    check_token_ids(itertools.chain.from_iterable(prompt), engine.info.vocab_size, param="prompt")
     return ([engine.decode(ids) for ids in prompt] if body.echo else None), prompt
 
 

@@ -1,45 +1,29 @@
 """What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
-Every check that needs the engine's facts happens here, before anything is queued. Knows nothing of response formats.
-Enter at `start`.
+Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
+import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from fastapi import Request
+
+from server.api.gate.context import context_of
+from server.api.gate.limits import Charge
+from server.api.resolution import check_scored, check_size, resolve_control, sampling_params
 from server.api.schemas import GenerationBody
-from server.engines.base import ChunkStream, Engine, EngineInfo
-from server.errors import (
-    ContextLengthError,
-    EngineStoppedError,
-    GenerationError,
-    InvalidRequestError,
-    UnknownHeadError,
-    UnknownModelError,
-)
-from server.types import (
-    ControlParams,
-    ControlSummary,
-    FinishReason,
-    GenerationChunk,
-    GenerationRequest,
-    SamplingParams,
-    TokenLogprob,
-    Usage,
-)
+from server.engines.base import ChunkStream, Engine
+from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
+from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob, Usage
 
-_log = logging.getLogger("recontrol.access")
-MAX_SEQUENCES = 256
-MAX_NEW_TOKENS = 2**17
-MAX_PROMPT_SCORES = 2**18
-_LOGGED_USER_CHARS = 64
 _MIN_LOGPROB = -9999.0
+_Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
 
 
 @dataclass(slots=True)
@@ -50,6 +34,11 @@ class Generation:
     prompts: list[list[int]]
     num_choices: int
     streams: list[ChunkStream]
+    charge: Charge
+    timeout_s: float | None
+    is_traced: bool
+    facts: dict[str, Any]
+    """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
@@ -61,10 +50,13 @@ class Generation:
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
 
-        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine.
+        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine, and
+        DeadlineExceededError when the time is over.
         """
-        queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
+        queue: _Queue = asyncio.Queue()
         pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        if self.timeout_s is not None:
+            pumps.append(asyncio.create_task(self._end_in(self.timeout_s, queue)))
         num_open = len(self.streams) * self.num_choices
         try:
             while num_open:
@@ -86,8 +78,23 @@ class Generation:
             await asyncio.gather(*pumps, return_exceptions=True)
             await self.close()
 
+    def traced(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """What control did to the chunk's token, if that was asked for."""
+        if not self.is_traced or chunk.edit is None:
+            return []
+        return [{"token_id": chunk.token_ids[0], **shown(asdict(chunk.edit))}]
+
     async def close(self) -> None:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
+        await _close(self.streams)
+        usage = self.usage
+        self.charge.settle(usage.total_tokens)
+        self.facts |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+
+    async def _end_in(self, timeout_s: float, queue: _Queue) -> None:
+        await asyncio.sleep(timeout_s)
+        # Before the streams are closed, whose choices then end as aborted.
+        queue.put_nowait((0, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s.")))
         await _close(self.streams)
 
 
@@ -99,6 +106,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -109,48 +117,41 @@ async def collect(generation: Generation) -> list[Choice]:
             choice = choices[index]
             choice.text += chunk.text
             choice.logprobs += chunk.logprobs
+            choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
     return choices
 
 
 async def start(
-    engine: Engine,
+    request: Request,
     body: GenerationBody,
     prompts: list[list[int]],
     *,
-    request_id: str,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: bool = False,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
-    info = engine.info
-    control = resolve_control(body, info)
-    num_choices = body.n or 1
+    state = request.app.state
+    engine: Engine = state.engine
+    info, context, num_choices = engine.info, context_of(request), body.n or 1
+    if state.is_draining:
+        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
+    control = resolve_control(body, info, state.pinned)
     check_size(prompts, num_choices, max_tokens, info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        seed=body.seed,
-        stop=tuple(body.stop or ()),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )
-    # repr keeps a user's line breaks and escapes inside one log line.
-    user = None if body.user is None else repr(body.user[:_LOGGED_USER_CHARS])
-    _log.info("request=%s model=%s prompts=%d n=%d user=%s", request_id, body.model, len(prompts), num_choices, user)
+    sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
+    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * num_choices * max_tokens)
     streams: list[ChunkStream] = []
     try:
         for index, prompt in enumerate(prompts):
             streams.append(
                 engine.generate(
                     GenerationRequest(
-                        request_id=f"{request_id}-{index}",
+                        request_id=f"{context.request_id}-{index}",
                         prompt_token_ids=tuple(prompt),
                         sampling=sampling,
                         control=control,
@@ -160,78 +161,26 @@ async def start(
             )
     except BaseException:
         await _close(streams)
+        charge.settle(0)
         raise
-    return Generation(engine, prompts, num_choices, streams)
+    timeouts = [timeout_s for timeout_s in (body.timeout_s, state.request_timeout_s) if timeout_s is not None]
+    return Generation(
+        engine=engine,
+        prompts=prompts,
+        num_choices=num_choices,
+        streams=streams,
+        charge=charge,
+        timeout_s=min(timeouts, default=None),
+        is_traced=control is not None and control.trace,
+        facts=context.facts,
+    )
 
 
-def resolve_control(body: GenerationBody, info: EngineInfo) -> ControlParams | None:
-    """The body's control, or the default one behind `base@head`. Raises UnknownModelError, UnknownHeadError."""
-    # The base's own id may hold an "@", so it is compared whole.
-    head = body.model.removeprefix(f"{info.model_id}@")
-    if body.model != info.model_id and head in ("", body.model):
-        raise UnknownModelError(body.model, model_ids(info))
-    if body.model != info.model_id:
-        if body.control is not None:
-            raise InvalidRequestError(
-                f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
-                "control",
-                param="control",
-            )
-        if head not in info.heads:
-            raise UnknownHeadError(head, info.heads, param="model")
-        return ControlParams.for_head(head)
-    if body.control is not None:
-        for name in body.control.objective.head_names:
-            if name not in info.heads:
-                raise UnknownHeadError(name, info.heads, param="control.objective.weights")
-    return body.control
-
-
-def model_ids(info: EngineInfo) -> list[str]:
-    """The base model, and one id for each head's default objective."""
-    return [info.model_id, *(f"{info.model_id}@{name}" for name in info.heads)]
-
-
-def check_token_ids(prompts: Sequence[Sequence[int]], info: EngineInfo) -> None:
-    """Ids that a request gives: an engine must never see, not even to decode, one outside the vocabulary."""
-    for token_id in itertools.chain.from_iterable(prompts):
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequestError(
-                f"prompt: token id {token_id} is outside the vocabulary, 0 to {info.vocab_size - 1}", param="prompt"
-            )
-
-
-def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int, info: EngineInfo) -> None:
-    """Lengths, and the caps on what one body may ask for in all."""
-    num_sequences = len(prompts) * num_choices
-    if num_sequences > MAX_SEQUENCES:
-        raise InvalidRequestError(
-            f"n: {len(prompts)} prompts x n = {num_sequences} sequences; at most {MAX_SEQUENCES} are allowed", param="n"
-        )
-    for prompt in prompts:
-        if len(prompt) + max_tokens > info.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed "
-                f"{info.max_model_len}.",
-                param="max_tokens",
-            )
-    if num_sequences * max_tokens > MAX_NEW_TOKENS:
-        raise InvalidRequestError(
-            f"max_tokens: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that "
-            "one request may ask for",
-            param="max_tokens",
-        )
-
-
-def check_scored(prompts: Sequence[Sequence[int]], num_choices: int, num_top: int) -> None:
-    """The cap on log-probabilities of prompts, which come without a new token being drawn."""
-    num_scores = sum(map(len, prompts)) * num_choices * (num_top + 1)
-    if num_scores > MAX_PROMPT_SCORES:
-        raise InvalidRequestError(
-            f"logprobs: with echo this asks for {num_scores} log-probabilities of prompt tokens (tokens x n x "
-            f"(logprobs + 1)); at most {MAX_PROMPT_SCORES} are allowed",
-            param="logprobs",
-        )
+def shown(value: Any) -> Any:
+    """Figures of control as JSON has them: it has no NaN and no infinity, so null stands for both."""
+    if isinstance(value, dict):
+        return {name: shown(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown_logprob(logprob: float) -> float:
@@ -239,7 +188,7 @@ def shown_logprob(logprob: float) -> float:
     return max(logprob, _MIN_LOGPROB)
 
 
-async def _pump(index: int, stream: ChunkStream, queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]]) -> None:
+async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:
     try:
         async for chunk in stream:
             queue.put_nowait((index, chunk))

@@ -1,30 +1,31 @@
-"""Errors as OpenAI's body, and the two things every request passes: a request id and a limit on its size.
+"""Errors as OpenAI's body. A 500 says nothing of the inside; it carries the request id, under which the log has more.
 
-A 500 says nothing of the inside; it carries the request id, under which the log has the details. Enter at `install`.
+Enter at `install` for what routes raise, at `error_response` for what is raised before them.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import secrets
-from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.gate.context import request_id_of
 from server.api.schemas import REFUSED, allowed_fields
-from server.errors import OverloadedError, RecontrolError
+from server.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    OverloadedError,
+    RecontrolError,
+    ShuttingDownError,
+    UnknownHeadError,
+)
 
-_log = logging.getLogger(__name__)
-REQUEST_ID_HEADER = "x-request-id"
 _SHOWN_CHARS = 64
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WEIGHTS_PATH = ("control", "objective", "weights")
+_RETRY_AFTER_SHUTDOWN_S = 5
 _TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
 
 
@@ -39,25 +40,34 @@ def generic_error(error: Exception, request_id: str) -> dict[str, Any]:
     return _body(500, f"An internal error occurred. Request id: {request_id}.", None, "internal_error")
 
 
-def request_id_of(request: Request) -> str:
-    return request.scope["state"]["request_id"]
+def error_response(error: RecontrolError, request_id: str) -> JSONResponse:
+    content = error_body(error) if error.status < 500 else generic_error(error, request_id)
+    return JSONResponse(content, error.status, _headers(error))
 
 
-def install(app: FastAPI, *, max_body_bytes: int) -> None:
-    """Give the app its error handlers and middleware."""
+def install(app: FastAPI) -> None:
+    """Give the app its error handlers."""
     app.add_exception_handler(RecontrolError, _on_recontrol_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(_BodyLimit, max_body_bytes=max_body_bytes)
-    # Outermost, so that every response carries the id and nothing unexpected gets past.
-    app.add_middleware(_RequestId)
 
 
 async def _on_recontrol_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RecontrolError)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
-    content = error_body(error) if error.status < 500 else generic_error(error, request_id_of(request))
-    return JSONResponse(content, error.status, headers)
+    return error_response(error, request_id_of(request))
+
+
+def _headers(error: RecontrolError) -> dict[str, str] | None:
+    if isinstance(error, OverloadedError):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, ShuttingDownError):
+        return {"Retry-After": str(_RETRY_AFTER_SHUTDOWN_S)}
+    if isinstance(error, DeadlineExceededError):
+        # OpenAI's clients would otherwise repeat what was too slow.
+        return {"x-should-retry": "false"}
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": "Bearer"}
+    return None
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -71,6 +81,12 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
+    if first["type"] == "string_pattern_mismatch" and path[:3] == _WEIGHTS_PATH:
+        # No head has such a name: a path, a URL, or code is never more than a name that is not known.
+        unknown = UnknownHeadError(
+            str(path[3])[:_SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(_WEIGHTS_PATH)
+        )
+        return error_response(unknown, request_id_of(request))
     if first["type"] == "json_invalid":
         return JSONResponse(
             _body(400, f"The body is not valid JSON: {context.get('error')}.", None, "invalid_json"), 400
@@ -103,77 +119,3 @@ def _code(pydantic_type: str) -> str:
 def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class _RequestId:
-    """Takes the client's request id if it is harmless, else makes one; answers what nobody else caught."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
-        has_started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal has_started
-            if message["type"] == "http.response.start":
-                has_started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            _log.exception("Request %s failed", request_id)
-            if has_started:
-                raise
-            await JSONResponse(generic_error(error, request_id), 500)(scope, receive, send_with_id)
-
-
-class _BodyLimit:
-    """Answers 413 before a large body is read, or while it is."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._max_body_bytes:
-            await self._too_large()(scope, receive, send)
-            return
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                await self._too_large()(scope, receive, send)
-                return
-            if not message.get("more_body"):
-                break
-        await self._app(scope, _replay(bytes(body), receive), send)
-
-    def _too_large(self) -> JSONResponse:
-        message = f"The body is larger than {self._max_body_bytes} bytes."
-        return JSONResponse(_body(413, message, None, "body_too_large"), 413)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body first, then whatever comes."""
-    pending: list[Mapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replaying() -> Message:
-        return dict(pending.pop()) if pending else await receive()
-
-    return replaying

@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.generation import model_ids
+from server.api.resolution import model_ids
 from server.engines.base import Engine, EngineInfo
 from server.errors import UnknownHeadError, UnknownModelError
+from server.types import ControlParams
 
 router = APIRouter()
 
@@ -31,8 +32,7 @@ async def get_model(request: Request, model_id: str) -> dict[str, Any]:
 @router.get("/v1/heads")
 async def list_heads(request: Request) -> dict[str, Any]:
     """Every value head with its card."""
-    heads = _info(request).heads
-    return {"object": "list", "data": [{"id": name, "object": "value_head", **card} for name, card in heads.items()]}
+    return {"object": "list", "data": [_head(request, name) for name in _info(request).heads]}
 
 
 @router.get("/v1/heads/{name}")
@@ -40,7 +40,13 @@ async def get_head(request: Request, name: str) -> dict[str, Any]:
     heads = _info(request).heads
     if name not in heads:
         raise UnknownHeadError(name, heads)
-    return {"id": name, "object": "value_head", **heads[name]}
+    return _head(request, name)
+
+
+def _head(request: Request, name: str) -> dict[str, Any]:
+    pinned: ControlParams | None = request.app.state.pinned
+    is_pinned = pinned is not None and name in pinned.objective.head_names
+    return {"id": name, "object": "value_head", "is_pinned": is_pinned, **_info(request).heads[name]}
 
 
 def _info(request: Request) -> EngineInfo:

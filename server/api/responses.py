@@ -16,8 +16,8 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.generation import Choice, Generation, collect
-from server.api.handlers import request_id_of
+from server.api.gate.context import request_id_of
+from server.api.generation import Choice, Generation, collect, shown
 from server.api.schemas import GenerationBody
 from server.api.sse import EventStream
 from server.types import ControlSummary, FinishReason, GenerationChunk
@@ -68,7 +68,7 @@ class ResponseWriter(ABC):
 
     async def _whole(self) -> dict[str, Any]:
         choices = [
-            _choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control)
+            _choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
             for index, choice in enumerate(await collect(self._generation))
         ]
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
@@ -76,13 +76,18 @@ class ResponseWriter(ABC):
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         head = {**self._head, "object": self.event_object_name}
         begun: set[int] = set()
+        traces: dict[int, list[dict[str, Any]]] = {}
         async with contextlib.aclosing(self._generation.chunks()) as chunks:
             async for index, chunk in chunks:
+                # A token that completes no character has no event, so its trace goes with the next one.
+                trace = traces.setdefault(index, [])
+                trace += self._generation.traced(chunk)
                 content = self.event_content(index, chunk, is_first=index not in begun)
                 if content is None:
                     continue
                 begun.add(index)
-                event = {**head, "choices": [_choice(index, content, chunk.finish_reason, chunk.control)]}
+                del traces[index]
+                event = {**head, "choices": [_choice(index, content, chunk.finish_reason, chunk.control, trace)]}
                 if self._continuous_usage:
                     event["usage"] = self._usage()
                 elif self._include_usage:
@@ -101,10 +106,18 @@ class ResponseWriter(ABC):
 
 
 def _choice(
-    index: int, content: dict[str, Any], finish_reason: FinishReason | None, control: ControlSummary | None
+    index: int,
+    content: dict[str, Any],
+    finish_reason: FinishReason | None,
+    control: ControlSummary | None,
+    trace: list[dict[str, Any]],
 ) -> dict[str, Any]:
     choice = {"index": index, **content, "finish_reason": finish_reason}
-    return choice if control is None else {**choice, "control": asdict(control)}
+    if control is not None:
+        choice["control"] = shown(asdict(control))
+    if trace:
+        choice["control_trace"] = trace
+    return choice
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

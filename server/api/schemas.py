@@ -11,81 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.types import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, ControlParams
+from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.types import MAX_CHOICES, MAX_LOGPROBS, ControlParams, Penalty, RepetitionPenalty
 
-MAX_PROMPTS = 64
-MAX_PROMPT_TOKENS = 131_072
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
 MAX_USER_CHARS = 256
-MAX_INTEGER = 2**31
-"""Beyond any length a model has; keeps thousands of digits out of messages."""
 REFUSED = "unsupported_field"
-
-_PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
-
-
-def _check_prompt(prompt: Any) -> Any:
-    """One clear message instead of one for each form the union allows."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("must not be empty")
-        return _check_text(prompt)
-    if not isinstance(prompt, list):
-        raise ValueError(f"must be {_PROMPT_FORMS}")
-    if not prompt:
-        raise ValueError("must not be empty")
-    if all(_is_token(item) for item in prompt):
-        _check_length(prompt)
-        return prompt
-    if len(prompt) > MAX_PROMPTS:
-        raise ValueError(f"at most {MAX_PROMPTS} prompts are allowed, {len(prompt)} were given")
-    if all(isinstance(item, str) for item in prompt):
-        if not all(prompt):
-            raise ValueError("must not hold an empty string")
-        return [_check_text(item) for item in prompt]
-    if all(isinstance(item, list) and all(_is_token(token) for token in item) for item in prompt):
-        if not all(prompt):
-            raise ValueError("must not hold an empty list")
-        for item in prompt:
-            _check_length(item)
-        return prompt
-    raise ValueError(f"must be {_PROMPT_FORMS}")
-
-
-def _check_text(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
-
-
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
-
-
-def _check_length(tokens: list[int]) -> None:
-    if len(tokens) > MAX_PROMPT_TOKENS:
-        raise ValueError(f"at most {MAX_PROMPT_TOKENS} token ids are allowed")
-
-
-def _check_stop(stop: Any) -> Any:
-    listed = [stop] if isinstance(stop, str) else stop
-    if listed is None:
-        return None
-    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise ValueError("must be a string, a list of strings, or null")
-    if len(listed) > MAX_STOP_STRINGS:
-        raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are allowed")
-    if not all(1 <= len(item) <= MAX_STOP_CHARS for item in listed):
-        raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
-    return [_check_text(item) for item in listed]
-
-
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
-Stop = Annotated[list[str] | None, BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None)]
 
 
 class StreamOptions(BaseModel):
@@ -107,13 +39,22 @@ class GenerationBody(BaseModel):
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     """-1 and 0 keep every token."""
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop = None
+    stop_token_ids: StopTokenIds | None = None
+    ignore_eos: bool | None = None
+    logit_bias: LogitBias = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     """Goes into the access log."""
+    timeout_s: Seconds | None = None
+    """Deadline for the whole response, counted from when it is queued."""
     control: ControlParams | None = None
 
     @model_validator(mode="before")
@@ -157,7 +98,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: Annotated[str, AfterValidator(_check_text)]
+    text: Annotated[str, AfterValidator(check_text)]
 
 
 def _as_parts(content: Any) -> Any:
@@ -191,6 +132,13 @@ class ChatMessage(BaseModel):
     def text(self) -> str:
         return "".join(part.text for part in self.content)
 
+    @staticmethod
+    def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+        """Messages as an engine takes them."""
+        return [{"role": message.role, "content": message.text} for message in messages]
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 _NO_TOOLS = "tools are not supported"
 
@@ -206,7 +154,7 @@ class ChatBody(GenerationBody):
         "chat_template_kwargs": "the model's own template is used as it is",
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None

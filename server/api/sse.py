@@ -16,6 +16,8 @@ from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+"""What the OpenAPI document says of a route that answers as a whole or as events."""
 
 
 class EventStream(StreamingResponse):

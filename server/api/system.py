@@ -1,11 +1,11 @@
-"""GET /health, /version and /metrics."""
+"""GET /health (does the loop run?), /ready (may requests be sent?), /version and /metrics."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from server.engines.base import Engine
 from server.telemetry import Telemetry
@@ -21,12 +21,22 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ok" if is_running else "engine is not running"}, 200 if is_running else 503)
 
 
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 while requests are taken, 503 once the server drains or when the engine's loop does not run."""
+    engine: Engine = request.app.state.engine
+    status = "draining" if request.app.state.is_draining else "ok"
+    if not engine.status().is_running:
+        status = "engine is not running"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
 @router.get("/version")
 async def get_version() -> dict[str, str]:
     return {"version": version("recontrol")}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus exposition text."""
     telemetry: Telemetry = request.app.state.telemetry

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.engine import load_registry
+from server.engines.embedded.heads import load_registry
 from server.engines.embedded.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL

@@ -5,16 +5,17 @@ Knows no torch and no HTTP. Enter at `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
 
 
 @dataclass(slots=True, frozen=True)
 class EngineInfo:
-    """Facts that stay the same while the engine runs."""
+    """Facts that stay the same while the engine runs, but for the heads, which management may change."""
 
     model_id: str
     max_model_len: int
@@ -85,7 +86,7 @@ class Engine(Protocol):
         """End the loop. Running requests end with FinishReason.ABORT."""
         ...
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
@@ -113,3 +114,27 @@ class Engine(Protocol):
         ...
 
     def status(self) -> EngineStatus: ...
+
+    async def load_head(self, name: str) -> None:
+        """Read a head from the heads' folder, for the first time or anew, and offer it to new requests.
+
+        A request that runs under a head that is read anew goes on with the new one, from its next token.
+        Raises UnknownHeadError when there is no such head, HeadMismatchError when it cannot be served.
+        """
+        ...
+
+    async def unload_head(self, name: str) -> None:
+        """Offer the head no more, and return when the last request that runs under it has ended.
+
+        Raises UnknownHeadError.
+        """
+        ...
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) -> None:
+    """An engine must never see, not even to decode, an id outside its vocabulary. Raises InvalidRequestError."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}", param=param
+            )

@@ -1,7 +1,7 @@
 """An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
 
 Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
-and independent of what else runs. Control is checked and reported but moves nothing.
+and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
+from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import StopMatcher
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError
 from server.types import (
@@ -29,19 +31,24 @@ _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
 
 
 class FakeEngine:
-    """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there."""
+    """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there.
+
+    `spare_heads` lie in its folder, so to speak, and can be loaded.
+    """
 
     def __init__(
         self,
         *,
         observer: EngineObserver | None = None,
         heads: Sequence[str] = ("positive", "plain"),
+        spare_heads: Sequence[str] = ("kind",),
         token_delay_s: float = 0.0,
         fail_after: int | None = None,
         max_open: int = 1024,
     ) -> None:
         self.info = EngineInfo("fake", max_model_len=4096, vocab_size=256, heads={name: dict(_CARD) for name in heads})
         self.num_open = 0
+        self._known_heads = (*heads, *spare_heads)
         self._observer = observer or NullObserver()
         self._token_delay_s = token_delay_s
         self._fail_after = fail_after
@@ -54,7 +61,8 @@ class FakeEngine:
     async def stop(self) -> None:
         self._is_running = False
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        del add_special_tokens
         return list(text.encode())
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -74,12 +82,20 @@ class FakeEngine:
             raise EngineStoppedError("The engine is not running.")
         if self.num_open >= self._max_open:
             raise OverloadedError(f"{self.num_open} requests run already; try again later.")
-        if request.control is not None:
-            for name in request.control.objective.head_names:
-                if name not in self.info.heads:
-                    raise UnknownHeadError(name, self.info.heads, param="control.objective.weights")
+        info = self.info
+        check_request(request, heads=info.heads, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
         self.num_open += 1
         return _FakeStream(self, request, self._chunks(request))
+
+    async def load_head(self, name: str) -> None:
+        if name not in self._known_heads:
+            raise UnknownHeadError(name, self._known_heads)
+        self.info = replace(self.info, heads={**self.info.heads, name: dict(_CARD)})
+
+    async def unload_head(self, name: str) -> None:
+        if name not in self.info.heads:
+            raise UnknownHeadError(name, self.info.heads)
+        self.info = replace(self.info, heads={n: card for n, card in self.info.heads.items() if n != name})
 
     def forget(self, num_unfinished: int) -> None:
         """A stream has been closed with this many choices unfinished: they end as aborted."""
@@ -119,8 +135,9 @@ class FakeEngine:
                 break
             num_tokens += 1
             token_id = self._token(request, index, position)
-            text = matcher.add(chr(token_id))
-            if matcher.has_stopped:
+            is_end = token_id in sampling.stop_token_ids
+            text = matcher.flush() if is_end else matcher.add(chr(token_id))
+            if is_end or matcher.has_stopped:
                 reason = FinishReason.STOP
             elif position + 1 == sampling.max_tokens:
                 reason, text = FinishReason.LENGTH, text + matcher.flush()

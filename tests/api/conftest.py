@@ -6,27 +6,49 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.app import create_app
-from server.cli.serve import GracefulServer
+from server.cli.http import DrainingServer
+from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
+from tests.engines.test_contract import write_heads
+from value_models.heads import ValueHead
 
 
 @pytest.fixture
 def make_app() -> Callable[..., FastAPI]:
-    def make(**options: Any) -> FastAPI:
+    def make(*, settings: dict[str, Any] | None = None, **options: Any) -> FastAPI:
+        """`settings` are the server's, `options` the fake engine's."""
+        resolved = Settings(**{"max_body_bytes": 100_000, **(settings or {})})
+        telemetry = Telemetry(vllm_names=resolved.vllm_metrics)
+        return create_app(resolved, FakeEngine(observer=telemetry, **options), telemetry)
+
+    return make
+
+
+@pytest.fixture
+def make_embedded_app(
+    model_folder: Callable[..., Path], load_tiny: Callable[..., Any], heads: dict[str, ValueHead], tmp_path: Path
+) -> Callable[..., FastAPI]:
+    """The app over a tiny random model, whose heads lie in `tmp_path / "heads"`."""
+    write_heads(tmp_path / "heads", {"positive": heads["good"], "plain": heads["line"]}, load_tiny().identity)
+
+    def make(**settings: Any) -> FastAPI:
+        resolved = Settings(
+            model=str(model_folder()), served_model_name="tiny", heads_dir=tmp_path / "heads", device="cpu",
+            dtype="float32", max_batch_size=4, **settings,
+        )  # fmt: skip
         telemetry = Telemetry()
-        settings = Settings(max_body_bytes=100_000)
-        return create_app(settings, FakeEngine(observer=telemetry, **options), telemetry)
+        return create_app(resolved, EmbeddedEngine(resolved, observer=telemetry), telemetry)
 
     return make
 
@@ -38,10 +60,10 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, *, grace_s: float = 0.5) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
-    server = GracefulServer(config, app.state.engine)
+    server = DrainingServer(app, host="127.0.0.1", port=0, grace_s=grace_s, log_level="warning")
+    app.state.tell_to_stop = lambda: setattr(server, "should_exit", True)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -53,6 +75,16 @@ def serving(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def eventually(condition: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+    """Whether the condition comes true in time."""
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
 
 
 def complete(client: TestClient, **body: Any) -> httpx.Response:

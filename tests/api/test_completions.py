@@ -1,10 +1,13 @@
 import json
+import math
 from typing import Any
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from server.engines import fake
+from server.types import TokenEdit
 from tests.api.conftest import chat, complete
 
 CONTROL = {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3}
@@ -107,8 +110,9 @@ def test_echo_returns_the_prompt_and_its_log_probabilities(client: TestClient) -
 
 
 def test_null_means_the_default_everywhere(client: TestClient) -> None:
-    fields = ["max_tokens", "temperature", "top_p", "top_k", "n", "stop", "logprobs", "echo", "stream",
-              "stream_options", "user", "control", "best_of", "suffix"]  # fmt: skip
+    fields = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos",
+              "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "echo", "stream",
+              "stream_options", "user", "timeout_s", "control", "best_of", "suffix"]  # fmt: skip
     nulls = complete(client, seed=1, **dict.fromkeys(fields)).json()
     assert nulls["choices"] == complete(client, seed=1).json()["choices"]
 
@@ -147,3 +151,29 @@ def test_a_chat_without_max_tokens_may_fill_the_context(client: TestClient) -> N
     answer = chat(client).json()
     assert answer["usage"]["total_tokens"] == 4096
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_a_trace_tells_what_control_did_to_each_token_streamed_and_not(client: TestClient, send: Any) -> None:
+    options = {"control": {**CONTROL, "trace": True}, "max_tokens": 4, "n": 2, "seed": 1}
+    body = send(client, **options).json()
+    for choice in body["choices"]:
+        assert len(choice["control_trace"]) == 4
+        entry = choice["control_trace"][0]
+        assert set(entry) >= {"token_id", "value_before", "value_after", "kl", "shift_ratio", "is_nonfinite"}
+    streamed: dict[int, list[Any]] = {}
+    for event in events(send(client, stream=True, **options)):
+        for choice in event["choices"]:
+            streamed.setdefault(choice["index"], []).extend(choice.get("control_trace", []))
+    assert streamed == {choice["index"]: choice["control_trace"] for choice in body["choices"]}
+    assert "control_trace" not in send(client, control=CONTROL).json()["choices"][0]
+    assert "control_trace" not in send(client).json()["choices"][0]
+
+
+def test_figures_that_are_not_finite_are_null(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = TokenEdit({"positive": math.nan}, {"positive": math.inf}, 0.0, 0.0, False, is_nonfinite=True)
+    monkeypatch.setattr(fake, "TokenEdit", lambda *_, **__: broken)
+    for stream in (False, True):
+        response = complete(client, control={**CONTROL, "trace": True}, max_tokens=2, stream=stream)
+        assert response.status_code == 200
+        assert response.text.count('"value_after":{"positive":null}') == 3

@@ -23,7 +23,17 @@ BAD_FIELDS = [
     *[("stream", value) for value in [1, "true"]],
     *[("stream_options", value) for value in [{"include_usage": True}, {"x": 1}, 3]],
     *[("user", value) for value in ["u" * 257, 3]],
-    *[("best_of", 2), ("suffix", "x"), ("echo", "yes"), ("logit_bias", {}), ("presence_penalty", 1.0)],
+    *[("min_p", value) for value in [1.1, *BAD_NUMBERS]],
+    *[("presence_penalty", value) for value in [-2.1, 2.1, *BAD_NUMBERS[1:]]],
+    *[("frequency_penalty", value) for value in [-2.1, 2.1, *BAD_NUMBERS[1:]]],
+    *[("repetition_penalty", value) for value in [0, 0.05, 10.5, *BAD_NUMBERS]],
+    *[("stop_token_ids", value) for value in [3, [256], [-1], [2**63], [1.5], [True], ["1"], [1] * 65]],
+    *[("ignore_eos", value) for value in [1, "true"]],
+    *[("logit_bias", value) for value in [3, [], {"256": 1}, {"-1": 1}, {"a": 1}, {"1.0": 1}, {"01": 1}, {"": 1}]],
+    *[("logit_bias", {"1": value}) for value in [101, -101, *BAD_NUMBERS[1:], None]],
+    ("logit_bias", {str(i): 0 for i in range(1025)}),
+    *[("timeout_s", value) for value in [0, 86_401, *BAD_NUMBERS]],
+    *[("best_of", 2), ("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
 ]
 BAD_PROMPTS: list[Any] = [
     "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
@@ -123,7 +133,7 @@ def test_an_unknown_head_is_a_404_that_lists_the_known(client: TestClient, head:
 
 @pytest.mark.parametrize("path", ["../etc/passwd", "/etc/passwd", "http://x/y"])
 def test_a_head_given_as_a_path_is_never_opened(client: TestClient, path: str) -> None:
-    assert complete(client, control={"objective": {"weights": {path: 1.0}}}).status_code == 400
+    assert complete(client, control={"objective": {"weights": {path: 1.0}}}).status_code == 404
     assert complete(client, model=f"fake@{path}").status_code == 404
 
 

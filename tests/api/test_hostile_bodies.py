@@ -60,13 +60,13 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
 @pytest.mark.parametrize(
     ("path", "fields", "name", "allowed"),
     [
-        ("/v1/completions", {"prompt": "x", "logit_bias": {}}, "logit_bias", "prompt, logprobs, echo"),
+        ("/v1/completions", {"prompt": "x", "logit_biases": {}}, "logit_biases", "prompt, logprobs, echo"),
         ("/v1/completions", {"prompt": "x", "stream_options": {"x": 1}}, "stream_options.x", "include_usage, contin"),
         (
             "/v1/completions",
             {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gate": 1}},
             "control.gate",
-            "objective, step_size, steps, max_kl, max_shift.",
+            "objective, step_size, steps, max_kl, max_shift, trace.",
         ),
         (
             "/v1/completions",

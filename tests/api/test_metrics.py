@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from server.telemetry import Telemetry
+from server.telemetry import VLLM_METRICS, Telemetry
 from tests.api.conftest import complete
 
 NAMES = {
@@ -54,6 +54,34 @@ def test_a_name_from_a_request_never_becomes_a_label(make_app: Callable[..., Fas
         text = client.get("/metrics").text
     assert "script" not in text
     assert "evil" not in text
+
+
+def test_vllms_names_have_the_same_values_and_labels_when_asked_for(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(settings={"vllm_metrics": True})) as client:
+        complete(client, max_tokens=5)
+        text = client.get("/metrics").text
+    families = [f for f in text_string_to_metric_families(text) if not f.name.endswith("_created")]
+    ours = {family.name: family for family in families if family.name.startswith("recontrol_")}
+    vllms = {family.name.removeprefix("vllm:"): family for family in families if family.name.startswith("vllm:")}
+    assert set(vllms) == VLLM_METRICS
+    for name, family in vllms.items():
+        mine = ours[f"recontrol_{name}"]
+        assert (family.type, family.documentation) == (mine.type, mine.documentation)
+        assert [(s.name.removeprefix("vllm:"), s.labels, s.value) for s in family.samples] == [
+            (s.name.removeprefix("recontrol_"), s.labels, s.value) for s in mine.samples
+        ]
+    assert {sample.value for sample in vllms["generation_tokens"].samples} == {5}
+
+
+def test_vllms_names_are_absent_unless_asked_for(client: TestClient) -> None:
+    assert "vllm:" not in client.get("/metrics").text
+
+
+def test_inter_token_buckets_are_fine_enough_for_small_models(client: TestClient) -> None:
+    complete(client, max_tokens=2)
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    family = next(family for family in families if family.name == "recontrol_inter_token_latency_seconds")
+    assert min(float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels) <= 0.002
 
 
 def test_two_telemetries_do_not_share_anything() -> None:

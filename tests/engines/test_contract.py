@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.engines.base import Engine
-from server.engines.embedded import engine as engine_module
+from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import (
@@ -203,7 +203,7 @@ async def test_heads_of_another_model_are_refused_with_what_differs(
 async def test_a_model_that_only_shares_its_name_is_served_without_the_shipped_heads(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(engine_module, "shipped_heads_folder", lambda _: settings.heads_dir)
+    monkeypatch.setattr(heads_module, "shipped_heads_folder", lambda _: settings.heads_dir)
     engine = EmbeddedEngine(settings.model_copy(update={"heads_dir": None, "model": str(model_folder("qwen2"))}))
     await engine.start()
     assert engine.info.heads == {}
@@ -213,3 +213,20 @@ async def test_a_model_that_only_shares_its_name_is_served_without_the_shipped_h
 async def test_more_choices_than_the_server_can_ever_hold_are_not_told_to_come_back(embedded: EmbeddedEngine) -> None:
     with pytest.raises(InvalidRequestError, match="12 sequences"):
         embedded.generate(ask(num_choices=13))
+
+
+@pytest.mark.parametrize("sampling", [{"stop_token_ids": (10**6,)}, {"logit_bias": {-1: 1.0}}, {"max_tokens": 10**6}])
+async def test_what_the_model_cannot_do_is_refused_before_anything_is_queued(
+    engine: Engine, sampling: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequestError):
+        engine.generate(ask(sampling=sampling))
+    assert engine.status().num_running + engine.status().num_waiting == 0
+
+
+async def test_a_stop_token_ends_the_text_and_gives_none(engine: Engine) -> None:
+    tokens = [c.token_ids[0] for c in await everything(engine, ask())]
+    third = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i >= 1)
+    chunks = await everything(engine, ask(sampling={"stop_token_ids": (tokens[third],)}))
+    assert [c.token_ids[0] for c in chunks] == tokens[: third + 1]
+    assert (chunks[-1].text, chunks[-1].finish_reason) == ("", FinishReason.STOP)

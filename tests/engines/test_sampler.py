@@ -83,3 +83,21 @@ def test_the_nucleus_is_the_smallest_set_that_holds_its_mass(top_p: float, sharp
     ordered = probs.sort(descending=True).values
     kept = int((ordered.cumsum(0) - ordered < top_p).sum())
     assert nucleus_threshold(probs, top_p) == ordered[kept - 1]
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.2, 4), (0.3, 3), (0.6, 2), (0.8, 1), (1.0, 1)])
+def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely(min_p: float, kept: int) -> None:
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(4000, -1).contiguous()
+    drawn = sample(logits, [RowSampling(1.0, 1.0, 0, (7, i), min_p) for i in range(4000)], [0] * 4000)
+    probs = torch.bincount(drawn, minlength=4) / 4000
+    assert int((probs > 0).sum()) == kept
+    expected = torch.tensor([0.4, 0.1, 0.3, 0.2])
+    expected[expected < min_p * 0.4 - 1e-6] = 0
+    assert probs.tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=0.03)
+
+
+def test_min_p_leaves_the_nucleus_a_share_of_what_it_kept() -> None:
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(2000, -1).contiguous()
+    rows_of = [RowSampling(1.0, 0.5, 0, (7, i), 0.6) for i in range(2000)]
+    # Of 4/7 and 3/7, the first alone holds half.
+    assert (sample(logits, rows_of, [0] * 2000) == 0).all()

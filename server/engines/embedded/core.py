@@ -19,17 +19,18 @@ from server.control.editor import GroupStats, StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
+from server.engines.checks import check_request
 from server.engines.embedded.attention import Segment
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.kv_cache import default_kv_bytes
 from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.logits import adjusted
 from server.engines.embedded.pages import PagePool, num_pages_for
 from server.engines.embedded.reports import token_edits, token_logprobs
 from server.engines.embedded.runner import LMHead, ModelRunner
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.errors import ContextLengthError, InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 from value_models.linear import MIN_ROWS
 
@@ -95,21 +96,19 @@ class EngineCore:
             kv_cache_usage=scheduler.pool.num_held / (scheduler.pool.num_pages - 1),
         )
 
+    def use(self, registry: HeadRegistry) -> None:
+        """The heads from the next step on; those of the rows in progress must be among them."""
+        self.registry = registry
+        self._plan_rows = []
+
+    def num_users(self, head: str) -> int:
+        """How many sequences that are not finished are under this head's control."""
+        controls = [sequence.request.control for sequence in self._scheduler.sequences()]
+        return sum(head in control.objective.head_names for control in controls if control is not None)
+
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
-        if request.control is not None:
-            self.registry.check(request.control.objective.head_names)
-        prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
-        if not prompt:
-            raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
-        if bad := [token for token in prompt if not 0 <= token < self.vocab_size]:
-            raise InvalidRequestError(f"prompt: token id {bad[0]} is outside 0..{self.vocab_size - 1}", param="prompt")
-        if len(prompt) + max_tokens > self.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}: together more than the "
-                f"{self.max_model_len} that fit.",
-                param="max_tokens",
-            )
+        check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
 
     def sequences(
         self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
@@ -121,6 +120,7 @@ class EngineCore:
             make_detokenizer=lambda: Detokenizer(backend, request.prompt_token_ids),
             emit=emit,
             arrival_s=time.monotonic(),
+            eos_token_ids=self._eos_token_ids,
             keep_states=keep_states,
         )
 
@@ -214,7 +214,8 @@ class EngineCore:
         if not all(is_finite):
             # Whatever a broken row would do to the sampler, its neighbours must not feel it; it ends below.
             logits_PV[~is_finite_P] = 0.0
-        tokens_P = sample(logits_PV, [s.row_sampling for s in padded], [len(s.token_ids) for s in padded])
+        drawn_PV = adjusted(logits_PV, [s.logit_rules for s in padded], [s.token_ids for s in padded])
+        tokens_P = sample(drawn_PV, [s.row_sampling for s in padded], [len(s.token_ids) for s in padded])
         logprobs = self._logprobs(rows, logits_PV, tokens_P)
         edits = token_edits(stats)
         now_s = time.monotonic()
@@ -256,7 +257,7 @@ class EngineCore:
         self._observe_token(sequence, edit, now_s, is_first=is_first)
         reason: FinishReason | None = None
         text = ""
-        if token_id in self._eos_token_ids:
+        if token_id in sequence.end_token_ids:
             reason = FinishReason.STOP
         else:
             text = sequence.stop.add(sequence.detokenizer.add(token_id))

@@ -7,30 +7,32 @@ The event loop never waits for the model: requests go to the thread through a qu
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from server.control.registry import HeadRegistry
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.loader import LoadedModel, load_model
 from server.errors import (
-    ConfigurationError,
     EngineStoppedError,
     InvalidRequestError,
     OverloadedError,
+    UnknownHeadError,
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest
-from value_models.store import shipped_heads_folder
 
 _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
+_UNLOAD_POLL_S = 0.05
+_Result = TypeVar("_Result")
 
 
 class EmbeddedEngine:
@@ -47,6 +49,7 @@ class EmbeddedEngine:
         self._gate = threading.Lock()
         # A call may change the tokenizer's truncation and padding, so one at a time.
         self._encoding = threading.Lock()
+        self._managing = asyncio.Lock()
         self._is_open = False
         self._num_open = 0
         self._idle_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
@@ -80,9 +83,9 @@ class EmbeddedEngine:
         is_running = self._thread is not None and self._thread.is_alive()
         return self._status if is_running else self._idle_status
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         with self._encoding:
-            return self._tokenizer(text)["input_ids"]
+            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         with self._encoding:
@@ -111,6 +114,39 @@ class EmbeddedEngine:
         self._num_open += request.num_choices
         return stream
 
+    async def load_head(self, name: str) -> None:
+        async with self._managing:
+            core, loaded = self._core, self._loaded
+            if core is None or loaded is None:
+                raise EngineStoppedError("The engine has not been started.")
+            folder = heads_folder(self._settings.heads_dir, loaded)
+            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded)
+            await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
+            self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
+
+    async def unload_head(self, name: str) -> None:
+        async with self._managing:
+            core, heads = self._core, dict(self.info.heads)
+            if core is None or heads.pop(name, None) is None:
+                raise UnknownHeadError(name, heads)
+            self._info = replace(self.info, heads=heads)
+            while await self._on_loop(lambda: core.num_users(name)):
+                await asyncio.sleep(_UNLOAD_POLL_S)
+            await self._on_loop(lambda: core.use(without_head(core.registry, name)))
+
+    async def _on_loop(self, action: Callable[[], _Result]) -> _Result:
+        """Run an action between two steps, and wait for what it gives. Raises EngineStoppedError."""
+        done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(run)
+        return await asyncio.wrap_future(done)
+
     def _post(self, action: Callable[[], None]) -> None:
         """Hand an action to the loop thread; once the loop has ended nothing gets in any more."""
         with self._gate:
@@ -123,6 +159,11 @@ class EmbeddedEngine:
         if core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
+        if request.control is not None:
+            # A head that is being unloaded is still there for requests that have begun.
+            for head in request.control.objective.head_names:
+                if head not in self.info.heads:
+                    raise UnknownHeadError(head, self.info.heads, param="control.objective.weights")
         capacity = self._settings.max_batch_size + self._settings.max_waiting
         if request.num_choices > capacity:
             raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
@@ -234,14 +275,3 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
             f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
     return list(encoded["input_ids"])
-
-
-def load_registry(heads_dir: Path | None, loaded: LoadedModel) -> HeadRegistry:
-    """The heads of a folder, by default those shipped for the model. Raises HeadMismatchError, ConfigurationError.
-
-    A model that only shares its name with a shipped one, such as a fine-tune, is served without its heads.
-    """
-    folder = heads_dir or shipped_heads_folder(loaded.name)
-    if heads_dir is not None and not heads_dir.is_dir():
-        raise ConfigurationError(f"heads_dir: {heads_dir} is not a folder")
-    return HeadRegistry.load(folder, loaded.identity, device=loaded.model.device, skip_mismatched=heads_dir is None)

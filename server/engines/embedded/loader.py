@@ -218,12 +218,16 @@ def _join(sources: list[Path], target: Path, packaged: PackagedModel) -> None:
 
 
 def _refuse_code(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"model: {folder} has no readable config.json ({error}).") from error
-    if "auto_map" in config:
-        raise ModelLoadError(f"model: {folder}/config.json names Python code (auto_map), which is never run.")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if name != "config.json" and not path.exists():
+            continue
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"model: {folder} has no readable {name} ({error}).") from error
+        if "auto_map" in config:
+            raise ModelLoadError(f"model: {path} names Python code (auto_map), which is never run.")
 
 
 def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -23,13 +23,15 @@ _FLOORS = (1e-3, 1e-4)
 
 @dataclass(slots=True, frozen=True)
 class RowSampling:
-    """How one row is drawn; a temperature near 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How one row is drawn; a temperature near 0 is greedy, top_k 0, top_p 1 and min_p 0 keep every token."""
 
     temperature: float
     top_p: float
     top_k: int
     stream: tuple[int, int]
     """(seed, choice): the key of the row's random stream."""
+    min_p: float = 0.0
+    """Least probability, as a share of the most likely token's, that a token needs to be drawn."""
 
     @property
     def is_greedy(self) -> bool:
@@ -67,7 +69,10 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
 
 
 def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
-    """Zero, in place, what top-k and then top-p leave out; ties with the last token kept stay in."""
+    """Zero, in place, what min-p, top-k and then top-p leave out; ties with the last token kept stay in."""
+    if row.min_p > 0.0:
+        probs_V.masked_fill_(probs_V < row.min_p * probs_V.max(), 0.0)
+        probs_V /= probs_V.sum()
     if 0 < row.top_k < probs_V.shape[0]:
         kth = probs_V.topk(row.top_k).values[-1]
         probs_V.masked_fill_(probs_V < kth, 0.0)

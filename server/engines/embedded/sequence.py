@@ -14,6 +14,7 @@ from enum import Enum, auto
 from torch import Tensor
 
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
+from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
 from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -48,6 +49,9 @@ class Sequence:
     arrival_s: float
     row_sampling: RowSampling
     stop: StopMatcher
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the text."""
+    logit_rules: LogitRules | None = None
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -72,12 +76,15 @@ class Sequence:
         make_detokenizer: Callable[[], Detokenizer],
         emit: Callable[[GenerationChunk], None],
         arrival_s: float,
+        eos_token_ids: frozenset[int],
         keep_states: bool = False,
     ) -> list[Sequence]:
         """The request's choices, all waiting. Without a seed, a fresh one is drawn for the request."""
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         group = PromptGroup(list(request.prompt_token_ids))
+        rules = LogitRules.of(sampling, request.prompt_token_ids)
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_token_ids)
         return [
             cls(
                 request=request,
@@ -86,8 +93,12 @@ class Sequence:
                 emit=emit,
                 detokenizer=make_detokenizer(),
                 arrival_s=arrival_s,
-                row_sampling=RowSampling(sampling.temperature, sampling.top_p, sampling.top_k, (seed, index)),
+                row_sampling=RowSampling(
+                    sampling.temperature, sampling.top_p, sampling.top_k, (seed, index), sampling.min_p
+                ),
                 stop=StopMatcher(sampling.stop),
+                end_token_ids=ends,
+                logit_rules=rules,
                 states=[] if keep_states else None,
                 edits=EditTotals() if request.control is not None else None,
             )

@@ -1,0 +1,4 @@
+"""What every request passes before it reaches a route: identity and access log, header size, key, limits, body size.
+
+From the outside in: `identity`, `sizes.HeaderLimit`, `auth`, `sizes.BodyLimit`. Knows no route and no engine.
+"""

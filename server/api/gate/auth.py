@@ -1,0 +1,74 @@
+"""Who may ask for what: every path but a few public ones needs a key, and management needs a key of its own.
+
+The path is the one that routes see, `scope["path"]`; nothing here reads the Host header. With no keys configured the
+server is open, but for management, which then does not exist. Enter at `Gatekeeper`.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.gate.context import context_of
+from server.api.gate.keys import KeyRing
+from server.api.gate.limits import Caller, Callers
+from server.api.handlers import error_response
+from server.errors import AuthenticationError, RecontrolError
+
+MANAGEMENT_PREFIX = "/v1/management/"
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
+ANONYMOUS = "anonymous"
+_NO_KEY = "This server needs a key: send the header `Authorization: Bearer <key>`."
+_WRONG_KEY = "The key in the Authorization header does not open this path."
+
+
+class Gatekeeper:
+    """Finds the caller, and counts its requests while they run."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing, management_keys: KeyRing, callers: Callers, public_paths: frozenset[str]
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._management_keys = management_keys
+        self._callers = callers
+        self._public_paths = public_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._public_paths:
+            await self._app(scope, receive, send)
+            return
+        context = context_of(scope)
+        try:
+            context.caller = self._admitted(scope)
+        except RecontrolError as error:
+            await error_response(error, context.request_id)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if context.caller is not None:
+                context.caller.end()
+
+    def _admitted(self, scope: Scope) -> Caller | None:
+        """The caller, counted in; None where nothing is limited. Raises AuthenticationError, RateLimitError."""
+        context = context_of(scope)
+        context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
+        key_id = self._key_id(scope, self._management_keys if context.is_manager else self._keys)
+        context.facts["key"] = key_id
+        if context.is_manager or scope["method"] != "POST":
+            return None
+        caller = self._callers.get(key_id)
+        caller.begin()
+        return caller
+
+    def _key_id(self, scope: Scope, ring: KeyRing) -> str:
+        if not ring and not self._keys:
+            return ANONYMOUS
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not given:
+            raise AuthenticationError(_NO_KEY)
+        scheme, _, presented = given[0].partition(b" ")
+        key_id = ring.find(presented.strip(b" ")) if scheme.lower() == b"bearer" and len(given) == 1 else None
+        if key_id is None:
+            raise AuthenticationError(_WRONG_KEY)
+        return key_id

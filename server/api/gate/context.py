@@ -1,0 +1,30 @@
+"""What is known of one request beside its body: its id, its caller, and what its access line will say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from starlette.types import Scope
+
+from server.api.gate.limits import Caller
+
+
+@dataclass(slots=True)
+class RequestContext:
+    request_id: str
+    caller: Caller | None = None
+    """Set once the key is known."""
+    is_manager: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Goes into the access line; add plain values that were checked."""
+
+
+def context_of(source: Request | Scope) -> RequestContext:
+    scope = source.scope if isinstance(source, Request) else source
+    return scope["state"]["context"]
+
+
+def request_id_of(request: Request) -> str:
+    return context_of(request).request_id

@@ -1,0 +1,148 @@
+"""What a body asks for, held against what the engine has: control, lengths, token ids, and the caps over all of it.
+
+Everything here raises before anything is queued. Knows nothing of streams or response formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.api.schemas import GenerationBody
+from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
+from server.engines.base import EngineInfo, check_token_ids
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
+from server.types import ControlParams, SamplingParams
+
+MAX_SEQUENCES = 256
+MAX_NEW_TOKENS = 2**17
+MAX_PROMPT_SCORES = 2**18
+_WEIGHTS = "control.objective.weights"
+_LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
+_COMPOSED = _LARGER_COUNTS | {"objective", "trace"}
+
+
+def sampling_params(
+    body: GenerationBody, info: EngineInfo, *, max_tokens: int, logprobs: int | None, prompt_logprobs: bool
+) -> SamplingParams:
+    """The body's sampling, null being the default. Raises InvalidRequestError for ids outside the vocabulary."""
+    given = {
+        name: value
+        for name in ("temperature", "top_p", "min_p", "seed", "ignore_eos", "presence_penalty", "frequency_penalty",
+                     "repetition_penalty", "logit_bias")
+        if (value := getattr(body, name)) is not None
+    }  # fmt: skip
+    check_token_ids(body.stop_token_ids or (), info.vocab_size, param="stop_token_ids")
+    check_token_ids(body.logit_bias or (), info.vocab_size, param="logit_bias")
+    return SamplingParams(
+        **given,
+        max_tokens=max_tokens,
+        top_k=max(body.top_k or 0, 0),
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParams | None) -> ControlParams | None:
+    """The body's control, or the default one behind `base@head`, with what the server pins.
+
+    Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
+    """
+    # The base's own id may hold an "@", so it is compared whole.
+    head = body.model.removeprefix(f"{info.model_id}@")
+    if body.model != info.model_id and head in ("", body.model):
+        raise UnknownModelError(body.model, model_ids(info))
+    if body.model != info.model_id:
+        if body.control is not None:
+            raise InvalidRequestError(
+                f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
+                "control",
+                param="control",
+            )
+        if head not in info.heads:
+            raise UnknownHeadError(head, info.heads, param="model")
+        if pinned is not None and head in pinned.objective.head_names:
+            return pinned
+        return with_pinned(ControlParams.for_head(head), pinned)
+    if body.control is not None:
+        for name in body.control.objective.head_names:
+            if name not in info.heads:
+                raise UnknownHeadError(name, info.heads, param=_WEIGHTS)
+    return with_pinned(body.control, pinned)
+
+
+def with_pinned(asked: ControlParams | None, pinned: ControlParams | None) -> ControlParams | None:
+    """A caller's control under the server's own, which it can neither switch off nor outweigh.
+
+    The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
+    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two. Whatever else a
+    caller may ask for could hold back the pinned heads too, so it is refused.
+
+    Raises InvalidRequestError for that, when the caller names a pinned head, or too many heads.
+    """
+    if asked is None or pinned is None:
+        return pinned if asked is None else asked
+    if others := sorted(asked.model_fields_set - _COMPOSED):
+        raise InvalidRequestError(
+            f"control.{others[0]}: not allowed here, since this server pins heads", param=f"control.{others[0]}"
+        )
+    if asked.objective.type != "weighted_sum":
+        raise InvalidRequestError(
+            "control.objective.type: only weighted_sum is allowed here, since this server pins heads",
+            param="control.objective.type",
+        )
+    mine, theirs = pinned.objective.weights, asked.objective.weights
+    if both := sorted(mine.keys() & theirs.keys()):
+        raise InvalidRequestError(
+            f"{_WEIGHTS}: this server pins the weight of {', '.join(both)}; leave it out", param=_WEIGHTS
+        )
+    if len(mine) + len(theirs) > MAX_HEADS_PER_REQUEST:
+        raise InvalidRequestError(
+            f"{_WEIGHTS}: with the {len(mine)} heads that this server pins, at most "
+            f"{MAX_HEADS_PER_REQUEST - len(mine)} others are allowed",
+            param=_WEIGHTS,
+        )
+    allowed, total = (sum(map(abs, weights.values())) for weights in (mine, theirs))
+    share = allowed / total if total > allowed else 1.0
+    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
+    weights = {**{name: weight * share for name, weight in theirs.items()}, **mine}
+    return pinned.model_copy(update={**larger, "objective": WeightedSum(weights=weights), "trace": asked.trace})
+
+
+def model_ids(info: EngineInfo) -> list[str]:
+    """The base model, and one id for each head's default objective."""
+    return [info.model_id, *(f"{info.model_id}@{name}" for name in info.heads)]
+
+
+def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int, info: EngineInfo) -> None:
+    """Lengths, and the caps on what one body may ask for in all."""
+    num_sequences = len(prompts) * num_choices
+    if num_sequences > MAX_SEQUENCES:
+        raise InvalidRequestError(
+            f"n: {len(prompts)} prompts x n = {num_sequences} sequences; at most {MAX_SEQUENCES} are allowed", param="n"
+        )
+    for prompt in prompts:
+        if len(prompt) + max_tokens > info.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed "
+                f"{info.max_model_len}.",
+                param="max_tokens",
+            )
+    if num_sequences * max_tokens > MAX_NEW_TOKENS:
+        raise InvalidRequestError(
+            f"max_tokens: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that "
+            "one request may ask for",
+            param="max_tokens",
+        )
+
+
+def check_scored(prompts: Sequence[Sequence[int]], num_choices: int, num_top: int) -> None:
+    """The cap on log-probabilities of prompts, which come without a new token being drawn."""
+    num_scores = sum(map(len, prompts)) * num_choices * (num_top + 1)
+    if num_scores > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"logprobs: with echo this asks for {num_scores} log-probabilities of prompt tokens (tokens x n x "
+            f"(logprobs + 1)); at most {MAX_PROMPT_SCORES} are allowed",
+            param="logprobs",
+        )

@@ -1,0 +1,80 @@
+"""POST /tokenize and /detokenize, as in vLLM: what a prompt or a conversation is to the model, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.fields import MAX_PROMPT_TOKENS, TokenId, check_text
+from server.api.resolution import model_ids
+from server.api.schemas import ChatMessage, Messages
+from server.engines.base import Engine, check_token_ids
+from server.errors import UnknownModelError
+
+router = APIRouter()
+
+
+class _TokenBody(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Any id of /v1/models: all have the same tokens."""
+
+
+class TokenizeBody(_TokenBody):
+    """A plain prompt, or messages in the model's own chat template."""
+
+    prompt: Annotated[str, AfterValidator(check_text)] | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt, true by default; a chat template brings its own."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("field", "prompt: give either prompt or messages", {"name": "prompt"})
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise PydanticCustomError(
+                "field", "add_special_tokens: only allowed with prompt", {"name": "add_special_tokens"}
+            )
+        return self
+
+
+class DetokenizeBody(_TokenBody):
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
+    engine = _engine(request, body)
+    if body.messages is not None:
+        tokens = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages))
+    else:
+        adds = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(engine.encode, body.prompt or "", add_special_tokens=adds)
+    strings = [engine.token_text(token_id) for token_id in tokens] if body.return_token_strs else None
+    return {
+        "count": len(tokens),
+        "max_model_len": engine.info.max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, str]:
+    engine = _engine(request, body)
+    check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
+    return {"prompt": await asyncio.to_thread(engine.decode, body.tokens)}
+
+
+def _engine(request: Request, body: _TokenBody) -> Engine:
+    engine: Engine = request.app.state.engine
+    if body.model is not None and body.model not in model_ids(engine.info):
+        raise UnknownModelError(body.model, model_ids(engine.info))
+    return engine

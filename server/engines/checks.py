@@ -1,0 +1,28 @@
+"""What every engine refuses before it queues anything. Knows no model, only its sizes. Enter at `check_request`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from server.engines.base import check_token_ids
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
+from server.types import GenerationRequest
+
+
+def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
+    """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
+    if request.control is not None:
+        for name in request.control.objective.head_names:
+            if name not in heads:
+                raise UnknownHeadError(name, heads, param="control.objective.weights")
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
+    for field in ("prompt", "stop_token_ids", "logit_bias"):
+        check_token_ids(prompt if field == "prompt" else getattr(sampling, field), vocab_size, param=field)
+    if len(prompt) + sampling.max_tokens > max_model_len:
+        raise ContextLengthError(
+            f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they must not "
+            f"exceed {max_model_len}.",
+            param="max_tokens",
+        )

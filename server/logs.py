@@ -1,0 +1,57 @@
+"""How log records are written: as text or as one JSON object a line. No content of a request can begin a second record.
+
+Knows nothing of HTTP but a request's id, which the outermost layer puts into `request_id_var`. Enter at `configure`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_CONTROL_CHARS = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029]
+_ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROL_CHARS}
+
+
+def configure(log_format: LogFormat, level: str) -> None:
+    """Write all records to stderr in the given format, uvicorn's too when it is run with `log_config=None`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class TextFormatter(logging.Formatter):
+    """Control characters are escaped, and a traceback's lines stand behind a bar, where they pass for no record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{record.levelname} {record.name}: {record.getMessage()}".translate(_ESCAPES)
+        if record.exc_info:
+            trace = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n  | {part.translate(_ESCAPES)}" for part in trace)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """`extra={"fields": {...}}` puts fields into the object in place of the message that repeats them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields = getattr(record, "fields", None)
+        if fields is None:
+            entry["message"] = record.getMessage()
+            if request_id := request_id_var.get():
+                entry["request_id"] = request_id
+        else:
+            entry |= fields
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)

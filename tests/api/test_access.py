@@ -1,0 +1,263 @@
+"""Keys, what each may use, and what only a management key may do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.testclient import TestClient
+
+from server.api.gate import limits
+from server.api.gate.keys import KeyRing
+from server.api.gate.limits import Caller, Limits
+from server.errors import ConfigurationError, InvalidRequestError, RateLimitError
+from server.settings import Settings
+from tests.api.conftest import complete, eventually, serving
+
+KEY, OTHER, MANAGER = "k-first-0123456789", "k-second-0123456789", "k-manager-0123456789"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def keyed(make_app: Callable[..., FastAPI]) -> Callable[..., TestClient]:
+    def make(key: str | None = KEY, **settings: Any) -> TestClient:
+        settings = {"api_keys": f"{KEY},{OTHER}", "management_keys": MANAGER, **settings}
+        return TestClient(make_app(settings=settings), headers=bearer(key) if key else {})
+
+    return make
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_only_what_tells_that_the_server_lives_is_public(keyed: Callable[..., TestClient], path: str) -> None:
+    with keyed(None) as client:
+        assert client.get(path).status_code == 200
+        for closed in ("/metrics", "/version", "/v1/models", "/openapi.json", "/nope", "/", f"/{path}", f"{path}/"):
+            response = client.get(closed)
+            assert response.status_code == 401, closed
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_metrics_are_public_when_told_so(keyed: Callable[..., TestClient]) -> None:
+    with keyed(None, public_metrics=True) as client:
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER])
+def test_any_of_several_keys_opens_the_server(keyed: Callable[..., TestClient], key: str) -> None:
+    with keyed(key) as client:
+        assert complete(client).status_code == 200
+        assert client.get("/metrics").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Bearer {MANAGER}"],
+)
+def test_anything_else_does_not(keyed: Callable[..., TestClient], header: str) -> None:
+    with keyed(None) as client:
+        response = client.post("/v1/completions", json={}, headers={"Authorization": header})
+        assert response.status_code == 401
+        assert "Bearer <key>" in response.json()["error"]["message"] or "does not open" in response.text
+
+
+def test_two_authorization_headers_are_not_one_too_many_to_be_wrong(keyed: Callable[..., TestClient]) -> None:
+    with keyed(None) as client:
+        headers = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer other")]
+        assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_a_body_is_not_read_before_the_key_is_known(keyed: Callable[..., TestClient]) -> None:
+    with keyed(None) as client:
+        assert client.post("/v1/completions", content=b" " * 200_000).status_code == 401
+
+
+def test_keys_come_from_a_file_as_they_are_or_as_digests(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{KEY}\n\nsha256:{hashlib.sha256(OTHER.encode()).hexdigest()}\n")
+    ring = KeyRing.load(None, file, setting="api_keys")
+    assert ring.find(KEY.encode()) == hashlib.sha256(KEY.encode()).hexdigest()[:12]
+    assert ring.find(OTHER.encode())
+    assert ring.find(b"") is ring.find(b"# ours") is ring.find(KEY.upper().encode()) is None
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n\n", "sha256:abc\n", "a key\n", "clé\n"])
+def test_a_file_of_keys_that_holds_none_or_a_bad_one_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match="api_keys") as caught:
+        KeyRing.load(None, file, setting="api_keys")
+    assert "clé" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        KeyRing.load(None, tmp_path / "none", setting="api_keys")
+
+
+def test_an_empty_list_of_keys_never_leaves_the_server_open(make_app: Callable[..., FastAPI]) -> None:
+    for empty in ("", " , "):
+        with pytest.raises(ConfigurationError, match="there is none"):
+            make_app(settings={"api_keys": empty})
+
+
+def test_a_key_for_both_callers_and_management_is_refused(make_app: Callable[..., FastAPI]) -> None:
+    with pytest.raises(ConfigurationError, match="management_keys"):
+        make_app(settings={"api_keys": KEY, "management_keys": f"{MANAGER} {KEY}"})
+
+
+def test_keys_allow_another_address_than_loopback_and_are_never_printed() -> None:
+    with pytest.raises(ValidationError, match="no keys are set"):
+        Settings(host="0.0.0.0")
+    settings = Settings(host="0.0.0.0", api_keys=KEY)  # type: ignore[arg-type]
+    assert KEY not in settings.model_dump_json() + repr(settings)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_rate_is_a_minutes_worth_at_once_and_then_as_it_fills() -> None:
+    clock = Clock()
+    caller = Caller("k", Limits(requests_per_minute=2), clock)
+    for _ in range(2):
+        caller.begin()
+    with pytest.raises(RateLimitError) as caught:
+        caller.begin()
+    assert caught.value.retry_after_s == 30
+    clock.now_s += 29
+    with pytest.raises(RateLimitError):
+        caller.begin()
+    clock.now_s += 1
+    caller.begin()
+    assert caller.num_running == 3
+
+
+def test_tokens_that_were_paid_for_and_not_used_are_given_back_once() -> None:
+    caller = Caller("k", Limits(tokens_per_minute=100), Clock())
+    charge = limits.Charge(caller, 90)
+    with pytest.raises(RateLimitError) as caught:
+        limits.Charge(caller, 40)
+    assert caught.value.retry_after_s == 18
+    charge.settle(10)
+    charge.settle(10)
+    limits.Charge(caller, 90)
+    with pytest.raises(RateLimitError):
+        limits.Charge(caller, 1)
+    with pytest.raises(InvalidRequestError, match="101"):
+        limits.Charge(caller, 101)
+
+
+def test_each_key_has_its_own_rate(keyed: Callable[..., TestClient]) -> None:
+    with keyed(requests_per_minute=2) as client:
+        assert [complete(client).status_code for _ in range(3)] == [200, 200, 429]
+        refused = complete(client)
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        client.headers["authorization"] = f"Bearer {OTHER}"
+        assert complete(client).status_code == 200
+
+
+def test_tokens_are_counted_as_they_are_used_whatever_was_asked_for(keyed: Callable[..., TestClient]) -> None:
+    with keyed(tokens_per_minute=70) as client:
+        text = complete(client, max_tokens=30, seed=1).json()["choices"][0]["text"]
+        stopped = {"max_tokens": 20, "seed": 1, "stop": text[0]}
+        # 35 of 70 are used; each of these must be able to pay for 25, but uses 6.
+        assert [complete(client, **stopped).status_code for _ in range(3)] == [200, 200, 429]
+        assert complete(client, max_tokens=70).status_code == 400
+
+
+def test_requests_at_once_are_limited_for_each_key_and_counted_out_when_they_end(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    app = make_app(settings={"api_keys": f"{KEY} {OTHER}", "concurrent_requests": 1}, token_delay_s=0.02)
+    body = {"model": "fake", "prompt": "hi", "max_tokens": 4000, "stream": True}
+    short = {**body, "max_tokens": 1}
+    with serving(app) as url, httpx.Client(base_url=url, headers=bearer(KEY)) as client:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # kept: httpx hangs up when the iterator is dropped
+            next(lines)
+            refused = client.post("/v1/completions", json=short)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert client.post("/v1/completions", json=short, headers=bearer(OTHER)).status_code == 200
+            assert client.get("/v1/models").status_code == 200
+        assert eventually(lambda: client.post("/v1/completions", json=short).status_code == 200)
+        assert client.post("/v1/completions", json={}).status_code == 400
+        assert client.post("/v1/completions", json=short).status_code == 200
+
+
+@pytest.fixture
+def manager(keyed: Callable[..., TestClient]) -> Iterator[TestClient]:
+    with keyed(MANAGER) as client:
+        yield client
+
+
+def head_names(response: Any) -> list[str]:
+    assert response.status_code == 200, response.text
+    return [head["id"] for head in response.json()["data"]]
+
+
+def test_heads_are_loaded_reloaded_and_unloaded_without_a_restart(manager: TestClient) -> None:
+    url = "/v1/management/heads"
+    assert head_names(manager.post(f"{url}/kind/load")) == ["positive", "plain", "kind"]
+    assert manager.post(f"{url}/kind/load").status_code == 409
+    assert head_names(manager.post(f"{url}/kind/reload")) == ["positive", "plain", "kind"]
+    caller = {"headers": bearer(KEY)}
+    assert manager.get("/v1/models", **caller).json()["data"][-1]["id"] == "fake@kind"
+    body = {"model": "fake@kind", "prompt": "hi"}
+    assert manager.post("/v1/completions", json=body, **caller).status_code == 200
+    assert (
+        'recontrol_controlled_tokens_total{head="kind",model_name="fake"} 16.0'
+        in manager.get("/metrics", **caller).text
+    )
+    assert head_names(manager.post(f"{url}/kind/unload")) == ["positive", "plain"]
+    assert manager.post("/v1/completions", json=body, **caller).status_code == 404
+    for action in ("reload", "unload"):
+        assert manager.post(f"{url}/kind/{action}").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["nobody", "..%2fplain", "%2fetc%2fpasswd", "..", "a b"])
+def test_a_head_to_load_is_a_name_that_lies_in_the_folder(manager: TestClient, name: str) -> None:
+    for action in ("load", "reload", "unload"):
+        assert manager.post(f"/v1/management/heads/{name}/{action}").status_code == 404
+
+
+@pytest.mark.parametrize("key", [None, KEY, "wrong"])
+def test_management_needs_its_own_key(keyed: Callable[..., TestClient], key: str | None) -> None:
+    with keyed(key) as client:
+        assert client.post("/v1/management/heads/plain/unload").status_code == 401
+        client.headers["authorization"] = f"Bearer {KEY}"
+        assert [head["id"] for head in client.get("/v1/heads").json()["data"]] == ["positive", "plain"]
+
+
+def test_without_a_management_key_there_is_no_management(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app()) as client:
+        assert client.post("/v1/management/heads/plain/unload").status_code == 404
+        assert "/v1/management" not in client.get("/openapi.json").text
+    with TestClient(make_app(settings={"api_keys": KEY}), headers=bearer(KEY)) as client:
+        assert client.post("/v1/management/heads/plain/unload").status_code == 401
+
+
+def test_with_a_management_key_alone_callers_need_none_and_managers_do(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(settings={"management_keys": MANAGER})) as client:
+        assert complete(client).status_code == 200
+        assert client.post("/v1/management/heads/kind/load").status_code == 401
+        assert client.post("/v1/management/heads/kind/load", headers=bearer(MANAGER)).status_code == 200
+
+
+def test_a_pinned_head_is_not_unloaded(keyed: Callable[..., TestClient]) -> None:
+    pinned = json.dumps({"objective": {"weights": {"plain": 1.0}}})
+    with keyed(MANAGER, pinned_control=pinned) as client:
+        assert client.post("/v1/management/heads/plain/unload").status_code == 409

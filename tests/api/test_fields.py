@@ -1,0 +1,148 @@
+"""Every field of a body reaches the engine, and what crosses several of them agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from server.api.schemas import ChatBody, CompletionBody
+from server.types import GenerationRequest
+from tests.api.conftest import chat, complete
+
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "max_tokens": (3, 3),
+    "temperature": (0.5, 0.5),
+    "top_p": (0.9, 0.9),
+    "top_k": (7, 7),
+    "min_p": (0.1, 0.1),
+    "seed": (-4, -4),
+    "stop": ("ab", ("ab",)),
+    "stop_token_ids": ([7, 8], (7, 8)),
+    "ignore_eos": (True, True),
+    "logit_bias": ({"7": 2, "8": -1.5}, {7: 2.0, 8: -1.5}),
+    "presence_penalty": (1, 1.0),
+    "frequency_penalty": (-0.5, -0.5),
+    "repetition_penalty": (1.2, 1.2),
+}
+NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_logprobs", "stream", "stream_options",
+                "user", "timeout_s", "control", "max_completion_tokens"}  # fmt: skip
+
+
+@pytest.fixture
+def seen(make_app: Callable[..., FastAPI]) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
+    app, requests = make_app(), []
+    generate = app.state.engine.generate
+
+    def record(request: GenerationRequest) -> Any:
+        requests.append(request)
+        return generate(request)
+
+    app.state.engine.generate = record
+    with TestClient(app) as client:
+        yield client, requests
+
+
+def test_no_field_is_left_out_here() -> None:
+    assert set(CompletionBody.model_fields) | set(ChatBody.model_fields) == set(FIELDS) | NOT_SAMPLING
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_sampling_field_reaches_the_engine(
+    seen: tuple[TestClient, list[GenerationRequest]], name: str, send: Callable[..., Any]
+) -> None:
+    client, requests = seen
+    value, expected = FIELDS[name]
+    assert send(client, **{"max_tokens": 2, name: value}).status_code == 200
+    assert getattr(requests[0].sampling, name) == expected
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_fields_that_are_absent_or_null_mean_the_same(
+    seen: tuple[TestClient, list[GenerationRequest]], send: Callable[..., Any]
+) -> None:
+    client, requests = seen
+    send(client, max_tokens=2)
+    send(client, **{**dict.fromkeys(FIELDS), "max_tokens": 2})
+    assert requests[0].sampling == requests[1].sampling
+
+
+def test_chat_counts_its_tokens_by_either_name(seen: tuple[TestClient, list[GenerationRequest]]) -> None:
+    client, requests = seen
+    chat(client, max_completion_tokens=5)
+    chat(client, max_tokens=5)
+    assert [request.sampling.max_tokens for request in requests] == [5, 5]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_logprobs_penalties_and_usage_agree_with_each_other(client: TestClient, stream: bool) -> None:
+    options: dict[str, Any] = {
+        "prompt": ["hi", "hello"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 3, "seed": 1,
+        "logit_bias": {"101": 5}, "repetition_penalty": 1.1, "min_p": 0.1, "ignore_eos": True,
+        "control": {"objective": {"weights": {"plain": 1.0}}},
+    }  # fmt: skip
+    body = complete(client, **options).json()
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+    for choice in body["choices"]:
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert choice["text"].startswith("hi" if choice["index"] < 2 else "hello")
+
+
+def test_a_stop_token_ends_the_text(client: TestClient) -> None:
+    whole = complete(client, max_tokens=20, seed=1).json()["choices"][0]["text"]
+    ended = complete(client, max_tokens=20, seed=1, stop_token_ids=[ord(whole[4])]).json()["choices"][0]
+    assert ended["text"] == whole[: whole.index(whole[4])]
+    assert ended["finish_reason"] == "stop"
+
+
+def test_a_bias_for_a_token_outside_the_vocabulary_is_named(client: TestClient) -> None:
+    error = complete(client, logit_bias={"300": 1}).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "token id 300 is outside the vocabulary, 0 to 255" in error["message"]
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(client: TestClient) -> None:
+    body = client.post("/tokenize", json={"model": "fake@plain", "prompt": "hé", "return_token_strs": True}).json()
+    assert body == {
+        "count": 3,
+        "max_model_len": 4096,
+        "tokens": [104, 195, 169],
+        "token_strs": ["h", "\ufffd", "\ufffd"],
+    }
+    assert client.post("/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": "hé"}
+    assert client.post("/tokenize", json={"prompt": ""}).json()["count"] == 0
+    messages = [{"role": "user", "content": "hi"}]
+    tokens = client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "user: hi\n"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "x"}]}, 400, "prompt"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": False},
+            400,
+            "add_special",
+        ),
+        ("/tokenize", {"prompt": ["a"]}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "model": "nope"}, 404, "model"),
+        ("/tokenize", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
+        ("/detokenize", {"tokens": [256]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [True]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [1] * 131_073}, 413, None),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused_by_name(
+    client: TestClient, path: str, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    response = client.post(path, json=body)
+    assert response.status_code == status
+    assert (response.json()["error"]["param"] or "").startswith(param or "")

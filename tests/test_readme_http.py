@@ -1,0 +1,53 @@
+"""The README's section on HTTP shows fields, settings and incidents that exist, and all of them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from server.api.schemas import ChatBody, CompletionBody
+from server.settings import Settings
+
+TESTS = Path("tests/api/test_incidents.py")
+_, _, _rest = Path("README.md").read_text().partition("\n## HTTP\n")
+SECTION = _rest.partition("\n## ")[0]
+FIELDS_TABLE, _, REST = SECTION.partition("\nOne body may ask")
+INCIDENTS = [line for line in REST.splitlines() if line.startswith("| ")][1:]
+
+
+def incident_tests() -> dict[str, str]:
+    """Name -> docstring."""
+    nodes = ast.parse(TESTS.read_text()).body
+    return {n.name: ast.get_docstring(n) or "" for n in nodes if isinstance(n, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("row", INCIDENTS)
+def test_an_incidents_tests_exist_and_name_it(row: str) -> None:
+    incident, named = row.strip("| ").split(" | ")
+    names = re.findall(r"`(test_\w+)`", named)
+    assert names
+    ids = re.findall(r"CVE-\d+-\d+|#\d+", incident)
+    for name in names:
+        assert name in incident_tests()
+    told = " ".join(incident_tests()[name] for name in names)
+    assert all(identifier in told for identifier in ids)
+
+
+def test_every_incident_is_told() -> None:
+    assert len(INCIDENTS) == 21
+    told = {name for row in INCIDENTS for name in re.findall(r"`(test_\w+)`", row)}
+    with_docstring = {name for name, doc in incident_tests().items() if name.startswith("test_") and doc}
+    assert told == with_docstring
+
+
+def test_the_table_of_fields_has_every_field_and_no_other() -> None:
+    rows = [line for line in FIELDS_TABLE.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
+
+
+def test_the_settings_that_it_names_exist() -> None:
+    flags = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", SECTION)}
+    assert len(flags) > 10
+    assert flags <= set(Settings.model_fields)
