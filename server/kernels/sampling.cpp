@@ -120,7 +120,7 @@ int64_t draw(const float* p, int64_t size, float least, double target) {
 using namespace recontrol;
 
 // Token ids [rows] from logits [rows, vocabulary]: the inverse of the cumulative distribution at uniforms[r], after
-// top-k, top-p (of what top-k left) and min-p. A temperature of 0 takes the largest logit, a top_k of 0 keeps all. A row
+// min-p, top-k and top-p (of what those left). A temperature of 0 takes the largest logit, a top_k of 0 keeps all. A row
 // whose largest logit is not finite gets token -1.
 EXPORT void sample_f32(const float* logits, int64_t rows, int64_t vocabulary, const float* temperatures,
                        const int64_t* top_k, const double* top_p, const float* min_p, const double* uniforms,
@@ -141,14 +141,14 @@ EXPORT void sample_f32(const float* logits, int64_t rows, int64_t vocabulary, co
                 continue;
             }
             double total = exponentials(row, weights.data(), vocabulary, top, 1.0f / temperatures[r]);
-            float least = 0;
-            if (0 < top_k[r] && top_k[r] < vocabulary) {
-                least = kth_largest(weights.data(), vocabulary, top_k[r], scratch);
+            float least = min_p[r];
+            if (0 < top_k[r] && top_k[r] < vocabulary)
+                least = std::max(least, kth_largest(weights.data(), vocabulary, top_k[r], scratch));
+            if (least > 0) total = sum_from(weights.data(), vocabulary, least);
+            if (top_p[r] < 1) {
+                least = nucleus_threshold(weights.data(), vocabulary, top_p[r] * total, least, scratch);
                 total = sum_from(weights.data(), vocabulary, least);
             }
-            if (top_p[r] < 1) least = nucleus_threshold(weights.data(), vocabulary, top_p[r] * total, least, scratch);
-            least = std::max(least, min_p[r]);
-            if (least > 0) total = sum_from(weights.data(), vocabulary, least);
             tokens[r] = draw(weights.data(), vocabulary, least, uniforms[r] * total);
         }
     }

@@ -32,7 +32,6 @@ from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
-from value_models.linear import MIN_ROWS
 
 _log = logging.getLogger(__name__)
 _FAILED = "The request failed inside the engine."
@@ -205,25 +204,17 @@ class EngineCore:
 
     def _sample(self, rows: list[Sequence], hidden_BD: Tensor) -> None:
         """Edit, draw a token for each row, and hand it on."""
-        num_rows = len(rows)
-        padded = rows * MIN_ROWS if num_rows < MIN_ROWS else rows
-        hidden_PD = hidden_BD.expand(len(padded), -1).contiguous()
-        logits_PV, stats = self._edited_logits(rows, hidden_PD)
-        is_finite_P = logits_PV.amax(dim=-1).isfinite()
-        is_finite = is_finite_P.tolist()
-        if not all(is_finite):
-            # Whatever a broken row would do to the sampler, its neighbours must not feel it; it ends below.
-            logits_PV[~is_finite_P] = 0.0
-        drawn_PV = adjusted(logits_PV, [s.logit_rules for s in padded], [s.token_ids for s in padded])
-        tokens_P = sample(drawn_PV, [s.row_sampling for s in padded], [len(s.token_ids) for s in padded])
-        logprobs = self._logprobs(rows, logits_PV, tokens_P)
+        logits_BV, stats = self._edited_logits(rows, hidden_BD)
+        drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
+        tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
+        logprobs = self._logprobs(rows, logits_BV, tokens)
         edits = token_edits(stats)
         now_s = time.monotonic()
-        for i, (sequence, token_id) in enumerate(zip(rows, tokens_P.tolist()[:num_rows], strict=True)):
+        for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if sequence.states is not None:
                 sequence.states.append(hidden_BD[i])
             try:
-                if not is_finite[i]:
+                if token_id < 0:
                     raise FloatingPointError("the model's logits are not finite")
                 self._grow(sequence, token_id, logprobs.get(i), edits.get(i), now_s)
             except Exception:
@@ -302,13 +293,14 @@ class EngineCore:
             generation_tokens=len(sequence.token_ids),
         )
 
-    def _logprobs(self, rows: list[Sequence], logits_PV: Tensor, tokens_P: Tensor) -> dict[int, TokenLogprob]:
-        wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None}
-        if not wanted:
-            return {}
+    def _logprobs(self, rows: list[Sequence], logits_BV: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
+        """Of the rows that ask for them, and got a token."""
+        wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None and tokens[i] >= 0}
         # Log-softmax takes each row alone, and top-k of a row does not depend on how many are asked for elsewhere.
         return {
-            i: token_logprobs(logits_PV[i : i + 1], tokens_P[i : i + 1], num_top, self.token_text)[0]
+            i: token_logprobs(
+                logits_BV[i : i + 1], torch.tensor(tokens[i : i + 1], device=logits_BV.device), num_top, self.token_text
+            )[0]
             for i, num_top in wanted.items()
         }
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.kernels import ops
+from value_models.linear import MIN_ROWS
+
 # Below it a row is greedy: its logits over its temperature would not be finite in float32.
 _MIN_TEMPERATURE = 1e-5
 # Probabilities above which most nuclei lie whole: a few tokens to sort instead of thousands.
@@ -45,10 +48,35 @@ def uniform(stream: tuple[int, int], position: int) -> float:
 
 
 def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> Tensor:
-    """Token ids [B] int64 from finite logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
+    """Token ids [B] int64 from logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
 
-    B must be at least two on CPU, since torch reduces a single row in another order than the same row among others.
+    A row whose largest logit is not finite gets -1.
     """
+    # A row's u stays below its total even when the product rounds up.
+    uniforms = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
+    if not ops.can_run_natively(logits_BV):
+        return _sample_by_torch(logits_BV, rows, uniforms)
+    return ops.sample(
+        logits_BV,
+        temperatures=[0.0 if row.is_greedy else row.temperature for row in rows],
+        top_k=[row.top_k for row in rows],
+        top_p=[row.top_p for row in rows],
+        min_p=[row.min_p for row in rows],
+        uniforms=uniforms,
+    )
+
+
+def _sample_by_torch(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
+    if len(rows) < MIN_ROWS:
+        # On a CPU torch reduces a single row in another order than the same row among others.
+        return _sample_by_torch(logits_BV.expand(MIN_ROWS, -1), rows * MIN_ROWS, uniforms * MIN_ROWS)[: len(rows)]
+    is_finite_B = logits_BV.amax(dim=-1).isfinite()
+    # Whatever a broken row would do to the operations below, its neighbours must not feel it.
+    finite_BV = torch.where(is_finite_B[:, None], logits_BV, 0.0)
+    return torch.where(is_finite_B, _draw(finite_BV, rows, uniforms), -1)
+
+
+def _draw(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
     drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
     if not drawn:
         return logits_BV.argmax(dim=-1)
@@ -57,10 +85,7 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
     for i in drawn:
         _filter_row(probs_BV[i], rows[i])
     cumulative_BV = probs_BV.cumsum(dim=-1)
-    total_B = cumulative_BV[:, -1]
-    # A row's u stays below its total even when the product rounds up.
-    u = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
-    target_B1 = (logits_BV.new_tensor(u) * total_B)[:, None]
+    target_B1 = (logits_BV.new_tensor(uniforms) * cumulative_BV[:, -1])[:, None]
     drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
     if len(drawn) == len(rows):
         return drawn_B
