@@ -22,12 +22,14 @@ _P, _I, _F, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "pack_bf16": (_P, _I, _I, _P),
     "linear_bf16": (_P, _I, _P, _P, _P, _I, _I, _I, _INT),
+    "linear_int4": (_P, _I, _P, _P, _P, _P, _I, _I, _I, _INT),
+    "linear_int8": (_P, _I, _P, _P, _P, _P, _I, _I, _I, _INT),
     "add_rms_norm_bf16": (_P, _P, _P, _P, _I, _I, _F),
     "silu_mul_bf16": (_P, _P, _I, _I),
     "rotate_bf16": (_P, _I, _P, _P, _P, _I, _I, _I),
     "paged_attention_bf16": (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _I),
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
-    "tilted_sums_f32": (_P, _P, _I, _P, _P, _I, _I),
+    "scale_within_budget_f32": (_P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, _INT),
 }
 
 

@@ -48,4 +48,19 @@ inline __m512 exp_ps(__m512 x) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ), _mm512_setzero_ps());
 }
 
+// A row's 32 outputs from `column` on, to y (float32 or bfloat16) at `row`, with the bias if there is one.
+inline void store_panel(const __m512* sums, void* y, int64_t row, int64_t column, int64_t outputs, const float* bias,
+                        int out_f32) {
+    for (int half = 0; half < 2; ++half, column += kLanes) {
+        if (column >= outputs) return;
+        const __mmask16 mask = lanes_left(outputs - column);
+        __m512 value = sums[half];
+        if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + column));
+        if (out_f32)
+            _mm512_mask_storeu_ps((float*)y + row + column, mask, value);
+        else
+            _mm256_mask_storeu_epi16((bf16*)y + row + column, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+
 }  // namespace recontrol

@@ -2,7 +2,6 @@
 //
 // Packed layout: panels of 32 outputs; in each, for every pair of inputs, 32 pairs of weights. Each output element is
 // one chain of fused products over the inputs in order, whatever the number of rows.
-#include <algorithm>
 #include <cstring>
 
 #include "common.h"
@@ -74,18 +73,7 @@ EXPORT void linear_bf16(const bf16* x, int64_t x_stride, const bf16* packed, con
             __m512 out[kMaxTile][2];
             kTiles[count](x + first * x_stride, x_stride, panel, pairs, out);
             for (int64_t m = 0; m < count; ++m)
-                for (int half = 0; half < 2; ++half) {
-                    const int64_t column = p * kPanel + half * kLanes;
-                    if (column >= outputs) continue;
-                    const __mmask16 mask = lanes_left(outputs - column);
-                    __m512 value = out[m][half];
-                    if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + column));
-                    const int64_t at = (first + m) * outputs + column;
-                    if (out_f32)
-                        _mm512_mask_storeu_ps((float*)y + at, mask, value);
-                    else
-                        _mm256_mask_storeu_epi16((bf16*)y + at, mask, (__m256i)_mm512_cvtneps_pbh(value));
-                }
+                store_panel(out[m], y, (first + m) * outputs, p * kPanel, outputs, bias, out_f32);
         }
     }
 }

@@ -45,18 +45,22 @@ def sample(
     return tokens_B
 
 
-def tilted_sums(base_RV: Tensor, lowered: Tensor, scale_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [R] of w, w d and p0, float64, with p0 = exp(base - max(base)) and w = p0 exp(scale d).
+def scale_within_budget(
+    logits_BV: Tensor, rows_R: Tensor, delta: Tensor, share_R: Tensor, limit_R: Tensor, *, apply: bool
+) -> tuple[Tensor, Tensor]:
+    """The scale [R] in [0, 1] at which each row's divergence [R] is within its limit, and that divergence.
 
-    `lowered` is d [R, V], or [V] when rows share it: a change of logits less its largest entry.
+    Row rows_R[r] of logits moves by scale x share x delta, with delta [R, V], or [V] when rows share it. `apply` moves
+    the logits in place.
     """
     library: Any = native()
-    base_RV, lowered, scale_R = base_RV.contiguous(), lowered.contiguous(), scale_R.contiguous()
-    num_rows, size = base_RV.shape
-    sums_R3 = torch.empty(num_rows, 3, dtype=torch.float64)
-    library.tilted_sums_f32(
-        base_RV.data_ptr(), lowered.data_ptr(), size if lowered.dim() == 2 else 0, scale_R.data_ptr(),
-        sums_R3.data_ptr(), num_rows, size,
+    assert logits_BV.is_contiguous()
+    delta, share_R, limit_R = delta.contiguous(), share_R.contiguous(), limit_R.contiguous()
+    scale_R, kl_R = torch.empty_like(share_R), torch.empty_like(share_R)
+    size = logits_BV.shape[1]
+    scratch = torch.empty(torch.get_num_threads(), size)
+    library.scale_within_budget_f32(
+        logits_BV.data_ptr(), size, rows_R.data_ptr(), len(rows_R), delta.data_ptr(), size if delta.dim() == 2 else 0,
+        share_R.data_ptr(), limit_R.data_ptr(), scale_R.data_ptr(), kl_R.data_ptr(), scratch.data_ptr(), int(apply),
     )  # fmt: skip
-    total_R, weighted_R, mass_R = sums_R3.unbind(dim=1)
-    return total_R, weighted_R, mass_R
+    return scale_R, kl_R

@@ -1,4 +1,4 @@
-// A step's rows over the vocabulary: drawing a token, and what a budget needs to know of an edited distribution.
+// Drawing a token for each of a step's rows.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -151,37 +151,5 @@ EXPORT void sample_f32(const float* logits, int64_t rows, int64_t vocabulary, co
             }
             tokens[r] = draw(weights.data(), vocabulary, least, uniforms[r] * total);
         }
-    }
-}
-
-// What the divergence along an edit needs, for rows of base logits [rows, vocabulary] and a change of logits d, less
-// its largest entry, of the row's own or shared (delta_stride 0): with p0 = exp(base - max(base)) and
-// w = p0 exp(scale d), sums [rows, 3] = sum(w), sum(w d), sum(p0).
-EXPORT void tilted_sums_f32(const float* base, const float* delta, int64_t delta_stride, const float* scales,
-                            double* sums, int64_t rows, int64_t vocabulary) {
-    constexpr int64_t kBlock = 1024;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* row = base + r * vocabulary;
-        const float* d = delta + r * delta_stride;
-        const __m512 top = _mm512_set1_ps(highest(row, vocabulary)), scale = _mm512_set1_ps(scales[r]);
-        double total = 0, weighted = 0, mass = 0;
-        for (int64_t first = 0; first < vocabulary; first += kBlock) {
-            __m512 total_v = _mm512_setzero_ps(), weighted_v = total_v, mass_v = total_v;
-            for (int64_t i = first; i < std::min(first + kBlock, vocabulary); i += kLanes) {
-                const __mmask16 mask = lanes_left(vocabulary - i);
-                const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, row + i), top);
-                const __m512 change = _mm512_maskz_loadu_ps(mask, d + i);
-                const __m512 p0 = _mm512_maskz_mov_ps(mask, exp_ps(lowered));
-                const __m512 w = _mm512_maskz_mov_ps(mask, _mm512_mul_ps(p0, exp_ps(_mm512_mul_ps(scale, change))));
-                mass_v = _mm512_add_ps(mass_v, p0);
-                total_v = _mm512_add_ps(total_v, w);
-                weighted_v = _mm512_fmadd_ps(w, change, weighted_v);
-            }
-            total += _mm512_reduce_add_ps(total_v);
-            weighted += _mm512_reduce_add_ps(weighted_v);
-            mass += _mm512_reduce_add_ps(mass_v);
-        }
-        sums[3 * r] = total, sums[3 * r + 1] = weighted, sums[3 * r + 2] = mass;
     }
 }
