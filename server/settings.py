@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
 
+    quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the weights, on a CPU")
+
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000

@@ -35,6 +35,9 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**_ROPE, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_ROPE, tie_word_embeddings=False),
     "gemma2": lambda: Gemma2Config(**_ROPE, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    # Heads wide enough for the native kernels, which take bfloat16 only.
+    "wide_llama": lambda: LlamaConfig(**_ROPE, head_dim=32, tie_word_embeddings=True),
+    "wide_qwen2": lambda: Qwen2Config(**{**_ROPE, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
 }
 

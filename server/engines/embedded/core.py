@@ -31,6 +31,7 @@ from server.engines.embedded.runner import LMHead, ModelRunner
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EngineCore:
         prefill_chunk_tokens: int = 256,
         kv_cache_gib: float | None = None,
         has_prefix_cache: bool = True,
+        bits: Bits = 16,
         observer: EngineObserver | None = None,
     ) -> None:
         """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
@@ -63,6 +65,7 @@ class EngineCore:
             max_len=self.max_model_len,
             max_sequences=max_batch_size,
             kv_bytes=default_kv_bytes(loaded.model.device) if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+            bits=bits,
         )
         self._editor = StateEditor(self.lm_head)
         self._scheduler = Scheduler(

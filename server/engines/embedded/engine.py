@@ -26,10 +26,12 @@ from server.errors import (
     OverloadedError,
     UnknownHeadError,
 )
+from server.kernels.linear import Bits
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest
 
 _log = logging.getLogger(__name__)
+_BITS: dict[str, Bits] = {"none": 16, "int8": 8, "int4": 4}
 _STOP_TIMEOUT_S = 30.0
 _UNLOAD_POLL_S = 0.05
 _Result = TypeVar("_Result")
@@ -192,6 +194,7 @@ class EmbeddedEngine:
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             kv_cache_gib=settings.kv_cache_gib,
             has_prefix_cache=settings.prefix_cache,
+            bits=_BITS[settings.quantization],
             observer=self._observer,
         )
         self._info = EngineInfo(

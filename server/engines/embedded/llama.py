@@ -2,8 +2,9 @@
 
 The same computation as transformers' modules with fewer and larger pieces: one matrix for queries, keys and values, one
 for gate and up, and everything between two matrices in one pass. Roundings to bfloat16 are where transformers has them,
-but for rotary angles and attention, which stay in float32. `NativeLlama.of` says None for any other model, which then
-runs through transformers; `ModelRunner.create` proves this one against the model's own logits. Knows nothing of requests.
+but for rotary angles and attention, which stay in float32. `NativeLlama.can_run` tells whether a model is built this
+way; any other runs through transformers. `ModelRunner.create` proves this one against the model's own logits. Knows
+nothing of requests.
 
 Shapes: T rows of a step, D hidden size, L layers, N key-value heads, P size of an attention head.
 """
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from server.engines.embedded.attention import AttentionKind, StepLayout, attend_natively, can_attend_natively
 from server.kernels import native
-from server.kernels.linear import NativeLinear, can_run_natively
+from server.kernels.linear import Bits, NativeLinear, can_run_natively
 
+_MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -42,14 +44,14 @@ class _Layer:
 class NativeLlama(nn.Module):
     """Called as transformers' backbone is; the result has `last_hidden_state` [1, T, D]."""
 
-    def __init__(self, backbone: Any, config: Any, *, max_len: int) -> None:
+    def __init__(self, backbone: Any, config: Any, *, max_len: int, bits: Bits = 16) -> None:
         super().__init__()
         self._embedding: nn.Embedding = backbone.embed_tokens
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._head_size: int = backbone.layers[0].self_attn.head_dim
         self._epsilon: float = config.rms_norm_eps
-        self._layers = [_layer(index, layer) for index, layer in enumerate(backbone.layers)]
+        self._layers = [_layer(index, layer, bits) for index, layer in enumerate(backbone.layers)]
         # The weight of the norm behind each layer: the next layer's first, and at last the final one.
         self._norms = [layer.norm for layer in self._layers] + [backbone.norm.weight.detach()]
         angles = torch.arange(max_len)[None]
@@ -58,12 +60,10 @@ class NativeLlama(nn.Module):
         self._cosines, self._sines = (table[0, :, :half].contiguous() for table in (cosines, sines))
         self._native: Any = native()
 
-    @classmethod
-    def of(cls, backbone: Any, config: Any, *, max_len: int) -> NativeLlama | None:
-        """The backbone in native form, or None when it is not built as these layers are."""
-        if not _is_llama_like(backbone, config):
-            return None
-        return cls(backbone, config, max_len=max_len)
+    @staticmethod
+    def can_run(backbone: Any, config: Any) -> bool:
+        """Whether every part of the model is one that this file computes, and there is none besides."""
+        return _is_llama_like(backbone, config) and _fits_kernels(backbone.layers[0], config)
 
     def forward(self, *, input_ids: Tensor, step: StepLayout, **_: Any) -> SimpleNamespace:
         """input_ids [1, T]; positions come with the step."""
@@ -109,58 +109,52 @@ class NativeLlama(nn.Module):
         return SimpleNamespace(last_hidden_state=normed[None])
 
 
-def _layer(index: int, layer: Any) -> _Layer:
+def _layer(index: int, layer: Any, bits: Bits) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    window = getattr(attention, "sliding_window", None)
     return _Layer(
         index=index,
         norm=layer.input_layernorm.weight.detach(),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_joined(attention.o_proj),
+        qkv=_joined(bits, attention.q_proj, attention.k_proj, attention.v_proj),
+        out=_joined(bits, attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
-        how=AttentionKind(attention.scaling, window),
+        gate_up=_joined(bits, mlp.gate_proj, mlp.up_proj),
+        down=_joined(bits, mlp.down_proj),
+        how=AttentionKind(attention.scaling, getattr(attention, "sliding_window", None)),
     )
 
 
-def _joined(*linears: nn.Linear) -> NativeLinear:
+def _joined(bits: Bits, *linears: nn.Linear) -> NativeLinear:
     """Several maps of the same input as one."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     has_bias = linears[0].bias is not None
-    return NativeLinear(weight, torch.cat([linear.bias.detach() for linear in linears]) if has_bias else None)
-
-
-def _is_llama_like(backbone: Any, config: Any) -> bool:
-    """Whether every part is one that this file computes, and there is none besides."""
-    layers = getattr(backbone, "layers", None)
-    parts = {name for name, _ in backbone.named_children()}
-    if not layers or parts != {"embed_tokens", "layers", "norm", "rotary_emb"}:
-        return False
-    first = layers[0]
-    if (
-        getattr(config, "hidden_act", None) != "silu"
-        or {name for name, _ in first.named_children()} != _LAYER_PARTS
-        or {name for name, _ in first.self_attn.named_children()} != _ATTENTION_PARTS
-        or {name for name, _ in first.mlp.named_children()} != _MLP_PARTS
-        or _scales_embeddings_or_residuals(config)
-    ):
-        return False
-    # Rotations that change with the length of the text cannot be tabled.
-    rope = getattr(config, "rope_parameters", None) or {}
-    is_static = rope.get("rope_type", "default") in {"default", "linear", "llama3", "yarn"}
-    is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0
-    head_size, group = first.self_attn.head_dim, config.num_attention_heads // config.num_key_value_heads
-    weight = first.self_attn.q_proj.weight
-    return (
-        is_static
-        and is_whole
-        and all(can_run_natively(parameter) for parameter in first.parameters() if parameter.dim() == 2)
-        and can_attend_natively(weight.dtype, weight.device, head_size, group)
-        and all(size % _LANES == 0 for size in (config.hidden_size, config.intermediate_size))
+    return NativeLinear(
+        weight, torch.cat([linear.bias.detach() for linear in linears]) if has_bias else None, bits=bits
     )
 
 
-def _scales_embeddings_or_residuals(config: Any) -> bool:
-    """As Granite does."""
-    return any(getattr(config, name, 1.0) != 1.0 for name in ("embedding_multiplier", "residual_multiplier"))
+def _is_llama_like(backbone: Any, config: Any) -> bool:
+    if _names(backbone) != _MODEL_PARTS or not len(backbone.layers):
+        return False
+    first = backbone.layers[0]
+    parts = (_names(first), _names(first.self_attn), _names(first.mlp))
+    if parts != (_LAYER_PARTS, _ATTENTION_PARTS, _MLP_PARTS) or getattr(config, "hidden_act", None) != "silu":
+        return False
+    # Granite scales embeddings and residuals; rotations that change with the length of the text cannot be tabled.
+    is_unscaled = all(getattr(config, name, 1.0) == 1.0 for name in ("embedding_multiplier", "residual_multiplier"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_static = rope.get("rope_type", "default") in {"default", "linear", "llama3", "yarn"}
+    return is_unscaled and is_static and rope.get("partial_rotary_factor", 1.0) == 1.0
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _fits_kernels(layer: Any, config: Any) -> bool:
+    weight = layer.self_attn.q_proj.weight
+    group = config.num_attention_heads // config.num_key_value_heads
+    return (
+        all(can_run_natively(parameter) for parameter in layer.parameters() if parameter.dim() == 2)
+        and can_attend_natively(weight.dtype, weight.device, layer.self_attn.head_dim, group)
+        and all(size % _LANES == 0 for size in (config.hidden_size, config.intermediate_size))
+    )

@@ -19,7 +19,7 @@ from server.engines.embedded.kv_cache import KVCache
 from server.engines.embedded.llama import NativeLlama
 from server.engines.embedded.pages import NULL_PAGE, num_pages_for
 from server.errors import ConfigurationError, ModelLoadError
-from server.kernels.linear import frozen_linear
+from server.kernels.linear import Bits, can_run_natively, frozen_linear
 from value_models.linear import PackedLinear
 
 _PROBE_LENGTH = 12
@@ -36,8 +36,8 @@ class LMHead:
     `finish` adds what is not linear in h: a bias, and for some models a soft cap.
     """
 
-    def __init__(self, linear: nn.Linear, config: Any) -> None:
-        self._linear: Any = frozen_linear(linear.weight, out_dtype=torch.float32)
+    def __init__(self, linear: nn.Linear, config: Any, *, bits: Bits = 16) -> None:
+        self._linear = frozen_linear(linear.weight, bits=bits, out_dtype=torch.float32)
         self._bias = None if linear.bias is None else linear.bias.detach().float()
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
@@ -96,13 +96,16 @@ class ModelRunner:
         self._backbone = backbone
 
     @classmethod
-    def create(cls, model: Any, *, max_len: int, max_sequences: int, kv_bytes: int) -> ModelRunner:
+    def create(
+        cls, model: Any, *, max_len: int, max_sequences: int, kv_bytes: int, bits: Bits = 16
+    ) -> ModelRunner:
         """Take over a loaded causal language model; it must not be used by anyone else afterwards.
 
-        The key-value cache gets room for `max_sequences` of `max_len` tokens, but never more than `kv_bytes`.
+        The key-value cache gets room for `max_sequences` of `max_len` tokens, but never more than `kv_bytes`. With fewer
+        than 16 `bits` its linear maps are quantized, once the model has been proved as it is.
 
         Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when not even one sequence of
-        max_len fits.
+        max_len fits, or weights cannot be quantized here.
         """
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -112,18 +115,23 @@ class ModelRunner:
         probe = torch.arange(1, _PROBE_LENGTH + 1, device=model.device) * _PROBE_STRIDE % config.vocab_size
         with torch.inference_mode():
             reference_TV = model(probe[None], use_cache=False).logits[0].float()
-            lm_head = LMHead(linear, config)
             backbone.set_attn_implementation(register_attention())
-            runner = cls(backbone, lm_head, KVCache(_PROBE_PAGES), model.device)
+            runner = cls(backbone, LMHead(linear, config), KVCache(_PROBE_PAGES), model.device)
             runner._prove(probe.tolist(), reference_TV, type(model).__name__)
-            fast = NativeLlama.of(backbone, config, max_len=max_len)
-            if fast is None:
-                _pack_linears(backbone)
-            else:
-                # Its weights are in the native form now.
-                del backbone.layers
-                runner._backbone = fast
+            is_fast = NativeLlama.can_run(backbone, config)
+            if is_fast:
+                runner._backbone = NativeLlama(backbone, config, max_len=max_len)
                 runner._prove(probe.tolist(), reference_TV, type(model).__name__)
+            if bits != 16:
+                _check_quantizable(backbone, linear, bits)
+                runner.lm_head = LMHead(linear, config, bits=bits)
+                if is_fast:
+                    runner._backbone = NativeLlama(backbone, config, max_len=max_len, bits=bits)
+            if is_fast:
+                # The weights are in the native form now.
+                del backbone.layers
+            else:
+                _pack_linears(backbone, bits)
             runner.kv = KVCache(num_pages(runner.kv.bytes_per_page, max_len, max_sequences, kv_bytes))
         return runner
 
@@ -174,12 +182,30 @@ def num_pages(bytes_per_page: int, max_len: int, max_sequences: int, kv_bytes: i
     return NULL_PAGE + 1 + allowed
 
 
-def _pack_linears(model: nn.Module) -> None:
+def _check_quantizable(backbone: nn.Module, lm_head: nn.Linear, bits: Bits) -> None:
+    for name, module in [*backbone.named_modules(), ("lm_head", lm_head)]:
+        weight = _weight_of(module)
+        if weight is not None and not can_run_natively(weight, bits=bits):
+            raise ConfigurationError(
+                f"quantization: {name} [{weight.shape[0]}, {weight.shape[1]}] in {weight.dtype} cannot be quantized here; "
+                "that takes the native kernels (a CPU with AVX-512 and bfloat16), dtype bfloat16, and inputs in multiples "
+                "of 32"
+            )
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a linear map; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    return module.weight.t() if isinstance(module, Conv1D) else None
+
+
+def _pack_linears(model: nn.Module, bits: Bits) -> None:
     """Replace every linear layer below `model` in place. Weights shared with an embedding stay there unpacked."""
     for name, child in list(model.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(model, name, frozen_linear(child.weight, child.bias))
-        elif isinstance(child, Conv1D):
-            setattr(model, name, frozen_linear(child.weight.t(), child.bias))
+        weight: Any = _weight_of(child)
+        if weight is None:
+            _pack_linears(child, bits)
         else:
-            _pack_linears(child)
+            bias: Any = child.bias
+            setattr(model, name, frozen_linear(weight, bias, bits=bits))
