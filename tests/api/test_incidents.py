@@ -97,7 +97,7 @@ def test_the_number_of_choices_is_bounded_alone_and_together(client: TestClient,
     """CVE-2026-34756 (vLLM): unbounded `n`."""
     started_s = time.monotonic()
     assert complete(client, **body).status_code == 400
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 5
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""]])
@@ -131,7 +131,7 @@ def test_every_list_and_map_has_a_length_that_is_checked_first(make_app: Callabl
     with TestClient(make_app(settings={"max_body_bytes": 2**23})) as client:
         started_s = time.monotonic()
         response = client.post(path, content=content, headers=JSON)
-        assert time.monotonic() - started_s < 3
+        assert time.monotonic() - started_s < 10
         assert response.status_code == 400
         assert response.json()["error"]["param"].startswith(field)
         assert len(response.content) < 1000
@@ -228,7 +228,7 @@ def test_a_stop_string_is_a_literal() -> None:
     started_s = time.monotonic()
     assert "".join(matcher.add(part) for part in ("a" * 20_000, "b", "c(a+", ")+", "$d")) == "a" * 20_000 + "bc"
     assert matcher.has_stopped
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 5
 
 
 def test_headers_bodies_and_nesting_are_bounded(make_app: Callable[..., FastAPI]) -> None:
