@@ -121,6 +121,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     control: ControlParams | None = None
     num_choices: int = 1
+    cache_salt: str = ""
+    """Only requests with the same salt share what is cached of their prompts' beginnings."""
 
 
 @dataclass(slots=True, frozen=True)

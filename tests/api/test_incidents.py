@@ -405,10 +405,21 @@ def test_management_needs_its_own_key(make_app: Callable[..., FastAPI]) -> None:
         assert client.post("/v1/management/heads/plain/unload").status_code == 404
 
 
-def test_no_prompt_is_computed_faster_because_another_request_had_it(
-    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+def test_what_is_cached_for_one_key_is_never_used_for_another(
+    make_app: Callable[..., FastAPI], core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefix caches told callers by their timing what others had asked: nothing is shared between requests here."""
+    """Prefix caches told callers by their timing what others had asked."""
+    app, seen = make_app(settings={"api_keys": f"{KEY} {MANAGER}"}), []
+    generate = app.state.engine.generate
+    app.state.engine.generate = lambda request: (seen.append(request), generate(request))[1]
+    with TestClient(app) as client:
+        for key in (KEY, MANAGER, KEY):
+            client.headers["authorization"] = f"Bearer {key}"
+            assert complete(client).status_code == 200
+    salts = [request.cache_salt for request in seen]
+    assert salts[0] == salts[2] != salts[1]
+    assert all(salts)
+
     computed: list[int] = []
     forward = core.runner.forward
 
@@ -417,11 +428,12 @@ def test_no_prompt_is_computed_faster_because_another_request_had_it(
         return forward(rows, segments)
 
     monkeypatch.setattr(core.runner, "forward", count)
-    prompt = tuple(range(40))
-    for batch in (["a"], ["b"], ["c", "d"]):
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    prompt = tuple(i % 250 for i in range(200))
+    for salt in ("a", "b", "c"):
         computed.clear()
-        run(core, [GenerationRequest(name, prompt, SamplingParams(max_tokens=2)) for name in batch])
-        assert sum(computed) == 40 * len(batch)
+        run(core, [GenerationRequest(salt, prompt, sampling, cache_salt=salt)])
+        assert sum(computed) == len(prompt)
 
 
 INJECTED = "x\nERROR root: FAKE\r\x1b[31m\u2028\x00\x85"
