@@ -30,6 +30,7 @@ ALLOWED = {
     "server.errors": (),
     "server.settings": (),
     "server.logs": (),
+    "server.tracing": ("server.api.gate.context",),
     "server.control": ("value_models.heads", "value_models.store", "value_models.linear", "server.errors",
                        "server.control"),
     "server.types": ("server.control.objectives",),
@@ -40,7 +41,7 @@ ALLOWED = {
     "server.api": ("server.api", "server.types", "server.control.objectives", "server.engines.base", "server.errors",
                    "server.logs", "server.telemetry"),
     "server.app": ("server.api", "server.engines", "server.errors", "server.settings", "server.telemetry",
-                   "server.types"),
+                   "server.tracing", "server.types"),
     "server.cli": ("server", "value_models"),
 }  # fmt: skip
 FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))

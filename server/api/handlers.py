@@ -81,7 +81,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
-    if first["type"] == "string_pattern_mismatch" and path[:3] == _WEIGHTS_PATH:
+    if first["type"] == "string_pattern_mismatch" and tuple(path[:3]) == _WEIGHTS_PATH:
         # No head has such a name: a path, a URL, or code is never more than a name that is not known.
         unknown = UnknownHeadError(
             str(path[3])[:_SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(_WEIGHTS_PATH)
