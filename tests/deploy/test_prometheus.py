@@ -44,11 +44,15 @@ EXPRESSIONS = dashboard_queries() | {rule.get("record") or rule["alert"]: rule["
 
 
 def exposed_names() -> set[str]:
-    """Every series name that the telemetry can expose, whether or not it has been observed yet."""
+    """Every series name that the telemetry can expose: what it shows from the start, and what its other types will."""
     telemetry = Telemetry()
     telemetry.bind("m", ["h"])
     families = text_string_to_metric_families(telemetry.render().decode())
-    return {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
+    return {
+        name
+        for family in families
+        for name in {sample.name for sample in family.samples} or {family.name + end for end in SUFFIXES[family.type]}
+    }
 
 
 def walk(node: Any) -> Iterator[Any]:
@@ -157,7 +161,7 @@ def has_seen_load(url: str, servers: list[str]) -> bool:
         for model in ("fake", "fake@positive", "fake@plain"):
             body = {"model": model, "prompt": "hi", "max_tokens": 50}
             assert httpx.post(f"{server}/v1/completions", json=body, timeout=30).status_code == 200
-    return all(ask(url, record) for record in ("model_head:recontrol_value_gain:mean5m", "model:recontrol_edits:share5m"))
+    return all(ask(url, record) for record in ("model_head:recontrol_value_gain:p50_5m", "model:recontrol_edits:share5m"))
 
 
 def ask(url: str, query: str) -> list[dict[str, Any]]:
