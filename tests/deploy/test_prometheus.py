@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -102,7 +101,9 @@ def test_an_expression_names_only_metrics_and_labels_that_there_are(name: str) -
 
 def test_the_walk_finds_every_name_of_an_expression() -> None:
     parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed; `make test-deploy` does it")
-    expr = 'histogram_quantile(0.9, sum by (le) (rate(a_bucket{x="1"}[5m]))) / (b > 0) - abs(-(c)) + topk(2, d offset 5m)'
+    expr = (
+        'histogram_quantile(0.9, sum by (le) (rate(a_bucket{x="1"}[5m]))) / (b > 0) - abs(-(c)) + topk(2, d offset 5m)'
+    )
     selectors = [node for node in walk(parser.parse(expr)) if isinstance(node, parser.VectorSelector)]
     assert [selector.name for selector in selectors] == ["a_bucket", "b", "c", "d"]
 
@@ -161,7 +162,9 @@ def has_seen_load(url: str, servers: list[str]) -> bool:
         for model in ("fake", "fake@positive", "fake@plain"):
             body = {"model": model, "prompt": "hi", "max_tokens": 50}
             assert httpx.post(f"{server}/v1/completions", json=body, timeout=30).status_code == 200
-    return all(ask(url, record) for record in ("model_head:recontrol_value_gain:p50_5m", "model:recontrol_edits:share5m"))
+    return all(
+        ask(url, record) for record in ("model_head:recontrol_value_gain:p50_5m", "model:recontrol_edits:share5m")
+    )
 
 
 def ask(url: str, query: str) -> list[dict[str, Any]]:
@@ -197,6 +200,6 @@ def test_the_counts_of_a_real_prometheus_are_those_of_the_servers(prometheus: st
 def test_rule_files_are_those_that_compose_mounts() -> None:
     volumes = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"]["volumes"]
     assert "./prometheus:/etc/prometheus:ro" in volumes
-    assert all((RULES / name).is_file() for name in yaml.safe_load((RULES / "prometheus.yml").read_text())["rule_files"])
-
-
+    assert all(
+        (RULES / name).is_file() for name in yaml.safe_load((RULES / "prometheus.yml").read_text())["rule_files"]
+    )
