@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -29,11 +31,23 @@ def require(tool: str, source: str, *, is_optional: bool = False) -> str:
     """The tool's path; `source` tells where it comes from. An optional one is not in any package index we use."""
     path = shutil.which(tool, path=_PATH)
     if path is None:
-        reason = f"{tool} is not installed ({source})" + ("" if is_optional else "; `make test-deploy` installs it")
-        if os.environ.get("RECONTROL_REQUIRE_DEPLOY_TOOLS") and not is_optional:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _skip_without(tool, source, is_optional=is_optional)
     return path
+
+
+def require_module(name: str, package: str) -> Any:
+    """The imported module of a Python package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        _skip_without(name, f"Python package {package}")
+
+
+def _skip_without(what: str, source: str, *, is_optional: bool = False) -> NoReturn:
+    reason = f"{what} is not installed ({source})" + ("" if is_optional else "; `make test-deploy` installs it")
+    if os.environ.get("RECONTROL_REQUIRE_DEPLOY_TOOLS") and not is_optional:
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def check(command: Sequence[str], *, cwd: Path = ROOT) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_control_never_makes_a_step_faster_and_costs_more_with_more_rows() -> No
         for method in HEADS
     }
     for costs in added.values():
-        assert costs == sorted(costs)
+        assert all(more >= less - 1e-12 for less, more in itertools.pairwise(costs))
         assert costs[0] > 0
     assert added["mlp"][-1] >= added["linear"][-1]
 

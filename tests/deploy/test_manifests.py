@@ -15,7 +15,7 @@ from server.app import create_app
 from server.cli import serve
 from server.engines.fake import FakeEngine
 from server.settings import Settings
-from tests.deploy.conftest import DEPLOY, ROOT, check, require
+from tests.deploy.conftest import DEPLOY, ROOT, check, require, require_module
 
 pytestmark = pytest.mark.deploy
 BASE = DEPLOY / "kubernetes/base"
@@ -37,7 +37,7 @@ COMPOSE = load(DEPLOY / "compose.yaml")["services"]
 
 
 def dockerfile() -> list[dict[str, str]]:
-    parse = pytest.importorskip("dockerfile_parse", reason="dockerfile-parse is not installed; see `make test-deploy`")
+    parse = require_module("dockerfile_parse", "dockerfile-parse")
     return parse.DockerfileParser(fileobj=io.BytesIO((ROOT / "Dockerfile").read_bytes())).structure
 
 

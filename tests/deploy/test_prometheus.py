@@ -13,7 +13,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.telemetry import Telemetry
 from server.types import MAX_KL_NATS
-from tests.deploy.conftest import DEPLOY, answers, check, free_ports, replica, require, running, wait_until
+from tests.deploy.conftest import (
+    DEPLOY,
+    answers,
+    check,
+    free_ports,
+    replica,
+    require,
+    require_module,
+    running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.deploy
 RULES = DEPLOY / "prometheus"
@@ -90,7 +100,7 @@ def test_the_budget_alert_watches_the_largest_budget_a_request_may_ask_for() -> 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_an_expression_names_only_metrics_and_labels_that_there_are(name: str) -> None:
-    parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed; `make test-deploy` does it")
+    parser = require_module("promql_parser", "promql-parser")
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     selectors = [n for n in walk(parser.parse(EXPRESSIONS[name])) if isinstance(n, parser.VectorSelector)]
     assert selectors
@@ -100,7 +110,7 @@ def test_an_expression_names_only_metrics_and_labels_that_there_are(name: str) -
 
 
 def test_the_walk_finds_every_name_of_an_expression() -> None:
-    parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed; `make test-deploy` does it")
+    parser = require_module("promql_parser", "promql-parser")
     expr = (
         'histogram_quantile(0.9, sum by (le) (rate(a_bucket{x="1"}[5m]))) / (b > 0) - abs(-(c)) + topk(2, d offset 5m)'
     )
