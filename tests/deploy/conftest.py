@@ -91,5 +91,11 @@ def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 60) -
     pytest.fail(f"waited {timeout_s:g} s in vain: {what}")
 
 
+def wait_until_up(process: subprocess.Popen[bytes], url: str) -> None:
+    """A busy machine takes its time to import torch several times at once."""
+    wait_until(lambda: process.poll() is not None or answers(url), f"{url} answers", timeout_s=200)
+    assert process.poll() is None, f"the process behind {url} ended with {process.returncode}"
+
+
 def answers(url: str) -> bool:
     return httpx.get(url, timeout=5).status_code == 200

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from server.engines.embedded.loader import default_model_folder
-from tests.deploy.conftest import ROOT, answers, free_ports, require, running, wait_until
+from tests.deploy.conftest import ROOT, free_ports, require, running, wait_until, wait_until_up
 from tests.deploy.test_manifests import values
 
 pytestmark = pytest.mark.deploy
@@ -36,9 +36,11 @@ def sandboxed(command: list[str]) -> list[str]:
         pytest.skip("bubblewrap cannot make user namespaces on this machine")
     (user,) = values("USER")
     uid, gid = user.split(":")
-    return [bwrap, "--ro-bind", "/", "/", "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev", "--unshare-user",
-            "--uid", uid, "--gid", gid, "--cap-drop", "ALL", "--die-with-parent", "--setenv", "HOME", "/tmp",
-            "--chdir", str(ROOT), *command]  # fmt: skip
+    # This checkout and its interpreter may themselves be below /tmp.
+    kept = [word for folder in (str(ROOT), sys.prefix) for word in ("--ro-bind", folder, folder)]
+    return [bwrap, "--ro-bind", "/", "/", "--tmpfs", "/tmp", *kept, "--proc", "/proc", "--dev", "/dev",
+            "--unshare-user", "--uid", uid, "--gid", gid, "--cap-drop", "ALL", "--die-with-parent",
+            "--setenv", "HOME", "/tmp", "--chdir", str(ROOT), *command]  # fmt: skip
 
 
 def test_the_sandbox_is_read_only() -> None:
@@ -60,7 +62,7 @@ def test_the_images_command_answers_and_is_healthy_on_a_read_only_root() -> None
     url = f"http://127.0.0.1:{port}"
     env = {**image_environment(), "RECONTROL_PORT": str(port)}
     with running(sandboxed([sys.executable, "-c", SELF, *arguments]), env=env) as process:
-        wait_until(lambda: process.poll() is None and answers(f"{url}/health"), "the server is up", timeout_s=120)
+        wait_until_up(process, f"{url}/health")
         body = {"model": "SmolLM2-135M-Instruct@positive", "prompt": "Hello", "max_tokens": 3}
         choice = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
         assert choice["control"]["value_after"].keys() == {"positive"}

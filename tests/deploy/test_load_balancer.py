@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import httpx
@@ -17,7 +17,17 @@ import pytest
 from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.settings import Settings
-from tests.deploy.conftest import DEPLOY, answers, check, free_ports, replica, require, running, wait_until
+from tests.deploy.conftest import (
+    DEPLOY,
+    answers,
+    check,
+    free_ports,
+    replica,
+    require,
+    running,
+    wait_until,
+    wait_until_up,
+)
 
 pytestmark = pytest.mark.deploy
 NAMES = ("one", "two", "three")
@@ -76,15 +86,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster = Cluster(f"http://127.0.0.1:{own_port}", dict(zip(NAMES, ports, strict=True)), {}, stack)
         for name in NAMES:
             cluster.start(name)
-        for port in ports:
-            wait_until(lambda port=port: answers(f"http://127.0.0.1:{port}/health"), f"replica {port} is up")
-        stack.enter_context(running(command, env={"LISTEN": f"127.0.0.1:{own_port}"}))
-        wait_until(lambda: answers(f"{cluster.url}/health"), "HAProxy is up")
+        for name in NAMES:
+            wait_until_up(cluster.processes[name], f"http://127.0.0.1:{cluster.ports[name]}/health")
+        balancer = stack.enter_context(running(command, env={"LISTEN": f"127.0.0.1:{own_port}"}))
+        wait_until_up(balancer, f"{cluster.url}/health")
         yield cluster
 
 
-def ask(client: httpx.Client, url: str, *, is_streaming: bool) -> Outcome:
-    """One request to its end. Half of the tokens come in each of two choices."""
+def ask(
+    client: httpx.Client, url: str, *, is_streaming: bool, on_begin: Callable[[str | None], None] = lambda name: None
+) -> Outcome:
+    """One request to its end, its tokens in two choices; `on_begin` hears which replica streams."""
     body = {"model": "fake", "prompt": "hi", "max_tokens": NUM_TOKENS // 2, "n": 2, "stream": is_streaming}
     begun_s, name, num_tokens, is_done, error = time.monotonic(), None, 0, False, None
     try:
@@ -96,6 +108,7 @@ def ask(client: httpx.Client, url: str, *, is_streaming: bool) -> Outcome:
                 response.read()
                 num_tokens, is_done = response.json()["usage"]["completion_tokens"], True
             else:
+                on_begin(name)
                 for line in filter(None, response.iter_lines()):
                     is_done = line == "data: [DONE]"
                     event = {} if is_done else json.loads(line.removeprefix("data: "))
@@ -137,17 +150,29 @@ def test_haproxy_accepts_the_shipped_configuration(monkeypatch: pytest.MonkeyPat
 
 def test_a_replica_killed_under_load_loses_nothing_but_its_own_running_streams(cluster: Cluster) -> None:
     victim, others = NAMES[0], set(NAMES[1:])
-    with load(cluster):
+
+    def kill(name: str | None) -> None:
+        if name == victim:
+            cluster.processes[victim].kill()
+
+    def has_killed(client: httpx.Client) -> bool:
+        """Kills the victim once it streams to us, so that at least one stream is running when it dies."""
+        cluster.outcomes.append(ask(client, cluster.url, is_streaming=True, on_begin=kill))
+        return cluster.outcomes[-1].replica == victim
+
+    with load(cluster), httpx.Client(timeout=60) as client:
         wait_until(lambda: cluster.is_serving(set(NAMES), 0), "every replica has served a request")
-        cluster.processes[victim].send_signal(signal.SIGKILL)
+        wait_until(lambda: has_killed(client), "the victim has streamed to us")
         killed_s = time.monotonic()
         wait_until(lambda: len(cluster.since(killed_s)) >= 20, "the others have gone on")
         assert cluster.is_serving(others, killed_s)
         cluster.start(victim)
         restarted_s = time.monotonic()
-        wait_until(lambda: cluster.is_serving({victim}, restarted_s), "the replica is back in service")
+        wait_until(lambda: cluster.is_serving({victim}, restarted_s), "the replica is back in service", timeout_s=150)
     lost = [outcome for outcome in cluster.outcomes if not outcome.is_complete]
     assert lost
+    # No more than could be running on it.
+    assert len(lost) <= NUM_STREAMING + 1
     for outcome in lost:
         assert outcome.replica == victim
         assert outcome.is_streaming

@@ -15,7 +15,6 @@ from server.telemetry import Telemetry
 from server.types import MAX_KL_NATS
 from tests.deploy.conftest import (
     DEPLOY,
-    answers,
     check,
     free_ports,
     replica,
@@ -23,6 +22,7 @@ from tests.deploy.conftest import (
     require_module,
     running,
     wait_until,
+    wait_until_up,
 )
 
 pytestmark = pytest.mark.deploy
@@ -157,11 +157,11 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = f"http://127.0.0.1:{own_port}"
     command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
                f"--web.listen-address=127.0.0.1:{own_port}", "--log.level=warn"]  # fmt: skip
-    with replica(ports[0]), replica(ports[1]), running(command):
-        servers = [f"http://127.0.0.1:{port}" for port in ports]
-        for server in servers:
-            wait_until(lambda server=server: answers(f"{server}/health"), f"{server} is up")
-        wait_until(lambda: answers(f"{url}/-/ready"), "Prometheus is up")
+    servers = [f"http://127.0.0.1:{port}" for port in ports]
+    with replica(ports[0]) as first, replica(ports[1]) as second, running(command) as process:
+        for server, its_process in zip(servers, (first, second), strict=True):
+            wait_until_up(its_process, f"{server}/health")
+        wait_until_up(process, f"{url}/-/ready")
         wait_until(lambda: has_seen_load(url, servers), "Prometheus has seen rates of a load")
         yield url
 
