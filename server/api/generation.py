@@ -181,9 +181,9 @@ def resolve_control(body: GenerationBody, info: EngineInfo) -> ControlParams | N
             raise UnknownHeadError(head, info.heads, param="model")
         return ControlParams.for_head(head)
     if body.control is not None:
-        for name in body.control.objective.head_names:
+        for name, param in body.control.named_heads.items():
             if name not in info.heads:
-                raise UnknownHeadError(name, info.heads, param="control.objective.weights")
+                raise UnknownHeadError(name, info.heads, param=param)
     return body.control
 
 

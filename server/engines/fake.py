@@ -75,9 +75,9 @@ class FakeEngine:
         if self.num_open >= self._max_open:
             raise OverloadedError(f"{self.num_open} requests run already; try again later.")
         if request.control is not None:
-            for name in request.control.objective.head_names:
+            for name, param in request.control.named_heads.items():
                 if name not in self.info.heads:
-                    raise UnknownHeadError(name, self.info.heads, param="control.objective.weights")
+                    raise UnknownHeadError(name, self.info.heads, param=param)
         self.num_open += 1
         return _FakeStream(self, request, self._chunks(request))
 
@@ -99,8 +99,8 @@ class FakeEngine:
         matcher = StopMatcher(sampling.stop)
         edit = None
         if request.control is not None:
-            values = dict.fromkeys(request.control.objective.head_names, 0.5)
-            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, is_budget_limited=False, is_nonfinite=False)
+            values = dict.fromkeys(request.control.head_names, 0.5)
+            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, held_by=None, is_nonfinite=False)
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
         reason = FinishReason.LENGTH if sampling.max_tokens == 0 else None
         if reason is not None:
@@ -165,7 +165,7 @@ def _summary(edit: TokenEdit | None) -> ControlSummary | None:
         return None
     return ControlSummary(
         edit.value_before, edit.value_after, mean_shift=0.0, mean_kl=0.0, max_kl=0.0, controlled_share=0.0,
-        nonfinite_edits=0,
+        held_share={}, nonfinite_edits=0,
     )  # fmt: skip
 
 

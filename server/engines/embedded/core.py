@@ -87,7 +87,8 @@ class EngineCore:
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
         if request.control is not None:
-            self.registry.check(request.control.objective.head_names)
+            for name, param in request.control.named_heads.items():
+                self.registry.check([name], param=param)
         prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
         if not prompt:
             raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
@@ -208,7 +209,10 @@ class EngineCore:
             self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
             self._plan_rows = rows
         started_s = time.perf_counter()
-        logits_BV, stats = self._editor.logits(hidden_BD, self._plan)
+        plan = self._plan
+        if paced_rows := plan.paced_rows:
+            plan = plan.at({row: rows[row].control_state for row in paced_rows})
+        logits_BV, stats = self._editor.logits(hidden_BD, plan)
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
         return logits_BV, stats
