@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.schemas import REFUSED, allowed_fields
+from server.api.schemas import REFUSED, locate
 from server.errors import OverloadedError, RecontrolError
 
 _log = logging.getLogger(__name__)
@@ -65,8 +65,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     # An unknown field explains others that it was meant to be, so it goes first.
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
-    path = first["loc"][1:]
+    path, allowed = locate(get_type_hints(request.scope["endpoint"])["body"], first["loc"][1:])
     context = first.get("ctx") or {}
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path = [*path, context["discriminator"].strip("'")]
     if first["type"] in (REFUSED, "field"):
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
@@ -76,8 +78,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
             _body(400, f"The body is not valid JSON: {context.get('error')}.", None, "invalid_json"), 400
         )
     if first["type"] == "extra_forbidden":
-        body = get_type_hints(request.scope["endpoint"])["body"]
-        message = f"{where}: there is no such field. Allowed here: {', '.join(allowed_fields(body, path))}."
+        message = f"{where}: there is no such field. Allowed here: {', '.join(allowed)}."
     else:
         message = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     return JSONResponse(_body(400, message, where or None, _code(first["type"])), 400)
