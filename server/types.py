@@ -6,6 +6,7 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -13,7 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Objective, WeightedSum
+from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.control.state import HeldBy
 
 MAX_STOP_STRINGS = 4
@@ -33,6 +34,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """End-of-sequence token or a stop string."""
     LENGTH = "length"
+    GUARDRAIL = "guardrail"
+    """A head's value after control fell below its bound in `ControlParams.stop_below`."""
     ABORT = "abort"
     ERROR = "error"
 
@@ -76,6 +79,8 @@ class ControlParams(BaseModel):
     gate: Gate | None = None
     window: Window | None = None
     schedule: Schedule | None = None
+    stop_below: Levels | None = None
+    """End the response at the token whose state, after control, has a value below its head's bound."""
 
     @model_validator(mode="after")
     def _names_few_heads(self) -> ControlParams:
@@ -89,12 +94,18 @@ class ControlParams(BaseModel):
         heads = {name: f"control.objective.{field}" for name, field in self.objective.named_heads.items()}
         if self.gate is not None:
             heads.setdefault(self.gate.head, "control.gate.head")
+        for name in self.stop_below or ():
+            heads.setdefault(name, "control.stop_below")
         return heads
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """In a fixed order."""
         return tuple(sorted(self.named_heads))
+
+    def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
+        """Whether a head's value is below its bound, or is no number."""
+        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:

@@ -10,7 +10,7 @@ that have any of it. Knows nothing of models or sampling. Enter at `EditPlan.fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,8 +22,6 @@ from server.control.objective_rows import ObjectiveRows
 from server.control.objectives import Objective, WeightedSum
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.state import HELD_BY, ControlState, HeldBy
-
-_START = ControlState()
 
 
 class RowControl(Protocol):
@@ -99,10 +97,10 @@ class EditGroup:
     kl_held_R: Tensor | None = None
     """Which budget `max_kl_R` is, likewise; None when each is the token's own."""
 
-    def at(self, states: Mapping[int, ControlState]) -> EditGroup:
+    def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
         """The group with what the rows' states make of it."""
         device, held = self.rows_R.device, self.rows * (len(self.controls) // len(self.rows))
-        pairs = [(control, states.get(row, _START)) for control, row in zip(self.controls, held, strict=True)]
+        pairs = [(control, state_of(row)) for control, row in zip(self.controls, held, strict=True)]
         strengths, reasons = zip(*(_strength(control, state.num_tokens) for control, state in pairs), strict=True)
         sizes = [_steps(self.stack, c)[1] * strength for c, strength in zip(self.controls, strengths, strict=True)]
         max_kls, kl_reasons = zip(*(_max_kl(control, state) for control, state in pairs), strict=True)
@@ -134,14 +132,11 @@ class EditPlan:
                 members.setdefault(key, []).append(index)
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
 
-    @property
-    def paced_rows(self) -> tuple[int, ...]:
-        """Rows that `at` wants to know the state of."""
-        return tuple(row for group in self.groups if group.is_paced for row in group.rows)
-
-    def at(self, states: Mapping[int, ControlState]) -> EditPlan:
-        """The plan for the token that comes next, given the states of `paced_rows`."""
-        return EditPlan(tuple(group.at(states) if group.is_paced else group for group in self.groups))
+    def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
+        """The plan for the token that comes next, given the states of the step's rows; asks for those it needs."""
+        if not any(group.is_paced for group in self.groups):
+            return self
+        return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
 
 def _is_paced(control: RowControl) -> bool:
@@ -228,4 +223,4 @@ def _group(
         coefficients=coefficients,
         is_paced=any(map(_is_paced, controls)),
     )
-    return group.at({}) if group.is_paced else group
+    return group.at(lambda _: ControlState()) if group.is_paced else group

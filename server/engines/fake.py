@@ -122,6 +122,8 @@ class FakeEngine:
             text = matcher.add(chr(token_id))
             if matcher.has_stopped:
                 reason = FinishReason.STOP
+            elif _breaks_guardrail(request, edit):
+                reason, text = FinishReason.GUARDRAIL, text + matcher.flush()
             elif position + 1 == sampling.max_tokens:
                 reason, text = FinishReason.LENGTH, text + matcher.flush()
             if position == self._fail_after:
@@ -158,6 +160,10 @@ class FakeEngine:
     def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:
         top = tuple((letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
         return TokenLogprob(token_id, chr(token_id), -2.0, top)
+
+
+def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:
+    return request.control is not None and edit is not None and request.control.breaks_guardrail(edit.value_after)
 
 
 def _summary(edit: TokenEdit | None) -> ControlSummary | None:

@@ -59,6 +59,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
             {"head": "plain", "below": 0, "hysteresis": -1},
         ]
     ],
+    *[("control.stop_below", {"stop_below": v}) for v in [{}, 3, {"plain": "1"}, {"plain": 1e308}]],
     *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
     *[("control.schedule.type", {"schedule": v}) for v in [{}, {"type": "sine"}]],
     *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
@@ -152,6 +153,7 @@ def test_an_unknown_head_is_a_404_that_lists_the_known(client: TestClient, head:
             "control.objective.floors",
             {"objective": {"type": "floor", "weights": {"plain": 1.0}, "floors": {"nobody": 1.0}}},
         ),
+        ("control.stop_below", {"objective": {"weights": {"plain": 1.0}}, "stop_below": {"nobody": 0.0}}),
         ("control.gate.head", {"objective": {"weights": {"plain": 1.0}}, "gate": {"head": "nobody", "below": 0.0}}),
     ],
 )

@@ -198,7 +198,7 @@ def test_conditions_hold_the_edit_and_are_named() -> None:
         {},
     ]
     rows = [params(SUM, **{"step_size": 0.5, **more}) for more in options]
-    plan = EditPlan.from_rows(rows, REGISTRY).at({row: ControlState(1, 0.15, is_gate_open=True) for row in range(8)})
+    plan = EditPlan.from_rows(rows, REGISTRY).at(lambda _: ControlState(1, 0.15, is_gate_open=True))
     logits, (stats,) = EDITOR.logits(hidden, plan)
     base = UNEMBEDDING.project(hidden)
     assert reasons(stats)[:3] == ["window", "schedule", "gate"]
@@ -246,8 +246,7 @@ def test_a_row_alone_and_in_any_mix_gets_the_same_bits_within_its_budget(
 
     def logits_of(chosen: list[int]) -> Tensor:
         plan = EditPlan.from_rows([controls[i] for i in chosen], REGISTRY)
-        plan = plan.at({place: known[i] for place, i in enumerate(chosen)})
-        logits, _ = editor.logits(hidden[chosen], plan)
+        logits, _ = editor.logits(hidden[chosen], plan.at(lambda row: known[chosen[row]]))
         return logits
 
     whole = logits_of(list(range(len(rows))))

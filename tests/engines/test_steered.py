@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.engines.embedded.core import EngineCore
-from server.types import ControlParams, GenerationRequest, SamplingParams, TokenEdit
-from tests.conftest import run
+from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams, TokenEdit
+from tests.conftest import Collected, run
 from tests.engines.test_laws import CONTROLS, requests
 
 BALANCED = {"type": "worst_case", "weights": {"good": 1.0, "line": -1.0}}
@@ -25,6 +25,7 @@ STEERED = [
         {"objective": {"type": "target", "values": {"deep": 0.5}}, "gate": {"head": "line", "above": 0.0}},
         {"objective": HELD, "max_response_kl": 1.0, "step_size": 1.0},
         {"objective": HELD, "schedule": {"type": "exponential", "half_life": 3.0}, "window": {"end": 9}},
+        {"objective": {"weights": {"line": 1.0}}, "stop_below": {"line": 8.0}},
     )
 ]
 
@@ -91,3 +92,27 @@ def test_a_summary_tells_what_held_control_back(core: EngineCore) -> None:
     held = [chunk.edit.held_by for chunk in result.chunks if chunk.edit is not None]
     assert summary.held_share == {name: held.count(name) / 8 for name in held}
     assert summary.held_share["window"] == 0.5
+
+
+def test_a_guardrail_ends_the_response_at_the_first_value_below_its_bound(core: EngineCore) -> None:
+    def result_of(**fields: object) -> Collected:
+        steer = ControlParams.model_validate({"objective": {"weights": {"good": 1.0}}, **fields})
+        return run(core, [GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=60, seed=3), steer)])["r", 0]
+
+    free = result_of(stop_below={"line": -1e5})
+    values = [chunk.edit.value_after["line"] for chunk in free.chunks if chunk.edit is not None]
+    bound = sorted(values[5:])[1]
+    guarded = result_of(stop_below={"line": bound})
+    last = next(i for i, value in enumerate(values) if value < bound)
+    assert guarded.token_ids == free.token_ids[: last + 1]
+    assert guarded.finish_reasons == [FinishReason.GUARDRAIL]
+    assert free.finish_reasons != guarded.finish_reasons
+    assert free.text.startswith(guarded.text)
+    assert core.status().kv_cache_usage == 0
+
+
+def test_a_value_that_is_no_number_breaks_a_guardrail() -> None:
+    guarded = ControlParams.model_validate({"objective": {"weights": {"good": 1.0}}, "stop_below": {"good": 0.0}})
+    assert [guarded.breaks_guardrail({"good": value}) for value in (0.1, 0.0, -0.1, float("nan"))] == [
+        False, False, True, True,
+    ]  # fmt: skip

@@ -209,9 +209,7 @@ class EngineCore:
             self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
             self._plan_rows = rows
         started_s = time.perf_counter()
-        plan = self._plan
-        if paced_rows := plan.paced_rows:
-            plan = plan.at({row: rows[row].control_state for row in paced_rows})
+        plan = self._plan.at(lambda row: rows[row].control_state)
         logits_BV, stats = self._editor.logits(hidden_BD, plan)
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
@@ -239,6 +237,8 @@ class EngineCore:
             text = sequence.stop.add(sequence.detokenizer.add(token_id))
             if sequence.stop.has_stopped:
                 reason = FinishReason.STOP
+            elif edit is not None and sequence.breaks_guardrail(edit):
+                reason = FinishReason.GUARDRAIL
             elif len(sequence.token_ids) >= sequence.request.sampling.max_tokens:
                 reason = FinishReason.LENGTH
         if reason is not None and not sequence.stop.has_stopped:

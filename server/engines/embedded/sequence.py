@@ -100,6 +100,10 @@ class Sequence:
         """What control has to know of it for its next token."""
         return ControlState() if self.edits is None else self.edits.state
 
+    def breaks_guardrail(self, edit: TokenEdit) -> bool:
+        control = self.request.control
+        return control is not None and control.breaks_guardrail(edit.value_after)
+
     @property
     def cached_len(self) -> int:
         """Positions of its slot that may be in use: the newest token's, too, which is written when it is fed."""
