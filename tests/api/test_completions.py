@@ -75,7 +75,8 @@ def test_continuous_usage_grows_with_every_event(client: TestClient) -> None:
 def test_control_is_summarised_on_the_choice_and_absent_without_control(client: TestClient) -> None:
     (choice,) = complete(client, control=CONTROL).json()["choices"]
     assert set(choice["control"]) == {
-        "value_before", "value_after", "mean_shift", "mean_kl", "max_kl", "controlled_share", "nonfinite_edits"
+        "value_before", "value_after", "mean_shift", "mean_kl", "max_kl", "controlled_share", "held_share",
+        "nonfinite_edits",
     }  # fmt: skip
     assert "control" not in complete(client).json()["choices"][0]
     streamed = events(complete(client, control=CONTROL, stream=True))
