@@ -79,6 +79,8 @@ class _Edit:
     factor_R: Tensor
     delta: Tensor
     is_nonfinite_R: Tensor
+    is_outside_R: Tensor | None = None
+    """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
 
 
 class StateEditor:
@@ -170,8 +172,8 @@ class StateEditor:
         else:
             divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
         scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
-        objectives, stack = ascent.group.objectives, ascent.group.stack
-        if objectives is not None and not stack.has_constant_slope:
+        objectives, is_outside_R = ascent.group.objectives, None
+        if objectives is not None and not ascent.group.stack.has_constant_slope:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)
             scale_R, kl_R = torch.where(is_outside_R, 0.0, scale_R), torch.where(is_outside_R, 0.0, kl_R)
         return _Edit(
@@ -182,6 +184,7 @@ class StateEditor:
             # Scale zero must not meet an infinite shift.
             delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
+            is_outside_R=is_outside_R,
         )
 
 
@@ -221,9 +224,11 @@ def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:
     group, ascent = edit.ascent.group, edit.ascent
     max_kl_R = HELD_BY.index(HeldBy.MAX_KL) if group.kl_held_R is None else group.kl_held_R
     held_by_R = torch.where(edit.scale_R < 1.0, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)
+    held_by_R = torch.where(edit.is_nonfinite_R, 0, held_by_R)
     if group.objectives is not None:
-        level_R = group.objectives.levels_held(after_RK, TOLERANCE)
-        held_by_R = torch.where(held_by_R == 0, level_R, held_by_R)
+        is_free_R = held_by_R == 0 if edit.is_outside_R is None else (held_by_R == 0) | edit.is_outside_R
+        level_R = group.objectives.levels_held(after_RK, edit.is_outside_R, TOLERANCE)
+        held_by_R = torch.where(is_free_R, level_R, held_by_R)
     if ascent.is_gate_open_R is not None:
         held_by_R = torch.where(ascent.is_gate_open_R, held_by_R, HELD_BY.index(HeldBy.GATE))
     if group.held_R is not None:

@@ -57,10 +57,12 @@ class ObjectiveRows:
             low_RK[rows], high_RK[rows] = kind.bounds(values_RK[rows], terms)
         return low_RK, high_RK
 
-    def levels_held(self, values_RK: Tensor, tolerance: float) -> Tensor:
-        """For rows with a value at its level, the place in HELD_BY of what set that level; 0 for the others."""
+    def levels_held(self, values_RK: Tensor, is_outside_R: Tensor | None, tolerance: float) -> Tensor:
+        """For rows with a value at its level, or outside of the bounds by their whole edit, the place in HELD_BY of
+        what set those; 0 for the others."""
         held_R = torch.zeros(values_RK.shape[0], dtype=torch.long, device=values_RK.device)
         for kind, rows, terms in self.parts:
             is_at_RK = terms.has_level_K & ((values_RK[rows] - terms.levels_RK).abs() <= tolerance)
-            held_R[rows] = HELD_BY.index(kind.held_by) * is_at_RK.any(dim=1)
+            is_held_R = is_at_RK.any(dim=1) if is_outside_R is None else is_at_RK.any(dim=1) | is_outside_R[rows]
+            held_R[rows] = HELD_BY.index(kind.held_by) * is_held_R
         return held_R

@@ -278,3 +278,35 @@ def test_a_row_that_overflows_is_counted_and_spares_its_neighbours(
     others = [0, 1, 3, 4]
     assert torch.equal(logits[others], whole[others])
     assert stats.is_nonfinite_R.tolist() == [i == 2 for i in range(5)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("objective", [
+    {"type": "worst_case", "weights": {"good": 1.0, "broken": 1.0}},
+    {"type": "target", "values": {"good": 0.0, "broken": 1.0}},
+    {"type": "floor", "weights": {"good": 1.0}, "floors": {"broken": 1.0}},
+])  # fmt: skip
+def test_a_broken_head_leaves_its_rows_unedited_and_touches_no_neighbour(objective: dict[str, Any], bad: float) -> None:
+    broken, hidden = random_head(5), states(4)
+    broken.ascent_UD.fill_(bad)
+    registry = REGISTRY.with_head("broken", broken)
+    fine, other = params(OBJECTIVES[5]), params(objective)
+    logits, stats = EDITOR.logits(hidden, EditPlan.from_rows([fine, other, fine, other], registry))
+    alone, _ = EDITOR.logits(hidden, EditPlan.from_rows([fine, None, fine, None], registry))
+    assert torch.equal(logits, alone)
+    (group,) = [group for group in stats if "broken" in group.group.stack.names]
+    assert group.is_nonfinite_R.all()
+    assert reasons(group) == [None, None]
+
+
+def test_a_row_whose_edit_a_hidden_layer_bends_out_of_bounds_is_dropped_and_says_why() -> None:
+    """Along the straight way to where an ascent of many steps ends, a value may pass levels that the ascent kept."""
+    hidden, count = states(400, seed=9), 0
+    for objective in (OBJECTIVES[5], OBJECTIVES[7]):
+        rows = [params(objective, step_size=1.0, steps=40, max_kl=0.02, max_shift=2.0)] * 400
+        logits, (stats,) = EDITOR.logits(hidden, EditPlan.from_rows(rows, REGISTRY))
+        held = reasons(stats)
+        dropped = [i for i in range(400) if held[i] in ("target", "floor") and not stats.shift_ratio_R[i]]
+        assert torch.equal(logits[dropped], UNEMBEDDING.project(hidden)[dropped])
+        count += len(dropped)
+    assert count > 0
