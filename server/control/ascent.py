@@ -2,16 +2,14 @@
 
 It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
 once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
-to the state. An objective whose slope depends on the values chooses its weights anew for every step
-(objectives.py); a step that would leave the values that the objective allows, as it may where a hidden layer's unit
-switches, is not taken, and the row's later ones are half as long. Every operation treats rows alone. Enter at `ascend`.
+to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py).
+Every operation treats rows alone. Enter at `ascend`.
 
 Shapes: R rows of a group, K heads, U units, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +48,7 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     if group.gates is not None:
         is_open_R = group.gates.is_open(stack.rewards(stack.readout(start_RU)[0]))
         size_R = torch.where(is_open_R, size_R, 0.0)
-    if group.objectives is None:
-        units_RU, coefficients_RU = _along_constant_slope(start_RU, group, size_R)
-    else:
-        units_RU, coefficients_RU = _along_objectives(start_RU, group, group.objectives, size_R)
+    units_RU, coefficients_RU = _climb(start_RU, group, size_R)
     shift_RD = stack.ascent(coefficients_RU)
     ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
     is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
@@ -75,54 +70,27 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
 def leaves_bounds(ascent: Ascent, objectives: ObjectiveRows, scale_R: Tensor) -> Tensor:
     """Whether so much of the ascent takes a row's values [R] where its objective does not allow them.
 
-    With linear heads it never does when the whole ascent does not; through a hidden layer, it may.
+    With linear heads it never does; where units of a hidden layer switch on the way, it may. Values that are not finite
+    are not outside: their row is dropped, and counted, as such.
     """
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
     after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
-    return _is_outside(after_RK, objectives.bounds(before_RK))
+    low_RK, high_RK = objectives.bounds(before_RK)
+    return ((after_RK < low_RK - TOLERANCE) | (after_RK > high_RK + TOLERANCE)).any(dim=-1)
 
 
-def _along_constant_slope(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Units and coefficients [R, U] at the end of an ascent on weighted sums."""
+def _climb(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Units and coefficients [R, U] at the end of the ascent."""
+    stack, weights_RK = group.stack, group.weights_RK
     units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
     for step in range(group.max_steps):
-        _, slopes = group.stack.readout(units_RU)
-        coefficients_RU = coefficients_RU + _step(group, step, size_R, slopes, group.weights_RK)
-        units_RU = start_RU + group.stack.gram(coefficients_RU)
+        values_RK, slopes = stack.readout(units_RU)
+        if group.objectives is not None:
+            weights_RK = group.objectives.step_weights(values_RK, stack.effects(slopes), size_R)
+        weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
+        # Nothing for rows that have made all of their steps.
+        step_R1 = torch.where(step < group.steps_R, size_R, 0.0)[:, None]
+        coefficients_RU = coefficients_RU + step_R1 * weighted_RU
+        units_RU = start_RU + stack.gram(coefficients_RU)
     return units_RU, coefficients_RU
-
-
-def _along_objectives(
-    start_RU: Tensor, group: EditGroup, objectives: ObjectiveRows, size_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same on any objectives."""
-    stack = group.stack
-    units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
-    values_RK, slopes = stack.readout(start_RU)
-    bounds = objectives.bounds(values_RK)
-    for step in range(group.max_steps):
-        weights_RK = objectives.step_weights(values_RK, stack.effects(slopes), size_R)
-        tried_RU = coefficients_RU + _step(group, step, size_R, slopes, weights_RK)
-        units_tried_RU = start_RU + stack.gram(tried_RU)
-        values_tried_RK, slopes_tried = stack.readout(units_tried_RU)
-        is_outside_R = _is_outside(values_tried_RK, bounds)
-        is_outside_R1 = is_outside_R[:, None]
-        coefficients_RU = torch.where(is_outside_R1, coefficients_RU, tried_RU)
-        units_RU = torch.where(is_outside_R1, units_RU, units_tried_RU)
-        values_RK = torch.where(is_outside_R1, values_RK, values_tried_RK)
-        slopes = [torch.where(is_outside_R1, old, new) for old, new in zip(slopes, slopes_tried, strict=True)]
-        size_R = torch.where(is_outside_R, 0.5 * size_R, size_R)
-    return units_RU, coefficients_RU
-
-
-def _step(group: EditGroup, step: int, size_R: Tensor, slopes: Sequence[Tensor], weights_RK: Tensor) -> Tensor:
-    """What a step adds to the coefficients [R, U]; nothing for rows that have made all of theirs."""
-    weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
-    return torch.where(step < group.steps_R, size_R, 0.0)[:, None] * weighted_RU
-
-
-def _is_outside(values_RK: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    """Values that are not finite are not outside: their row is dropped, and counted, as such."""
-    low_RK, high_RK = bounds
-    return ((values_RK < low_RK - TOLERANCE) | (values_RK > high_RK + TOLERANCE)).any(dim=-1)
