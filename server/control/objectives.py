@@ -200,7 +200,7 @@ class WorstCase(BaseObjective):
 class Target(BaseObjective):
     """Bring each value to a level, from either side, and stop there: minimise sum |value - level|.
 
-    Source: Pre-Control (Kong et al. 2025), whose square would slow down on the way.
+    Source: Zhang et al. 2025 (Pre-Control, arXiv 2510.12121), whose square would slow down on the way.
     """
 
     held_by: ClassVar[HeldBy | None] = HeldBy.TARGET
