@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
@@ -22,6 +24,9 @@ from server.settings import Settings
 from server.telemetry import Telemetry
 from server.types import ControlParams
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 
 def create_app(settings: Settings, engine: Engine | None = None, telemetry: Telemetry | None = None) -> FastAPI:
     """An ASGI app whose lifespan starts and stops the engine; by default the one that the settings name.
@@ -32,6 +37,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     telemetry = telemetry or Telemetry(vllm_names=settings.vllm_metrics)
     engine = engine or create_engine(settings, observer=telemetry)
     pinned = _pinned_control(settings)
+    provider = _trace_provider(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,6 +48,8 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             yield
         finally:
             await engine.stop()
+            if provider is not None:
+                await asyncio.to_thread(provider.shutdown)
 
     # The interactive docs load scripts from other hosts; /openapi.json stays.
     # A redirect would be built from the Host header, so a path with a slash too many is a 404.
@@ -54,6 +62,11 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")
     _install_gate(app, settings, management_keys)
+    if provider is not None:
+        from server.tracing import Tracing
+
+        app.add_middleware(Tracing, provider=provider)
+    app.add_middleware(Identity)
     routers = [module.router for module in (completions, chat, models, tokens, system)]
     for router in [*routers, management.router] if management_keys else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
@@ -79,12 +92,21 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) ->
         public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
     )
     app.add_middleware(HeaderLimit)
-    app.add_middleware(Identity)
 
 
 def _keys(listed: SecretStr | None, settings: Settings, setting: str) -> KeyRing:
     file = getattr(settings, f"{setting}_file")
     return KeyRing.load(None if listed is None else listed.get_secret_value(), file, setting=setting)
+
+
+def _trace_provider(endpoint: str | None) -> TracerProvider | None:
+    if endpoint is None:
+        return None
+    try:
+        from server.tracing import make_provider
+    except ImportError as error:
+        raise ConfigurationError("otlp_endpoint: traces need `pip install 'recontrol[otel]'`") from error
+    return make_provider(endpoint)
 
 
 def _pinned_control(settings: Settings) -> ControlParams | None:

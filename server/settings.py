@@ -72,6 +72,7 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")
+    otlp_endpoint: str | None = Field(None, description="traces go there, as http://host:4318/v1/traces; extra otel")
     vllm_metrics: bool = Field(False, description="/metrics has vLLM's names (vllm:*) as well")
 
     @model_validator(mode="after")

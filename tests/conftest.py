@@ -83,8 +83,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture
 def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., LoadedModel]:
-    def load(architecture: str = "llama", dtype: str = "float32") -> LoadedModel:
-        return load_model(str(model_folder(architecture)), device="cpu", dtype=dtype)
+    def load(architecture: str = "llama", dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+        return load_model(str(model_folder(architecture)), device=device, dtype=dtype)
 
     return load
 
@@ -134,9 +134,11 @@ def heads() -> dict[str, ValueHead]:
 
 @pytest.fixture
 def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
-    def make(architecture: str = "llama", *, dtype: str = "float32", **options: Any) -> EngineCore:
+    def make(
+        architecture: str = "llama", *, dtype: str = "float32", device: str = "cpu", **options: Any
+    ) -> EngineCore:
         options = {"max_batch_size": 8, "prefill_chunk_tokens": 64, **options}
-        return EngineCore(load_tiny(architecture, dtype), HeadRegistry(heads), **options)
+        return EngineCore(load_tiny(architecture, dtype, device), HeadRegistry(heads), **options)
 
     return make
 

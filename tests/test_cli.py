@@ -144,7 +144,7 @@ def test_generate_prints_the_same_text_for_the_same_seed(
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "999"]) == 2
-    assert "together more than" in capsys.readouterr().err
+    assert "together they must not exceed" in capsys.readouterr().err
     assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", '{"nope": 1}']) == 2
     assert "Known heads: short" in capsys.readouterr().err
 

@@ -156,6 +156,8 @@ async def start(
                         sampling=sampling,
                         control=control,
                         num_choices=num_choices,
+                        # What is cached for one key must not tell another, by its timing, what was asked.
+                        cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
                     )
                 )
             )

@@ -7,6 +7,7 @@ Knows nothing of requests or rows. Enter at `HeadRegistry.load`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...]) -> HeadStack:
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
     ascent_UD = torch.cat([head.folded_ascent() for head in heads])
-    ends = torch.tensor([head.num_units for head in heads]).cumsum(0).tolist()
+    ends = itertools.accumulate(head.num_units for head in heads)
     return HeadStack(
         names=names,
         heads=heads,

@@ -114,3 +114,21 @@ def test_sigterm_ends_the_command_cleanly_and_at_once_when_nothing_runs() -> Non
         assert run.wait(10) in (0, -signal.SIGTERM)
     assert all(isinstance(json.loads(line), dict) for line in logged)
     assert any(json.loads(line).get("path") == "/ready" for line in logged)
+
+
+def test_a_loop_that_has_died_turns_health_and_ready_to_503(
+    make_embedded_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_embedded_app()
+
+    def die() -> None:
+        raise SystemExit
+
+    with TestClient(app) as client:
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        monkeypatch.setattr(app.state.engine._core, "step", die)
+        assert complete(client, model="tiny").status_code == 500
+        assert eventually(lambda: client.get("/health").status_code == 503)
+        assert client.get("/ready").status_code == 503
+        assert complete(client, model="tiny").status_code == 503
+        assert client.get("/metrics").status_code == 200

@@ -281,3 +281,35 @@ def test_echoed_log_probabilities_are_capped_over_tokens_choices_and_alternative
     assert complete(client, **body, logprobs=20).status_code == 200
     assert_refused(client, complete(client, **body, logprobs=20, n=64), "logprobs")
     assert complete(client, **body, n=64).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "media_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonx"]
+)
+def test_a_body_that_is_not_called_json_is_a_415(client: TestClient, media_type: str | None) -> None:
+    headers = {} if media_type is None else {"content-type": media_type}
+    response = client.post("/v1/completions", content=b'{"model": "fake", "prompt": "hi"}', headers=headers)
+    assert response.status_code == 415
+    assert response.json()["error"]["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "Application/JSON; charset=utf-8", "application/json ;x=y"])
+def test_json_may_be_called_so_in_any_spelling(client: TestClient, media_type: str) -> None:
+    content = b'{"model": "fake", "prompt": "hi"}'
+    assert client.post("/v1/completions", content=content, headers={"content-type": media_type}).status_code == 200
+
+
+@pytest.mark.parametrize("length", ["-1", "abc", "9" * 5000])
+def test_a_length_that_is_none_is_a_413(client: TestClient, length: str) -> None:
+    response = client.post("/v1/completions", content=b"{}", headers={"content-length": length})
+    assert response.status_code == 413
+
+
+def test_headers_that_are_too_large_are_a_431_in_our_body(client: TestClient) -> None:
+    for response in (client.get("/health", headers={"x": "a" * 33_000}), client.get("/health?" + "a" * 33_000)):
+        assert (response.status_code, response.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+def test_a_method_that_is_not_allowed_is_told_with_those_that_are(client: TestClient) -> None:
+    response = client.delete("/v1/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")

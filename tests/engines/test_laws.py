@@ -13,6 +13,8 @@ from server.engines.embedded import attention
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
+from server.kernels import native
+from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, HIDDEN, Results, control, random_head, run
 
@@ -79,8 +81,14 @@ def test_alone_equals_in_any_batch_in_any_order_at_any_time(
         assert alone == {key: together[key] for key in alone}
 
 
-def test_alone_equals_in_a_batch_in_bfloat16_too(make_core: Callable[..., EngineCore]) -> None:
-    core, mixed = make_core(dtype="bfloat16"), requests(seed=1)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "wide_llama", "wide_qwen2"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_alone_equals_in_a_batch_in_bfloat16_and_in_fewer_bits_too(
+    make_core: Callable[..., EngineCore], architecture: str, bits: Bits
+) -> None:
+    if bits != 16 and native() is None:
+        pytest.skip("no native kernels on this machine")
+    core, mixed = make_core(architecture, dtype="bfloat16", bits=bits), requests(seed=1)
     together = tokens(run(core, mixed, steps_between=1))
     for request in mixed:
         alone = tokens(run(core, [request]))

@@ -8,6 +8,9 @@ from server.errors import ConfigurationError
 from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
 from tests.conftest import control, run
 
+# Torch's attention in both types, and the native one.
+MODELS = [("llama", "float32"), ("llama", "bfloat16"), ("wide_llama", "bfloat16")]
+
 
 def add(core: EngineCore, name: str, prompt_len: int, max_tokens: int, log: list[str]) -> None:
     def emit(chunk: GenerationChunk) -> None:
@@ -68,8 +71,11 @@ def small_core(make_core: Callable[..., EngineCore], num_pages: int, **options: 
     return make_core(kv_cache_gib=(num_pages + 1.5) * page_gib, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_running_out_of_pages_changes_nobodys_tokens(make_core: Callable[..., EngineCore], dtype: str) -> None:
+@pytest.mark.parametrize("model", MODELS, ids="-".join)
+def test_running_out_of_pages_changes_nobodys_tokens(
+    make_core: Callable[..., EngineCore], model: tuple[str, str]
+) -> None:
+    architecture, dtype = model
     requests = [
         GenerationRequest(
             f"r{i}", tuple((i * j) % 250 for j in range(30 + 11 * i)), SamplingParams(max_tokens=90, seed=i),
@@ -77,7 +83,8 @@ def test_running_out_of_pages_changes_nobodys_tokens(make_core: Callable[..., En
         )
         for i in range(5)
     ]  # fmt: skip
-    roomy, tight = make_core(dtype=dtype), small_core(make_core, 5, dtype=dtype)
+    roomy = make_core(architecture, dtype=dtype)
+    tight = small_core(make_core, 5, architecture=architecture, dtype=dtype)
     preempted: set[str] = set()
 
     def watch(core: EngineCore) -> None:
@@ -90,16 +97,18 @@ def test_running_out_of_pages_changes_nobodys_tokens(make_core: Callable[..., En
     assert tight.page_pool.num_held == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS, ids="-".join)
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(
-    make_core: Callable[..., EngineCore], dtype: str
+    make_core: Callable[..., EngineCore], model: tuple[str, str]
 ) -> None:
+    architecture, dtype = model
+
     def request(name: str, ending: int, steer: ControlParams | None, salt: str = "") -> GenerationRequest:
         prompt = (*(i % 250 for i in range(130)), ending)
         return GenerationRequest(name, prompt, SamplingParams(max_tokens=20, seed=5), steer, cache_salt=salt)
 
     steer = control({"good": 1.0})
-    warm, cold = make_core(dtype=dtype), make_core(dtype=dtype, has_prefix_cache=False)
+    warm, cold = (make_core(architecture, dtype=dtype, has_prefix_cache=has) for has in (True, False))
     for number, (ending, how) in enumerate([(1, None), (2, steer), (3, None), (1, steer)]):
         sequences = warm.sequences(request("r", ending, how), lambda _: None)
         warm.add(sequences)

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from server.engines.embedded.kv_cache import KVCache
 from server.engines.embedded.pages import NULL_PAGE, PAGE_TOKENS
 from server.kernels import native
+from server.kernels.transfer import on_device
 
 ATTENTION_NAME = "recontrol"
 _HARMLESS_OPTIONS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
@@ -77,7 +78,8 @@ class StepLayout:
     """Pages of the decode rows, then of the segments' sequences, [B + segments, M] int32, padded with the null page."""
     num_decode: int
     segments: list[Segment]
-    _decode_masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """Of the decode rows by window, made when a layer first asks."""
 
     @classmethod
     def of(cls, kv: KVCache, decode: list[DecodeRow], segments: list[Segment], device: torch.device) -> StepLayout:
@@ -90,17 +92,17 @@ class StepLayout:
         used += [segment.pages[: (segment.end - 1) // PAGE_TOKENS + 1] for segment in segments]
         widest = max(map(len, used))
         padded = [pages + [NULL_PAGE] * (widest - len(pages)) for pages in used]
-        both_2T = torch.tensor([positions, owners], device=device)
-        tables = torch.tensor(padded, dtype=torch.int32, device=device)
+        both_2T = on_device([positions, owners], device)
+        tables = on_device(padded, device, dtype=torch.int32)
         return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments)
 
     def decode_mask(self, window: int | None) -> Tensor:
         """[B, 1, 1, S] bool, true where attended."""
-        if window not in self._decode_masks:
+        if window not in self.masks:
             last_B1 = self.positions_T[: self.num_decode, None]
             length = self.tables.shape[1] * PAGE_TOKENS
-            self._decode_masks[window] = _visible(last_B1, length, window)[:, None, None]
-        return self._decode_masks[window]
+            self.masks[window] = _visible(last_B1, length, window)[:, None, None]
+        return self.masks[window]
 
 
 def register_attention() -> str:

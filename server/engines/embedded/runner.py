@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.engines.embedded.attention import DecodeRow, Segment, StepLayout, register_attention
+from server.engines.embedded.graphs import DecodeGraphs, record_on_cuda
 from server.engines.embedded.kv_cache import KVCache
 from server.engines.embedded.llama import NativeLlama
 from server.engines.embedded.pages import NULL_PAGE, num_pages_for
 from server.errors import ConfigurationError, ModelLoadError
 from server.kernels.linear import Bits, can_run_natively, frozen_linear
+from server.kernels.transfer import on_device
 from value_models.linear import PackedLinear
 
 _PROBE_LENGTH = 12
@@ -93,6 +95,8 @@ class ModelRunner:
         self.lm_head = lm_head
         self.kv = kv
         self.device = device
+        self.graphs: DecodeGraphs | None = None
+        """Recorded decode steps, on a GPU."""
         self._backbone = backbone
 
     @classmethod
@@ -132,6 +136,8 @@ class ModelRunner:
                 del backbone.layers
             else:
                 _pack_linears(backbone, bits)
+            if model.device.type == "cuda":
+                runner.graphs = DecodeGraphs(runner._run, record_on_cuda)
             runner.kv = KVCache(num_pages(runner.kv.bytes_per_page, max_len, max_sequences, kv_bytes))
         return runner
 
@@ -141,10 +147,15 @@ class ModelRunner:
         token_ids = [row.token_id for row in decode]
         for segment in segments:
             token_ids += segment.token_ids
-        layout = StepLayout.of(self.kv, decode, segments, self.device)
-        ids_1T = torch.tensor([token_ids], device=self.device)
+        step = StepLayout.of(self.kv, decode, segments, self.device)
+        token_ids_T = on_device(token_ids, self.device)
+        if self.graphs is not None and not segments:
+            return self.graphs.forward(token_ids_T, step)
+        return self._run(token_ids_T, step)
+
+    def _run(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
         output = self._backbone(
-            input_ids=ids_1T, position_ids=layout.positions_T[None], use_cache=False, step=layout
+            input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False, step=step
         )
         return output.last_hidden_state[0]
 

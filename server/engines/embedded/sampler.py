@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from server.kernels import ops
+from server.kernels.transfer import on_device
 from value_models.linear import MIN_ROWS
 
 # Below it a row is greedy: its logits over its temperature would not be finite in float32.
 _MIN_TEMPERATURE = 1e-5
-# Probabilities above which most nuclei lie whole: a few tokens to sort instead of thousands.
-_FLOORS = (1e-3, 1e-4)
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,6 +38,10 @@ class RowSampling:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < _MIN_TEMPERATURE
+
+    @property
+    def is_filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
 def uniform(stream: tuple[int, int], position: int) -> float:
@@ -77,47 +80,34 @@ def _sample_by_torch(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[
 
 
 def _draw(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
-    drawn = [i for i, row in enumerate(rows) if not row.is_greedy]
-    if not drawn:
+    """Without waiting for the device."""
+    device = logits_BV.device
+    if all(row.is_greedy for row in rows):
         return logits_BV.argmax(dim=-1)
-    temperature = [1.0 if row.is_greedy else row.temperature for row in rows]
-    probs_BV = (logits_BV / logits_BV.new_tensor(temperature)[:, None]).softmax(dim=-1)
-    for i in drawn:
-        _filter_row(probs_BV[i], rows[i])
+    temperature_B1 = on_device([1.0 if row.is_greedy else row.temperature for row in rows], device)[:, None]
+    probs_BV = (logits_BV / temperature_B1).softmax(dim=-1)
+    filtered = [i for i, row in enumerate(rows) if row.is_filtered and not row.is_greedy]
+    if filtered:
+        filtered_F = on_device(filtered, device)
+        kept_FV = _filtered(probs_BV[filtered_F], [rows[i] for i in filtered])
+        probs_BV = probs_BV.index_copy(0, filtered_F, kept_FV)
     cumulative_BV = probs_BV.cumsum(dim=-1)
-    target_B1 = (logits_BV.new_tensor(uniforms) * cumulative_BV[:, -1])[:, None]
+    target_B1 = (on_device(uniforms, device) * cumulative_BV[:, -1])[:, None]
     drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
-    if len(drawn) == len(rows):
-        return drawn_B
-    is_greedy_B = torch.tensor([row.is_greedy for row in rows], device=logits_BV.device)
+    is_greedy_B = on_device([row.is_greedy for row in rows], device)
     return torch.where(is_greedy_B, logits_BV.argmax(dim=-1), drawn_B)
 
 
-def _filter_row(probs_V: Tensor, row: RowSampling) -> None:
-    """Zero, in place, what min-p, top-k and then top-p leave out; ties with the last token kept stay in."""
-    if row.min_p > 0.0:
-        probs_V.masked_fill_(probs_V < row.min_p * probs_V.max(), 0.0)
-        probs_V /= probs_V.sum()
-    if 0 < row.top_k < probs_V.shape[0]:
-        kth = probs_V.topk(row.top_k).values[-1]
-        probs_V.masked_fill_(probs_V < kth, 0.0)
-        probs_V /= probs_V.sum()
-    if row.top_p < 1.0:
-        probs_V.masked_fill_(probs_V < nucleus_threshold(probs_V, row.top_p), 0.0)
-
-
-def nucleus_threshold(probs_V: Tensor, top_p: float) -> Tensor:
-    """Smallest probability in the smallest set of most likely tokens that holds at least top_p of the mass.
-
-    Only the tokens above a floor are sorted: the highest floor above which the mass suffices. At the last one it
-    always does, since the tokens below (1 - top_p) / V hold less than 1 - top_p together.
-    """
-    candidates = probs_V
-    for floor in (*_FLOORS, (1.0 - top_p) / probs_V.shape[0]):
-        candidates = probs_V[probs_V >= floor]
-        if float(candidates.sum()) >= top_p:
-            break
-    ordered = candidates.sort(descending=True).values
-    mass_before = ordered.cumsum(dim=0) - ordered
-    num_kept = int((mass_before < top_p).sum().clamp(min=1))
-    return ordered[num_kept - 1]
+def _filtered(probs_FV: Tensor, rows: list[RowSampling]) -> Tensor:
+    """Without what min-p, top-k and then top-p leave out; ties with the last token kept stay in."""
+    device, size = probs_FV.device, probs_FV.shape[1]
+    ordered_FV = probs_FV.sort(dim=-1, descending=True).values
+    least_F1 = on_device([row.min_p for row in rows], device)[:, None] * ordered_FV[:, :1]
+    count_F1 = on_device([row.top_k or size for row in rows], device)[:, None]
+    is_kept_FV = (ordered_FV >= least_F1) & (torch.arange(size, device=device) < count_F1)
+    mass_FV = torch.where(is_kept_FV, ordered_FV, 0.0)
+    before_FV = mass_FV.cumsum(dim=-1) - mass_FV
+    top_p_F1 = on_device([row.top_p for row in rows], device)[:, None]
+    is_kept_FV &= (before_FV < top_p_F1 * mass_FV.sum(dim=-1, keepdim=True)) | (top_p_F1 >= 1.0)
+    last_F1 = is_kept_FV.sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    return probs_FV.masked_fill(probs_FV < ordered_FV.gather(1, last_F1), 0.0)

@@ -1,0 +1,105 @@
+"""Recorded decode steps, on a CPU: recording is calling the function again, but buckets, padding and buffers are real.
+
+A GPU was not at hand; `test_a_recorded_step_is_the_plain_one_on_a_gpu` runs where one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from server.control.editor import StateEditor
+from server.control.plan import EditPlan
+from server.control.registry import HeadRegistry
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.graphs import DecodeGraphs, Replay, record_on_cuda
+from server.engines.embedded.sampler import RowSampling, sample
+from server.types import GenerationRequest, SamplingParams
+from tests.conftest import control, random_head, random_linear_head, run
+
+
+def record_by_calling(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Replay]:
+    states = compute()
+    return states, lambda: states.copy_(compute())  # type: ignore[return-value]
+
+
+def with_graphs(core: EngineCore, record: Callable = record_by_calling) -> EngineCore:
+    core.runner.graphs = DecodeGraphs(core.runner._run, record)
+    return core
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float32"), ("gemma2", "float32"), ("wide_llama", "bfloat16")])
+def test_padding_to_a_bucket_changes_nothing(
+    make_core: Callable[..., EngineCore], architecture: str, dtype: str
+) -> None:
+    requests = [
+        GenerationRequest(
+            f"r{i}", tuple(range(1, 4 + 20 * i)), SamplingParams(max_tokens=5 + 3 * i, seed=i),
+            control({"good": 1.0}) if i % 2 else None,
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    plain = run(make_core(architecture, dtype=dtype), requests)
+    core = with_graphs(make_core(architecture, dtype=dtype))
+    recorded = run(core, requests)
+    assert {key: r.token_ids for key, r in recorded.items()} == {key: r.token_ids for key, r in plain.items()}
+    buckets = core.runner.graphs._recorded
+    assert set(buckets) <= {(rows, pages) for rows in (1, 2, 4, 8) for pages in (1, 2)}
+    assert len(buckets) > 2
+
+
+def test_each_bucket_is_recorded_once(make_core: Callable[..., EngineCore]) -> None:
+    made = []
+
+    def record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Replay]:
+        made.append(compute)
+        return record_by_calling(compute)
+
+    core = with_graphs(make_core(), record)
+    for seed in range(3):
+        run(core, [GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=9, seed=seed))])
+    assert len(made) == 1
+
+
+def test_editing_and_drawing_never_wait_for_a_gpu() -> None:
+    """On tensors without values, which take a GPU's way, anything that asks for one raises."""
+    controls = [control({"good": 1.0}), None, control({"line": -1.0, "good": 0.5}), control({"line": 1.0})]
+    rows = [RowSampling(1.0, 0.9, 0, (0, 0)), RowSampling(0.0, 1.0, 0, (0, 1)), RowSampling(0.7, 1.0, 5, (0, 2), 0.1)]
+    rows.append(RowSampling(1.0, 1.0, 0, (0, 3)))
+    with torch.inference_mode():
+        registry = HeadRegistry({"good": random_head(1).to("meta"), "line": random_linear_head(3).to("meta")})
+        plan = EditPlan.from_rows(controls, registry, device="meta")
+        weight = torch.empty(258, 32, device="meta")
+        logits, stats = StateEditor(_Plain(weight)).logits(torch.empty(4, 32, device="meta"), plan)
+        tokens = sample(logits, rows, [0, 1, 2, 3])
+    assert tokens.shape == (4,)
+    assert len(stats) == 3
+
+
+class _Plain:
+    """An unembedding without a bias."""
+
+    is_linear = True
+
+    def __init__(self, weight_VD: torch.Tensor) -> None:
+        self._weight_VD = weight_VD
+
+    def project(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        return hidden_MD @ self._weight_VD.T
+
+    def finish(self, projected_MV: torch.Tensor) -> torch.Tensor:
+        return projected_MV
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_recorded_step_is_the_plain_one_on_a_gpu(make_core: Callable[..., EngineCore]) -> None:
+    requests = [GenerationRequest(f"r{i}", (1, 2, 3 + i), SamplingParams(max_tokens=20, seed=i)) for i in range(5)]
+    plain, core = make_core(device="cuda"), make_core(device="cuda")
+    plain.runner.graphs = None
+    assert core.runner.graphs is not None
+    with_graphs(core, record_on_cuda)
+    expected, got = run(plain, requests), run(core, requests)
+    assert {key: r.token_ids for key, r in got.items()} == {key: r.token_ids for key, r in expected.items()}
