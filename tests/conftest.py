@@ -21,7 +21,7 @@ from transformers import (
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.loader import LoadedModel, load_model
+from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead
 
@@ -134,9 +134,7 @@ def heads() -> dict[str, ValueHead]:
 
 @pytest.fixture
 def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
-    def make(
-        architecture: str = "llama", *, dtype: str = "float32", device: str = "cpu", **options: Any
-    ) -> EngineCore:
+    def make(architecture: str = "llama", *, dtype: str = "float32", device: str = "cpu", **options: Any) -> EngineCore:
         options = {"max_batch_size": 8, "prefill_chunk_tokens": 64, **options}
         return EngineCore(load_tiny(architecture, dtype, device), HeadRegistry(heads), **options)
 

@@ -10,7 +10,7 @@ import torch
 
 from server.cli.arms import ArmFactory, head_control
 from server.control.registry import HeadRegistry
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
 from tests.conftest import random_head
 from value_models.evaluation import Arm

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.loader import PACKAGED_MODELS, LoadedModel, load_model, packaged_model_folder
+from server.engines.embedded.model.loader import PACKAGED_MODELS, LoadedModel, load_model, packaged_model_folder
 from server.errors import HeadMismatchError
 from server.settings import DEFAULT_MODEL
 from server.types import GenerationRequest, SamplingParams

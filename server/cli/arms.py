@@ -14,7 +14,7 @@ import torch
 from server.control.objectives import WeightedSum
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.search import SearchParams
 from server.types import ControlParams

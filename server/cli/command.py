@@ -15,7 +15,7 @@ import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import load_registry
-from server.engines.embedded.loader import LoadedModel, load_model
+from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
 from value_models.rollouts import RolloutPrompt, load_prompts

@@ -30,7 +30,7 @@ from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.control.registry import HeadRegistry
 from server.engines.embedded.heads import load_registry
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
 from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams

@@ -71,8 +71,11 @@ class NativeLinear(nn.Module):
 def frozen_linear(
     weight: Tensor, bias: Tensor | None = None, *, bits: Bits = 16, out_dtype: torch.dtype | None = None
 ) -> FrozenLinear:
-    """A map of frozen `weight` [out, in]. Only the native one gives float32 results (`out_dtype`) for a bfloat16 weight,
-    or takes fewer bits; ask `can_run_natively`."""
+    """A map of frozen `weight` [out, in].
+
+    Only the native one gives float32 results (`out_dtype`) for a bfloat16 weight, or takes fewer bits: ask
+    `can_run_natively`.
+    """
     if can_run_natively(weight, bits=bits):
         return NativeLinear(weight, bias, bits=bits, out_dtype=out_dtype or weight.dtype)
     return PackedLinear(weight, bias)

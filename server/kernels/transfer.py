@@ -14,8 +14,8 @@ from torch import Tensor
 def on_device(values: Sequence[object], device: torch.device, *, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these numbers. Python floats become float32.
 
-    From ordinary memory a copy to a GPU waits until the device has done all that it was given before; from pinned memory
-    it takes its place in the queue.
+    From ordinary memory a copy to a GPU waits until the device has done all that it was given before; from pinned
+    memory it takes its place in the queue.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return torch.tensor(values, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from server.control.editor import StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.graphs import DecodeGraphs, Replay, record_on_cuda
+from server.engines.embedded.model.graphs import DecodeGraphs, Replay, record_on_cuda
 from server.engines.embedded.sampler import RowSampling, sample
 from server.types import GenerationRequest, SamplingParams
 from tests.conftest import control, random_head, random_linear_head, run
@@ -30,7 +30,9 @@ def with_graphs(core: EngineCore, record: Callable = record_by_calling) -> Engin
     return core
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float32"), ("gemma2", "float32"), ("wide_llama", "bfloat16")])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", "float32"), ("gemma2", "float32"), ("wide_llama", "bfloat16")]
+)
 def test_padding_to_a_bucket_changes_nothing(
     make_core: Callable[..., EngineCore], architecture: str, dtype: str
 ) -> None:

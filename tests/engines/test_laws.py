@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from server.engines.base import EngineStatus, NullObserver
-from server.engines.embedded import attention
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model import attention
+from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
 from server.kernels import native
 from server.kernels.linear import Bits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.engines.embedded import loader
-from server.engines.embedded.loader import (
+from server.engines.embedded.model.loader import (
     PACKAGED_MODELS,
     LoadedModel,
     PackagedModel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engines.embedded.pages import NULL_PAGE, PAGE_TOKENS, PagePool, num_pages_for, page_digest
+from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS, PagePool, num_pages_for, page_digest
 
 
 def test_pages_are_counted_by_their_tokens() -> None:

@@ -20,14 +20,14 @@ from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
-from server.engines.embedded.attention import Segment
 from server.engines.embedded.detokenizer import Detokenizer
-from server.engines.embedded.kv_cache import default_kv_bytes
-from server.engines.embedded.loader import LoadedModel
 from server.engines.embedded.logits import adjusted
-from server.engines.embedded.pages import PagePool, num_pages_for
+from server.engines.embedded.model.attention import Segment
+from server.engines.embedded.model.kv_cache import default_kv_bytes
+from server.engines.embedded.model.loader import LoadedModel
+from server.engines.embedded.model.pages import PagePool, num_pages_for
+from server.engines.embedded.model.runner import LMHead, ModelRunner
 from server.engines.embedded.reports import token_edits, token_logprobs
-from server.engines.embedded.runner import LMHead, ModelRunner
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
-from server.engines.embedded.loader import LoadedModel, load_model
+from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import (
     EngineStoppedError,
     InvalidRequestError,

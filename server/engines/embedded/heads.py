@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from server.control.registry import HeadRegistry
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
 from value_models.heads import ValueHead
 from value_models.store import (

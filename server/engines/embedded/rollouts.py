@@ -16,7 +16,7 @@ from torch import Tensor
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.engine import encode_chat
-from server.engines.embedded.loader import LoadedModel
+from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.search import SearchJob, SearchParams, SearchResult, ValueSearch
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
@@ -92,7 +92,9 @@ class EngineRolloutSource:
     ) -> Iterator[EvalSample]:
         """Responses found by trying continuations and reading the head's value of them."""
         core = self._core
-        searcher = ValueSearch(core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size)
+        searcher = ValueSearch(
+            core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size
+        )
         jobs = [
             SearchJob(
                 prompt_id=prompt.id,

@@ -1,10 +1,10 @@
 """Which sequences a step holds, and which pages of the key-value cache each has.
 
-Admission is first come, first served, as long as rows and pages last. A step takes one token of every decoding sequence
-and prompt chunks up to a token budget, so long prompts stall running rows for one budget's time at most. When pages run
-out, the sequence that was admitted last gives its own up and waits at the head of the queue: it keeps its tokens, and
-later computes its prompt again and feeds those tokens through as decode rows, so nothing in it changes. Knows nothing of
-models, sampling or control. Enter at `Scheduler.schedule`.
+Admission is first come, first served, as long as rows and pages last. A step takes one token of every decoding
+sequence and prompt chunks up to a token budget, so long prompts stall running rows for one budget's time at most. When
+pages run out, the sequence that was admitted last gives its own up and waits at the head of the queue: it keeps its
+tokens, and later computes its prompt again and feeds those tokens through as decode rows, so nothing in it changes.
+Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.engines.embedded.attention import DecodeRow, Segment
-from server.engines.embedded.kv_cache import KVCache, fork_pages
-from server.engines.embedded.pages import PAGE_TOKENS, PagePool, num_pages_for, page_digest
+from server.engines.embedded.model.attention import DecodeRow, Segment
+from server.engines.embedded.model.kv_cache import KVCache, fork_pages
+from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for, page_digest
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.types import FinishReason
 
@@ -121,7 +121,7 @@ class Scheduler:
             self.running.append(sequence)
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the prompt's beginning already; its last token is always computed, for the state behind it."""
+        """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
         if not self._has_prefix_cache or sequence.request.sampling.prompt_logprobs:
             return []
         return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))

@@ -25,10 +25,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from server.engines.embedded.attention import DecodeRow, Segment
-from server.engines.embedded.kv_cache import fork_pages
-from server.engines.embedded.pages import PagePool, num_pages_for
-from server.engines.embedded.runner import ModelRunner
+from server.engines.embedded.model.attention import DecodeRow, Segment
+from server.engines.embedded.model.kv_cache import fork_pages
+from server.engines.embedded.model.pages import PagePool, num_pages_for
+from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.sampler import RowSampling, sample, uniform
 from value_models.generations import best_of_kl_bound
 from value_models.heads import ValueHead

@@ -3,8 +3,9 @@ kernels one by one takes longer than running them.
 
 A bucket has its own buffers for a step's inputs. A step pads its rows to the bucket, copies them into the buffers and
 replays the graph; padding rows write to the null page, which nothing reads. The graph ends with the states after the
-final norm, so the edit and the LM head come behind it and may differ from step to step. How a graph is recorded is given
-from outside: tests on a CPU call the function again instead. Knows nothing of requests. Enter at `DecodeGraphs.forward`.
+final norm, so the edit and the LM head come behind it and may differ from step to step. How a graph is recorded is
+given from outside: tests on a CPU call the function again instead. Knows nothing of requests. Enter at
+`DecodeGraphs.forward`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from server.engines.embedded.attention import StepLayout
-from server.engines.embedded.pages import NULL_PAGE
+from server.engines.embedded.model.attention import StepLayout
+from server.engines.embedded.model.pages import NULL_PAGE
 
 Backbone = Callable[[Tensor, StepLayout], Tensor]
 """Token ids [T] of a step -> states [T, D]."""

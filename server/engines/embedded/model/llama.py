@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.engines.embedded.attention import AttentionKind, StepLayout, attend_natively, can_attend_natively
+from server.engines.embedded.model.attention import AttentionKind, StepLayout, attend_natively, can_attend_natively
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively
 
@@ -93,9 +93,7 @@ class NativeLlama(nn.Module):
         add_norm(None, residual_at, self._norms[0].data_ptr(), normed_at, num_rows, size, epsilon)
         for layer, next_norm in zip(self._layers, self._norms[1:], strict=True):
             layer.qkv.write(normed_at, qkv_at, num_rows)
-            rotate(
-                qkv_at, width, positions_at, cosines_at, sines_at, num_rows, num_heads + num_kv_heads, head_size
-            )
+            rotate(qkv_at, width, positions_at, cosines_at, sines_at, num_rows, num_heads + num_kv_heads, head_size)
             keys, values = step.kv.layer(layer.index, key_TNP, key_TNP)
             attend_natively(
                 [qkv_at, key_at, value_at], [width] * 3, attended_at, keys, values, step, num_heads, layer.how

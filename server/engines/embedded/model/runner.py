@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engines.embedded.attention import DecodeRow, Segment, StepLayout, register_attention
-from server.engines.embedded.graphs import DecodeGraphs, record_on_cuda
-from server.engines.embedded.kv_cache import KVCache
-from server.engines.embedded.llama import NativeLlama
-from server.engines.embedded.pages import NULL_PAGE, num_pages_for
+from server.engines.embedded.model.attention import DecodeRow, Segment, StepLayout, register_attention
+from server.engines.embedded.model.graphs import DecodeGraphs, record_on_cuda
+from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.llama import NativeLlama
+from server.engines.embedded.model.pages import NULL_PAGE, num_pages_for
 from server.errors import ConfigurationError, ModelLoadError
 from server.kernels.linear import Bits, can_run_natively, frozen_linear
 from server.kernels.transfer import on_device
@@ -100,13 +100,11 @@ class ModelRunner:
         self._backbone = backbone
 
     @classmethod
-    def create(
-        cls, model: Any, *, max_len: int, max_sequences: int, kv_bytes: int, bits: Bits = 16
-    ) -> ModelRunner:
+    def create(cls, model: Any, *, max_len: int, max_sequences: int, kv_bytes: int, bits: Bits = 16) -> ModelRunner:
         """Take over a loaded causal language model; it must not be used by anyone else afterwards.
 
-        The key-value cache gets room for `max_sequences` of `max_len` tokens, but never more than `kv_bytes`. With fewer
-        than 16 `bits` its linear maps are quantized, once the model has been proved as it is.
+        The key-value cache gets room for `max_sequences` of `max_len` tokens, but never more than `kv_bytes`. With
+        fewer than 16 `bits` its linear maps are quantized, once the model has been proved as it is.
 
         Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when not even one sequence of
         max_len fits, or weights cannot be quantized here.
@@ -198,9 +196,9 @@ def _check_quantizable(backbone: nn.Module, lm_head: nn.Linear, bits: Bits) -> N
         weight = _weight_of(module)
         if weight is not None and not can_run_natively(weight, bits=bits):
             raise ConfigurationError(
-                f"quantization: {name} [{weight.shape[0]}, {weight.shape[1]}] in {weight.dtype} cannot be quantized here; "
-                "that takes the native kernels (a CPU with AVX-512 and bfloat16), dtype bfloat16, and inputs in multiples "
-                "of 32"
+                f"quantization: {name} [{weight.shape[0]}, {weight.shape[1]}] in {weight.dtype} cannot be quantized "
+                "here; that takes the native kernels (a CPU with AVX-512 and bfloat16), dtype bfloat16, and inputs in "
+                "multiples of 32"
             )
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engines.embedded.kv_cache import KVCache
-from server.engines.embedded.pages import NULL_PAGE, PAGE_TOKENS
+from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
 from server.kernels import native
 from server.kernels.transfer import on_device
 
@@ -139,7 +139,7 @@ def paged_attention(
         strides = [row.stride(0) for row in rows]
         attend_natively(addresses, strides, out_TNP.data_ptr(), keys, values, step, query.shape[1], how)
         return out_TNP[None], None
-    return _attend_by_torch(*rows, keys, values, step, how)[None], None
+    return _attend_by_torch(rows, keys, values, step, how)[None], None
 
 
 def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
@@ -167,10 +167,9 @@ def attend_natively(
     )  # fmt: skip
 
 
-def _attend_by_torch(
-    query_TNP: Tensor, key_TNP: Tensor, value_TNP: Tensor, keys: Tensor, values: Tensor, step: StepLayout,
-    how: AttentionKind,
-) -> Tensor:  # fmt: skip
+def _attend_by_torch(rows: list[Tensor], keys: Tensor, values: Tensor, step: StepLayout, how: AttentionKind) -> Tensor:
+    """As above; rows are queries, keys and values [T, heads, P]."""
+    query_TNP, key_TNP, value_TNP = rows
     num_kv_heads = key_TNP.shape[1]
     pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
     keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP

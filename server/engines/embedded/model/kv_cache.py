@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engines.embedded.pages import PAGE_TOKENS, PagePool, num_pages_for
-
+from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
 
 _DEVICE_SHARE = 0.9
 _HOST_SHARE = 0.5
