@@ -119,6 +119,8 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError(f"pinned_control: {problems}") from error
     if pinned.objective.type != "weighted_sum":
         raise ConfigurationError("pinned_control: objective: only a weighted_sum can be put together with a caller's")
+    if pinned.max_response_kl is not None:
+        raise ConfigurationError("pinned_control: max_response_kl: not allowed, since callers' heads could use it up")
     return pinned
 
 
@@ -126,7 +128,7 @@ def check_pinned(app: FastAPI) -> None:
     """Raises ConfigurationError when the started engine lacks a head that the settings pin."""
     pinned: ControlParams | None = app.state.pinned
     heads = app.state.engine.info.heads
-    missing = [name for name in pinned.objective.head_names if name not in heads] if pinned else []
+    missing = [name for name in pinned.head_names if name not in heads] if pinned else []
     if missing:
         raise ConfigurationError(
             f"pinned_control: no head {', '.join(missing)} is loaded; there are {', '.join(heads) or 'none'}"

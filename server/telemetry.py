@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
+from server.control.state import HeldBy
 from server.engines.base import EngineStatus
 from server.types import FinishReason, TokenEdit
 
@@ -28,6 +29,7 @@ _INTER_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15,
 _EDIT_S = (50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _KL_NATS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+_BUDGETS = (HeldBy.MAX_KL, HeldBy.MAX_RESPONSE_KL, HeldBy.MAX_SHIFT)
 _RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -106,7 +108,7 @@ class Telemetry:
             _observe_finite(self._value_after.labels(self._model, head), edit.value_after[head])
         _observe_finite(self._kl.labels(self._model), edit.kl)
         _observe_finite(self._shift.labels(self._model), edit.shift_ratio)
-        self._limited.labels(self._model).inc(edit.is_budget_limited)
+        self._limited.labels(self._model).inc(edit.held_by in _BUDGETS)
         self._nonfinite.labels(self._model).inc(edit.is_nonfinite)
 
     def on_edit(self, *, duration_s: float) -> None:

@@ -6,13 +6,16 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from server.control.objectives import Objective, WeightedSum
+from server.control.conditions import Gate, Schedule, Window
+from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.state import HeldBy
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -29,6 +32,7 @@ MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5
 MAX_SHIFT_RATIO = 2.0
+MAX_RESPONSE_KL_NATS = 10_000.0
 
 
 Bias = Annotated[FiniteFloat, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
@@ -40,6 +44,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """End-of-sequence token or a stop string."""
     LENGTH = "length"
+    GUARDRAIL = "guardrail"
+    """A head's value after control fell below its bound in `ControlParams.stop_below`."""
     ABORT = "abort"
     ERROR = "error"
 
@@ -77,11 +83,13 @@ class SamplingParams(BaseModel):
 
 
 class ControlParams(BaseModel):
-    """One request's control: ascend `objective` by `steps` steps of `step_size`, within both budgets.
+    """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
 
     max_kl is in nats a token, KL(controlled || base) at temperature 1 before sampling filters; max_shift is the
-    length of the shift over the length of the hidden state. An ascent of length steps x step_size = 1 costs a trained
-    head 0.1 nats a token on average (value_models/ascent.py). The defaults were measured (value_models/README.md).
+    length of the shift over the length of the hidden state; max_response_kl is the sum of the divergences of a whole
+    response. An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
+    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
+    when it acts and how strongly (server/control/conditions.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -91,8 +99,39 @@ class ControlParams(BaseModel):
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
     max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
+    max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
+    gate: Gate | None = None
+    window: Window | None = None
+    schedule: Schedule | None = None
+    stop_below: Levels | None = None
+    """End the response at the token whose state, after control, has a value below its head's bound."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
+
+    @model_validator(mode="after")
+    def _names_few_heads(self) -> ControlParams:
+        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
+            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
+        return self
+
+    @property
+    def named_heads(self) -> dict[str, str]:
+        """Every head that is named, with the field that names it."""
+        heads = {name: f"control.objective.{field}" for name, field in self.objective.named_heads.items()}
+        if self.gate is not None:
+            heads.setdefault(self.gate.head, "control.gate.head")
+        for name in self.stop_below or ():
+            heads.setdefault(name, "control.stop_below")
+        return heads
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """In a fixed order."""
+        return tuple(sorted(self.named_heads))
+
+    def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
+        """Whether a head's value is below its bound, or is no number."""
+        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:
@@ -145,9 +184,11 @@ class TokenEdit:
     kl: float
     """KL(controlled || base) in nats."""
     shift_ratio: float
-    is_budget_limited: bool
+    held_by: HeldBy | None
+    """What kept the edit from being the whole ascent."""
     is_nonfinite: bool
     """The edit was not finite, so the unedited state was used."""
+    is_gate_open: bool = True
 
 
 @dataclass(slots=True, frozen=True)
@@ -161,6 +202,8 @@ class ControlSummary:
     max_kl: float
     controlled_share: float
     """Share of tokens whose distribution was moved."""
+    held_share: dict[str, float]
+    """Share of tokens that each thing held back, for what held any back; names as in HeldBy."""
     nonfinite_edits: int
 
 

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from server.cli import COMMANDS, main
 from server.cli.report import SECTIONS, transcript
 from server.cli.strengths import Method
+from server.control.ascent import ascend
+from server.control.objectives import WeightedSum
+from server.control.plan import EditPlan
+from server.control.registry import HeadRegistry
+from server.types import ControlParams
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rollouts import load_prompts
 
@@ -174,6 +180,24 @@ def test_the_papers_heads_are_imported_from_the_command_line(
     assert card["base_model"]["hidden_size"] == 6
     assert main([*words[:2], str(tmp_path / "none.pth"), *words[3:]]) == 2
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_a_steering_vector_is_imported_as_a_head_that_steers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"happy": torch.arange(1.0, 7.0)}, tmp_path / "happy.safetensors")
+    words = ["heads", "import", str(tmp_path / "happy.safetensors"), "--name", "happy", "--base-model", "tiny",
+             "--heads-dir", str(tmp_path / "heads")]  # fmt: skip
+    assert main([*words, "--scale", "0.5"]) == 0
+    registry = HeadRegistry.load(tmp_path / "heads", {"name": "tiny", "hidden_size": 6})
+    hidden = torch.randn(2, 6)
+    rows = [ControlParams(objective=WeightedSum(weights={"happy": 2.0}), step_size=0.1, steps=3, max_shift=2.0)] * 2
+    (group,) = EditPlan.from_rows(rows, registry).groups
+    torch.testing.assert_close(ascend(hidden, group).shift_RD[0], 2.0 * 0.3 * 0.5 * torch.arange(1.0, 7.0))
+    assert main([*words, "--tensor", "sad"]) == 2
+    assert "there are: happy" in capsys.readouterr().err
+    assert main(["heads", "import", "x.pth", *words[3:], "--tensor", "happy"]) == 2
+    assert "tensor, scale" in capsys.readouterr().err
 
 
 def test_print_config_prints_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,18 @@
 """The README shows what the cards and the code say, no more."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from starlette.testclient import TestClient
 
+from server.app import create_app
 from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
-from server.settings import DEFAULT_MODEL
+from server.control.objectives import BaseObjective
+from server.engines.fake import FakeEngine
+from server.settings import DEFAULT_MODEL, Settings
 from server.types import (
     MAX_KL_NATS,
     MAX_SHIFT_RATIO,
@@ -70,3 +76,26 @@ def test_the_table_of_control_fields_tells_defaults_and_ranges(field: str, defau
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{field}`")]
     assert f"| {default} |" in row
     assert f"{largest:g} |" in row
+
+
+EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
+
+
+@pytest.mark.parametrize(
+    "control", EXAMPLES, ids=lambda control: "-".join([control["objective"].get("type", ""), *control])
+)
+async def test_every_example_of_control_is_accepted_as_it_is_written(control: dict[str, Any]) -> None:
+    heads = [path.parent.name for path in FOLDER.glob(f"*/{CARD_FILE}")]
+    app = create_app(Settings(), engine=FakeEngine(heads=heads))
+    body = {"model": "fake", "prompt": "hi", "max_tokens": 2, "control": control}
+    with TestClient(app) as client:
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert set(response.json()["choices"][0]["control"]["value_after"]) == set(ControlParams(**control).head_names)
+
+
+def test_every_objective_and_every_condition_has_an_example() -> None:
+    types = {get_args(model.model_fields["type"].annotation)[0] for model in BaseObjective.__subclasses__()}
+    assert {control["objective"].get("type", "weighted_sum") for control in EXAMPLES} == types
+    conditions = set(ControlParams.model_fields) - {"objective", "steps", "max_shift", "trace"}
+    assert {field for control in EXAMPLES for field in control} - {"objective"} == conditions

@@ -7,6 +7,7 @@ import math
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.control.state import HeldBy
 from server.telemetry import Telemetry
 from server.types import TokenEdit
 
@@ -19,7 +20,7 @@ def telemetry() -> Telemetry:
 
 
 def edit(kl: float = 0.1, *, is_nonfinite: bool = False, **values: float) -> TokenEdit:
-    return TokenEdit(values, values, kl, shift_ratio=0.2, is_budget_limited=True, is_nonfinite=is_nonfinite)
+    return TokenEdit(values, values, kl, shift_ratio=0.2, held_by=HeldBy.MAX_KL, is_nonfinite=is_nonfinite)
 
 
 def samples(telemetry: Telemetry) -> dict[tuple[str, str], float]:

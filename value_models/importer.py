@@ -1,7 +1,9 @@
-"""Reading the RE-Control paper's value functions: a PyTorch state dict of two or three linear layers with ReLU.
+"""Reading what others made: the RE-Control paper's value functions, and static steering vectors.
 
-`torch.load` runs with weights_only, so a pickle with code is refused; it is called from the command line alone, never
-from a request. Enter at `import_pth`.
+A value function is a PyTorch state dict of two or three linear layers with ReLU. `torch.load` runs with weights_only,
+so a pickle with code is refused; it is called from the command line alone, never from a request. A steering vector
+(repeng's, llama.cpp's, or a difference of class means of one's own) comes as GGUF or safetensors. Enter at `import_pth`
+and `import_vector`.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
 from torch import Tensor
 
-from value_models.heads import MLPHead
+from value_models.heads import LinearHead, MLPHead
+
+# In a control vector of repeng or llama.cpp, "direction." and the layer.
+_DIRECTION = "direction."
+_MAX_LISTED = 8
 
 
 class ImportFileError(ValueError):
-    """The file is not a value function of the paper's kind; the message says what was found."""
+    """The file is neither a value function of the paper's kind nor a vector; the message says what was found."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,6 +54,65 @@ class ImportedLayers:
             out_weight_H=self.weights[-1][0],
             out_bias=self.biases[-1],
         )
+
+
+@dataclass(slots=True, frozen=True)
+class ImportedVector:
+    """A direction in the state before the LM head, and the name of the tensor that it was."""
+
+    vector_D: Tensor
+    tensor: str
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vector_D.shape[0]
+
+    def head(self, *, scale: float = 1.0) -> LinearHead:
+        """A head whose value is a state's projection on the direction, and whose step of length one adds `scale` times
+        the vector: weight x step size x steps is the vector's coefficient."""
+        return LinearHead(
+            mean_D=torch.zeros(self.hidden_size),
+            scale_D=torch.ones(self.hidden_size),
+            inputs_UD=(self.vector_D / self.vector_D.norm())[None],
+            input_bias_U=torch.zeros(1),
+            ascent_UD=scale * self.vector_D[None],
+        )
+
+
+def import_vector(path: Path, tensor: str | None = None) -> ImportedVector:
+    """Read one vector. Without a name: the only tensor of a safetensors file, a GGUF file's last layer's direction.
+
+    repeng takes the last layer's direction from the state behind the final norm, which is the state that is edited
+    here; those of earlier layers point elsewhere. Raises ImportFileError.
+    """
+    try:
+        tensors = _gguf_directions(path) if path.suffix == ".gguf" else load_file(path)
+    except OSError as error:
+        raise ImportFileError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        # Arbitrary bytes raise whatever the readers stumble over.
+        raise ImportFileError(f"{path} is not a {path.suffix[1:]} file ({type(error).__name__}: {error})") from error
+    if tensor is None and path.suffix == ".gguf":
+        tensor = max(tensors, key=lambda name: int(name.removeprefix(_DIRECTION)), default=None)
+    elif tensor is None and len(tensors) == 1:
+        (tensor,) = tensors
+    if tensor not in tensors:
+        listed = ", ".join(sorted(tensors)[:_MAX_LISTED]) or "none"
+        raise ImportFileError(f"{path}: choose a vector with --tensor; there are: {listed}")
+    vector_D = tensors[tensor].float().squeeze()
+    if vector_D.dim() != 1:
+        raise ImportFileError(f"{path}: {tensor} has shape {tuple(tensors[tensor].shape)}; a vector was expected")
+    if not bool(vector_D.isfinite().all()) or not bool(vector_D.any()):
+        raise ImportFileError(f"{path}: {tensor} is zero or not finite")
+    return ImportedVector(vector_D, tensor)
+
+
+def _gguf_directions(path: Path) -> dict[str, Tensor]:
+    return {
+        tensor.name: torch.tensor(tensor.data.copy())
+        for tensor in GGUFReader(path).tensors
+        if tensor.name.startswith(_DIRECTION) and tensor.name.removeprefix(_DIRECTION).isdecimal()
+    }
 
 
 def import_pth(path: Path) -> ImportedLayers:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api.gate.context import request_id_of
-from server.api.schemas import REFUSED, allowed_fields
+from server.api.schemas import REFUSED, locate
 from server.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -24,7 +24,6 @@ from server.errors import (
 )
 
 _SHOWN_CHARS = 64
-_WEIGHTS_PATH = ("control", "objective", "weights")
 _RETRY_AFTER_SHUTDOWN_S = 5
 _TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
 
@@ -75,16 +74,19 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     # An unknown field explains others that it was meant to be, so it goes first.
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
-    path = first["loc"][1:]
+    path, allowed = locate(get_type_hints(request.scope["endpoint"])["body"], first["loc"][1:])
     context = first.get("ctx") or {}
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path = [*path, context["discriminator"].strip("'")]
     if first["type"] in (REFUSED, "field"):
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
-    if first["type"] == "string_pattern_mismatch" and tuple(path[:3]) == _WEIGHTS_PATH:
+    if first["type"] == "string_pattern_mismatch" and path[0] == "control":
         # No head has such a name: a path, a URL, or code is never more than a name that is not known.
+        field = path[:-2] if path[-1] == "[key]" else path
         unknown = UnknownHeadError(
-            str(path[3])[:_SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(_WEIGHTS_PATH)
+            first["input"][:_SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(map(str, field))
         )
         return error_response(unknown, request_id_of(request))
     if first["type"] == "json_invalid":
@@ -92,8 +94,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
             _body(400, f"The body is not valid JSON: {context.get('error')}.", None, "invalid_json"), 400
         )
     if first["type"] == "extra_forbidden":
-        body = get_type_hints(request.scope["endpoint"])["body"]
-        message = f"{where}: there is no such field. Allowed here: {', '.join(allowed_fields(body, path))}."
+        message = f"{where}: there is no such field. Allowed here: {', '.join(allowed)}."
     else:
         message = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     return JSONResponse(_body(400, message, where or None, _code(first["type"])), 400)

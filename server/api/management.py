@@ -48,7 +48,7 @@ async def unload_head(request: Request, name: str) -> dict[str, Any]:
     """Offer a head no more; the answer comes when the last request that runs under it has ended."""
     _check_loaded(request, name)
     pinned: ControlParams | None = request.app.state.pinned
-    if pinned is not None and name in pinned.objective.head_names:
+    if pinned is not None and name in pinned.head_names:
         raise HeadConflictError(f"The value head {name!r} is pinned by the server's settings.")
     engine: Engine = request.app.state.engine
     await engine.unload_head(name)

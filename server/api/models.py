@@ -45,7 +45,7 @@ async def get_head(request: Request, name: str) -> dict[str, Any]:
 
 def _head(request: Request, name: str) -> dict[str, Any]:
     pinned: ControlParams | None = request.app.state.pinned
-    is_pinned = pinned is not None and name in pinned.objective.head_names
+    is_pinned = pinned is not None and name in pinned.head_names
     return {"id": name, "object": "value_head", "is_pinned": is_pinned, **_info(request).heads[name]}
 
 

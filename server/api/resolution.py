@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
-from server.engines.base import EngineInfo, check_token_ids
+from server.engines.base import EngineInfo, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import ControlParams, SamplingParams
 
@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 _WEIGHTS = "control.objective.weights"
 _LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
-_COMPOSED = _LARGER_COUNTS | {"objective", "trace"}
+_COMPOSED = _LARGER_COUNTS | {"objective", "stop_below", "trace"}
 
 
 def sampling_params(
@@ -64,50 +64,72 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
             raise UnknownHeadError(head, info.heads, param="model")
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
-        return with_pinned(ControlParams.for_head(head), pinned)
-    if body.control is not None:
-        for name in body.control.objective.head_names:
-            if name not in info.heads:
-                raise UnknownHeadError(name, info.heads, param=_WEIGHTS)
+        return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
+    check_heads(body.control, info.heads)
     return with_pinned(body.control, pinned)
 
 
-def with_pinned(asked: ControlParams | None, pinned: ControlParams | None) -> ControlParams | None:
+def with_pinned(
+    asked: ControlParams | None, pinned: ControlParams | None, *, steered_by: str = _WEIGHTS
+) -> ControlParams | None:
     """A caller's control under the server's own, which it can neither switch off nor outweigh.
 
     The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
-    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two. Whatever else a
-    caller may ask for could hold back the pinned heads too, so it is refused.
+    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two, and a bound of
+    either guardrail ends the response. A pinned gate, window and schedule hold for the caller's heads too. Whatever
+    else a caller may ask for could hold back the pinned heads, so it is refused; so are weights of heads that the
+    pinned control names anywhere, since those would move its gate or its guardrail.
 
-    Raises InvalidRequestError for that, when the caller names a pinned head, or too many heads.
+    `steered_by` is the field that names the caller's heads. Raises InvalidRequestError for what is refused, and for
+    too many heads.
     """
     if asked is None or pinned is None:
         return pinned if asked is None else asked
-    if others := sorted(asked.model_fields_set - _COMPOSED):
+    theirs, mine = _weights_beside_pinned(asked), pinned.objective
+    assert isinstance(mine, WeightedSum), "anything else is refused at the start"
+    if both := sorted(theirs.keys() & pinned.named_heads.keys()):
+        raise InvalidRequestError(f"{steered_by}: this server pins {', '.join(both)}; leave it out", param=steered_by)
+    fields = asked.named_heads | dict.fromkeys(theirs, steered_by)
+    others = [name for name in fields if name not in pinned.named_heads]
+    room = MAX_HEADS_PER_REQUEST - len(pinned.named_heads)
+    if len(others) > room:
+        field = fields[others[room]]
         raise InvalidRequestError(
-            f"control.{others[0]}: not allowed here, since this server pins heads", param=f"control.{others[0]}"
+            f"{field}: with the {len(pinned.named_heads)} heads that this server pins, at most {room} others are "
+            "allowed",
+            param=field,
         )
-    if asked.objective.type != "weighted_sum":
+    allowed, total = (sum(map(abs, weights.values())) for weights in (mine.weights, theirs))
+    share = allowed / total if total > allowed else 1.0
+    weights = {**{name: weight * share for name, weight in theirs.items()}, **mine.weights}
+    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
+    return pinned.model_copy(
+        update={
+            **larger,
+            "objective": WeightedSum(weights=weights),
+            "stop_below": _highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
+            "trace": asked.trace,
+        }
+    )
+
+
+def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
+    """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
+    for name in ControlParams.model_fields:
+        if name not in _COMPOSED and getattr(asked, name) is not None:
+            raise InvalidRequestError(
+                f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
+            )
+    if not isinstance(asked.objective, WeightedSum):
         raise InvalidRequestError(
             "control.objective.type: only weighted_sum is allowed here, since this server pins heads",
             param="control.objective.type",
         )
-    mine, theirs = pinned.objective.weights, asked.objective.weights
-    if both := sorted(mine.keys() & theirs.keys()):
-        raise InvalidRequestError(
-            f"{_WEIGHTS}: this server pins the weight of {', '.join(both)}; leave it out", param=_WEIGHTS
-        )
-    if len(mine) + len(theirs) > MAX_HEADS_PER_REQUEST:
-        raise InvalidRequestError(
-            f"{_WEIGHTS}: with the {len(mine)} heads that this server pins, at most "
-            f"{MAX_HEADS_PER_REQUEST - len(mine)} others are allowed",
-            param=_WEIGHTS,
-        )
-    allowed, total = (sum(map(abs, weights.values())) for weights in (mine, theirs))
-    share = allowed / total if total > allowed else 1.0
-    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
-    weights = {**{name: weight * share for name, weight in theirs.items()}, **mine}
-    return pinned.model_copy(update={**larger, "objective": WeightedSum(weights=weights), "trace": asked.trace})
+    return asked.objective.weights
+
+
+def _highest(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    return some | {name: max(bound, some.get(name, bound)) for name, bound in others.items()}
 
 
 def model_ids(info: EngineInfo) -> list[str]:

@@ -186,15 +186,30 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def allowed_fields(body: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """The fields that are allowed where the last part of `path` is, in the model that holds it."""
-    for part in path[:-1]:
-        if isinstance(part, str) and part in body.model_fields:
-            body = _model_in(body.model_fields[part].annotation) or body
-    return list(body.model_fields)
+def locate(body: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
+    """The path of an error as the client writes it, and the fields that are allowed where its last part is.
+
+    pydantic puts the type that chooses among models into the path, where the body has nothing of that name.
+    """
+    written: list[str | int] = []
+    holder, models = body, [body]
+    for part in path:
+        chosen = [model for model in models if len(models) > 1 and part in _types_of(model)]
+        if chosen:
+            models = chosen
+            continue
+        holder = models[0] if models else holder
+        written.append(part)
+        if isinstance(part, str) and part in holder.model_fields:
+            models = _models_in(holder.model_fields[part].annotation)
+    return written, list(holder.model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _types_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()

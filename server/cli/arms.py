@@ -84,7 +84,7 @@ class ArmFactory:
             return self._source.evaluate(prompts, self._with(num_samples), control=control, instruction=instruction)
 
         if control is not None:
-            heads = self._digests(control.objective.head_names)
+            heads = self._digests(control.head_names)
             spec = spec | {"control": control.model_dump(), "heads": heads}
         return Arm(self._common | spec, sampler, best_of)
 

@@ -10,7 +10,7 @@ from pydantic_settings import CliPositionalArg
 from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
-from value_models.importer import import_pth
+from value_models.importer import import_pth, import_vector
 from value_models.store import (
     CARD_FILE,
     BaseModelCard,
@@ -20,6 +20,8 @@ from value_models.store import (
     save_head,
     shipped_heads_folder,
 )
+
+_VECTORS = (".gguf", ".safetensors")
 
 
 class HeadsCommand(Command):
@@ -56,32 +58,44 @@ class HeadsShow(HeadsCommand):
 
 
 class HeadsImport(HeadsCommand):
-    """Import a value function of the RE-Control paper's code (.pth, two or three layers)."""
+    """Import a value function of the RE-Control paper's code (.pth, two or three layers), or a steering vector (.gguf
+    of repeng or llama.cpp, .safetensors) as a linear head."""
 
     path: CliPositionalArg[Path]
     name: str
     base_model: str = Field(description="name of the language model that the head was trained on")
     description: str = ""
+    tensor: str | None = Field(
+        None, description="which vector of the file; by default the only one, or the last layer's"
+    )
+    scale: float | None = Field(None, gt=0, description="length of a step of size one over the vector's; by default 1")
 
     def cli_cmd(self) -> None:
-        layers = import_pth(self.path)
-        head = layers.head()
+        if self.path.suffix in _VECTORS:
+            vector = import_vector(self.path, self.tensor)
+            head, source = vector.head(scale=self.scale or 1.0), f"{self.path.name}, {vector.tensor}"
+            metric = f"a step of length 1 adds {self.scale or 1.0:g} times the vector, not calibrated"
+        else:
+            if self.tensor is not None or self.scale is not None:
+                raise ConfigurationError(f"tensor, scale: only with a file of vectors ({', '.join(_VECTORS)})")
+            head, source = import_pth(self.path).head(), self.path.name
+            metric = "identity, steps not calibrated"
         unknown = "unknown: imported"
         card = HeadCard(
             name=self.name,
             description=self.description or f"Imported from {self.path.name}",
-            base_model=BaseModelCard(name=self.base_model, hidden_size=layers.hidden_size),
+            base_model=BaseModelCard(name=self.base_model, hidden_size=head.hidden_size),
             architecture=architecture_card(head),
             normalisation="none",
-            metric="identity, steps not calibrated",
+            metric=metric,
             reward=unknown,
             reward_mean=0.0,
             reward_scale=1.0,
             targets=unknown,
-            data={"source": self.path.name},
+            data={"source": source},
             validation={},
             command=command_line(),
         )
         target = self.folder / self.name
         save_head(target, head, card)
-        print(f"Imported a {len(layers.weights)}-layer head of hidden size {layers.hidden_size} into {target}")
+        print(f"Imported a head of type {head.type_name} and hidden size {head.hidden_size} into {target}")

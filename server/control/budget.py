@@ -23,7 +23,7 @@ from value_models.linear import MIN_ROWS, PackedLinear
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
 _CLOSE_ENOUGH = 0.97
 # Bound on the float32 error of a divergence over a vocabulary of 50,000 (tests/control/test_budget.py).
-_ROUNDING_NATS = 2e-5
+ROUNDING_NATS = 2e-5
 # Of sums of exponentials: where the shift's peak leaves less than this, they say nothing, and no edit is safe.
 _MIN_TOTAL = 1e-30
 
@@ -128,7 +128,7 @@ def largest_scale_of_shared(
     """
     kl_R = table.divergence(base_RV)
     scale_R = torch.ones_like(kl_R)
-    rest = (~(kl_R <= max_kl_R - _ROUNDING_NATS) | (share_R != 1.0)).nonzero()[:, 0]
+    rest = (~(kl_R <= max_kl_R - ROUNDING_NATS) | (share_R != 1.0)).nonzero()[:, 0]
     if len(rest):
         held = rest.expand(MIN_ROWS) if len(rest) < MIN_ROWS else rest
         divergence = LinearDivergence(base_RV[held], share_R[held, None] * table.shift_V)
@@ -143,7 +143,7 @@ def largest_scale(divergence: Divergence, max_kl_R: Tensor) -> tuple[Tensor, Ten
     On a CPU rows that are done take no further part. On a GPU, where asking which they are would wait for the device,
     all rows take the same number of evaluations.
     """
-    limit_R = max_kl_R - _ROUNDING_NATS
+    limit_R = max_kl_R - ROUNDING_NATS
     full_kl_R = divergence(torch.ones_like(limit_R))
     fits_R = full_kl_R <= limit_R
     scale_R = fits_R.to(limit_R.dtype)

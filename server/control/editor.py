@@ -1,9 +1,8 @@
 """The edit: move controlled rows' hidden states uphill on their objectives, within both budgets, then to logits.
 
-For each group of rows (plan.py) the ascent runs in the space of the heads' first-layer units: n steps of
-z <- z + a * c(z) Gram with c = d objective / dz, and once at the end shift = a * sum_k c(z_k) ascent, which equals n
-steps in the state itself. The shift is capped relative to the state, then scaled so that the token distribution stays
-within the row's KL budget (budget.py). A row whose edit is not finite keeps its own state.
+For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
+scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
+its own state.
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
 it is told how states become logits. Enter at `StateEditor.logits`.
@@ -20,6 +19,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
 from server.control.budget import (
     GeneralDivergence,
     LinearDivergence,
@@ -29,6 +29,7 @@ from server.control.budget import (
 )
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
+from server.control.state import HELD_BY, HeldBy
 from value_models.linear import MIN_ROWS, PackedLinear
 
 Key = TypeVar("Key")
@@ -58,24 +59,11 @@ class GroupStats:
     values_after_RK: Tensor
     kl_R: Tensor
     shift_ratio_R: Tensor
-    is_budget_limited_R: Tensor
+    held_by_R: Tensor
+    """What kept a row from its whole ascent, as a place in HELD_BY; 0 is nothing."""
     is_nonfinite_R: Tensor
-
-
-@dataclass(slots=True, frozen=True)
-class _Ascent:
-    """A group's edit before the KL budget: the capped shift, and how units move with it."""
-
-    group: EditGroup
-    units_RU: Tensor
-    coefficients_RU: Tensor
-    """What the ascent rows were taken times, the cap on the shift included."""
-    share_R: Tensor
-    """How much of the ascent the cap on the shift left."""
-    shift_RD: Tensor
-    shift_ratio_R: Tensor
-    is_capped_R: Tensor
-    is_nonfinite_R: Tensor
+    is_gate_open_R: Tensor | None
+    """None where no row has a gate."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,12 +73,14 @@ class _Edit:
     The logits move by factor_R x delta, which is [R, V], or [1, V] where rows share it.
     """
 
-    ascent: _Ascent
+    ascent: Ascent
     scale_R: Tensor
     kl_R: Tensor
     factor_R: Tensor
     delta: Tensor
     is_nonfinite_R: Tensor
+    is_outside_R: Tensor | None = None
+    """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
 
 
 class StateEditor:
@@ -128,7 +118,7 @@ class StateEditor:
 
     def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], Tensor]:
         """Every group's edit, and the projection [B, V] of the unedited states."""
-        ascents = [_ascend(hidden_BD, group) for group in plan.groups]
+        ascents = [ascend(hidden_BD, group) for group in plan.groups]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
@@ -159,7 +149,7 @@ class StateEditor:
 
         return _kept(self._tables, _MAX_TABLES, (stack, coefficients), make)
 
-    def _shared_within_budget(self, ascent: _Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
+    def _shared_within_budget(self, ascent: Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
         """For rows that share their shift but for its length."""
         group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
         # A single row is held twice, and then is not the whole batch, even one of two rows.
@@ -175,13 +165,17 @@ class StateEditor:
             is_nonfinite_R=ascent.is_nonfinite_R | (not table.is_finite),
         )
 
-    def _within_budget(self, ascent: _Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
+    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
         base_RV = projected_BV[ascent.group.rows_R]
         if self._unembedding.is_linear:
             divergence = LinearDivergence(self._unembedding.finish(base_RV), delta_RV)
         else:
             divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
         scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+        objectives, is_outside_R = ascent.group.objectives, None
+        if objectives is not None and not ascent.group.stack.has_constant_slope:
+            is_outside_R = leaves_bounds(ascent, objectives, scale_R)
+            scale_R, kl_R = torch.where(is_outside_R, 0.0, scale_R), torch.where(is_outside_R, 0.0, kl_R)
         return _Edit(
             ascent=ascent,
             scale_R=scale_R,
@@ -190,6 +184,7 @@ class StateEditor:
             # Scale zero must not meet an infinite shift.
             delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
+            is_outside_R=is_outside_R,
         )
 
 
@@ -206,34 +201,6 @@ def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made
     return kept[key]
 
 
-def _ascend(hidden_BD: Tensor, group: EditGroup) -> _Ascent:
-    stack = group.stack
-    hidden_RD = hidden_BD[group.rows_R].float()
-    start_RU = stack.inputs(hidden_RD)
-    units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
-    for step in range(group.max_steps):
-        _, slopes = stack.readout(units_RU)
-        weighted_RU = torch.cat([slope * group.slope_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
-        size_R1 = torch.where(step < group.steps_R, group.step_size_R, 0.0)[:, None]
-        coefficients_RU = coefficients_RU + size_R1 * weighted_RU
-        units_RU = start_RU + stack.gram(coefficients_RU)
-    shift_RD = stack.ascent(coefficients_RU)
-    ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
-    is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
-    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
-    keep_R1 = ~is_nonfinite_R[:, None]
-    return _Ascent(
-        group=group,
-        units_RU=start_RU,
-        share_R=torch.where(is_nonfinite_R, 0.0, cap_R),
-        coefficients_RU=torch.where(keep_R1, coefficients_RU * cap_R[:, None], 0.0),
-        shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
-        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),
-        is_capped_R=cap_R < 1.0,
-        is_nonfinite_R=is_nonfinite_R,
-    )
-
-
 def _stats(edit: _Edit) -> GroupStats:
     ascent, scale_R = edit.ascent, edit.scale_R
     stack = ascent.group.stack
@@ -246,6 +213,24 @@ def _stats(edit: _Edit) -> GroupStats:
         # No shift, no divergence: what is left of it would be rounding.
         kl_R=torch.where(ascent.shift_ratio_R > 0, edit.kl_R, 0.0),
         shift_ratio_R=ascent.shift_ratio_R * scale_R,
-        is_budget_limited_R=(scale_R < 1.0) | ascent.is_capped_R,
+        held_by_R=_held_by(edit, after_RK),
         is_nonfinite_R=edit.is_nonfinite_R,
+        is_gate_open_R=ascent.is_gate_open_R,
     )
+
+
+def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:
+    """Of all that holds a row, what comes first in HeldBy."""
+    group, ascent = edit.ascent.group, edit.ascent
+    max_kl_R = HELD_BY.index(HeldBy.MAX_KL) if group.kl_held_R is None else group.kl_held_R
+    held_by_R = torch.where(edit.scale_R < 1.0, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)
+    held_by_R = torch.where(edit.is_nonfinite_R, 0, held_by_R)
+    if group.objectives is not None:
+        is_free_R = held_by_R == 0 if edit.is_outside_R is None else (held_by_R == 0) | edit.is_outside_R
+        level_R = group.objectives.levels_held(after_RK, edit.is_outside_R, TOLERANCE)
+        held_by_R = torch.where(is_free_R, level_R, held_by_R)
+    if ascent.is_gate_open_R is not None:
+        held_by_R = torch.where(ascent.is_gate_open_R, held_by_R, HELD_BY.index(HeldBy.GATE))
+    if group.held_R is not None:
+        held_by_R = torch.where(group.held_R == 0, held_by_R, group.held_R)
+    return held_by_R

@@ -1,23 +1,27 @@
 """Which rows of a step are controlled, and how: rows grouped by what they can share.
 
-Rows with the same heads run through the same few matrix products, whatever their weights, steps and budgets are. When
-all of those heads are linear, an ascent is the same shift in every state, and on a CPU rows are grouped by that too: by
-what their weights, step size and steps come to. Such a group shares most of its work, but there is one for each
-distinct control. A plan stays valid while the step's rows stay the same. Knows nothing of models or sampling. Enter at
-`EditPlan.from_rows`.
+Rows with the same heads run through the same few matrix products, whatever their objectives and budgets are. When all
+of those heads are linear and the objective is a weighted sum, an ascent is the same shift in every state, and on a CPU
+rows are grouped by that too: by what their weights, step size and steps come to. Such a group shares most of its work,
+but there is one for each distinct control. A plan stays valid while the step's rows stay the same; what changes from
+token to token (gate, window, schedule, what is left of a response's budget) is filled in by `EditPlan.at`, for the rows
+that have any of it. Knows nothing of models or sampling. Enter at `EditPlan.from_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.control.objectives import Objective
+from server.control.conditions import Gate, Schedule, Window
+from server.control.objective_rows import ObjectiveRows
+from server.control.objectives import Objective, WeightedSum
 from server.control.registry import HeadRegistry, HeadStack
+from server.control.state import HELD_BY, ControlState, HeldBy
 
 
 class RowControl(Protocol):
@@ -26,6 +30,8 @@ class RowControl(Protocol):
     @property
     def objective(self) -> Objective: ...
     @property
+    def head_names(self) -> tuple[str, ...]: ...
+    @property
     def step_size(self) -> float: ...
     @property
     def steps(self) -> int: ...
@@ -33,6 +39,31 @@ class RowControl(Protocol):
     def max_kl(self) -> float: ...
     @property
     def max_shift(self) -> float: ...
+    @property
+    def max_response_kl(self) -> float | None: ...
+    @property
+    def gate(self) -> Gate | None: ...
+    @property
+    def window(self) -> Window | None: ...
+    @property
+    def schedule(self) -> Schedule | None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class GateRows:
+    """The gates of R rows; one without a gate is open."""
+
+    head_R: Tensor
+    level_R: Tensor
+    side_R: Tensor
+    hysteresis_R: Tensor
+    is_gated_R: Tensor
+    was_open_R: Tensor
+
+    def is_open(self, rewards_RK: Tensor) -> Tensor:
+        """At values before the edit, in reward units."""
+        beyond_R = self.side_R * (rewards_RK.gather(1, self.head_R[:, None])[:, 0] - self.level_R)
+        return ~self.is_gated_R | (beyond_R < 0) | (self.was_open_R & (beyond_R < self.hysteresis_R))
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,14 +77,41 @@ class EditGroup:
     stack: HeadStack
     rows: tuple[int, ...]
     rows_R: Tensor
-    slope_RK: Tensor
-    """d objective / d standardised value; constant, since every objective so far is linear in its values."""
+    controls: tuple[RowControl, ...]
+    """Of the held rows."""
+    weights_RK: Tensor
+    """d objective / d standardised value of weighted sums; zero for other objectives."""
+    objectives: ObjectiveRows | None
+    """None when all are weighted sums, whose slope is constant."""
     step_size_R: Tensor
     steps_R: Tensor
     max_steps: int
     max_kl_R: Tensor
     max_shift_R: Tensor
     coefficients: tuple[float, ...] | None
+    is_paced: bool
+    """Whether something of a row changes from token to token."""
+    gates: GateRows | None = None
+    held_R: Tensor | None = None
+    """What holds a row before its values are known, as a place in HELD_BY, 0 for nothing."""
+    kl_held_R: Tensor | None = None
+    """Which budget `max_kl_R` is, likewise; None when each is the token's own."""
+
+    def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
+        """The group with what the rows' states make of it."""
+        device, held = self.rows_R.device, self.rows * (len(self.controls) // len(self.rows))
+        pairs = [(control, state_of(row)) for control, row in zip(self.controls, held, strict=True)]
+        strengths, reasons = zip(*(_strength(control, state.num_tokens) for control, state in pairs), strict=True)
+        sizes = [_steps(self.stack, c)[1] * strength for c, strength in zip(self.controls, strengths, strict=True)]
+        max_kls, kl_reasons = zip(*(_max_kl(control, state) for control, state in pairs), strict=True)
+        return replace(
+            self,
+            step_size_R=torch.tensor(sizes, device=device),
+            max_kl_R=torch.tensor(max_kls, device=device),
+            gates=_gates(self.stack, pairs, device),
+            held_R=torch.tensor([HELD_BY.index(reason) for reason in reasons], device=device),
+            kl_held_R=torch.tensor([HELD_BY.index(reason) for reason in kl_reasons], device=device),
+        )
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,24 +126,72 @@ class EditPlan:
         members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
-                stack = registry.stack(control.objective.head_names)
+                stack = registry.stack(control.head_names)
                 is_shared = stack.has_constant_slope and torch.device(device).type == "cpu"
                 key = (stack, _coefficients(stack, control) if is_shared else None)
                 members.setdefault(key, []).append(index)
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
 
+    def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
+        """The plan for the token that comes next, given the states of the step's rows; asks for those it needs."""
+        if not any(group.is_paced for group in self.groups):
+            return self
+        return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
-def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...]:
+
+def _is_paced(control: RowControl) -> bool:
+    return any(part is not None for part in (control.gate, control.window, control.schedule, control.max_response_kl))
+
+
+def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | None:
+    """What the ascent rows are taken times, where neither state nor token changes it."""
+    if not isinstance(control.objective, WeightedSum) or _is_paced(control):
+        return None
     steps, size = _steps(stack, control)
-    slope_1K = control.objective.slope(torch.zeros(1, len(stack.names)))
-    return tuple((torch.tensor(size * steps) * slope_1K)[0].tolist())
+    return tuple((torch.tensor(size * steps) * torch.tensor(_weights(stack, control))).tolist())
+
+
+def _weights(stack: HeadStack, control: RowControl) -> list[float]:
+    objective = control.objective
+    weights = objective.weights if isinstance(objective, WeightedSum) else {}
+    return [weights.get(name, 0.0) for name in stack.names]
 
 
 def _steps(stack: HeadStack, control: RowControl) -> tuple[int, float]:
-    """Number and size of the steps; where the slope is constant, n steps are one of n times the size."""
+    """Number and size of the steps; where all heads are linear, n steps are one of n times the size."""
     # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
     steps = 0 if control.objective.is_null or control.step_size == 0 else control.steps
     return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
+
+
+def _strength(control: RowControl, token: int) -> tuple[float, HeldBy | None]:
+    if control.window is not None and not control.window.holds(token):
+        return 0.0, HeldBy.WINDOW
+    strength = 1.0 if control.schedule is None else control.schedule.strength(token)
+    return strength, HeldBy.SCHEDULE if strength == 0 else None
+
+
+def _max_kl(control: RowControl, state: ControlState) -> tuple[float, HeldBy]:
+    if control.max_response_kl is None or control.max_kl <= (left := control.max_response_kl - state.nats_spent):
+        return control.max_kl, HeldBy.MAX_KL
+    return left, HeldBy.MAX_RESPONSE_KL
+
+
+def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], device: torch.device) -> GateRows | None:
+    gates = [control.gate for control, _ in pairs]
+    if not any(gates):
+        return None
+    rows = [(0, 0.0, 1.0, 0.0) if g is None else (stack.names.index(g.head), g.level, g.side, g.hysteresis)
+            for g in gates]  # fmt: skip
+    heads, levels, sides, bands = zip(*rows, strict=True)
+    return GateRows(
+        head_R=torch.tensor(heads, device=device),
+        level_R=torch.tensor(levels, device=device),
+        side_R=torch.tensor(sides, device=device),
+        hysteresis_R=torch.tensor(bands, device=device),
+        is_gated_R=torch.tensor([gate is not None for gate in gates], device=device),
+        was_open_R=torch.tensor([state.is_gate_open for _, state in pairs], device=device),
+    )
 
 
 def _group(
@@ -96,18 +202,25 @@ def _group(
 ) -> EditGroup:
     stack, coefficients = key
     held = indices * 2 if len(indices) == 1 else indices
-    controls = [control for i in held if (control := rows[i]) is not None]
+    controls = tuple(control for i in held if (control := rows[i]) is not None)
     steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
-    zeros_1K = torch.zeros(1, len(stack.names), device=device)
-    return EditGroup(
+    objectives = [control.objective for control in controls]
+    is_constant = all(isinstance(objective, WeightedSum) for objective in objectives)
+    group = EditGroup(
         stack=stack,
         rows=tuple(indices),
         rows_R=torch.tensor(held, device=device),
-        slope_RK=torch.cat([c.objective.slope(zeros_1K) for c in controls]),
+        controls=controls,
+        weights_RK=torch.tensor([_weights(stack, control) for control in controls], device=device),
+        objectives=None
+        if is_constant
+        else ObjectiveRows.of(objectives, stack.names, stack.reward_mean_K, stack.reward_scale_K),
         step_size_R=torch.tensor(sizes, device=device),
         steps_R=torch.tensor(steps, device=device),
         max_steps=max(steps),
         max_kl_R=torch.tensor([c.max_kl for c in controls], device=device),
         max_shift_R=torch.tensor([c.max_shift for c in controls], device=device),
         coefficients=coefficients,
+        is_paced=any(map(_is_paced, controls)),
     )
+    return group.at(lambda _: ControlState()) if group.is_paced else group

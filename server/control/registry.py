@@ -56,6 +56,19 @@ class HeadStack:
         parts = [head.readout(units_RU[:, span]) for head, span in zip(self.heads, self.spans, strict=True)]
         return torch.stack([value_R for value_R, _ in parts], dim=1), [slope for _, slope in parts]
 
+    def effects(self, slopes: Sequence[Tensor]) -> Tensor:
+        """How a step of length one along each head's ascent moves every value: of value l along head k, [R, K, K].
+
+        `slopes` are the heads' own, as `readout` gives them.
+        """
+        num_rows, num_heads = slopes[0].shape[0], len(self.heads)
+        steps_RKU = slopes[0].new_zeros(num_rows, num_heads, self.spans[-1].stop)
+        for k, span in enumerate(self.spans):
+            steps_RKU[:, k, span] = slopes[k]
+        moved_RKU = self.gram(steps_RKU)
+        changes = [(moved_RKU[:, :, span] * slopes[k][:, None]).sum(dim=-1) for k, span in enumerate(self.spans)]
+        return torch.stack(changes, dim=2)
+
     def rewards(self, standardised_RK: Tensor) -> Tensor:
         """Standardised values in reward units, [R, K]."""
         return self.reward_mean_K + self.reward_scale_K * standardised_RK

@@ -5,12 +5,12 @@ Knows no torch and no HTTP. Enter at `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from server.errors import InvalidRequestError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+from server.errors import InvalidRequestError, UnknownHeadError
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenEdit
 
 
 @dataclass(slots=True, frozen=True)
@@ -138,3 +138,11 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequestError(
                 f"{param}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}", param=param
             )
+
+
+def check_heads(control: ControlParams | None, heads: Collection[str]) -> None:
+    """Raises UnknownHeadError, which tells the field, for a name that is none of `heads`."""
+    if control is not None:
+        for name, param in control.named_heads.items():
+            if name not in heads:
+                raise UnknownHeadError(name, heads, param=param)

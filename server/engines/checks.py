@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from server.engines.base import check_token_ids
-from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
+from server.engines.base import check_heads, check_token_ids
+from server.errors import ContextLengthError, InvalidRequestError
 from server.types import GenerationRequest
 
 
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
-    if request.control is not None:
-        for name in request.control.objective.head_names:
-            if name not in heads:
-                raise UnknownHeadError(name, heads, param="control.objective.weights")
+    check_heads(request.control, heads)
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequestError("prompt: must hold at least one token", param="prompt")

@@ -115,8 +115,8 @@ class FakeEngine:
         matcher = StopMatcher(sampling.stop)
         edit = None
         if request.control is not None:
-            values = dict.fromkeys(request.control.objective.head_names, 0.5)
-            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, is_budget_limited=False, is_nonfinite=False)
+            values = dict.fromkeys(request.control.head_names, 0.5)
+            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, held_by=None, is_nonfinite=False)
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
         reason = FinishReason.LENGTH if sampling.max_tokens == 0 else None
         if reason is not None:
@@ -139,6 +139,8 @@ class FakeEngine:
             text = matcher.flush() if is_end else matcher.add(chr(token_id))
             if is_end or matcher.has_stopped:
                 reason = FinishReason.STOP
+            elif _breaks_guardrail(request, edit):
+                reason, text = FinishReason.GUARDRAIL, text + matcher.flush()
             elif position + 1 == sampling.max_tokens:
                 reason, text = FinishReason.LENGTH, text + matcher.flush()
             if position == self._fail_after:
@@ -177,12 +179,16 @@ class FakeEngine:
         return TokenLogprob(token_id, chr(token_id), -2.0, top)
 
 
+def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:
+    return request.control is not None and edit is not None and request.control.breaks_guardrail(edit.value_after)
+
+
 def _summary(edit: TokenEdit | None) -> ControlSummary | None:
     if edit is None:
         return None
     return ControlSummary(
         edit.value_before, edit.value_after, mean_shift=0.0, mean_kl=0.0, max_kl=0.0, controlled_share=0.0,
-        nonfinite_edits=0,
+        held_share={}, nonfinite_edits=0,
     )  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def test_continuous_usage_grows_with_every_event(client: TestClient) -> None:
 def test_control_is_summarised_on_the_choice_and_absent_without_control(client: TestClient) -> None:
     (choice,) = complete(client, control=CONTROL).json()["choices"]
     assert set(choice["control"]) == {
-        "value_before", "value_after", "mean_shift", "mean_kl", "max_kl", "controlled_share", "nonfinite_edits"
+        "value_before", "value_after", "mean_shift", "mean_kl", "max_kl", "controlled_share", "held_share",
+        "nonfinite_edits",
     }  # fmt: skip
     assert "control" not in complete(client).json()["choices"][0]
     streamed = events(complete(client, control=CONTROL, stream=True))
@@ -160,7 +161,8 @@ def test_a_trace_tells_what_control_did_to_each_token_streamed_and_not(client: T
     for choice in body["choices"]:
         assert len(choice["control_trace"]) == 4
         entry = choice["control_trace"][0]
-        assert set(entry) >= {"token_id", "value_before", "value_after", "kl", "shift_ratio", "is_nonfinite"}
+        assert set(entry) == {"token_id", *TokenEdit.__dataclass_fields__}
+        assert (entry["held_by"], entry["is_gate_open"]) == (None, True)
     streamed: dict[int, list[Any]] = {}
     for event in events(send(client, stream=True, **options)):
         for choice in event["choices"]:
@@ -171,9 +173,22 @@ def test_a_trace_tells_what_control_did_to_each_token_streamed_and_not(client: T
 
 
 def test_figures_that_are_not_finite_are_null(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = TokenEdit({"positive": math.nan}, {"positive": math.inf}, 0.0, 0.0, False, is_nonfinite=True)
+    broken = TokenEdit({"positive": math.nan}, {"positive": math.inf}, math.nan, math.inf, None, is_nonfinite=True)
     monkeypatch.setattr(fake, "TokenEdit", lambda *_, **__: broken)
     for stream in (False, True):
         response = complete(client, control={**CONTROL, "trace": True}, max_tokens=2, stream=stream)
         assert response.status_code == 200
         assert response.text.count('"value_after":{"positive":null}') == 3
+        assert response.text.count('"kl":null,"shift_ratio":null') == 2
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_a_guardrail_ends_a_response_with_its_own_reason_which_is_counted(client: TestClient, send: Any) -> None:
+    guarded = {"control": {**CONTROL, "stop_below": {"plain": 0.6}}, "max_tokens": 4}
+    whole = send(client, **guarded).json()
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["guardrail"]
+    assert whole["usage"]["completion_tokens"] == 1
+    assert set(whole["choices"][0]["control"]["value_after"]) == {"positive", "plain"}
+    streamed = events(send(client, stream=True, **guarded))
+    assert [c["finish_reason"] for e in streamed for c in e["choices"] if c["finish_reason"]] == ["guardrail"]
+    assert 'finished_reason="guardrail",model_name="fake"} 2.0' in client.get("/metrics").text

@@ -50,7 +50,31 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("control.steps", {"steps": v}) for v in [101, 1.5, *BAD_NUMBERS]],
     *[("control.max_kl", {"max_kl": v}) for v in [0, 0.51, None, *BAD_NUMBERS]],
     *[("control.max_shift", {"max_shift": v}) for v in [0, 2.01, *BAD_NUMBERS]],
-    ("control.gate", {"gate": 1}),
+    ("control.objective.type", {"objective": {"type": 3, "weights": {"plain": 1}}}),
+    ("control.objective.values", {"objective": {"type": "target"}}),
+    *[
+        ("control.objective.values.plain", {"objective": {"type": "target", "values": {"plain": v}}})
+        for v in [1e308, True, "1"]
+    ],
+    ("control.objective.floors", {"objective": {"type": "floor", "weights": {"plain": 1.0}}}),
+    ("control.objective.weights.plain", {"objective": {"type": "worst_case", "weights": {"plain": 0}}}),
+    *[("control.max_response_kl", {"max_response_kl": v}) for v in [0, 1e9, *BAD_NUMBERS]],
+    *[
+        ("control.gate", {"gate": v})
+        for v in [
+            1,
+            {},
+            {"head": "plain"},
+            {"head": "plain", "below": 0, "above": 1},
+            {"head": "plain", "below": 0, "hysteresis": -1},
+        ]
+    ],
+    *[("control.stop_below", {"stop_below": v}) for v in [{}, 3, {"plain": "1"}, {"plain": 1e308}]],
+    *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
+    *[("control.schedule.type", {"schedule": v}) for v in [{}, {"type": "sine"}]],
+    *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
+    *[("control.schedule.to", {"schedule": {"type": "cosine", "tokens": 3, "to": v}}) for v in [2, *BAD_NUMBERS]],
+    *[("control.schedule.half_life", {"schedule": {"type": "exponential", "half_life": v}}) for v in [0, "1", None]],
     ("control", 3),
 ]
 
@@ -129,6 +153,24 @@ def test_an_unknown_head_is_a_404_that_lists_the_known(client: TestClient, head:
     assert "plain, positive" in response.json()["error"]["message"]
     assert complete(client, model=f"fake@{head}").status_code == 404
     assert client.get(f"/v1/heads/{head}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("field", "control"),
+    [
+        ("control.objective.values", {"objective": {"type": "target", "values": {"nobody": 1.0}}}),
+        (
+            "control.objective.floors",
+            {"objective": {"type": "floor", "weights": {"plain": 1.0}, "floors": {"nobody": 1.0}}},
+        ),
+        ("control.stop_below", {"objective": {"weights": {"plain": 1.0}}, "stop_below": {"nobody": 0.0}}),
+        ("control.gate.head", {"objective": {"weights": {"plain": 1.0}}, "gate": {"head": "nobody", "below": 0.0}}),
+    ],
+)
+def test_an_unknown_head_is_named_by_its_field(client: TestClient, field: str, control: dict[str, Any]) -> None:
+    response = complete(client, control=control)
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == field
 
 
 @pytest.mark.parametrize("path", ["../etc/passwd", "/etc/passwd", "http://x/y"])

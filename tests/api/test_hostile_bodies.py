@@ -64,9 +64,27 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
         ("/v1/completions", {"prompt": "x", "stream_options": {"x": 1}}, "stream_options.x", "include_usage, contin"),
         (
             "/v1/completions",
-            {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gate": 1}},
-            "control.gate",
-            "objective, step_size, steps, max_kl, max_shift, trace.",
+            {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gates": 1}},
+            "control.gates",
+            "objective, step_size, steps, max_kl, max_shift, max_response_kl, gate, window, schedule",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "x", "control": {"objective": {"type": "target", "values": {"plain": 1.0}, "weights": {}}}},
+            "control.objective.weights",
+            "type, values.",
+        ),
+        (
+            "/v1/completions",
+            {
+                "prompt": "x",
+                "control": {
+                    "objective": {"weights": {"plain": 1.0}},
+                    "schedule": {"type": "exponential", "half_life": 3.0, "to": 0.5},
+                },
+            },
+            "control.schedule.to",
+            "type, half_life.",
         ),
         (
             "/v1/completions",

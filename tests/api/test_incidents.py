@@ -168,11 +168,27 @@ def test_nothing_that_a_request_reaches_can_unpickle_or_run_code() -> None:
                 assert ast.unparse(node.func) not in {"torch.load", "eval", "exec", "compile", "__import__"}, path
 
 
+NAMING_FIELDS = {
+    "control.objective.weights", "control.objective.values", "control.objective.floors", "control.gate.head",
+    "control.stop_below",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["../plain", "/etc/passwd", "http://a/b", "a\x00b", "..", "plain/../plain"])
 def test_a_head_is_a_name_and_never_a_path(make_embedded_app: Callable[..., FastAPI], name: str) -> None:
     """CVE-2025-62164 (vLLM), CVE-2026-7304 (SGLang): files named by requests."""
     with TestClient(make_embedded_app()) as client:
-        assert complete(client, model="tiny", control={"objective": {"weights": {name: 1.0}}}).status_code == 404
+        for control in (
+            {"objective": {"weights": {name: 1.0}}},
+            {"objective": {"type": "worst_case", "weights": {name: 1.0}}},
+            {"objective": {"type": "target", "values": {name: 1.0}}},
+            {"objective": {"type": "floor", "weights": {"plain": 1.0}, "floors": {name: 1.0}}},
+            {"objective": {"weights": {"plain": 1.0}}, "gate": {"head": name, "below": 1.0}},
+            {"objective": {"weights": {"plain": 1.0}}, "stop_below": {name: 1.0}},
+        ):
+            response = complete(client, model="tiny", control=control)
+            assert response.status_code == 404
+            assert response.json()["error"]["param"] in NAMING_FIELDS
         assert complete(client, model=f"tiny@{name}").status_code == 404
         assert complete(client, model="tiny", prompt_embeds="gASVAAAA").json()["error"]["param"] == "prompt_embeds"
 
@@ -300,6 +316,11 @@ CHOICES: dict[str, list[Any]] = {
         {"objective": {"weights": {"positive": 10, "plain": -10}}, "steps": 100, "step_size": 10, "max_shift": 2},
         {"objective": {"weights": {"positive": -1e-300}}, "steps": 0, "max_kl": 1e-300},
         {"objective": {"weights": {"plain": 1}}, "trace": True},
+        {"objective": {"type": "worst_case", "weights": {"positive": 10, "plain": -10}}, "max_response_kl": 1e-300},
+        {"objective": {"type": "target", "values": {"positive": 1e6}}, "gate": {"head": "plain", "above": -1e6}},
+        {"objective": {"type": "floor", "weights": {"plain": 1}, "floors": {"positive": -1e6}}, "window": {"start": 2}},
+        {"objective": {"weights": {"plain": 1}}, "schedule": {"type": "linear", "tokens": 1}, "trace": True},
+        {"objective": {"weights": {"plain": 1}}, "stop_below": {"positive": 1e6}},
     ],
 }
 

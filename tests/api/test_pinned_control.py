@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_a_caller_that_names_a_pinned_head_is_told_so(seen: tuple[TestClient, li
     client, _ = seen
     response = complete(client, control={"objective": {"weights": {"plain": -10.0}}})
     assert response.status_code == 400
-    assert "this server pins the weight of plain" in response.json()["error"]["message"]
+    assert "this server pins plain" in response.json()["error"]["message"]
     shown = {head["id"]: head["is_pinned"] for head in client.get("/v1/heads").json()["data"]}
     assert shown == {"positive": False, "plain": True}
 
@@ -120,13 +119,127 @@ def test_pinned_heads_count_among_the_heads_that_a_request_may_name(
         assert "at most 7 others" in response.json()["error"]["message"]
 
 
-def test_what_could_hold_back_pinned_heads_is_refused() -> None:
-    gated = ControlParams.model_construct(_fields_set={"objective", "gate"}, **control({"a": 1.0}).__dict__)
-    with pytest.raises(InvalidRequestError, match=r"control\.gate: not allowed here"):
-        with_pinned(gated, PINNED)
-    objective = SimpleNamespace(type="worst_case", weights={"a": 1.0}, head_names=("a",))
+HOLDING_BACK: dict[str, dict[str, Any]] = {
+    "control.gate": {"gate": {"head": "positive", "below": -1e6}},
+    "control.window": {"window": {"start": 2**31}},
+    "control.schedule": {"schedule": {"type": "exponential", "half_life": 1e-9}},
+    "control.max_response_kl": {"max_response_kl": 1e-9},
+    "control.objective.type": {"objective": {"type": "worst_case", "weights": {"positive": 1.0}}},
+    "control.objective.weights": {"objective": {"weights": {"positive": 1.0, "plain": -10.0}}},
+}
+OTHER_OBJECTIVES: list[dict[str, Any]] = [
+    {"type": "worst_case", "weights": {"plain": 1.0}},
+    {"type": "target", "values": {"plain": 1.0}},
+    {"type": "floor", "weights": {"plain": 1.0}, "floors": {"plain": 1.0}},
+]
+
+
+@pytest.mark.parametrize("field", HOLDING_BACK)
+def test_what_could_hold_back_pinned_heads_is_refused_by_name(
+    seen: tuple[TestClient, list[GenerationRequest]], field: str
+) -> None:
+    client, requests = seen
+    response = complete(client, control={"objective": {"weights": {"positive": 1.0}}, **HOLDING_BACK[field]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert not requests
+
+
+@pytest.mark.parametrize("objective", OTHER_OBJECTIVES)
+def test_only_weighted_sums_can_be_put_together(make_app: Callable[..., FastAPI], objective: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="only weighted_sum"):
-        with_pinned(ControlParams.model_construct(_fields_set={"objective"}, objective=objective), PINNED)
+        with_pinned(ControlParams.model_validate({"objective": objective}), PINNED)
+    with pytest.raises(ConfigurationError, match="only a weighted_sum"):
+        make_app(settings={"pinned_control": json.dumps({"objective": objective})})
+
+
+def test_every_field_of_control_is_put_together_or_refused() -> None:
+    told = {field.removeprefix("control.").partition(".")[0] for field in HOLDING_BACK}
+    composed = {"step_size", "steps", "max_kl", "max_shift", "stop_below", "trace"}
+    assert told | composed == set(ControlParams.model_fields)
+
+
+def test_a_field_that_is_null_asks_for_nothing() -> None:
+    nothing = dict.fromkeys(("gate", "window", "schedule", "max_response_kl", "stop_below"))
+    asked = ControlParams.model_validate({"objective": {"weights": {"a": 1.0}}, **nothing})
+    assert with_pinned(asked, PINNED) == with_pinned(control({"a": 1.0}), PINNED)
+
+
+def test_a_trace_is_the_callers_own() -> None:
     traced = with_pinned(control({"a": 1.0}, trace=True), PINNED)
     assert traced is not None
     assert traced.trace
+
+
+def test_the_bounds_of_both_guardrails_hold() -> None:
+    pinned = PINNED.model_copy(update={"stop_below": {"calm": 0.0, "safe": 0.5}})
+    bounds = {"a": 0.1, "plain": 0.2, "calm": -1.0, "safe": 0.7}
+    asked = ControlParams.model_validate({"objective": {"weights": {"a": 1.0}}, "stop_below": bounds})
+    for controls, expected in (
+        ((asked, pinned), {"a": 0.1, "plain": 0.2, "calm": 0.0, "safe": 0.7}),
+        ((asked, PINNED), bounds),
+        ((control({"a": 1.0}), pinned), pinned.stop_below),
+        ((control({"a": 1.0}), PINNED), None),
+    ):
+        merged = with_pinned(*controls)
+        assert merged is not None
+        assert merged.stop_below == expected
+
+
+GATED: dict[str, Any] = {
+    "objective": {"weights": {"plain": 1.0}}, "gate": {"head": "calm", "below": 0.5}, "window": {"end": 9},
+    "schedule": {"type": "linear", "tokens": 8}, "stop_below": {"safe": 0.1},
+}  # fmt: skip
+
+
+def test_pinned_conditions_stay_and_hold_for_callers_too() -> None:
+    pinned = ControlParams.model_validate(GATED)
+    merged = with_pinned(control({"a": 1.0}), pinned)
+    assert merged is not None
+    for field in ("gate", "window", "schedule", "stop_below"):
+        assert getattr(merged, field) == getattr(pinned, field)
+
+
+def test_a_head_that_a_pinned_gate_or_guardrail_watches_is_not_for_callers_to_steer(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    app = make_app(settings={"pinned_control": json.dumps(GATED)}, heads=["plain", "calm", "safe", "positive"])
+    with TestClient(app) as client:
+        assert complete(client).status_code == 200
+        assert complete(client, model="fake@positive").status_code == 200
+        for head in ("calm", "safe"):
+            named = complete(client, control={"objective": {"weights": {head: 1.0}}})
+            assert (named.status_code, named.json()["error"]["param"]) == (400, "control.objective.weights")
+            chosen = complete(client, model=f"fake@{head}")
+            assert (chosen.status_code, chosen.json()["error"]["param"]) == (400, "model")
+            assert client.get(f"/v1/heads/{head}").json()["is_pinned"]
+
+
+@pytest.mark.parametrize("missing", ["plain", "calm", "safe"])
+def test_every_head_that_pinned_control_names_must_be_there(make_app: Callable[..., FastAPI], missing: str) -> None:
+    heads = [head for head in ("plain", "calm", "safe") if head != missing]
+    app = make_app(settings={"pinned_control": json.dumps(GATED)}, heads=heads)
+    with pytest.raises(ConfigurationError, match=f"no head {missing}"), TestClient(app):
+        pass
+
+
+def test_a_head_that_a_pinned_gate_or_guardrail_watches_is_not_unloaded(make_app: Callable[..., FastAPI]) -> None:
+    settings = {"pinned_control": json.dumps(GATED), "management_keys": "Manager-0123456789"}
+    headers = {"Authorization": "Bearer Manager-0123456789"}
+    with TestClient(make_app(settings=settings, heads=["plain", "calm", "safe"])) as client:
+        for head in ("plain", "calm", "safe"):
+            assert client.post(f"/v1/management/heads/{head}/unload", headers=headers).status_code == 409
+
+
+def test_a_budget_that_callers_could_use_up_is_not_pinned(make_app: Callable[..., FastAPI]) -> None:
+    pinned = json.dumps({"objective": {"weights": {"plain": 1.0}}, "max_response_kl": 4.0})
+    with pytest.raises(ConfigurationError, match="max_response_kl"):
+        make_app(settings={"pinned_control": pinned})
+
+
+def test_heads_of_a_guardrail_count_too(make_app: Callable[..., FastAPI]) -> None:
+    names = [f"h{i}" for i in range(9)]
+    pinned = json.dumps({"objective": {"weights": {"h0": 1.0}}})
+    asked = {"objective": {"weights": {"h1": 1.0}}, "stop_below": dict.fromkeys(names[2:9], 0.0)}
+    with TestClient(make_app(settings={"pinned_control": pinned}, heads=names)) as client:
+        response = complete(client, control=asked)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "control.stop_below")

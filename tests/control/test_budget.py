@@ -130,4 +130,4 @@ def test_the_error_of_a_divergence_is_within_the_margin_that_budgets_leave() -> 
         base, shift = torch.randn(16, 50_000) * 3, torch.randn(50_000) * size
         truth = exact_kl(base, shift.expand(16, -1), torch.ones(16))
         for kl in (LinearDivergence(base, shift.expand(16, -1))(torch.ones(16)), ShiftTable(shift).divergence(base)):
-            assert (truth - kl.double()).max() < budget_module._ROUNDING_NATS / 2
+            assert (truth - kl.double()).max() < budget_module.ROUNDING_NATS / 2

@@ -94,7 +94,7 @@ def test_the_loop_over_units_equals_steps_in_the_state(registry: HeadRegistry, h
     params = control({name: -0.7}, step_size=0.01, steps=9, max_kl=0.5, max_shift=2.0)
     edited, (stats,) = EDITOR.edit(hidden, plan_of(registry, [params] * 7))
     head = registry.stack((name,)).heads[0]
-    assert not stats.is_budget_limited_R.any()
+    assert not stats.held_by_R.any()
     for i in range(7):
         torch.testing.assert_close(edited[i], naive_ascent(head, hidden[i], params, -0.7), rtol=1e-4, atol=1e-4)
 
@@ -229,7 +229,7 @@ def test_sharing_a_shift_changes_nothing_but_rounding(registry: HeadRegistry, hi
     (shared_BV, (shared,)), (alone_BV, (other,)) = EDITOR.logits(hidden, plan), EDITOR.logits(hidden, alone)
     torch.testing.assert_close(shared_BV, alone_BV, atol=0.02, rtol=0.02)
     torch.testing.assert_close(shared.kl_R, other.kl_R, rtol=0.05, atol=1e-5)
-    assert shared.is_budget_limited_R.tolist() == other.is_budget_limited_R.tolist()
+    assert shared.held_by_R.tolist() == other.held_by_R.tolist()
 
 
 def test_more_distinct_shifts_than_are_kept_give_each_row_its_own(registry: HeadRegistry, hidden: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.control.objectives import WeightedSum
 from server.engines import create_engine
 from server.engines.base import NullObserver
 from server.engines.fake import FakeEngine
@@ -97,3 +98,12 @@ async def test_the_text_depends_on_seed_choice_and_prompt_and_on_nothing_else(en
     two = await everything(engine, ask(num_choices=2))
     assert text(two) == text(await everything(engine, ask()))
     assert len({text(two), text(two, 1), text(await everything(engine, ask(seed=2)))}) == 3
+
+
+async def test_a_guardrail_ends_a_choice_with_its_own_reason(engine: FakeEngine) -> None:
+    objective = WeightedSum(weights={"plain": 1.0})
+    for bound, reason in ((0.6, FinishReason.GUARDRAIL), (0.4, FinishReason.LENGTH)):
+        control = ControlParams(objective=objective, stop_below={"plain": bound})
+        chunks = await everything(engine, ask(max_tokens=4, control=control))
+        assert chunks[-1].finish_reason is reason
+        assert len(chunks) == (1 if reason is FinishReason.GUARDRAIL else 4)

@@ -15,6 +15,7 @@ from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import HeadMismatchError, UnknownHeadError
 from server.settings import Settings
+from server.types import ControlParams, FinishReason
 from tests.conftest import control, random_head
 from tests.engines.test_contract import ask, everything, write_heads
 from value_models.heads import ValueHead
@@ -82,6 +83,33 @@ async def test_unloading_lets_the_requests_that_run_under_the_head_end_first(emb
     assert got == expected
     assert embedded._core is not None
     assert embedded._core.registry.names == ("plain",)
+
+
+WATCHED: list[dict[str, Any]] = [{"gate": {"head": "plain", "below": 1e6}}, {"stop_below": {"plain": -1e6}}]
+
+
+@pytest.mark.parametrize("watching", WATCHED)
+async def test_a_head_that_a_gate_or_guardrail_watches_stays_until_its_requests_have_ended(
+    embedded: EmbeddedEngine, folder: Path, load_tiny: Callable[..., Any], watching: dict[str, Any]
+) -> None:
+    steer = ControlParams.model_validate({"objective": {"weights": {"positive": 1.0}}, **STEER, **watching})
+    request = ask(control=steer, sampling={"max_tokens": 60, "ignore_eos": True})
+    expected = [c.token_ids for c in await everything(embedded, request)]
+    stream = embedded.generate(request)
+    got = [(await anext(stream)).token_ids]
+    unloading = asyncio.create_task(embedded.unload_head("plain"))
+    await asyncio.sleep(0)
+    with pytest.raises(UnknownHeadError):
+        embedded.generate(request)
+    got += [chunk.token_ids async for chunk in stream]
+    await unloading
+    assert got == expected
+    await embedded.load_head("plain")
+    stream = embedded.generate(request)
+    await anext(stream)
+    write_heads(folder, {"plain": random_head(9)}, load_tiny().identity)
+    await embedded.load_head("plain")
+    assert [chunk async for chunk in stream][-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_reloaded_head_steers_what_comes_after_it_running_requests_too(

@@ -6,10 +6,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from value_models.importer import ImportFileError, import_pth
+from value_models.importer import ImportFileError, import_pth, import_vector
 
 
 def layer(name: str, size_in: int, size_out: int) -> dict[str, torch.Tensor]:
@@ -64,3 +66,62 @@ def test_layers_that_are_no_value_function_are_refused(tmp_path: Path, content: 
     torch.save(content, tmp_path / "value.pth")
     with pytest.raises(ImportFileError, match=what):
         import_pth(tmp_path / "value.pth")
+
+
+def repeng_file(path: Path, directions: dict[str, torch.Tensor]) -> Path:
+    """As repeng's export writes it."""
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", len(directions))
+    for name, vector in directions.items():
+        writer.add_tensor(name, vector.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_last_layers_direction_of_a_repeng_file_is_taken_unless_another_is_named(tmp_path: Path) -> None:
+    vectors = {f"direction.{layer}": torch.randn(6) for layer in (2, 10, 9)}
+    path = repeng_file(tmp_path / "happy.gguf", vectors)
+    assert torch.equal(import_vector(path).vector_D, vectors["direction.10"])
+    assert torch.equal(import_vector(path, "direction.2").vector_D, vectors["direction.2"])
+    with pytest.raises(ImportFileError, match=r"direction\.10"):
+        import_vector(path, "direction.3")
+
+
+def test_a_vector_as_a_head_reads_the_projection_and_adds_itself(tmp_path: Path) -> None:
+    vector = torch.tensor([3.0, 0.0, -4.0])
+    save_file({"difference": vector[None]}, tmp_path / "v.safetensors")
+    head = import_vector(tmp_path / "v.safetensors").head(scale=2.0)
+    assert head.value(torch.tensor([[5.0, 1.0, 0.0]])).item() == pytest.approx(3.0)
+    assert torch.equal(head.folded_ascent(), 2.0 * vector[None])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "what"),
+    [
+        ({"a": torch.zeros(3)}, "zero or not finite"),
+        ({"a": torch.full((3,), float("nan"))}, "zero or not finite"),
+        ({"a": torch.ones(2, 3)}, "a vector was expected"),
+        ({"a": torch.ones(3), "b": torch.ones(3)}, "there are: a, b"),
+    ],
+)
+def test_a_file_without_one_usable_vector_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], what: str
+) -> None:
+    save_file(tensors, tmp_path / "v.safetensors")
+    with pytest.raises(ImportFileError, match=what):
+        import_vector(tmp_path / "v.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello world", b"GGUF" + b"\xff" * 60, b"\x00" * 64])
+def test_bytes_that_are_no_vector_file_are_one_clear_error(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"v.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ImportFileError, match=f"not a {suffix} file"):
+        import_vector(path)
+    with pytest.raises(ImportFileError, match="No such file"):
+        import_vector(tmp_path / f"none.{suffix}")

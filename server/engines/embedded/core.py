@@ -105,9 +105,9 @@ class EngineCore:
         self._plan_rows = []
 
     def num_users(self, head: str) -> int:
-        """How many sequences that are not finished are under this head's control."""
+        """How many sequences that are not finished name this head in their control."""
         controls = [sequence.request.control for sequence in self._scheduler.sequences()]
-        return sum(head in control.objective.head_names for control in controls if control is not None)
+        return sum(head in control.head_names for control in controls if control is not None)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
@@ -231,7 +231,8 @@ class EngineCore:
             self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
             self._plan_rows = rows
         started_s = time.perf_counter()
-        logits_BV, stats = self._editor.logits(hidden_BD, self._plan)
+        plan = self._plan.at(lambda row: rows[row].control_state)
+        logits_BV, stats = self._editor.logits(hidden_BD, plan)
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
         return logits_BV, stats
@@ -258,6 +259,8 @@ class EngineCore:
             text = sequence.stop.add(sequence.detokenizer.add(token_id))
             if sequence.stop.has_stopped:
                 reason = FinishReason.STOP
+            elif edit is not None and sequence.breaks_guardrail(edit):
+                reason = FinishReason.GUARDRAIL
             elif len(sequence.token_ids) >= sequence.request.sampling.max_tokens:
                 reason = FinishReason.LENGTH
         if reason is not None and not sequence.stop.has_stopped:

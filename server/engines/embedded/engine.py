@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus
+from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
@@ -161,11 +161,8 @@ class EmbeddedEngine:
         if core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
-        if request.control is not None:
-            # A head that is being unloaded is still there for requests that have begun.
-            for head in request.control.objective.head_names:
-                if head not in self.info.heads:
-                    raise UnknownHeadError(head, self.info.heads, param="control.objective.weights")
+        # A head that is being unloaded is still in the registry, for requests that have begun.
+        check_heads(request.control, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
         if request.num_choices > capacity:
             raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")

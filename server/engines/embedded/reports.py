@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from server.control.editor import GroupStats
+from server.control.state import HELD_BY
 from server.types import TokenEdit, TokenLogprob
 
 TokenText = Callable[[int], str]
@@ -40,14 +41,16 @@ def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
         names = group_stats.group.stack.names
         before, after = group_stats.values_before_RK.tolist(), group_stats.values_after_RK.tolist()
         kl, shift = group_stats.kl_R.tolist(), group_stats.shift_ratio_R.tolist()
-        is_limited, is_nonfinite = group_stats.is_budget_limited_R.tolist(), group_stats.is_nonfinite_R.tolist()
+        held_by, is_nonfinite = group_stats.held_by_R.tolist(), group_stats.is_nonfinite_R.tolist()
+        is_open = None if group_stats.is_gate_open_R is None else group_stats.is_gate_open_R.tolist()
         for i, row in enumerate(group_stats.group.rows):
             edits[row] = TokenEdit(
                 value_before=dict(zip(names, before[i], strict=True)),
                 value_after=dict(zip(names, after[i], strict=True)),
                 kl=kl[i],
                 shift_ratio=shift[i],
-                is_budget_limited=is_limited[i],
+                held_by=HELD_BY[held_by[i]],
                 is_nonfinite=is_nonfinite[i],
+                is_gate_open=is_open is None or is_open[i],
             )
     return edits

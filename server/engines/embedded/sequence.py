@@ -7,12 +7,15 @@ prompt is computed once. Knows nothing of tensors' contents, threads or HTTP.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from torch import Tensor
 
+from server.control.budget import ROUNDING_NATS
+from server.control.state import ControlState
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
@@ -114,6 +117,15 @@ class Sequence:
         """Of the prompt and new."""
         return self.prompt_len + len(self.token_ids)
 
+    @property
+    def control_state(self) -> ControlState:
+        """What control has to know of it for its next token."""
+        return ControlState() if self.edits is None else self.edits.state
+
+    def breaks_guardrail(self, edit: TokenEdit) -> bool:
+        control = self.request.control
+        return control is not None and control.breaks_guardrail(edit.value_after)
+
 
 @dataclass(slots=True)
 class EditTotals:
@@ -125,6 +137,8 @@ class EditTotals:
     sum_kl: float = 0.0
     max_kl: float = 0.0
     sum_shift: float = 0.0
+    is_gate_open: bool = False
+    held: Counter[str] = field(default_factory=Counter)
     sum_before: dict[str, float] = field(default_factory=dict)
     sum_after: dict[str, float] = field(default_factory=dict)
 
@@ -135,9 +149,17 @@ class EditTotals:
         self.sum_kl += edit.kl
         self.max_kl = max(self.max_kl, edit.kl)
         self.sum_shift += edit.shift_ratio
+        self.is_gate_open = edit.is_gate_open
+        if edit.held_by is not None:
+            self.held[edit.held_by.value] += 1
         for sums, values in ((self.sum_before, edit.value_before), (self.sum_after, edit.value_after)):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
+
+    @property
+    def state(self) -> ControlState:
+        # Rounding is charged too, so that the true sum stays below what is spent.
+        return ControlState(self.num_tokens, self.sum_kl + self.num_moved * ROUNDING_NATS, self.is_gate_open)
 
     def summary(self) -> ControlSummary:
         n = max(self.num_tokens, 1)
@@ -148,5 +170,6 @@ class EditTotals:
             mean_kl=self.sum_kl / n,
             max_kl=self.max_kl,
             controlled_share=self.num_moved / n,
+            held_share={name: count / n for name, count in sorted(self.held.items())},
             nonfinite_edits=self.num_nonfinite,
         )

@@ -1,0 +1,96 @@
+"""The ascent: which way and how far each row's state would move, before its KL budget.
+
+It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
+once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
+to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py).
+Every operation treats rows alone. Enter at `ascend`.
+
+Shapes: R rows of a group, K heads, U units, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.control.objective_rows import ObjectiveRows
+from server.control.plan import EditGroup
+
+# In standard deviations of a head's training reward: rounding, and what is too little to matter.
+TOLERANCE = 1e-3
+
+
+@dataclass(slots=True, frozen=True)
+class Ascent:
+    """A group's edit before the KL budget: the capped shift, and how units move with it."""
+
+    group: EditGroup
+    units_RU: Tensor
+    coefficients_RU: Tensor
+    """What the ascent rows were taken times, the cap on the shift included."""
+    share_R: Tensor
+    """How much of the ascent the cap on the shift left."""
+    shift_RD: Tensor
+    shift_ratio_R: Tensor
+    is_capped_R: Tensor
+    is_nonfinite_R: Tensor
+    is_gate_open_R: Tensor | None
+    """None where no row has a gate."""
+
+
+def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
+    stack = group.stack
+    hidden_RD = hidden_BD[group.rows_R].float()
+    start_RU = stack.inputs(hidden_RD)
+    size_R, is_open_R = group.step_size_R, None
+    if group.gates is not None:
+        is_open_R = group.gates.is_open(stack.rewards(stack.readout(start_RU)[0]))
+        size_R = torch.where(is_open_R, size_R, 0.0)
+    units_RU, coefficients_RU = _climb(start_RU, group, size_R)
+    shift_RD = stack.ascent(coefficients_RU)
+    ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
+    is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
+    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
+    keep_R1 = ~is_nonfinite_R[:, None]
+    return Ascent(
+        group=group,
+        units_RU=start_RU,
+        share_R=torch.where(is_nonfinite_R, 0.0, cap_R),
+        coefficients_RU=torch.where(keep_R1, coefficients_RU * cap_R[:, None], 0.0),
+        shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
+        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),
+        is_capped_R=cap_R < 1.0,
+        is_nonfinite_R=is_nonfinite_R,
+        is_gate_open_R=is_open_R,
+    )
+
+
+def leaves_bounds(ascent: Ascent, objectives: ObjectiveRows, scale_R: Tensor) -> Tensor:
+    """Whether so much of the ascent takes a row's values [R] where its objective does not allow them.
+
+    With linear heads it never does; where units of a hidden layer switch on the way, it may. Values that are not finite
+    are not outside: their row is dropped, and counted, as such.
+    """
+    stack = ascent.group.stack
+    before_RK, _ = stack.readout(ascent.units_RU)
+    after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
+    low_RK, high_RK = objectives.bounds(before_RK)
+    return ((after_RK < low_RK - TOLERANCE) | (after_RK > high_RK + TOLERANCE)).any(dim=-1)
+
+
+def _climb(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Units and coefficients [R, U] at the end of the ascent."""
+    stack, weights_RK = group.stack, group.weights_RK
+    units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
+    for step in range(group.max_steps):
+        values_RK, slopes = stack.readout(units_RU)
+        if group.objectives is not None:
+            weights_RK = group.objectives.step_weights(values_RK, stack.effects(slopes), size_R)
+        weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
+        # Nothing for rows that have made all of their steps.
+        step_R1 = torch.where(step < group.steps_R, size_R, 0.0)[:, None]
+        coefficients_RU = coefficients_RU + step_R1 * weighted_RU
+        units_RU = start_RU + stack.gram(coefficients_RU)
+    return units_RU, coefficients_RU

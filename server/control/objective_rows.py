@@ -1,0 +1,68 @@
+"""The objectives of a group's rows as one: each kind computes its own rows, all of them at once.
+
+Knows nothing of hidden states. Enter at `ObjectiveRows.of`.
+
+Shapes: R rows, K heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.control.objectives import BaseObjective, Objective, Terms
+from server.control.state import HELD_BY
+
+
+@dataclass(slots=True, frozen=True)
+class ObjectiveRows:
+    """The objectives of R rows at once: those of one kind that name the same heads are computed together.
+
+    So how a row is computed depends on its own objective alone. `parts` holds each kind with its rows and their terms.
+    """
+
+    parts: tuple[tuple[type[BaseObjective], Tensor, Terms], ...]
+
+    @classmethod
+    def of(
+        cls, objectives: Sequence[Objective], names: Sequence[str], mean_K: Tensor, scale_K: Tensor
+    ) -> ObjectiveRows:
+        members: dict[tuple[type[BaseObjective], frozenset[str], frozenset[str]], list[int]] = {}
+        for row, objective in enumerate(objectives):
+            key = (type(objective), frozenset(objective.head_weights), frozenset(objective.head_levels))
+            members.setdefault(key, []).append(row)
+        return cls(
+            tuple(
+                (
+                    kind,
+                    torch.tensor(rows, device=mean_K.device),
+                    Terms.of([objectives[row] for row in rows], names, mean_K, scale_K),
+                )
+                for (kind, _, _), rows in members.items()
+            )
+        )
+
+    def step_weights(self, values_RK: Tensor, effects_RKK: Tensor, size_R: Tensor) -> Tensor:
+        weights_RK = torch.empty_like(values_RK)
+        for kind, rows, terms in self.parts:
+            weights_RK[rows] = kind.step_weights(values_RK[rows], effects_RKK[rows], size_R[rows], terms)
+        return weights_RK
+
+    def bounds(self, values_RK: Tensor) -> tuple[Tensor, Tensor]:
+        low_RK, high_RK = torch.empty_like(values_RK), torch.empty_like(values_RK)
+        for kind, rows, terms in self.parts:
+            low_RK[rows], high_RK[rows] = kind.bounds(values_RK[rows], terms)
+        return low_RK, high_RK
+
+    def levels_held(self, values_RK: Tensor, is_outside_R: Tensor | None, tolerance: float) -> Tensor:
+        """For rows with a value at its level, or outside of the bounds by their whole edit, the place in HELD_BY of
+        what set those; 0 for the others."""
+        held_R = torch.zeros(values_RK.shape[0], dtype=torch.long, device=values_RK.device)
+        for kind, rows, terms in self.parts:
+            is_at_RK = terms.has_level_K & ((values_RK[rows] - terms.levels_RK).abs() <= tolerance)
+            is_held_R = is_at_RK.any(dim=1) if is_outside_R is None else is_at_RK.any(dim=1) | is_outside_R[rows]
+            held_R[rows] = HELD_BY.index(kind.held_by) * is_held_R
+        return held_R

@@ -1,0 +1,38 @@
+"""What control remembers of a choice between tokens, and what it says held a token's edit back.
+
+Enter at `ControlState` and `HeldBy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class HeldBy(StrEnum):
+    """What kept a token's edit from being the whole ascent; the first that applies, in this order."""
+
+    WINDOW = "window"
+    SCHEDULE = "schedule"
+    """Its strength is zero."""
+    GATE = "gate"
+    MAX_KL = "max_kl"
+    MAX_RESPONSE_KL = "max_response_kl"
+    MAX_SHIFT = "max_shift"
+    TARGET = "target"
+    """The value has reached its target."""
+    FLOOR = "floor"
+    """A value rests on its floor."""
+
+
+HELD_BY = (None, *HeldBy)
+"""What an entry of a tensor of reasons stands for: 0 is nothing."""
+
+
+@dataclass(slots=True, frozen=True)
+class ControlState:
+    """What control has to know of a choice so far. `nats_spent` bounds the divergence of its edits from above."""
+
+    num_tokens: int = 0
+    nats_spent: float = 0.0
+    is_gate_open: bool = False
