@@ -20,22 +20,17 @@ import torch
 from torch import Tensor
 
 from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
-from server.control.budget import (
-    GeneralDivergence,
-    LinearDivergence,
-    ShiftTable,
-    largest_scale,
-    largest_scale_of_shared,
-)
+from server.control.budget import ROUNDING_NATS, GeneralDivergence, largest_linear_scale, largest_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
 from server.control.state import HELD_BY, HeldBy
+from server.kernels import ops
 from value_models.linear import MIN_ROWS, PackedLinear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
-# Three rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
-_MAX_TABLES = 64
+# A row of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
+_MAX_SHIFTS = 64
 
 
 class Unembedding(Protocol):
@@ -70,15 +65,14 @@ class GroupStats:
 class _Edit:
     """An ascent, the scale [R] that its KL budget allows and the divergence [R] there.
 
-    The logits move by factor_R x delta, which is [R, V], or [1, V] where rows share it.
+    The logits move by scale_R x delta_RV, or have done so already where that is None.
     """
 
     ascent: Ascent
     scale_R: Tensor
     kl_R: Tensor
-    factor_R: Tensor
-    delta: Tensor
     is_nonfinite_R: Tensor
+    delta_RV: Tensor | None = None
     is_outside_R: Tensor | None = None
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
 
@@ -89,26 +83,25 @@ class StateEditor:
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, PackedLinear] = {}
-        self._tables: dict[tuple[HeadStack, tuple[float, ...]], ShiftTable] = {}
+        self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Tensor] = {}
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
-        edits, projected_BV = self._edits(hidden_BD, plan)
+        edits, logits_BV = self._edits(hidden_BD, plan, is_moving=True)
         for edit in edits:
-            factor_R1, rows = edit.factor_R[:, None], edit.ascent.group.rows
-            if len(rows) == len(projected_BV):
-                projected_BV.addcmul_(factor_R1[: len(rows)], edit.delta[: len(rows)])
-            else:
+            if edit.delta_RV is not None:
                 rows_R = edit.ascent.group.rows_R
-                projected_BV[rows_R] = torch.addcmul(projected_BV[rows_R], factor_R1, edit.delta)
-        return self._unembedding.finish(projected_BV), [_stats(edit) for edit in edits]
+                logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
+        if not self._unembedding.is_linear:
+            logits_BV = self._unembedding.finish(logits_BV)
+        return logits_BV, [_stats(edit) for edit in edits]
 
     def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
 
         Casting a state back to a narrow dtype rounds the edit, so an engine that samples here uses `logits`.
         """
-        edits, _ = self._edits(hidden_BD, plan)
+        edits, _ = self._edits(hidden_BD, plan, is_moving=False)
         edited_BD = hidden_BD.clone()
         for edit in edits:
             rows_R = edit.ascent.group.rows_R
@@ -116,8 +109,9 @@ class StateEditor:
             edited_BD[rows_R] = edited_RD.to(hidden_BD.dtype)
         return edited_BD, [_stats(edit) for edit in edits]
 
-    def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], Tensor]:
-        """Every group's edit, and the projection [B, V] of the unedited states."""
+    def _edits(self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool) -> tuple[list[_Edit], Tensor]:
+        """Every group's edit, and what to add it to [B, V]: logits if they are linear along an edit, else their
+        projection. `is_moving` allows to move these in place on the way."""
         ascents = [ascend(hidden_BD, group) for group in plan.groups]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
@@ -125,16 +119,19 @@ class StateEditor:
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
         deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
+        base_BV = projected[:num_rows]
+        if self._unembedding.is_linear:
+            base_BV = self._unembedding.finish(base_BV)
         edits: list[_Edit] = []
         for ascent in ascents:
             group = ascent.group
-            if group.coefficients is not None and self._unembedding.is_linear and hidden_BD.device.type == "cpu":
-                edits.append(self._shared_within_budget(ascent, group.coefficients, projected[:num_rows]))
+            if group.coefficients is not None and self._unembedding.is_linear and ops.can_run_natively(base_BV):
+                edits.append(self._shared_within_budget(ascent, group.coefficients, base_BV, is_moving=is_moving))
             else:
                 is_linear = group.stack.has_constant_slope
                 delta_RV = self._row_logits_of(group.stack)(ascent.coefficients_RU) if is_linear else next(deltas)
-                edits.append(self._within_budget(ascent, delta_RV, projected))
-        return edits, projected[:num_rows]
+                edits.append(self._within_budget(ascent, delta_RV, base_BV))
+        return edits, base_BV
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
@@ -142,36 +139,44 @@ class StateEditor:
             self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
         )
 
-    def _table_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> ShiftTable:
-        def make() -> ShiftTable:
-            coefficients_RU = torch.tensor([coefficients] * MIN_ROWS)
-            return ShiftTable(self._row_logits_of(stack)(coefficients_RU)[0])
+    def _shift_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> Tensor:
+        """The change of logits [V] that these coefficients make in every state; NaN where it is not finite."""
 
-        return _kept(self._tables, _MAX_TABLES, (stack, coefficients), make)
+        def make() -> Tensor:
+            shift_V = self._row_logits_of(stack)(torch.tensor([coefficients] * MIN_ROWS))[0]
+            return shift_V if shift_V.isfinite().all() else torch.full_like(shift_V, torch.nan)
 
-    def _shared_within_budget(self, ascent: Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
-        """For rows that share their shift but for its length."""
-        group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
-        # A single row is held twice, and then is not the whole batch, even one of two rows.
-        is_whole = len(group.rows) == len(group.rows_R) == len(projected_BV)
-        base_RV = self._unembedding.finish(projected_BV if is_whole else projected_BV[group.rows_R])
-        scale_R, kl_R = largest_scale_of_shared(table, ascent.share_R, base_RV, group.max_kl_R)
+        return _kept(self._shifts, _MAX_SHIFTS, (stack, coefficients), make)
+
+    def _shared_within_budget(
+        self, ascent: Ascent, coefficients: tuple[float, ...], logits_BV: Tensor, *, is_moving: bool
+    ) -> _Edit:
+        """For rows that share their shift but for its length, natively: each is moved while its logits are at hand."""
+        group, shift_V = ascent.group, self._shift_of(ascent.group.stack, coefficients)
+        # A single row is held twice, but must move once.
+        count = len(group.rows)
+        scale_R, kl_R = ops.scale_within_budget(
+            logits_BV,
+            group.rows_R[:count],
+            shift_V,
+            ascent.share_R[:count],
+            group.max_kl_R[:count] - ROUNDING_NATS,
+            apply=is_moving,
+        )
         return _Edit(
             ascent=ascent,
-            scale_R=scale_R,
-            kl_R=kl_R,
-            factor_R=scale_R * ascent.share_R,
-            delta=table.shift_V[None],
-            is_nonfinite_R=ascent.is_nonfinite_R | (not table.is_finite),
+            scale_R=scale_R.expand(len(group.rows_R)),
+            kl_R=kl_R.expand(len(group.rows_R)),
+            is_nonfinite_R=ascent.is_nonfinite_R | bool(shift_V[0].isnan()),
         )
 
-    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
-        base_RV = projected_BV[ascent.group.rows_R]
+    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
+        base_RV = base_BV[ascent.group.rows_R]
         if self._unembedding.is_linear:
-            divergence = LinearDivergence(self._unembedding.finish(base_RV), delta_RV)
+            scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
         else:
             divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
-        scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+            scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
         objectives, is_outside_R = ascent.group.objectives, None
         if objectives is not None and not ascent.group.stack.has_constant_slope:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)
@@ -180,9 +185,8 @@ class StateEditor:
             ascent=ascent,
             scale_R=scale_R,
             kl_R=kl_R,
-            factor_R=scale_R,
             # Scale zero must not meet an infinite shift.
-            delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
+            delta_RV=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
             is_outside_R=is_outside_R,
         )
