@@ -45,6 +45,8 @@ class SamplingParams(BaseModel):
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 keeps every token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    ignore_eos: bool = False
+    """Go on past an end-of-sequence token, to `max_tokens`."""
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Most likely alternatives reported a token, after control; None reports nothing."""

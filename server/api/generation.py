@@ -138,6 +138,7 @@ async def start(
         top_k=max(body.top_k or 0, 0),
         seed=body.seed,
         stop=tuple(body.stop or ()),
+        ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )

@@ -229,7 +229,7 @@ class EngineCore:
         self._observe_token(sequence, edit, now_s, is_first=is_first)
         reason: FinishReason | None = None
         text = ""
-        if token_id in self._eos_token_ids:
+        if token_id in self._eos_token_ids and not sequence.request.sampling.ignore_eos:
             reason = FinishReason.STOP
         else:
             text = sequence.stop.add(sequence.detokenizer.add(token_id))
