@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from tqdm import tqdm
 
 from server.bench.figures import Outcome, spread, streams
 from server.bench.peers import ARMS, PEERS, Found, child_env, objectives
-from server.bench.process import PeerError
 from server.bench.servers import Server, free_port
 from server.bench.setup import Setup
+from server.bench.turns import Turns
 from server.bench.workload import Workload
 
-_START_TIMEOUT_S = 3600.0
+_TIMEOUT_S = 3600.0
+"""Until a server is ready: a large model may load, and another compile, for long."""
 _REQUEST_TIMEOUT_S = 600.0
 _WARM_UP_REQUESTS = 8
 _NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -45,27 +45,10 @@ class Load:
 def measure(
     setup: Setup, arms: Sequence[str], found: Mapping[str, Found], workload: Workload, load: Load
 ) -> dict[str, Any]:
-    """By arm, its figures; one whose server fails says so under `failed`, keeps what it had, and the others go on."""
-    run = _Run(setup, found, workload, load)
-    results: dict[str, dict[str, Any]] = {arm: {"rates": {}} for arm in arms}
-    try:
-        for peer in dict.fromkeys(ARMS[arm].peer for arm in arms):
-            run.start(peer)
-        turns = [
-            (rate, repeat, arm)
-            for repeat in range(load.repeats)
-            for rate in load.rates
-            for arm in [*arms[repeat % len(arms) :], *arms[: repeat % len(arms)]]
-        ]
-        for rate, repeat, arm in (progress := tqdm(turns, desc="online", unit="turn")):
-            progress.set_postfix_str(f"{arm}, {rate:g} requests/s")
-            if (figures := run.turn(arm, rate, repeat)) is not None:
-                results[arm]["rates"].setdefault(f"{rate:g}", []).append(figures)
-        for arm, result in results.items():
-            result["rates"] = {rate: _rate(repeats) for rate, repeats in result["rates"].items()}
-            result.update(run.facts(ARMS[arm].peer))
-    finally:
-        run.end()
+    """By arm, its peer's facts and its figures at each rate."""
+    results = _Online(setup, found, workload, load).run(arms, load.rates, load.repeats, warm_up=False)
+    for result in results.values():
+        result["rates"] = {rate: _rate(turns) for rate, turns in result.pop("turns").items()}
     return results
 
 
@@ -115,101 +98,67 @@ async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any], started_s:
     return Outcome(sent_s, sent_s - arrival_s, times_s[0], e2e_s, gaps_s, num_tokens)
 
 
-class _Run:
-    """The servers of one run, each frozen but for its own turns."""
+class _Online(Turns):
+    kind = "online"
 
     def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload, load: Load) -> None:
-        self._setup = setup
-        self._found = found
-        self._workload = workload
+        super().__init__(setup, found, workload)
         self._load = load
-        self._servers: dict[str, Server] = {}
         self._models: dict[str, str] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
 
-    def start(self, name: str) -> None:
-        """Start a server, time it until its first answer has come, and warm it up."""
-        setup, peer, python = self._setup, PEERS[name], self._found[name].python
-        self._facts[name] = {}
-        assert peer.server is not None
-        try:
-            gguf = peer.gguf(setup) if peer.gguf is not None else None
-            started_s = time.perf_counter()
-            port = free_port()
-            log = setup.work / "logs" / f"{name}-online.log"
-            command, env = peer.server(setup, python, port, gguf), child_env(peer, setup, python)
-            server = self._servers[name] = Server(command, port, env=env, log=log)
-            (prompt,) = self._workload.prompts(1, "start")
-            self._models[name] = server.wait_until_it_answers(
-                {"prompt": prompt, **peer.request}, timeout_s=_START_TIMEOUT_S
-            )
-            self._facts[name]["startup_s"] = time.perf_counter() - started_s
-            bodies = self._bodies(name, (), self._workload.prompts(_WARM_UP_REQUESTS, "warm-up"))
-            outcomes = asyncio.run(drive(server.url, bodies, [0.0] * len(bodies)))
-            if error := next((outcome.error for outcome in outcomes if outcome.error), None):
-                raise server.failure(f"the first requests failed: {error}")
-            server.freeze()
-        except (PeerError, OSError) as error:
-            self._fail(name, error)
+    def open(self, peer: str) -> dict[str, Any]:
+        """Ready means that its first answer has come; after that it is warmed up."""
+        setup, spec, python = self.setup, PEERS[peer], self.found[peer].python
+        assert spec.server is not None
+        gguf = spec.gguf(setup) if spec.gguf is not None else None
+        started_s = time.perf_counter()
+        port = free_port()
+        command, env = spec.server(setup, python, port, gguf), child_env(spec, setup, python)
+        server = self.children[peer] = Server(command, port, env=env, log=self.log(peer))
+        (prompt,) = self.workload.prompts(1, "start")
+        self._models[peer] = server.wait_until_it_answers({"prompt": prompt, **spec.request}, timeout_s=_TIMEOUT_S)
+        startup_s = time.perf_counter() - started_s
+        bodies = self._bodies(peer, (), self.workload.prompts(_WARM_UP_REQUESTS, "warm-up"))
+        outcomes = asyncio.run(drive(server.url, bodies, [0.0] * len(bodies)))
+        if error := next((outcome.error for outcome in outcomes if outcome.error), None):
+            raise server.failure(f"the first requests failed: {error}")
+        return {"startup_s": startup_s}
 
-    def turn(self, arm: str, rate: float, repeat: int) -> dict[str, Any] | None:
-        """One rate; None when the server has failed, now or before."""
-        name, load = ARMS[arm].peer, self._load
-        if "failed" in self._facts[name]:
-            return None
-        server = self._servers[name]
-        # The same prompts and moments for every arm.
-        prompts = self._workload.prompts(load.num_requests, "online", rate, repeat)
-        arrivals_s = self._workload.arrivals_s(load.num_requests, rate, repeat)
-        bodies = self._bodies(name, objectives(ARMS[arm], self._setup.heads), prompts)
-        try:
-            with server.awake():
-                outcomes = asyncio.run(drive(server.url, bodies, arrivals_s))
-            if not server.is_running:
-                raise server.failure("the server ended")
-        except PeerError as error:
-            self._fail(name, error)
-            return None
+    def turn(self, arm: str, key: float, repeat: int) -> dict[str, Any]:
+        """The same prompts and moments for every arm."""
+        peer, load = ARMS[arm].peer, self._load
+        server = self.children[peer]
+        assert isinstance(server, Server)
+        prompts = self.workload.prompts(load.num_requests, "online", key, repeat)
+        arrivals_s = self.workload.arrivals_s(load.num_requests, key, repeat)
+        bodies = self._bodies(peer, objectives(ARMS[arm], self.setup.heads), prompts)
+        outcomes = asyncio.run(drive(server.url, bodies, arrivals_s))
+        if not server.is_running:
+            raise server.failure("the server ended")
         return streams(outcomes, ttft_s=load.ttft_s, itl_s=load.itl_s)
 
-    def facts(self, name: str) -> dict[str, Any]:
-        """What is known of a server at the end of the run; memory is the most it held in all of it."""
-        server = self._servers.get(name)
-        if "failed" not in self._facts[name] and server is not None:
-            server.thaw()
-            self._facts[name] |= {"peak_rss_bytes": server.peak_rss_bytes(), "idle_cpu_s": server.idle_cpu_s}
-        return self._facts[name]
-
-    def end(self) -> None:
-        for server in self._servers.values():
-            server.end()
-
     def _bodies(
-        self, name: str, row_objectives: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]
+        self, peer: str, row_objectives: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]
     ) -> list[dict[str, Any]]:
         body = {
-            "model": self._models[name],
-            "max_tokens": self._workload.new_tokens,
+            "model": self._models[peer],
+            "max_tokens": self.workload.new_tokens,
             "temperature": 1.0,
             "top_p": 1.0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **PEERS[name].request,
+            **PEERS[peer].request,
         }
         controls = [{"control": {"objective": objective}} for objective in row_objectives] or [{}]
         return [{**body, "prompt": prompt, **controls[i % len(controls)]} for i, prompt in enumerate(prompts)]
 
-    def _fail(self, name: str, error: Exception) -> None:
-        tqdm.write(f"{name}: {error}")
-        self._facts[name]["failed"] = str(error)
 
-
-def _rate(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _rate(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One rate's repeats: each figure's spread over those in which a request came through."""
-    result: dict[str, Any] = {"repeats": list(repeats), "goodput": spread([turn["goodput"] for turn in repeats])}
+    result: dict[str, Any] = {"repeats": list(turns), "goodput": spread([turn["goodput"] for turn in turns])}
     for name in _TIMES:
-        turns = [turn[name] for turn in repeats if turn[name] is not None]
-        result[name] = {p: spread([turn[p] for turn in turns]) for p in turns[0]} if turns else None
-    tokens = [turn["tokens_per_s"] for turn in repeats if turn["tokens_per_s"] is not None]
+        found = [turn[name] for turn in turns if turn[name] is not None]
+        result[name] = {p: spread([figures[p] for figures in found]) for p in found[0]} if found else None
+    tokens = [turn["tokens_per_s"] for turn in turns if turn["tokens_per_s"] is not None]
     result["tokens_per_s"] = spread(tokens) if tokens else None
     return result

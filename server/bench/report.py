@@ -13,9 +13,9 @@ _GIB = 2**30
 
 def sections(result: Mapping[str, Any]) -> dict[str, str]:
     """Bodies by the name of the page's section; those of what was measured."""
-    tables = {"bench-offline": offline_table, "bench-online": online_table, "bench-start": start_table}
-    bodies = {name: table(result) for name, table in tables.items()}
-    return {name: f"{body}\n\n{notes(result)}" for name, body in bodies.items() if body}
+    tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
+    bodies = {f"bench-{name}": table(result) for name, table in tables.items()}
+    return {name: body for name, body in bodies.items() if body}
 
 
 def offline_table(result: Mapping[str, Any]) -> str:

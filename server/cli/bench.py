@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -76,6 +78,8 @@ class Bench(Command):
         return self
 
     def cli_cmd(self) -> None:
+        # Peers must not outlive this command, however it is ended.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if self.render:
             assert self.out is not None
             result = json.loads(self.out.read_text())
