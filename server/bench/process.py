@@ -130,7 +130,8 @@ class Worker(Child):
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         super().__init__(command, env=env, log=log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="bench-answers", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="bench-answers", daemon=True)
+        self._reader.start()
 
     def ask(self, do: str, *, timeout_s: float, **options: Any) -> dict[str, Any]:
         """One command's answer. Raises PeerError."""
@@ -155,6 +156,7 @@ class Worker(Child):
         with contextlib.suppress(PeerError):
             self.ask("stop", timeout_s=_STOP_TIMEOUT_S)
         super().end()
+        self._reader.join(_STOP_TIMEOUT_S)
         for pipe in (self._popen.stdin, self._popen.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
@@ -168,9 +170,8 @@ class Worker(Child):
     def _read(self) -> None:
         """Until the process ends; then an empty answer, for whoever waits."""
         assert self._popen.stdout is not None
-        with contextlib.suppress(ValueError):  # closed by `end`
-            for line in self._popen.stdout:
-                self._answers.put(line)
+        for line in self._popen.stdout:
+            self._answers.put(line)
         self._answers.put(b"")
 
 

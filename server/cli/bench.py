@@ -45,7 +45,9 @@ class Bench(Command):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
-    heads: list[str] | None = Field(None, description="comma-separated heads that controlled rows use; at least three")
+    heads: list[str] | None = Field(
+        None, description="comma-separated heads that controlled rows use; by default the first by name"
+    )
     peers: list[str] = Field(list(ARMS), description=f"comma-separated, of: {', '.join(ARMS)}")
     only: list[Literal["offline", "online"]] = Field(["offline", "online"], description="comma-separated parts")
     batch_sizes: list[_Positive] = Field([1, 8, 32, 64], description="comma-separated, of offline batches")
@@ -78,13 +80,16 @@ class Bench(Command):
         return self
 
     def cli_cmd(self) -> None:
-        # Peers must not outlive this command, however it is ended.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if self.render:
             assert self.out is not None
             result = json.loads(self.out.read_text())
         else:
-            result = self._measure()
+            # Peers must not outlive this command, however it is ended.
+            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            try:
+                result = self._measure()
+            finally:
+                signal.signal(signal.SIGTERM, before)
             if self.out is not None:
                 write_text(self.out, json.dumps(result, indent=1) + "\n")
         bodies = sections(result)
