@@ -17,6 +17,7 @@ from typing import Any
 import server
 from server.bench import servers
 from server.bench.models import converted_gguf, packaged_gguf
+from server.bench.process import PeerError
 from server.bench.setup import Setup
 
 _WORKERS = Path(__file__).parent / "workers"
@@ -141,6 +142,11 @@ def missing(name: str, setup: Setup) -> str | None:
     arm = ARMS[name]
     if len(setup.heads) < arm.num_heads:
         return f"needs {arm.num_heads} heads made for the model, there are {len(setup.heads)}"
+    if PEERS[arm.peer].gguf is packaged_gguf:
+        try:
+            packaged_gguf(setup)
+        except PeerError as error:
+            return str(error)
     return None
 
 

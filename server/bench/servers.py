@@ -19,12 +19,12 @@ HOST = "127.0.0.1"
 LLAMA_CPP_BUILD = ".venv-llama/build/bin"
 """Below --peers-dir: where `make peers` builds llama.cpp's libraries and server."""
 _POLL_S = 0.05
-_OUR_COMMAND = "from server.cli import main; raise SystemExit(main())"
+OUR_COMMAND = "from server.cli import main; raise SystemExit(main())"
 
 
 def recontrol(setup: Setup, python: Path, port: int, gguf: Path | None) -> list[str]:
     del gguf
-    command = [str(python), "-c", _OUR_COMMAND, "serve", "--model", setup.model, "--port", str(port)]
+    command = [str(python), "-c", OUR_COMMAND, "serve", "--model", setup.model, "--port", str(port)]
     command += ["--device", setup.device, "--dtype", setup.dtype, "--log-level", "warning"]
     command += ["--max-batch-size", str(setup.max_batch_size), "--max-model-len", str(setup.max_len)]
     return [*command, "--heads-dir", str(setup.heads_dir)] if setup.heads_dir else command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ class Bench(Command):
             replace_sections(self.into, bodies)
 
     def _measure(self) -> dict[str, Any]:
+        # A line for each request would take time from what is measured.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         setup = self._setup()
         found: dict[str, Found] = {}
         skipped: dict[str, str] = {}

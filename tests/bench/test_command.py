@@ -11,13 +11,13 @@ import pytest
 
 from server.bench import peers
 from server.bench.peers import Arm, Peer
-from server.bench.servers import _OUR_COMMAND
+from server.bench.servers import OUR_COMMAND
 from server.cli import main
 from tests.bench import fake_engine
 
 
 def fake_server(setup: Any, python: Path, port: int, gguf: Path | None) -> list[str]:
-    return [str(python), "-c", _OUR_COMMAND, "serve", "--engine", "fake", "--port", str(port)]
+    return [str(python), "-c", OUR_COMMAND, "serve", "--engine", "fake", "--port", str(port)]
 
 
 def broken_server(setup: Any, python: Path, port: int, gguf: Path | None) -> list[str]:
@@ -28,7 +28,7 @@ def broken_server(setup: Any, python: Path, port: int, gguf: Path | None) -> lis
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(name: str, mood: str = "", *, distribution: str = "pytest", server: Any = None) -> None:
         def env(setup: Any, python: Path) -> dict[str, str]:
-            return {**peers._own_env(setup, python), "FAKE_ENGINE": mood}
+            return {**peers.PEERS["recontrol"].env(setup, python), "FAKE_ENGINE": mood}
 
         request = {"ignore_eos": True}
         peer = Peer((distribution,), Path(fake_engine.__file__), env=env, server=server, request=request)
@@ -56,10 +56,10 @@ def bench(fakes: None, model_folder: Callable[..., Path], tmp_path: Path) -> Cal
 def test_a_peer_that_is_missing_or_fails_is_named_and_the_others_go_on(
     bench: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = "dies,gone,good,cannot-load,stops-early,recontrol-3-heads"
+    names = "dies,gone,good,cannot-load,stops-early,recontrol-3-heads,llama-cpp-4bit"
     result = bench("--peers", names, "--only", "offline", "--batch-sizes", "1,3", "--repeats", "2")
     arms = result["offline"]
-    assert set(result["skipped"]) == {"gone", "recontrol-3-heads"}
+    assert set(result["skipped"]) == {"gone", "recontrol-3-heads", "llama-cpp-4bit"}
     assert "no-such-distribution is not in" in result["skipped"]["gone"]
     assert "needs 3 heads" in result["skipped"]["recontrol-3-heads"]
     assert "failed" not in arms["good"]

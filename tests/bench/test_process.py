@@ -79,7 +79,7 @@ def test_a_worker_answers_whatever_its_libraries_print(tmp_path: Path) -> None:
         answer = worker.ask("generate", timeout_s=20, **options)
         assert answer["num_tokens"] == 10
         assert answer["seconds"] >= 0.005
-        with pytest.raises(PeerError, match="generate: TypeError.*unexpected keyword"):
+        with pytest.raises(PeerError, match=r"generate: TypeError.*unexpected keyword"):
             worker.ask("generate", timeout_s=20, wrong=1)
         assert worker.ask("generate", timeout_s=20, **options)["num_tokens"] == 10
         with pytest.raises(PeerError, match="no answer within 0 s"):

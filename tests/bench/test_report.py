@@ -45,7 +45,8 @@ RESULT: dict[str, Any] = {
                  "batches": {"1": batch(20, 20)}},
     },
     "online": {
-        "recontrol": {"startup_s": 5.0, "peak_rss_bytes": 2**30, "rates": {"2": rate([100, 120], [0.1, 0.1], [0.02, 0.02])}},
+        "recontrol": {"startup_s": 5.0, "peak_rss_bytes": 2**30,
+                      "rates": {"2": rate([100, 120], [0.1, 0.1], [0.02, 0.02])}},
         "vllm": {"rates": {"2": rate([50, 60], [0.2, 0.2], [0.01, 0.01], failed=3)}},
         "dead": {"rates": {"2": DEAD}},
         "never": {"failed": "no", "rates": {}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from server.bench.workload import Workload
@@ -18,7 +20,7 @@ def test_prompts_are_windows_of_the_corpus_of_the_asked_length() -> None:
 def test_a_corpus_shorter_than_a_prompt_is_repeated() -> None:
     (prompt,) = Workload([1, 2, 3], prompt_tokens=7, new_tokens=1, seed=0).prompts(1)
     assert len(prompt) == 7
-    assert all(later == earlier % 3 + 1 for earlier, later in zip(prompt, prompt[1:], strict=False))
+    assert all(later == earlier % 3 + 1 for earlier, later in itertools.pairwise(prompt))
 
 
 def test_draws_depend_on_seed_and_key_and_on_nothing_else() -> None:
@@ -33,7 +35,7 @@ def test_draws_depend_on_seed_and_key_and_on_nothing_else() -> None:
 
 def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
     moments = WORKLOAD.arrivals_s(4001, 5.0, 0)
-    gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
     mean = sum(gaps) / len(gaps)
     assert moments[0] == 0.0
     assert min(gaps) > 0
