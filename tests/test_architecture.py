@@ -37,7 +37,7 @@ ALLOWED = {
                        "value_models.linear", "value_models.heads", "value_models.store", "value_models.rollouts",
                        "value_models.generations"),
     "server.api": ("server.api", "server.types", "server.engines.base", "server.errors", "server.telemetry"),
-    "server.bench": ("server", "server.bench", "server.engines", "server.control", "server.types", "server.errors",
+    "server.bench": ("server.bench", "server.engines", "server.control", "server.types", "server.errors",
                      "server.settings", "value_models"),
     "server.app": ("server.api", "server.engines", "server.settings", "server.telemetry"),
     "server.cli": ("server", "value_models"),

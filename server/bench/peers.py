@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import server
 from server.bench import servers
 from server.bench.models import converted_gguf, packaged_gguf
 from server.bench.process import PeerError
 from server.bench.setup import Setup
 
 _WORKERS = Path(__file__).parent / "workers"
-_PROJECT = Path(server.__file__).parent.parent
+_PROJECT = Path(__file__).parents[2]
 _FIND_TIMEOUT_S = 60
 _FIND = """
 import json, sys

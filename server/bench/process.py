@@ -56,11 +56,12 @@ class Child:
         """Stop every thread of it; harmless when it is frozen or gone. Raises PeerError when it does not stop."""
         if self._frozen_cpu_s is not None or not self.is_running:
             return
-        self._signal(signal.SIGSTOP)
         deadline = time.monotonic() + _FREEZE_TIMEOUT_S
         while any(_is_awake(process) for process in self._tree()):
             if time.monotonic() > deadline:
                 raise PeerError("it does not stop on SIGSTOP")
+            # Each time, for what it may have started meanwhile.
+            self._signal(signal.SIGSTOP)
             time.sleep(0.005)
         self._frozen_cpu_s = self._cpu_s()
 

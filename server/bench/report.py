@@ -12,10 +12,9 @@ _GIB = 2**30
 
 
 def sections(result: Mapping[str, Any]) -> dict[str, str]:
-    """Bodies by the name of the page's section; those of what was measured."""
+    """Bodies by the name of the page's section, all of them, so that a page never shows two runs at once."""
     tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
-    bodies = {f"bench-{name}": table(result) for name, table in tables.items()}
-    return {name: body for name, body in bodies.items() if body}
+    return {f"bench-{name}": table(result) or f"({name}: not measured)" for name, table in tables.items()}
 
 
 def offline_table(result: Mapping[str, Any]) -> str:
@@ -92,6 +91,7 @@ def notes(result: Mapping[str, Any]) -> str:
         f"commit {system['commit']}. In brackets: ours / peer, the median over repeats."
     ]
     lines += [f"Not measured: `{arm}`: {why}." for arm, why in result["skipped"].items()]
+    lines += [f"Not measured online: `{arm}` has no server." for arm in result.get("without_server", ())]
     for kind in ("offline", "online"):
         for arm, figures in (result.get(kind) or {}).items():
             if "failed" in figures:
@@ -114,26 +114,26 @@ def _ours(arms: Mapping[str, Any], arm: str, kind: str, key: str) -> dict[str, A
 
 def _rate_cell(spread: Mapping[str, Any], ours: Mapping[str, Any] | None) -> str:
     text = f"{spread['median']:.0f} ({spread['low']:.0f} to {spread['high']:.0f})"
-    return text if ours is None else f"{text} [{_ratio(ours['tokens_per_s'], spread)}]"
+    return text if ours is None else f"{text} [{_ratio(ours['tokens_per_s']['all'], spread['all'])}]"
 
 
-def _ratio(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> str:
+def _ratio(ours: Sequence[float | None], peer: Sequence[float | None]) -> str:
     """Of the same repeat, where both have it: what slows the machine slows both."""
-    pairs = [mine / theirs for mine, theirs in zip(ours["all"], peer["all"], strict=False) if theirs]
+    pairs = [mine / theirs for mine, theirs in zip(ours, peer, strict=False) if mine and theirs]
     return f"{median(pairs):.2f}" if pairs else _MISSING
 
 
 def _online_ratios(turn: Mapping[str, Any], ours: Mapping[str, Any] | None) -> str:
+    """Of tokens a second, and of the median first text and gap."""
     if ours is None:
         return ""
-    parts = []
-    for name in ("tokens_per_s", "ttft_s", "itl_s"):
-        mine, theirs = ours[name], turn[name]
-        if not mine or not theirs:
-            parts.append(_MISSING)
-        else:
-            parts.append(_ratio(*((x if name == "tokens_per_s" else x["p50"]) for x in (mine, theirs))))
-    return ", ".join(parts)
+    both = (ours["repeats"], turn["repeats"])
+    tokens = _ratio(*([repeat["tokens_per_s"] for repeat in repeats] for repeats in both))
+    times = [
+        _ratio(*([(repeat[name] or {}).get("p50") for repeat in repeats] for repeats in both))
+        for name in ("ttft_s", "itl_s")
+    ]
+    return ", ".join([tokens, *times])
 
 
 def _times(percentiles: Mapping[str, Any] | None, scale: float) -> str:

@@ -91,6 +91,8 @@ class Server(Child):
                         return model
                 except httpx.HTTPStatusError as error:
                     raise self.failure(f"the server refused a completion: {error.response.text[:300]}") from error
+                except (ValueError, KeyError, IndexError) as error:
+                    raise self.failure(f"the server answers otherwise than OpenAI's: {error!r}") from error
                 except httpx.TransportError:
                     pass
                 time.sleep(_POLL_S)

@@ -59,7 +59,7 @@ class Bench(Command):
     new_tokens: _Positive = 64
     ttft_objective_ms: float = Field(500, gt=0, description="first text of a good answer")
     itl_objective_ms: float = Field(100, gt=0, description="mean gap between texts of a good answer")
-    threads: _Positive = Field(system.usable_cores(), description="that each peer computes with")
+    threads: _Positive = Field(default_factory=system.usable_cores, description="that each peer computes with")
     gpu_memory_share: float | None = Field(
         None, gt=0, le=1, description="that a peer which takes its cache beforehand may have; by default an equal share"
     )
@@ -81,6 +81,9 @@ class Bench(Command):
         return self
 
     def cli_cmd(self) -> None:
+        if self.into is not None and "<!-- bench-" not in self.into.read_text():
+            # Said now, and not after an hour.
+            raise ConfigurationError(f"into: {self.into} has no section `<!-- bench-...: begin -->`")
         if self.render:
             assert self.out is not None
             result = json.loads(self.out.read_text())
@@ -146,7 +149,7 @@ class Bench(Command):
         config = AutoConfig.from_pretrained(folder).get_text_config()
         return Setup(
             model=model,
-            folder=folder,
+            folder=folder.resolve(),
             heads_dir=heads_dir,
             heads=self._heads(known),
             device=device.type,

