@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
+from server.control.ascent import TOLERANCE, Ascent, SharedShift, ascend, ascend_shared, leaves_bounds
 from server.control.budget import ROUNDING_NATS, GeneralDivergence, largest_linear_scale, largest_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
@@ -29,8 +29,8 @@ from value_models.linear import MIN_ROWS, PackedLinear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
-# A row of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
-_MAX_SHIFTS = 64
+# Two rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
+_MAX_SHARED = 64
 
 
 class Unembedding(Protocol):
@@ -77,13 +77,24 @@ class _Edit:
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
 
 
+@dataclass(slots=True, frozen=True)
+class _Shared:
+    """A shift that many rows share, as it moves states and as it moves logits (NaN when that is not finite)."""
+
+    shift: SharedShift
+    logits_V: Tensor
+    tilts_V: Tensor
+    """exp(logits_V - max)."""
+    is_finite: bool
+
+
 class StateEditor:
     """Holds the unembedding, and what it makes of linear heads' ascent rows; used from the engine's thread."""
 
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, PackedLinear] = {}
-        self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Tensor] = {}
+        self._shared: dict[tuple[HeadStack, tuple[float, ...]], _Shared] = {}
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
@@ -112,7 +123,7 @@ class StateEditor:
     def _edits(self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool) -> tuple[list[_Edit], Tensor]:
         """Every group's edit, and what to add it to [B, V]: logits if they are linear along an edit, else their
         projection. `is_moving` allows to move these in place on the way."""
-        ascents = [ascend(hidden_BD, group) for group in plan.groups]
+        ascents = [self._ascend(hidden_BD, group) for group in plan.groups]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
@@ -133,41 +144,48 @@ class StateEditor:
                 edits.append(self._within_budget(ascent, delta_RV, base_BV))
         return edits, base_BV
 
+    def _ascend(self, hidden_BD: Tensor, group: EditGroup) -> Ascent:
+        if group.coefficients is None or not ops.can_read_natively(hidden_BD):
+            return ascend(hidden_BD, group)
+        return ascend_shared(hidden_BD, group, self._shared_of(group.stack, group.coefficients).shift)
+
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
             self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
         )
 
-    def _shift_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> Tensor:
-        """The change of logits [V] that these coefficients make in every state; NaN where it is not finite."""
+    def _shared_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> _Shared:
+        def make() -> _Shared:
+            logits_V = self._row_logits_of(stack)(torch.tensor([coefficients] * MIN_ROWS))[0]
+            is_finite = bool(logits_V.isfinite().all())
+            if not is_finite:
+                logits_V = torch.full_like(logits_V, torch.nan)
+            return _Shared(SharedShift.of(stack, coefficients), logits_V, (logits_V - logits_V.amax()).exp(), is_finite)
 
-        def make() -> Tensor:
-            shift_V = self._row_logits_of(stack)(torch.tensor([coefficients] * MIN_ROWS))[0]
-            return shift_V if shift_V.isfinite().all() else torch.full_like(shift_V, torch.nan)
-
-        return _kept(self._shifts, _MAX_SHIFTS, (stack, coefficients), make)
+        return _kept(self._shared, _MAX_SHARED, (stack, coefficients), make)
 
     def _shared_within_budget(
         self, ascent: Ascent, coefficients: tuple[float, ...], logits_BV: Tensor, *, is_moving: bool
     ) -> _Edit:
         """For rows that share their shift but for its length, natively: each is moved while its logits are at hand."""
-        group, shift_V = ascent.group, self._shift_of(ascent.group.stack, coefficients)
+        group, shared = ascent.group, self._shared_of(ascent.group.stack, coefficients)
         # A single row is held twice, but must move once.
         count = len(group.rows)
         scale_R, kl_R = ops.scale_within_budget(
             logits_BV,
             group.rows_R[:count],
-            shift_V,
+            shared.logits_V,
             ascent.share_R[:count],
             group.max_kl_R[:count] - ROUNDING_NATS,
             apply=is_moving,
+            tilts_V=shared.tilts_V,
         )
         return _Edit(
             ascent=ascent,
             scale_R=scale_R.expand(len(group.rows_R)),
             kl_R=kl_R.expand(len(group.rows_R)),
-            is_nonfinite_R=ascent.is_nonfinite_R | bool(shift_V[0].isnan()),
+            is_nonfinite_R=ascent.is_nonfinite_R | (not shared.is_finite),
         )
 
     def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
@@ -209,7 +227,7 @@ def _stats(edit: _Edit) -> GroupStats:
     ascent, scale_R = edit.ascent, edit.scale_R
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
-    after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
+    after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.climb_RU)
     return GroupStats(
         group=ascent.group,
         values_before_RK=stack.rewards(before_RK),
