@@ -38,7 +38,7 @@ class _Offline(Turns):
 
     def open(self, peer: str) -> dict[str, Any]:
         spec, python = PEERS[peer], self.found[peer].python
-        options = self.setup.load_options()
+        options = {**self.setup.load_options(), **spec.options}
         if spec.gguf is not None:
             options["gguf"] = str(spec.gguf(self.setup))
         started_s = time.perf_counter()

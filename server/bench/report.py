@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from server.bench.peers import OURS
+from server.bench.peers import ARMS, OURS
 
 _GIB = 2**30
 
@@ -68,7 +68,7 @@ def start_table(result: Mapping[str, Any]) -> str:
     lines = _head(["", *titles])
     arms = dict.fromkeys(arm for kind in kinds for arm in result[kind])
     for arm in arms:
-        if arm != OURS and arm.startswith(f"{OURS}-"):
+        if ARMS[arm].num_heads:
             continue  # the same process
         cells = []
         for kind in kinds:

@@ -22,11 +22,12 @@ _POLL_S = 0.05
 OUR_COMMAND = "from server.cli import main; raise SystemExit(main())"
 
 
-def recontrol(setup: Setup, python: Path, port: int, gguf: Path | None) -> list[str]:
+def recontrol(bits: int, setup: Setup, python: Path, port: int, gguf: Path | None) -> list[str]:
     del gguf
     command = [str(python), "-c", OUR_COMMAND, "serve", "--model", setup.model, "--port", str(port)]
     command += ["--device", setup.device, "--dtype", setup.dtype, "--log-level", "warning"]
     command += ["--max-batch-size", str(setup.max_batch_size), "--max-model-len", str(setup.max_len)]
+    command += ["--quantization", {4: "int4", 8: "int8", 16: "none"}[bits]]
     return [*command, "--heads-dir", str(setup.heads_dir)] if setup.heads_dir else command
 
 

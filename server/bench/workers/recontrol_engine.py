@@ -19,7 +19,11 @@ class Engine:
         loaded = load_model(options["model"], device=options["device"], dtype=options["dtype"])
         registry = load_registry(Path(heads_dir) if heads_dir else None, loaded)
         self._core = EngineCore(
-            loaded, registry, max_batch_size=options["max_batch_size"], max_model_len=options["max_len"]
+            loaded,
+            registry,
+            max_batch_size=options["max_batch_size"],
+            max_model_len=options["max_len"],
+            bits=options["bits"],
         )
         self._device = str(loaded.model.device)
 
