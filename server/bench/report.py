@@ -68,7 +68,7 @@ def start_table(result: Mapping[str, Any]) -> str:
     lines = _head(["", *titles])
     arms = dict.fromkeys(arm for kind in kinds for arm in result[kind])
     for arm in arms:
-        if ARMS[arm].num_heads:
+        if arm in ARMS and ARMS[arm].num_heads:
             continue  # the same process
         cells = []
         for kind in kinds:
