@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engines.embedded import loader
+from server.engines.embedded.model import loader
 from server.engines.embedded.model.loader import (
     PACKAGED_MODELS,
     LoadedModel,
