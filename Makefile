@@ -2,6 +2,7 @@
 # make test    set everything up, then lint, types and tests
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
+# make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ DEPLOY_STAMP := $(STAMP)-deploy
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
 
-.PHONY: serve test test-deploy lint heads setup data clean
+.PHONY: serve test test-deploy lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -43,6 +44,9 @@ lint: setup
 
 heads: data
 	sh value_models/make_heads.sh $(BIN)/recontrol
+
+peers: setup
+	sh server/bench/make_peers.sh $(PYTHON)
 
 setup: $(STAMP)
 
@@ -73,4 +77,4 @@ $(DEPLOY_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-llama .pytest_cache .ruff_cache

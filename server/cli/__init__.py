@@ -1,4 +1,4 @@
-"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval.
+"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval, bench.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
 package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
 
+from server.cli.bench import Bench
 from server.cli.evaluate import Eval
 from server.cli.generate import Compare, Generate
 from server.cli.heads import HeadsImport, HeadsList, HeadsShow
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[BaseSettings]] = {
     "rollouts": Rollouts,
     "train": Train,
     "eval": Eval,
+    "bench": Bench,
 }
 
 

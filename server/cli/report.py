@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ class HeadsReport(HeadsCommand):
         if self.into is None:
             print("\n\n".join(sections.values()))
             return
-        text = self.into.read_text()
-        found = [name for name in sections if _section(name).search(text)]
-        if not found:
-            known = ", ".join(f"`<!-- {name}: begin -->`" for name in sections)
-            raise ConfigurationError(f"into: {self.into} has no section; there are {known}")
-        for name in found:
-            text = _section(name).sub(lambda _, body=sections[name]: f"{body}\n", text)
-        write_text(self.into, text)
+        replace_sections(self.into, sections)
+
+
+def replace_sections(page: Path, sections: Mapping[str, str]) -> None:
+    """Put each body between its markers, where the page has them. Raises ConfigurationError when it has none."""
+    text = page.read_text()
+    found = [name for name in sections if _section(name).search(text)]
+    if not found:
+        known = ", ".join(f"`<!-- {name}: begin -->`" for name in sections)
+        raise ConfigurationError(f"into: {page} has no section; there are {known}")
+    for name in found:
+        text = _section(name).sub(lambda _, body=sections[name]: f"{body}\n", text)
+    write_text(page, text)
 
 
 def summary_table(cards: Sequence[HeadCard]) -> str:

@@ -3,7 +3,8 @@
 It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
 once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
 to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py).
-Every operation treats rows alone. Enter at `ascend`.
+Every operation treats rows alone. Enter at `ascend`, and where rows share
+their shift, at `ascend_shared`.
 
 Shapes: R rows of a group, K heads, U units, D hidden size.
 """
@@ -17,19 +18,41 @@ from torch import Tensor
 
 from server.control.objective_rows import ObjectiveRows
 from server.control.plan import EditGroup
+from server.control.registry import HeadStack
+from server.kernels import ops
+from value_models.linear import MIN_ROWS
 
 # In standard deviations of a head's training reward: rounding, and what is too little to matter.
 TOLERANCE = 1e-3
 
 
 @dataclass(slots=True, frozen=True)
+class SharedShift:
+    """What an ascent of linear heads comes to when neither state nor token changes it: one shift for every state."""
+
+    coefficients_U: Tensor
+    shift_D: Tensor
+    length: float
+    climb_U: Tensor
+    """Change of the units."""
+
+    @classmethod
+    def of(cls, stack: HeadStack, coefficients: tuple[float, ...]) -> SharedShift:
+        rows_RU = torch.tensor([coefficients] * MIN_ROWS)
+        shift_D = stack.ascent(rows_RU)[0]
+        return cls(rows_RU[0], shift_D, float(shift_D.norm()), stack.gram(rows_RU)[0])
+
+
+@dataclass(slots=True, frozen=True)
 class Ascent:
-    """A group's edit before the KL budget: the capped shift, and how units move with it."""
+    """A group's edit before the KL budget: the shift, and how units move with it, the cap on the shift included."""
 
     group: EditGroup
     units_RU: Tensor
     coefficients_RU: Tensor
-    """What the ascent rows were taken times, the cap on the shift included."""
+    """What the ascent rows were taken times."""
+    climb_RU: Tensor
+    """Change of the units."""
     share_R: Tensor
     """How much of the ascent the cap on the shift left."""
     shift_RD: Tensor
@@ -51,20 +74,49 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     units_RU, coefficients_RU = _climb(start_RU, group, size_R)
     shift_RD = stack.ascent(coefficients_RU)
     ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
-    is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
-    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
-    keep_R1 = ~is_nonfinite_R[:, None]
+    share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
+    keep_R1, share_R1 = ~is_nonfinite_R[:, None], share_R[:, None]
+    kept_RU = torch.where(keep_R1, coefficients_RU * share_R1, 0.0)
     return Ascent(
         group=group,
         units_RU=start_RU,
-        share_R=torch.where(is_nonfinite_R, 0.0, cap_R),
-        coefficients_RU=torch.where(keep_R1, coefficients_RU * cap_R[:, None], 0.0),
-        shift_RD=torch.where(keep_R1, shift_RD * cap_R[:, None], 0.0),
-        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * cap_R),
-        is_capped_R=cap_R < 1.0,
+        coefficients_RU=kept_RU,
+        climb_RU=stack.gram(kept_RU),
+        share_R=share_R,
+        shift_RD=torch.where(keep_R1, shift_RD * share_R1, 0.0),
+        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * share_R),
+        is_capped_R=(share_R < 1.0) & ~is_nonfinite_R,
         is_nonfinite_R=is_nonfinite_R,
         is_gate_open_R=is_open_R,
     )
+
+
+def ascend_shared(hidden_BD: Tensor, group: EditGroup, shared: SharedShift) -> Ascent:
+    """`ascend` for rows that share their shift, natively (ops.can_read_natively)."""
+    stack = group.stack
+    units_RU, length_R = ops.read_rows(hidden_BD, group.rows_R, stack.inputs_UD, stack.input_bias_U)
+    ratio_R = shared.length / length_R
+    share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
+    share_R1 = share_R[:, None]
+    return Ascent(
+        group=group,
+        units_RU=units_RU,
+        coefficients_RU=share_R1 * shared.coefficients_U,
+        climb_RU=share_R1 * shared.climb_U,
+        share_R=share_R,
+        shift_RD=share_R1 * shared.shift_D,
+        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * share_R),
+        is_capped_R=(share_R < 1.0) & ~is_nonfinite_R,
+        is_nonfinite_R=is_nonfinite_R,
+        is_gate_open_R=None,
+    )
+
+
+def _share(ratio_R: Tensor, units_RU: Tensor, group: EditGroup) -> tuple[Tensor, Tensor]:
+    """What the cap on the shift leaves of an ascent, nothing where it is not finite; and where that is."""
+    is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
+    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
+    return torch.where(is_nonfinite_R, 0.0, cap_R), is_nonfinite_R
 
 
 def leaves_bounds(ascent: Ascent, objectives: ObjectiveRows, scale_R: Tensor) -> Tensor:
@@ -75,7 +127,7 @@ def leaves_bounds(ascent: Ascent, objectives: ObjectiveRows, scale_R: Tensor) ->
     """
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
-    after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
+    after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.climb_RU)
     low_RK, high_RK = objectives.bounds(before_RK)
     return ((after_RK < low_RK - TOLERANCE) | (after_RK > high_RK + TOLERANCE)).any(dim=-1)
 

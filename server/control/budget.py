@@ -3,8 +3,8 @@
 The LM head is linear, so the logits at scale s of an edit are l0 + s * dl, and KL(s) = KL(softmax(l0 + s dl) ||
 softmax(l0)) costs no further product with the LM head. It grows with s, and its square root is close to linear, which
 makes regula falsi on the root converge in a few evaluations. Only scales that were evaluated and found within budget
-are returned, so the budget holds exactly. Knows nothing of heads or models. Enter at `largest_scale`
-and, where rows share a shift, at `largest_scale_of_shared`.
+are returned, so the budget holds exactly. server/kernels/budget.cpp does the same natively. Knows nothing of heads or
+models. Enter at `largest_linear_scale` and `largest_scale`.
 
 Shapes: R controlled rows (two at least, see value_models/linear.py), V vocabulary.
 """
@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from value_models.linear import MIN_ROWS, PackedLinear
+from server.kernels import ops
+from value_models.linear import MIN_ROWS
 
 # Aim a little below the budget, so that a good guess lands inside; wider at last, so that something always does.
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
@@ -74,28 +75,6 @@ class LinearDivergence:
         return taken
 
 
-class ShiftTable:
-    """One shift d [V] of the logits that many rows share, and the divergence of taking it whole.
-
-    KL(1) = sum(p0 e d) / sum(p0 e) - log (sum(p0 e) / sum(p0)) with e = exp(d), d less its largest entry: one product
-    of the base probabilities with a packed table of e, e d and ones, where every row for itself would need passes over
-    the vocabulary.
-    """
-
-    def __init__(self, shift_V: Tensor) -> None:
-        """A shift that is not finite is kept as none at all; `is_finite` tells."""
-        self.is_finite = bool(shift_V.isfinite().all())
-        self.shift_V = shift_V if self.is_finite else torch.zeros_like(shift_V)
-        lowered_V = self.shift_V - self.shift_V.amax()
-        weights_V = lowered_V.exp()
-        self._sums = PackedLinear(torch.stack([weights_V, weights_V * lowered_V, torch.ones_like(weights_V)]))
-
-    def divergence(self, base_RV: Tensor) -> Tensor:
-        """KL(1) [R] in nats of rows with base logits [R, V], two rows at least."""
-        total_R, weighted_R, mass_R = self._sums(base_RV.softmax(dim=-1)).unbind(dim=-1)
-        return _divergence(weighted_R, total_R, mass_R)
-
-
 def _divergence(weighted_R: Tensor, total_R: Tensor, mass_R: Tensor) -> Tensor:
     kl_R = (weighted_R / total_R - (total_R / mass_R).log()).clamp(min=0.0)
     return torch.where(total_R > _MIN_TOTAL, kl_R, torch.inf)
@@ -119,21 +98,14 @@ class GeneralDivergence:
         return GeneralDivergence(self._base_RV[rows], self._delta_RV[rows], self._finish)
 
 
-def largest_scale_of_shared(
-    table: ShiftTable, share_R: Tensor, base_RV: Tensor, max_kl_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`largest_scale` of rows that each take a share [R] of one shift. On a CPU only: it asks which rows are over.
-
-    Rows that take the whole shift and stay within their budgets need no more than the table.
-    """
-    kl_R = table.divergence(base_RV)
-    scale_R = torch.ones_like(kl_R)
-    rest = (~(kl_R <= max_kl_R - ROUNDING_NATS) | (share_R != 1.0)).nonzero()[:, 0]
-    if len(rest):
-        held = rest.expand(MIN_ROWS) if len(rest) < MIN_ROWS else rest
-        divergence = LinearDivergence(base_RV[held], share_R[held, None] * table.shift_V)
-        scale_R[held], kl_R[held] = largest_scale(divergence, max_kl_R[held])
-    return scale_R, kl_R
+def largest_linear_scale(base_RV: Tensor, delta: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest_scale` when the logits are base + s * delta exactly, with delta [R, V]; natively where that can be."""
+    if not ops.can_run_natively(base_RV):
+        return largest_scale(LinearDivergence(base_RV, delta), max_kl_R)
+    everyone_R, whole_R = torch.arange(len(base_RV)), torch.ones_like(max_kl_R)
+    return ops.scale_within_budget(
+        base_RV.contiguous(), everyone_R, delta, whole_R, max_kl_R - ROUNDING_NATS, apply=False
+    )
 
 
 def largest_scale(divergence: Divergence, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,23 +19,18 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
-from server.control.budget import (
-    GeneralDivergence,
-    LinearDivergence,
-    ShiftTable,
-    largest_scale,
-    largest_scale_of_shared,
-)
+from server.control.ascent import TOLERANCE, Ascent, SharedShift, ascend, ascend_shared, leaves_bounds
+from server.control.budget import ROUNDING_NATS, GeneralDivergence, largest_linear_scale, largest_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
 from server.control.state import HELD_BY, HeldBy
+from server.kernels import ops
 from value_models.linear import MIN_ROWS, PackedLinear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
-# Three rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
-_MAX_TABLES = 64
+# Two rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
+_MAX_SHARED = 64
 
 
 class Unembedding(Protocol):
@@ -70,17 +65,27 @@ class GroupStats:
 class _Edit:
     """An ascent, the scale [R] that its KL budget allows and the divergence [R] there.
 
-    The logits move by factor_R x delta, which is [R, V], or [1, V] where rows share it.
+    The logits move by scale_R x delta_RV, or have done so already where that is None.
     """
 
     ascent: Ascent
     scale_R: Tensor
     kl_R: Tensor
-    factor_R: Tensor
-    delta: Tensor
     is_nonfinite_R: Tensor
+    delta_RV: Tensor | None = None
     is_outside_R: Tensor | None = None
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
+
+
+@dataclass(slots=True, frozen=True)
+class _Shared:
+    """A shift that many rows share, as it moves states and as it moves logits (NaN when that is not finite)."""
+
+    shift: SharedShift
+    logits_V: Tensor
+    tilts_V: Tensor
+    """exp(logits_V - max)."""
+    is_finite: bool
 
 
 class StateEditor:
@@ -89,26 +94,25 @@ class StateEditor:
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, PackedLinear] = {}
-        self._tables: dict[tuple[HeadStack, tuple[float, ...]], ShiftTable] = {}
+        self._shared: dict[tuple[HeadStack, tuple[float, ...]], _Shared] = {}
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
-        edits, projected_BV = self._edits(hidden_BD, plan)
+        edits, logits_BV = self._edits(hidden_BD, plan, is_moving=True)
         for edit in edits:
-            factor_R1, rows = edit.factor_R[:, None], edit.ascent.group.rows
-            if len(rows) == len(projected_BV):
-                projected_BV.addcmul_(factor_R1[: len(rows)], edit.delta[: len(rows)])
-            else:
+            if edit.delta_RV is not None:
                 rows_R = edit.ascent.group.rows_R
-                projected_BV[rows_R] = torch.addcmul(projected_BV[rows_R], factor_R1, edit.delta)
-        return self._unembedding.finish(projected_BV), [_stats(edit) for edit in edits]
+                logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
+        if not self._unembedding.is_linear:
+            logits_BV = self._unembedding.finish(logits_BV)
+        return logits_BV, [_stats(edit) for edit in edits]
 
     def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
 
         Casting a state back to a narrow dtype rounds the edit, so an engine that samples here uses `logits`.
         """
-        edits, _ = self._edits(hidden_BD, plan)
+        edits, _ = self._edits(hidden_BD, plan, is_moving=False)
         edited_BD = hidden_BD.clone()
         for edit in edits:
             rows_R = edit.ascent.group.rows_R
@@ -116,25 +120,34 @@ class StateEditor:
             edited_BD[rows_R] = edited_RD.to(hidden_BD.dtype)
         return edited_BD, [_stats(edit) for edit in edits]
 
-    def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], Tensor]:
-        """Every group's edit, and the projection [B, V] of the unedited states."""
-        ascents = [ascend(hidden_BD, group) for group in plan.groups]
+    def _edits(self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool) -> tuple[list[_Edit], Tensor]:
+        """Every group's edit, and what to add it to [B, V]: logits if they are linear along an edit, else their
+        projection. `is_moving` allows to move these in place on the way."""
+        ascents = [self._ascend(hidden_BD, group) for group in plan.groups]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
         deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
+        base_BV = projected[:num_rows]
+        if self._unembedding.is_linear:
+            base_BV = self._unembedding.finish(base_BV)
         edits: list[_Edit] = []
         for ascent in ascents:
             group = ascent.group
-            if group.coefficients is not None and self._unembedding.is_linear and hidden_BD.device.type == "cpu":
-                edits.append(self._shared_within_budget(ascent, group.coefficients, projected[:num_rows]))
+            if group.coefficients is not None and self._unembedding.is_linear and ops.can_run_natively(base_BV):
+                edits.append(self._shared_within_budget(ascent, group.coefficients, base_BV, is_moving=is_moving))
             else:
                 is_linear = group.stack.has_constant_slope
                 delta_RV = self._row_logits_of(group.stack)(ascent.coefficients_RU) if is_linear else next(deltas)
-                edits.append(self._within_budget(ascent, delta_RV, projected))
-        return edits, projected[:num_rows]
+                edits.append(self._within_budget(ascent, delta_RV, base_BV))
+        return edits, base_BV
+
+    def _ascend(self, hidden_BD: Tensor, group: EditGroup) -> Ascent:
+        if group.coefficients is None or not ops.can_read_natively(hidden_BD):
+            return ascend(hidden_BD, group)
+        return ascend_shared(hidden_BD, group, self._shared_of(group.stack, group.coefficients).shift)
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
@@ -142,36 +155,46 @@ class StateEditor:
             self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
         )
 
-    def _table_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> ShiftTable:
-        def make() -> ShiftTable:
-            coefficients_RU = torch.tensor([coefficients] * MIN_ROWS)
-            return ShiftTable(self._row_logits_of(stack)(coefficients_RU)[0])
+    def _shared_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> _Shared:
+        def make() -> _Shared:
+            logits_V = self._row_logits_of(stack)(torch.tensor([coefficients] * MIN_ROWS))[0]
+            is_finite = bool(logits_V.isfinite().all())
+            if not is_finite:
+                logits_V = torch.full_like(logits_V, torch.nan)
+            return _Shared(SharedShift.of(stack, coefficients), logits_V, (logits_V - logits_V.amax()).exp(), is_finite)
 
-        return _kept(self._tables, _MAX_TABLES, (stack, coefficients), make)
+        return _kept(self._shared, _MAX_SHARED, (stack, coefficients), make)
 
-    def _shared_within_budget(self, ascent: Ascent, coefficients: tuple[float, ...], projected_BV: Tensor) -> _Edit:
-        """For rows that share their shift but for its length."""
-        group, table = ascent.group, self._table_of(ascent.group.stack, coefficients)
-        # A single row is held twice, and then is not the whole batch, even one of two rows.
-        is_whole = len(group.rows) == len(group.rows_R) == len(projected_BV)
-        base_RV = self._unembedding.finish(projected_BV if is_whole else projected_BV[group.rows_R])
-        scale_R, kl_R = largest_scale_of_shared(table, ascent.share_R, base_RV, group.max_kl_R)
+    def _shared_within_budget(
+        self, ascent: Ascent, coefficients: tuple[float, ...], logits_BV: Tensor, *, is_moving: bool
+    ) -> _Edit:
+        """For rows that share their shift but for its length, natively: each is moved while its logits are at hand."""
+        group, shared = ascent.group, self._shared_of(ascent.group.stack, coefficients)
+        # A single row is held twice, but must move once.
+        count = len(group.rows)
+        scale_R, kl_R = ops.scale_within_budget(
+            logits_BV,
+            group.rows_R[:count],
+            shared.logits_V,
+            ascent.share_R[:count],
+            group.max_kl_R[:count] - ROUNDING_NATS,
+            apply=is_moving,
+            tilts_V=shared.tilts_V,
+        )
         return _Edit(
             ascent=ascent,
-            scale_R=scale_R,
-            kl_R=kl_R,
-            factor_R=scale_R * ascent.share_R,
-            delta=table.shift_V[None],
-            is_nonfinite_R=ascent.is_nonfinite_R | (not table.is_finite),
+            scale_R=scale_R.expand(len(group.rows_R)),
+            kl_R=kl_R.expand(len(group.rows_R)),
+            is_nonfinite_R=ascent.is_nonfinite_R | (not shared.is_finite),
         )
 
-    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, projected_BV: Tensor) -> _Edit:
-        base_RV = projected_BV[ascent.group.rows_R]
+    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
+        base_RV = base_BV[ascent.group.rows_R]
         if self._unembedding.is_linear:
-            divergence = LinearDivergence(self._unembedding.finish(base_RV), delta_RV)
+            scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
         else:
             divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
-        scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+            scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
         objectives, is_outside_R = ascent.group.objectives, None
         if objectives is not None and not ascent.group.stack.has_constant_slope:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)
@@ -180,9 +203,8 @@ class StateEditor:
             ascent=ascent,
             scale_R=scale_R,
             kl_R=kl_R,
-            factor_R=scale_R,
             # Scale zero must not meet an infinite shift.
-            delta=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
+            delta_RV=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
             is_outside_R=is_outside_R,
         )
@@ -205,7 +227,7 @@ def _stats(edit: _Edit) -> GroupStats:
     ascent, scale_R = edit.ascent, edit.scale_R
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
-    after_RK, _ = stack.readout(ascent.units_RU + stack.gram(scale_R[:, None] * ascent.coefficients_RU))
+    after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.climb_RU)
     return GroupStats(
         group=ascent.group,
         values_before_RK=stack.rewards(before_RK),

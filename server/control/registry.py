@@ -37,8 +37,10 @@ class HeadStack:
     names: tuple[str, ...]
     heads: tuple[ValueHead, ...]
     spans: tuple[slice, ...]
+    inputs_UD: Tensor
+    input_bias_U: Tensor
     inputs: PackedLinear
-    """h [R, D] -> z [R, U]."""
+    """h [R, D] -> z [R, U], by the two above."""
     gram: PackedLinear
     """c [R, U] -> change of z [R, U] by a step of size one."""
     ascent: PackedLinear
@@ -162,6 +164,8 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...]) -> HeadStack:
         names=names,
         heads=heads,
         spans=tuple(slice(end - head.num_units, end) for end, head in zip(ends, heads, strict=True)),
+        inputs_UD=inputs_UD.float().contiguous(),
+        input_bias_U=bias_U.float().contiguous(),
         inputs=PackedLinear(inputs_UD, bias_U),
         gram=PackedLinear(inputs_UD @ ascent_UD.T),
         ascent=PackedLinear(ascent_UD.T),

@@ -169,7 +169,7 @@ using namespace recontrol;
 // Write the rows' keys and values into their pages, then attend: out [rows, heads * head_size].
 //
 // q, k and v are rows of heads, `stride` elements apart; row r stands at positions[r] of the sequence whose pages are
-// tables[sequences[r]][..]. Rows of one sequence must come in order of their positions. A window of 0 attends to
+// tables[sequences[r]][..]. Rows of one sequence must come one after the other, in order of their positions. A window of 0 attends to
 // everything, a softcap of 0 caps nothing. head_size must be a multiple of 32, heads / kv_heads at most 8.
 EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t q_stride, int64_t k_stride,
                                  int64_t v_stride, bf16* keys, bf16* values, const int32_t* tables,
@@ -179,15 +179,19 @@ EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, in
     const Cache cache{keys, values, kv_heads, head_size};
     const Options how{scaling, softcap, window};
     const int64_t group = heads / kv_heads, most = std::max<int64_t>(kMaxQueries / group, 1);
+    const auto table = [&](int64_t r) { return tables + sequences[r] * table_stride; };
+    // A page that is written to belongs to one sequence alone, so the page tells whether two rows are of the same.
     const auto continues = [&](int64_t r) {
-        return 0 < r && r < rows && sequences[r] == sequences[r - 1] && positions[r] == positions[r - 1] + 1;
+        if (r == 0 || r == rows || positions[r] != positions[r - 1] + 1) return false;
+        const int64_t page = positions[r - 1] / kPage;
+        return table(r)[page] == table(r - 1)[page];
     };
     std::vector<Span> spans;
     for (int64_t r = 0; r < rows; ++r) {
         if (continues(r) && spans.back().rows < most)
             ++spans.back().rows;
         else
-            spans.push_back({r, 1, positions[r], tables + sequences[r] * table_stride});
+            spans.push_back({r, 1, positions[r], table(r)});
     }
     // A task is one span and head: enough of them to share out when there are few rows, and long ones do not wait.
     const int64_t tasks = (int64_t)spans.size() * kv_heads;
@@ -198,7 +202,7 @@ EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, in
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t head = 0; head < kv_heads; ++head)
-                write(cache, tables + sequences[r] * table_stride, positions[r], head, k + r * k_stride + head * head_size,
+                write(cache, table(r), positions[r], head, k + r * k_stride + head * head_size,
                       v + r * v_stride + head * head_size, continues(r + 1));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; ++task)

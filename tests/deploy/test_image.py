@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.engines.embedded.loader import default_model_folder
+from server.engines.embedded.model.loader import default_model_folder
 from tests.deploy.conftest import ROOT, free_ports, require, running, wait_until, wait_until_up
 from tests.deploy.test_manifests import values
 

@@ -122,6 +122,19 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
     assert stranger[0].num_cached == 0
 
 
+def test_a_prompt_that_is_preempted_half_way_is_scored_once(make_core: Callable[..., EngineCore]) -> None:
+    sampling = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=True, seed=1)
+    scored = GenerationRequest("scored", tuple(i % 250 for i in range(200)), sampling)
+    expected = run(make_core(), [scored])["scored", 0].chunks[0].prompt_logprobs
+    core, chunks = make_core(), []
+    core.add(core.sequences(scored, chunks.append))
+    core.step()
+    core._scheduler._preempt(core._scheduler.running[0])
+    while core.has_work:
+        core.step()
+    assert chunks[0].prompt_logprobs == expected
+
+
 def test_a_cache_too_small_for_one_sequence_is_refused(make_core: Callable[..., EngineCore]) -> None:
     with pytest.raises(ConfigurationError, match="kv_cache_gib: a sequence of 256 tokens takes"):
         small_core(make_core, 3)

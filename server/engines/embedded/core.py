@@ -27,7 +27,7 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import LMHead, ModelRunner
-from server.engines.embedded.reports import token_edits, token_logprobs
+from server.engines.embedded.reports import Scores, take_prompt_logprobs, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
@@ -75,6 +75,7 @@ class EngineCore:
             chunk_tokens=prefill_chunk_tokens,
             has_prefix_cache=has_prefix_cache,
         )
+        self._scores = Scores(self.lm_head, self.token_text)
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
 
@@ -187,13 +188,13 @@ class EngineCore:
         for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
             if sequence.request.sampling.prompt_logprobs:
-                self._score_prompt(sequence, segment, hidden_TD[first:end])
+                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
         for sequence in step.complete:
             if sequence.request.sampling.max_tokens == 0:
-                scores = self._take_prompt_logprobs(sequence)
+                scores = take_prompt_logprobs(sequence)
                 self._finish(
                     sequence, FinishReason.LENGTH, GenerationChunk(index=sequence.index, prompt_logprobs=scores)
                 )
@@ -211,7 +212,7 @@ class EngineCore:
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
-        logprobs = self._logprobs(rows, logits_BV, tokens)
+        logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         edits = token_edits(stats)
         now_s = time.monotonic()
         for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
@@ -271,7 +272,7 @@ class EngineCore:
             token_ids=(token_id,),
             logprobs=() if logprob is None else (logprob,),
             edit=edit,
-            prompt_logprobs=self._take_prompt_logprobs(sequence) if is_first else None,
+            prompt_logprobs=take_prompt_logprobs(sequence) if is_first else None,
         )
         if reason is None:
             sequence.emit(chunk)
@@ -299,36 +300,6 @@ class EngineCore:
             prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
             generation_tokens=len(sequence.token_ids),
         )
-
-    def _logprobs(self, rows: list[Sequence], logits_BV: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
-        """Of the rows that ask for them, and got a token."""
-        wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None and tokens[i] >= 0}
-        # Log-softmax takes each row alone, and top-k of a row does not depend on how many are asked for elsewhere.
-        return {
-            i: token_logprobs(
-                logits_BV[i : i + 1], torch.tensor(tokens[i : i + 1], device=logits_BV.device), num_top, self.token_text
-            )[0]
-            for i, num_top in wanted.items()
-        }
-
-    def _score_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow the segment's positions, without control."""
-        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
-        # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
-        if not following or not sequence.group.prompt_logprobs:
-            return
-        logits_TV = self.lm_head.logits(hidden_TD)[: len(following)]
-        token_ids_T = torch.tensor(following, device=logits_TV.device)
-        num_top = sequence.request.sampling.logprobs or 0
-        sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top, self.token_text)
-
-    def _take_prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-        """The prompt's log-probabilities, for whichever choice comes first."""
-        if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
-            return None
-        taken = tuple(sequence.group.prompt_logprobs)
-        sequence.group.prompt_logprobs.clear()
-        return taken
 
     def _observe_token(self, sequence: Sequence, edit: TokenEdit | None, now_s: float, *, is_first: bool) -> None:
         if is_first:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from server.control.editor import GroupStats
 from server.control.state import HELD_BY
+from server.engines.embedded.model.attention import Segment
+from server.engines.embedded.model.runner import LMHead
+from server.engines.embedded.sequence import Sequence
 from server.types import TokenEdit, TokenLogprob
 
 TokenText = Callable[[int], str]
@@ -54,3 +58,42 @@ def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
                 is_gate_open=is_open is None or is_open[i],
             )
     return edits
+
+
+class Scores:
+    """Log-probabilities of drawn tokens and of prompts, for the requests that ask for them."""
+
+    def __init__(self, lm_head: LMHead, token_text: TokenText) -> None:
+        self._lm_head = lm_head
+        self._token_text = token_text
+
+    def of_tokens(self, rows: list[Sequence], logits_BV: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
+        """By row, of those that ask for them and got a token."""
+        wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None and tokens[i] >= 0}
+        # Log-softmax takes each row alone, and top-k of a row does not depend on how many are asked for elsewhere.
+        return {
+            i: token_logprobs(
+                logits_BV[i : i + 1], torch.tensor([tokens[i]], device=logits_BV.device), num_top, self._token_text
+            )[0]
+            for i, num_top in wanted.items()
+        }
+
+    def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
+        """Those of the prompt tokens that follow the segment's positions, without control."""
+        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
+        # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
+        if not following or not sequence.group.prompt_logprobs:
+            return
+        logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]
+        token_ids_T = torch.tensor(following, device=logits_TV.device)
+        num_top = sequence.request.sampling.logprobs or 0
+        sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top, self._token_text)
+
+
+def take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """The prompt's log-probabilities, for whichever choice comes first."""
+    if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
+        return None
+    taken = tuple(sequence.group.prompt_logprobs)
+    sequence.group.prompt_logprobs.clear()
+    return taken

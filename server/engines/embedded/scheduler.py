@@ -191,6 +191,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._evict(sequence)
+        if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
+            # They come again with the prompt.
+            del sequence.group.prompt_logprobs[1:]
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)

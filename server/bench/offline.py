@@ -1,0 +1,91 @@
+"""New tokens a second without HTTP: one batch of equally long prompts at a time. Enter at `measure`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.bench.figures import spread
+from server.bench.peers import ARMS, PEERS, Found, child_env, objectives, worker_command
+from server.bench.process import PeerError, Worker
+from server.bench.setup import Setup
+from server.bench.turns import Turns
+from server.bench.workload import Workload
+
+_TIMEOUT_S = 3600.0
+"""For one command: a large model may load for long, and a slow peer take long for its batch."""
+
+
+def measure(
+    setup: Setup,
+    arms: Sequence[str],
+    found: Mapping[str, Found],
+    workload: Workload,
+    *,
+    batch_sizes: Sequence[int],
+    repeats: int,
+) -> dict[str, Any]:
+    """By arm, its peer's facts and its figures at each batch size; each size is run once before what counts."""
+    results = _Offline(setup, found, workload).run(arms, batch_sizes, repeats, warm_up=True)
+    for result in results.values():
+        result["batches"] = {size: _batch(turns) for size, turns in result.pop("turns").items()}
+    return results
+
+
+class _Offline(Turns):
+    kind = "offline"
+
+    def open(self, peer: str) -> dict[str, Any]:
+        spec, python = PEERS[peer], self.found[peer].python
+        options = self.setup.load_options()
+        if spec.gguf is not None:
+            options["gguf"] = str(spec.gguf(self.setup))
+        started_s = time.perf_counter()
+        env = child_env(spec, self.setup, python)
+        worker = self.children[peer] = Worker(worker_command(spec, python), env=env, log=self.log(peer))
+        loaded = worker.ask("load", timeout_s=_TIMEOUT_S, **options)
+        self._generate(worker, self.workload.prompts(1, "start"), 1, 0, [])
+        return {"startup_s": time.perf_counter() - started_s, "facts": loaded["facts"]}
+
+    def turn(self, arm: str, key: float, repeat: int) -> dict[str, Any]:
+        size, workload, worker = int(key), self.workload, self._worker(ARMS[arm].peer)
+        prompts = workload.prompts(size, "offline", repeat)
+        seed = workload.seed_of("offline", size, repeat)
+        return self._generate(worker, prompts, workload.new_tokens, seed, objectives(ARMS[arm], self.setup.heads))
+
+    def last_facts(self, peer: str) -> dict[str, Any]:
+        return self._worker(peer).ask("memory", timeout_s=_TIMEOUT_S)
+
+    def _worker(self, peer: str) -> Worker:
+        worker = self.children[peer]
+        assert isinstance(worker, Worker)
+        return worker
+
+    @staticmethod
+    def _generate(
+        worker: Worker, prompts: list[list[int]], new_tokens: int, seed: int, row_objectives: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        answer = worker.ask(
+            "generate",
+            timeout_s=_TIMEOUT_S,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            seed=seed,
+            objectives=row_objectives,
+        )
+        expected = len(prompts) * new_tokens
+        if answer["num_tokens"] != expected:
+            raise PeerError(f"gave {answer['num_tokens']} tokens where {expected} were asked for")
+        return answer
+
+
+def _batch(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One batch size's repeats."""
+    result: dict[str, Any] = {
+        "tokens_per_s": spread([turn["num_tokens"] / turn["seconds"] for turn in turns]),
+        "seconds": [turn["seconds"] for turn in turns],
+    }
+    if "edits" in turns[-1]:
+        result["edits"] = [turn["edits"] for turn in turns]
+    return result

@@ -1,0 +1,156 @@
+"""The benchmark's JSON as Markdown: a section for each table, with what was and what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from server.bench.peers import OURS
+
+_GIB = 2**30
+
+
+def sections(result: Mapping[str, Any]) -> dict[str, str]:
+    """Bodies by the name of the page's section, all of them, so that a page never shows two runs at once."""
+    tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
+    return {f"bench-{name}": table(result) or f"({name}: not measured)" for name, table in tables.items()}
+
+
+def offline_table(result: Mapping[str, Any]) -> str:
+    """New tokens a second at each batch size; beside a peer's, ours over it."""
+    arms = result.get("offline")
+    if not arms:
+        return ""
+    sizes = [str(size) for size in result["settings"]["batch_sizes"]]
+    lines = _head(["new tokens a second", *(f"batch {size}" for size in sizes)])
+    for arm, figures in arms.items():
+        cells = []
+        for size in sizes:
+            mine = figures["batches"].get(size)
+            cells.append(_rate_cell(mine["tokens_per_s"], _ours(arms, arm, "batches", size)) if mine else _MISSING)
+        lines.append(_row([_name(arm, result), *cells]))
+    return "\n".join(lines)
+
+
+def online_table(result: Mapping[str, Any]) -> str:
+    """Medians over repeats of each turn's percentiles; ours / peer is of tokens a second, first text and gap."""
+    arms = result.get("online")
+    if not arms:
+        return ""
+    settings = result["settings"]
+    good = f"goodput (TTFT <= {settings['ttft_objective_ms']:g} ms, ITL <= {settings['itl_objective_ms']:g} ms)"
+    titles = ["requests a second", "", "TTFT, ms", "ITL, ms", "whole answer, s", "tokens a second", good, "failed"]
+    lines = _head([*titles, "ours / peer: tokens, TTFT, ITL"])
+    for rate in (f"{rate:g}" for rate in settings["rates"]):
+        for arm, figures in arms.items():
+            turn = figures["rates"].get(rate)
+            if turn is None:
+                lines.append(_row([rate, _name(arm, result), *[_MISSING] * 7]))
+                continue
+            failed = sum(repeat["num_failed"] for repeat in turn["repeats"])
+            cells = [_times(turn["ttft_s"], 1000), _times(turn["itl_s"], 1000), _times(turn["e2e_s"], 1)]
+            tokens = f"{turn['tokens_per_s']['median']:.0f}" if turn["tokens_per_s"] else _MISSING
+            cells += [tokens, f"{100 * turn['goodput']['median']:.0f}%", str(failed)]
+            lines.append(
+                _row([rate, _name(arm, result), *cells, _online_ratios(turn, _ours(arms, arm, "rates", rate))])
+            )
+    return "\n".join(lines)
+
+
+def start_table(result: Mapping[str, Any]) -> str:
+    """By peer: seconds until the first answer, and the most memory it held."""
+    kinds = [kind for kind in ("offline", "online") if result.get(kind)]
+    if not kinds:
+        return ""
+    names = {"offline": "engine", "online": "server"}
+    titles = [f"{names[kind]}: {what}" for kind in kinds for what in ("ready after, s", "peak memory, GiB")]
+    lines = _head(["", *titles])
+    arms = dict.fromkeys(arm for kind in kinds for arm in result[kind])
+    for arm in arms:
+        if arm != OURS and arm.startswith(f"{OURS}-"):
+            continue  # the same process
+        cells = []
+        for kind in kinds:
+            figures = result[kind].get(arm, {})
+            start, memory = figures.get("startup_s"), figures.get("peak_rss_bytes")
+            cells += [_MISSING if start is None else f"{start:.1f}", _gib(memory)]
+        lines.append(_row([_name(arm, result), *cells]))
+    return "\n".join(lines)
+
+
+def notes(result: Mapping[str, Any]) -> str:
+    """What it was measured on, and what could not be."""
+    system, settings = result["system"], result["settings"]
+    where = [system["cpu"], f"{settings['threads']} threads", f"{system['memory_bytes'] / _GIB:.0f} GiB"]
+    where += [system["gpu"]] if system["gpu"] else []
+    what = [f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens", settings["dtype"]]
+    what += [f"{settings['repeats']} repeats (median, lowest to highest)", f"seed {settings['seed']}"]
+    lines = [
+        f"`{result['command']}`, {result['model']}, {', '.join([*what, *where])}, {system['date']}, "
+        f"commit {system['commit']}. In brackets: ours / peer, the median over repeats."
+    ]
+    lines += [f"Not measured: `{arm}`: {why}." for arm, why in result["skipped"].items()]
+    lines += [f"Not measured online: `{arm}` has no server." for arm in result.get("without_server", ())]
+    for kind in ("offline", "online"):
+        for arm, figures in (result.get(kind) or {}).items():
+            if "failed" in figures:
+                lines.append(f"Failed {kind}: `{arm}`: {figures['failed'].split(';')[0]}.")
+    return "\n\n".join(lines)
+
+
+_MISSING = "-"
+
+
+def _name(arm: str, result: Mapping[str, Any]) -> str:
+    version = next(iter(result["versions"].get(arm, {}).values()), None)
+    return f"`{arm}` {version}" if version else f"`{arm}`"
+
+
+def _ours(arms: Mapping[str, Any], arm: str, kind: str, key: str) -> dict[str, Any] | None:
+    """Our figures to compare an arm's with: none for our own."""
+    return None if arm == OURS else arms.get(OURS, {}).get(kind, {}).get(key)
+
+
+def _rate_cell(spread: Mapping[str, Any], ours: Mapping[str, Any] | None) -> str:
+    text = f"{spread['median']:.0f} ({spread['low']:.0f} to {spread['high']:.0f})"
+    return text if ours is None else f"{text} [{_ratio(ours['tokens_per_s']['all'], spread['all'])}]"
+
+
+def _ratio(ours: Sequence[float | None], peer: Sequence[float | None]) -> str:
+    """Of the same repeat, where both have it: what slows the machine slows both."""
+    pairs = [mine / theirs for mine, theirs in zip(ours, peer, strict=False) if mine and theirs]
+    return f"{median(pairs):.2f}" if pairs else _MISSING
+
+
+def _online_ratios(turn: Mapping[str, Any], ours: Mapping[str, Any] | None) -> str:
+    """Of tokens a second, and of the median first text and gap."""
+    if ours is None:
+        return ""
+    both = (ours["repeats"], turn["repeats"])
+    tokens = _ratio(*([repeat["tokens_per_s"] for repeat in repeats] for repeats in both))
+    times = [
+        _ratio(*([(repeat[name] or {}).get("p50") for repeat in repeats] for repeats in both))
+        for name in ("ttft_s", "itl_s")
+    ]
+    return ", ".join([tokens, *times])
+
+
+def _times(percentiles: Mapping[str, Any] | None, scale: float) -> str:
+    """p50 / p95 / p99."""
+    if percentiles is None:
+        return _MISSING
+    digits = 0 if scale > 1 else 2
+    return " / ".join(f"{scale * spread['median']:.{digits}f}" for spread in percentiles.values())
+
+
+def _gib(count: int | None) -> str:
+    return _MISSING if count is None else f"{count / _GIB:.2f}"
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [_row(titles), "|---" * len(titles) + "|"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

