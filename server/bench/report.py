@@ -12,9 +12,16 @@ _GIB = 2**30
 
 
 def sections(result: Mapping[str, Any]) -> dict[str, str]:
-    """Bodies by the name of the page's section, all of them, so that a page never shows two runs at once."""
-    tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
-    return {f"bench-{name}": table(result) or f"({name}: not measured)" for name, table in tables.items()}
+    """Bodies by the name of the page's section. What compares peers comes all together, so that a page never shows two
+    runs at once; looks into our own engine come if they were measured."""
+    bodies: dict[str, str] = {}
+    if result.get("offline") is not None or result.get("online") is not None:
+        tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
+        bodies = {name: table(result) or f"({name}: not measured)" for name, table in tables.items()}
+    for name, table in (("step", step_table), ("quantization", quantization_table)):
+        if body := table(result):
+            bodies[name] = f"{body}\n\n{_where(result)}"
+    return {f"bench-{name}": body for name, body in bodies.items()}
 
 
 def offline_table(result: Mapping[str, Any]) -> str:
@@ -79,17 +86,35 @@ def start_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_table(result: Mapping[str, Any]) -> str:
+    """Milliseconds of a step's parts, by way of computing it and heads in use."""
+    step = result.get("step")
+    if not step:
+        return ""
+    ways = step["parts_ms"]
+    parts = list(next(iter(next(iter(ways.values())).values())))
+    lines = _head([f"ms of a step of {step['rows']} rows", *parts, "over the step without control"])
+    for way, by_heads in ways.items():
+        for heads, spent_ms in by_heads.items():
+            over = spent_ms["step"] / by_heads[""]["step"]
+            name = f"{way}, {heads.replace(',', ' + ') or 'no control'}"
+            lines.append(_row([name, *(f"{spent_ms[part]:.1f}" for part in parts), f"{over:.3f}"]))
+    return "\n".join(lines)
+
+
+def quantization_table(result: Mapping[str, Any]) -> str:
+    losses = result.get("quantization")
+    if not losses:
+        return ""
+    lines = _head(["bits", "KL from 16 bits, nats a token", "less likely, nats a token"])
+    for bits in ("8", "4"):
+        lines.append(_row([bits, f"{losses[bits]['kl_nats']:.4f}", f"{losses[bits]['nll_increase_nats']:+.4f}"]))
+    return "\n".join(lines)
+
+
 def notes(result: Mapping[str, Any]) -> str:
     """What it was measured on, and what could not be."""
-    system, settings = result["system"], result["settings"]
-    where = [system["cpu"], f"{settings['threads']} threads", f"{system['memory_bytes'] / _GIB:.0f} GiB"]
-    where += [system["gpu"]] if system["gpu"] else []
-    what = [f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens", settings["dtype"]]
-    what += [f"{settings['repeats']} repeats (median, lowest to highest)", f"seed {settings['seed']}"]
-    lines = [
-        f"`{result['command']}`, {result['model']}, {', '.join([*what, *where])}, {system['date']}, "
-        f"commit {system['commit']}. In brackets: ours / peer, the median over repeats."
-    ]
+    lines = [f"{_where(result)} In brackets: ours / peer, the median over repeats."]
     lines += [f"Not measured: `{arm}`: {why}." for arm, why in result["skipped"].items()]
     lines += [f"Not measured online: `{arm}` has no server." for arm in result.get("without_server", ())]
     for kind in ("offline", "online"):
@@ -97,6 +122,18 @@ def notes(result: Mapping[str, Any]) -> str:
             if "failed" in figures:
                 lines.append(f"Failed {kind}: `{arm}`: {figures['failed'].split(';')[0]}.")
     return "\n\n".join(lines)
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    system, settings = result["system"], result["settings"]
+    where = [system["cpu"], f"{settings['threads']} threads", f"{system['memory_bytes'] / _GIB:.0f} GiB"]
+    where += [system["gpu"]] if system["gpu"] else []
+    what = [f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens", settings["dtype"]]
+    what += [f"{settings['repeats']} repeats (median, lowest to highest)", f"seed {settings['seed']}"]
+    return (
+        f"`{result['command']}`, {result['model']}, {', '.join([*what, *where])}, {system['date']}, "
+        f"commit {system['commit']}."
+    )
 
 
 _MISSING = "-"

@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer
 
-from server.bench import offline, online, system
+from server.bench import offline, online, steps, system
 from server.bench.models import head_names, kv_cache_gib, model_folder, random_model
 from server.bench.peers import ARMS, PEERS, Found, find, missing
 from server.bench.report import sections
@@ -28,6 +28,8 @@ from value_models.store import shipped_heads_folder
 from value_models.whole_files import write_text
 
 _PAGE_TOKENS = 128
+Part = Literal["offline", "online", "step", "quantization"]
+_PROFILED_ROWS = 32
 _Positive = Annotated[int, Field(ge=1)]
 
 
@@ -50,7 +52,7 @@ class Bench(Command):
         None, description="comma-separated heads that controlled rows use; by default the first by name"
     )
     peers: list[str] = Field(list(ARMS), description=f"comma-separated, of: {', '.join(ARMS)}")
-    only: list[Literal["offline", "online"]] = Field(["offline", "online"], description="comma-separated parts")
+    only: list[Part] = Field(list(get_args(Part)), description=f"comma-separated, of: {', '.join(get_args(Part))}")
     batch_sizes: list[_Positive] = Field([1, 8, 32, 64], description="comma-separated, of offline batches")
     rates: list[Annotated[float, Field(gt=0)]] = Field([1, 2, 4], description="comma-separated requests a second")
     num_requests: _Positive = Field(60, description="of one turn at one rate")
@@ -132,6 +134,10 @@ class Bench(Command):
         if serving and "online" in self.only:
             result["online"] = online.measure(setup, serving, found, workload, self._load())
             result["without_server"] = [arm for arm in arms if arm not in serving]
+        if "step" in self.only:
+            result["step"] = steps.profile(setup, workload, rows=_PROFILED_ROWS)
+        if "quantization" in self.only and setup.device == "cpu" and setup.dtype == "bfloat16":
+            result["quantization"] = steps.quantization_loss(setup, workload)
         return result
 
     def _setup(self) -> Setup:

@@ -103,3 +103,18 @@ def test_a_part_that_was_not_measured_says_so_in_its_place() -> None:
     result = {name: value for name, value in RESULT.items() if name != "online"}
     assert sections(result)["bench-online"] == "(online: not measured)"
     assert sections(result)["bench-offline"] == sections(RESULT)["bench-offline"]
+
+
+def test_looks_into_our_own_engine_come_alone_and_say_where() -> None:
+    own = {name: RESULT[name] for name in ("command", "model", "settings", "system")}
+    plain = {"layers": 20.0, "edit": 0.0, "step": 25.0}
+    steered = {"layers": 20.0, "edit": 1.0, "step": 26.0}
+    own["step"] = {"rows": 32, "parts_ms": {"native kernels": {"": plain, "positive,plain": steered}}}
+    own["quantization"] = {"num_tokens": 9} | {
+        bits: {"kl_nats": kl, "nll_increase_nats": -kl} for bits, kl in (("8", 0.001), ("4", 0.02))
+    }
+    bodies = sections(own)
+    assert list(bodies) == ["bench-step", "bench-quantization"]
+    assert "| native kernels, positive + plain | 20.0 | 1.0 | 26.0 | 1.040 |" in bodies["bench-step"]
+    assert "| 4 | 0.0200 | -0.0200 |" in bodies["bench-quantization"]
+    assert all("commit abc" in body for body in bodies.values())

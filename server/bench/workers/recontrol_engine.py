@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.engine import load_registry
+from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 

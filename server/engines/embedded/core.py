@@ -68,7 +68,7 @@ class EngineCore:
             kv_bytes=default_kv_bytes(loaded.model.device) if kv_cache_gib is None else int(kv_cache_gib * 2**30),
             bits=bits,
         )
-        self._editor = StateEditor(self.lm_head)
+        self.editor = StateEditor(self.lm_head)
         self._scheduler = Scheduler(
             self.runner.kv,
             max_batch_size=max_batch_size,
@@ -233,7 +233,7 @@ class EngineCore:
             self._plan_rows = rows
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
-        logits_BV, stats = self._editor.logits(hidden_BD, plan)
+        logits_BV, stats = self.editor.logits(hidden_BD, plan)
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
         return logits_BV, stats
