@@ -1,0 +1,27 @@
+"""The README's figures of speed are those of the files that `recontrol bench` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.bench import report
+
+README = Path("README.md").read_text()
+RESULTS = sorted(Path(report.__file__).parent.glob("results/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_readme_shows_what_the_file_holds(path: Path) -> None:
+    for name, body in report.sections(json.loads(path.read_text())).items():
+        between = README.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+        assert between.strip() == body
+
+
+def test_every_section_has_its_file() -> None:
+    written = [name for path in RESULTS for name in report.sections(json.loads(path.read_text()))]
+    assert sorted(written) == sorted(
+        f"bench-{name}" for name in ("offline", "online", "start", "notes", "step", "quantization")
+    )
