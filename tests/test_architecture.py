@@ -43,7 +43,7 @@ ALLOWED = {
                    "server.logs", "server.telemetry"),
     "server.app": ("server.api", "server.engines", "server.errors", "server.settings", "server.telemetry",
                    "server.tracing", "server.types"),
-    "server.bench": ("server.bench", "server.engines", "server.control", "server.types", "server.errors",
+    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types", "server.errors",
                      "server.settings", "value_models"),
     "server.cli": ("server", "value_models"),
 }  # fmt: skip

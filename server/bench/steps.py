@@ -17,7 +17,7 @@ from server.bench.process import PeerError
 from server.bench.setup import Setup
 from server.bench.workload import Workload
 
-_WORKERS = Path(__file__).parent / "workers"
+_SCRIPTS = Path(__file__).parent / "own"
 _TIMEOUT_S = 1800
 _STEPS = 40
 _TEXTS = 48
@@ -55,7 +55,7 @@ def quantization_loss(setup: Setup, workload: Workload) -> dict[str, Any]:
 def _run(setup: Setup, script: str, options: dict[str, Any], kernels: str) -> dict[str, Any]:
     python = Path(sys.executable)
     env = {**os.environ, **child_env(PEERS["recontrol"], setup, python), "RECONTROL_KERNELS": kernels}
-    command = [str(python), str(_WORKERS / script), json.dumps(options)]
+    command = [str(python), str(_SCRIPTS / script), json.dumps(options)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         raise PeerError(f"{script} failed: {done.stderr.strip().splitlines()[-1:]}")

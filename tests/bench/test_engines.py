@@ -35,7 +35,7 @@ def load(random_folder: Path) -> Iterator[Callable[[str], Any]]:
     options = {"model": str(random_folder), "folder": str(random_folder), "heads_dir": str(random_folder / "heads"),
                "device": "cpu", "dtype": "float32", "threads": 1, "max_batch_size": 4, "max_len": 256,
                "seed": 0}  # fmt: skip
-    return lambda peer: _engine_class(str(PEERS[peer].engine))(options)
+    return lambda peer: _engine_class(str(PEERS[peer].engine))({**options, **PEERS[peer].options})
 
 
 def test_ignoring_the_end_of_a_sequence_a_text_goes_on_to_its_limit(make_core: Callable[..., Any]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.bench.workers.profile_step import PARTS, profile
-from server.bench.workers.quantization_loss import losses
+from server.bench.own.profile_step import PARTS, profile
+from server.bench.own.quantization_loss import losses
 from server.kernels import native
 
 PROMPTS = [[(7 * i * j) % 250 + 1 for j in range(1, 9)] for i in range(1, 5)]
