@@ -43,8 +43,8 @@ ALLOWED = {
                    "server.logs", "server.telemetry"),
     "server.app": ("server.api", "server.engines", "server.errors", "server.settings", "server.telemetry",
                    "server.tracing", "server.types"),
-    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types", "server.errors",
-                     "server.settings", "value_models"),
+    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types",
+                     "server.errors", "server.settings", "value_models"),
     "server.cli": ("server", "value_models"),
 }  # fmt: skip
 FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))
