@@ -27,12 +27,12 @@ float largest(const float* x, int64_t size) {
 
 constexpr int64_t kBlock = 1024;  // summed in float32, blocks in float64
 
-// One row: base logits l, kept as p = exp(l - max(l)) in `probs`, and a change d, less its largest entry `peak`.
+// One row: base logits l, kept as p = exp(l - max(l)) in `probs`, and a change d, less its largest entry.
 class Row {
    public:
     // `tilts` holds exp(d) if it is known: then the divergence of the whole change comes from the same pass.
-    Row(const float* logits, const float* delta, float peak, const float* tilts, int64_t size, float* probs)
-        : probs_(probs), delta_(delta), size_(size), peak_(peak) {
+    Row(const float* logits, const float* delta, float largest_delta, const float* tilts, int64_t size, float* probs)
+        : probs_(probs), delta_(delta), size_(size), peak_(largest_delta) {
         const __m512 top = _mm512_set1_ps(largest(logits, size)), peak = _mm512_set1_ps(peak_);
         for (int64_t begin = 0; begin < size; begin += kBlock) {
             __m512 mass = _mm512_setzero_ps(), total = mass, weighted = mass;

@@ -1,0 +1,18 @@
+"""An installation with a compiler, on a CPU that the kernels are for, has them: a build that fails is only a warning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from server.kernels import native
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the kernels are not for this CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.skipif(os.environ.get("RECONTROL_KERNELS") == "torch", reason="told to do without")
+def test_the_kernels_were_compiled() -> None:
+    assert native() is not None, "`pip install -v -e .` shows the compiler's error"
