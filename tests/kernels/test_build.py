@@ -1,4 +1,4 @@
-"""An installation with a compiler, on a CPU that the kernels are for, has them: a build that fails is only a warning."""
+"""Where there is a compiler, and the CPU is one that they are for, the kernels are there: a failed build only warns."""
 
 from __future__ import annotations
 
