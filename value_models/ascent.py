@@ -124,8 +124,9 @@ def ascent_gain(
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
     E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the given tokens, with s the head's shift and A the reward less the
-    value, by `values` where it is not the head's own: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
-    that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
+    value, by `values` where it is not the head's own: small edits that cost k nats a token add about this times sqrt(k)
+    for each token of a response. On tokens that no fit has seen it compares ways uphill in seconds, without sampling.
+    Its noise is about the root of 2 / N.
     """
     earned, paid = 0.0, 0.0
     advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(values or head, data)

@@ -146,7 +146,7 @@ def test_prompts_that_the_run_does_not_know_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_controlled_round_is_not_misled_by_states_that_control_has_moved(data: TrainingData) -> None:
-    """Their values under the first head are too high throughout, and sampling favours likely tokens (a mean gradient)."""
+    """Their values under the first head are too high, and sampling favours likely tokens (a mean gradient)."""
     favoured = replace(data, manifest={"policy": {}}, logp_grads_ND=data.logp_grads_ND + 0.5)
     moved = replace(favoured, states_ND=data.states_ND - 2.0 * torch.eye(SIZE)[0])
     settings = TrainSettings(controlled_weight=1e6)
