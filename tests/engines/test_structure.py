@@ -248,7 +248,7 @@ def test_a_schema_that_turns_out_too_complex_ends_its_own_text_alone(
     compiled = compiler.compile(json.dumps({"type": "object", "properties": properties}))
     results = run(core, [ask("wide", compiled), ask("other", None)])
     assert results["wide", 0].finish_reasons == [FinishReason.ERROR]
-    assert results["other", 0].finish_reasons == [FinishReason.LENGTH]
+    assert results["other", 0].token_ids == run(core, [ask("other", None)])["other", 0].token_ids
 
 
 def test_a_token_that_is_not_allowed_is_an_error(compiler: SchemaCompiler) -> None:
