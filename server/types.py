@@ -162,6 +162,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     control: ControlParams | None = None
     num_choices: int = 1
+    structure: object | None = None
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
 

@@ -31,6 +31,7 @@ from server.engines.embedded.reports import Scores, take_prompt_logprobs, token_
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.structure import constrained
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
@@ -211,6 +212,7 @@ class EngineCore:
         """Edit, draw a token for each row, and hand it on."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
+        drawn_BV = constrained(drawn_BV, [s.matcher for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         edits = token_edits(stats)
@@ -220,7 +222,7 @@ class EngineCore:
                 sequence.states.append(hidden_BD[i])
             try:
                 if token_id < 0:
-                    raise FloatingPointError("the model's logits are not finite")
+                    raise FloatingPointError("no token has a finite logit")
                 self._grow(sequence, token_id, logprobs.get(i), edits.get(i), now_s)
             except Exception:
                 _log.exception("Request %s failed", sequence.request.request_id)
@@ -248,24 +250,8 @@ class EngineCore:
     ) -> None:
         """Append one token to a sequence and emit it; finish the sequence when it ends here."""
         is_first = not sequence.token_ids
-        sequence.token_ids.append(token_id)
-        if edit is not None and sequence.edits is not None:
-            sequence.edits.add(edit)
         self._observe_token(sequence, edit, now_s, is_first=is_first)
-        reason: FinishReason | None = None
-        text = ""
-        if token_id in sequence.end_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text = sequence.stop.add(sequence.detokenizer.add(token_id))
-            if sequence.stop.has_stopped:
-                reason = FinishReason.STOP
-            elif edit is not None and sequence.breaks_guardrail(edit):
-                reason = FinishReason.GUARDRAIL
-            elif len(sequence.token_ids) >= sequence.request.sampling.max_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None and not sequence.stop.has_stopped:
-            text += sequence.stop.flush()
+        text, reason = sequence.grow(token_id, edit)
         chunk = GenerationChunk(
             index=sequence.index,
             text=text,
