@@ -52,19 +52,24 @@ def bad_input(model: str, max_len: int) -> list[Refused]:
 def _completion(param: str | None, *, status: int = 400, code: str | None = None, **fields: Any) -> Refused:
     """A good completion but for these fields."""
     content = json.dumps({"model": _MODEL, "prompt": "hi", "max_tokens": 4, **fields}).encode()
-    return Refused(f"completion: {json.dumps(fields)[:60]}", _COMPLETIONS, content, status, param, code)
+    return Refused(_name("completion", fields), _COMPLETIONS, content, status, param, code)
 
 
 def _chat(param: str | None, *, status: int = 400, code: str | None = None, **fields: Any) -> Refused:
     messages = [{"role": "user", "content": "hi"}]
     content = json.dumps({"model": _MODEL, "messages": messages, "max_tokens": 4, **fields}).encode()
-    return Refused(f"chat: {json.dumps(fields)[:60]}", _CHAT, content, status, param, code)
+    return Refused(_name("chat", fields), _CHAT, content, status, param, code)
 
 
 def _control(param: str, *, status: int = 400, code: str | None = None, **fields: Any) -> Refused:
     """Of heads that need not exist: what is wrong with the form is found first."""
     control = {"objective": {"weights": {"positive": 1.0}}, **fields}
     return _completion(param, status=status, code=code, control=control)
+
+
+def _name(what: str, fields: dict[str, Any]) -> str:
+    text = json.dumps(fields)
+    return f"{what}: {text if len(text) <= 160 else f'{text[:80]} ... {text[-80:]}'}"
 
 
 def _protocol(name: str, status: int, content: bytes = b"{}", *, path: str = _COMPLETIONS, **options: Any) -> Refused:
@@ -81,7 +86,7 @@ _VALUES: dict[str, list[Any]] = {
     "max_tokens": [-1, 1.5, 2**70, "4"],
     "seed": [2**63, 1.5],
     "stop": ["", [""], ["a"] * 5, ["a"] * 5000, "a" * 257, 3],
-    "stop_token_ids": [3, [-1], [_HUGE], ["1"], [1] * 65],
+    "stop_token_ids": [3, [_HUGE], [1] * 65],
     "logit_bias": [3, {"a": 1}, {"-1": 1}, {str(_HUGE): 1}],
     "presence_penalty": [2.1, "1"],
     "frequency_penalty": [-2.1, []],
@@ -100,7 +105,7 @@ _VALUES: dict[str, list[Any]] = {
 _CONTROLS: list[Refused] = [
     _completion("control", control=3),
     _completion("control.objective", control={}),
-    _control("control.objective", objective={"weights": {}}),
+    _control("control.objective.weights", objective={"weights": {}}),
     _control("control.objective.type", objective={"type": "sum", "weights": {"positive": 1.0}}),
     _control("control.objective.floors", objective={"type": "floor", "weights": {"positive": 1.0}}),
     _control("control.step_size", step_size=11),
@@ -152,6 +157,8 @@ _PROTOCOL: list[Refused] = [
 _KINDS: list[Refused] = [
     *(_completion(name, **{name: value}) for name, values in _VALUES.items() for value in values),
     _completion("max_tokens", max_tokens=0),
+    _completion("stop_token_ids.0", stop_token_ids=[-1]),
+    _completion("stop_token_ids.1", stop_token_ids=[1, "1"]),
     _completion("n", n=128, prompt=["a"] * 3),
     _completion("model", status=404, code="model_not_found", model="no-such-model"),
     _completion("model", model=""),

@@ -15,9 +15,9 @@ from server.bench.soak.bad_input import Refused, bad_input
 from server.bench.soak.controls import random_control
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-_PROMPT_CHARS = 120
+_PROMPT_CHARS = 100
 _MAX_NEW_TOKENS = 20
-_MAX_FAULTY_TOKENS = 80
+_MAX_FAULTY_TOKENS = 60
 """Of requests that are not meant to end by themselves."""
 _STOPS = ("\n", " the", ".", "e", "and then", "zebra", "\n\n")
 
@@ -198,9 +198,9 @@ def _sampling(rng: random.Random) -> dict[str, Any]:
 def _text(rng: random.Random, world: World) -> str:
     """A few beginnings come again and again, so that pages of them are shared; some are of odd characters."""
     if rng.random() < 0.05:
-        return rng.choice(["\x00", "é" * 30, "🙂🙃" * 8, "<|im_end|>", " ", "\u202e abc", "a" * 200])
+        return rng.choice(["\x00", "é" * 30, "🙂🙃" * 8, "<|im_end|>", " ", "\u202e abc", "a" * 120])
     text = rng.choice(world.texts)[:_PROMPT_CHARS]
-    return (world.texts[0][:_PROMPT_CHARS] + " " + text)[: world.max_len // 2] if rng.random() < 0.3 else text
+    return (world.texts[0] + " " + text)[:_PROMPT_CHARS] if rng.random() < 0.3 else text
 
 
 def _token_ids(rng: random.Random) -> list[int]:

@@ -17,6 +17,8 @@ def soak_table(result: Mapping[str, Any]) -> str:
     kinds = soak["by_kind"]
     bad = faults.get("bad input", 0)
     series = [rss for _, rss in soak["rss_series"]] or [0]
+    growth, warm_up = soak["rss_growth_bytes"], soak["rss_warm_up_requests"]
+    grown = "" if growth is None else f", {growth / _MIB:+.0f} after the first {warm_up} requests"
     rows = {
         "requests": f"{soak['num_requests']}: "
         + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "bad input"),
@@ -28,8 +30,7 @@ def soak_table(result: Mapping[str, Any]) -> str:
         "**lost, ended twice or answered wrongly**": f"**{soak['num_lost']}**",
         "**run again alone: other than before**": f"**{soak['num_mismatches']}** of {soak['num_compared']}",
         "slots, waiting, keys and values at the end": ", ".join(f"{value:g}" for value in soak["at_end"].values()),
-        "memory of the server, MiB": f"{series[0] / _MIB:.0f} to {series[-1] / _MIB:.0f}, "
-        f"{soak['rss_growth_bytes'] / _MIB:+.0f} after the warm-up",
+        "memory of the server, MiB": f"{series[0] / _MIB:.0f} to {series[-1] / _MIB:.0f}{grown}",
         "time, new tokens a second": f"{soak['seconds']:.0f} s, {soak['tokens_per_s']:.0f}",
         "failures of any kind": str(soak["num_failures"]),
     }

@@ -155,9 +155,8 @@ def _sequences(record: Mapping[str, Any]) -> tuple[int, int]:
     return record["n"] * record["prompts"], record["n"] * record["prompts"]
 
 
-def growth_bytes(series: list[tuple[int, int]], warm_up: float) -> int:
-    """Of memory since the requests of the warm-up, a share of all, were answered: largest after less largest then."""
-    last = series[-1][0]
-    before = [rss for done, rss in series if done <= warm_up * last]
-    after = [rss for done, rss in series if done > warm_up * last]
-    return max(after) - max(before) if before and after else 0
+def growth_bytes(series: list[tuple[int, int]], warm_up: int) -> int | None:
+    """Of memory after so many requests: the largest since less the largest until then; None for a shorter series."""
+    before = [rss for done, rss in series if done <= warm_up]
+    after = [rss for done, rss in series if done > warm_up]
+    return max(after) - max(before) if before and after else None
