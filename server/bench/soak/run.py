@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from server.bench.setup import Setup
 from server.bench.soak import judge
 from server.bench.soak.client import Client, Seen
 from server.bench.soak.plan import Planned, World, make_plan
-from server.bench.soak.watch import KEY, Metrics, SoakedServer, growth_bytes, read_log
+from server.bench.soak.watch import KEY, Logged, Metrics, SoakedServer, growth_bytes, read_log
 
 _NUM_CLIENTS = 24
 _COMPARED_SHARE = 0.06
@@ -34,6 +35,7 @@ _GROWTH_BYTES = 64 * 2**20
 _GROWTH_FILES = 16
 _IDLE_S = 30.0
 _NUM_SHOWN = 30
+_CLEAN_EXITS = (0, -signal.SIGTERM)
 
 
 @dataclass(slots=True)
@@ -60,14 +62,14 @@ def measure(setup: Setup, *, count: int, texts: Sequence[str]) -> dict[str, Any]
     try:
         world = _world(server.wait_until_ready(), texts)
         plan = make_plan(setup.seed, count, world)
-        result = asyncio.run(_soak(server, plan, setup.seed))
+        result, statuses = asyncio.run(_soak(server, plan, setup.seed))
     finally:
         server.end()
-    if server.exit_code not in (0, -15):
-        result["failures"].append(f"the server ended with {server.exit_code}")
-    result["num_failures"] = len(result["failures"])
-    result["failures"] = result["failures"][:_NUM_SHOWN]
-    return result
+    # The log is whole only now.
+    failures = result.pop("failures") + _of_the_log(read_log(server.log), statuses, result["sequences_ended"])
+    if server.exit_code not in _CLEAN_EXITS:
+        failures.append(f"the server ended with {server.exit_code}")
+    return {**result, "num_failures": len(failures), "failures": failures[:_NUM_SHOWN]}
 
 
 def _world(answers: dict[str, Any], texts: Sequence[str]) -> World:
@@ -76,7 +78,8 @@ def _world(answers: dict[str, Any], texts: Sequence[str]) -> World:
     return World(base["id"], base["max_model_len"], heads, texts)
 
 
-async def _soak(server: SoakedServer, plan: list[Planned], seed: int) -> dict[str, Any]:
+async def _soak(server: SoakedServer, plan: list[Planned], seed: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Figures and failures, and the status that the client of each request saw."""
     before = server.num_files()
     compared = _chosen(plan, seed)
     load = _Load()
@@ -88,14 +91,8 @@ async def _soak(server: SoakedServer, plan: list[Planned], seed: int) -> dict[st
         at_end = await _when_idle(server)
         same, mismatches = await _compare(client, plan, load, compared)
     last = await _when_idle(server)
-    logged = read_log(server.log)
     failures = load.problems + mismatches + _of_the_end(server, last, before, growth_bytes(load.series, _WARM_UP))
-    failures += _of_the_log(logged.statuses, load.statuses) + [f"the log has: {line}" for line in logged.errors]
-    num_ended = sum(last.ended.values())
-    if not logged.least_sequences <= num_ended <= logged.most_sequences:
-        wanted = f"{logged.least_sequences} to {logged.most_sequences}"
-        failures.append(f"{num_ended} sequences ended, where {wanted} were accepted")
-    return {
+    figures = {
         "num_requests": len(plan),
         "by_kind": _counted(planned.kind for planned in plan),
         "features": _counted(feature for p in plan if p.refused is None for feature in p.features),
@@ -118,6 +115,7 @@ async def _soak(server: SoakedServer, plan: list[Planned], seed: int) -> dict[st
         "open_files": {"before": before, "after": server.num_files()},
         "failures": failures,
     }
+    return figures, load.statuses
 
 
 def _chosen(plan: list[Planned], seed: int) -> set[int]:
@@ -196,12 +194,17 @@ def _of_the_end(server: SoakedServer, last: Metrics, files_before: int, growth: 
     return failures
 
 
-def _of_the_log(logged: dict[str, list[int]], statuses: dict[str, int]) -> list[str]:
-    """Each request has one line in the log, with the status that its client saw."""
-    failures = [f"{name} has {len(lines)} lines in the log" for name, lines in logged.items() if len(lines) != 1]
+def _of_the_log(logged: Logged, statuses: dict[str, int], ended: dict[str, int]) -> list[str]:
+    """Each request has one line, with the status that its client saw; and as many sequences ended as were accepted."""
+    lines = logged.statuses
+    failures = [f"the log has: {line}" for line in logged.errors]
+    failures += [f"{name} has {len(its)} lines in the log" for name, its in lines.items() if len(its) != 1]
     for name, status in statuses.items():
-        if status != 431 and logged.get(name) != [status]:
-            failures.append(f"{name} was answered {status}, and the log has {logged.get(name)}")
+        if lines.get(name) != [status]:
+            failures.append(f"{name} was answered {status}, and the log has {lines.get(name)}")
+    if not logged.least_sequences <= sum(ended.values()) <= logged.most_sequences:
+        accepted = f"{logged.least_sequences} to {logged.most_sequences}"
+        failures.append(f"{sum(ended.values())} sequences ended, where {accepted} were accepted")
     return failures
 
 
