@@ -224,8 +224,11 @@ class EmbeddedEngine:
         finally:
             with self._gate:
                 self._is_open = False
-            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason.
-            self._take_actions(wait=False)
+            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason. Nothing
+            # comes in any more; each turn takes one action at least, whether it fails or is another call to stop.
+            while not self._inbox.empty():
+                with contextlib.suppress(Exception):
+                    self._take_actions(wait=False)
             core.abort_all()
 
     def _take_actions(self, *, wait: bool) -> bool:
