@@ -1,7 +1,8 @@
 """An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
 
 Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
-and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing.
+and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing, and
+candidates are counted but not drawn.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ class FakeEngine:
                 finish_reason=reason,
                 control=_summary(edit),
             )
-        num_tokens = 0
+        # Its values are all the same, so of candidates it would draw the first is kept.
+        num_tokens, num_drawn = 0, request.num_sequences // request.num_choices
+        if index == 0:
+            num_drawn += request.num_sequences % request.num_choices
         for position in range(sampling.max_tokens):
             await asyncio.sleep(self._token_delay_s)
             if not self._is_running:
@@ -158,6 +162,7 @@ class FakeEngine:
                 finish_reason=reason,
                 control=None if reason is None else _summary(edit),
                 error="The fake engine failed as told." if reason is FinishReason.ERROR else None,
+                num_drawn=num_drawn,
             )
             if reason is not None:
                 break
