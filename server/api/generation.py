@@ -68,6 +68,8 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
+                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                    continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
                 num_open -= chunk.finish_reason is not None
