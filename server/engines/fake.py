@@ -127,10 +127,7 @@ class FakeEngine:
                 finish_reason=reason,
                 control=_summary(edit),
             )
-        # Its values are all the same, so of candidates it would draw the first is kept.
-        num_tokens, num_drawn = 0, request.num_sequences // request.num_choices
-        if index == 0:
-            num_drawn += request.num_sequences % request.num_choices
+        num_tokens = 0
         for position in range(sampling.max_tokens):
             await asyncio.sleep(self._token_delay_s)
             if not self._is_running:
@@ -162,7 +159,7 @@ class FakeEngine:
                 finish_reason=reason,
                 control=None if reason is None else _summary(edit),
                 error="The fake engine failed as told." if reason is FinishReason.ERROR else None,
-                num_drawn=num_drawn,
+                num_drawn=_num_drawn(request, index),
             )
             if reason is not None:
                 break
@@ -182,6 +179,12 @@ class FakeEngine:
     def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:
         top = tuple((letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
         return TokenLogprob(token_id, chr(token_id), -2.0, top)
+
+
+def _num_drawn(request: GenerationRequest, index: int) -> int:
+    """Tokens for each that is kept; its values are all the same, so the first candidates would be."""
+    per_choice, rest = divmod(request.num_sequences, request.num_choices)
+    return per_choice + rest * (index == 0)
 
 
 def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:
