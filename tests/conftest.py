@@ -198,5 +198,5 @@ def run(
     return results
 
 
-def control(weights: dict[str, float], **options: float) -> ControlParams:
+def control(weights: dict[str, float], **options: Any) -> ControlParams:
     return ControlParams.model_validate({"objective": {"weights": weights}, **options})

@@ -95,6 +95,20 @@ async def test_control_is_reported_at_the_end(engine: Engine) -> None:
     assert list(summary.value_after) == ["positive"]
 
 
+@pytest.mark.parametrize(
+    ("search", "best_of", "num_choices"), [({"type": "blocks", "candidates": 3}, None, 1), (None, 5, 2)]
+)
+async def test_candidates_are_all_counted_and_none_but_the_best_are_told(
+    engine: Engine, search: dict[str, Any] | None, best_of: int | None, num_choices: int
+) -> None:
+    steered = control({"positive": 1.0}, search=search)
+    request = ask(control=steered, best_of=best_of, num_choices=num_choices, sampling={"ignore_eos": True})
+    chunks = await everything(engine, request)
+    assert sorted(chunk.index for chunk in chunks if chunk.finish_reason is not None) == list(range(num_choices))
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 8 * num_choices
+    assert sum(chunk.num_drawn for chunk in chunks) == 8 * request.num_sequences
+
+
 async def test_an_unknown_head_is_refused_before_anything_is_queued(engine: Engine) -> None:
     with pytest.raises(UnknownHeadError, match="plain, positive"):
         engine.generate(ask(control=control({"nobody": 1.0})))

@@ -111,7 +111,7 @@ class EmbeddedEngine:
         core = self._checked_core(request)
 
         def close(is_complete: bool) -> None:
-            self._num_open -= request.num_choices
+            self._num_open -= request.num_sequences
             if not is_complete:
                 # By identity: request ids come from clients, and two may be the same.
                 with contextlib.suppress(EngineStoppedError):
@@ -120,7 +120,7 @@ class EmbeddedEngine:
         stream = _EmbeddedStream(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
-        self._num_open += request.num_choices
+        self._num_open += request.num_sequences
         return stream
 
     async def load_head(self, name: str) -> None:
@@ -171,9 +171,10 @@ class EmbeddedEngine:
         # A head that is being unloaded is still in the registry, for requests that have begun.
         check_heads(request.control, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
-        if request.num_choices > capacity:
-            raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
-        if self._num_open + request.num_choices > capacity:
+        if request.num_sequences > capacity:
+            param = request.sequences_param
+            raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)
+        if self._num_open + request.num_sequences > capacity:
             raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
         return core
 
