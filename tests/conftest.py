@@ -22,8 +22,10 @@ from transformers import (
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.settings import Settings
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead
+from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
 HIDDEN = 32
 VOCAB = 258
@@ -113,6 +115,18 @@ def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int 
     )
 
 
+def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
+    for name, head in heads.items():
+        card = HeadCard(
+            name=name, description="random", base_model=BaseModelCard(**identity),
+            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
+            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
+            command="pytest",
+        )  # fmt: skip
+        save_head(folder / name, head, card)
+    return folder
+
+
 def random_linear_head(seed: int) -> LinearHead:
     rng = torch.Generator().manual_seed(seed)
     return LinearHead(
@@ -130,6 +144,25 @@ def heads() -> dict[str, ValueHead]:
         "deep": random_head(2, widths=(16, 12)),
         "line": random_linear_head(3),
     }
+
+
+@pytest.fixture
+def vllm_settings(
+    model_folder: Callable[..., Path], load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead], tmp_path: Path
+) -> Settings:
+    """vLLM's kernels for CPUs want wide heads."""
+    renamed = {"positive": heads["good"], "plain": heads["line"]}
+    folder = write_heads(tmp_path / "vllm-heads", renamed, load_tiny("wide_llama").identity)
+    return Settings(
+        engine="vllm",
+        model=str(model_folder("wide_llama")),
+        heads_dir=folder,
+        dtype="float32",
+        max_batch_size=4,
+        max_waiting=8,
+        kv_cache_gib=0.05,
+        vllm_options={"enforce_eager": True, "block_size": 32},
+    )
 
 
 @pytest.fixture

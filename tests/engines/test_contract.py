@@ -1,4 +1,4 @@
-"""What every engine promises, held for the fake and the embedded one alike, and what the embedded one adds."""
+"""What every engine promises, held for the fake, the embedded and the vLLM one alike, and what the embedded one adds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from server.engines.base import Engine
 from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
+from server.engines.vllm.engine import VllmEngine
 from server.errors import (
     ContextLengthError,
     EngineStoppedError,
@@ -24,21 +25,8 @@ from server.errors import (
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from tests.conftest import control
+from tests.conftest import control, write_heads
 from value_models.heads import ValueHead
-from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
-
-
-def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
-    for name, head in heads.items():
-        card = HeadCard(
-            name=name, description="random", base_model=BaseModelCard(**identity),
-            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
-            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
-            command="pytest",
-        )  # fmt: skip
-        save_head(folder / name, head, card)
-    return folder
 
 
 @pytest.fixture
@@ -57,9 +45,17 @@ def settings(
     )
 
 
-@pytest.fixture(params=["fake", "embedded"])
+@pytest.fixture(
+    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])]
+)
 async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
-    engine: Engine = FakeEngine(max_open=8) if request.param == "fake" else EmbeddedEngine(settings)
+    engine: Engine
+    if request.param == "fake":
+        engine = FakeEngine(max_open=8)
+    elif request.param == "embedded":
+        engine = EmbeddedEngine(settings)
+    else:
+        engine = VllmEngine(request.getfixturevalue("vllm_settings"))
     await engine.start()
     yield engine
     await engine.stop()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tests.conftest import random_head
-from tests.engines.test_contract import write_heads
+from tests.conftest import write_heads
 from value_models import store
 from value_models.importer import ImportFileError, import_pth
 from value_models.rollouts import (

@@ -85,6 +85,10 @@ class VllmEngine:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
+        # Before the processes go, since vLLM would take their going for an accident and log it.
+        if llm.output_handler is not None:
+            tasks.append(llm.output_handler)
+            llm.output_handler.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(llm.shutdown)
 
