@@ -128,9 +128,10 @@ class VllmEngine:
         for index in range(request.num_choices):
             choice = self._new_choice(request, index)
             task = asyncio.create_task(self._run(choice, stream))
+            # Not in the task itself: one that is cancelled at once never begins.
+            task.add_done_callback(lambda done, choice=choice: self._leave(choice, stream, done))
             tasks.append(task)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         self._num_open += request.num_choices
         return stream
 
@@ -239,20 +240,19 @@ class VllmEngine:
         return choice
 
     async def _run(self, choice: Choice, stream: ChunkQueue) -> None:
-        """Put a choice's chunks into the stream, the last of which has its one finish reason."""
-        reason = FinishReason.ERROR
         try:
             async for chunk in self._chunks(choice):
                 stream.put(chunk)
-        except asyncio.CancelledError:
-            reason = FinishReason.ABORT
         except Exception:
             _log.exception("Request %s failed", choice.request.request_id)
-        finally:
-            del self._choices[choice.choice_id]
-            if not choice.is_finished:
-                stream.put(choice.end(reason))
-            self._observer.on_step(self.status())
+            stream.put(choice.end(FinishReason.ERROR))
+
+    def _leave(self, choice: Choice, stream: ChunkQueue, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        del self._choices[choice.choice_id]
+        if not choice.is_finished:
+            stream.put(choice.end(FinishReason.ABORT))
+        self._observer.on_step(self.status())
 
     async def _chunks(self, choice: Choice) -> AsyncIterator[GenerationChunk]:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
