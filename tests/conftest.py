@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from transformers import (
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
-from server.settings import Settings
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
@@ -42,6 +43,15 @@ CONFIGS = {
     "wide_qwen2": lambda: Qwen2Config(**{**_ROPE, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of vLLM need it; `make test-vllm` sets RECONTROL_REQUIRE_VLLM, so that nothing there is skipped."""
+    if item.get_closest_marker("vllm") and not importlib.util.find_spec("vllm"):
+        if os.environ.get("RECONTROL_REQUIRE_VLLM"):
+            pytest.fail("vllm is not installed; `make test-vllm` installs it")
+        pytest.skip("vllm is not installed here; `make test-vllm` runs this")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -144,25 +154,6 @@ def heads() -> dict[str, ValueHead]:
         "deep": random_head(2, widths=(16, 12)),
         "line": random_linear_head(3),
     }
-
-
-@pytest.fixture
-def vllm_settings(
-    model_folder: Callable[..., Path], load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead], tmp_path: Path
-) -> Settings:
-    """vLLM's kernels for CPUs want wide heads."""
-    renamed = {"positive": heads["good"], "plain": heads["line"]}
-    folder = write_heads(tmp_path / "vllm-heads", renamed, load_tiny("wide_llama").identity)
-    return Settings(
-        engine="vllm",
-        model=str(model_folder("wide_llama")),
-        heads_dir=folder,
-        dtype="float32",
-        max_batch_size=4,
-        max_waiting=8,
-        kv_cache_gib=0.05,
-        vllm_options={"enforce_eager": True, "block_size": 32},
-    )
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every engine promises, held for the fake, the embedded and the vLLM one alike, and what the embedded one adds."""
+"""What every engine promises, for the fake, the embedded and the vLLM one, and what the embedded one adds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.engines.base import Engine
 from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
-from server.engines.vllm.engine import VllmEngine
 from server.errors import (
     ContextLengthError,
     EngineStoppedError,
@@ -27,6 +27,9 @@ from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from tests.conftest import control, write_heads
 from value_models.heads import ValueHead
+
+# The loop that the vLLM engine of the session lives on.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest.fixture
@@ -45,8 +48,9 @@ def settings(
     )
 
 
-@pytest.fixture(
-    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])]
+@pytest_asyncio.fixture(
+    loop_scope="session",
+    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])],
 )
 async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
     engine: Engine
@@ -55,10 +59,11 @@ async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIte
     elif request.param == "embedded":
         engine = EmbeddedEngine(settings)
     else:
-        engine = VllmEngine(request.getfixturevalue("vllm_settings"))
+        engine = request.getfixturevalue("vllm_engine")
     await engine.start()
     yield engine
-    await engine.stop()
+    if request.param != "vllm":
+        await engine.stop()
 
 
 def ask(name: str = "r", **options: Any) -> GenerationRequest:
@@ -141,7 +146,7 @@ async def test_a_stopped_engine_refuses(engine: Engine) -> None:
         engine.generate(ask())
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def embedded(settings: Settings) -> AsyncIterator[EmbeddedEngine]:
     engine = EmbeddedEngine(settings)
     await engine.start()

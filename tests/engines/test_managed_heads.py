@@ -16,8 +16,7 @@ from server.engines.fake import FakeEngine
 from server.errors import HeadMismatchError, UnknownHeadError
 from server.settings import Settings
 from server.types import ControlParams, FinishReason
-from tests.conftest import control, random_head
-from tests.conftest import write_heads
+from tests.conftest import control, random_head, write_heads
 from tests.engines.test_contract import ask, everything
 from value_models.heads import ValueHead
 

@@ -15,12 +15,10 @@ import torch
 from server.engines.base import EngineStatus
 from server.engines.embedded.model.loader import resolve_dtype
 from server.engines.vllm.model_files import ModelFiles
-from server.engines.vllm.wire import CONFIG_KEY
+from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
 from server.settings import Settings
 
-_WORKER = "server.engines.vllm.worker.ControlWorker"
-_SCHEDULER = "server.engines.vllm.scheduler.ControlScheduler"
 _DEFAULT_CPU_CACHE_GIB = 4.0
 
 
@@ -80,8 +78,8 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: Path, dev
         "skip_tokenizer_init": True,
         "enable_log_requests": False,
         "disable_log_stats": True,
-        "worker_cls": _WORKER,
-        "scheduler_cls": _SCHEDULER,
+        "worker_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
         "additional_config": {
             CONFIG_KEY: {
                 "heads_dir": str(heads_dir.resolve()),

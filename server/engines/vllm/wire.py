@@ -23,8 +23,14 @@ ID_KEY = "recontrol_id"
 """Set by this program's engine alone: the choice that edits are reported for."""
 REPORT_KEY = "recontrol"
 """In `kv_transfer_params` of an output, and the attribute of a model runner's output."""
+WORKER = "server.engines.vllm.worker.ControlWorker"
+SCHEDULER = "server.engines.vllm.scheduler.ControlScheduler"
+VALIDATOR = "server.engines.vllm.validation:ControlValidator"
+"""What vLLM's options of these names are set to."""
 CONFIG_KEY = "recontrol"
 """In vLLM's `additional_config`."""
+HEADS_DIR_VARIABLE = "RECONTROL_HEADS_DIR"
+"""The folder of value heads, where vLLM is not started by this program."""
 
 
 def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:

@@ -20,7 +20,7 @@ from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import CONFIG_KEY
+from server.engines.vllm.wire import CONFIG_KEY, HEADS_DIR_VARIABLE, SCHEDULER, VALIDATOR
 from server.errors import ConfigurationError, RecontrolError
 
 if current_platform.is_cpu():
@@ -29,10 +29,6 @@ elif current_platform.is_xpu():
     from vllm.v1.worker.xpu_worker import XPUWorker as _Worker  # pyright: ignore[reportMissingImports]
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker  # pyright: ignore[reportMissingImports]
-
-HEADS_DIR_VARIABLE = "RECONTROL_HEADS_DIR"
-VALIDATOR = "server.engines.vllm.validation:ControlValidator"
-SCHEDULER = "server.engines.vllm.scheduler.ControlScheduler"
 
 
 class ControlWorker(_Worker):
@@ -112,9 +108,9 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _own_config(vllm_config: Any) -> dict[str, Any]:
-    given = vllm_config.additional_config.get(CONFIG_KEY) or {"heads_dir": os.environ.get(HEADS_DIR_VARIABLE, "")}
-    if not Path(given["heads_dir"]).is_dir() or not given["heads_dir"]:
-        raise ConfigurationError(
-            f"heads_dir: {given['heads_dir']!r} is not a folder here; set {HEADS_DIR_VARIABLE} to one of value heads"
-        )
-    return given
+    if CONFIG_KEY in vllm_config.additional_config:
+        return vllm_config.additional_config[CONFIG_KEY]
+    heads_dir = os.environ.get(HEADS_DIR_VARIABLE, "")
+    if not heads_dir or not Path(heads_dir).is_dir():
+        raise ConfigurationError(f"{HEADS_DIR_VARIABLE}: {heads_dir!r} is not a folder here; name one of value heads")
+    return {"heads_dir": heads_dir}
