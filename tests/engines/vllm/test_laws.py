@@ -1,7 +1,7 @@
 """The laws of control, on real vLLM: against vLLM without control, and against the embedded engine.
 
-Tolerances are for float32, where both engines sum in orders of their own: TOLERANCE in log-probabilities (nats), in
-values (reward units) and in divergences.
+Tolerances are for float32, where both engines sum in orders of their own, in log-probabilities (nats), values (reward
+units) and divergences (nats).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.timeout(600),
 ]
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
+# Steps that end on a floor make a difference in rounding one of the side that the next step begins on.
+TOLERANCES = {"floor": 1e-2}
 
 
 def params(body: dict[str, Any]) -> ControlParams:
@@ -61,11 +63,11 @@ CONTROLS: dict[str, ControlParams | None] = {
 }
 
 
-def request(seed: int, name: str = "none", *, length: int = 9, **sampling: Any) -> GenerationRequest:
-    rng = random.Random(seed)
+def request(number: int, name: str = "none", *, length: int = 9, **sampling: Any) -> GenerationRequest:
+    rng = random.Random(number)
     prompt = tuple(rng.randrange(256) for _ in range(length))
     options = {"max_tokens": 18, "temperature": 0.0, "logprobs": 3, "ignore_eos": True, **sampling}
-    return GenerationRequest(f"r{seed}", prompt, SamplingParams(**options), CONTROLS[name])
+    return GenerationRequest(f"r{number}", prompt, SamplingParams(**options), CONTROLS[name])
 
 
 async def collect(engine: VllmEngine, asked: GenerationRequest) -> Collected:
@@ -85,14 +87,14 @@ def logprobs(collected: Collected) -> torch.Tensor:
     return torch.tensor([chunk.logprobs[0].logprob for chunk in collected.chunks])
 
 
-def assert_same_edits(mine: list[GenerationChunk], theirs: list[GenerationChunk]) -> None:
+def assert_same_edits(mine: list[GenerationChunk], theirs: list[GenerationChunk], tolerance: float = TOLERANCE) -> None:
     for ours, other in zip(mine, theirs, strict=True):
         if ours.edit is None or other.edit is None:
             assert ours.edit is other.edit
             continue
-        assert ours.edit.value_before == pytest.approx(other.edit.value_before, abs=TOLERANCE)
-        assert ours.edit.value_after == pytest.approx(other.edit.value_after, abs=TOLERANCE)
-        assert ours.edit.kl == pytest.approx(other.edit.kl, abs=TOLERANCE)
+        assert ours.edit.value_before == pytest.approx(other.edit.value_before, abs=tolerance)
+        assert ours.edit.value_after == pytest.approx(other.edit.value_after, abs=tolerance)
+        assert ours.edit.kl == pytest.approx(other.edit.kl, abs=tolerance)
         assert (ours.edit.held_by, ours.edit.is_gate_open) == (other.edit.held_by, other.edit.is_gate_open)
 
 
@@ -161,17 +163,17 @@ async def test_controlled_neighbours_leave_the_others_as_plain_vllm_has_them(
 @pytest.mark.parametrize("name", CONTROLS)
 async def test_control_is_that_of_the_embedded_engine(engine: VllmEngine, core: EngineCore, name: str) -> None:
     asked = [request(seed, name, length=3 + 7 * seed) for seed in range(4)]
-    expected = run(core, asked)
+    expected, tolerance = run(core, asked), TOLERANCES.get(name, TOLERANCE)
     for one, mine in zip(asked, await collect_all(engine, asked), strict=True):
         theirs = expected[one.request_id, 0]
         assert mine.token_ids == theirs.token_ids
         assert mine.text == theirs.text
-        torch.testing.assert_close(logprobs(mine), logprobs(theirs), atol=TOLERANCE, rtol=0)
-        assert_same_edits(mine.chunks, theirs.chunks)
+        torch.testing.assert_close(logprobs(mine), logprobs(theirs), atol=tolerance, rtol=0)
+        assert_same_edits(mine.chunks, theirs.chunks, tolerance)
         summary, other = mine.chunks[-1].control, theirs.chunks[-1].control
         assert (summary is None) == (other is None) == (CONTROLS[name] is None)
         if summary is not None and other is not None:
-            assert summary.mean_kl == pytest.approx(other.mean_kl, abs=TOLERANCE)
+            assert summary.mean_kl == pytest.approx(other.mean_kl, abs=tolerance)
             assert summary.held_share == other.held_share
 
 
@@ -198,9 +200,8 @@ async def test_under_load_every_token_comes_with_its_own_edit(engine: VllmEngine
             state_BD = states_TD[len(one.prompt_token_ids) - 1 + position].expand(2, -1)
             assert chunk.edit is not None
             for name, value in chunk.edit.value_before.items():
-                head = core.registry.head(name)
-                expected = head.reward_mean + head.reward_scale * float(head.value(state_BD)[0])
-                assert value == pytest.approx(expected, abs=10 * TOLERANCE)
+                expected = float(core.registry.head(name).value(state_BD)[0])
+                assert value == pytest.approx(expected, abs=TOLERANCE)
 
 
 async def test_a_prompt_computed_without_control_serves_one_with_control_and_the_other_way(
