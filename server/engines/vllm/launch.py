@@ -29,6 +29,8 @@ def launch(settings: Settings, files: ModelFiles, heads_dir: Path, on_status: Ca
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
         from vllm.v1.metrics.loggers import StatLoggerBase  # pyright: ignore[reportMissingImports]
+
+        from server.engines.vllm.limits import check_config
     except ImportError as error:
         raise ConfigurationError(
             f"engine: vLLM cannot be imported ({error}). On a GPU, `pip install 'recontrol[vllm]'`; on a CPU, see "
@@ -51,7 +53,12 @@ def launch(settings: Settings, files: ModelFiles, heads_dir: Path, on_status: Ca
     device = torch.device("cpu" if is_cpu else "cuda")
     arguments = engine_arguments(settings, files, heads_dir, device)
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[StatusLogger])
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"vLLM refuses these settings: {error}") from error
+    check_config(config)
+    try:
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[StatusLogger], disable_log_stats=True)
     except Exception as error:
         # What happened in a worker is in the log above; here it is only known that something did.
         raise ModelLoadError(f"vLLM did not start: {error}") from error

@@ -1,7 +1,7 @@
 """The laws of control, on real vLLM: against vLLM without control, and against the embedded engine.
 
 Tolerances are for float32, where both engines sum in orders of their own, in log-probabilities (nats), values (reward
-units) and divergences (nats).
+units) and divergences (nats); values that are larger than 1 may differ by as large a share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.timeout(600),
 ]
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 # Steps that end on a floor make a difference in rounding one of the side that the next step begins on.
 TOLERANCES = {"floor": 1e-2}
 
@@ -92,9 +92,9 @@ def assert_same_edits(mine: list[GenerationChunk], theirs: list[GenerationChunk]
         if ours.edit is None or other.edit is None:
             assert ours.edit is other.edit
             continue
-        assert ours.edit.value_before == pytest.approx(other.edit.value_before, abs=tolerance)
-        assert ours.edit.value_after == pytest.approx(other.edit.value_after, abs=tolerance)
-        assert ours.edit.kl == pytest.approx(other.edit.kl, abs=tolerance)
+        assert ours.edit.value_before == pytest.approx(other.edit.value_before, abs=tolerance, rel=tolerance)
+        assert ours.edit.value_after == pytest.approx(other.edit.value_after, abs=tolerance, rel=tolerance)
+        assert ours.edit.kl == pytest.approx(other.edit.kl, abs=tolerance, rel=tolerance)
         assert (ours.edit.held_by, ours.edit.is_gate_open) == (other.edit.held_by, other.edit.is_gate_open)
 
 
@@ -173,7 +173,7 @@ async def test_control_is_that_of_the_embedded_engine(engine: VllmEngine, core: 
         summary, other = mine.chunks[-1].control, theirs.chunks[-1].control
         assert (summary is None) == (other is None) == (CONTROLS[name] is None)
         if summary is not None and other is not None:
-            assert summary.mean_kl == pytest.approx(other.mean_kl, abs=tolerance)
+            assert summary.mean_kl == pytest.approx(other.mean_kl, abs=tolerance, rel=tolerance)
             assert summary.held_share == other.held_share
 
 
