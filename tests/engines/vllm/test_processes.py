@@ -85,7 +85,8 @@ def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model, "--served-model-name", "tiny",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model,
+        "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32",
         "--kv-cache-memory-bytes", str(50 * 2**20), "--worker-cls", WORKER, *flags,
     ]  # fmt: skip
