@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # pyright: ignore[reportMissingImports]
+from vllm.v1.core.sched.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine import FinishReason  # pyright: ignore[reportMissingImports]
 from vllm.v1.request import RequestStatus  # pyright: ignore[reportMissingImports]
 
@@ -21,20 +22,28 @@ from server.engines.vllm.wire import REPORT_KEY
 _log = logging.getLogger(__name__)
 
 
-class ControlScheduler(AsyncScheduler):
-    """Schedules like vLLM's; without asynchronous scheduling it is the plain one, since nothing is ever in flight."""
+class ControlScheduler:
+    """Makes vLLM's asynchronous scheduler or its other one, as the configuration has it; neither does for both."""
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = _AsyncControlScheduler if vllm_config.scheduler_config.async_scheduling else _ControlScheduler
+        return kind(vllm_config, *args, **kwargs)
+
+
+class _Reporting:
+    """What is added to either."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._delivery = Delivery()
 
     def add_request(self, request: Any) -> None:
-        super().add_request(request)
+        super().add_request(request)  # type: ignore[misc]
         if request.sampling_params is not None:
             self._delivery.expect(request.request_id, request.sampling_params.extra_args)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         report = getattr(model_runner_output, REPORT_KEY, None)
         for output in (output for client in outputs.values() for output in client.outputs):
             fault = self._delivery.fill(output, report)
@@ -46,6 +55,12 @@ class ControlScheduler(AsyncScheduler):
         return outputs
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
-        finished = super().finish_requests(request_ids, finished_status)
+        finished = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
         self._delivery.forget(request.request_id for request in finished)
         return finished
+
+
+class _ControlScheduler(_Reporting, Scheduler): ...
+
+
+class _AsyncControlScheduler(_Reporting, AsyncScheduler): ...
