@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.cli import COMMANDS, main
+from server.cli import COMMANDS, command_class, main
 from server.cli.report import SECTIONS, transcript
 from server.cli.strengths import Method
 from server.control.ascent import ascend
@@ -256,7 +258,19 @@ def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
         assert name in usage
-        assert (command.__doc__ or "").splitlines()[0] in usage
+        assert (command_class(name).__doc__ or "").splitlines()[0] in usage
     assert main([]) == 2
+
+
+def test_a_command_imports_only_what_it_needs() -> None:
+    code = """
+import sys
+from server.cli import main
+assert main(["serve", "--print-config", "--engine", "fake"]) == 0
+needless = {"transformers", "httpx", "matplotlib", "psutil", "server.bench", "server.engines.embedded"}
+raise SystemExit(", ".join(needless & sys.modules.keys()) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
