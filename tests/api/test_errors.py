@@ -239,6 +239,25 @@ def test_a_failure_inside_says_nothing_of_the_inside(make_app: Callable[..., Fas
     assert response.headers["x-request-id"] in message
 
 
+def test_a_failure_inside_in_mid_stream_is_an_error_event_that_says_nothing_of_the_inside(
+    make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app()
+    token = type(app.state.engine)._token
+    monkeypatch.setattr(app.state.engine, "_token", lambda *args: token(app.state.engine, *args) // (2 - args[-1]))
+    with TestClient(app) as client:
+        response = complete(client, stream=True)
+        events = response.text.split("\n\n")
+        assert complete(client, max_tokens=2).status_code == 200
+    assert sum('"choices"' in event for event in events) == 2
+    error = json.loads(events[-3].removeprefix("data: "))["error"]
+    assert error["code"] == "internal_error"
+    assert "division" not in error["message"]
+    assert response.headers["x-request-id"] in error["message"]
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert app.state.engine.num_open == 0
+
+
 def test_a_choice_that_fails_is_a_500_or_an_error_event(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(fail_after=2)) as client:
         assert complete(client).status_code == 500
