@@ -118,7 +118,7 @@ def test_a_model_is_converted_once_and_a_failed_conversion_leaves_nothing(setup:
 
 
 def test_a_look_into_our_engine_is_told_in_full_or_fails_with_its_last_words(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {
         "model": setup.model, "device": "cpu", "dtype": "float32", "max_len": 128, "rows": 2, "steps": 2,
@@ -126,5 +126,7 @@ def test_a_look_into_our_engine_is_told_in_full_or_fails_with_its_last_words(
     }  # fmt: skip
     figures = steps._run(setup, "profile_step.py", options, "torch")
     assert figures[""]["step"] > 0
-    with pytest.raises(PeerError, match=r"profile_step\.py failed: .*nowhere"):
-        steps._run(setup, "profile_step.py", {**options, "model": "/nowhere"}, "torch")
+    (tmp_path / "broken.py").write_text("import sys; print('loading', file=sys.stderr); raise ValueError('no weights')")
+    monkeypatch.setattr(steps, "_SCRIPTS", tmp_path)
+    with pytest.raises(PeerError, match=r"broken\.py failed: .*ValueError: no weights"):
+        steps._run(setup, "broken.py", options, "torch")
