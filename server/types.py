@@ -63,8 +63,6 @@ class SamplingParams(BaseModel):
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    ignore_eos: bool = False
-    """Go on past an end-of-sequence token, to `max_tokens`."""
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
@@ -162,6 +160,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     control: ControlParams | None = None
     num_choices: int = 1
+    structure: object | None = None
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -94,6 +96,41 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
             means.append(statistics.mean(positive([], [choice["message"]["content"] for choice in choices])))
             assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
     assert means[1] > means[0] + 0.1
+
+
+MOVIE = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 40},
+        "year": {"type": "integer", "minimum": 1900, "maximum": 2030},
+        "genres": {"type": "array", "items": {"enum": ["comedy", "drama", "horror"]}, "minItems": 1, "maxItems": 2},
+        "director": {"anyOf": [{"type": "string", "maxLength": 30}, {"type": "null"}]},
+    },
+    "required": ["title", "year", "genres", "director"],
+    "additionalProperties": False,
+}
+
+
+def test_texts_of_twenty_seeds_hold_a_schema_with_control_and_without(url: str) -> None:
+    texts = []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for control in (None, CONTROLS[1]):
+            body: dict[str, Any] = {
+                "model": DEFAULT_MODEL,
+                "messages": [{"role": "user", "content": "Describe a film as JSON."}],
+                "max_tokens": 150,
+                "n": 20,
+                "seed": 1,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "movie", "schema": MOVIE}},
+                "control": control,
+            }
+            choices = client.post("/v1/chat/completions", json=body).json()["choices"]
+            texts.append([choice["message"]["content"] for choice in choices])
+            for choice, text in zip(choices, texts[-1], strict=True):
+                assert choice["finish_reason"] == "stop"
+                jsonschema.validate(json.loads(text), MOVIE)
+            assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
+    assert len({*texts[0], *texts[1]}) > 20
 
 
 def test_metrics_are_read_by_prometheus_clients_parser(url: str) -> None:

@@ -18,6 +18,7 @@ from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
 from server.api.resolution import check_scored, check_size, resolve_control, sampling_params
 from server.api.schemas import GenerationBody
+from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
 from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob, Usage
@@ -143,6 +144,7 @@ async def start(
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    structure = await structure_of(body.response_format, engine)
     context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
     charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * num_choices * max_tokens)
     streams: list[ChunkStream] = []
@@ -156,6 +158,7 @@ async def start(
                         sampling=sampling,
                         control=control,
                         num_choices=num_choices,
+                        structure=structure,
                         # What is cached for one key must not tell another, by its timing, what was asked.
                         cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
                     )

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.api.structure import ResponseFormat
 from server.types import MAX_CHOICES, MAX_LOGPROBS, ControlParams, Penalty, RepetitionPenalty
 
 MAX_MESSAGES = 1024
@@ -55,6 +56,7 @@ class GenerationBody(BaseModel):
     """Goes into the access log."""
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
+    response_format: ResponseFormat | None = None
     control: ControlParams | None = None
 
     @model_validator(mode="before")
@@ -149,7 +151,6 @@ class ChatBody(GenerationBody):
         "tool_choice": _NO_TOOLS,
         "functions": _NO_TOOLS,
         "function_call": _NO_TOOLS,
-        "response_format": "structured output is not supported",
         "chat_template": "a template from a request is never rendered; the model's own is used",
         "chat_template_kwargs": "the model's own template is used as it is",
     }
@@ -202,7 +203,7 @@ def locate(body: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str |
         written.append(part)
         if isinstance(part, str) and part in holder.model_fields:
             models = _models_in(holder.model_fields[part].annotation)
-    return written, list(holder.model_fields)
+    return written, [field.alias or name for name, field in holder.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

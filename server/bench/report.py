@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from server.bench.peers import ARMS, OURS
+from server.bench.soak.table import soak_table
 
 _GIB = 2**30
 
@@ -21,6 +22,8 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
     for name, table in (("step", step_table), ("quantization", quantization_table)):
         if body := table(result):
             bodies[name] = f"{body}\n\n{_where(result)}"
+    if body := soak_table(result):
+        bodies["soak"] = body
     return {f"bench-{name}": body for name, body in bodies.items()}
 
 

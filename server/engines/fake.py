@@ -16,7 +16,7 @@ from typing import Any
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import StopMatcher
-from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError
+from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
 from server.types import (
     ControlSummary,
     FinishReason,
@@ -76,6 +76,10 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
+
+    async def compile_schema(self, schema: str) -> object:
+        del schema
+        raise UnsupportedFieldError("the fake engine has no structured output")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:

@@ -131,7 +131,6 @@ def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, cont
         ("messages.0.content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
         ("messages.0.content", [{"role": "user", "content": None}]),
         ("tools", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("chat_template", "{{ 1 }}"),
         ("chat_template_kwargs", {"tokenize": True}),
         ("top_logprobs", 3),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +28,11 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import LMHead, ModelRunner
-from server.engines.embedded.reports import Scores, take_prompt_logprobs, token_edits
+from server.engines.embedded.reports import Scores, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.structure import constrained
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
@@ -144,7 +146,8 @@ class EngineCore:
     @torch.inference_mode()
     def abort_all(self, reason: FinishReason = FinishReason.ABORT) -> None:
         for sequence in self._scheduler.sequences():
-            self._finish(sequence, reason)
+            with suppress(Exception):  # Of the device: this one has been told by then, and the others must be.
+                self._finish(sequence, reason)
         self._observer.on_step(self.status())
 
     @torch.inference_mode()
@@ -194,10 +197,11 @@ class EngineCore:
             first = end
         for sequence in step.complete:
             if sequence.request.sampling.max_tokens == 0:
-                scores = take_prompt_logprobs(sequence)
-                self._finish(
-                    sequence, FinishReason.LENGTH, GenerationChunk(index=sequence.index, prompt_logprobs=scores)
-                )
+                with self._failing_alone(sequence):
+                    scores = self._scores.take_prompt(sequence)
+                    self._finish(
+                        sequence, FinishReason.LENGTH, GenerationChunk(index=sequence.index, prompt_logprobs=scores)
+                    )
                 continue
             self._scheduler.start_decoding(sequence)
             if sequence.token_ids:
@@ -211,6 +215,7 @@ class EngineCore:
         """Edit, draw a token for each row, and hand it on."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
+        drawn_BV = constrained(drawn_BV, [s.matcher for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         edits = token_edits(stats)
@@ -218,13 +223,10 @@ class EngineCore:
         for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if sequence.states is not None:
                 sequence.states.append(hidden_BD[i])
-            try:
+            with self._failing_alone(sequence):
                 if token_id < 0:
-                    raise FloatingPointError("the model's logits are not finite")
+                    raise FloatingPointError("no token has a finite logit")
                 self._grow(sequence, token_id, logprobs.get(i), edits.get(i), now_s)
-            except Exception:
-                _log.exception("Request %s failed", sequence.request.request_id)
-                self._finish(sequence, FinishReason.ERROR)
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         if rows != self._plan_rows:
@@ -239,51 +241,39 @@ class EngineCore:
         return logits_BV, stats
 
     def _grow(
-        self,
-        sequence: Sequence,
-        token_id: int,
-        logprob: TokenLogprob | None,
-        edit: TokenEdit | None,
-        now_s: float,
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, edit: TokenEdit | None, now_s: float
     ) -> None:
         """Append one token to a sequence and emit it; finish the sequence when it ends here."""
         is_first = not sequence.token_ids
-        sequence.token_ids.append(token_id)
-        if edit is not None and sequence.edits is not None:
-            sequence.edits.add(edit)
         self._observe_token(sequence, edit, now_s, is_first=is_first)
-        reason: FinishReason | None = None
-        text = ""
-        if token_id in sequence.end_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text = sequence.stop.add(sequence.detokenizer.add(token_id))
-            if sequence.stop.has_stopped:
-                reason = FinishReason.STOP
-            elif edit is not None and sequence.breaks_guardrail(edit):
-                reason = FinishReason.GUARDRAIL
-            elif len(sequence.token_ids) >= sequence.request.sampling.max_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None and not sequence.stop.has_stopped:
-            text += sequence.stop.flush()
+        text, reason = sequence.grow(token_id, edit)
         chunk = GenerationChunk(
             index=sequence.index,
             text=text,
             token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
+            logprobs=() if logprob is None else (self._scores.with_text(logprob),),
             edit=edit,
-            prompt_logprobs=take_prompt_logprobs(sequence) if is_first else None,
+            prompt_logprobs=self._scores.take_prompt(sequence) if is_first else None,
         )
         if reason is None:
             sequence.emit(chunk)
         else:
             self._finish(sequence, reason, chunk)
 
+    @contextmanager
+    def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
+        """What is raised within ends this sequence, and no other."""
+        try:
+            yield
+        except Exception:
+            _log.exception("Request %s failed", sequence.request.request_id)
+            self._finish(sequence, FinishReason.ERROR)
+
     def _finish(self, sequence: Sequence, reason: FinishReason, chunk: GenerationChunk | None = None) -> None:
-        """Free the sequence's pages and emit its last chunk."""
+        """Free the sequence's pages and emit its last chunk; only then what a broken device could make fail."""
         if sequence.state is SequenceState.FINISHED:
             return
-        self._scheduler.remove(sequence, reason)
+        forgotten = self._scheduler.remove(sequence, reason)
         sequence.emit(
             replace(
                 chunk or GenerationChunk(index=sequence.index),
@@ -300,6 +290,7 @@ class EngineCore:
             prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
             generation_tokens=len(sequence.token_ids),
         )
+        self.runner.kv.clear(forgotten)
 
     def _observe_token(self, sequence: Sequence, edit: TokenEdit | None, now_s: float, *, is_first: bool) -> None:
         if is_first:

@@ -20,6 +20,7 @@ from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineS
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.errors import (
     EngineStoppedError,
     InvalidRequestError,
@@ -45,6 +46,7 @@ class EmbeddedEngine:
         self._observer = observer
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
+        self._schemas: SchemaCompiler | None = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._info: EngineInfo | None = None
@@ -98,6 +100,11 @@ class EmbeddedEngine:
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
+
+    async def compile_schema(self, schema: str) -> CompiledSchema:
+        if self._schemas is None:
+            raise EngineStoppedError("The engine has not been started.")
+        return await asyncio.to_thread(self._schemas.compile, schema)
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
@@ -194,6 +201,7 @@ class EmbeddedEngine:
             bits=_BITS[settings.quantization],
             observer=self._observer,
         )
+        self._schemas = SchemaCompiler(tokenizer, vocab_size=core.vocab_size, eos_token_ids=loaded.eos_token_ids)
         self._info = EngineInfo(
             model_id=settings.served_model_name or loaded.name,
             max_model_len=core.max_model_len,
@@ -216,8 +224,11 @@ class EmbeddedEngine:
         finally:
             with self._gate:
                 self._is_open = False
-            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason.
-            self._take_actions(wait=False)
+            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason. Nothing
+            # comes in any more; each turn takes one action at least, whether it fails or is another call to stop.
+            while not self._inbox.empty():
+                with contextlib.suppress(Exception):
+                    self._take_actions(wait=False)
             core.abort_all()
 
     def _take_actions(self, *, wait: bool) -> bool:

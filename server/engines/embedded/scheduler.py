@@ -90,15 +90,16 @@ class Scheduler:
             if self._has_prefix_cache and sequence.state is not SequenceState.FINISHED:
                 self._remember(sequence)
 
-    def remove(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Finish a sequence wherever it is and free its pages."""
+    def remove(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
+        forgotten: list[int] = []
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         else:
             # What did not end well may have left something non-finite.
-            ended_well = reason in {FinishReason.STOP, FinishReason.LENGTH}
-            self._kv.clear(self._evict(sequence, forget=not ended_well))
+            forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
         sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        return forgotten
 
     def _admit(self, now_s: float) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
