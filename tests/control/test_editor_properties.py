@@ -17,7 +17,16 @@ from tests.control.test_editor import LinearUnembedding
 REGISTRY = HeadRegistry(
     {"good": random_head(1), "deep": random_head(2, widths=(16, 12)), "line": random_linear_head(3)}
 )
-UNEMBEDDINGS = {"linear": LinearUnembedding(), "soft cap": LinearUnembedding(5.0)}
+
+
+class Unembedding(LinearUnembedding):
+    """Of states of any type, as an engine's LM head is."""
+
+    def project(self, hidden_MD: Tensor) -> Tensor:
+        return super().project(hidden_MD.float())
+
+
+UNEMBEDDINGS = {"linear": Unembedding(), "soft cap": Unembedding(5.0)}
 EDITORS = {name: StateEditor(unembedding) for name, unembedding in UNEMBEDDINGS.items()}
 WEIGHTS = st.dictionaries(st.sampled_from(REGISTRY.names), st.floats(-10, 10), min_size=1, max_size=3)
 CONTROL = st.builds(
