@@ -16,6 +16,7 @@ from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import (
+    ConfigurationError,
     ContextLengthError,
     EngineStoppedError,
     HeadMismatchError,
@@ -152,6 +153,38 @@ async def test_beyond_its_limit_an_engine_is_overloaded_and_recovers(engine: Eng
     assert await everything(engine, ask())
 
 
+async def test_an_engine_that_has_not_been_started_says_so(settings: Settings) -> None:
+    engine = EmbeddedEngine(settings)
+    for use in (
+        lambda: engine.info,
+        lambda: engine.encode("a"),
+        lambda: engine.decode([1]),
+        lambda: engine.generate(ask()),
+    ):
+        with pytest.raises(EngineStoppedError):
+            use()
+    with pytest.raises(EngineStoppedError):
+        await engine.load_head("plain")
+    assert not engine.status().is_running
+
+
+async def test_starting_again_changes_nothing_for_what_runs(engine: Engine) -> None:
+    stream = engine.generate(ask(sampling={"max_tokens": 60}))
+    await anext(stream.__aiter__())
+    await engine.start()
+    (reason,) = [chunk.finish_reason async for chunk in stream if chunk.finish_reason]
+    assert reason in (FinishReason.LENGTH, FinishReason.STOP)
+
+
+async def test_messages_that_the_models_template_refuses_are_a_clear_error(embedded: EmbeddedEngine) -> None:
+    embedded._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidRequestError, match=r"messages: .*roles must alternate"):
+        embedded.encode_chat([{"role": "user", "content": "hi"}])
+    embedded._tokenizer.chat_template = None
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        embedded.encode_chat([{"role": "user", "content": "hi"}])
+
+
 async def test_a_stopped_engine_refuses(engine: Engine) -> None:
     assert engine.status().is_running
     await engine.stop()
@@ -213,6 +246,30 @@ async def test_heads_of_another_model_are_refused_with_what_differs(
     other = settings.model_copy(update={"model": str(model_folder("qwen2"))})
     with pytest.raises(HeadMismatchError, match="fingerprint"):
         await EmbeddedEngine(other).start()
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("head.safetensors", "cannot be loaded|not the file"), ("card.json", "card")]
+)
+async def test_a_heads_folder_with_a_broken_file_is_refused_and_the_file_named(
+    settings: Settings, file: str, what: str
+) -> None:
+    assert settings.heads_dir is not None
+    (settings.heads_dir / "plain" / file).write_bytes(b"broken")
+    with pytest.raises(HeadMismatchError, match=f"heads_dir: .*plain/{file}.*({what})"):
+        await EmbeddedEngine(settings).start()
+
+
+async def test_a_head_in_a_folder_of_another_name_is_refused(settings: Settings) -> None:
+    assert settings.heads_dir is not None
+    (settings.heads_dir / "plain").rename(settings.heads_dir / "fancy")
+    with pytest.raises(HeadMismatchError, match="'plain'; the folder must have that name"):
+        await EmbeddedEngine(settings).start()
+
+
+async def test_a_heads_folder_that_is_not_there_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"heads_dir: .*nowhere is not a folder"):
+        await EmbeddedEngine(settings.model_copy(update={"heads_dir": tmp_path / "nowhere"})).start()
 
 
 async def test_a_model_that_only_shares_its_name_is_served_without_the_shipped_heads(
