@@ -89,9 +89,9 @@ class EmbeddedEngine:
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages)
+            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
@@ -162,7 +162,7 @@ class EmbeddedEngine:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
         # A head that is being unloaded is still in the registry, for requests that have begun.
-        check_heads(request.control, self.info.heads)
+        check_heads(request, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
         if request.num_choices > capacity:
             raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
@@ -199,6 +199,7 @@ class EmbeddedEngine:
             max_model_len=core.max_model_len,
             vocab_size=core.vocab_size,
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
+            can_score=True,
         )
         return core
 
@@ -264,12 +265,19 @@ class _EmbeddedStream:
             on_close(not self._num_unfinished)
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
+) -> list[int]:
     """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            return_dict=True,
+        )
     except Exception as error:
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"

@@ -79,7 +79,9 @@ class Scores:
         }
 
     def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
-        """Those of the prompt tokens that follow the segment's positions, without control."""
+        """Those of the prompt tokens that follow the segment's positions, without control, if they are asked for."""
+        if not sequence.request.sampling.prompt_logprobs:
+            return
         following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
         # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
         if not following or not sequence.group.prompt_logprobs:
