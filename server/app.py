@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
-from server.api import chat, completions, handlers, management, models, system, tokens
+from server.api import chat, completions, handlers, management, models, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.identity import Identity
 from server.api.gate.keys import KeyRing
@@ -67,7 +67,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
 
         app.add_middleware(Tracing, provider=provider)
     app.add_middleware(Identity)
-    routers = [module.router for module in (completions, chat, models, tokens, system)]
+    routers = [module.router for module in (completions, chat, value, models, tokens, system)]
     for router in [*routers, management.router] if management_keys else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app

@@ -1,6 +1,7 @@
 """What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
-Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`.
+Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`, or
+at `queue` with requests that do not come from a body of theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -20,7 +21,15 @@ from server.api.resolution import check_scored, check_size, resolve_control, sam
 from server.api.schemas import GenerationBody
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
-from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob, Usage
+from server.types import (
+    ControlSummary,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    TokenLogprob,
+    Usage,
+)
 
 _MIN_LOGPROB = -9999.0
 _Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
@@ -107,6 +116,7 @@ class Choice:
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    prompt_values: PromptValues | None = None
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -120,6 +130,7 @@ async def collect(generation: Generation) -> list[Choice]:
             choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
+                choice.prompt_values = chunk.prompt_values
     return choices
 
 
@@ -133,29 +144,45 @@ async def start(
     prompt_logprobs: bool = False,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
-    state = request.app.state
-    engine: Engine = state.engine
-    info, context, num_choices = engine.info, context_of(request), body.n or 1
-    if state.is_draining:
-        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
-    control = resolve_control(body, info, state.pinned)
+    info, num_choices = request.app.state.engine.info, body.n or 1
+    control = resolve_control(body, info, request.app.state.pinned)
     check_size(prompts, num_choices, max_tokens, info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * num_choices * max_tokens)
+    context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
+    asked = GenerationRequest("", (), sampling, control, num_choices)
+    return await queue(request, prompts, asked, timeout_s=body.timeout_s)
+
+
+async def queue(
+    request: Request,
+    prompts: list[list[int]],
+    asked: GenerationRequest,
+    *,
+    timeout_s: float | None,
+    size_field: str = "max_tokens",
+) -> Generation:
+    """Queue `asked` for each prompt; everything but the caller's limits must have been checked.
+
+    `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
+    with nothing left queued.
+    """
+    state, context = request.app.state, context_of(request)
+    engine: Engine = state.engine
+    if state.is_draining:
+        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
+    num_choices, most_tokens = asked.num_choices, asked.num_choices * asked.sampling.max_tokens
+    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
         for index, prompt in enumerate(prompts):
             streams.append(
                 engine.generate(
-                    GenerationRequest(
+                    replace(
+                        asked,
                         request_id=f"{context.request_id}-{index}",
                         prompt_token_ids=tuple(prompt),
-                        sampling=sampling,
-                        control=control,
-                        num_choices=num_choices,
                         # What is cached for one key must not tell another, by its timing, what was asked.
                         cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
                     )
@@ -165,7 +192,7 @@ async def start(
         await _close(streams)
         charge.settle(0)
         raise
-    timeouts = [timeout_s for timeout_s in (body.timeout_s, state.request_timeout_s) if timeout_s is not None]
+    timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
         prompts=prompts,
@@ -173,15 +200,17 @@ async def start(
         streams=streams,
         charge=charge,
         timeout_s=min(timeouts, default=None),
-        is_traced=control is not None and control.trace,
+        is_traced=asked.control is not None and asked.control.trace,
         facts=context.facts,
     )
 
 
 def shown(value: Any) -> Any:
-    """Figures of control as JSON has them: it has no NaN and no infinity, so null stands for both."""
+    """Figures of heads as JSON has them: it has no NaN and no infinity, so null stands for both."""
     if isinstance(value, dict):
         return {name: shown(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [shown(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
