@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsError
 from server.cli.bench import Bench
 from server.cli.evaluate import Eval
 from server.cli.generate import Compare, Generate
-from server.cli.heads import HeadsImport, HeadsList, HeadsShow
+from server.cli.heads import HeadsImport, HeadsList, HeadsPublish, HeadsShow
 from server.cli.report import HeadsReport
 from server.cli.serve import Serve
 from server.cli.train import Prompts, Rollouts, Train
@@ -30,6 +30,7 @@ COMMANDS: dict[str, type[BaseSettings]] = {
     "heads list": HeadsList,
     "heads show": HeadsShow,
     "heads import": HeadsImport,
+    "heads publish": HeadsPublish,
     "heads report": HeadsReport,
     "prompts": Prompts,
     "rollouts": Rollouts,

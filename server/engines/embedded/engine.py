@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
+from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import (
     EngineStoppedError,
@@ -121,8 +121,8 @@ class EmbeddedEngine:
             core, loaded = self._core, self._loaded
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
-            folder = heads_folder(self._settings.heads_dir, loaded)
-            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded)
+            location = heads_location(self._settings.heads_dir, loaded)
+            head, card = await asyncio.to_thread(load_one_head, location, name, loaded)
             await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
             self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
 
