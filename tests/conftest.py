@@ -23,7 +23,7 @@ from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
-from value_models.heads import LinearHead, MLPHead, ValueHead
+from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 
 HIDDEN = 32
 VOCAB = 258
@@ -113,6 +113,11 @@ def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int 
     )
 
 
+def on_device(head: ValueHead, device: str) -> ValueHead:
+    """As if it had been loaded there: the layers are packed for their device when a head is made."""
+    return head_from_tensors(head.type_name, {name: tensor.to(device) for name, tensor in head.state_dict().items()})
+
+
 def random_linear_head(seed: int) -> LinearHead:
     rng = torch.Generator().manual_seed(seed)
     return LinearHead(
@@ -136,7 +141,8 @@ def heads() -> dict[str, ValueHead]:
 def make_core(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., EngineCore]:
     def make(architecture: str = "llama", *, dtype: str = "float32", device: str = "cpu", **options: Any) -> EngineCore:
         options = {"max_batch_size": 8, "prefill_chunk_tokens": 64, **options}
-        return EngineCore(load_tiny(architecture, dtype, device), HeadRegistry(heads), **options)
+        registry = HeadRegistry({name: on_device(head, device) for name, head in heads.items()})
+        return EngineCore(load_tiny(architecture, dtype, device), registry, **options)
 
     return make
 

@@ -79,7 +79,7 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def random_model(shape: str, work: Path, *, dtype: str, seed: int) -> Path:
+def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) -> Path:
     """A folder with a randomly initialised model, a tokenizer that fits, and heads in `heads/`.
 
     `shape` is one of SHAPES or a folder with a config.json. Raises ConfigurationError.
@@ -91,7 +91,8 @@ def random_model(shape: str, work: Path, *, dtype: str, seed: int) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device(device):  # Billions of random numbers take a CPU minutes.
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)

@@ -144,7 +144,7 @@ class Bench(Command):
         device = resolve_device(self.device)
         dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
         if self.random_weights is not None:
-            folder = random_model(self.random_weights, self.work, dtype=dtype, seed=self.seed)
+            folder = random_model(self.random_weights, self.work, dtype=dtype, device=device.type, seed=self.seed)
             model, heads_dir = str(folder), folder / "heads"
         else:
             folder = model_folder(self.model)

@@ -28,6 +28,8 @@ class SyntheticSource:
 
     base_model = {"name": "m", "architecture": "X", "hidden_size": SIZE, "vocab_size": 9, "fingerprint": "f"}  # noqa: RUF012
 
+    policy = None
+
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
         for prompt in prompts:
             rng = torch.Generator().manual_seed(int(prompt.id[1:]))
