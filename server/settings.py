@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,10 @@ from pydantic_settings import (
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
+
+
+def _as_text(location: Any) -> Any:
+    return str(location) if isinstance(location, Path) else location
 
 
 class Settings(BaseSettings):
@@ -38,7 +42,12 @@ class Settings(BaseSettings):
 
     model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
-    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
+    heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+        None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
+    )
+    heads_poll_s: Annotated[float, Field(ge=1, description="look for changed heads in heads_dir so often")] | None = (
+        None
+    )
     engine: Literal["embedded", "vllm", "fake"] = Field(
         "embedded", description="vllm is for scale (extra vllm); fake answers without a model, for client tests"
     )
@@ -99,6 +108,12 @@ class Settings(BaseSettings):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
+        return self
+
+    @model_validator(mode="after")
+    def _poll_a_folder_that_may_change(self) -> Self:
+        if self.heads_poll_s is not None and self.heads_dir is None:
+            raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
         return self
 
     @classmethod

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -321,6 +322,11 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--split", "validation", "--update-card"], "update_card"),
         (["eval", "nope", "--max-batch-size", "4"], "max_batch_size"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
+        (["heads", "list", "--heads-dir", "memory://nowhere/at-all"], "heads_dir"),
+        (["heads", "show", "x", "--heads-dir", "nonsense://x"], "heads_dir"),
+        (["heads", "publish", "nobody", "--to", "memory://bucket/heads"], "nobody"),
+        (["heads", "publish", "positive", "--to", "nonsense://x"], "nonsense://x"),
+        (["heads", "import", "x.pth", "--name", "x", "--base-model", "m", "--heads-dir", "memory://b"], "heads_dir"),
         (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),
     ],
@@ -330,6 +336,19 @@ def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: 
     error = capsys.readouterr().err
     assert what in error
     assert "Traceback" not in error
+
+
+def test_a_head_is_published_by_its_url_and_listed_from_there(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--heads-dir", "memory://published/heads"]
+    assert main(["heads", "publish", "positive", "--to", place[1]]) == 0
+    capsys.readouterr()
+    assert main(["heads", "list", *place]) == 0
+    assert capsys.readouterr().out.startswith("positive ")
+    assert main(["heads", "show", "positive", *place]) == 0
+    assert main(["heads", "show", "positive"]) == 0
+    shown = capsys.readouterr().out
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
+    fsspec.filesystem("memory").rm("/published", recursive=True)
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

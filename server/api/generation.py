@@ -1,6 +1,7 @@
 """What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
-Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`.
+Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`, or
+at `queue` with requests that do not come from a body of theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -21,7 +22,15 @@ from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
-from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob, Usage
+from server.types import (
+    ControlSummary,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    TokenLogprob,
+    Usage,
+)
 
 _MIN_LOGPROB = -9999.0
 _Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
@@ -110,6 +119,7 @@ class Choice:
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    prompt_values: PromptValues | None = None
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -123,6 +133,7 @@ async def collect(generation: Generation) -> list[Choice]:
             choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
+                choice.prompt_values = chunk.prompt_values
     return choices
 
 
@@ -137,59 +148,81 @@ async def start(
     best_of: int | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
-    state = request.app.state
-    engine: Engine = state.engine
-    info, context, num_choices = engine.info, context_of(request), body.n or 1
-    if state.is_draining:
-        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
-    control = resolve_control(body, info, state.pinned)
-    sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    structure = await structure_of(body.response_format, engine)
-    requests = [
-        GenerationRequest(
-            request_id=f"{context.request_id}-{index}",
-            prompt_token_ids=tuple(prompt),
-            sampling=sampling,
-            control=control,
-            num_choices=num_choices,
-            structure=structure,
-            best_of=resolve_best_of(best_of, num_choices, control),
-            # What is cached for one key must not tell another, by its timing, what was asked.
-            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    check_size(requests, info)
+    engine: Engine = request.app.state.engine
+    info, num_choices = engine.info, body.n or 1
+    control = resolve_control(body, info, request.app.state.pinned)
+    asked = GenerationRequest(
+        "",
+        (),
+        sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+        control,
+        num_choices,
+        structure=await structure_of(body.response_format, engine),
+        best_of=resolve_best_of(best_of, num_choices, control),
+    )
+    check_size([replace(asked, prompt_token_ids=tuple(prompt)) for prompt in prompts], info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
-    context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    num_sequences = sum(request.num_sequences for request in requests)
-    charge = Charge(context.caller, sum(map(len, prompts)) + num_sequences * max_tokens)
+    context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
+    return await queue(request, prompts, asked, timeout_s=body.timeout_s)
+
+
+async def queue(
+    request: Request,
+    prompts: list[list[int]],
+    asked: GenerationRequest,
+    *,
+    timeout_s: float | None,
+    size_field: str = "max_tokens",
+) -> Generation:
+    """Queue `asked` for each prompt; everything but the caller's limits must have been checked.
+
+    `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
+    with nothing left queued.
+    """
+    state, context = request.app.state, context_of(request)
+    engine: Engine = state.engine
+    if state.is_draining:
+        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
+    most_tokens = asked.num_sequences * asked.sampling.max_tokens
+    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
-        for generation_request in requests:
-            streams.append(engine.generate(generation_request))
+        for index, prompt in enumerate(prompts):
+            streams.append(
+                engine.generate(
+                    replace(
+                        asked,
+                        request_id=f"{context.request_id}-{index}",
+                        prompt_token_ids=tuple(prompt),
+                        # What is cached for one key must not tell another, by its timing, what was asked.
+                        cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+                    )
+                )
+            )
     except BaseException:
         await _close(streams)
         charge.settle(0)
         raise
-    timeouts = [timeout_s for timeout_s in (body.timeout_s, state.request_timeout_s) if timeout_s is not None]
+    timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
         prompts=prompts,
-        num_choices=num_choices,
+        num_choices=asked.num_choices,
         streams=streams,
         charge=charge,
         timeout_s=min(timeouts, default=None),
-        is_traced=control is not None and control.trace,
+        is_traced=asked.control is not None and asked.control.trace,
         facts=context.facts,
     )
 
 
 def shown(value: Any) -> Any:
-    """Figures of control as JSON has them: it has no NaN and no infinity, so null stands for both."""
+    """Figures of heads as JSON has them: it has no NaN and no infinity, so null stands for both."""
     if isinstance(value, dict):
         return {name: shown(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [shown(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

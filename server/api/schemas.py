@@ -8,10 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.api.fields import MAX_INTEGER, MAX_PROMPTS, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
 from server.api.structure import ResponseFormat
 from server.types import MAX_CHOICES, MAX_LOGPROBS, ControlParams, Penalty, RepetitionPenalty
 
@@ -159,6 +169,20 @@ class ChatMessage(BaseModel):
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
+_ONE_CHAT, _CHATS = CHAT_FORMS = ("[chat]", "[chats]")
+
+
+def _chat_form(messages: Any) -> str:
+    return _CHATS if isinstance(messages, list) and messages and isinstance(messages[0], list) else _ONE_CHAT
+
+
+Chats = Annotated[
+    Annotated[Messages, Tag(_ONE_CHAT)]
+    | Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS), Tag(_CHATS)],
+    Discriminator(_chat_form),
+]
+"""One conversation, or a list of them."""
+
 _NO_TOOLS = "tools are not supported"
 
 
@@ -207,11 +231,13 @@ class ErrorBody(BaseModel):
 def locate(body: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
     """The path of an error as the client writes it, and the fields that are allowed where its last part is.
 
-    pydantic puts the type that chooses among models into the path, where the body has nothing of that name.
+    pydantic puts the type or tag that chooses among forms into the path, where the body has nothing of that name.
     """
     written: list[str | int] = []
     holder, models = body, [body]
     for part in path:
+        if part in CHAT_FORMS:
+            continue
         chosen = [model for model in models if len(models) > 1 and part in _types_of(model)]
         if chosen:
             models = chosen

@@ -24,6 +24,7 @@ COMMANDS = {
     "heads list": "server.cli.heads:HeadsList",
     "heads show": "server.cli.heads:HeadsShow",
     "heads import": "server.cli.heads:HeadsImport",
+    "heads publish": "server.cli.heads:HeadsPublish",
     "heads report": "server.cli.report:HeadsReport",
     "prompts": "server.cli.train:Prompts",
     "rollouts": "server.cli.train:Rollouts",

@@ -11,7 +11,9 @@ from server.types import GenerationRequest
 
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
-    check_heads(request.control, heads)
+    check_heads(request, heads)
+    if request.scoring is not None:
+        assert (request.num_choices, request.sampling.max_tokens, request.control) == (1, 0, None)
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequestError("prompt: must hold at least one token", param="prompt")

@@ -118,16 +118,18 @@ LARGE: dict[str, Any] = {
     "control": {"objective": {"weights": {f"h{i}": 1.0 for i in range(200_000)}}},
     "messages": [{"role": "user", "content": ""}] * 100_000,
     "tokens": [1] * 1_000_000,
+    "input": ["a"] * 500_000,
+    "heads": ["a"] * 500_000,
 }
 
 
 @pytest.mark.parametrize("field", LARGE)
 def test_every_list_and_map_has_a_length_that_is_checked_first(make_app: Callable[..., FastAPI], field: str) -> None:
     """vLLM #51447: 500,000 stop strings cost 54 seconds."""
-    path = {"messages": "/v1/chat/completions", "tokens": "/detokenize"}.get(field, "/v1/completions")
-    content = json.dumps(
-        {"model": "fake", **({"prompt": "hi"} if path == "/v1/completions" else {}), field: LARGE[field]}
-    )
+    paths = {"messages": "/v1/chat/completions", "tokens": "/detokenize", "input": "/v1/value", "heads": "/v1/value"}
+    path = paths.get(field, "/v1/completions")
+    needed = {"/v1/completions": {"prompt": "hi"}, "/v1/value": {"input": "hi"}}.get(path, {})
+    content = json.dumps({"model": "fake", **needed, field: LARGE[field]})
     with TestClient(make_app(settings={"max_body_bytes": 2**23})) as client:
         started_s = time.monotonic()
         response = client.post(path, content=content, headers=JSON)

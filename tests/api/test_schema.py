@@ -18,7 +18,7 @@ from server.settings import Settings
 from server.telemetry import Telemetry
 
 MANAGER = "Manager-0123456789"
-ROUTES = {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
+ROUTES = {"/v1/completions", "/v1/chat/completions", "/v1/value", "/tokenize", "/detokenize"}
 # Rules between fields, and what depends on the model, cannot be said in a schema.
 UNSAID = [positive_data_acceptance]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from server.errors import (
     UnknownHeadError,
 )
 from server.settings import Settings
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import (
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    SamplingParams,
+    ScoringParams,
+)
 from tests.conftest import control, write_heads
 from value_models.heads import ValueHead
 
@@ -302,3 +310,36 @@ async def test_a_stop_token_ends_the_text_and_gives_none(engine: Engine) -> None
     chunks = await everything(engine, ask(sampling={"stop_token_ids": (tokens[third],)}))
     assert [c.token_ids[0] for c in chunks] == tokens[: third + 1]
     assert (chunks[-1].text, chunks[-1].finish_reason) == ("", FinishReason.STOP)
+
+
+async def test_a_prompt_is_read_without_a_token_being_drawn(engine: Engine) -> None:
+    assert engine.info.can_score
+    scoring = ScoringParams(("plain", "positive"), per_token=True, hidden_state=True)
+    request = ask(sampling={"max_tokens": 0}, scoring=scoring)
+    (first,), (second,) = await asyncio.gather(everything(engine, request), everything(engine, request))
+    assert (first.finish_reason, first.token_ids, first.text) == (FinishReason.LENGTH, (), "")
+    told = first.prompt_values
+    assert told is not None
+    assert told.token_values is not None
+    assert list(told.values) == list(told.token_values) == ["plain", "positive"]
+    assert {name: values[-1] for name, values in told.token_values.items()} == told.values
+    assert {len(values) for values in told.token_values.values()} == {2}
+    assert len(told.hidden_state or b"") % 4 == 0
+    last_alone = replace(request, scoring=ScoringParams(("positive",)))
+    (third,) = await everything(engine, last_alone)
+    assert second.prompt_values == told
+    assert third.prompt_values == PromptValues({"positive": told.values["positive"]})
+
+
+async def test_a_prompt_is_not_read_by_a_head_that_is_unknown(engine: Engine) -> None:
+    with pytest.raises(UnknownHeadError, match="plain, positive") as raised:
+        engine.generate(ask(sampling={"max_tokens": 0}, scoring=ScoringParams(("nobody",))))
+    assert raised.value.param == "heads"
+
+
+async def test_a_chat_that_goes_on_ends_behind_its_last_messages_text(engine: Engine) -> None:
+    asked = [{"role": "user", "content": "hello"}]
+    answered = [*asked, {"role": "assistant", "content": "good day"}]
+    text = engine.decode(engine.encode_chat(answered, continue_final_message=True))
+    assert text.endswith("assistant: good day")
+    assert engine.decode(engine.encode_chat(answered)).startswith(f"{text}\n")

@@ -30,6 +30,7 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import LMHead, ModelRunner
+from server.engines.embedded.prompt_values import add_token_values, prompt_end
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
@@ -117,9 +118,8 @@ class EngineCore:
         self._plan_rows = []
 
     def num_users(self, head: str) -> int:
-        """How many sequences that are not finished name this head in their control."""
-        controls = [sequence.request.control for sequence in self._scheduler.sequences()]
-        return sum(head in control.head_names for control in controls if control is not None)
+        """How many sequences that are not finished run under this head."""
+        return sum(head in sequence.request.named_heads for sequence in self._scheduler.sequences())
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
@@ -200,8 +200,8 @@ class EngineCore:
                 computed.append((sequence, hidden_TD[first - 1]))
         for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
-            if sequence.request.sampling.prompt_logprobs:
-                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+            self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+            add_token_values(sequence, hidden_TD[first:end], self.registry)
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
@@ -209,9 +209,7 @@ class EngineCore:
             if sequence.request.sampling.max_tokens == 0:
                 with self._failing_alone(sequence):
                     scores = self._scores.take_prompt(sequence)
-                    self._finish(
-                        sequence, FinishReason.LENGTH, GenerationChunk(index=sequence.index, prompt_logprobs=scores)
-                    )
+                    self._finish(sequence, FinishReason.LENGTH, prompt_end(sequence, self.registry, scores))
                 continue
             self._scheduler.start_decoding(sequence)
             if sequence.token_ids:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
+from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.streams import ChunkQueue
@@ -92,9 +92,9 @@ class EmbeddedEngine:
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages)
+            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
@@ -129,8 +129,8 @@ class EmbeddedEngine:
             core, loaded = self._core, self._loaded
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
-            folder = heads_folder(self._settings.heads_dir, loaded)
-            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded.identity, loaded.model.device)
+            location = heads_location(self._settings.heads_dir, loaded.name)
+            head, card = await asyncio.to_thread(load_one_head, location, name, loaded.identity, loaded.model.device)
             await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
             self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
 
@@ -170,7 +170,7 @@ class EmbeddedEngine:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
         # A head that is being unloaded is still in the registry, for requests that have begun.
-        check_heads(request.control, self.info.heads)
+        check_heads(request, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
         if request.num_sequences > capacity:
             param = request.sequences_param
@@ -209,6 +209,7 @@ class EmbeddedEngine:
             max_model_len=core.max_model_len,
             vocab_size=core.vocab_size,
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
+            can_score=True,
         )
         return core
 
@@ -246,12 +247,19 @@ class EmbeddedEngine:
             wait = False
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
+) -> list[int]:
     """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            return_dict=True,
+        )
     except Exception as error:
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"

@@ -80,7 +80,9 @@ class Scores:
         }
 
     def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
-        """Those of the prompt tokens that follow the segment's positions, without control."""
+        """Those of the prompt tokens that follow the segment's positions, without control, if they are asked for."""
+        if not sequence.request.sampling.prompt_logprobs:
+            return
         prompt, scores = sequence.group.token_ids, sequence.group.prompt_logprobs
         following = prompt[segment.start + 1 : segment.end + 1]
         # A prompt is computed again for a choice that waited until its siblings were gone, or lost its pages before

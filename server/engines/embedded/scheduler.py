@@ -150,7 +150,7 @@ class Scheduler:
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
         """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
-        if not self._has_prefix_cache or sequence.request.sampling.prompt_logprobs:
+        if not self._has_prefix_cache or sequence.request.reads_whole_prompt:
             return []
         return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
 
@@ -228,6 +228,7 @@ class Scheduler:
         if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
             # They come again with the prompt.
             del sequence.group.prompt_logprobs[1:]
+            sequence.group.token_values.clear()
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)

@@ -42,6 +42,8 @@ class PromptGroup:
     token_ids: list[int]
     last_hidden_D: Tensor | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    token_values: list[list[float]] = field(default_factory=list)
+    """Of each position computed, the values of the heads of a request that scores its tokens."""
     residents: list[Sequence] = field(default_factory=list)
     """Members that run, in order of admission; the first computes the prompt."""
     digests: list[bytes] = field(default_factory=list)

@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from server.control.registry import HeadRegistry
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.engine import encode_chat
-from server.engines.embedded.heads import load_one_head
+from server.engines.embedded.heads import heads_location, load_heads, load_one_head
 from server.engines.streams import ChunkQueue
 from server.engines.vllm.choices import Choice
 from server.engines.vllm.launch import launch
@@ -30,7 +29,6 @@ from server.engines.vllm.outputs import OutputReader
 from server.engines.vllm.sampling import check_served, vllm_sampling
 from server.engines.vllm.wire import REPORT_KEY, control_args, decode_edit
 from server.errors import (
-    ConfigurationError,
     EngineStoppedError,
     HeadMismatchError,
     InvalidRequestError,
@@ -40,7 +38,6 @@ from server.errors import (
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest
-from value_models.store import shipped_heads_folder
 
 _log = logging.getLogger(__name__)
 _UNLOAD_POLL_S = 0.05
@@ -53,7 +50,7 @@ class VllmEngine:
         self._settings = settings
         self._observer = observer or NullObserver()
         self._files: ModelFiles | None = None
-        self._heads_dir = Path()
+        self._heads_dir: str | Path = Path()
         self._llm: Any = None
         self._info: EngineInfo | None = None
         self._reader = OutputReader(self.token_text)
@@ -104,9 +101,9 @@ class VllmEngine:
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages)
+            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
@@ -164,12 +161,11 @@ class VllmEngine:
 
     def _launch(self) -> Any:
         settings = self._settings
-        if settings.heads_dir is not None and not settings.heads_dir.is_dir():
-            raise ConfigurationError(f"heads_dir: {settings.heads_dir} is not a folder")
         self._files = files = ModelFiles.of(settings.model)
-        self._heads_dir = settings.heads_dir or shipped_heads_folder(files.name)
+        self._heads_dir = heads_location(settings.heads_dir, files.name)
         # The workers' own copies are what edits states; this one tells of mismatches in good words.
-        registry = HeadRegistry.load(self._heads_dir, files.identity, skip_mismatched=settings.heads_dir is None)
+        are_shipped = settings.heads_dir is None
+        registry = load_heads(self._heads_dir, files.identity, device="cpu", are_shipped=are_shipped)
         # The first call settles truncation and padding; later ones only read.
         files.tokenizer(" ")
         llm = launch(settings, files, self._heads_dir, self._hear_status)

@@ -18,11 +18,14 @@ from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
 from server.settings import Settings
+from value_models.head_folder import is_url
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
 
 
-def launch(settings: Settings, files: ModelFiles, heads_dir: Path, on_status: Callable[[EngineStatus], None]) -> Any:
+def launch(
+    settings: Settings, files: ModelFiles, heads_dir: str | Path, on_status: Callable[[EngineStatus], None]
+) -> Any:
     """A started AsyncLLM; takes a minute or more. Raises ConfigurationError, ModelLoadError."""
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
@@ -64,7 +67,9 @@ def launch(settings: Settings, files: ModelFiles, heads_dir: Path, on_status: Ca
         raise ModelLoadError(f"vLLM did not start: {error}") from error
 
 
-def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: Path, device: torch.device) -> dict[str, Any]:
+def engine_arguments(
+    settings: Settings, files: ModelFiles, heads_dir: str | Path, device: torch.device
+) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs. Raises ConfigurationError."""
     kv_cache_gib = settings.kv_cache_gib
     if kv_cache_gib is None and device.type == "cpu" and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
@@ -89,9 +94,9 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: Path, dev
         "scheduler_cls": SCHEDULER,
         "additional_config": {
             CONFIG_KEY: {
-                "heads_dir": str(heads_dir.resolve()),
+                "heads_dir": str(heads_dir) if is_url(heads_dir) else str(Path(heads_dir).resolve()),
                 "identity": files.identity,
-                "skip_mismatched": settings.heads_dir is None,
+                "are_shipped": settings.heads_dir is None,
             }
         },
     }

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
+from value_models.cache import cache_root
 
 _log = logging.getLogger(__name__)
 FINGERPRINT_VALUES = 256
@@ -159,7 +159,7 @@ def default_model_folder() -> Path:
 
 def packaged_model_folder(packaged: PackagedModel) -> Path:
     """The model as a folder of safetensors, converted from its packages' GGUF when it is not there yet."""
-    root = Path(os.environ.get("RECONTROL_CACHE_DIR") or user_cache_path("recontrol")) / "models"
+    root = cache_root() / "models"
     folder = root / f"{packaged.name}-{packaged.version}"
     if (folder / "config.json").is_file():
         return folder
