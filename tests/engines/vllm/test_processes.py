@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -156,8 +157,10 @@ def test_recontrol_serve_with_vllm_answers_traces_measures_and_ends_cleanly(
             metrics = client.get("/metrics").text
             assert 'recontrol_controlled_tokens_total{head="positive",model_name="tiny"} 6.0' in metrics
             assert 'recontrol_edit_duration_seconds_count{model_name="tiny"} 6.0' in metrics
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+        assert process.wait(120) in (0, -signal.SIGTERM)
+        assert not psutil.wait_procs(workers, timeout=30)[1]
     finally:
         end(process)
 
