@@ -133,6 +133,44 @@ def test_texts_of_twenty_seeds_hold_a_schema_with_control_and_without(url: str) 
     assert len({*texts[0], *texts[1]}) > 20
 
 
+def test_the_best_of_four_blocks_end_with_higher_values_than_one_and_the_text_follows(url: str) -> None:
+    ends, rewards = [], []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for candidates in (1, 4):
+            control = {
+                "objective": {"weights": {"positive": 1.0}},
+                "steps": 0,
+                "search": {"type": "blocks", "candidates": candidates},
+                "trace": True,
+            }
+            choices = []
+            for index in range(4):
+                body = {**ask(index, n=4), "temperature": 1.0, "max_tokens": 40, "control": control}
+                answer = client.post("/v1/chat/completions", json=body).json()
+                choices += answer["choices"]
+                tokens = sum(len(choice["control_trace"]) for choice in answer["choices"])
+                assert answer["usage"]["completion_tokens"] >= tokens * candidates * 0.9
+            ends.append(statistics.mean(choice["control_trace"][-1]["value_before"]["positive"] for choice in choices))
+            rewards.append(statistics.mean(positive([], [choice["message"]["content"] for choice in choices])))
+    assert ends[1] > ends[0] + 0.1
+    assert rewards[1] > rewards[0]
+
+
+def test_best_of_over_http_returns_those_of_highest_value(url: str) -> None:
+    control = {"objective": {"weights": {"positive": 1.0}}, "steps": 0, "trace": True}
+    body = {"model": DEFAULT_MODEL, "prompt": "The film was", "max_tokens": 24, "seed": 4, "control": control}
+    with httpx.Client(base_url=url, timeout=300) as client:
+        everything = client.post("/v1/completions", json={**body, "n": 8}).json()
+        best = client.post("/v1/completions", json={**body, "n": 2, "best_of": 8}).json()
+    assert {choice["text"] for choice in best["choices"]} < {choice["text"] for choice in everything["choices"]}
+    assert best["usage"] == everything["usage"]
+    kept, all_of_them = (
+        [choice["control_trace"][-1]["value_before"]["positive"] for choice in answer["choices"]]
+        for answer in (best, everything)
+    )
+    assert statistics.mean(kept) > statistics.mean(all_of_them)
+
+
 def test_metrics_are_read_by_prometheus_clients_parser(url: str) -> None:
     families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)}
     heads = {

@@ -16,7 +16,7 @@ from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
-from server.api.resolution import check_scored, check_size, resolve_control, sampling_params
+from server.api.resolution import check_scored, check_size, resolve_best_of, resolve_control, sampling_params
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
@@ -68,7 +68,9 @@ class Generation:
                     raise GenerationError(chunk.error or "The request failed inside the engine.")
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
-                self.completion_tokens += len(chunk.token_ids)
+                self.completion_tokens += chunk.num_drawn
+                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                    continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
                 num_open -= chunk.finish_reason is not None
@@ -132,6 +134,7 @@ async def start(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: bool = False,
+    best_of: int | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
     state = request.app.state
@@ -140,30 +143,32 @@ async def start(
     if state.is_draining:
         raise ShuttingDownError("The server is shutting down; it takes no new requests.")
     control = resolve_control(body, info, state.pinned)
-    check_size(prompts, num_choices, max_tokens, info)
-    if prompt_logprobs:
-        check_scored(prompts, num_choices, logprobs or 0)
     sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     structure = await structure_of(body.response_format, engine)
+    requests = [
+        GenerationRequest(
+            request_id=f"{context.request_id}-{index}",
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling,
+            control=control,
+            num_choices=num_choices,
+            structure=structure,
+            best_of=resolve_best_of(best_of, num_choices, control),
+            # What is cached for one key must not tell another, by its timing, what was asked.
+            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    check_size(requests, info)
+    if prompt_logprobs:
+        check_scored(prompts, num_choices, logprobs or 0)
     context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * num_choices * max_tokens)
+    num_sequences = sum(request.num_sequences for request in requests)
+    charge = Charge(context.caller, sum(map(len, prompts)) + num_sequences * max_tokens)
     streams: list[ChunkStream] = []
     try:
-        for index, prompt in enumerate(prompts):
-            streams.append(
-                engine.generate(
-                    GenerationRequest(
-                        request_id=f"{context.request_id}-{index}",
-                        prompt_token_ids=tuple(prompt),
-                        sampling=sampling,
-                        control=control,
-                        num_choices=num_choices,
-                        structure=structure,
-                        # What is cached for one key must not tell another, by its timing, what was asked.
-                        cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
-                    )
-                )
-            )
+        for generation_request in requests:
+            streams.append(engine.generate(generation_request))
     except BaseException:
         await _close(streams)
         charge.settle(0)

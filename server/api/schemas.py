@@ -81,18 +81,35 @@ class GenerationBody(BaseModel):
 
 class CompletionBody(GenerationBody):
     refused: ClassVar[dict[str, str]] = {
-        "best_of": "not supported; ask for n choices, or use a value head to steer them",
         "suffix": "not supported; the served models continue text and do not fill in",
     }
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """Sample so many and return the n that the objective of control scores highest, best first."""
 
     @model_validator(mode="after")
     def _nothing_needs_echo(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("field", "max_tokens: 0 is only allowed with echo: true", {"name": "max_tokens"})
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_leaves_a_choice(self) -> CompletionBody:
+        num_choices = self.n or 1
+        if self.best_of is None or self.best_of == num_choices:
+            return self
+        problem = None
+        if self.best_of < num_choices:
+            problem = f"must be n ({num_choices}) or more"
+        elif self.stream:
+            problem = "more than n cannot be streamed, since none is the best before all have ended"
+        elif self.max_tokens == 0:
+            problem = "with max_tokens 0 there is nothing to choose from"
+        if problem is not None:
+            raise PydanticCustomError("field", "best_of: {problem}", {"name": "best_of", "problem": problem})
         return self
 
 

@@ -33,11 +33,13 @@ BAD_FIELDS = [
     *[("logit_bias", {"1": value}) for value in [101, -101, *BAD_NUMBERS[1:], None]],
     ("logit_bias", {str(i): 0 for i in range(1025)}),
     *[("timeout_s", value) for value in [0, 86_401, *BAD_NUMBERS]],
-    *[("best_of", 2), ("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
+    *[("best_of", value) for value in [2, 129, *BAD_NUMBERS]],
+    *[("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
 ]
 BAD_PROMPTS: list[Any] = [
     "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
 ]  # fmt: skip
+BAD_COUNTS: list[Any] = [0, 1.5, 2**63, None, *BAD_NUMBERS]
 BAD_CONTROLS: list[tuple[str, Any]] = [
     ("control.objective", {}),
     ("control.objective", {"objective": {"weights": {}}}),
@@ -75,6 +77,11 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
     *[("control.schedule.to", {"schedule": {"type": "cosine", "tokens": 3, "to": v}}) for v in [2, *BAD_NUMBERS]],
     *[("control.schedule.half_life", {"schedule": {"type": "exponential", "half_life": v}}) for v in [0, "1", None]],
+    *[("control.search", {"search": v}) for v in [3, [], "blocks"]],
+    *[("control.search.type", {"search": v}) for v in [{}, {"type": "tree"}, {"type": None}]],
+    *[("control.search.candidates", {"search": {"type": "blocks", "candidates": v}}) for v in [33, *BAD_COUNTS]],
+    *[("control.search.block_tokens", {"search": {"type": "blocks", "block_tokens": v}}) for v in [4097, *BAD_COUNTS]],
+    ("control.search.best", {"search": {"type": "blocks", "best": 1}}),
     ("control", 3),
 ]
 

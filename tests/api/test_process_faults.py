@@ -16,8 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from filelock import FileLock
+from starlette.testclient import TestClient
 
 from tests.api.conftest import eventually, serving
 from tests.deploy.conftest import SERVE, free_ports
@@ -80,15 +82,13 @@ def test_sigterm_in_mid_stream_ends_the_stream_with_an_error_and_done_and_the_pr
 def test_sigkill_in_mid_stream_breaks_the_stream_and_the_next_server_takes_the_port(serve: Callable[..., Any]) -> None:
     (port,) = free_ports(1)
     with serve(port) as process:
-        with (
-            httpx.stream("POST", url(port, "/v1/completions"), json={**LONG, "n": 8}, timeout=60) as response,
-            pytest.raises(httpx.TransportError),
-        ):
+        with httpx.stream("POST", url(port, "/v1/completions"), json={**LONG, "n": 8}, timeout=60) as response:
             lines = response.iter_lines()
-            next(lines)
+            events = [next(lines)]
             process.kill()
-            for line in lines:
-                assert line != "data: [DONE]"
+            with pytest.raises(httpx.TransportError):
+                events.extend(lines)
+        assert "data: [DONE]" not in events
         assert process.wait(60) == -signal.SIGKILL
     with serve(port):
         assert complete(port).status_code == 200
@@ -97,35 +97,29 @@ def test_sigkill_in_mid_stream_breaks_the_stream_and_the_next_server_takes_the_p
 def test_a_lock_of_a_killed_process_stands_in_nobodys_way(tmp_path: Path) -> None:
     """The conversion of a model is locked by a file that the kernel lets go of, and not by the file's being there."""
     path = tmp_path / "model.lock"
-    hold = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print(1, flush=True); "
-    command = [sys.executable, "-c", hold + "time.sleep(60)", str(path)]
+    hold = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+    command = [sys.executable, "-c", hold + "print(1, flush=True); time.sleep(60)", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
-        with pytest.raises(TimeoutError):
-            FileLock(path).acquire(timeout=0.05)
-        holder.kill()
+        try:
+            with pytest.raises(TimeoutError):
+                FileLock(path).acquire(timeout=0.05)
+        finally:
+            holder.kill()
     with FileLock(path).acquire(timeout=10):
         assert path.exists()
 
 
-@pytest.mark.parametrize("log", ["full disk", "reader gone"])
-def test_a_log_that_cannot_be_written_stops_nothing(serve: Callable[..., Any], log: str) -> None:
+def test_a_full_disk_for_the_log_stops_nothing(serve: Callable[..., Any]) -> None:
+    """Neither the start, where a progress bar once hung in its own end, nor requests, nor the end."""
     (port,) = free_ports(1)
-    if log == "full disk":
-        stderr = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reader, stderr = os.pipe()
-        os.close(reader)
-    try:
-        with serve(port, "--log-format", "json", "--log-level", "debug", stderr=stderr) as process:
-            assert [complete(port).status_code for _ in range(20)] == [200] * 20
-            assert complete(port, temperature=9).status_code == 400
-            assert httpx.get(url(port, "/health")).status_code == 200
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) in (0, -signal.SIGTERM)
-    finally:
-        os.close(stderr)
+    with open("/dev/full", "wb") as full, serve(port, "--log-format", "json", stderr=full) as process:
+        assert [complete(port).status_code for _ in range(20)] == [200] * 20
+        assert complete(port, temperature=9).status_code == 400
+        assert httpx.get(url(port, "/health")).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
 
 
 async def test_a_loop_that_dies_under_load_tells_every_request_once_and_turns_health_to_503(
@@ -165,9 +159,6 @@ async def test_a_loop_that_dies_under_load_tells_every_request_once_and_turns_he
 def test_an_engine_short_of_memory_answers_500_and_serves_the_next_request(
     make_embedded_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-    from starlette.testclient import TestClient
-
     app = make_embedded_app()
 
     def short(*_: object) -> None:
@@ -190,8 +181,6 @@ def test_an_engine_short_of_memory_answers_500_and_serves_the_next_request(
 def test_a_tokenizer_that_fails_on_a_prompt_ends_that_request_alone(
     make_embedded_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    from starlette.testclient import TestClient
-
     app = make_embedded_app()
     bodies = {
         "/v1/completions": {"model": "tiny", "prompt": "hi", "max_tokens": 2},

@@ -1,4 +1,4 @@
-"""What every engine promises, held for the fake and the embedded one alike, and what the embedded one adds."""
+"""What every engine promises, for the fake, the embedded and the vLLM one, and what the embedded one adds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.engines.base import Engine
 from server.engines.embedded import heads as heads_module
@@ -25,21 +26,11 @@ from server.errors import (
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from tests.conftest import control
+from tests.conftest import control, write_heads
 from value_models.heads import ValueHead
-from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
-
-def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
-    for name, head in heads.items():
-        card = HeadCard(
-            name=name, description="random", base_model=BaseModelCard(**identity),
-            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
-            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
-            command="pytest",
-        )  # fmt: skip
-        save_head(folder / name, head, card)
-    return folder
+# The loop that the vLLM engine of the session lives on.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest.fixture
@@ -58,12 +49,22 @@ def settings(
     )
 
 
-@pytest.fixture(params=["fake", "embedded"])
+@pytest_asyncio.fixture(
+    loop_scope="session",
+    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])],
+)
 async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
-    engine: Engine = FakeEngine(max_open=8) if request.param == "fake" else EmbeddedEngine(settings)
+    engine: Engine
+    if request.param == "fake":
+        engine = FakeEngine(max_open=8)
+    elif request.param == "embedded":
+        engine = EmbeddedEngine(settings)
+    else:
+        engine = request.getfixturevalue("vllm_engine")
     await engine.start()
     yield engine
-    await engine.stop()
+    if request.param != "vllm":
+        await engine.stop()
 
 
 def ask(name: str = "r", **options: Any) -> GenerationRequest:
@@ -94,6 +95,20 @@ async def test_control_is_reported_at_the_end(engine: Engine) -> None:
     summary = chunks[-1].control
     assert summary is not None
     assert list(summary.value_after) == ["positive"]
+
+
+@pytest.mark.parametrize(
+    ("search", "best_of", "num_choices"), [({"type": "blocks", "candidates": 3}, None, 1), (None, 5, 2)]
+)
+async def test_candidates_are_all_counted_and_none_but_the_best_are_told(
+    engine: Engine, search: dict[str, Any] | None, best_of: int | None, num_choices: int
+) -> None:
+    steered = control({"positive": 1.0}, search=search)
+    request = ask(control=steered, best_of=best_of, num_choices=num_choices, sampling={"ignore_eos": True})
+    chunks = await everything(engine, request)
+    assert sorted(chunk.index for chunk in chunks if chunk.finish_reason is not None) == list(range(num_choices))
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 8 * num_choices
+    assert sum(chunk.num_drawn for chunk in chunks) == 8 * request.num_sequences
 
 
 async def test_an_unknown_head_is_refused_before_anything_is_queued(engine: Engine) -> None:
@@ -178,7 +193,7 @@ async def test_a_stopped_engine_refuses(engine: Engine) -> None:
         engine.generate(ask())
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def embedded(settings: Settings) -> AsyncIterator[EmbeddedEngine]:
     engine = EmbeddedEngine(settings)
     await engine.start()

@@ -16,8 +16,8 @@ from server.engines.fake import FakeEngine
 from server.errors import HeadMismatchError, UnknownHeadError
 from server.settings import Settings
 from server.types import ControlParams, FinishReason
-from tests.conftest import control, random_head
-from tests.engines.test_contract import ask, everything, write_heads
+from tests.conftest import control, random_head, write_heads
+from tests.engines.test_contract import ask, everything
 from value_models.heads import ValueHead
 
 STEER = {"step_size": 3.0, "max_kl": 0.5}

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import random_head
-from tests.engines.test_contract import write_heads
+from tests.conftest import random_head, write_heads
 from value_models import store
 from value_models.importer import ImportFileError, import_pth
 from value_models.rollouts import (

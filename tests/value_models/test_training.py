@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.engines.test_contract import write_heads
+from tests.conftest import write_heads
 from value_models.baselines import static_vector_head
 from value_models.heads import LinearHead, MLPHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings, collect_rollouts

@@ -21,6 +21,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
+from server.engines.streams import ChunkQueue
 from server.errors import (
     EngineStoppedError,
     InvalidRequestError,
@@ -29,7 +30,7 @@ from server.errors import (
 )
 from server.kernels.linear import Bits
 from server.settings import Settings
-from server.types import FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationRequest
 
 _log = logging.getLogger(__name__)
 _BITS: dict[str, Bits] = {"none": 16, "int8": 8, "int4": 4}
@@ -111,16 +112,16 @@ class EmbeddedEngine:
         core = self._checked_core(request)
 
         def close(is_complete: bool) -> None:
-            self._num_open -= request.num_choices
+            self._num_open -= request.num_sequences
             if not is_complete:
                 # By identity: request ids come from clients, and two may be the same.
                 with contextlib.suppress(EngineStoppedError):
                     self._post(lambda: core.abort(sequences))
 
-        stream = _EmbeddedStream(request.num_choices, close)
+        stream = ChunkQueue(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
-        self._num_open += request.num_choices
+        self._num_open += request.num_sequences
         return stream
 
     async def load_head(self, name: str) -> None:
@@ -129,7 +130,7 @@ class EmbeddedEngine:
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
             folder = heads_folder(self._settings.heads_dir, loaded)
-            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded)
+            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded.identity, loaded.model.device)
             await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
             self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
 
@@ -171,9 +172,10 @@ class EmbeddedEngine:
         # A head that is being unloaded is still in the registry, for requests that have begun.
         check_heads(request.control, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
-        if request.num_choices > capacity:
-            raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
-        if self._num_open + request.num_choices > capacity:
+        if request.num_sequences > capacity:
+            param = request.sequences_param
+            raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)
+        if self._num_open + request.num_sequences > capacity:
             raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
         return core
 
@@ -242,37 +244,6 @@ class EmbeddedEngine:
                 return False
             action()
             wait = False
-
-
-class _EmbeddedStream:
-    """Chunks on their way from the loop thread to one reader on the event loop that made this."""
-
-    def __init__(self, num_choices: int, on_close: Callable[[bool], None]) -> None:
-        self._chunks: asyncio.Queue[GenerationChunk] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._num_unfinished = num_choices
-        self._on_close: Callable[[bool], None] | None = on_close
-
-    def put_threadsafe(self, chunk: GenerationChunk) -> None:
-        # A loop that has closed has no reader left.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
-
-    def __aiter__(self) -> _EmbeddedStream:
-        return self
-
-    async def __anext__(self) -> GenerationChunk:
-        if self._on_close is None or not self._num_unfinished:
-            await self.aclose()
-            raise StopAsyncIteration
-        chunk = await self._chunks.get()
-        self._num_unfinished -= chunk.finish_reason is not None
-        return chunk
-
-    async def aclose(self) -> None:
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            on_close(not self._num_unfinished)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

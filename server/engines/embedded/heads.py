@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -37,16 +40,18 @@ def heads_folder(heads_dir: Path | None, loaded: LoadedModel) -> Path:
     return heads_dir or shipped_heads_folder(loaded.name)
 
 
-def load_one_head(folder: Path, name: str, loaded: LoadedModel) -> tuple[ValueHead, HeadCard]:
+def load_one_head(
+    folder: Path, name: str, identity: dict[str, Any], device: torch.device | str
+) -> tuple[ValueHead, HeadCard]:
     """One head by name. Raises UnknownHeadError, also for what is a path and no name, and HeadMismatchError."""
     present = [path.parent.name for path in folder.glob(f"*/{CARD_FILE}")]
     if not re.fullmatch(NAME_PATTERN, name) or name not in present:
         raise UnknownHeadError(name, present)
     try:
-        head, card = load_head(folder / name, device=loaded.model.device)
+        head, card = load_head(folder / name, device=device)
     except HeadFileError as error:
         raise HeadMismatchError(f"The value head {name!r} cannot be read: {error}") from error
-    if differences := card.base_model.differences(loaded.identity):
+    if differences := card.base_model.differences(identity):
         raise HeadMismatchError(f"The value head {name!r} was made for another model: {'; '.join(differences)}.")
     if card.name != name:
         raise HeadMismatchError(f"The card in the folder {name!r} names its head {card.name!r}.")

@@ -1,4 +1,4 @@
-"""What a step tells about its tokens: log-probabilities and edits, from tensors to plain data.
+"""What a step tells about its tokens: log-probabilities and edits, from tensors to plain data, and what observers hear.
 
 Each function moves what it needs to the host at once. Texts of tokens come last, for one sequence at a time, so that a
 tokenizer that fails ends nobody else's. Knows nothing of scheduling or models.
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from server.control.editor import GroupStats
 from server.control.state import HELD_BY
+from server.engines.base import EngineObserver
 from server.engines.embedded.model.attention import Segment
 from server.engines.embedded.model.runner import LMHead
 from server.engines.embedded.sequence import Sequence
-from server.types import TokenEdit, TokenLogprob
+from server.types import FinishReason, TokenEdit, TokenLogprob
 
 TokenText = Callable[[int], str]
 
@@ -80,9 +81,11 @@ class Scores:
 
     def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
         """Those of the prompt tokens that follow the segment's positions, without control."""
-        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
-        # A prompt is computed again for a choice that waited until its siblings were gone, but told only once.
-        if not following or not sequence.group.prompt_logprobs:
+        prompt, scores = sequence.group.token_ids, sequence.group.prompt_logprobs
+        following = prompt[segment.start + 1 : segment.end + 1]
+        # A prompt is computed again for a choice that waited until its siblings were gone, or lost its pages before
+        # its first token was told, but scored and told only once.
+        if not following or not 0 < len(scores) < len(prompt):
             return
         logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)
@@ -101,3 +104,34 @@ class Scores:
         """Raises whatever the tokenizer raises, which concerns the score's own sequence alone."""
         text = self._token_text
         return replace(score, text=text(score.token_id), top=tuple((i, text(i), value) for i, _, value in score.top))
+
+
+def observe_first_token(observer: EngineObserver, sequence: Sequence, now_s: float) -> None:
+    sequence.first_token_s = now_s
+    observer.on_first_token(
+        queue_s=sequence.scheduled_s - sequence.arrival_s,
+        prefill_s=now_s - sequence.scheduled_s,
+        ttft_s=now_s - sequence.arrival_s,
+    )
+
+
+def observe_token(observer: EngineObserver, sequence: Sequence, edit: TokenEdit | None, now_s: float) -> None:
+    """A token that has been appended. A candidate's comes to the client later, with its block, so it has no pace."""
+    inter_token_s = None
+    if sequence.leader is None:
+        if len(sequence.token_ids) == 1:
+            observe_first_token(observer, sequence, now_s)
+        else:
+            inter_token_s = now_s - sequence.last_token_s
+    observer.on_token(inter_token_s=inter_token_s, edit=edit)
+    sequence.last_token_s = now_s
+
+
+def observe_finish(observer: EngineObserver, sequence: Sequence, reason: FinishReason, now_s: float) -> None:
+    observer.on_finish(
+        reason=reason,
+        e2e_s=now_s - sequence.arrival_s,
+        decode_s=now_s - sequence.first_token_s if sequence.token_ids else None,
+        prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
+        generation_tokens=len(sequence.token_ids),
+    )

@@ -1,7 +1,8 @@
 """One choice of one request on its way from waiting to finished.
 
 Holds state only; the scheduler moves it and the core fills it. Choices of one request share a `PromptGroup`, so their
-prompt is computed once. Knows nothing of tensors' contents, threads or HTTP.
+prompt is computed once. Candidates for a choice are sequences too (candidates.py). Knows nothing of tensors' contents,
+threads or HTTP.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
 from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
 from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+
+if TYPE_CHECKING:
+    from server.engines.embedded.candidates import Rivals, Trial
 
 
 class SequenceState(Enum):
@@ -66,6 +71,14 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens that were there already when it was admitted."""
     num_preemptions: int = 0
+    trial: Trial | None = None
+    """Of a candidate: nothing goes to the client before it has been compared."""
+    leader: Sequence | None = None
+    """Of a candidate for a block: the choice that it goes on from."""
+    candidates: list[Sequence] = field(default_factory=list)
+    """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
+    rivals: Rivals | None = None
+    """Of a candidate for a whole response."""
     token_ids: list[int] = field(default_factory=list)
     edits: EditTotals | None = None
     scheduled_s: float = 0.0
@@ -84,7 +97,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         keep_states: bool = False,
     ) -> list[Sequence]:
-        """The request's choices, all waiting. Without a seed, a fresh one is drawn for the request."""
+        """The request's choices, or its candidates for them, all waiting. Without a seed, a fresh one is drawn."""
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         group = PromptGroup(list(request.prompt_token_ids))
@@ -110,7 +123,7 @@ class Sequence:
                 states=[] if keep_states else None,
                 edits=EditTotals() if request.control is not None else None,
             )
-            for index in range(request.num_choices)
+            for index in range(request.best_of or request.num_choices)
         ]
 
     @property
@@ -121,6 +134,16 @@ class Sequence:
     def num_tokens(self) -> int:
         """Of the prompt and new."""
         return self.prompt_len + len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step that are set aside for it: a choice's candidates need theirs at once."""
+        return 0 if self.leader is not None else max(len(self.candidates), 1)
+
+    @property
+    def owner(self) -> Sequence:
+        """What is scheduled, preempted and finished as one: for a candidate for a block, its leader."""
+        return self if self.leader is None else self.leader
 
     @property
     def control_state(self) -> ControlState:
@@ -182,6 +205,9 @@ class EditTotals:
         for sums, values in ((self.sum_before, edit.value_before), (self.sum_after, edit.value_after)):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
+
+    def copy(self) -> EditTotals:
+        return replace(self, held=self.held.copy(), sum_before=self.sum_before.copy(), sum_after=self.sum_after.copy())
 
     @property
     def state(self) -> ControlState:

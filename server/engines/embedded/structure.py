@@ -117,6 +117,10 @@ class SchemaMatcher:
             raise GenerationError(self._matcher.get_error())
         return np.unpackbits(allowed, count=self._vocab_size, bitorder="little").view(bool)
 
+    def copy(self) -> SchemaMatcher:
+        """For another way on from here."""
+        return SchemaMatcher(self._matcher.deep_copy(), self._vocab_size)
+
     def advance(self, token_id: int) -> None:
         """Raises GenerationError for a token that is not allowed."""
         if not self._matcher.consume_token(token_id):
