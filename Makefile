@@ -1,7 +1,9 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
+# make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
+# make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -26,7 +28,7 @@ DEPLOY_STAMP := $(STAMP)-deploy
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
 
-.PHONY: serve test test-deploy lint heads peers setup data clean
+.PHONY: serve test coverage test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -34,8 +36,16 @@ serve: setup
 test: data lint
 	$(BIN)/python -m pytest $(ARGS)
 
+coverage: data
+	$(BIN)/python -m pytest --cov $(ARGS)
+
 test-deploy: $(DEPLOY_STAMP)
 	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
+
+# vLLM's own warnings are not ours to mend.
+test-vllm: setup
+	sh server/bench/make_vllm.sh $(PYTHON)
+	RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm tests/engines $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

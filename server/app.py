@@ -131,6 +131,8 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError("pinned_control: objective: only a weighted_sum can be put together with a caller's")
     if pinned.max_response_kl is not None:
         raise ConfigurationError("pinned_control: max_response_kl: not allowed, since callers' heads could use it up")
+    if pinned.search is not None:
+        raise ConfigurationError("pinned_control: search: not allowed, since every choice would take several rows")
     return pinned
 
 

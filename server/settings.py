@@ -21,6 +21,8 @@ from pydantic_settings import (
 )
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
+_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
 
 
 def _as_text(location: Any) -> Any:
@@ -46,8 +48,8 @@ class Settings(BaseSettings):
     heads_poll_s: Annotated[float, Field(ge=1, description="look for changed heads in heads_dir so often")] | None = (
         None
     )
-    engine: Literal["embedded", "fake"] = Field(
-        "embedded", description="fake answers without a model, for client tests"
+    engine: Literal["embedded", "vllm", "fake"] = Field(
+        "embedded", description="vllm is for scale (extra vllm); fake answers without a model, for client tests"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
@@ -78,6 +80,12 @@ class Settings(BaseSettings):
     kv_cache_gib: (
         Annotated[float, Field(gt=0, description="bound on keys and values; by default half the memory")] | None
     ) = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="devices that share each layer, with vllm")] = 1
+    pipeline_parallel_size: Annotated[int, Field(ge=1, description="devices with some layers each, with vllm")] = 1
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        None, description="how vllm starts its workers: ray for several machines"
+    )
+    vllm_options: dict[str, Any] = Field({}, description="more of vllm's engine arguments, as JSON")
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")
@@ -98,6 +106,14 @@ class Settings(BaseSettings):
     def _poll_a_folder_that_may_change(self) -> Self:
         if self.heads_poll_s is not None and self.heads_dir is None:
             raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_the_engine(self) -> Self:
+        foreign = _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
 
     @classmethod

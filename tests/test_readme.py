@@ -97,5 +97,5 @@ async def test_every_example_of_control_is_accepted_as_it_is_written(control: di
 def test_every_objective_and_every_condition_has_an_example() -> None:
     types = {get_args(model.model_fields["type"].annotation)[0] for model in BaseObjective.__subclasses__()}
     assert {control["objective"].get("type", "weighted_sum") for control in EXAMPLES} == types
-    conditions = set(ControlParams.model_fields) - {"objective", "steps", "max_shift", "trace"}
+    conditions = set(ControlParams.model_fields) - {"objective", "max_shift", "trace"}
     assert {field for control in EXAMPLES for field in control} - {"objective"} == conditions

@@ -183,5 +183,12 @@ def open_heads(location: str | Path) -> HeadFolder:
     return LocalHeads(Path(location))
 
 
+def absolute(location: str | Path) -> str:
+    """The same place for processes that work in other folders."""
+    if isinstance(location, str) and _URL.match(location):
+        return location
+    return str(Path(location).resolve())
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -17,8 +17,9 @@ from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
-from server.api.resolution import check_scored, check_size, resolve_control, sampling_params
+from server.api.resolution import check_scored, check_size, resolve_best_of, resolve_control, sampling_params
 from server.api.schemas import GenerationBody
+from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
 from server.types import (
@@ -76,7 +77,9 @@ class Generation:
                     raise GenerationError(chunk.error or "The request failed inside the engine.")
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
-                self.completion_tokens += len(chunk.token_ids)
+                self.completion_tokens += chunk.num_drawn
+                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                    continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
                 num_open -= chunk.finish_reason is not None
@@ -142,28 +145,49 @@ async def start(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: bool = False,
+    best_of: int | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
-    info, num_choices = request.app.state.engine.info, body.n or 1
-    control = resolve_control(body, info, request.app.state.pinned)
-    check_size(prompts, num_choices, max_tokens, info)
+    state = request.app.state
+    engine: Engine = state.engine
+    info, num_choices = engine.info, body.n or 1
+    control = resolve_control(body, info, state.pinned)
+    asked = GenerationRequest(
+        request_id="",
+        prompt_token_ids=(),
+        sampling=sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+        control=control,
+        num_choices=num_choices,
+        structure=await structure_of(body.response_format, engine),
+        best_of=resolve_best_of(best_of, num_choices, control),
+    )
+    requests = requests_for(request, prompts, asked)
+    check_size(requests, info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
-    sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    asked = GenerationRequest("", (), sampling, control, num_choices)
-    return await queue(request, prompts, asked, timeout_s=body.timeout_s)
+    return await queue(request, requests, timeout_s=body.timeout_s)
+
+
+def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
+    """What is asked, of each prompt, in the name of the caller."""
+    context = context_of(request)
+    return [
+        replace(
+            asked,
+            request_id=f"{context.request_id}-{index}",
+            prompt_token_ids=tuple(prompt),
+            # What is cached for one key must not tell another, by its timing, what was asked.
+            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 async def queue(
-    request: Request,
-    prompts: list[list[int]],
-    asked: GenerationRequest,
-    *,
-    timeout_s: float | None,
-    size_field: str = "max_tokens",
+    request: Request, requests: list[GenerationRequest], *, timeout_s: float | None, size_field: str = "max_tokens"
 ) -> Generation:
-    """Queue `asked` for each prompt; everything but the caller's limits must have been checked.
+    """Queue requests that differ in their prompts alone; everything but the caller's limits must have been checked.
 
     `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
     with nothing left queued.
@@ -172,22 +196,12 @@ async def queue(
     engine: Engine = state.engine
     if state.is_draining:
         raise ShuttingDownError("The server is shutting down; it takes no new requests.")
-    num_choices, most_tokens = asked.num_choices, asked.num_choices * asked.sampling.max_tokens
-    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * most_tokens, field=size_field)
+    most_tokens = sum(len(one.prompt_token_ids) + one.num_sequences * one.sampling.max_tokens for one in requests)
+    charge = Charge(context.caller, most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
-        for index, prompt in enumerate(prompts):
-            streams.append(
-                engine.generate(
-                    replace(
-                        asked,
-                        request_id=f"{context.request_id}-{index}",
-                        prompt_token_ids=tuple(prompt),
-                        # What is cached for one key must not tell another, by its timing, what was asked.
-                        cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
-                    )
-                )
-            )
+        for generation_request in requests:
+            streams.append(engine.generate(generation_request))
     except BaseException:
         await _close(streams)
         charge.settle(0)
@@ -195,12 +209,12 @@ async def queue(
     timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
-        prompts=prompts,
-        num_choices=num_choices,
+        prompts=[list(one.prompt_token_ids) for one in requests],
+        num_choices=requests[0].num_choices,
         streams=streams,
         charge=charge,
         timeout_s=min(timeouts, default=None),
-        is_traced=asked.control is not None and asked.control.trace,
+        is_traced=any(one.control is not None and one.control.trace for one in requests),
         facts=context.facts,
     )
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
-from server.cli.arms import ArmFactory
+from server.cli.arms import ArmFactory, blockwise
 from server.cli.command import (
     ModelCommand,
     allow_rewards_of_the_working_folder,
@@ -29,9 +29,9 @@ from server.cli.plots import require_matplotlib
 from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.control.registry import HeadRegistry
+from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
 from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from value_models.baselines import load_baselines
@@ -133,9 +133,12 @@ class Eval(ModelCommand):
             raise ValueError("update_card: a card tells of test prompts; leave it out with --split validation")
         if unknown := set(self.judges or []) - EVAL_METRICS.keys():
             raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(EVAL_METRICS)}")
-        widths = {Method.CONTROLLED_DECODING: ControlledDecoding(), Method.BLOCKWISE: BlockwiseBestOf()}
+        widths = {
+            Method.CONTROLLED_DECODING: ControlledDecoding().num_candidates,
+            Method.BLOCKWISE: blockwise().candidates,
+        }
         for method in widths.keys() & set(self.methods):
-            if self.study in _SWEEPING and self.max_batch_size < (width := widths[method].num_candidates):
+            if self.study in _SWEEPING and self.max_batch_size < (width := widths[method]):
                 raise ValueError(f"max_batch_size: {method} tries {width} continuations at once; give as many rows")
         return self
 

@@ -108,6 +108,14 @@ class Engine(Protocol):
         """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
         ...
 
+    async def compile_schema(self, schema: str) -> object:
+        """A JSON schema made ready for `GenerationRequest.structure`, without holding up the event loop.
+
+        Raises UnsupportedFieldError where this engine has no structured output, InvalidRequestError for a schema that
+        is malformed, not supported or too complex; the messages name no field.
+        """
+        ...
+
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """Check and queue the request at once, then yield its chunks; closing the stream aborts it.
 

@@ -1,7 +1,8 @@
 """An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
 
 Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
-and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing.
+and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing, and
+candidates are counted but not drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import StopMatcher
-from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError
+from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
 from server.types import (
     ControlSummary,
     FinishReason,
@@ -82,6 +83,10 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
+
+    async def compile_schema(self, schema: str) -> object:
+        del schema
+        raise UnsupportedFieldError("the fake engine has no structured output")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:
@@ -162,6 +167,7 @@ class FakeEngine:
                 finish_reason=reason,
                 control=None if reason is None else _summary(edit),
                 error=_FAILED if reason is FinishReason.ERROR else None,
+                num_drawn=_num_drawn(request, index),
             )
             if reason is not None:
                 break
@@ -190,6 +196,12 @@ class FakeEngine:
     def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:
         top = tuple((letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
         return TokenLogprob(token_id, chr(token_id), -2.0, top)
+
+
+def _num_drawn(request: GenerationRequest, index: int) -> int:
+    """Tokens for each that is kept; its values are all the same, so the first candidates would be."""
+    per_choice, rest = divmod(request.num_sequences, request.num_choices)
+    return per_choice + rest * (index == 0)
 
 
 def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:

@@ -249,6 +249,15 @@ def test_a_stop_string_is_a_literal() -> None:
     assert time.monotonic() - started_s < 5
 
 
+@pytest.mark.parametrize("schema", [{"pattern": "(a+)+$"}, {"items": {"patternProperties": {"(a+)+$": {}}}}])
+def test_a_schema_brings_no_regular_expression(client: TestClient, schema: dict[str, Any]) -> None:
+    """Regular expressions from users: a JSON schema may hold them, and none is compiled."""
+    wrapper = {"name": "a", "schema": schema}
+    response = complete(client, response_format={"type": "json_schema", "json_schema": wrapper})
+    assert response.status_code == 400
+    assert "regular expressions from requests are not run" in response.json()["error"]["message"]
+
+
 def test_headers_bodies_and_nesting_are_bounded(make_app: Callable[..., FastAPI]) -> None:
     """CVE-2025-48956 (vLLM): huge headers ended the server."""
     with serving(make_app()) as url:
@@ -314,6 +323,11 @@ CHOICES: dict[str, list[Any]] = {
     "seed": [-(2**63), 2**63 - 1],
     "max_tokens": [1, 5],
     "timeout_s": [30],
+    "response_format": [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["<eos>", 1, None]}}},
+    ],
     "control": [
         {"objective": {"weights": {"positive": 10, "plain": -10}}, "steps": 100, "step_size": 10, "max_shift": 2},
         {"objective": {"weights": {"positive": -1e-300}}, "steps": 0, "max_kl": 1e-300},
@@ -348,8 +362,9 @@ def test_any_parameters_together_are_served_or_refused_and_the_engine_lives(
     client = made["client"]
     body = {name: data.draw(st.sampled_from(CHOICES[name]), label=name) for name in names}
     response = complete(client, **{"max_tokens": 3, "model": "tiny", "prompt": "<eos>hé", **body})
-    assert response.status_code == 200, response.text
-    assert '"error"' not in response.text
+    is_endless = "ignore_eos" in body and body.get("response_format", {"type": "text"})["type"] != "text"
+    assert response.status_code == (400 if is_endless else 200), response.text
+    assert ('"error"' in response.text) == is_endless
     assert client.get("/health").status_code == 200
 
 

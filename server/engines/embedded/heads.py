@@ -6,6 +6,9 @@ Knows nothing of requests. Enter at `load_registry`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -22,8 +25,6 @@ def load_registry(heads_dir: str | Path | None, loaded: LoadedModel) -> HeadRegi
     HeadMismatchError, ConfigurationError.
     """
     location = heads_location(heads_dir, loaded)
-    if heads_dir is None and not Path(location).is_dir():
-        return HeadRegistry({})
     return HeadRegistry.load(location, loaded.identity, device=loaded.model.device, skip_mismatched=heads_dir is None)
 
 
@@ -31,16 +32,18 @@ def heads_location(heads_dir: str | Path | None, loaded: LoadedModel) -> str | P
     return heads_dir or shipped_heads_folder(loaded.name)
 
 
-def load_one_head(location: str | Path, name: str, loaded: LoadedModel) -> tuple[ValueHead, HeadCard]:
+def load_one_head(
+    location: str | Path, name: str, identity: dict[str, Any], device: torch.device | str
+) -> tuple[ValueHead, HeadCard]:
     """One head by name. Raises UnknownHeadError, also for what is a path and no name, and HeadMismatchError."""
     try:
         folder = open_heads(location)
         if name not in (present := folder.names()):
             raise UnknownHeadError(name, present)
-        head, card = folder.load(name, device=loaded.model.device)
+        head, card = folder.load(name, device=device)
     except HeadFileError as error:
         raise HeadMismatchError(f"The value head {name!r} cannot be read: {error}") from error
-    if differences := card.base_model.differences(loaded.identity):
+    if differences := card.base_model.differences(identity):
         raise HeadMismatchError(f"The value head {name!r} was made for another model: {'; '.join(differences)}.")
     return head, card
 

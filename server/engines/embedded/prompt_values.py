@@ -2,22 +2,21 @@
 
 The states are those of the prompt's own rows, so scoring shares its steps with whatever else runs. Every head is read
 as a stack of its own: its value then depends on nothing but the state. Knows nothing of scheduling or models. Enter at
-`add_token_values` and `prompt_end`.
+`add_token_values` and `prompt_chunk`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from server.control.registry import HeadRegistry
-from server.engines.embedded.reports import take_prompt_logprobs
+from server.engines.embedded.reports import Scores
 from server.engines.embedded.sequence import Sequence as TokenSequence
-from server.types import FinishReason, GenerationChunk, PromptValues, ScoringParams
+from server.types import GenerationChunk, PromptValues, ScoringParams
 
 _log = logging.getLogger(__name__)
 
@@ -34,21 +33,18 @@ def add_token_values(sequence: TokenSequence, hidden_TD: Tensor, registry: HeadR
         _log.exception("Request %s: its tokens could not be scored", sequence.request.request_id)
 
 
-def prompt_end(sequence: TokenSequence, registry: HeadRegistry) -> tuple[FinishReason, GenerationChunk]:
-    """How a request without new tokens ends, and its one chunk, once its prompt is computed.
+def prompt_chunk(sequence: TokenSequence, scores: Scores, registry: HeadRegistry) -> GenerationChunk:
+    """The one chunk of a request without new tokens, once its prompt is computed.
 
     A head whose value is not finite says so in its value. A model whose state is not finite is an error, as it is where
-    a token is to be drawn.
+    a token is to be drawn. Raises FloatingPointError for that, RuntimeError when values are missing.
     """
-    chunk = GenerationChunk(index=sequence.index, prompt_logprobs=take_prompt_logprobs(sequence))
-    if sequence.request.scoring is None:
-        return FinishReason.LENGTH, chunk
-    try:
-        values = _prompt_values(sequence.request.scoring, sequence, registry)
-    except Exception:
-        _log.exception("Request %s failed", sequence.request.request_id)
-        return FinishReason.ERROR, chunk
-    return FinishReason.LENGTH, replace(chunk, prompt_values=values)
+    scoring = sequence.request.scoring
+    return GenerationChunk(
+        index=sequence.index,
+        prompt_logprobs=scores.take_prompt(sequence),
+        prompt_values=None if scoring is None else _prompt_values(scoring, sequence, registry),
+    )
 
 
 def _prompt_values(scoring: ScoringParams, sequence: TokenSequence, registry: HeadRegistry) -> PromptValues:

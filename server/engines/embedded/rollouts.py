@@ -1,6 +1,7 @@
 """The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
 
-Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples, from control or from search.
+Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples: of requests, and of controlled
+decoding.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from server.control.plan import EditPlan
+from server.engines.embedded.controlled_decoding import (
+    ControlledDecoder,
+    ControlledDecoding,
+    DecodingJob,
+    DecodingResult,
+)
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.embedded.search import SearchJob, SearchParams, SearchResult, ValueSearch
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.generations import EvalSample
+from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.heads import ValueHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
@@ -77,12 +83,13 @@ class EngineRolloutSource:
     ) -> Iterator[EvalSample]:
         """Responses under control, or after an instruction put before every prompt, with their figures.
 
-        The divergence of control is exact. An instruction's is what its tokens' log-probabilities lose without it, a
-        sampled estimate, added to the mean.
+        The divergence of control is exact. Added to it are a search's bound, log K - (K - 1) / K a block of the best of
+        K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
         """
         bare = {prompt.id: prompt for prompt in prompts}
         for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = sequence.edits.summary() if sequence.edits is not None else None
+            bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
             nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
             if instruction is not None:
                 prompt_ids = self._encode(bare[sequence.request.request_id], None)
@@ -93,34 +100,37 @@ class EngineRolloutSource:
                 response=response,
                 num_tokens=len(sequence.token_ids),
                 nll=nll,
-                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll,
-                max_kl=summary.max_kl if summary else 0.0,
+                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll + bound,
+                max_kl=(summary.max_kl if summary else 0.0) + bound_of_last,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
                 wall_s=wall_s,
             )
 
-    def search(
-        self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings, *, head: ValueHead, params: SearchParams
+    def decode_by_value(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        settings: RolloutSettings,
+        *,
+        head: ValueHead,
+        params: ControlledDecoding,
     ) -> Iterator[EvalSample]:
-        """Responses found by trying continuations and reading the head's value of them."""
+        """Responses of controlled decoding by one head; it draws at temperature 1 from its candidates."""
         core = self._core
-        searcher = ValueSearch(
+        decoder = ControlledDecoder(
             core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size
         )
         jobs = [
-            SearchJob(
+            DecodingJob(
                 prompt_id=prompt.id,
                 index=index,
                 prompt_token_ids=tuple(self._encode(prompt, None)),
                 seed=_seed(settings.seed, prompt.id),
                 max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
             )
             for prompt in prompts
             for index in range(settings.num_samples)
         ]
-        for result in searcher.run(jobs, params):
+        for result in decoder.run(jobs, params):
             yield EvalSample(
                 prompt_id=result.job.prompt_id,
                 sample=result.job.index,
@@ -201,7 +211,7 @@ class EngineRolloutSource:
         log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
         return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
-    def _text(self, result: SearchResult) -> str:
+    def _text(self, result: DecodingResult) -> str:
         """As a request's chunks would have it."""
         tokenizer: Any = self._loaded.tokenizer
         detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
@@ -214,6 +224,16 @@ class EngineRolloutSource:
             return encode_chat(self._loaded.tokenizer, [{"role": "user", "content": text}])
         tokenizer: Any = self._loaded.tokenizer
         return tokenizer(text)["input_ids"]
+
+
+def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:
+    """What a search may diverge at most, in nats a token: in the mean, and in its last, shortest block."""
+    search = None if control is None else control.search
+    if search is None or num_tokens == 0:
+        return 0.0, 0.0
+    num_blocks = -(-num_tokens // search.block_tokens)
+    bound = best_of_kl_bound(search.candidates)
+    return bound * num_blocks / num_tokens, bound / (num_tokens - (num_blocks - 1) * search.block_tokens)
 
 
 def _seed(seed: int, prompt_id: str) -> int:
