@@ -103,17 +103,17 @@ class Settings(BaseSettings):
         )
 
     @model_validator(mode="after")
+    def _poll_a_folder_that_may_change(self) -> Self:
+        if self.heads_poll_s is not None and self.heads_dir is None:
+            raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
+        return self
+
+    @model_validator(mode="after")
     def _fit_the_engine(self) -> Self:
         foreign = _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
-        return self
-
-    @model_validator(mode="after")
-    def _poll_a_folder_that_may_change(self) -> Self:
-        if self.heads_poll_s is not None and self.heads_dir is None:
-            raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
         return self
 
     @classmethod

@@ -100,6 +100,23 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
     assert means[1] > means[0] + 0.1
 
 
+def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
+    """By what README's example sends, too."""
+    example = README.partition("/v1/value -H")[2].partition("-d '")[2].partition("'\n")[0]
+    texts = ["What a wonderful day, I love all of it!", "This is horrible. I hate every minute of it."]
+    question = {"role": "user", "content": "What do you think of the film?"}
+    answers = ["It is a delight from beginning to end.", "It is a stupid and ugly mess."]
+    chats = [[question, {"role": "assistant", "content": answer}] for answer in answers]
+    for body in (
+        json.loads(example),
+        {"model": f"{DEFAULT_MODEL}@positive", "input": texts},
+        {"model": DEFAULT_MODEL, "messages": chats},
+    ):
+        response = httpx.post(f"{url}/v1/value", json=body)
+        better, worse = (datum["values"]["positive"] for datum in response.json()["data"])
+        assert better > worse + 0.1
+
+
 MOVIE = {
     "type": "object",
     "properties": {
@@ -171,23 +188,6 @@ def test_best_of_over_http_returns_those_of_highest_value(url: str) -> None:
         for answer in (best, everything)
     )
     assert statistics.mean(kept) > statistics.mean(all_of_them)
-
-
-def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
-    """By what README's example sends, too."""
-    example = README.partition("/v1/value -H")[2].partition("-d '")[2].partition("'\n")[0]
-    texts = ["What a wonderful day, I love all of it!", "This is horrible. I hate every minute of it."]
-    question = {"role": "user", "content": "What do you think of the film?"}
-    answers = ["It is a delight from beginning to end.", "It is a stupid and ugly mess."]
-    chats = [[question, {"role": "assistant", "content": answer}] for answer in answers]
-    for body in (
-        json.loads(example),
-        {"model": f"{DEFAULT_MODEL}@positive", "input": texts},
-        {"model": DEFAULT_MODEL, "messages": chats},
-    ):
-        response = httpx.post(f"{url}/v1/value", json=body)
-        better, worse = (datum["values"]["positive"] for datum in response.json()["data"])
-        assert better > worse + 0.1
 
 
 def test_metrics_are_read_by_prometheus_clients_parser(url: str) -> None:

@@ -185,5 +185,10 @@ def is_url(location: str | Path) -> bool:
     return isinstance(location, str) and bool(_URL.match(location))
 
 
+def absolute(location: str | Path) -> str:
+    """The same place for processes that work in other folders."""
+    return str(location) if is_url(location) else str(Path(location).resolve())
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -148,34 +148,46 @@ async def start(
     best_of: int | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
-    engine: Engine = request.app.state.engine
+    state = request.app.state
+    engine: Engine = state.engine
     info, num_choices = engine.info, body.n or 1
-    control = resolve_control(body, info, request.app.state.pinned)
+    control = resolve_control(body, info, state.pinned)
     asked = GenerationRequest(
-        "",
-        (),
-        sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
-        control,
-        num_choices,
+        request_id="",
+        prompt_token_ids=(),
+        sampling=sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+        control=control,
+        num_choices=num_choices,
         structure=await structure_of(body.response_format, engine),
         best_of=resolve_best_of(best_of, num_choices, control),
     )
-    check_size([replace(asked, prompt_token_ids=tuple(prompt)) for prompt in prompts], info)
+    requests = requests_for(request, prompts, asked)
+    check_size(requests, info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    return await queue(request, prompts, asked, timeout_s=body.timeout_s)
+    return await queue(request, requests, timeout_s=body.timeout_s)
+
+
+def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
+    """What is asked, of each prompt, in the name of the caller."""
+    context = context_of(request)
+    return [
+        replace(
+            asked,
+            request_id=f"{context.request_id}-{index}",
+            prompt_token_ids=tuple(prompt),
+            # What is cached for one key must not tell another, by its timing, what was asked.
+            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 async def queue(
-    request: Request,
-    prompts: list[list[int]],
-    asked: GenerationRequest,
-    *,
-    timeout_s: float | None,
-    size_field: str = "max_tokens",
+    request: Request, requests: list[GenerationRequest], *, timeout_s: float | None, size_field: str = "max_tokens"
 ) -> Generation:
-    """Queue `asked` for each prompt; everything but the caller's limits must have been checked.
+    """Queue requests that differ in their prompts alone; everything but the caller's limits must have been checked.
 
     `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
     with nothing left queued.
@@ -184,22 +196,12 @@ async def queue(
     engine: Engine = state.engine
     if state.is_draining:
         raise ShuttingDownError("The server is shutting down; it takes no new requests.")
-    most_tokens = asked.num_sequences * asked.sampling.max_tokens
-    charge = Charge(context.caller, sum(map(len, prompts)) + len(prompts) * most_tokens, field=size_field)
+    most_tokens = sum(len(one.prompt_token_ids) + one.num_sequences * one.sampling.max_tokens for one in requests)
+    charge = Charge(context.caller, most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
-        for index, prompt in enumerate(prompts):
-            streams.append(
-                engine.generate(
-                    replace(
-                        asked,
-                        request_id=f"{context.request_id}-{index}",
-                        prompt_token_ids=tuple(prompt),
-                        # What is cached for one key must not tell another, by its timing, what was asked.
-                        cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
-                    )
-                )
-            )
+        for generation_request in requests:
+            streams.append(engine.generate(generation_request))
     except BaseException:
         await _close(streams)
         charge.settle(0)
@@ -207,12 +209,12 @@ async def queue(
     timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
-        prompts=prompts,
-        num_choices=asked.num_choices,
+        prompts=[list(one.prompt_token_ids) for one in requests],
+        num_choices=requests[0].num_choices,
         streams=streams,
         charge=charge,
         timeout_s=min(timeouts, default=None),
-        is_traced=asked.control is not None and asked.control.trace,
+        is_traced=any(one.control is not None and one.control.trace for one in requests),
         facts=context.facts,
     )
 

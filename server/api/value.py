@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
-from server.api.generation import Choice, Generation, collect, queue, shown
+from server.api.generation import Choice, Generation, collect, queue, requests_for, shown
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
 from server.api.responses import whole_response
 from server.api.schemas import MAX_USER_CHARS, ChatMessage, Chats
@@ -80,7 +80,8 @@ async def create_value(request: Request, body: ValueBody) -> Response:
     _check_size(prompts, scoring, engine.info, body.field)
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "user": body.user}
     asked = GenerationRequest("", (), SamplingParams(max_tokens=0), scoring=scoring)
-    generation = await queue(request, prompts, asked, timeout_s=body.timeout_s, size_field=body.field)
+    requests = requests_for(request, prompts, asked)
+    generation = await queue(request, requests, timeout_s=body.timeout_s, size_field=body.field)
     return await whole_response(request, generation, _content(request, body, generation))
 
 

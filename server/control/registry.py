@@ -96,9 +96,11 @@ class HeadRegistry:
     ) -> HeadRegistry:
         """Load every head of a folder, or of a store by its URL.
 
-        One made for another model raises HeadMismatchError, or is left out with a warning if told so; what cannot be
-        read raises ConfigurationError.
+        One made for another model raises HeadMismatchError, or is left out with a warning if told so; then there need
+        not be a folder either. What cannot be read raises ConfigurationError.
         """
+        if skip_mismatched and not Path(location).is_dir():
+            return cls({})
         heads: dict[str, ValueHead] = {}
         cards: dict[str, HeadCard] = {}
         try:

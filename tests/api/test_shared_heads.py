@@ -20,8 +20,7 @@ from server.settings import Settings
 from server.telemetry import Telemetry
 from server.watch import HeadWatch
 from tests.api.conftest import eventually
-from tests.conftest import random_head
-from tests.engines.test_contract import write_heads
+from tests.conftest import random_head, write_heads
 from value_models.head_folder import open_heads
 from value_models.heads import ValueHead
 from value_models.store import CARD_FILE, HEAD_FILE

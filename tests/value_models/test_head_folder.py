@@ -11,8 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from tests.conftest import random_head
-from tests.engines.test_contract import write_heads
+from tests.conftest import random_head, write_heads
 from value_models import cache
 from value_models.head_folder import HeadFolder, StoredHeads, open_heads
 from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError

@@ -30,7 +30,7 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import LMHead, ModelRunner
-from server.engines.embedded.prompt_values import add_token_values, prompt_end
+from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
@@ -208,8 +208,7 @@ class EngineCore:
         for sequence in step.complete:
             if sequence.request.sampling.max_tokens == 0:
                 with self._failing_alone(sequence):
-                    scores = self._scores.take_prompt(sequence)
-                    self._finish(sequence, FinishReason.LENGTH, prompt_end(sequence, self.registry, scores))
+                    self._finish(sequence, FinishReason.LENGTH, prompt_chunk(sequence, self._scores, self.registry))
                 continue
             self._scheduler.start_decoding(sequence)
             if sequence.token_ids:

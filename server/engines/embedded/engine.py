@@ -129,7 +129,7 @@ class EmbeddedEngine:
             core, loaded = self._core, self._loaded
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
-            location = heads_location(self._settings.heads_dir, loaded.name)
+            location = heads_location(self._settings.heads_dir, loaded)
             head, card = await asyncio.to_thread(load_one_head, location, name, loaded.identity, loaded.model.device)
             await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
             self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})

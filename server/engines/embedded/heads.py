@@ -19,26 +19,17 @@ from value_models.store import HeadCard, HeadFileError, shipped_heads_folder
 
 
 def load_registry(heads_dir: str | Path | None, loaded: LoadedModel) -> HeadRegistry:
-    """The heads of a folder or store, by default those shipped for the model. Raises as `load_heads` does."""
-    location = heads_location(heads_dir, loaded.name)
-    return load_heads(location, loaded.identity, device=loaded.model.device, are_shipped=heads_dir is None)
+    """The heads of a folder or store, by default those shipped for the model.
 
-
-def load_heads(
-    location: str | Path, identity: dict[str, Any], *, device: torch.device | str, are_shipped: bool
-) -> HeadRegistry:
-    """All heads at a location.
-
-    Of those that are shipped there may be none, and a model that only shares its name with theirs, such as a fine-tune,
-    is served without them. Raises HeadMismatchError, ConfigurationError.
+    A model that only shares its name with a shipped one, such as a fine-tune, is served without its heads. Raises
+    HeadMismatchError, ConfigurationError.
     """
-    if are_shipped and not Path(location).is_dir():
-        return HeadRegistry({})
-    return HeadRegistry.load(location, identity, device=device, skip_mismatched=are_shipped)
+    location = heads_location(heads_dir, loaded)
+    return HeadRegistry.load(location, loaded.identity, device=loaded.model.device, skip_mismatched=heads_dir is None)
 
 
-def heads_location(heads_dir: str | Path | None, model_name: str) -> str | Path:
-    return heads_dir or shipped_heads_folder(model_name)
+def heads_location(heads_dir: str | Path | None, loaded: LoadedModel) -> str | Path:
+    return heads_dir or shipped_heads_folder(loaded.name)
 
 
 def load_one_head(

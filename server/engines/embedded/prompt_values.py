@@ -2,7 +2,7 @@
 
 The states are those of the prompt's own rows, so scoring shares its steps with whatever else runs. Every head is read
 as a stack of its own: its value then depends on nothing but the state. Knows nothing of scheduling or models. Enter at
-`add_token_values` and `prompt_end`.
+`add_token_values` and `prompt_chunk`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from server.control.registry import HeadRegistry
+from server.engines.embedded.reports import Scores
 from server.engines.embedded.sequence import Sequence as TokenSequence
-from server.types import GenerationChunk, PromptValues, ScoringParams, TokenLogprob
+from server.types import GenerationChunk, PromptValues, ScoringParams
 
 _log = logging.getLogger(__name__)
 
@@ -32,17 +33,18 @@ def add_token_values(sequence: TokenSequence, hidden_TD: Tensor, registry: HeadR
         _log.exception("Request %s: its tokens could not be scored", sequence.request.request_id)
 
 
-def prompt_end(
-    sequence: TokenSequence, registry: HeadRegistry, scores: tuple[TokenLogprob | None, ...] | None
-) -> GenerationChunk:
-    """The one chunk of a request without new tokens, once its prompt is computed; `scores` are of its tokens.
+def prompt_chunk(sequence: TokenSequence, scores: Scores, registry: HeadRegistry) -> GenerationChunk:
+    """The one chunk of a request without new tokens, once its prompt is computed.
 
     A head whose value is not finite says so in its value. A model whose state is not finite is an error, as it is where
-    a token is to be drawn.
+    a token is to be drawn. Raises FloatingPointError for that, RuntimeError when values are missing.
     """
     scoring = sequence.request.scoring
-    values = None if scoring is None else _prompt_values(scoring, sequence, registry)
-    return GenerationChunk(index=sequence.index, prompt_logprobs=scores, prompt_values=values)
+    return GenerationChunk(
+        index=sequence.index,
+        prompt_logprobs=scores.take_prompt(sequence),
+        prompt_values=None if scoring is None else _prompt_values(scoring, sequence, registry),
+    )
 
 
 def _prompt_values(scoring: ScoringParams, sequence: TokenSequence, registry: HeadRegistry) -> PromptValues:

@@ -13,14 +13,14 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from server.control.registry import HeadRegistry
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.engine import encode_chat
-from server.engines.embedded.heads import heads_location, load_heads, load_one_head
+from server.engines.embedded.heads import load_one_head
 from server.engines.streams import ChunkQueue
 from server.engines.vllm.choices import Choice
 from server.engines.vllm.launch import launch
@@ -38,6 +38,8 @@ from server.errors import (
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest
+from value_models.head_folder import absolute
+from value_models.store import shipped_heads_folder
 
 _log = logging.getLogger(__name__)
 _UNLOAD_POLL_S = 0.05
@@ -50,7 +52,7 @@ class VllmEngine:
         self._settings = settings
         self._observer = observer or NullObserver()
         self._files: ModelFiles | None = None
-        self._heads_dir: str | Path = Path()
+        self._heads_dir = ""
         self._llm: Any = None
         self._info: EngineInfo | None = None
         self._reader = OutputReader(self.token_text)
@@ -162,10 +164,9 @@ class VllmEngine:
     def _launch(self) -> Any:
         settings = self._settings
         self._files = files = ModelFiles.of(settings.model)
-        self._heads_dir = heads_location(settings.heads_dir, files.name)
+        self._heads_dir = absolute(settings.heads_dir or shipped_heads_folder(files.name))
         # The workers' own copies are what edits states; this one tells of mismatches in good words.
-        are_shipped = settings.heads_dir is None
-        registry = load_heads(self._heads_dir, files.identity, device="cpu", are_shipped=are_shipped)
+        registry = HeadRegistry.load(self._heads_dir, files.identity, skip_mismatched=settings.heads_dir is None)
         # The first call settles truncation and padding; later ones only read.
         files.tokenizer(" ")
         llm = launch(settings, files, self._heads_dir, self._hear_status)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,11 @@ from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
 from server.settings import Settings
-from value_models.head_folder import is_url
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
 
 
-def launch(
-    settings: Settings, files: ModelFiles, heads_dir: str | Path, on_status: Callable[[EngineStatus], None]
-) -> Any:
+def launch(settings: Settings, files: ModelFiles, heads_dir: str, on_status: Callable[[EngineStatus], None]) -> Any:
     """A started AsyncLLM; takes a minute or more. Raises ConfigurationError, ModelLoadError."""
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
@@ -67,9 +63,7 @@ def launch(
         raise ModelLoadError(f"vLLM did not start: {error}") from error
 
 
-def engine_arguments(
-    settings: Settings, files: ModelFiles, heads_dir: str | Path, device: torch.device
-) -> dict[str, Any]:
+def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: str, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs. Raises ConfigurationError."""
     kv_cache_gib = settings.kv_cache_gib
     if kv_cache_gib is None and device.type == "cpu" and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
@@ -94,9 +88,9 @@ def engine_arguments(
         "scheduler_cls": SCHEDULER,
         "additional_config": {
             CONFIG_KEY: {
-                "heads_dir": str(heads_dir) if is_url(heads_dir) else str(Path(heads_dir).resolve()),
+                "heads_dir": heads_dir,
                 "identity": files.identity,
-                "are_shipped": settings.heads_dir is None,
+                "skip_mismatched": settings.heads_dir is None,
             }
         },
     }

@@ -12,7 +12,8 @@ from typing import Any
 from vllm.distributed.parallel_state import get_pp_group  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from server.engines.embedded.heads import load_heads, load_one_head, with_head, without_head
+from server.control.registry import HeadRegistry
+from server.engines.embedded.heads import load_one_head, with_head, without_head
 from server.engines.vllm.limits import check_config, own_config
 from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import RowControl
@@ -43,13 +44,13 @@ class ControlWorker(_Worker):
             return
         config = own_config(self.vllm_config)
         model, model_config = self.model_runner.get_model(), self.vllm_config.model_config
-        self._recontrol_heads: str = config["heads_dir"]
+        self._recontrol_folder: str = config["heads_dir"]
         self._recontrol_identity = config.get("identity") or ModelFiles.of(model_config.model).identity
-        registry = load_heads(
-            self._recontrol_heads,
+        registry = HeadRegistry.load(
+            self._recontrol_folder,
             self._recontrol_identity,
             device=self.device,
-            are_shipped=config.get("are_shipped", False),
+            skip_mismatched=config.get("skip_mismatched", False),
         )
         unembedding = VllmUnembedding.of(
             model.compute_logits, model, model_config.get_hidden_size(), model_config.dtype, self.device
@@ -62,7 +63,7 @@ class ControlWorker(_Worker):
         if control is None:
             return None
         try:
-            head, card = load_one_head(self._recontrol_heads, name, self._recontrol_identity, self.device)
+            head, card = load_one_head(self._recontrol_folder, name, self._recontrol_identity, self.device)
         except RecontrolError as error:
             return error.message
         control.use(with_head(control.registry, name, head, card))
