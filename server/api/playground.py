@@ -18,6 +18,7 @@ _ASSETS = {
     "icon.svg": "image/svg+xml",
     "theme.css": _STYLE,
     "layout.css": _STYLE,
+    "results.css": _STYLE,
     "api.js": _SCRIPT,
     "chart.js": _SCRIPT,
     "dom.js": _SCRIPT,

@@ -57,9 +57,9 @@ class Row {
       "div",
       { class: "head", "data-head": head.id },
       element("label", { class: "check" }, this.box, element("span", {}, head.id)),
-      this.role,
-      this.output,
       this.slider,
+      this.output,
+      this.role,
       element("p", { class: "hint", id: hint }, head.is_pinned ? `${head.description}. Pinned by this server, on both sides.` : head.description),
     );
     this.slider.addEventListener("input", () => {
@@ -84,9 +84,10 @@ class Row {
     Object.assign(this.slider, { min, max, step, value: this[quantity] });
     const what = quantity === "weight" ? "Weight" : this.objective() === "target" ? "Target" : "Floor";
     this.slider.setAttribute("aria-label", `${what} of ${this.head.id}`);
-    this.output.value = figure(this[quantity], quantity === "weight" ? 1 : decimalsOf(step));
-    this.role.hidden = this.objective() !== "floor";
-    this.element.classList.toggle("off", !this.box.checked);
+    const isOn = this.box.checked;
+    this.output.value = isOn ? figure(this[quantity], quantity === "weight" ? 1 : decimalsOf(step)) : "off";
+    this.role.hidden = this.objective() !== "floor" || !isOn;
+    this.element.classList.toggle("off", !isOn);
     fillSlider(this.slider, quantity === "weight" ? 0 : min);
   }
 

@@ -4,11 +4,12 @@ import { byId, element, figure } from "./dom.js";
 import { heldBy } from "./trace.js";
 
 const ENDINGS = {
-  length: "cut at the most tokens",
-  stop: "ended by itself",
-  guardrail: "ended by the guardrail",
+  length: "at max tokens",
+  stop: "by itself",
+  guardrail: "by the guardrail",
 };
-const TINT_PERCENT = 46; // of the colour in a token's background, at most
+const STOPPED = "by you";
+const TINT_PERCENT = 50; // of the colour in a token's background, at most
 
 /**
  * `onPoint(token)` is called with the token under the pointer or the focus, and with null when there is none.
@@ -55,19 +56,20 @@ export class Pane {
     this.#lastMs = performance.now();
     this.#firstMs = this.tokens.length ? this.#firstMs : this.#lastMs;
     traces.forEach((trace, i) => this.#append(i === traces.length - 1 ? whole : "", trace));
-    this.#showSpeed("");
+    this.#showSpeed();
   }
 
   /** `reason` is a finish reason, or null where the response was stopped from here. */
   end(reason) {
     this.#section.classList.remove("running");
-    this.#showSpeed(reason === null ? "stopped" : (ENDINGS[reason] ?? reason));
-    this.#section.querySelector(".facts").replaceChildren(...this.#facts());
+    this.#showSpeed();
+    const facts = [...this.#facts(), ["ended", reason === null ? STOPPED : (ENDINGS[reason] ?? reason)]];
+    const shown = facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
+    this.#section.querySelector(".facts").replaceChildren(...shown);
   }
 
   fail({ message, status, code, param, requestId }) {
-    this.end(null);
-    this.#section.querySelector(".speed").textContent = "failed";
+    this.end("in an error");
     showProblem(this.#problem, { message, status, code, param, requestId });
   }
 
@@ -102,12 +104,11 @@ export class Pane {
     shown.style.setProperty("--tint", `${(strength * TINT_PERCENT).toFixed(1)}%`);
   }
 
-  #showSpeed(ending) {
+  #showSpeed() {
     const count = this.tokens.length;
     const seconds = (this.#lastMs - this.#firstMs) / 1000;
     const parts = [`${count} ${count === 1 ? "token" : "tokens"}`];
     if (count > 1 && seconds > 0) parts.push(`${figure((count - 1) / seconds, 1)} tokens/s`);
-    if (ending) parts.push(ending);
     this.#section.querySelector(".speed").textContent = parts.join(" · ");
   }
 
@@ -120,13 +121,13 @@ export class Pane {
       return [head, this.#isBase ? after : `${before} → ${after}`];
     });
     if (!this.#isBase) {
-      facts.push(["KL a token", `${figure(mean((trace) => trace.kl))} nats`]);
+      facts.push(["KL per token", `${figure(mean((trace) => trace.kl))} nats`]);
       facts.push(["moved", percent(mean((trace) => Number(trace.kl > 0)))]);
       for (const reason of new Set(traces.map((trace) => trace.held_by).filter(Boolean))) {
         facts.push([`held by ${heldBy(reason)}`, percent(mean((trace) => Number(trace.held_by === reason)))]);
       }
     }
-    return facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
+    return facts;
   }
 
   #tokenOf(target) {

@@ -6,14 +6,14 @@ const GAP_PX = 6;
 const EDGE_PX = 8;
 const LEAVE_MS = 150; // so that the pointer can reach the card
 const HELD_BY = {
-  window: "outside the window",
-  schedule: "the schedule, now at zero",
-  gate: "the gate, which is closed",
-  max_kl: "the KL budget a token",
-  max_response_kl: "the KL budget of the response",
-  max_shift: "the largest shift",
-  target: "its target, reached",
-  floor: "a floor",
+  window: "window",
+  schedule: "schedule",
+  gate: "closed gate",
+  max_kl: "max KL per token",
+  max_response_kl: "max KL per response",
+  max_shift: "max shift",
+  target: "target reached",
+  floor: "floor reached",
 };
 
 export const heldBy = (reason) => HELD_BY[reason] ?? reason;
@@ -86,6 +86,6 @@ function valueText({ value_before, value_after }, head, isBase) {
 }
 
 function row(name, value) {
-  // The blanks keep words apart where the card is read out as one sentence.
-  return element("div", {}, element("span", {}, name), " ", element("span", {}, value), ". ");
+  // The stop is for the ear: a description is read out as one text.
+  return element("div", {}, element("span", {}, name), element("span", {}, value, element("span", { class: "visually-hidden" }, ".")));
 }

@@ -6,7 +6,8 @@ import { levelsOf, namedHeads } from "./request.js";
 import { heldBy } from "./trace.js";
 
 const KL = "kl";
-const REACH = 1.5; // standard deviations of the training reward at which a colour is full
+// In standard deviations of the training reward, where a colour is full: predictions spread less than rewards do.
+const REACH = 0.6;
 
 /** What there is to choose from for a body: [id, label]. */
 export function choices(body) {
@@ -65,7 +66,7 @@ function klView(body) {
     plot: (base, aligned) => ({
       title: "KL from the base model by token, nats",
       lines: [{ name: "aligned", kind: "after", values: aligned.map(({ trace }) => trace?.kl ?? null) }],
-      levels: [["budget a token", most]],
+      levels: [["max KL per token", most]],
       least: 0,
       most,
       decimals: 2,
