@@ -2,6 +2,7 @@
 # make test    set everything up, then lint, types and tests
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
+# make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
 # make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -26,7 +27,10 @@ DEPLOY_STAMP := $(STAMP)-deploy
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
 
-.PHONY: serve test test-deploy lint heads peers setup data clean
+BROWSER_STAMP := $(STAMP)-browser
+AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: serve test test-deploy test-browser lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -36,6 +40,9 @@ test: data lint
 
 test-deploy: $(DEPLOY_STAMP)
 	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
+
+test-browser: $(BROWSER_STAMP)
+	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -72,8 +79,13 @@ $(DEPLOY_STAMP): $(STAMP)
 	  PATH="$$PATH:/usr/sbin" command -v $${tool#*:} >/dev/null || missing="$$missing $${tool%:*}"; \
 	done; \
 	[ -z "$$missing" ] || { set -x; \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -q && \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -q -y --no-install-recommends $$missing; }
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends $$missing; }
+	touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(PIP) --editable ".[browser]"
+	command -v chromium >/dev/null || { \
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends chromium; }
 	touch $@
 
 clean:

@@ -81,7 +81,7 @@ export class RequestForm {
     this.#heads.setObjective(objective);
     for (const id of PLAIN_SLIDERS) {
       const slider = byId(id);
-      slider.parentElement.querySelector("output").value = figure(slider.valueAsNumber);
+      slider.parentElement.querySelector(".number").textContent = figure(slider.valueAsNumber);
       fillSlider(slider, slider.min);
     }
     const shape = byId("schedule-type").value;

@@ -52,13 +52,14 @@ class Row {
       element("option", { value: "keep" }, "keep above"),
     );
     this.slider = element("input", { type: "range", "aria-describedby": hint, ...off });
-    this.output = element("output");
+    // The slider tells its value itself.
+    this.number = element("span", { class: "number", "aria-hidden": "true" });
     this.element = element(
       "div",
       { class: "head", "data-head": head.id },
       element("label", { class: "check" }, this.box, element("span", {}, head.id)),
       this.slider,
-      this.output,
+      this.number,
       this.role,
       element("p", { class: "hint", id: hint }, head.is_pinned ? `${head.description}. Pinned by this server, on both sides.` : head.description),
     );
@@ -85,7 +86,7 @@ class Row {
     const what = quantity === "weight" ? "Weight" : this.objective() === "target" ? "Target" : "Floor";
     this.slider.setAttribute("aria-label", `${what} of ${this.head.id}`);
     const isOn = this.box.checked;
-    this.output.value = isOn ? figure(this[quantity], quantity === "weight" ? 1 : decimalsOf(step)) : "off";
+    this.number.textContent = isOn ? figure(this[quantity], quantity === "weight" ? 1 : decimalsOf(step)) : "off";
     this.role.hidden = this.objective() !== "floor" || !isOn;
     this.element.classList.toggle("off", !isOn);
     fillSlider(this.slider, quantity === "weight" ? 0 : min);

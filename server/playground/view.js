@@ -7,7 +7,7 @@ import { heldBy } from "./trace.js";
 
 const KL = "kl";
 // In standard deviations of the training reward, where a colour is full: predictions spread less than rewards do.
-const REACH = 0.6;
+const REACH = 0.9;
 
 /** What there is to choose from for a body: [id, label]. */
 export function choices(body) {
@@ -76,7 +76,7 @@ function klView(body) {
 }
 
 function rows(base, aligned, head) {
-  const names = ["", "Base token", `${head}`, "Aligned token", `${head} before`, `${head} after`, "KL", "Held by"];
+  const names = ["Index", "Base token", head, "Aligned token", `${head} before`, `${head} after`, "KL", "Held by"];
   const count = Math.max(base.length, aligned.length);
   const text = (token) => (token ? JSON.stringify(token.text).slice(1, -1) : "");
   const value = (number) => (number === undefined ? "" : figure(number, 3));
