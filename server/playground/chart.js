@@ -25,8 +25,9 @@ export class Chart {
   }
 
   /**
-   * A plot is {title, lines: [{name, kind, values}], levels: [[name, level]], least, most, decimals, rows}; `kind` is a
-   * class of the style sheet, `least` and `most` are bounds that the axis shows at least, `rows` are the table's.
+   * A plot is {title, lines: [{name, kind, values}], levels: [[name, level]], least, most, span, decimals, rows}; `kind`
+   * is a class of the style sheet, `least` to `most` and `span` tokens are what the axes show at least, `rows` makes the
+   * table's.
    */
   show(plot) {
     this.#plot = plot;
@@ -51,11 +52,12 @@ export class Chart {
   #draw() {
     const width = this.#place.clientWidth;
     if (!this.#plot || !width) return;
-    const { lines, levels, least, most, decimals } = this.#plot;
+    const { lines, levels, least, most, span, decimals } = this.#plot;
+    const last = Math.max(this.#count - 1, span - 1, 1);
     const shown = lines.flatMap(({ values }) => values).filter((value) => value !== null);
     const ys = ticks(Math.min(least, ...shown), Math.max(most, ...shown), (HEIGHT - MARGIN.top - MARGIN.bottom) / TICK_PX.y);
-    const xs = ticks(0, Math.max(this.#count - 1, 1), Math.max(width / TICK_PX.x, 2)).filter((tick) => tick <= Math.max(this.#count - 1, 1));
-    this.#x = scale(0, Math.max(this.#count - 1, 1), MARGIN.left, width - MARGIN.right);
+    const xs = ticks(0, last, Math.max(width / TICK_PX.x, 2)).filter((tick) => tick <= last && Number.isInteger(tick));
+    this.#x = scale(0, last, MARGIN.left, width - MARGIN.right);
     const y = scale(ys[0], ys.at(-1), HEIGHT - MARGIN.bottom, MARGIN.top);
     const [left, right] = [MARGIN.left, width - MARGIN.right];
     this.#marker = svg("line", { class: "marker", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom, visibility: "hidden" });

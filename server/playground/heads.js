@@ -41,8 +41,8 @@ class Row {
     this.head = head;
     this.objective = objective;
     this.weight = 1;
-    this.level = mean;
     this.levelRange = niceRange(mean - LEVEL_REACH * deviation, mean + LEVEL_REACH * deviation);
+    this.level = rounded(mean, this.levelRange.step);
     const off = { disabled: head.is_pinned };
     this.box = element("input", { type: "checkbox", checked: isOn, ...off });
     this.role = element(
@@ -64,7 +64,7 @@ class Row {
       element("p", { class: "hint", id: hint }, head.is_pinned ? `${head.description}. Pinned by this server, on both sides.` : head.description),
     );
     this.slider.addEventListener("input", () => {
-      this[this.quantity] = this.slider.valueAsNumber;
+      this[this.quantity] = rounded(this.slider.valueAsNumber, Number(this.slider.step));
       this.box.checked = true;
       this.update();
     });
@@ -94,7 +94,7 @@ class Row {
 
   read() {
     const { head, box, role, weight, level } = this;
-    return { name: head.id, isOn: box.checked, role: role.value, weight, level: Number(level.toFixed(6)) };
+    return { name: head.id, isOn: box.checked, role: role.value, weight, level };
   }
 }
 
@@ -111,6 +111,11 @@ function niceRange(low, high) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
   return { min: Math.floor(low / step) * step, max: Math.ceil(high / step) * step, step };
+}
+
+/** To a multiple of the step, and without the error of floating point, so that what is shown is what is sent. */
+function rounded(value, step) {
+  return Number((Math.round(value / step) * step).toFixed(decimalsOf(step)));
 }
 
 function decimalsOf(step) {

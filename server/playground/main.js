@@ -12,6 +12,7 @@ import { choices, viewOf } from "./view.js";
 
 const NARROW = "(max-width: 60rem)";
 const LANGUAGES = { curl, python };
+const NO_PLOT = { title: "Value by token", lines: [], levels: [], least: 0, most: 1, decimals: 1, rows: () => [[]] };
 
 // The key lives in this variable and nowhere else.
 let key = "";
@@ -143,8 +144,11 @@ function drawSoon() {
 
 function draw() {
   isDrawn = true;
-  const plot = view?.plot(panes.base.tokens, panes.aligned.tokens);
-  chart.show(plot ?? { title: "Value by token", lines: [], levels: [], least: 0, most: 1, decimals: 1, rows: () => [[]] });
+  const { base, aligned } = panes;
+  const plot = view?.plot(base.tokens, aligned.tokens) ?? NO_PLOT;
+  // Lines grow into a place that is kept for all tokens, so that what is drawn does not move.
+  const isWhole = !running && base.tokens.length + aligned.tokens.length > 0;
+  chart.show({ ...plot, span: isWhole ? 0 : (shown.max_tokens ?? 0) });
 }
 
 function point(token) {

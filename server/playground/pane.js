@@ -47,6 +47,7 @@ export class Pane {
     this.#problem.hidden = true;
     this.#section.querySelector(".speed").textContent = "waiting";
     this.#section.querySelector(".facts").replaceChildren();
+    this.#section.classList.remove("failed");
     this.#section.classList.add("running");
   }
 
@@ -70,6 +71,7 @@ export class Pane {
 
   fail({ message, status, code, param, requestId }) {
     this.end("in an error");
+    this.#section.classList.add("failed");
     showProblem(this.#problem, { message, status, code, param, requestId });
   }
 

@@ -27,7 +27,8 @@ export class TraceCard {
     this.#card.addEventListener("pointerenter", () => clearTimeout(this.#leaving));
     this.#card.addEventListener("pointerleave", () => this.hideSoon());
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.hide());
-    document.addEventListener("scroll", () => this.hide(), { capture: true, passive: true });
+    // Focus scrolls its token into view, and the card goes with it.
+    document.addEventListener("scroll", () => this.#anchor && this.#place(), { capture: true, passive: true });
   }
 
   show(token) {

@@ -96,7 +96,9 @@ def open_page(browser: Browser, problems: Problems) -> Iterator[Callable[..., Pa
             page = context.new_page()
             page.on("console", lambda message: problems.add(message.text) if message.type != "log" else None)
             page.on("pageerror", lambda error: problems.add(str(error)))
-            page.on("request", lambda request: None if request.url.startswith(url) else problems.foreign.append(request.url))
+            page.on(
+                "request", lambda request: None if request.url.startswith(url) else problems.foreign.append(request.url)
+            )
             page.goto(url)
             if is_connected:
                 page.get_by_role("checkbox", name="positive").wait_for()
@@ -133,8 +135,12 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def tiny(
-    model_folder: Callable[..., Path], heads: dict[str, ValueHead], tmp_path_factory: pytest.TempPathFactory
+    browser: Browser,
+    model_folder: Callable[..., Path],
+    heads: dict[str, ValueHead],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Tiny]:
+    """Asks for the browser so that nothing is loaded where there is none."""
     model = str(model_folder())
     heads_dir = tmp_path_factory.mktemp("heads")
     identity = load_model(model, device="cpu", dtype="float32").identity

@@ -159,6 +159,21 @@ def test_a_pane_is_one_stop_and_the_arrows_go_through_its_tokens(tiny: Tiny, ope
     page.get_by_role("tooltip").wait_for(state="hidden")
 
 
+def test_a_token_that_the_keyboard_scrolls_to_has_its_trace_beside_it(tiny: Tiny, open_page: OpenPage) -> None:
+    page = open_page(tiny.url, viewport={"width": 340, "height": 260})
+    generate(page)
+    tokens(page, "aligned").first.focus()
+    for key in ("End", "Home"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(200)
+        token, card = page.locator("#aligned .token:focus").bounding_box(), page.get_by_role("tooltip").bounding_box()
+        assert token is not None
+        assert card is not None
+        gap = max(card["y"] - token["y"] - token["height"], token["y"] - card["y"] - card["height"])
+        assert 0 <= token["y"] <= 260
+        assert 0 <= gap <= 10
+
+
 def test_the_chart_draws_both_sides_and_its_table_has_every_token(tiny: Tiny, open_page: OpenPage) -> None:
     page = open_page(tiny.url)
     generate(page)
