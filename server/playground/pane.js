@@ -150,7 +150,9 @@ export class Pane {
     event.preventDefault();
     from.tabIndex = -1;
     to.tabIndex = 0;
-    to.focus();
+    // What is half in view would stay so.
+    to.focus({ preventScroll: true });
+    to.scrollIntoView({ block: "nearest" });
   }
 }
 

@@ -26,6 +26,19 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 KEY = "k-first-0123456789"
+CLOSED = (
+    "http://testserver//",
+    "/index.html",
+    "/playground",
+    "/playground/",
+    "/playground/none.js",
+    "/playground/main.js/",
+    "/playground/../v1/models",
+    "/v1/models",
+    "/v1/heads",
+    "/metrics",
+    "/openapi.json",
+)
 
 
 def path_of(file: Path) -> str:
@@ -65,8 +78,7 @@ def test_the_page_and_its_assets_are_public_and_nothing_beside_them_is(make_app:
     with TestClient(make_app(settings={"api_keys": KEY})) as client:
         for file in FILES:
             assert client.get(path_of(file)).status_code == 200
-        for closed in ("http://testserver//", "/index.html", "/playground", "/playground/", "/playground/none.js", "/playground/main.js/",
-                       "/v1/models", "/v1/heads", "/metrics", "/openapi.json", "/playground/../v1/models"):  # fmt: skip
+        for closed in CLOSED:
             assert client.get(closed).status_code == 401, closed
         assert client.post("/v1/completions", json={"model": "fake", "prompt": "hi"}).status_code == 401
         assert client.post("/").status_code == 405
@@ -88,12 +100,10 @@ def test_the_page_and_its_assets_are_public_and_nothing_beside_them_is(make_app:
 )
 def test_no_path_leads_to_another_file(make_app: Callable[..., FastAPI], path: str) -> None:
     """Over a socket and raw, since clients tidy such paths up."""
-    with serving(make_app()) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with httpx.Client() as client:
-            request = client.build_request("GET", url)
-            request.extensions["target"] = path.encode()
-            response = client.send(request)
+    with serving(make_app()) as url, httpx.Client() as client:
+        request = client.build_request("GET", url)
+        request.extensions["target"] = path.encode()
+        response = client.send(request)
     assert response.status_code == 404
     assert response.headers["content-type"] == "application/json"
 

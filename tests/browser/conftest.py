@@ -23,14 +23,15 @@ from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.embedded.model.loader import load_model
 from server.settings import Settings
 from server.telemetry import Telemetry
-from tests.api.conftest import make_app as make_app
-from tests.api.conftest import serving
+from tests.api.conftest import make_app, serving
 from tests.browser import chromium
 from tests.engines.test_contract import write_heads
 from value_models.heads import ValueHead
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
+
+__all__ = ["make_app"]  # a fixture here too
 
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 320, "height": 640}
@@ -69,6 +70,10 @@ class Problems:
     foreign: list[str] = field(default_factory=list)
     are_errors_expected: bool = False
 
+    def ask(self, url: str, *, own: str) -> None:
+        if not url.startswith(own):
+            self.foreign.append(url)
+
     def add(self, text: str) -> None:
         if not (self.are_errors_expected and text.startswith("Failed to load resource")):
             self.complaints.append(text)
@@ -96,9 +101,7 @@ def open_page(browser: Browser, problems: Problems) -> Iterator[Callable[..., Pa
             page = context.new_page()
             page.on("console", lambda message: problems.add(message.text) if message.type != "log" else None)
             page.on("pageerror", lambda error: problems.add(str(error)))
-            page.on(
-                "request", lambda request: None if request.url.startswith(url) else problems.foreign.append(request.url)
-            )
+            page.on("request", lambda request: problems.ask(request.url, own=url))
             page.goto(url)
             if is_connected:
                 page.get_by_role("checkbox", name="positive").wait_for()
