@@ -33,7 +33,8 @@ export class Pane {
     this.#text = this.#section.querySelector(".text");
     this.#problem = this.#section.querySelector(".problem");
     const pointed = (event) => onPoint(this.#tokenOf(event.target));
-    this.#text.addEventListener("pointerover", pointed);
+    // Not "pointerover", which also comes when text is scrolled or grows under a pointer that rests.
+    this.#text.addEventListener("pointermove", (event) => (event.movementX || event.movementY) && pointed(event));
     this.#text.addEventListener("focusin", pointed);
     this.#text.addEventListener("pointerleave", () => onPoint(this.#tokenOf(document.activeElement)));
     this.#text.addEventListener("focusout", () => onPoint(null));

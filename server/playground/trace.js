@@ -32,6 +32,8 @@ export class TraceCard {
   }
 
   show(token) {
+    clearTimeout(this.#leaving);
+    if (token.element === this.#anchor) return;
     this.hide();
     this.#card.replaceChildren(...content(token));
     this.#card.hidden = false;
@@ -47,9 +49,10 @@ export class TraceCard {
     this.#card.hidden = true;
   }
 
+  /** Unless the card tells of the token that has the focus. */
   hideSoon() {
     clearTimeout(this.#leaving);
-    this.#leaving = setTimeout(() => this.hide(), LEAVE_MS);
+    this.#leaving = setTimeout(() => document.activeElement !== this.#anchor && this.hide(), LEAVE_MS);
   }
 
   /** Below the token, or above where there is no room, and inside the window. */
