@@ -5,6 +5,7 @@
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install LangChain and guidellm beside .venv, and run the tests with them (and vLLM's, if installed)
+# make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
 # make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -31,7 +32,10 @@ CLIENTS_STAMP := $(CLIENTS)/.installed-$(shell cksum <Makefile | cut -d' ' -f1)
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
 
-.PHONY: serve test coverage test-clients test-deploy test-vllm lint heads peers setup data clean
+BROWSER_STAMP := $(STAMP)-browser
+AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: serve test coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -52,6 +56,9 @@ test-vllm: setup
 
 test-clients: setup $(CLIENTS_STAMP)
 	RECONTROL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients $(if $(wildcard .venv-vllm),,-k "not vllm") $(ARGS)
+
+test-browser: $(BROWSER_STAMP)
+	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -88,8 +95,13 @@ $(DEPLOY_STAMP): $(STAMP)
 	  PATH="$$PATH:/usr/sbin" command -v $${tool#*:} >/dev/null || missing="$$missing $${tool%:*}"; \
 	done; \
 	[ -z "$$missing" ] || { set -x; \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -q && \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -q -y --no-install-recommends $$missing; }
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends $$missing; }
+	touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(PIP) --editable ".[browser]"
+	command -v chromium >/dev/null || { \
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends chromium; }
 	touch $@
 
 $(CLIENTS_STAMP):
