@@ -21,6 +21,7 @@ from server.errors import (
     InvalidRequestError,
     OverloadedError,
     UnknownHeadError,
+    UnsupportedFieldError,
 )
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
@@ -230,3 +231,22 @@ async def test_a_stop_token_ends_the_text_and_gives_none(engine: Engine) -> None
     chunks = await everything(engine, ask(sampling={"stop_token_ids": (tokens[third],)}))
     assert [c.token_ids[0] for c in chunks] == tokens[: third + 1]
     assert (chunks[-1].text, chunks[-1].finish_reason) == ("", FinishReason.STOP)
+
+
+async def test_a_schema_is_held_or_refused_before_anything_is_queued(engine: Engine) -> None:
+    try:
+        structure = await engine.compile_schema('{"enum": ["a", "b"]}')
+    except UnsupportedFieldError:
+        return
+    chunks = await everything(engine, ask(structure=structure))
+    assert "".join(chunk.text for chunk in chunks) in ('"a"', '"b"')
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    with pytest.raises(InvalidRequestError):
+        engine.generate(ask(structure=structure, sampling={"ignore_eos": True}))
+    with pytest.raises(InvalidRequestError):
+        await engine.compile_schema("{")
+
+
+async def test_an_engine_that_has_not_been_started_compiles_no_schema(settings: Settings) -> None:
+    with pytest.raises(EngineStoppedError):
+        await EmbeddedEngine(settings).compile_schema("{}")
