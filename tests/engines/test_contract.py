@@ -263,14 +263,15 @@ async def test_a_heads_folder_with_a_broken_file_is_refused_and_the_file_named(
     settings: Settings, file: str, what: str
 ) -> None:
     assert settings.heads_dir is not None
-    (settings.heads_dir / "plain" / file).write_bytes(b"broken")
+    (Path(settings.heads_dir) / "plain" / file).write_bytes(b"broken")
     with pytest.raises(HeadMismatchError, match=f"heads_dir: .*plain/{file}.*({what})"):
         await EmbeddedEngine(settings).start()
 
 
 async def test_a_head_in_a_folder_of_another_name_is_refused(settings: Settings) -> None:
     assert settings.heads_dir is not None
-    (settings.heads_dir / "plain").rename(settings.heads_dir / "fancy")
+    folder = Path(settings.heads_dir)
+    (folder / "plain").rename(folder / "fancy")
     with pytest.raises(HeadMismatchError, match="'plain'; the folder must have that name"):
         await EmbeddedEngine(settings).start()
 
