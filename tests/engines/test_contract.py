@@ -271,7 +271,8 @@ async def test_a_heads_folder_with_a_broken_file_is_refused_and_the_file_named(
 
 async def test_a_head_in_a_folder_of_another_name_is_refused(settings: Settings) -> None:
     assert settings.heads_dir is not None
-    (Path(settings.heads_dir) / "plain").rename(Path(settings.heads_dir) / "fancy")
+    folder = Path(settings.heads_dir)
+    (folder / "plain").rename(folder / "fancy")
     with pytest.raises(HeadMismatchError, match="'plain'; the folder must have that name"):
         await EmbeddedEngine(settings).start()
 
