@@ -299,7 +299,8 @@ def test_an_answer_that_is_not_the_servers_is_told_plainly(
         page = open_page(url)
         for status in (200, 502):
             page.route(
-                "**/v1/chat/completions", lambda route: route.fulfill(status=status, body="data: <b>proxy</b>\n\n")
+                "**/v1/chat/completions",
+                lambda route, status=status: route.fulfill(status=status, body="data: <b>proxy</b>\n\n"),
             )
             generate(page, status="Failed")
             alert = page.locator("#aligned").get_by_role("alert").inner_text()
