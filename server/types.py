@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.search import Blocks
 from server.control.state import HeldBy
 
 MAX_STOP_STRINGS = 4
@@ -63,8 +64,6 @@ class SamplingParams(BaseModel):
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    ignore_eos: bool = False
-    """Go on past an end-of-sequence token, to `max_tokens`."""
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
@@ -107,6 +106,8 @@ class ControlParams(BaseModel):
     schedule: Schedule | None = None
     stop_below: Levels | None = None
     """End the response at the token whose state, after control, has a value below its head's bound."""
+    search: Blocks | None = None
+    """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
 
@@ -154,21 +155,71 @@ class ControlParams(BaseModel):
 
 
 @dataclass(slots=True, frozen=True)
+class ScoringParams:
+    """Read the prompt instead of continuing it: what heads say of its states, without control.
+
+    The state at a position has read the prompt up to there and predicts the token after it, as the states did that
+    heads were trained on.
+    """
+
+    heads: tuple[str, ...]
+    per_token: bool = False
+    """Of every position as well, not of the last alone."""
+    hidden_state: bool = False
+    """Report the last position's state itself."""
+
+
+@dataclass(slots=True, frozen=True)
 class GenerationRequest:
-    """One prompt and `num_choices` continuations of it. Choice i draws from the stream keyed by (seed, i)."""
+    """One prompt and `num_choices` continuations of it. Choice i draws from the stream keyed by (seed, i).
+
+    With `best_of` so many are sampled, and those that the objective of `control` scores highest become the choices.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     control: ControlParams | None = None
     num_choices: int = 1
+    structure: object | None = None
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
+    best_of: int | None = None
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
+    scoring: ScoringParams | None = None
+    """With it there is one choice, without control, and `max_tokens` is 0."""
+
+    @property
+    def named_heads(self) -> dict[str, str]:
+        """Every head that it runs under, with the field that names it."""
+        named = {} if self.control is None else self.control.named_heads
+        return named if self.scoring is None else {**named, **dict.fromkeys(self.scoring.heads, "heads")}
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every position of the prompt is reported on, so that none may come from a cache."""
+        return self.sampling.prompt_logprobs or (self.scoring is not None and self.scoring.per_token)
+
+    @property
+    def search(self) -> Blocks | None:
+        return None if self.control is None else self.control.search
+
+    @property
+    def num_sequences(self) -> int:
+        """Texts that are sampled at once for it."""
+        return (self.best_of or self.num_choices) * (1 if self.search is None else self.search.candidates)
+
+    @property
+    def sequences_param(self) -> str:
+        """The field that says how many."""
+        if self.best_of is not None:
+            return "best_of"
+        return "n" if self.search is None else "control.search.candidates"
 
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1, before penalties, bias and sampling filters; `top` holds
+    """`logprob` in nats after control, at temperature 1, before bias, penalties, mask and filters; `top` holds
     (id, text, logprob)."""
 
     token_id: int
@@ -210,11 +261,24 @@ class ControlSummary:
 
 
 @dataclass(slots=True, frozen=True)
+class PromptValues:
+    """What was asked of a prompt's states by ScoringParams. Values are in reward units, not finite where a head's
+    number is not."""
+
+    values: dict[str, float]
+    token_values: dict[str, tuple[float, ...]] | None = None
+    """By head, of the state at each token of the prompt; the last is that of `values`."""
+    hidden_state: bytes | None = None
+    """The last state after the final norm, [D] little-endian float32; finite."""
+
+
+@dataclass(slots=True, frozen=True)
 class GenerationChunk:
     """One token of one choice (or, with no token, text that was held back, or the end).
 
-    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. The request's first chunk
-    carries `prompt_logprobs` when asked for; entry 0 is None, since nothing predicts the first token.
+    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. The request's first chunk with
+    a token carries `prompt_logprobs` when asked for; entry 0 is None, since nothing predicts the first token. Where
+    candidates compete, chunks without text tell of each token that is drawn, and those of the winner come later.
     """
 
     index: int = 0
@@ -223,10 +287,14 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_values: PromptValues | None = None
+    """With the last chunk of a request that has `scoring` and ended well."""
     finish_reason: FinishReason | None = None
     control: ControlSummary | None = None
     error: str | None = None
     """Set with FinishReason.ERROR: a sentence for the user, without inner details."""
+    num_drawn: int = 0
+    """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, what was paid."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from server.cli.arms import ArmFactory, head_control
+from server.cli.arms import ArmFactory, blockwise, head_control
 from server.control.registry import HeadRegistry
+from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
 from tests.conftest import random_head
 from value_models.evaluation import Arm
 from value_models.heads import ValueHead
@@ -41,10 +42,10 @@ def arms(factory: ArmFactory) -> list[Arm]:
         factory.control(head_control("good", max_kl=0.1)),
         factory.control_without_limits("good", step_size=1.0, steps=3),
         factory.control_without_limits("good", step_size=1.0, steps=4),
-        factory.search("good", ControlledDecoding()),
-        factory.search("good", ControlledDecoding(value_weight=1.0)),
-        factory.search("line", ControlledDecoding()),
-        factory.search("good", BlockwiseBestOf()),
+        factory.controlled_decoding("good", ControlledDecoding()),
+        factory.controlled_decoding("good", ControlledDecoding(value_weight=1.0)),
+        factory.controlled_decoding("line", ControlledDecoding()),
+        factory.control(head_control("good", steps=0, search=blockwise())),
     ]
 
 
@@ -96,3 +97,19 @@ def test_an_instructions_divergence_is_what_its_tokens_lose_without_it(
         bare, instructed = nll(prompt.text, token_id), nll(f"{instruction}\n\n{prompt.text}", token_id)
         assert sample.nll == pytest.approx(bare, abs=1e-3)
         assert sample.mean_kl == pytest.approx(bare - instructed, abs=1e-3)
+
+
+def test_a_searchs_divergence_is_its_bound_and_what_control_adds(make: Callable[..., ArmFactory]) -> None:
+    factory, ignoring = make(), {"steps": 0}
+    bound = math.log(3) - 2 / 3
+    for options, is_steered in ((ignoring, False), ({}, True)):
+        arm = factory.control(head_control("line", search=blockwise(3, 4), **options))
+        for sample in arm.sampler(PROMPTS, 2):
+            num_blocks, last = -(-sample.num_tokens // 4), (sample.num_tokens - 1) % 4 + 1
+            added = sample.mean_kl - bound * num_blocks / sample.num_tokens
+            assert (added > 1e-6) == is_steered
+            assert sample.max_kl - bound / last == pytest.approx(0.0, abs=1e-9) or is_steered
+
+
+def test_a_search_changes_no_arm_that_was_sampled_without_one(make: Callable[..., ArmFactory]) -> None:
+    assert "search" not in make().control(head_control("good")).spec["control"]

@@ -10,6 +10,7 @@ import pytest
 
 from server.cli.evaluate import Eval
 from server.cli.strengths import RIVALS, Method, StrengthSearch
+from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.types import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
 
@@ -28,13 +29,15 @@ class FakeFactory:
 
     def control(self, control: ControlParams) -> Arm:
         (head,) = control.objective.weights
+        if control.search is not None:
+            return Arm({"strength": float(control.search.candidates), "kl": 0.3, "head": head}, lambda *_: [])
         return Arm({"strength": control.step_size, "kl": SLOPES[head] * control.step_size**2}, lambda *_: [])
 
     def control_without_limits(self, head: str, *, step_size: float, steps: int) -> Arm:
         return Arm({"strength": step_size, "kl": SLOPES[head] * step_size**2, "steps": steps}, lambda *_: [])
 
-    def search(self, head: str, params: Any) -> Arm:
-        return Arm({"strength": getattr(params, "value_weight", 1.0), "kl": 0.3, "head": head}, lambda *_: [])
+    def controlled_decoding(self, head: str, params: ControlledDecoding) -> Arm:
+        return Arm({"strength": params.value_weight, "kl": 0.3, "head": head}, lambda *_: [])
 
 
 SLOPES = {"kind": 10.0, "static-vector": 7.0, "re-control": 0.003}

@@ -70,7 +70,7 @@ class ValueHead(nn.Module):
         self._keep("inputs_UD", inputs_UD)
         self._keep("input_bias_U", input_bias_U)
         self._keep("ascent_UD", ascent_UD)
-        self._keep("reward", torch.tensor([reward_mean, reward_scale]))
+        self._keep("reward", torch.tensor([reward_mean, reward_scale], device=inputs_UD.device))
 
     @property
     def hidden_size(self) -> int:

@@ -28,7 +28,9 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
         # As in vLLM: up to the end of the context, within what one body may ask for.
-        max_tokens = max(min(engine.info.max_model_len - len(prompt), MAX_NEW_TOKENS // (body.n or 1)), 1)
+        search = None if body.control is None else body.control.search
+        num_sequences = (body.n or 1) * (1 if search is None else search.candidates)
+        max_tokens = max(min(engine.info.max_model_len - len(prompt), MAX_NEW_TOKENS // num_sequences), 1)
     generation = await start(
         request,
         body,

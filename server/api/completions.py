@@ -33,6 +33,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        best_of=body.best_of,
     )
     return await _CompletionWriter(request, body, generation, texts if body.echo else None).respond()
 

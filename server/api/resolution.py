@@ -11,14 +11,14 @@ from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
 from server.engines.base import EngineInfo, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
-from server.types import ControlParams, SamplingParams
+from server.types import ControlParams, GenerationRequest, SamplingParams
 
 MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 _WEIGHTS = "control.objective.weights"
 _LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
-_COMPOSED = _LARGER_COUNTS | {"objective", "stop_below", "trace"}
+_COMPOSED = _LARGER_COUNTS | {"objective", "stop_below", "search", "trace"}
 
 
 def sampling_params(
@@ -49,24 +49,32 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
 
     Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
     """
-    # The base's own id may hold an "@", so it is compared whole.
-    head = body.model.removeprefix(f"{info.model_id}@")
-    if body.model != info.model_id and head in ("", body.model):
-        raise UnknownModelError(body.model, model_ids(info))
-    if body.model != info.model_id:
+    head = head_of_model(body.model, info)
+    if head is not None:
         if body.control is not None:
             raise InvalidRequestError(
                 f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
                 "control",
                 param="control",
             )
-        if head not in info.heads:
-            raise UnknownHeadError(head, info.heads, param="model")
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(body.control, info.heads)
     return with_pinned(body.control, pinned)
+
+
+def head_of_model(model: str, info: EngineInfo) -> str | None:
+    """The head behind `base@head`; None for the base. Raises UnknownModelError, UnknownHeadError."""
+    # The base's own id may hold an "@", so it is compared whole.
+    if model == info.model_id:
+        return None
+    head = model.removeprefix(f"{info.model_id}@")
+    if head in ("", model):
+        raise UnknownModelError(model, model_ids(info))
+    if head not in info.heads:
+        raise UnknownHeadError(head, info.heads, param="model")
+    return head
 
 
 def with_pinned(
@@ -75,10 +83,11 @@ def with_pinned(
     """A caller's control under the server's own, which it can neither switch off nor outweigh.
 
     The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
-    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two, and a bound of
-    either guardrail ends the response. A pinned gate, window and schedule hold for the caller's heads too. Whatever
-    else a caller may ask for could hold back the pinned heads, so it is refused; so are weights of heads that the
-    pinned control names anywhere, since those would move its gate or its guardrail.
+    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two, a bound of either
+    guardrail ends the response, and what a caller searches for is the best by all weights together. A pinned gate,
+    window and schedule hold for the caller's heads too. Whatever else a caller may ask for could hold back the pinned
+    heads, so it is refused; so are weights of heads that the pinned control names anywhere, since those would move its
+    gate or its guardrail.
 
     `steered_by` is the field that names the caller's heads. Raises InvalidRequestError for what is refused, and for
     too many heads.
@@ -108,6 +117,7 @@ def with_pinned(
             **larger,
             "objective": WeightedSum(weights=weights),
             "stop_below": _highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
+            "search": asked.search,
             "trace": asked.trace,
         }
     )
@@ -137,18 +147,37 @@ def model_ids(info: EngineInfo) -> list[str]:
     return [info.model_id, *(f"{info.model_id}@{name}" for name in info.heads)]
 
 
-def check_size(prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int, info: EngineInfo) -> None:
-    """Lengths, and the caps on what one body may ask for in all."""
-    num_sequences = len(prompts) * num_choices
+def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParams | None) -> int | None:
+    """How many whole responses compete; None where all that are sampled are returned. Raises InvalidRequestError."""
+    if best_of is None or best_of == num_choices:
+        return None
+    problem = None
+    if control is None:
+        problem = "needs control, whose objective says which are the best; without it, ask for n choices"
+    elif control.search is not None:
+        problem = "not allowed with control.search, which keeps the best already"
+    if problem is not None:
+        raise InvalidRequestError(f"best_of: {problem}", param="best_of")
+    return best_of
+
+
+def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
+    """Lengths, and the caps on what one body, with a request for each of its prompts, may ask for in all."""
+    first = requests[0]
+    num_sequences, max_tokens = len(requests) * first.num_sequences, first.sampling.max_tokens
     if num_sequences > MAX_SEQUENCES:
+        param = first.sequences_param
+        times = "n x candidates" if first.search is not None else param
         raise InvalidRequestError(
-            f"n: {len(prompts)} prompts x n = {num_sequences} sequences; at most {MAX_SEQUENCES} are allowed", param="n"
+            f"{param}: {len(requests)} prompts x {times} = {num_sequences} sequences; at most {MAX_SEQUENCES} are "
+            "allowed",
+            param=param,
         )
-    for prompt in prompts:
-        if len(prompt) + max_tokens > info.max_model_len:
+    for request in requests:
+        if len(request.prompt_token_ids) + max_tokens > info.max_model_len:
             raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed "
-                f"{info.max_model_len}.",
+                f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is {max_tokens}; together they "
+                f"must not exceed {info.max_model_len}.",
                 param="max_tokens",
             )
     if num_sequences * max_tokens > MAX_NEW_TOKENS:

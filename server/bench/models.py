@@ -79,7 +79,7 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def random_model(shape: str, work: Path, *, dtype: str, seed: int) -> Path:
+def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) -> Path:
     """A folder with a randomly initialised model, a tokenizer that fits, and heads in `heads/`.
 
     `shape` is one of SHAPES or a folder with a config.json. Raises ConfigurationError.
@@ -91,7 +91,8 @@ def random_model(shape: str, work: Path, *, dtype: str, seed: int) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device(device):  # Billions of random numbers take a CPU minutes.
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
@@ -104,10 +105,14 @@ def random_model(shape: str, work: Path, *, dtype: str, seed: int) -> Path:
 
 def kv_cache_gib(config: Any, *, rows: int, length: int, dtype: str) -> int:
     """Whole GiB that hold the keys and values of so many rows."""
+    return math.ceil(rows * length * kv_bytes_per_token(config, dtype=dtype) / _GIB)
+
+
+def kv_bytes_per_token(config: Any, *, dtype: str) -> int:
+    """Keys and values of one position in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
-    return math.ceil(rows * length * per_token / _GIB)
+    return 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
 
 
 def head_names(folder: Path) -> list[str]:

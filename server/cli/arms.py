@@ -13,10 +13,11 @@ import torch
 
 from server.control.objectives import WeightedSum
 from server.control.registry import HeadRegistry
+from server.control.search import Blocks
+from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.rollouts import EngineRolloutSource
-from server.engines.embedded.search import SearchParams
 from server.types import ControlParams
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
@@ -45,8 +46,8 @@ class ArmFactory:
             "sampling": sampling.model_dump(exclude={"num_samples", "prompts_per_shard"}),
         }
 
-    def base(self) -> Arm:
-        return self.best_of(1)
+    def base(self, *, read: Sequence[str] = ()) -> Arm:
+        return self._arm({}, read=read)
 
     def best_of(self, number: int) -> Arm:
         return self._arm({}, best_of=number)
@@ -55,22 +56,24 @@ class ArmFactory:
         """An instruction put before every prompt, alone or under control."""
         return self._arm({"instruction": instruction}, instruction=instruction, control=control)
 
-    def control(self, control: ControlParams) -> Arm:
-        return self._arm({}, control=control)
+    def control(self, control: ControlParams, *, read: Sequence[str] = ()) -> Arm:
+        """With the values, by the heads to be read, of the finished responses."""
+        return self._arm({}, control=control, read=read)
 
     def control_without_limits(self, head: str, *, step_size: float, steps: int, max_kl: float = math.inf) -> Arm:
         objective = WeightedSum(weights={head: 1.0})
         control = ControlParams.without_limits(objective, step_size=step_size, steps=steps, max_kl=max_kl)
         return self._arm({}, control=control)
 
-    def search(self, head: str, params: SearchParams) -> Arm:
-        """Continuations tried and compared by a head's value."""
+    def controlled_decoding(self, head: str, params: ControlledDecoding) -> Arm:
+        """Tokens tried and drawn by a head's value."""
         value_head = self._registry.head(head)
 
         def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
-            return self._source.search(prompts, self._with(num_samples), head=value_head, params=params)
+            return self._source.decode_by_value(prompts, self._with(num_samples), head=value_head, params=params)
 
-        return Arm(self._common | {"search": params.model_dump(), "heads": self._digests([head])}, sampler)
+        search = {"type": "controlled_decoding", **params.model_dump()}
+        return Arm(self._common | {"search": search, "heads": self._digests([head])}, sampler)
 
     def _arm(
         self,
@@ -79,13 +82,21 @@ class ArmFactory:
         control: ControlParams | None = None,
         instruction: str | None = None,
         best_of: int = 1,
+        read: Sequence[str] = (),
     ) -> Arm:
         def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
-            return self._source.evaluate(prompts, self._with(num_samples), control=control, instruction=instruction)
+            return self._source.evaluate(
+                prompts, self._with(num_samples), control=control, instruction=instruction, read=read
+            )
+
+        if read:
+            spec = spec | {"read": self._digests(read)}
 
         if control is not None:
             heads = self._digests(control.head_names)
-            spec = spec | {"control": control.model_dump(), "heads": heads}
+            # A field that came later and is not used leaves what was sampled before it as good as it was.
+            fields = {name: value for name, value in control.model_dump().items() if (name, value) != ("search", None)}
+            spec = spec | {"control": fields, "heads": heads}
         return Arm(self._common | spec, sampler, best_of)
 
     def _with(self, num_samples: int) -> RolloutSettings:
@@ -97,3 +108,7 @@ class ArmFactory:
 
 def head_control(head: str, *, weight: float = 1.0, **options: Any) -> ControlParams:
     return ControlParams(objective=WeightedSum(weights={head: weight}), **options)
+
+
+def blockwise(candidates: int = 4, block_tokens: int = 8) -> Blocks:
+    return Blocks(type="blocks", candidates=candidates, block_tokens=block_tokens)

@@ -42,6 +42,9 @@ class ModelCommand(Command):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory for keys and values; by default half of a host's, nine tenths of what a GPU has free"
+    )
 
     def load(self) -> LoadedModel:
         return load_model(self.model, device=self.device, dtype=self.dtype)
@@ -49,7 +52,7 @@ class ModelCommand(Command):
     def core(self, loaded: LoadedModel, *, with_heads: bool = True) -> EngineCore:
         """An engine to drive from this thread. Raises ModelLoadError, HeadMismatchError."""
         registry = load_registry(self.heads_dir, loaded) if with_heads else HeadRegistry({})
-        return EngineCore(loaded, registry, max_batch_size=self.max_batch_size)
+        return EngineCore(loaded, registry, max_batch_size=self.max_batch_size, kv_cache_gib=self.kv_cache_gib)
 
 
 def command_line() -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from server.cli.arms import ArmFactory, head_control
-from server.engines.embedded.search import BlockwiseBestOf, ControlledDecoding
+from server.cli.arms import ArmFactory, blockwise, head_control
+from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.types import MAX_STEP_SIZE
 from value_models.evaluation import Arm
 
@@ -126,9 +126,9 @@ class StrengthSearch:
             case Method.RE_CONTROL:
                 return factory.control_without_limits(method.value, step_size=strength, steps=PUBLISHED_STEPS)
             case Method.CONTROLLED_DECODING:
-                return factory.search(self._head, ControlledDecoding(value_weight=strength))
+                return factory.controlled_decoding(self._head, ControlledDecoding(value_weight=strength))
             case Method.BLOCKWISE:
-                return factory.search(self._head, BlockwiseBestOf(num_candidates=int(strength)))
+                return factory.control(head_control(self._head, steps=0, search=blockwise(int(strength))))
             case Method.BEST_OF:
                 return factory.best_of(int(strength))
             case Method.PROMPTING:

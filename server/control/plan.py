@@ -22,6 +22,7 @@ from server.control.objective_rows import ObjectiveRows
 from server.control.objectives import Objective, WeightedSum
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.state import HELD_BY, ControlState, HeldBy
+from server.kernels.transfer import on_device
 
 
 class RowControl(Protocol):
@@ -106,11 +107,11 @@ class EditGroup:
         max_kls, kl_reasons = zip(*(_max_kl(control, state) for control, state in pairs), strict=True)
         return replace(
             self,
-            step_size_R=torch.tensor(sizes, device=device),
-            max_kl_R=torch.tensor(max_kls, device=device),
+            step_size_R=on_device(sizes, device),
+            max_kl_R=on_device(max_kls, device),
             gates=_gates(self.stack, pairs, device),
-            held_R=torch.tensor([HELD_BY.index(reason) for reason in reasons], device=device),
-            kl_held_R=torch.tensor([HELD_BY.index(reason) for reason in kl_reasons], device=device),
+            held_R=on_device([HELD_BY.index(reason) for reason in reasons], device),
+            kl_held_R=on_device([HELD_BY.index(reason) for reason in kl_reasons], device),
         )
 
 
@@ -123,11 +124,12 @@ class EditPlan:
         cls, rows: Sequence[RowControl | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
     ) -> EditPlan:
         """One entry for each row of the step; None leaves the row alone. Raises UnknownHeadError."""
+        device = torch.device(device)
         members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
                 stack = registry.stack(control.head_names)
-                is_shared = stack.has_constant_slope and torch.device(device).type == "cpu"
+                is_shared = stack.has_constant_slope and device.type == "cpu"
                 key = (stack, _coefficients(stack, control) if is_shared else None)
                 members.setdefault(key, []).append(index)
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
@@ -185,12 +187,12 @@ def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], d
             for g in gates]  # fmt: skip
     heads, levels, sides, bands = zip(*rows, strict=True)
     return GateRows(
-        head_R=torch.tensor(heads, device=device),
-        level_R=torch.tensor(levels, device=device),
-        side_R=torch.tensor(sides, device=device),
-        hysteresis_R=torch.tensor(bands, device=device),
-        is_gated_R=torch.tensor([gate is not None for gate in gates], device=device),
-        was_open_R=torch.tensor([state.is_gate_open for _, state in pairs], device=device),
+        head_R=on_device(heads, device),
+        level_R=on_device(levels, device),
+        side_R=on_device(sides, device),
+        hysteresis_R=on_device(bands, device),
+        is_gated_R=on_device([gate is not None for gate in gates], device),
+        was_open_R=on_device([state.is_gate_open for _, state in pairs], device),
     )
 
 
@@ -198,7 +200,7 @@ def _group(
     key: tuple[HeadStack, tuple[float, ...] | None],
     indices: list[int],
     rows: Sequence[RowControl | None],
-    device: torch.device | str,
+    device: torch.device,
 ) -> EditGroup:
     stack, coefficients = key
     held = indices * 2 if len(indices) == 1 else indices
@@ -209,17 +211,17 @@ def _group(
     group = EditGroup(
         stack=stack,
         rows=tuple(indices),
-        rows_R=torch.tensor(held, device=device),
+        rows_R=on_device(held, device),
         controls=controls,
-        weights_RK=torch.tensor([_weights(stack, control) for control in controls], device=device),
+        weights_RK=on_device([_weights(stack, control) for control in controls], device),
         objectives=None
         if is_constant
         else ObjectiveRows.of(objectives, stack.names, stack.reward_mean_K, stack.reward_scale_K),
-        step_size_R=torch.tensor(sizes, device=device),
-        steps_R=torch.tensor(steps, device=device),
+        step_size_R=on_device(sizes, device),
+        steps_R=on_device(steps, device),
         max_steps=max(steps),
-        max_kl_R=torch.tensor([c.max_kl for c in controls], device=device),
-        max_shift_R=torch.tensor([c.max_shift for c in controls], device=device),
+        max_kl_R=on_device([c.max_kl for c in controls], device),
+        max_shift_R=on_device([c.max_shift for c in controls], device),
         coefficients=coefficients,
         is_paced=any(map(_is_paced, controls)),
     )

@@ -154,7 +154,7 @@ def test_only_weighted_sums_can_be_put_together(make_app: Callable[..., FastAPI]
 
 def test_every_field_of_control_is_put_together_or_refused() -> None:
     told = {field.removeprefix("control.").partition(".")[0] for field in HOLDING_BACK}
-    composed = {"step_size", "steps", "max_kl", "max_shift", "stop_below", "trace"}
+    composed = {"step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"}
     assert told | composed == set(ControlParams.model_fields)
 
 
@@ -168,6 +168,16 @@ def test_a_trace_is_the_callers_own() -> None:
     traced = with_pinned(control({"a": 1.0}, trace=True), PINNED)
     assert traced is not None
     assert traced.trace
+
+
+def test_a_search_is_the_callers_own_and_is_not_pinned(make_app: Callable[..., FastAPI]) -> None:
+    searched = with_pinned(control({"a": 1.0}, search={"type": "blocks"}), PINNED)
+    assert searched is not None
+    assert searched.search is not None
+    assert searched.objective.weights == {"a": 1.0, "plain": 1.0, "calm": -0.5}
+    pinned = json.dumps({"objective": {"weights": {"plain": 1.0}}, "search": {"type": "blocks"}})
+    with pytest.raises(ConfigurationError, match="search"):
+        make_app(settings={"pinned_control": pinned})
 
 
 def test_the_bounds_of_both_guardrails_hold() -> None:

@@ -1,6 +1,6 @@
 """Recorded decode steps, on a CPU: recording is calling the function again, but buckets, padding and buffers are real.
 
-A GPU was not at hand; `test_a_recorded_step_is_the_plain_one_on_a_gpu` runs where one is.
+On a real GPU: test_on_a_gpu.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.control.editor import StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.graphs import DecodeGraphs, Replay, record_on_cuda
+from server.engines.embedded.model.graphs import DecodeGraphs, Replay
 from server.engines.embedded.sampler import RowSampling, sample
 from server.types import GenerationRequest, SamplingParams
 from tests.conftest import control, random_head, random_linear_head, run
@@ -93,15 +93,3 @@ class _Plain:
 
     def finish(self, projected_MV: torch.Tensor) -> torch.Tensor:
         return projected_MV
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_recorded_step_is_the_plain_one_on_a_gpu(make_core: Callable[..., EngineCore]) -> None:
-    requests = [GenerationRequest(f"r{i}", (1, 2, 3 + i), SamplingParams(max_tokens=20, seed=i)) for i in range(5)]
-    plain, core = make_core(device="cuda"), make_core(device="cuda")
-    plain.runner.graphs = None
-    assert core.runner.graphs is not None
-    with_graphs(core, record_on_cuda)
-    expected, got = run(plain, requests), run(core, requests)
-    assert {key: r.token_ids for key, r in got.items()} == {key: r.token_ids for key, r in expected.items()}

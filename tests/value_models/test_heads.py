@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.conftest import random_head, random_linear_head
-from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
+from value_models.heads import HeadShapeError, LinearHead, MLPHead, ValueHead, head_from_tensors
 
 HEADS = [random_head(0), random_head(1, widths=(16, 12)), random_head(2, widths=(8, 8, 8)), random_linear_head(3)]
 
@@ -28,6 +28,14 @@ def _forward(head: ValueHead, z: torch.Tensor) -> torch.Tensor:
     for i in range(sum(name.startswith("hidden_weight_") for name in tensors)):
         active = (active @ tensors[f"hidden_weight_{i}"].T + tensors[f"hidden_bias_{i}"]).relu()
     return z[:, 0] + active @ head.out_weight_H + head.out_bias
+
+
+def test_all_of_a_head_is_where_its_tensors_are() -> None:
+    """The reward's scale too: it alone is made from numbers, and on a GPU a value could not be computed otherwise."""
+    tensors = {name: torch.zeros(shape, device="meta") for name, shape in
+               {"mean_D": (4,), "scale_D": (4,), "inputs_UD": (1, 4), "input_bias_U": (1,)}.items()}  # fmt: skip
+    head = LinearHead(**tensors)
+    assert {tensor.device.type for tensor in head.state_dict().values()} == {"meta"}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -61,6 +69,13 @@ def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
         head_from_tensors("mlp", without)
     with pytest.raises(HeadShapeError):
         head_from_tensors("mlp", {**tensors, name: torch.zeros(3, 3)})
+
+
+def test_a_reward_without_spread_is_refused() -> None:
+    tensors = dict(random_head(0).state_dict())
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(HeadShapeError, match="reward_scale"):
+            head_from_tensors("mlp", {**tensors, "reward": torch.tensor([0.0, scale])})
 
 
 def test_an_unknown_type_or_an_unused_tensor_is_refused() -> None:

@@ -6,6 +6,7 @@ that may be the beginning of a stop string. Neither knows of sequences or engine
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -34,6 +35,12 @@ class Detokenizer:
             # Byte-fallback decoders can rewrite text that is out already, which a stream refuses: begin a new one.
             self._stream = DecodeStream(skip_special_tokens=True)
             return self._stream.step(self._tokenizer, token_id) or ""
+
+    def copy(self) -> Detokenizer:
+        """Another that goes on from here by itself."""
+        other = copy.copy(self)
+        other._stream = copy.copy(self._stream)
+        return other
 
 
 class StopMatcher:

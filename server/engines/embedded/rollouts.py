@@ -1,6 +1,7 @@
 """The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
 
-Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples, from control or from search.
+Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples: of requests, and of controlled
+decoding.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from server.control.plan import EditPlan
+from server.engines.embedded.controlled_decoding import (
+    ControlledDecoder,
+    ControlledDecoding,
+    DecodingJob,
+    DecodingResult,
+)
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.embedded.search import SearchJob, SearchParams, SearchResult, ValueSearch
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.generations import EvalSample
+from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.heads import ValueHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
@@ -30,20 +38,30 @@ from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutS
 class EngineRolloutSource:
     """Drives an `EngineCore` from the calling thread until all responses are there."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+    def __init__(self, loaded: LoadedModel, core: EngineCore, *, control: ControlParams | None = None) -> None:
+        """`control` is what rollouts are sampled under; nothing of it may change from token to token (gate, window)."""
         self._loaded = loaded
         self._core = core
+        self._control = control
 
     @property
     def base_model(self) -> dict[str, Any]:
         return self._loaded.identity
 
+    @property
+    def policy(self) -> dict[str, Any] | None:
+        if self._control is None:
+            return None
+        tensors = [self._core.registry.head(name).state_dict() for name in self._control.head_names]
+        digest = hashlib.sha256(b"".join(save(head) for head in tensors)).hexdigest()
+        return {"control": self._control.model_dump(mode="json", exclude_none=True), "heads_sha256": digest}
+
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
-        """Uncontrolled responses with the states behind their tokens.
+        """Responses with the states behind their tokens.
 
         Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
         """
-        for sequence, response, _ in self._run(prompts, settings, control=None, instruction=None):
+        for sequence, response, _ in self._run(prompts, settings, control=self._control, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
@@ -62,15 +80,19 @@ class EngineRolloutSource:
         *,
         control: ControlParams | None = None,
         instruction: str | None = None,
+        read: Sequence[str] = (),
     ) -> Iterator[EvalSample]:
         """Responses under control, or after an instruction put before every prompt, with their figures.
 
-        The divergence of control is exact. An instruction's is what its tokens' log-probabilities lose without it, a
-        sampled estimate, added to the mean.
+        `read` names heads whose value of the finished response is wanted.
+
+        The divergence of control is exact. Added to it are a search's bound, log K - (K - 1) / K a block of the best of
+        K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
         """
         bare = {prompt.id: prompt for prompt in prompts}
         for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = sequence.edits.summary() if sequence.edits is not None else None
+            bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
             nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
             if instruction is not None:
                 prompt_ids = self._encode(bare[sequence.request.request_id], None)
@@ -81,34 +103,39 @@ class EngineRolloutSource:
                 response=response,
                 num_tokens=len(sequence.token_ids),
                 nll=nll,
-                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll,
-                max_kl=summary.max_kl if summary else 0.0,
+                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll + bound,
+                max_kl=(summary.max_kl if summary else 0.0) + bound_of_last,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
                 wall_s=wall_s,
+                values=self._values(sequence, read),
+                steered=summary.value_after if summary else {},
             )
 
-    def search(
-        self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings, *, head: ValueHead, params: SearchParams
+    def decode_by_value(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        settings: RolloutSettings,
+        *,
+        head: ValueHead,
+        params: ControlledDecoding,
     ) -> Iterator[EvalSample]:
-        """Responses found by trying continuations and reading the head's value of them."""
+        """Responses of controlled decoding by one head; it draws at temperature 1 from its candidates."""
         core = self._core
-        searcher = ValueSearch(
+        decoder = ControlledDecoder(
             core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size
         )
         jobs = [
-            SearchJob(
+            DecodingJob(
                 prompt_id=prompt.id,
                 index=index,
                 prompt_token_ids=tuple(self._encode(prompt, None)),
                 seed=_seed(settings.seed, prompt.id),
                 max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
             )
             for prompt in prompts
             for index in range(settings.num_samples)
         ]
-        for result in searcher.run(jobs, params):
+        for result in decoder.run(jobs, params):
             yield EvalSample(
                 prompt_id=result.job.prompt_id,
                 sample=result.job.index,
@@ -173,6 +200,10 @@ class EngineRolloutSource:
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
+        if self._control is not None:
+            rows = [self._control] * len(token_ids)
+            plan = EditPlan.from_rows(rows, self._core.registry, device=states_TD.device)
+            states_TD, _ = self._core.editor.edit(states_TD, plan)
         return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
 
     def _states(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
@@ -185,7 +216,16 @@ class EngineRolloutSource:
         log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
         return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
-    def _text(self, result: SearchResult) -> str:
+    @torch.inference_mode()
+    def _values(self, sequence: TokenSequence, heads: Sequence[str]) -> dict[str, float]:
+        """In reward units, at the state behind its last token."""
+        if not heads or not sequence.states:
+            return {}
+        stack = self._core.registry.stack(tuple(heads))
+        values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
+        return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
+
+    def _text(self, result: DecodingResult) -> str:
         """As a request's chunks would have it."""
         tokenizer: Any = self._loaded.tokenizer
         detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
@@ -198,6 +238,16 @@ class EngineRolloutSource:
             return encode_chat(self._loaded.tokenizer, [{"role": "user", "content": text}])
         tokenizer: Any = self._loaded.tokenizer
         return tokenizer(text)["input_ids"]
+
+
+def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:
+    """What a search may diverge at most, in nats a token: in the mean, and in its last, shortest block."""
+    search = None if control is None else control.search
+    if search is None or num_tokens == 0:
+        return 0.0, 0.0
+    num_blocks = -(-num_tokens // search.block_tokens)
+    bound = best_of_kl_bound(search.candidates)
+    return bound * num_blocks / num_tokens, bound / (num_tokens - (num_blocks - 1) * search.block_tokens)
 
 
 def _seed(seed: int, prompt_id: str) -> int:

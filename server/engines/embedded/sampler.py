@@ -1,9 +1,9 @@
 """Tokens from logits, one random stream a sequence.
 
 Inverse-CDF sampling: token = first whose cumulative probability exceeds u, with one uniform u per row that depends on
-nothing but the row's seed, choice and position. So a neighbour can never disturb a draw, and no generator has state.
-Filters are defined by probability values rather than ranks, so ties do not depend on a sort's order. Knows nothing of
-models, control or requests. Enter at `sample`.
+nothing but the row's seed, choice, candidate and position. So a neighbour can never disturb a draw, and no generator
+has state. Filters are defined by probability values rather than ranks, so ties do not depend on a sort's order. Knows
+nothing of models, control or requests. Enter at `sample`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RowSampling:
     temperature: float
     top_p: float
     top_k: int
-    stream: tuple[int, int]
-    """(seed, choice): the key of the row's random stream."""
+    stream: tuple[int, ...]
+    """The key of the row's random stream: (seed, choice), and for further candidates (seed, choice, candidate)."""
     min_p: float = 0.0
     """Least probability, as a share of the most likely token's, that a token needs to be drawn."""
 
@@ -44,9 +44,9 @@ class RowSampling:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
-def uniform(stream: tuple[int, int], position: int) -> float:
+def uniform(stream: tuple[int, ...], position: int) -> float:
     """A number in [0, 1) keyed by stream and position alone (BLAKE2b in counter mode, 53 bits)."""
-    digest = hashlib.blake2b(struct.pack("<qqq", *stream, position), digest_size=8).digest()
+    digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", *stream, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 

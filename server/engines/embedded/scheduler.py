@@ -4,7 +4,8 @@ Admission is first come, first served, as long as rows and pages last. A step ta
 sequence and prompt chunks up to a token budget, so long prompts stall running rows for one budget's time at most. When
 pages run out, the sequence that was admitted last gives its own up and waits at the head of the queue: it keeps its
 tokens, and later computes its prompt again and feeds those tokens through as decode rows, so nothing in it changes.
-Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
+Candidates for a choice's next block (candidates.py) run behind it and lose their pages with it. Knows nothing of
+models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Scheduler:
         assert chunk_tokens >= PAGE_TOKENS
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of admission."""
+        """In order of admission; candidates behind the choice that leads them."""
         self.pool = PagePool(kv.num_pages)
         self._kv = kv
         self._max_batch_size = max_batch_size
@@ -50,6 +51,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are taken or set aside."""
+        return sum(sequence.num_rows for sequence in self.running)
 
     def sequences(self) -> Iterator[Sequence]:
         """Everything that is not finished."""
@@ -81,6 +87,27 @@ class Scheduler:
             sequence.num_computed = sequence.prompt_len
         sequence.state = SequenceState.DECODING
 
+    def spread(self, leader: Sequence) -> bool:
+        """Let a choice's candidates run, each in a copy of its pages; False when it had to give way instead."""
+        length = leader.num_tokens
+        copied = num_pages_for(length) - length // PAGE_TOKENS
+        if not self._make_room(leader, copied * len(leader.candidates)):
+            return False
+        behind = self.running.index(leader) + 1
+        self.running[behind:behind] = leader.candidates
+        for candidate in leader.candidates:
+            forked = fork_pages(self._kv, self.pool, leader.pages, length)
+            assert forked is not None, "there is room"
+            candidate.pages, candidate.num_computed = forked, length
+            candidate.state = SequenceState.DECODING
+        return True
+
+    def gather(self, leader: Sequence, winner: Sequence) -> None:
+        """End a choice's candidates; it goes on in the winner's pages."""
+        leader.pages, winner.pages = winner.pages, leader.pages
+        leader.num_computed = winner.num_computed
+        self._drop_candidates(leader)
+
     def advance(self, step: Step) -> None:
         """The step is computed: count its positions, and remember full pages for later prompts."""
         for sequence, rows in step.decoding:
@@ -90,25 +117,26 @@ class Scheduler:
             if self._has_prefix_cache and sequence.state is not SequenceState.FINISHED:
                 self._remember(sequence)
 
-    def remove(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Finish a sequence wherever it is and free its pages."""
+    def remove(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
+        forgotten: list[int] = []
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         else:
             # What did not end well may have left something non-finite.
-            ended_well = reason in {FinishReason.STOP, FinishReason.LENGTH}
-            self._kv.clear(self._evict(sequence, forget=not ended_well))
+            forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
         sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        return forgotten
 
     def _admit(self, now_s: float) -> None:
-        while self.waiting and len(self.running) < self._max_batch_size:
+        while self.waiting and (num_rows := self.num_rows + self.waiting[0].num_rows) <= self._max_batch_size:
             sequence = self.waiting[0]
             known = [] if sequence.group.residents else self._known_pages(sequence)
             self.pool.share(known)
             # A choice whose siblings run shares their pages but for one.
             missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
-            # Each that runs may soon want a page more.
-            if self.running and missing + len(self.running) > self.pool.num_available:
+            # Each row may soon want a page more, and this one's first is among the missing.
+            if self.running and missing + num_rows - 1 > self.pool.num_available:
                 self.pool.release(known)
                 return
             self.waiting.popleft()
@@ -122,7 +150,7 @@ class Scheduler:
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
         """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
-        if not self._has_prefix_cache or sequence.request.sampling.prompt_logprobs:
+        if not self._has_prefix_cache or sequence.request.reads_whole_prompt:
             return []
         return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
 
@@ -180,13 +208,19 @@ class Scheduler:
     def _find_pages(self, sequence: Sequence, length: int) -> bool:
         """Give a running sequence room for `length` positions, preempting those admitted after it if it must be."""
         missing = num_pages_for(length) - len(sequence.pages)
-        while missing > self.pool.num_available:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
+        if not self._make_room(sequence, missing):
+            return False
         if missing > 0:
             sequence.pages += self.pool.take(missing) or []
+        return True
+
+    def _make_room(self, sequence: Sequence, missing: int) -> bool:
+        """Preempt who was admitted last until so many pages are there; False when that was the sequence itself."""
+        while missing > self.pool.num_available:
+            victim = self.running[-1].owner
+            self._preempt(victim)
+            if victim is sequence.owner:
+                return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -194,15 +228,26 @@ class Scheduler:
         if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
             # They come again with the prompt.
             del sequence.group.prompt_logprobs[1:]
+            sequence.group.token_values.clear()
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _evict(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
+        forgotten = self._drop_candidates(sequence, forget=forget)
         self.running.remove(sequence)
         sequence.group.residents.remove(sequence)
-        forgotten = self.pool.release(sequence.pages, forget=forget)
+        forgotten += self.pool.release(sequence.pages, forget=forget)
         sequence.pages = []
+        return forgotten
+
+    def _drop_candidates(self, leader: Sequence, *, forget: bool = False) -> list[int]:
+        forgotten: list[int] = []
+        for candidate in leader.candidates:
+            if candidate.pages:
+                self.running.remove(candidate)
+                forgotten += self.pool.release(candidate.pages, forget=forget)
+                candidate.pages, candidate.state = [], SequenceState.WAITING
         return forgotten
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:

@@ -1,0 +1,276 @@
+"""Several continuations of one text, compared by what the objective says of them, of which the best is kept.
+
+    blocks     a choice, the leader, keeps the text so far and its pages, while candidates try the next block, each in a
+               copy of them; when all have arrived the leader takes over the best one's, and they begin anew
+    best_of    candidates are whole responses; when all have ended, the best become the request's choices
+
+A candidate is compared by the state behind its last token, which has to be computed first; the step that does so draws
+the next block's first tokens as well. Candidates for a block hold their rows at once and lose their pages together: a
+leader that gives way drops them, and later they draw the same tokens anew. Candidates for a whole response run as rows
+become free. One that breaks the guardrail is kept only when all do.
+
+Knows nothing of models: it is told scores. Enter at `with_candidates` and `Candidates.settle`.
+
+Shapes: C candidates, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from server.engines.base import EngineObserver
+from server.engines.embedded.model.pages import num_pages_for
+from server.engines.embedded.reports import observe_first_token
+from server.engines.embedded.scheduler import Scheduler
+from server.engines.embedded.sequence import Sequence, SequenceState
+from server.errors import InvalidRequestError
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+
+_log = logging.getLogger(__name__)
+_PARAM = "control.search.candidates"
+PromptScores = tuple[TokenLogprob | None, ...]
+Rows = list[tuple[Sequence, Tensor]]
+"""Sequences, each with the state [D] behind its next token."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """What a candidate has done since it began, and how it stands. Its sequence's chunks come here."""
+
+    emit: Callable[[GenerationChunk], None]
+    """To the client."""
+    index: int
+    chunks: list[GenerationChunk] = field(default_factory=list)
+    hidden_D: Tensor | None = None
+    """The state behind its last token; a token that ends the text does not count as the text's."""
+    has_arrived: bool = False
+    """Whether there is nothing left to do but to compare it."""
+    num_told: int = 0
+    """Tokens that have been told of; those drawn anew, after pages were lost, are not told again."""
+
+    @property
+    def reason(self) -> FinishReason | None:
+        return self.chunks[-1].finish_reason if self.chunks else None
+
+    def take(self, chunk: GenerationChunk) -> None:
+        """Keep a chunk, and tell only that a token was drawn."""
+        self.chunks.append(replace(chunk, num_drawn=0))
+        if chunk.num_drawn and len(self.chunks) > self.num_told:
+            self.num_told += 1
+            self.emit(GenerationChunk(index=self.index, num_drawn=1))
+
+
+@dataclass(slots=True, eq=False)
+class Rivals:
+    """The candidates for a request's choices, each a whole response. When one fails, all do."""
+
+    members: list[Sequence]
+    emit: Callable[[GenerationChunk], None]
+    is_over: bool = False
+
+    def take(self, member: Sequence, chunk: GenerationChunk) -> None:
+        if chunk.finish_reason not in {FinishReason.ABORT, FinishReason.ERROR}:
+            _trial(member).take(chunk)
+        elif not self.is_over:
+            self.is_over = True
+            for index in range(member.request.num_choices):
+                self.emit(replace(chunk, index=index))
+
+    def tell(self, order: list[int], scores: PromptScores | None) -> None:
+        """The first of them in this order are the choices; the prompt's scores go with the first."""
+        self.is_over = True
+        for index, chosen in enumerate(order[: self.members[0].request.num_choices]):
+            for chunk in _trial(self.members[chosen]).chunks:
+                self.emit(replace(chunk, index=index, prompt_logprobs=scores))
+                scores = None
+
+
+def with_candidates(choices: list[Sequence]) -> list[Sequence]:
+    """The choices leading candidates if their request searches, or being candidates themselves with `best_of`."""
+    request, emit = choices[0].request, choices[0].emit
+    if request.search is not None:
+        for choice in choices:
+            choice.candidates = [_candidate(choice, number) for number in range(request.search.candidates)]
+    elif request.best_of is not None:
+        rivals = Rivals(choices, emit)
+        for choice in choices:
+            choice.rivals, choice.trial = rivals, Trial(emit, index=0)
+            choice.emit = _taking(rivals, choice)
+    return choices
+
+
+def check_room(request: GenerationRequest, *, max_rows: int, num_pages: int) -> None:
+    """Whether a block's candidates fit the engine when they have it for themselves. Raises InvalidRequestError."""
+    search = request.search
+    if search is None:
+        return
+    if search.candidates > max_rows:
+        raise InvalidRequestError(f"{_PARAM}: this server runs {max_rows} rows at once at most", param=_PARAM)
+    max_tokens = request.sampling.max_tokens
+    # Each holds the page that its block begins in, and those that the block fills.
+    own = num_pages_for(min(search.block_tokens, max_tokens)) + 1
+    needed = num_pages_for(len(request.prompt_token_ids) + max_tokens) + search.candidates * own
+    if needed > num_pages:
+        raise InvalidRequestError(
+            f"{_PARAM}: {search.candidates} candidates for blocks of {search.block_tokens} tokens may take {needed} "
+            f"pages of keys and values; this server has {num_pages}",
+            param=_PARAM,
+        )
+
+
+class Candidates:
+    """Follows candidates from step to step. `score` says of states [C, D] what a request's objective does, [C];
+    `take_scores` gives the log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        observer: EngineObserver,
+        *,
+        score: Callable[[Tensor, ControlParams], Tensor],
+        take_scores: Callable[[Sequence], PromptScores | None],
+        finish: Callable[[Sequence, FinishReason, GenerationChunk | None], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._observer = observer
+        self._score = score
+        self._take_scores = take_scores
+        self._finish = finish
+
+    def settle(self, computed: Rows) -> Rows:
+        """Of the sequences whose states are computed, those that draw a token now; compares what has to be compared."""
+        drawing: Rows = []
+        for sequence, hidden_D in computed:
+            try:
+                drawing += self._settle(sequence, hidden_D)
+            except Exception:
+                _log.exception("Request %s failed", sequence.request.request_id)
+                self._finish(sequence, FinishReason.ERROR, None)
+        # Who needed pages may have taken those of candidates; a choice keeps its state and draws all the same.
+        return [(sequence, hidden_D) for sequence, hidden_D in drawing if sequence.leader is None or sequence.pages]
+
+    def _settle(self, sequence: Sequence, hidden_D: Tensor) -> Rows:
+        if sequence.candidates:
+            return self._begin(sequence, hidden_D)
+        trial, leader = sequence.trial, sequence.leader
+        if trial is None:
+            return [(sequence, hidden_D)]
+        if sequence.state is not SequenceState.DECODING:
+            # Its leader has just given way, or its rivals have failed.
+            return []
+        if not _is_at_end(sequence, trial):
+            trial.hidden_D = hidden_D
+            return [(sequence, hidden_D)]
+        if not bool(hidden_D.isfinite().all()):
+            raise FloatingPointError("the model's state is not finite")
+        if sequence.token_ids[-1] not in sequence.end_token_ids:
+            trial.hidden_D = hidden_D
+        trial.has_arrived = True
+        if leader is None:
+            self._end(sequence, trial)
+        elif all(_trial(candidate).has_arrived for candidate in leader.candidates):
+            return self._keep_best(leader)
+        return []
+
+    def _begin(self, leader: Sequence, hidden_D: Tensor) -> Rows:
+        """Let the candidates try the next block, if there are pages; else the leader waits for some."""
+        if not self._scheduler.spread(leader):
+            return []
+        for candidate in leader.candidates:
+            trial = _trial(candidate)
+            trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
+            candidate.token_ids = list(leader.token_ids)
+            candidate.detokenizer, candidate.stop = leader.detokenizer.copy(), copy.copy(leader.stop)
+            candidate.matcher = None if leader.matcher is None else leader.matcher.copy()
+            candidate.edits = None if leader.edits is None else leader.edits.copy()
+            candidate.states = None if leader.states is None else []
+        return [(candidate, hidden_D) for candidate in leader.candidates]
+
+    def _keep_best(self, leader: Sequence) -> Rows:
+        winner = leader.candidates[self._order(leader.candidates)[0]]
+        trial = _trial(winner)
+        chunks = trial.chunks
+        if not leader.token_ids:
+            observe_first_token(self._observer, leader, time.monotonic())
+            chunks[0] = replace(chunks[0], prompt_logprobs=self._take_scores(leader))
+        leader.token_ids, leader.edits = winner.token_ids, winner.edits
+        leader.detokenizer, leader.stop, leader.matcher = winner.detokenizer, winner.stop, winner.matcher
+        if leader.states is not None:
+            leader.states += winner.states or []
+        for candidate in leader.candidates:
+            _trial(candidate).num_told = 0
+        self._scheduler.gather(leader, winner)
+        for chunk in chunks[:-1]:
+            leader.emit(chunk)
+        if trial.reason is not None:
+            self._finish(leader, trial.reason, chunks[-1])
+            return []
+        leader.emit(chunks[-1])
+        assert trial.hidden_D is not None
+        return self._begin(leader, trial.hidden_D)
+
+    def _end(self, member: Sequence, trial: Trial) -> None:
+        """Free a whole response; when it is the last, tell of the best."""
+        assert trial.reason is not None
+        self._finish(member, trial.reason, trial.chunks.pop())
+        rivals = member.rivals
+        if rivals is not None and all(rival.finish_reason is not None for rival in rivals.members):
+            rivals.tell(self._order(rivals.members), self._take_scores(rivals.members[0]))
+
+    def _order(self, candidates: list[Sequence]) -> list[int]:
+        """Their places, best first: by score, a broken guardrail and what is no number last, the first where equal."""
+        if len(candidates) == 1:
+            return [0]
+        control = candidates[0].request.control
+        assert control is not None
+        states = [hidden_D for c in candidates if (hidden_D := _trial(c).hidden_D) is not None]
+        scores = self._score(torch.stack(states), control).tolist()
+
+        def rank(place: int) -> tuple[bool, bool, float]:
+            is_nan = scores[place] != scores[place]
+            return (
+                _trial(candidates[place]).reason is FinishReason.GUARDRAIL,
+                is_nan,
+                0.0 if is_nan else -scores[place],
+            )
+
+        return sorted(range(len(candidates)), key=rank)
+
+
+def _candidate(leader: Sequence, number: int) -> Sequence:
+    """The first draws as the leader itself would."""
+    trial, stream = Trial(leader.emit, leader.index), leader.row_sampling.stream
+    return replace(
+        leader,
+        emit=trial.take,
+        row_sampling=replace(leader.row_sampling, stream=(*stream, number) if number else stream),
+        trial=trial,
+        leader=leader,
+        candidates=[],
+        pages=[],
+    )
+
+
+def _taking(rivals: Rivals, member: Sequence) -> Callable[[GenerationChunk], None]:
+    return lambda chunk: rivals.take(member, chunk)
+
+
+def _trial(candidate: Sequence) -> Trial:
+    assert candidate.trial is not None
+    return candidate.trial
+
+
+def _is_at_end(candidate: Sequence, trial: Trial) -> bool:
+    if trial.reason is not None:
+        return True
+    leader, search = candidate.leader, candidate.request.search
+    if leader is None or search is None:
+        return False
+    return len(candidate.token_ids) - len(leader.token_ids) >= search.block_tokens
