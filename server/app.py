@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
-from server.api import chat, completions, handlers, management, models, system, tokens, value
+from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.identity import Identity
 from server.api.gate.keys import KeyRing
@@ -72,7 +72,8 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         app.add_middleware(Tracing, provider=provider)
     app.add_middleware(Identity)
     routers = [module.router for module in (completions, chat, value, models, tokens, system)]
-    for router in [*routers, management.router] if management_keys else routers:
+    routers += [management.router] if management_keys else []
+    for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
 
@@ -99,7 +100,9 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) ->
         keys=keys,
         management_keys=management_keys,
         callers=Callers(limits),
-        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+        public_paths=PUBLIC_PATHS
+        | ({"/metrics"} if settings.public_metrics else set())
+        | (playground.PATHS if settings.playground else set()),
     )
     app.add_middleware(HeaderLimit)
 

@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
     public_metrics: bool = Field(False, description="serve /metrics without a key")
+    playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
     requests_per_minute: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1, description="of each key, prompt and new ones")] | None = None
     concurrent_requests: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None

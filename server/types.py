@@ -219,7 +219,7 @@ class GenerationRequest:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1, before penalties, bias and sampling filters; `top` holds
+    """`logprob` in nats after control, at temperature 1, before bias, penalties, mask and filters; `top` holds
     (id, text, logprob)."""
 
     token_id: int

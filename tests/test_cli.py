@@ -131,6 +131,41 @@ def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list
     assert max(arm["largest_kl"] for arm in stress["arms"].values()) <= 0.5
 
 
+def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
+    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    heads = tmp_path / "heads"
+    for name in ("short", "easy"):
+        train = ["train", "--name", name, "--reward", {"short": "brevity", "easy": "plain"}[name]]
+        inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl")]
+        assert main([*train, *inputs, "--out", str(heads)]) == 0
+    work = ["--work", str(tmp_path / "eval"), "--max-batch-size", "8", "--max-tokens", "10", "--num-samples", "2"]
+    common = ["eval", "short,easy", *flags, "--heads-dir", str(heads), "--formats", "text", *work]
+    inputs = ["--prompts", str(folder / "prompts.jsonl"), "--study", "objectives", "--update-card"]
+    assert main([*common, *inputs, "--out", str(tmp_path / "first.json")]) == 0
+    result = json.loads((heads / "objectives.json").read_text())
+    assert "<svg" in (heads / "objectives.svg").read_text()
+    arms = result["arms"]
+    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_case"]["arms"]) <= set(arms)
+    levels = result["target"]["levels"]
+    assert len(levels) == len(result["target"]["missed_by"]) == 5
+    assert all(set(arm["rewards"]) == set(arm["values"]) == {"short", "easy"} for arm in arms.values())
+    assert arms["base"]["kl"]["mean"] == 0 < arms["blocks of 4"]["kl"]["mean"]
+    before = {path: path.stat().st_size for path in (tmp_path / "eval" / "responses").glob("*.jsonl")}
+    assert main([*common, *inputs, "--out", str(tmp_path / "second.json")]) == 0
+    assert {path: path.stat().st_size for path in before} == before
+    again = json.loads((tmp_path / "second.json").read_text())
+    assert again["arms"] == result["arms"]
+    capsys.readouterr()
+    assert main(["heads", "report", "--heads-dir", str(heads)]) == 0
+    report = capsys.readouterr().out
+    assert f"| gradient, blocks of 4 | {arms['gradient, blocks of 4']['rewards']['short']['mean']:.2f} [" in report
+    assert "**Floor** of" in report
+    assert main([*common[:1], "short", *common[2:], *inputs]) == 2
+    assert "takes two or more" in capsys.readouterr().err
+
+
 def test_published_prompts_are_written_as_a_prompt_file(tmp_path: Path) -> None:
     out = tmp_path / "rtp.jsonl"
     assert main(["prompts", "real-toxicity-prompts", "--out", str(out)]) == 0

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class EvalSample:
     max_kl: float
     is_finished: bool
     wall_s: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    """By head, for those that were asked for: the value at the state behind its last token, in reward units."""
+    steered: dict[str, float] = field(default_factory=dict)
+    """By head, for those that control names: the mean value after control of the states that tokens were drawn from."""
 
 
 Sampler = Callable[[Sequence[RolloutPrompt], int], Iterable[EvalSample]]

@@ -178,16 +178,16 @@ class StoredHeads(HeadFolder):
 
 def open_heads(location: str | Path) -> HeadFolder:
     """The folder or store at a path or URL; nothing is read yet. Raises HeadFileError."""
-    if isinstance(location, str) and _URL.match(location):
-        return StoredHeads(location, cache_root() / "heads")
-    return LocalHeads(Path(location))
+    return StoredHeads(str(location), cache_root() / "heads") if is_url(location) else LocalHeads(Path(location))
+
+
+def is_url(location: str | Path) -> bool:
+    return isinstance(location, str) and bool(_URL.match(location))
 
 
 def absolute(location: str | Path) -> str:
     """The same place for processes that work in other folders."""
-    if isinstance(location, str) and _URL.match(location):
-        return location
-    return str(Path(location).resolve())
+    return str(location) if is_url(location) else str(Path(location).resolve())
 
 
 def _sha256(data: bytes) -> str:

@@ -46,8 +46,8 @@ class ArmFactory:
             "sampling": sampling.model_dump(exclude={"num_samples", "prompts_per_shard"}),
         }
 
-    def base(self) -> Arm:
-        return self.best_of(1)
+    def base(self, *, read: Sequence[str] = ()) -> Arm:
+        return self._arm({}, read=read)
 
     def best_of(self, number: int) -> Arm:
         return self._arm({}, best_of=number)
@@ -56,8 +56,9 @@ class ArmFactory:
         """An instruction put before every prompt, alone or under control."""
         return self._arm({"instruction": instruction}, instruction=instruction, control=control)
 
-    def control(self, control: ControlParams) -> Arm:
-        return self._arm({}, control=control)
+    def control(self, control: ControlParams, *, read: Sequence[str] = ()) -> Arm:
+        """With the values, by the heads to be read, of the finished responses."""
+        return self._arm({}, control=control, read=read)
 
     def control_without_limits(self, head: str, *, step_size: float, steps: int, max_kl: float = math.inf) -> Arm:
         objective = WeightedSum(weights={head: 1.0})
@@ -81,9 +82,15 @@ class ArmFactory:
         control: ControlParams | None = None,
         instruction: str | None = None,
         best_of: int = 1,
+        read: Sequence[str] = (),
     ) -> Arm:
         def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
-            return self._source.evaluate(prompts, self._with(num_samples), control=control, instruction=instruction)
+            return self._source.evaluate(
+                prompts, self._with(num_samples), control=control, instruction=instruction, read=read
+            )
+
+        if read:
+            spec = spec | {"read": self._digests(read)}
 
         if control is not None:
             heads = self._digests(control.head_names)

@@ -25,6 +25,7 @@ from server.cli.command import (
     command_line,
     read_prompts,
 )
+from server.cli.objectives import ObjectivesSetup, ObjectivesStudy
 from server.cli.plots import require_matplotlib
 from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
@@ -74,7 +75,9 @@ _UNUSED_FLAGS = {
     "stress": {"max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
     "cost": {"max_prompts"},
     "map": {"prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
+    "objectives": {"tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
 }
+_MIN_OBJECTIVES_HEADS = 2
 
 
 class Eval(ModelCommand):
@@ -83,11 +86,15 @@ class Eval(ModelCommand):
     Responses are kept below --work and used again, so a run that was stopped goes on where it was.
     """
 
-    head: CliPositionalArg[str] = Field(description="its name: a folder below --heads-dir")
-    study: Literal["methods", "stress", "map", "cost"] = Field(
+    head: CliPositionalArg[str] = Field(
+        description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
+        "first is raised and searched for, the second kept at a floor, the last brought to targets"
+    )
+    study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
         "methods",
         description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
-        "number of steps of RE-Control as published, with and without a budget; cost: what a response takes",
+        "number of steps of RE-Control as published, with and without a budget; cost: what a response takes; "
+        "objectives: what each objective and each search does to text",
     )
     rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
@@ -148,9 +155,13 @@ class Eval(ModelCommand):
             require_matplotlib()
         loaded = self.load()
         registry = load_registry(self.heads_dir, loaded)
-        registry.check([self.head], param="head")
-        folder = (self.heads_dir or shipped_heads_folder(loaded.name)) / self.head
-        study = _STUDIES[self.study](self._setup(loaded, registry, load_card(folder)))
+        folder = self.heads_dir or shipped_heads_folder(loaded.name)
+        if self.study == "objectives":
+            study = ObjectivesStudy(self._objectives_setup(loaded, registry, folder))
+        else:
+            registry.check([self.head], param="head")
+            folder /= self.head
+            study = _STUDIES[self.study](self._setup(loaded, registry, load_card(folder)))
         result = {
             **study.run(),
             "sampling": self._sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
@@ -198,6 +209,20 @@ class Eval(ModelCommand):
             step_size=self.step_size,
             max_kl=self.max_kl,
             methods=[Method(name) for name in self.methods],
+        )
+
+    def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry, folder: Path) -> ObjectivesSetup:
+        heads = list(dict.fromkeys(self.head.split(",")))
+        registry.check(heads, param="head")
+        if len(heads) < _MIN_OBJECTIVES_HEADS:
+            raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
+        return ObjectivesSetup(
+            cards={name: load_card(folder / name) for name in heads},
+            factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
+            store=GenerationStore(self.work / "responses"),
+            prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
         )
 
     def _baselines(self) -> list[str]:

@@ -32,7 +32,9 @@ class _Look(NamedTuple):
 
 _BASE, _GOAL = "base", "goal"
 _GREY = "#666666"
-# Of Okabe and Ito's palette, which the colour-blind can tell apart. Later methods are drawn over earlier ones.
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+_PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Later methods are drawn over earlier ones.
 _LOOKS = {
     Method.BEST_OF: _Look("best of N (KL bound)", "#CC79A7", "v"),
     Method.BLOCKWISE: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
@@ -124,6 +126,24 @@ def plot_map(result: dict[str, Any], path: Path, *, title: str) -> None:
             grid[row][0].set_ylabel(f"{name}\nstep size alpha")
 
 
+def plot_objectives(result: dict[str, Any], path: Path) -> None:
+    """The objectives study in four panels: worst case, target, floor, and reward against time for each search.
+
+    Raises ConfigurationError without matplotlib.
+    """
+    arms = result["arms"]
+    with _drawing(path, (12.0, 6.4), "What each objective does to text") as figure:
+        grid = figure.subplots(2, 2)
+        _draw_worst_case(grid[0][0], result, arms)
+        _draw_target(grid[0][1], result["target"], arms)
+        _draw_floor(grid[1][0], result["floor"], arms)
+        _draw_search(grid[1][1], result["search"], arms)
+        for axes in grid.flat:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#EEEEEE", linewidth=0.7)
+            axes.set_axisbelow(True)
+
+
 def require_matplotlib() -> None:
     """Raises ConfigurationError without it: to be asked before the hours whose result is to be drawn."""
     try:
@@ -172,6 +192,71 @@ def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str)
     axes.grid(axis="y", color="#EEEEEE", linewidth=0.7)
     axes.set_axisbelow(True)
     return handles
+
+
+def _draw_worst_case(axes: Axes, result: dict[str, Any], arms: dict[str, Any]) -> None:
+    """Bars of each head's reward and of a response's worst, a colour an arm."""
+    names, heads = result["worst_case"]["arms"], [*result["heads"], "worst of a response"]
+    width = 0.8 / len(names)
+    for place, (name, colour) in enumerate(zip(names, (_GREY, *_PALETTE), strict=False)):
+        figures = [*(arms[name]["standardised"][head] for head in result["heads"]), arms[name]["worst"]]
+        axes.bar(
+            [x + (place - (len(names) - 1) / 2) * width for x in range(len(heads))],
+            [figure["mean"] for figure in figures], width, yerr=_bars(figures), color=colour, label=name,
+            error_kw={"elinewidth": 0.7},
+        )  # fmt: skip
+    axes.set_xticks(range(len(heads)), heads)
+    axes.set_ylabel("reward (standard deviations)")
+    axes.axhline(0.0, color="#888888", linewidth=0.8)
+    axes.legend(frameon=False)
+    axes.set_title("worst case")
+
+
+def _draw_target(axes: Axes, target: dict[str, Any], arms: dict[str, Any]) -> None:
+    levels = list(target["levels"].values())
+    axes.plot(levels, levels, color=_GREY, linewidth=0.9, linestyle=":", label="target")
+    for (what, label), colour in zip(
+        (("steered", "value after control"), ("values", "value at the end"), ("rewards", "reward of the text")),
+        _PALETTE,
+        strict=False,
+    ):
+        figures = [arms[name][what][target["head"]] for name in target["levels"]]
+        means = [figure["mean"] for figure in figures]
+        axes.errorbar(
+            levels, means, yerr=_bars(figures), color=colour, marker="o", linewidth=1.4, elinewidth=0.7, label=label
+        )
+    axes.set_xlabel(f"target for {target['head']}")
+    axes.legend(frameon=False)
+    axes.set_title("target")
+
+
+def _draw_floor(axes: Axes, floor: dict[str, Any], arms: dict[str, Any]) -> None:
+    axes.axhline(floor["level"], color=_GREY, linewidth=0.9, linestyle=":", label="floor")
+    for name, colour in zip(floor["arms"], (_GREY, *_PALETTE), strict=False):
+        _draw_point(axes, arms[name]["rewards"][floor["raised"]], arms[name]["rewards"][floor["kept"]], colour, name)
+    axes.set_xlabel(f"{floor['raised']}: reward")
+    axes.set_ylabel(f"{floor['kept']}: reward")
+    axes.legend(frameon=False)
+    axes.set_title("floor")
+
+
+def _draw_search(axes: Axes, search: dict[str, Any], arms: dict[str, Any]) -> None:
+    for name, colour in zip(search["arms"], (_GREY, *_PALETTE), strict=False):
+        seconds = arms[name]["response_s"]
+        figure = {"mean": seconds, "low": seconds, "high": seconds}
+        _draw_point(axes, figure, arms[name]["rewards"][search["head"]], colour, name)
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("seconds a response")
+    axes.set_ylabel(f"{search['head']}: reward")
+    axes.legend(frameon=False)
+    axes.set_title("search and gradient")
+
+
+def _draw_point(axes: Axes, x: dict[str, float], y: dict[str, float], colour: str, label: str) -> None:
+    axes.errorbar(
+        [x["mean"]], [y["mean"]], xerr=_bars([x]), yerr=_bars([y]), color=colour, marker="o", markersize=7,
+        linestyle="none", elinewidth=0.7, label=label,
+    )  # fmt: skip
 
 
 def _bars(figures: Sequence[dict[str, float]]) -> tuple[list[float], list[float]]:

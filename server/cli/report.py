@@ -14,6 +14,9 @@ from typing import Any
 from pydantic import Field
 
 from server.cli.heads import HeadsCommand
+from server.cli.objectives import OBJECTIVES_FILE
+from server.cli.objectives_report import objectives_tables
+from server.cli.tables import TITLES, interval, row, share
 from server.errors import ConfigurationError
 from value_models.store import HeadCard
 from value_models.whole_files import write_text
@@ -31,6 +34,8 @@ class HeadsReport(HeadsCommand):
         cards, transcripts = self.cards(), Path(self.location) / TRANSCRIPT_FILE
         sections = {name: render(cards) for name, render in SECTIONS.items()}
         sections["transcript"] = transcript(transcripts) if transcripts.exists() else ""
+        objectives = self.folder / OBJECTIVES_FILE
+        sections["objectives"] = objectives_tables(json.loads(objectives.read_text())) if objectives.exists() else ""
         if self.into is None:
             print("\n\n".join(sections.values()))
             return
@@ -53,19 +58,19 @@ def summary_table(cards: Sequence[HeadCard]) -> str:
     """A row for each head and test set: rewards, votes of the judges, and what the head costs, all against the base."""
     titles = ["head", "test set", *(f"reward: {arm}" for arm in ("base", *_SUMMARY_ARMS))]
     titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL"]
-    lines = [_row(titles), "|---" * len(titles) + "|"]
+    lines = [row(titles), "|---" * len(titles) + "|"]
     for card in cards:
         for result in (card.evaluation or {}).values():
             arms = result["arms"]
             base, head = arms["base"], arms["head"]
             rewards = [f"{arms[arm]['reward']['mean']:.2f}" if arm in arms else "" for arm in ("base", *_SUMMARY_ARMS)]
-            votes = [_share(arms.get(arm, {}).get("win_over_base")) for arm in _SUMMARY_ARMS]
+            votes = [share(arms.get(arm, {}).get("win_over_base")) for arm in _SUMMARY_ARMS]
             costs = [
                 f"{head['diversity']['mean'] / base['diversity']['mean']:.2f}",
                 f"{head['nll']['mean'] - base['nll']['mean']:+.2f}",
                 f"{head['kl']['mean']:.2f}",
             ]
-            lines.append(_row([f"`{card.name}`", result["test_set"], *rewards, *votes, *costs]))
+            lines.append(row([f"`{card.name}`", result["test_set"], *rewards, *votes, *costs]))
     return "\n".join(lines)
 
 
@@ -89,9 +94,9 @@ def cost_table(cards: Sequence[HeadCard]) -> str:
     tables = []
     for card in cards:
         if card.cost is not None:
-            lines = [_row(["method", "seconds a response", "over base"]), "|---|---|---|"]
+            lines = [row(["method", "seconds a response", "over base"]), "|---|---|---|"]
             lines += [
-                _row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
+                row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
                 for name, figures in card.cost["arms"].items()
             ]
             tables.append("\n".join([*lines, "", f"`{card.cost['command']}`, {card.cost['hardware']}"]))
@@ -125,15 +130,6 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
 
 
 _SUMMARY_ARMS = ("prompting", "static vector", "best of 4", "head", "head + prompting")
-_TITLES = {
-    "win_over_base": "wins over base",
-    "win_over_reference": "wins over reference",
-    "failures": "prompts with a failure",
-    "diversity": "diversity",
-    "coherence": "coherence",
-    "nll": "nats/token",
-    "kl": "mean KL",
-}
 
 
 def _table(card: HeadCard, result: dict[str, Any]) -> str:
@@ -142,28 +138,16 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
     rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
     means = ["diversity", "coherence", "nll", "kl"]
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
-    titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(_TITLES[name] for name in (*rates, *means))]
+    titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL"]
-    lines = [_row(titles), "|---" * len(titles) + "|"]
+    lines = [row(titles), "|---" * len(titles) + "|"]
     for arm, figures in result["arms"].items():
-        cells = [_interval(figures[name]) for name in scores]
-        cells += [_share(figures[name]) for name in rates]
+        cells = [interval(figures[name]) for name in scores]
+        cells += [share(figures[name]) for name in rates]
         cells += [f"{figures[name]['mean']:.2f}" for name in means]
-        lines.append(_row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
+        lines.append(row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
     return "\n".join(lines)
 
 
 def _section(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _share(figure: dict[str, Any] | None) -> str:
-    return f"{100 * figure['mean']:.0f}%" if figure else ""
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"

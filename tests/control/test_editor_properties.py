@@ -45,7 +45,7 @@ def nats(moved_BV: Tensor, base_BV: Tensor) -> Tensor:
     return (moved.exp() * (moved - base)).sum(-1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     ROWS,
     st.integers(0, 2**32),

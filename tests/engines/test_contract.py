@@ -24,6 +24,7 @@ from server.errors import (
     InvalidRequestError,
     OverloadedError,
     UnknownHeadError,
+    UnsupportedFieldError,
 )
 from server.settings import Settings
 from server.types import (
@@ -347,3 +348,22 @@ async def test_a_chat_that_goes_on_ends_behind_its_last_messages_text(engine: En
     text = engine.decode(engine.encode_chat(answered, continue_final_message=True))
     assert text.endswith("assistant: good day")
     assert engine.decode(engine.encode_chat(answered)).startswith(f"{text}\n")
+
+
+async def test_a_schema_is_held_or_refused_before_anything_is_queued(engine: Engine) -> None:
+    try:
+        structure = await engine.compile_schema('{"enum": ["a", "b"]}')
+    except UnsupportedFieldError:
+        return
+    chunks = await everything(engine, ask(structure=structure))
+    assert "".join(chunk.text for chunk in chunks) in ('"a"', '"b"')
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    with pytest.raises(InvalidRequestError):
+        engine.generate(ask(structure=structure, sampling={"ignore_eos": True}))
+    with pytest.raises(InvalidRequestError):
+        await engine.compile_schema("{")
+
+
+async def test_an_engine_that_has_not_been_started_compiles_no_schema(settings: Settings) -> None:
+    with pytest.raises(EngineStoppedError):
+        await EmbeddedEngine(settings).compile_schema("{}")

@@ -127,12 +127,16 @@ def test_a_prompt_that_is_preempted_half_way_is_scored_once(make_core: Callable[
     scored = GenerationRequest("scored", tuple(i % 250 for i in range(200)), sampling)
     expected = run(make_core(), [scored])["scored", 0].chunks[0].prompt_logprobs
     core, chunks = make_core(), []
-    core.add(core.sequences(scored, chunks.append))
+    (sequence,) = core.sequences(scored, chunks.append)
+    core.add([sequence])
     core.step()
+    admitted_s = sequence.scheduled_s
     core._scheduler._preempt(core._scheduler.running[0])
     while core.has_work:
         core.step()
     assert chunks[0].prompt_logprobs == expected
+    # The time in the queue is the time before the first admission.
+    assert sequence.arrival_s < admitted_s == sequence.scheduled_s
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(make_core: Callable[..., EngineCore]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from llguidance import LLMatcher
 
+from server.control.search import Blocks
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler, SchemaMatcher, constrained
 from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
@@ -295,3 +296,18 @@ def test_a_model_that_cannot_is_told_apart_from_a_schema_that_is_wrong(monkeypat
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
     with pytest.raises(UnsupportedFieldError, match="structured"):
         SchemaCompiler(byte_tokenizer(), vocab_size=VOCAB, eos_token_ids={EOS}).compile("{}")
+
+
+@pytest.mark.parametrize("way", [{"best_of": 4}, {"search": {"type": "blocks", "candidates": 3, "block_tokens": 5}}])
+def test_candidates_hold_a_schema_too_each_with_a_matcher_of_its_own(
+    core: EngineCore, compiler: SchemaCompiler, way: dict[str, Any]
+) -> None:
+    compiled = compiler.compile(json.dumps(PERSON))
+    steer = STEERED.model_copy(update={"search": Blocks(**way["search"])} if "search" in way else {})
+    asked = [ask(f"r{seed}", compiled, seed=seed, control=steer, best_of=way.get("best_of")) for seed in range(6)]
+    results = run(core, asked)
+    texts = [result.text for result in results.values() if result.finish_reasons == [FinishReason.STOP]]
+    assert len(texts) == len(asked)
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+    assert core.status().kv_cache_usage == 0

@@ -183,7 +183,7 @@ def _text(choice: dict[str, Any]) -> str:
     """Of a choice in any of the four forms."""
     if "text" in choice:
         return choice["text"]
-    return (choice.get("message") or choice["delta"])["content"]
+    return (choice["message"] if "message" in choice else choice["delta"])["content"]
 
 
 def _tokens(choice: dict[str, Any], *, is_chat: bool) -> Iterator[str]:

@@ -80,8 +80,11 @@ class EngineRolloutSource:
         *,
         control: ControlParams | None = None,
         instruction: str | None = None,
+        read: Sequence[str] = (),
     ) -> Iterator[EvalSample]:
         """Responses under control, or after an instruction put before every prompt, with their figures.
+
+        `read` names heads whose value of the finished response is wanted.
 
         The divergence of control is exact. Added to it are a search's bound, log K - (K - 1) / K a block of the best of
         K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
@@ -104,6 +107,8 @@ class EngineRolloutSource:
                 max_kl=(summary.max_kl if summary else 0.0) + bound_of_last,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
                 wall_s=wall_s,
+                values=self._values(sequence, read),
+                steered=summary.value_after if summary else {},
             )
 
     def decode_by_value(
@@ -210,6 +215,15 @@ class EngineRolloutSource:
         """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
         log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
         return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
+
+    @torch.inference_mode()
+    def _values(self, sequence: TokenSequence, heads: Sequence[str]) -> dict[str, float]:
+        """In reward units, at the state behind its last token."""
+        if not heads or not sequence.states:
+            return {}
+        stack = self._core.registry.stack(tuple(heads))
+        values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
+        return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
 
     def _text(self, result: DecodingResult) -> str:
         """As a request's chunks would have it."""

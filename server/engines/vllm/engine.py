@@ -258,8 +258,10 @@ class VllmEngine:
         self._observer.on_step(self.status())
 
     async def _chunks(self, choice: Choice) -> AsyncIterator[GenerationChunk]:
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+            SamplingParams,
+        )
 
         request = choice.request
         extra_args = None if request.control is None else control_args(request.control, choice.choice_id)

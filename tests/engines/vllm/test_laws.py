@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -106,12 +106,12 @@ async def engine(vllm_engine: VllmEngine) -> AsyncIterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
-def plain_vllm(vllm_settings: Settings) -> Any:
+def plain_vllm(vllm_settings: Settings) -> Iterator[Any]:
     """vLLM as anyone has it, on the same model."""
     from vllm import LLM  # pyright: ignore[reportMissingImports]
 
     settings = vllm_settings
-    return LLM(
+    llm = LLM(
         model=settings.model,
         dtype="float32",
         max_num_seqs=settings.max_batch_size,
@@ -120,6 +120,8 @@ def plain_vllm(vllm_settings: Settings) -> Any:
         generation_config="vllm",
         **settings.vllm_options,
     )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture

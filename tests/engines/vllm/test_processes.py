@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.heads import load_registry
+from server.engines.embedded.model.loader import load_model
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.wire import SCHEDULER, VALIDATOR, WORKER
 from server.errors import ConfigurationError
-from server.settings import Settings
-from tests.conftest import Collected
+from server.settings import DEFAULT_MODEL, Settings
+from server.types import GenerationRequest, SamplingParams
+from tests.conftest import Collected, control, run
 from tests.engines.conftest import VLLM_OPTIONS
 from tests.engines.vllm.test_laws import (
     CONTROLS,
@@ -40,6 +46,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[3]
 _START_TIMEOUT_S = 400
+STRONG = {"objective": {"weights": {"positive": 1.0}}, "step_size": 2.0}
 
 
 async def answers(settings: Settings) -> list[Collected]:
@@ -79,11 +86,88 @@ async def test_what_control_cannot_be_had_with_is_refused_at_start(vllm_settings
         await unknown.start()
 
 
-def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """vLLM's own server, not yet ready, and its port."""
+async def test_the_default_model_under_its_shipped_heads_answers_as_in_the_embedded_engine() -> None:
+    engine = VllmEngine(
+        Settings(
+            engine="vllm", dtype="float32", max_model_len=512, max_batch_size=8, kv_cache_gib=0.5,
+            vllm_options={"enforce_eager": True},
+        )
+    )  # fmt: skip
+    await engine.start()
+    try:
+        prompt = tuple(engine.encode_chat([{"role": "user", "content": "How was your day at work?"}]))
+        asked = [
+            GenerationRequest(str(params), prompt, SamplingParams(max_tokens=24, temperature=0.0, logprobs=0), params)
+            for params in (None, control({"positive": 1.0}), control({"plain": 1.0, "brevity": 0.5}))
+        ]
+        mine = await collect_all(engine, asked)
+    finally:
+        await engine.stop()
+    loaded = load_model(DEFAULT_MODEL, device="cpu", dtype="float32")
+    core = EngineCore(loaded, load_registry(None, loaded), max_batch_size=8, max_model_len=512)
+    expected = run(core, asked)
+    for one, ours in zip(asked, mine, strict=True):
+        theirs = expected[one.request_id, 0]
+        assert ours.text == theirs.text
+        torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=1e-2, rtol=0)
+        assert_same_edits(ours.chunks, theirs.chunks, 1e-2)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def wait_until(client: httpx.Client, path: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        with contextlib.suppress(httpx.TransportError):
+            if client.get(path).status_code == 200:
+                return
+        time.sleep(0.5)
+
+
+def test_recontrol_serve_with_vllm_answers_traces_measures_and_ends_cleanly(
+    vllm_settings: Settings, tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "log.txt"
+    command = [
+        sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main(sys.argv[1:]))", "serve",
+        "--engine", "vllm", "--model", vllm_settings.model, "--heads-dir", str(vllm_settings.heads_dir),
+        "--dtype", "float32", "--kv-cache-gib", "0.05", "--port", str(port), "--served-model-name", "tiny",
+        "--vllm-options", json.dumps(VLLM_OPTIONS),
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            wait_until(client, "/ready", process, log)
+            body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+            done = client.post("/v1/completions", json={**body, "control": {**STRONG, "trace": True}})
+            assert done.status_code == 200, done.text
+            choice = done.json()["choices"][0]
+            assert choice["control"]["max_kl"] <= 0.3
+            assert "positive" in json.dumps(choice)
+            refused = client.post("/v1/completions", json={**body, "control": {"objective": {"weights": {"no": 1}}}})
+            assert refused.status_code == 404
+            metrics = client.get("/metrics").text
+            assert 'recontrol_controlled_tokens_total{head="positive",model_name="tiny"} 6.0' in metrics
+            assert 'recontrol_edit_duration_seconds_count{model_name="tiny"} 6.0' in metrics
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) in (0, -signal.SIGTERM)
+        assert not psutil.wait_procs(workers, timeout=30)[1]
+    finally:
+        end(process)
+
+
+def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """vLLM's own server, not yet ready, and its port."""
+    port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model,
         "--served-model-name", "tiny",
@@ -111,30 +195,18 @@ def plain_server(vllm_settings: Settings, tmp_path_factory: pytest.TempPathFacto
     log = tmp_path_factory.mktemp("plain") / "log.txt"
     process, port = serve(vllm_settings, "--scheduler-cls", SCHEDULER, "--logits-processors", VALIDATOR, log=log)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-    deadline = time.monotonic() + _START_TIMEOUT_S
     try:
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.5)
+        wait_until(client, "/health", process, log)
         yield client
     finally:
         client.close()
         end(process)
 
 
-def complete(client: httpx.Client, control: Any = None, **fields: Any) -> httpx.Response:
-    xargs = {} if control is None else {"vllm_xargs": {"recontrol": json.dumps(control)}}
+def complete(client: httpx.Client, asked: Any = None, **fields: Any) -> httpx.Response:
+    xargs = {} if asked is None else {"vllm_xargs": {"recontrol": json.dumps(asked)}}
     body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     return client.post("/v1/completions", json={**body, **xargs, **fields})
-
-
-STRONG = {"objective": {"weights": {"positive": 1.0}}, "step_size": 2.0}
 
 
 def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_server: httpx.Client) -> None:
@@ -150,7 +222,7 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
 
 
 @pytest.mark.parametrize(
-    ("control", "named"),
+    ("asked", "named"),
     [
         ({"objective": {"weights": {"nobody": 1.0}}}, "nobody"),
         ({"objective": {"weights": {"positive": 1.0}}, "steps": -1}, "steps"),
@@ -159,8 +231,8 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
         (7, "recontrol"),
     ],
 )
-def test_bad_control_is_a_400_of_vllms_own_server(plain_server: httpx.Client, control: Any, named: str) -> None:
-    refused = complete(plain_server, control)
+def test_bad_control_is_a_400_of_vllms_own_server(plain_server: httpx.Client, asked: Any, named: str) -> None:
+    refused = complete(plain_server, asked)
     assert refused.status_code == 400, refused.text
     assert named in refused.text
     ours = complete(plain_server, vllm_xargs={"recontrol_id": "recontrol-0"})

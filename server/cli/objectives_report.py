@@ -1,0 +1,96 @@
+"""The objectives study as Markdown, for the heads' own page: a table for each part. Enter at `objectives_tables`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from server.cli.tables import TITLES, interval, row, signed
+
+_COSTS = ("diversity", "nll", "kl")
+Cell = Callable[[str], str]
+"""An arm's name -> its cell."""
+
+
+def objectives_tables(result: dict[str, Any]) -> str:
+    """With 95% intervals over prompts."""
+    arms = result["arms"]
+    tables = [
+        *_worst_case(result["worst_case"], result["heads"], arms),
+        *_target(result["target"], arms),
+        *_floor(result["floor"], arms),
+        *_search(result["search"], arms),
+        "![What each objective did, and reward against time for each search](objectives.svg)",
+        f"`{result['command']}`, {result['num_prompts']} prompts x {result['sampling']['num_samples']}, "
+        f"{result['hardware']}, {result['dtype']}",
+    ]
+    return "\n\n".join(tables)
+
+
+def _worst_case(part: dict[str, Any], heads: Sequence[str], arms: dict[str, Any]) -> list[str]:
+    named = ", ".join(f"`{head}`" for head in heads)
+    columns: dict[str, Cell] = {"worst of a response": lambda arm: interval(arms[arm]["worst"])}
+    columns |= {f"`{head}`": _of(arms, "standardised", head) for head in heads}
+    return [
+        f"**Worst case** of {named}: rewards in standard deviations of each head's training reward. Over equal shares "
+        f"of as much ascent, the worst reward of a response changes by {signed(part['gain'])}.",
+        _table(part["arms"], columns | _costs(arms)),
+    ]
+
+
+def _target(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
+    head, missed = part["head"], part["missed_by"]
+    columns: dict[str, Cell] = {
+        "value after control": lambda arm: interval(arms[arm]["steered"][head]),
+        "missed by": lambda arm: interval(missed[arm]),
+        "value at the end": _of(arms, "values", head),
+        "reward": _of(arms, "rewards", head),
+    }
+    return [
+        f"**Target** for `{head}`, from one standard deviation below the mean of its training reward to one above. The "
+        "value after control is a response's mean; what that misses is in standard deviations.",
+        _table(part["levels"], columns | _costs(arms)),
+    ]
+
+
+def _floor(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
+    raised, kept = part["raised"], part["kept"]
+    columns = {f"`{head}`": _of(arms, "rewards", head) for head in (raised, kept)}
+    columns[f"value of `{kept}` at the end"] = _of(arms, "values", kept)
+    return [
+        f"**Floor** of {part['level']:g} under `{kept}` while `{raised}` is raised. With the floor `{raised}` changes "
+        f"by {signed(part['raised_over_base'])} over base, and `{kept}` by {signed(part['kept_over_alone'])} over "
+        "raising alone.",
+        _table(part["arms"], columns | _costs(arms)),
+    ]
+
+
+def _search(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
+    head, over = part["head"], part["both_over"]
+    *others, both = part["equal_time"]
+    columns: dict[str, Cell] = {
+        "reward": _of(arms, "rewards", head),
+        "seconds a response": lambda arm: f"{arms[arm]['response_s']:.2f}",
+        f"*{both}* over it": lambda arm: signed(over[arm]) if arm in over else "",
+        "value at the end": _of(arms, "values", head),
+    }
+    return [
+        f"**Search** for `{head}`. These take as many rows of each step: {', '.join(others)} and {both}.",
+        _table(part["arms"], columns | _costs(arms)),
+    ]
+
+
+def _of(arms: Mapping[str, Any], what: str, head: str) -> Cell:
+    return lambda arm: interval(arms[arm][what][head])
+
+
+def _costs(arms: Mapping[str, Any]) -> dict[str, Cell]:
+    def mean(metric: str) -> Cell:
+        return lambda arm: f"{arms[arm][metric]['mean']:.2f}"
+
+    return {TITLES[metric]: mean(metric) for metric in _COSTS}
+
+
+def _table(arms: Sequence[str] | Mapping[str, Any], columns: Mapping[str, Cell]) -> str:
+    lines = [row(["", *columns]), "|---" * (len(columns) + 1) + "|"]
+    return "\n".join([*lines, *(row([name, *(cell(name) for cell in columns.values())]) for name in arms)])
