@@ -88,7 +88,8 @@ class Eval(ModelCommand):
 
     head: CliPositionalArg[str] = Field(
         description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
-        "first is raised and searched for, the second kept at a floor, the last brought to targets"
+        "first is raised and searched for, the second kept at a floor, the last two raised by the worst case, the last "
+        "brought to targets"
     )
     study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
         "methods",
@@ -215,7 +216,9 @@ class Eval(ModelCommand):
         heads = list(dict.fromkeys(self.head.split(",")))
         registry.check(heads, param="head")
         if len(heads) < _MIN_OBJECTIVES_HEADS:
-            raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
+            raise ConfigurationError(
+                "head: the objectives study takes two or more, as in `positive,neutral,relevance,plain`"
+            )
         return ObjectivesSetup(
             cards={name: load_card(folder / name) for name in heads},
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
