@@ -36,8 +36,8 @@ def _worst_case(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
     columns |= {f"`{head}`": _of(arms, "standardised", head) for head in part["heads"]}
     return [
         f"**Worst case** of {one} and {other}: rewards in standard deviations of each head's training reward. Over "
-        f"equal shares of as much ascent the lower mean changes by {signed(part['gain_of_the_means'])}, and the lower reward "
-        f"of a response by {signed(part['gain_of_a_response'])}.",
+        f"equal shares of as much ascent the lower mean changes by {signed(part['gain_of_the_means'])}, and the lower "
+        f"reward of a response by {signed(part['gain_of_a_response'])}.",
         _table(part["arms"], columns | _costs(arms)),
     ]
 
