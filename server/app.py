@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
-from server.api import chat, completions, handlers, management, models, system, tokens
+from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.identity import Identity
 from server.api.gate.keys import KeyRing
@@ -23,6 +23,7 @@ from server.errors import ConfigurationError
 from server.settings import Settings
 from server.telemetry import Telemetry
 from server.types import ControlParams
+from server.watch import HeadWatch
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -44,9 +45,12 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         await engine.start()
         telemetry.bind(engine.info.model_id, engine.info.heads)
         check_pinned(app)
+        watch = _start_watch(settings, engine, telemetry)
         try:
             yield
         finally:
+            if watch is not None:
+                watch.cancel()
             await engine.stop()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
@@ -67,10 +71,17 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
 
         app.add_middleware(Tracing, provider=provider)
     app.add_middleware(Identity)
-    routers = [module.router for module in (completions, chat, models, tokens, system)]
-    for router in [*routers, management.router] if management_keys else routers:
+    routers = [module.router for module in (completions, chat, value, models, tokens, system)]
+    routers += [management.router] if management_keys else []
+    for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> asyncio.Task[None] | None:
+    if settings.heads_dir is None or settings.heads_poll_s is None:
+        return None
+    return asyncio.create_task(HeadWatch(engine, telemetry, settings.heads_dir, settings.heads_poll_s).run())
 
 
 def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) -> None:
@@ -89,7 +100,9 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) ->
         keys=keys,
         management_keys=management_keys,
         callers=Callers(limits),
-        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+        public_paths=PUBLIC_PATHS
+        | ({"/metrics"} if settings.public_metrics else set())
+        | (playground.PATHS if settings.playground else set()),
     )
     app.add_middleware(HeaderLimit)
 

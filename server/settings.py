@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,12 @@ from pydantic_settings import (
 )
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
+_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
+
+
+def _as_text(location: Any) -> Any:
+    return str(location) if isinstance(location, Path) else location
 
 
 class Settings(BaseSettings):
@@ -36,9 +42,14 @@ class Settings(BaseSettings):
 
     model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
-    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
-    engine: Literal["embedded", "fake"] = Field(
-        "embedded", description="fake answers without a model, for client tests"
+    heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+        None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
+    )
+    heads_poll_s: Annotated[float, Field(ge=1, description="look for changed heads in heads_dir so often")] | None = (
+        None
+    )
+    engine: Literal["embedded", "vllm", "fake"] = Field(
+        "embedded", description="vllm is for scale (extra vllm); fake answers without a model, for client tests"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
@@ -57,6 +68,7 @@ class Settings(BaseSettings):
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
     public_metrics: bool = Field(False, description="serve /metrics without a key")
+    playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
     requests_per_minute: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1, description="of each key, prompt and new ones")] | None = None
     concurrent_requests: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
@@ -69,6 +81,12 @@ class Settings(BaseSettings):
     kv_cache_gib: (
         Annotated[float, Field(gt=0, description="bound on keys and values; by default half the memory")] | None
     ) = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="devices that share each layer, with vllm")] = 1
+    pipeline_parallel_size: Annotated[int, Field(ge=1, description="devices with some layers each, with vllm")] = 1
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        None, description="how vllm starts its workers: ray for several machines"
+    )
+    vllm_options: dict[str, Any] = Field({}, description="more of vllm's engine arguments, as JSON")
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")
@@ -84,6 +102,20 @@ class Settings(BaseSettings):
             f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
             "127.0.0.1, or set allow_public_bind where something in front of the server keeps strangers out"
         )
+
+    @model_validator(mode="after")
+    def _poll_a_folder_that_may_change(self) -> Self:
+        if self.heads_poll_s is not None and self.heads_dir is None:
+            raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_the_engine(self) -> Self:
+        foreign = _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
+        return self
 
     @classmethod
     def settings_customise_sources(

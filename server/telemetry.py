@@ -6,10 +6,20 @@ nothing of engines or HTTP. Enter at `Telemetry`; to add a runtime metric, add o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    Summary,
+    generate_latest,
+)
 from prometheus_client.registry import Collector
 
 from server.control.state import HeldBy
@@ -30,6 +40,7 @@ _EDIT_S = (50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.0
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _KL_NATS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 _BUDGETS = (HeldBy.MAX_KL, HeldBy.MAX_RESPONSE_KL, HeldBy.MAX_SHIFT)
+_SIGNS = ("positive", "negative")
 _RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -64,6 +75,8 @@ class Telemetry:
         self._controlled = self._counter("controlled_tokens", "Tokens drawn under control", "head")
         self._value_before = self._histogram("value_before", "Head value before the edit", _value_buckets(), "head")
         self._value_after = self._histogram("value_after", "Head value after the edit", _value_buckets(), "head")
+        self._sizes_before = self._sizes("value_before_magnitude", "Size of head value before the edit, by its sign")
+        self._sizes_after = self._sizes("value_after_magnitude", "Size of head value after the edit, by its sign")
         self._kl = self._histogram("edit_kl", "KL from the base distribution, nats a token", _KL_NATS)
         self._shift = self._histogram("edit_shift_ratio", "Length of the shift over the state's", _RATIO)
         self._limited = self._counter("budget_limited_tokens", "Edits held back by a budget")
@@ -85,6 +98,8 @@ class Telemetry:
         for head in self._heads:
             for collector in (self._controlled, self._value_before, self._value_after):
                 collector.labels(self._model, head)
+            for sizes, sign in itertools.product((self._sizes_before, self._sizes_after), _SIGNS):
+                sizes.labels(self._model, head, sign)
 
     def render(self) -> bytes:
         """The exposition text for a scrape."""
@@ -104,8 +119,8 @@ class Telemetry:
             return
         for head in self._heads & edit.value_before.keys():
             self._controlled.labels(self._model, head).inc()
-            _observe_finite(self._value_before.labels(self._model, head), edit.value_before[head])
-            _observe_finite(self._value_after.labels(self._model, head), edit.value_after[head])
+            self._observe_value(self._value_before, self._sizes_before, head, edit.value_before[head])
+            self._observe_value(self._value_after, self._sizes_after, head, edit.value_after[head])
         _observe_finite(self._kl.labels(self._model), edit.kl)
         _observe_finite(self._shift.labels(self._model), edit.shift_ratio)
         self._limited.labels(self._model).inc(edit.held_by in _BUDGETS)
@@ -129,6 +144,16 @@ class Telemetry:
         self._running.labels(self._model).set(status.num_running)
         self._waiting.labels(self._model).set(status.num_waiting)
         self._kv_usage.labels(self._model).set(status.kv_cache_usage)
+
+    def _observe_value(self, values: Histogram, sizes: Summary, head: str, value: float) -> None:
+        _observe_finite(values.labels(self._model, head), value)
+        _observe_finite(sizes.labels(self._model, head, _SIGNS[value < 0]), abs(value))
+
+    def _sizes(self, name: str, text: str) -> Summary:
+        """What a histogram with bounds below zero has no sum for: a sum that can fall is no counter, and `rate` would
+        take each fall for a restart. One sum for each sign only grows; the mean is their difference over both counts.
+        """
+        return Summary(f"{_PREFIX}_{name}", text, ("model_name", "head", "sign"), registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, ("model_name", *labels), buckets=buckets, registry=self._registry)
@@ -157,10 +182,10 @@ class _VllmNames(Collector):
                 yield renamed
 
 
-def _observe_finite(histogram: Histogram, value: float) -> None:
-    """One NaN would make a histogram's sum NaN for good; `nonfinite_edits_total` counts what is left out here."""
+def _observe_finite(collector: Histogram | Summary, value: float) -> None:
+    """One NaN would make a sum NaN for good; `nonfinite_edits_total` counts what is left out here."""
     if math.isfinite(value):
-        histogram.observe(value)
+        collector.observe(value)
 
 
 def _value_buckets() -> tuple[float, ...]:

@@ -64,8 +64,6 @@ class SamplingParams(BaseModel):
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    ignore_eos: bool = False
-    """Go on past an end-of-sequence token, to `max_tokens`."""
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
@@ -157,6 +155,21 @@ class ControlParams(BaseModel):
 
 
 @dataclass(slots=True, frozen=True)
+class ScoringParams:
+    """Read the prompt instead of continuing it: what heads say of its states, without control.
+
+    The state at a position has read the prompt up to there and predicts the token after it, as the states did that
+    heads were trained on.
+    """
+
+    heads: tuple[str, ...]
+    per_token: bool = False
+    """Of every position as well, not of the last alone."""
+    hidden_state: bool = False
+    """Report the last position's state itself."""
+
+
+@dataclass(slots=True, frozen=True)
 class GenerationRequest:
     """One prompt and `num_choices` continuations of it. Choice i draws from the stream keyed by (seed, i).
 
@@ -168,9 +181,24 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     control: ControlParams | None = None
     num_choices: int = 1
+    structure: object | None = None
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
     best_of: int | None = None
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
+    scoring: ScoringParams | None = None
+    """With it there is one choice, without control, and `max_tokens` is 0."""
+
+    @property
+    def named_heads(self) -> dict[str, str]:
+        """Every head that it runs under, with the field that names it."""
+        named = {} if self.control is None else self.control.named_heads
+        return named if self.scoring is None else {**named, **dict.fromkeys(self.scoring.heads, "heads")}
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every position of the prompt is reported on, so that none may come from a cache."""
+        return self.sampling.prompt_logprobs or (self.scoring is not None and self.scoring.per_token)
 
     @property
     def search(self) -> Blocks | None:
@@ -191,7 +219,7 @@ class GenerationRequest:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1, before penalties, bias and sampling filters; `top` holds
+    """`logprob` in nats after control, at temperature 1, before bias, penalties, mask and filters; `top` holds
     (id, text, logprob)."""
 
     token_id: int
@@ -233,6 +261,18 @@ class ControlSummary:
 
 
 @dataclass(slots=True, frozen=True)
+class PromptValues:
+    """What was asked of a prompt's states by ScoringParams. Values are in reward units, not finite where a head's
+    number is not."""
+
+    values: dict[str, float]
+    token_values: dict[str, tuple[float, ...]] | None = None
+    """By head, of the state at each token of the prompt; the last is that of `values`."""
+    hidden_state: bytes | None = None
+    """The last state after the final norm, [D] little-endian float32; finite."""
+
+
+@dataclass(slots=True, frozen=True)
 class GenerationChunk:
     """One token of one choice (or, with no token, text that was held back, or the end).
 
@@ -247,6 +287,8 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_values: PromptValues | None = None
+    """With the last chunk of a request that has `scoring` and ended well."""
     finish_reason: FinishReason | None = None
     control: ControlSummary | None = None
     error: str | None = None

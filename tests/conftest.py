@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
+from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
 HIDDEN = 32
 VOCAB = 258
@@ -40,6 +43,15 @@ CONFIGS = {
     "wide_qwen2": lambda: Qwen2Config(**{**_ROPE, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of vLLM need it; `make test-vllm` sets RECONTROL_REQUIRE_VLLM, so that nothing there is skipped."""
+    if item.get_closest_marker("vllm") and not importlib.util.find_spec("vllm"):
+        if os.environ.get("RECONTROL_REQUIRE_VLLM"):
+            pytest.fail("vllm is not installed; `make test-vllm` installs it")
+        pytest.skip("vllm is not installed here; `make test-vllm` runs this")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,6 +128,18 @@ def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int 
 def on_device(head: ValueHead, device: str) -> ValueHead:
     """As if it had been loaded there: the layers are packed for their device when a head is made."""
     return head_from_tensors(head.type_name, {name: tensor.to(device) for name, tensor in head.state_dict().items()})
+
+
+def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
+    for name, head in heads.items():
+        card = HeadCard(
+            name=name, description="random", base_model=BaseModelCard(**identity),
+            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
+            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
+            command="pytest",
+        )  # fmt: skip
+        save_head(folder / name, head, card)
+    return folder
 
 
 def random_linear_head(seed: int) -> LinearHead:

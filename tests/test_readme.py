@@ -62,6 +62,17 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
         assert (page.parent / link).exists(), link
 
 
+def test_every_fault_has_tests_that_exist() -> None:
+    faults = README.partition("\n## Under load and faults\n")[2].partition("\n`recontrol bench --soak")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 9
+    source = "".join(path.read_text() for path in Path("tests").rglob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names
+        assert all(f"def {name}(" in source for name in names), row
+
+
 @pytest.mark.parametrize(
     ("field", "default", "largest"),
     [

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from server.api.resolution import MAX_PROMPT_SCORES
 from server.api.schemas import ChatBody, CompletionBody
+from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.settings import Settings
 
 TESTS = Path("tests/api/test_incidents.py")
@@ -45,6 +47,15 @@ def test_the_table_of_fields_has_every_field_and_no_other() -> None:
     rows = [line for line in FIELDS_TABLE.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
+
+
+def test_the_table_of_scoring_has_every_field_and_no_other() -> None:
+    scoring = _rest.partition("\n## Scoring texts\n")[2].partition("\n## ")[0]
+    rows = [line for line in scoring.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(ValueBody.model_fields)
+    assert f"{MAX_READ_TOKENS:,} tokens" in scoring
+    assert f"{MAX_PROMPT_SCORES:,} values" in scoring
 
 
 def test_the_settings_that_it_names_exist() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -26,6 +29,7 @@ from value_models.rewards import positive
 
 pytestmark = pytest.mark.slow
 HEADS = {"brevity", "neutral", "nontoxic", "plain", "positive", "relevance"}
+README = (Path(__file__).parent.parent / "README.md").read_text()
 PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge stand?", "Write a note to my boss."]
 CONTROLS: list[dict[str, Any] | None] = [
     None,
@@ -94,6 +98,58 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
             means.append(statistics.mean(positive([], [choice["message"]["content"] for choice in choices])))
             assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
     assert means[1] > means[0] + 0.1
+
+
+def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
+    """By what README's example sends, too."""
+    example = README.partition("/v1/value -H")[2].partition("-d '")[2].partition("'\n")[0]
+    texts = ["What a wonderful day, I love all of it!", "This is horrible. I hate every minute of it."]
+    question = {"role": "user", "content": "What do you think of the film?"}
+    answers = ["It is a delight from beginning to end.", "It is a stupid and ugly mess."]
+    chats = [[question, {"role": "assistant", "content": answer}] for answer in answers]
+    for body in (
+        json.loads(example),
+        {"model": f"{DEFAULT_MODEL}@positive", "input": texts},
+        {"model": DEFAULT_MODEL, "messages": chats},
+    ):
+        response = httpx.post(f"{url}/v1/value", json=body)
+        better, worse = (datum["values"]["positive"] for datum in response.json()["data"])
+        assert better > worse + 0.1
+
+
+MOVIE = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 40},
+        "year": {"type": "integer", "minimum": 1900, "maximum": 2030},
+        "genres": {"type": "array", "items": {"enum": ["comedy", "drama", "horror"]}, "minItems": 1, "maxItems": 2},
+        "director": {"anyOf": [{"type": "string", "maxLength": 30}, {"type": "null"}]},
+    },
+    "required": ["title", "year", "genres", "director"],
+    "additionalProperties": False,
+}
+
+
+def test_texts_of_twenty_seeds_hold_a_schema_with_control_and_without(url: str) -> None:
+    texts = []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for control in (None, CONTROLS[1]):
+            body: dict[str, Any] = {
+                "model": DEFAULT_MODEL,
+                "messages": [{"role": "user", "content": "Describe a film as JSON."}],
+                "max_tokens": 150,
+                "n": 20,
+                "seed": 1,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "movie", "schema": MOVIE}},
+                "control": control,
+            }
+            choices = client.post("/v1/chat/completions", json=body).json()["choices"]
+            texts.append([choice["message"]["content"] for choice in choices])
+            for choice, text in zip(choices, texts[-1], strict=True):
+                assert choice["finish_reason"] == "stop"
+                jsonschema.validate(json.loads(text), MOVIE)
+            assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
+    assert len({*texts[0], *texts[1]}) > 20
 
 
 def test_the_best_of_four_blocks_end_with_higher_values_than_one_and_the_text_follows(url: str) -> None:

@@ -46,6 +46,9 @@ class ControlledRound:
     data: TrainingData
     standard_B: Tensor
     """Rewards on the scale of the first round's."""
+    values: ValueHead
+    """What to expect of a state under that policy. Advantages by the first head's values would have another mean than
+    zero, and then all that sampling favours (top_p) would look as if it paid."""
     weight: float
 
 
@@ -71,12 +74,12 @@ def ascent_rows(
         return head.inputs_UD.clone()
     if metric == "covariance":
         return head.inputs_UD @ moments.metric(shrinkage)
-    rounds = [(data, standard_B, 1.0)]
+    rounds = [(data, standard_B, head, 1.0)]
     if controlled is not None:
-        rounds.append((controlled.data, controlled.standard_B, controlled.weight))
+        rounds.append((controlled.data, controlled.standard_B, controlled.values, controlled.weight))
     fisher_DD, gain_D = torch.zeros(head.hidden_size, head.hidden_size), torch.zeros(head.hidden_size)
-    for its_data, its_standard_B, weight in rounds:
-        values_N = _standardised_values(head, its_data)
+    for its_data, its_standard_B, its_values, weight in rounds:
+        values_N = _standardised_values(its_values, its_data)
         advantage_N = its_data.lambda_returns(its_standard_B, values_N, trace=trace) - values_N
         fisher, gain = natural_moments(its_data, its_data.tokens_of("train"), advantage_N)
         fisher_DD += weight * fisher
@@ -115,15 +118,18 @@ def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
 
 
-def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_N: Tensor) -> float:
+def ascent_gain(
+    head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_N: Tensor, *, values: ValueHead | None = None
+) -> float:
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
     E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the given tokens, with s the head's shift and A the reward less the
-    value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
-    that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
+    value, by `values` where it is not the head's own: small edits that cost k nats a token add about this times sqrt(k)
+    for each token of a response. On tokens that no fit has seen it compares ways uphill in seconds, without sampling.
+    Its noise is about the root of 2 / N.
     """
     earned, paid = 0.0, 0.0
-    advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(head, data)
+    advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(values or head, data)
     for chunk in tokens_N.split(CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
         change = torch.linalg.vecdot(slope_U @ head.folded_ascent(), data.logp_grads_ND[chunk].float())

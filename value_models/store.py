@@ -131,13 +131,19 @@ def load_card(folder: Path) -> HeadCard:
     """Raises HeadFileError."""
     path = folder / CARD_FILE
     try:
-        return HeadCard.model_validate_json(path.read_bytes())
+        return parse_card(path.read_bytes(), str(path))
     except OSError as error:
         raise HeadFileError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_card(data: bytes, where: str) -> HeadCard:
+    """A card's file; `where` it lies goes into messages. Raises HeadFileError."""
+    try:
+        return HeadCard.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise HeadFileError(f"{path} is not a head card: {where}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise HeadFileError(f"{where} is not a head card: {field}: {first['msg']}") from error
 
 
 def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:
@@ -147,17 +153,27 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
     try:
         # Read, not mapped: a server that has loaded a head must outlive the file's being written over.
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
-            raise HeadFileError(f"{path} is not the file that its card was written for (tensors_sha256 differs)")
+    except OSError as error:
+        raise HeadFileError(f"{path} cannot be loaded: {error}") from error
+    return head_from_bytes(data, card, str(path), device=device), card
+
+
+def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.device | str = "cpu") -> ValueHead:
+    """A file of tensors, which must be the card's own; `where` it lies goes into messages. Raises HeadFileError."""
+    if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
+        raise HeadFileError(f"{where} is not the file that its card was written for (tensors_sha256 differs)")
+    try:
         tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
         head = head_from_tensors(card.architecture.type, tensors)
-    except (OSError, SafetensorError, HeadShapeError) as error:
-        raise HeadFileError(f"{path} cannot be loaded: {error}") from error
+    except (SafetensorError, HeadShapeError) as error:
+        raise HeadFileError(f"{where} cannot be loaded: {error}") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise HeadFileError(f"{where} holds numbers that are not finite")
     if head.hidden_size != card.base_model.hidden_size:
         raise HeadFileError(
-            f"{path} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
+            f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
-    return head, card
+    return head
 
 
 def _digest(path: Path) -> str:

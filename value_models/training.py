@@ -111,14 +111,14 @@ def train_head(data: TrainingData, settings: TrainSettings, controlled: Training
     }
     if controlled is None:
         return TrainedHead(head, figures)
-    centred_B = center_by_prompt(controlled.reward_B, controlled.prompt_B)
-    second = ControlledRound(controlled, centred_B / scale, settings.controlled_weight)
+    second = _controlled_round(controlled, settings, scale)
     both = _with_ascent(values, data, moments, standard_B, settings, second)
     held_out_N = controlled.tokens_of("validation")
+    gains = [ascent_gain(h, controlled, second.standard_B, held_out_N, values=second.values) for h in (head, both)]
     figures["ascent_gain"] = round(ascent_gain(both, data, standard_B, validation_N), 4)
     figures["controlled_round"] = {
-        "ascent_gain_of_first_round_alone": round(ascent_gain(head, controlled, second.standard_B, held_out_N), 4),
-        "ascent_gain": round(ascent_gain(both, controlled, second.standard_B, held_out_N), 4),
+        "ascent_gain_of_first_round_alone": round(gains[0], 4),
+        "ascent_gain": round(gains[1], 4),
         "num_train_tokens": len(controlled.tokens_of("train")),
         "num_validation_tokens": len(held_out_N),
     }
@@ -156,6 +156,15 @@ def _fit_values(
         reward_mean=mean,
         reward_scale=scale,
     )
+
+
+def _controlled_round(controlled: TrainingData, settings: TrainSettings, scale: float) -> ControlledRound:
+    """`scale` is the standard deviation of the first round's rewards."""
+    standard_B = center_by_prompt(controlled.reward_B, controlled.prompt_B) / scale
+    moments = Moments.of(controlled.states_ND, controlled.tokens_of("train"))
+    target_N = standard_B[controlled.response_of_tokens()]
+    values = _fit_values(controlled, moments, target_N, settings, mean=0.0, scale=1.0)
+    return ControlledRound(controlled, standard_B, values, settings.controlled_weight)
 
 
 def _with_ascent(

@@ -1,6 +1,6 @@
 """Files that are there whole or not at all: written into a scratch file beside, which is then renamed.
 
-Enter at `write_whole` and `write_text`.
+Enter at `write_whole`, `write_bytes` and `write_text`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda scratch: _write(scratch, data))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda scratch: _write(scratch, text))
+    write_bytes(path, text.encode())
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

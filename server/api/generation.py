@@ -1,6 +1,7 @@
 """What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
-Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`.
+Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`, or
+at `queue` with requests that do not come from a body of theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -18,9 +19,18 @@ from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
 from server.api.resolution import check_scored, check_size, resolve_best_of, resolve_control, sampling_params
 from server.api.schemas import GenerationBody
+from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
-from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob, Usage
+from server.types import (
+    ControlSummary,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    TokenLogprob,
+    Usage,
+)
 
 _MIN_LOGPROB = -9999.0
 _Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
@@ -109,6 +119,7 @@ class Choice:
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    prompt_values: PromptValues | None = None
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -122,6 +133,7 @@ async def collect(generation: Generation) -> list[Choice]:
             choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
+                choice.prompt_values = chunk.prompt_values
     return choices
 
 
@@ -138,30 +150,54 @@ async def start(
     """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
     state = request.app.state
     engine: Engine = state.engine
-    info, context, num_choices = engine.info, context_of(request), body.n or 1
-    if state.is_draining:
-        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
+    info, num_choices = engine.info, body.n or 1
     control = resolve_control(body, info, state.pinned)
-    sampling = sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    requests = [
-        GenerationRequest(
+    asked = GenerationRequest(
+        request_id="",
+        prompt_token_ids=(),
+        sampling=sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+        control=control,
+        num_choices=num_choices,
+        structure=await structure_of(body.response_format, engine),
+        best_of=resolve_best_of(best_of, num_choices, control),
+    )
+    requests = requests_for(request, prompts, asked)
+    check_size(requests, info)
+    if prompt_logprobs:
+        check_scored(prompts, num_choices, logprobs or 0)
+    context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
+    return await queue(request, requests, timeout_s=body.timeout_s)
+
+
+def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
+    """What is asked, of each prompt, in the name of the caller."""
+    context = context_of(request)
+    return [
+        replace(
+            asked,
             request_id=f"{context.request_id}-{index}",
             prompt_token_ids=tuple(prompt),
-            sampling=sampling,
-            control=control,
-            num_choices=num_choices,
-            best_of=resolve_best_of(best_of, num_choices, control),
             # What is cached for one key must not tell another, by its timing, what was asked.
             cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
         )
         for index, prompt in enumerate(prompts)
     ]
-    check_size(requests, info)
-    if prompt_logprobs:
-        check_scored(prompts, num_choices, logprobs or 0)
-    context.facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    num_sequences = sum(request.num_sequences for request in requests)
-    charge = Charge(context.caller, sum(map(len, prompts)) + num_sequences * max_tokens)
+
+
+async def queue(
+    request: Request, requests: list[GenerationRequest], *, timeout_s: float | None, size_field: str = "max_tokens"
+) -> Generation:
+    """Queue requests that differ in their prompts alone; everything but the caller's limits must have been checked.
+
+    `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
+    with nothing left queued.
+    """
+    state, context = request.app.state, context_of(request)
+    engine: Engine = state.engine
+    if state.is_draining:
+        raise ShuttingDownError("The server is shutting down; it takes no new requests.")
+    most_tokens = sum(len(one.prompt_token_ids) + one.num_sequences * one.sampling.max_tokens for one in requests)
+    charge = Charge(context.caller, most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
         for generation_request in requests:
@@ -170,23 +206,25 @@ async def start(
         await _close(streams)
         charge.settle(0)
         raise
-    timeouts = [timeout_s for timeout_s in (body.timeout_s, state.request_timeout_s) if timeout_s is not None]
+    timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
-        prompts=prompts,
-        num_choices=num_choices,
+        prompts=[list(one.prompt_token_ids) for one in requests],
+        num_choices=requests[0].num_choices,
         streams=streams,
         charge=charge,
         timeout_s=min(timeouts, default=None),
-        is_traced=control is not None and control.trace,
+        is_traced=any(one.control is not None and one.control.trace for one in requests),
         facts=context.facts,
     )
 
 
 def shown(value: Any) -> Any:
-    """Figures of control as JSON has them: it has no NaN and no infinity, so null stands for both."""
+    """Figures of heads as JSON has them: it has no NaN and no infinity, so null stands for both."""
     if isinstance(value, dict):
         return {name: shown(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [shown(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

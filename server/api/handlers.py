@@ -82,9 +82,9 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
-    if first["type"] == "string_pattern_mismatch" and path[0] == "control":
+    if first["type"] == "string_pattern_mismatch" and path[0] in ("control", "heads"):
         # No head has such a name: a path, a URL, or code is never more than a name that is not known.
-        field = path[:-2] if path[-1] == "[key]" else path
+        field = path[:-2] if path[-1] == "[key]" else [part for part in path if isinstance(part, str)]
         unknown = UnknownHeadError(
             first["input"][:_SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(map(str, field))
         )

@@ -49,24 +49,32 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
 
     Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
     """
-    # The base's own id may hold an "@", so it is compared whole.
-    head = body.model.removeprefix(f"{info.model_id}@")
-    if body.model != info.model_id and head in ("", body.model):
-        raise UnknownModelError(body.model, model_ids(info))
-    if body.model != info.model_id:
+    head = head_of_model(body.model, info)
+    if head is not None:
         if body.control is not None:
             raise InvalidRequestError(
                 f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
                 "control",
                 param="control",
             )
-        if head not in info.heads:
-            raise UnknownHeadError(head, info.heads, param="model")
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(body.control, info.heads)
     return with_pinned(body.control, pinned)
+
+
+def head_of_model(model: str, info: EngineInfo) -> str | None:
+    """The head behind `base@head`; None for the base. Raises UnknownModelError, UnknownHeadError."""
+    # The base's own id may hold an "@", so it is compared whole.
+    if model == info.model_id:
+        return None
+    head = model.removeprefix(f"{info.model_id}@")
+    if head in ("", model):
+        raise UnknownModelError(model, model_ids(info))
+    if head not in info.heads:
+        raise UnknownHeadError(head, info.heads, param="model")
+    return head
 
 
 def with_pinned(

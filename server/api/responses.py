@@ -59,12 +59,7 @@ class ResponseWriter(ABC):
         """Answer, and abort what is unfinished when the client goes."""
         if self._is_streamed:
             return EventStream(self._events(), on_end=self._generation.close, request_id=self._request_id)
-        try:
-            return JSONResponse(await _unless_disconnected(self._request, self._whole()))
-        except ClientDisconnectedError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        finally:
-            await self._generation.close()
+        return await whole_response(self._request, self._generation, self._whole())
 
     async def _whole(self) -> dict[str, Any]:
         choices = [
@@ -103,6 +98,18 @@ class ResponseWriter(ABC):
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
         }
+
+
+async def whole_response(
+    request: Request, generation: Generation, content: Coroutine[Any, Any, dict[str, Any]]
+) -> Response:
+    """Answer with `content` once it is there, and abort what is unfinished when the client goes."""
+    try:
+        return JSONResponse(await _unless_disconnected(request, content))
+    except ClientDisconnectedError:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    finally:
+        await generation.close()
 
 
 def _choice(

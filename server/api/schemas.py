@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.api.fields import MAX_INTEGER, MAX_PROMPTS, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.api.structure import ResponseFormat
 from server.types import MAX_CHOICES, MAX_LOGPROBS, ControlParams, Penalty, RepetitionPenalty
 
 MAX_MESSAGES = 1024
@@ -55,6 +66,7 @@ class GenerationBody(BaseModel):
     """Goes into the access log."""
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
+    response_format: ResponseFormat | None = None
     control: ControlParams | None = None
 
     @model_validator(mode="before")
@@ -157,6 +169,20 @@ class ChatMessage(BaseModel):
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
+_ONE_CHAT, _CHATS = CHAT_FORMS = ("[chat]", "[chats]")
+
+
+def _chat_form(messages: Any) -> str:
+    return _CHATS if isinstance(messages, list) and messages and isinstance(messages[0], list) else _ONE_CHAT
+
+
+Chats = Annotated[
+    Annotated[Messages, Tag(_ONE_CHAT)]
+    | Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS), Tag(_CHATS)],
+    Discriminator(_chat_form),
+]
+"""One conversation, or a list of them."""
+
 _NO_TOOLS = "tools are not supported"
 
 
@@ -166,7 +192,6 @@ class ChatBody(GenerationBody):
         "tool_choice": _NO_TOOLS,
         "functions": _NO_TOOLS,
         "function_call": _NO_TOOLS,
-        "response_format": "structured output is not supported",
         "chat_template": "a template from a request is never rendered; the model's own is used",
         "chat_template_kwargs": "the model's own template is used as it is",
     }
@@ -206,11 +231,13 @@ class ErrorBody(BaseModel):
 def locate(body: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
     """The path of an error as the client writes it, and the fields that are allowed where its last part is.
 
-    pydantic puts the type that chooses among models into the path, where the body has nothing of that name.
+    pydantic puts the type or tag that chooses among forms into the path, where the body has nothing of that name.
     """
     written: list[str | int] = []
     holder, models = body, [body]
     for part in path:
+        if part in CHAT_FORMS:
+            continue
         chosen = [model for model in models if len(models) > 1 and part in _types_of(model)]
         if chosen:
             models = chosen
@@ -219,7 +246,7 @@ def locate(body: type[BaseModel], path: Sequence[str | int]) -> tuple[list[str |
         written.append(part)
         if isinstance(part, str) and part in holder.model_fields:
             models = _models_in(holder.model_fields[part].annotation)
-    return written, list(holder.model_fields)
+    return written, [field.alias or name for name, field in holder.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

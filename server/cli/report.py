@@ -31,7 +31,7 @@ class HeadsReport(HeadsCommand):
     into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
 
     def cli_cmd(self) -> None:
-        cards, transcripts = self.cards(), self.folder / TRANSCRIPT_FILE
+        cards, transcripts = self.cards(), Path(self.location) / TRANSCRIPT_FILE
         sections = {name: render(cards) for name, render in SECTIONS.items()}
         sections["transcript"] = transcript(transcripts) if transcripts.exists() else ""
         objectives = self.folder / OBJECTIVES_FILE

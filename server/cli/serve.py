@@ -26,6 +26,12 @@ class Serve(Settings):
             print(settings.model_dump_json(indent=2))
             return
         configure(self.log_format, self.log_level)
+        if self.engine != "fake":
+            # Not needed for --print-config, and slow to import.
+            from transformers.utils.logging import disable_progress_bar
+
+            # A bar is no record; and one that cannot be written, on a full disk, hangs in its own end for ever.
+            disable_progress_bar()
         # uvicorn shuts down cleanly on Ctrl-C and then raises it again.
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(settings))

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.errors import HeadMismatchError, UnknownHeadError
+from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
+from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
 from value_models.linear import PackedLinear
-from value_models.store import CARD_FILE, HeadCard, HeadFileError, load_head
+from value_models.store import HeadCard, HeadFileError
 
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
@@ -87,39 +88,43 @@ class HeadRegistry:
     @classmethod
     def load(
         cls,
-        folder: Path,
+        location: str | Path,
         base_model: dict[str, Any],
         *,
         device: torch.device | str = "cpu",
         skip_mismatched: bool = False,
     ) -> HeadRegistry:
-        """Load every head below `folder`.
+        """Load every head of a folder, or of a store by its URL.
 
-        One made for another model raises HeadMismatchError, or is left out with a warning if told so.
+        One made for another model raises HeadMismatchError, or is left out with a warning if told so; then there need
+        not be a folder either. What cannot be read raises ConfigurationError.
         """
+        if skip_mismatched and not Path(location).is_dir():
+            return cls({})
         heads: dict[str, ValueHead] = {}
         cards: dict[str, HeadCard] = {}
-        for card_path in sorted(folder.glob(f"*/{CARD_FILE}")):
+        try:
+            folder = open_heads(location)
+            names = folder.names()
+        except HeadFileError as error:
+            raise ConfigurationError(f"heads_dir: {error}") from error
+        for name in names:
             try:
-                head, card = load_head(card_path.parent, device=device)
+                head, card = folder.load(name, device=device)
             except HeadFileError as error:
                 raise HeadMismatchError(f"heads_dir: {error}") from error
             if differences := card.base_model.differences(base_model):
                 message = (
-                    f"The value head {card.name!r} in {card_path.parent} was not made for the model "
-                    f"{base_model['name']!r}: {'; '.join(differences)}. Train it for this model "
-                    "(`recontrol rollouts`, `recontrol train`), or serve from another --heads-dir."
+                    f"The value head {name!r} in {location} was not made for the model {base_model['name']!r}: "
+                    f"{'; '.join(differences)}. Train it for this model (`recontrol rollouts`, `recontrol train`), or "
+                    "serve from another --heads-dir."
                 )
                 if not skip_mismatched:
                     raise HeadMismatchError(message)
                 _log.warning("%s", message)
                 continue
-            if card.name != card_path.parent.name:
-                raise HeadMismatchError(
-                    f"heads_dir: {card_path} names its head {card.name!r}; the folder must have that name"
-                )
-            heads[card.name], cards[card.name] = head, card
-        _log.info("Loaded %d value heads from %s: %s", len(heads), folder, ", ".join(heads) or "none")
+            heads[name], cards[name] = head, card
+        _log.info("Loaded %d value heads from %s: %s", len(heads), location, ", ".join(heads) or "none")
         return cls(heads, cards)
 
     @property

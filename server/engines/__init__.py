@@ -12,6 +12,10 @@ def create_engine(settings: Settings, *, observer: EngineObserver | None = None)
         from server.engines.fake import FakeEngine
 
         return FakeEngine(observer=observer)
+    if settings.engine == "vllm":
+        from server.engines.vllm.engine import VllmEngine
+
+        return VllmEngine(settings, observer=observer)
     from server.engines.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(settings, observer=observer)

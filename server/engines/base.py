@@ -23,6 +23,8 @@ class EngineInfo:
     vocab_size: int
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> the head's card as plain JSON data."""
+    can_score: bool = False
+    """Whether requests may have `scoring`."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,9 +92,10 @@ class Engine(Protocol):
         """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
         """Token ids of role/content messages in the model's own chat template. From any thread.
 
+        They end where the model's answer begins or, if told to continue it, right behind the last message's text.
         Raises InvalidRequestError.
         """
         ...
@@ -103,6 +106,14 @@ class Engine(Protocol):
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
+        ...
+
+    async def compile_schema(self, schema: str) -> object:
+        """A JSON schema made ready for `GenerationRequest.structure`, without holding up the event loop.
+
+        Raises UnsupportedFieldError where this engine has no structured output, InvalidRequestError for a schema that
+        is malformed, not supported or too complex; the messages name no field.
+        """
         ...
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
@@ -140,9 +151,9 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             )
 
 
-def check_heads(control: ControlParams | None, heads: Collection[str]) -> None:
+def check_heads(asked: ControlParams | GenerationRequest | None, heads: Collection[str]) -> None:
     """Raises UnknownHeadError, which tells the field, for a name that is none of `heads`."""
-    if control is not None:
-        for name, param in control.named_heads.items():
+    if asked is not None:
+        for name, param in asked.named_heads.items():
             if name not in heads:
                 raise UnknownHeadError(name, heads, param=param)

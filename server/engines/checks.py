@@ -11,12 +11,18 @@ from server.types import GenerationRequest
 
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
-    check_heads(request.control, heads)
+    check_heads(request, heads)
+    if request.scoring is not None:
+        assert (request.num_choices, request.sampling.max_tokens, request.control) == (1, 0, None)
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
     for field in ("prompt", "stop_token_ids", "logit_bias"):
         check_token_ids(prompt if field == "prompt" else getattr(sampling, field), vocab_size, param=field)
+    if request.structure is not None and sampling.ignore_eos:
+        raise InvalidRequestError(
+            "ignore_eos: not allowed with response_format, whose schema says where the text ends", param="ignore_eos"
+        )
     if len(prompt) + sampling.max_tokens > max_model_len:
         raise ContextLengthError(
             f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they must not "

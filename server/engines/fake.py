@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,17 +18,19 @@ from typing import Any
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import StopMatcher
-from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError
+from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
 from server.types import (
     ControlSummary,
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    PromptValues,
     TokenEdit,
     TokenLogprob,
 )
 
 _LETTERS = b"etaoin shrdlu"
+_FAILED = "The fake engine failed as told."
 _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
 
 
@@ -47,7 +50,9 @@ class FakeEngine:
         fail_after: int | None = None,
         max_open: int = 1024,
     ) -> None:
-        self.info = EngineInfo("fake", max_model_len=4096, vocab_size=256, heads={name: dict(_CARD) for name in heads})
+        self.info = EngineInfo(
+            "fake", max_model_len=4096, vocab_size=256, can_score=True, heads={name: dict(_CARD) for name in heads}
+        )
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
         self._observer = observer or NullObserver()
@@ -66,8 +71,9 @@ class FakeEngine:
         del add_special_tokens
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return self.encode(text.removesuffix("\n") if continue_final_message else text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
@@ -77,6 +83,10 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
+
+    async def compile_schema(self, schema: str) -> object:
+        del schema
+        raise UnsupportedFieldError("the fake engine has no structured output")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:
@@ -119,14 +129,12 @@ class FakeEngine:
             values = dict.fromkeys(request.control.head_names, 0.5)
             edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, held_by=None, is_nonfinite=False)
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
-        reason = FinishReason.LENGTH if sampling.max_tokens == 0 else None
-        if reason is not None:
-            yield GenerationChunk(
-                index=index,
-                prompt_logprobs=scores if index == 0 else None,
-                finish_reason=reason,
-                control=_summary(edit),
-            )
+        reason = None
+        if sampling.max_tokens == 0:
+            end = GenerationChunk(index, prompt_logprobs=scores if index == 0 else None, control=_summary(edit))
+            end = await self._prompt_end(request, end)
+            reason = end.finish_reason
+            yield end
         num_tokens = 0
         for position in range(sampling.max_tokens):
             await asyncio.sleep(self._token_delay_s)
@@ -158,7 +166,7 @@ class FakeEngine:
                 prompt_logprobs=scores if position == index == 0 else None,
                 finish_reason=reason,
                 control=None if reason is None else _summary(edit),
-                error="The fake engine failed as told." if reason is FinishReason.ERROR else None,
+                error=_FAILED if reason is FinishReason.ERROR else None,
                 num_drawn=_num_drawn(request, index),
             )
             if reason is not None:
@@ -171,6 +179,15 @@ class FakeEngine:
             prompt_tokens=len(request.prompt_token_ids),
             generation_tokens=num_tokens,
         )
+
+    async def _prompt_end(self, request: GenerationRequest, chunk: GenerationChunk) -> GenerationChunk:
+        if request.scoring is not None:
+            await asyncio.sleep(self._token_delay_s)
+        if not self._is_running:
+            return replace(chunk, finish_reason=FinishReason.ABORT)
+        if self._fail_after == 0:
+            return replace(chunk, finish_reason=FinishReason.ERROR, error=_FAILED)
+        return replace(chunk, finish_reason=FinishReason.LENGTH, prompt_values=_prompt_values(request))
 
     def _token(self, request: GenerationRequest, index: int, position: int) -> int:
         key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
@@ -189,6 +206,27 @@ def _num_drawn(request: GenerationRequest, index: int) -> int:
 
 def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:
     return request.control is not None and edit is not None and request.control.breaks_guardrail(edit.value_after)
+
+
+def _prompt_values(request: GenerationRequest) -> PromptValues | None:
+    """Numbers from 0 to 1 that depend on the head and on all tokens up to the position; the state has four."""
+    scoring, tokens = request.scoring, request.prompt_token_ids
+    if scoring is None:
+        return None
+    by_head: dict[str, tuple[float, ...]] = {}
+    for name in scoring.heads:
+        digest = hashlib.blake2b(name.encode(), digest_size=4)
+        values: list[float] = []
+        for token_id in tokens:
+            digest.update(bytes([token_id]))
+            values.append(int.from_bytes(digest.digest()) / 2**32)
+        by_head[name] = tuple(values)
+    state = hashlib.blake2b(bytes(tokens), digest_size=4).digest()
+    return PromptValues(
+        values={name: values[-1] for name, values in by_head.items()},
+        token_values=by_head if scoring.per_token else None,
+        hidden_state=struct.pack("<4f", *state) if scoring.hidden_state else None,
+    )
 
 
 def _summary(edit: TokenEdit | None) -> ControlSummary | None:

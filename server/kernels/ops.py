@@ -1,4 +1,4 @@
-"""The vocabulary-sized work of a step, natively: None-safe faces are left to the callers.
+"""The vocabulary-sized work of a step, natively. Callers ask `can_run_natively` or `can_read_natively` first.
 
 Shapes: B rows of a step, R rows of an edit, V vocabulary.
 """

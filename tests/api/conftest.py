@@ -20,7 +20,7 @@ from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
-from tests.engines.test_contract import write_heads
+from tests.conftest import write_heads
 from value_models.heads import ValueHead
 
 

@@ -138,7 +138,6 @@ def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, cont
         ("messages.0.content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
         ("messages.0.content", [{"role": "user", "content": None}]),
         ("tools", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("chat_template", "{{ 1 }}"),
         ("chat_template_kwargs", {"tokenize": True}),
         ("top_logprobs", 3),
@@ -246,6 +245,26 @@ def test_a_failure_inside_says_nothing_of_the_inside(make_app: Callable[..., Fas
     assert response.headers["x-request-id"] in message
 
 
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "world"]])
+def test_a_failure_inside_in_mid_stream_is_an_error_event_that_says_nothing_of_the_inside(
+    make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch, prompt: Any
+) -> None:
+    app = make_app()
+    token = type(app.state.engine)._token
+    monkeypatch.setattr(app.state.engine, "_token", lambda *args: token(app.state.engine, *args) // (2 - args[-1]))
+    with TestClient(app) as client:
+        response = complete(client, stream=True, prompt=prompt)
+        events = response.text.split("\n\n")
+        assert complete(client, max_tokens=2).status_code == 200
+    assert sum('"choices"' in event for event in events) >= 2
+    error = json.loads(events[-3].removeprefix("data: "))["error"]
+    assert error["code"] == "internal_error"
+    assert "division" not in error["message"]
+    assert response.headers["x-request-id"] in error["message"]
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert app.state.engine.num_open == 0
+
+
 def test_a_choice_that_fails_is_a_500_or_an_error_event(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(fail_after=2)) as client:
         assert complete(client).status_code == 500
@@ -310,6 +329,30 @@ def test_json_may_be_called_so_in_any_spelling(client: TestClient, media_type: s
 def test_a_length_that_is_none_is_a_413(client: TestClient, length: str) -> None:
     response = client.post("/v1/completions", content=b"{}", headers={"content-length": length})
     assert response.status_code == 413
+
+
+async def test_a_client_that_goes_before_its_body_is_whole_is_answered_nothing_and_asks_for_nothing(
+    make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app()
+    asked: list[Any] = []
+    app.state.engine.generate = asked.append
+    received = [{"type": "http.request", "body": b'{"model": "fa', "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return received.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+             "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+             "scheme": "http", "http_version": "1.1", "root_path": ""}  # fmt: skip
+    await app(scope, receive, send)
+    assert (sent, asked) == ([], [])
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_headers_that_are_too_large_are_a_431_in_our_body(client: TestClient) -> None:

@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "repetition_penalty": (1.2, 1.2),
 }
 NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_logprobs", "stream", "stream_options",
-                "user", "timeout_s", "control", "max_completion_tokens", "best_of"}  # fmt: skip
+                "user", "timeout_s", "control", "max_completion_tokens", "response_format", "best_of"}  # fmt: skip
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def keyed_url(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 
 @pytest.mark.parametrize("host", [b"a/health", b"a?/health", b"a#/health", b"health@a", b"a\\health", b"", b"/health?"])
 @pytest.mark.parametrize(
-    "target", [b"/v1/models", b"http://a/health", b"//health", b"/health/../v1/models", b"/health;x"]
+    "target",
+    [b"/v1/models", b"http://a/health", b"//health", b"/health/../v1/models", b"/health;x", b"//"],
 )
 def test_no_host_header_makes_a_path_public(keyed_url: str, host: bytes, target: bytes) -> None:
     """CVE-2026-48746 (vLLM): the path that needs no key was taken from the Host header."""
@@ -118,16 +119,18 @@ LARGE: dict[str, Any] = {
     "control": {"objective": {"weights": {f"h{i}": 1.0 for i in range(200_000)}}},
     "messages": [{"role": "user", "content": ""}] * 100_000,
     "tokens": [1] * 1_000_000,
+    "input": ["a"] * 500_000,
+    "heads": ["a"] * 500_000,
 }
 
 
 @pytest.mark.parametrize("field", LARGE)
 def test_every_list_and_map_has_a_length_that_is_checked_first(make_app: Callable[..., FastAPI], field: str) -> None:
     """vLLM #51447: 500,000 stop strings cost 54 seconds."""
-    path = {"messages": "/v1/chat/completions", "tokens": "/detokenize"}.get(field, "/v1/completions")
-    content = json.dumps(
-        {"model": "fake", **({"prompt": "hi"} if path == "/v1/completions" else {}), field: LARGE[field]}
-    )
+    paths = {"messages": "/v1/chat/completions", "tokens": "/detokenize", "input": "/v1/value", "heads": "/v1/value"}
+    path = paths.get(field, "/v1/completions")
+    needed = {"/v1/completions": {"prompt": "hi"}, "/v1/value": {"input": "hi"}}.get(path, {})
+    content = json.dumps({"model": "fake", **needed, field: LARGE[field]})
     with TestClient(make_app(settings={"max_body_bytes": 2**23})) as client:
         started_s = time.monotonic()
         response = client.post(path, content=content, headers=JSON)
@@ -247,6 +250,15 @@ def test_a_stop_string_is_a_literal() -> None:
     assert time.monotonic() - started_s < 5
 
 
+@pytest.mark.parametrize("schema", [{"pattern": "(a+)+$"}, {"items": {"patternProperties": {"(a+)+$": {}}}}])
+def test_a_schema_brings_no_regular_expression(client: TestClient, schema: dict[str, Any]) -> None:
+    """Regular expressions from users: a JSON schema may hold them, and none is compiled."""
+    wrapper = {"name": "a", "schema": schema}
+    response = complete(client, response_format={"type": "json_schema", "json_schema": wrapper})
+    assert response.status_code == 400
+    assert "regular expressions from requests are not run" in response.json()["error"]["message"]
+
+
 def test_headers_bodies_and_nesting_are_bounded(make_app: Callable[..., FastAPI]) -> None:
     """CVE-2025-48956 (vLLM): huge headers ended the server."""
     with serving(make_app()) as url:
@@ -312,6 +324,11 @@ CHOICES: dict[str, list[Any]] = {
     "seed": [-(2**63), 2**63 - 1],
     "max_tokens": [1, 5],
     "timeout_s": [30],
+    "response_format": [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["<eos>", 1, None]}}},
+    ],
     "control": [
         {"objective": {"weights": {"positive": 10, "plain": -10}}, "steps": 100, "step_size": 10, "max_shift": 2},
         {"objective": {"weights": {"positive": -1e-300}}, "steps": 0, "max_kl": 1e-300},
@@ -346,8 +363,9 @@ def test_any_parameters_together_are_served_or_refused_and_the_engine_lives(
     client = made["client"]
     body = {name: data.draw(st.sampled_from(CHOICES[name]), label=name) for name in names}
     response = complete(client, **{"max_tokens": 3, "model": "tiny", "prompt": "<eos>hé", **body})
-    assert response.status_code == 200, response.text
-    assert '"error"' not in response.text
+    is_endless = "ignore_eos" in body and body.get("response_format", {"type": "text"})["type"] != "text"
+    assert response.status_code == (400 if is_endless else 200), response.text
+    assert ('"error"' in response.text) == is_endless
     assert client.get("/health").status_code == 200
 
 

@@ -12,7 +12,8 @@ NAMES = {
     "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "prompt_tokens",
     "generation_tokens", "request_success", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
     "request_prompt_tokens", "request_generation_tokens", "edit_duration_seconds", "controlled_tokens",
-    "value_before", "value_after", "edit_kl", "edit_shift_ratio", "budget_limited_tokens", "nonfinite_edits",
+    "value_before", "value_after", "value_before_magnitude", "value_after_magnitude", "edit_kl", "edit_shift_ratio",
+    "budget_limited_tokens", "nonfinite_edits",
 }  # fmt: skip
 
 

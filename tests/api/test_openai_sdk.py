@@ -139,3 +139,65 @@ async def test_a_cancelled_task_frees_its_slot(app: FastAPI, url: str) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(eventually, lambda: app.state.engine.num_open == 0)
+
+
+@pytest.mark.parametrize("end", ["close", "cancel"])
+async def test_an_async_stream_that_is_left_frees_its_slot(app: FastAPI, url: str, end: str) -> None:
+    async with openai.AsyncOpenAI(base_url=url, api_key=KEY) as sdk:
+        seen: list[str] = []
+
+        async def read() -> None:
+            stream = await sdk.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=4000, stream=True)
+            async for event in stream:
+                seen.append(event.choices[0].delta.content or "")
+                if end == "close" and len(seen) == 3:
+                    await stream.close()
+                    return
+
+        task = asyncio.create_task(read())
+        while len(seen) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(eventually, lambda: app.state.engine.num_open == 0)
+
+
+async def test_the_async_client_reads_raw_responses_of_a_chat(url: str) -> None:
+    options: Any = {"model": "fake", "messages": MESSAGES, "max_tokens": 3, "seed": 1}
+    async with openai.AsyncOpenAI(base_url=url, api_key=KEY) as sdk:
+        raw = await sdk.chat.completions.with_raw_response.create(**options, extra_headers={"X-Request-Id": "mine-2"})
+        assert raw.headers["x-request-id"] == raw.request_id == "mine-2"
+        whole = raw.parse().choices[0].message.content
+        streaming = sdk.chat.completions.with_streaming_response.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+        async with streaming as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            events = [event async for event in await response.parse()]
+        assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == whole
+        assert events[-1].usage.completion_tokens == 3
+
+
+def test_a_stream_whose_next_token_does_not_come_in_time_is_a_timeout(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app(token_delay_s=0.6)
+    with (
+        serving(app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=0.2) as sdk,
+        pytest.raises(openai.APITimeoutError),
+    ):
+        list(sdk.completions.create(model="fake", prompt="hi", max_tokens=9, stream=True))
+    assert eventually(lambda: app.state.engine.num_open == 0)
+
+
+def test_a_deadline_of_ours_is_an_error_that_the_sdk_does_not_try_again(app: FastAPI, sdk: openai.OpenAI) -> None:
+    options: Any = {"model": "fake", "prompt": "hi", "max_tokens": 4000, "extra_body": {"timeout_s": 0.1}}
+    asked: list[object] = []
+    generate = app.state.engine.generate
+    app.state.engine.generate = lambda request: asked.append(request) or generate(request)
+    with pytest.raises(openai.InternalServerError, match="not complete after") as caught:
+        sdk.with_options(max_retries=2).completions.create(**options)
+    assert caught.value.status_code == 504
+    assert len(asked) == 1
+    with pytest.raises(openai.APIError, match="not complete after"):
+        list(sdk.completions.create(**options, stream=True))

@@ -118,3 +118,14 @@ def test_looks_into_our_own_engine_come_alone_and_say_where() -> None:
     assert "| native kernels, positive + plain | 20.0 | 1.0 | 26.0 | 1.040 |" in bodies["bench-step"]
     assert "| 4 | 0.0200 | -0.0200 |" in bodies["bench-quantization"]
     assert all("commit abc" in body for body in bodies.values())
+
+
+def test_control_inside_vllm_is_told_as_time_over_plain_vllm_by_turns_of_one_run() -> None:
+    def timed(*seconds: float) -> dict[str, Any]:
+        return {"batches": {"1": {**batch(1, 1), "seconds": list(seconds)}}}
+
+    arms = {"vllm": timed(2.0, 4.0, 5.0), "vllm-control-1-head": timed(2.2, 4.0, 5.25)}
+    result = {**RESULT, "settings": {**RESULT["settings"], "batch_sizes": [1, 8]}, "offline": arms, "online": None}
+    rows = sections(result)["bench-vllm"].splitlines()
+    assert rows[2] == "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | - |"
+    assert "bench-vllm" not in sections(RESULT)

@@ -1,10 +1,13 @@
 from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from server.control import budget as budget_module
 from server.control.budget import (
+    Divergence,
     GeneralDivergence,
     LinearDivergence,
     largest_linear_scale,
@@ -98,6 +101,7 @@ def test_a_shift_of_one_token_far_above_the_rest_keeps_its_budget(way: Callable[
     scale, kl = way(base, delta, budget)
     truth = exact_kl(base, delta, scale)
     assert (truth <= budget).all()
+    assert (scale > 0).all()
     torch.testing.assert_close(kl.double(), truth, rtol=0, atol=2e-5)
 
 
@@ -110,3 +114,49 @@ def test_the_error_of_a_divergence_is_within_the_margin_that_budgets_leave() -> 
         assert (whole == 1).all()
         for kl in (LinearDivergence(base, shift.expand(16, -1))(torch.ones(16)), native_kl):
             assert (truth - kl.double()).max() < budget_module.ROUNDING_NATS / 2
+
+
+class Counting:
+    """A divergence that counts how often it is evaluated."""
+
+    def __init__(self, divergence: Divergence, sizes: list[int]) -> None:
+        self._divergence, self.sizes = divergence, sizes
+
+    def __call__(self, scale_R: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(scale_R))
+        return self._divergence(scale_R)
+
+    def root_slope(self) -> torch.Tensor:
+        return self._divergence.root_slope()
+
+    def take(self, rows: torch.Tensor) -> Divergence:
+        return Counting(self._divergence.take(rows), self.sizes)
+
+
+@pytest.mark.parametrize(("base_scale", "delta_scale"), [(1.0, 1.0), (3.0, 2.0)])
+@pytest.mark.parametrize("budget", [0.05, 0.3, 0.5])
+def test_an_ordinary_edit_is_within_three_percent_of_its_budget_after_few_evaluations(
+    base_scale: float, delta_scale: float, budget: float
+) -> None:
+    torch.manual_seed(3)
+    base, delta = torch.randn(16, 5000) * base_scale, torch.randn(16, 5000) * delta_scale
+    counting = Counting(LinearDivergence(base, delta), [])
+    scale, kl = largest_scale(counting, torch.full((16,), budget))
+    assert ((kl >= 0.97 * (budget - budget_module.ROUNDING_NATS)) | (scale == 1)).all()
+    # The whole edit, for all rows; then few more, for those that are over.
+    assert counting.sizes[0] == 16
+    assert len(counting.sizes) <= 1 + 4
+
+
+def test_both_ways_through_the_search_give_the_same() -> None:
+    torch.manual_seed(4)
+    base, delta = (
+        torch.randn(6, 400) * 3,
+        torch.randn(6, 400) * torch.tensor([0.01, 0.1, 1.0, 3.0, 10.0, 100.0])[:, None],
+    )
+    limit = torch.full((6,), 0.3)
+    scale, kl = largest_scale(LinearDivergence(base, delta), limit)
+    with mock.patch.object(torch.Tensor, "device", SimpleNamespace(type="cuda")):
+        scale_on_gpu, kl_on_gpu = largest_scale(LinearDivergence(base, delta), limit)
+    assert torch.equal(scale, scale_on_gpu)
+    assert torch.equal(kl, kl_on_gpu)

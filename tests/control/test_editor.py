@@ -1,5 +1,6 @@
 """The laws of the edit, on a random LM head."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from server.control.editor import StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.types import ControlParams
-from tests.conftest import HIDDEN, control
+from tests.conftest import HIDDEN, control, random_head, random_linear_head
 from value_models.heads import ValueHead
 from value_models.linear import PackedLinear
 
@@ -163,10 +164,13 @@ def test_a_rows_edit_is_the_same_bits_alone_and_among_others(registry: HeadRegis
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_nonfinite_edit_keeps_the_state_is_counted_and_touches_no_neighbour(hidden: Tensor, bad: float) -> None:
+@pytest.mark.parametrize("make_head", [random_head, random_linear_head])
+def test_a_nonfinite_edit_keeps_the_state_is_counted_and_touches_no_neighbour(
+    hidden: Tensor, bad: float, make_head: Callable[[int], ValueHead]
+) -> None:
     broken = control({"broken": 1.0})
     good = control({"good": 1.0})
-    heads = {"good": _head(), "broken": _head()}
+    heads = {"good": random_head(5), "broken": make_head(5)}
     heads["broken"].ascent_UD.fill_(bad)
     logits, stats = EDITOR.logits(hidden, plan_of(HeadRegistry(heads), [good, broken, good, broken, None, None, None]))
     alone, _ = EDITOR.logits(hidden, plan_of(HeadRegistry(heads), [good, None, good, None, None, None, None]))
@@ -174,12 +178,6 @@ def test_a_nonfinite_edit_keeps_the_state_is_counted_and_touches_no_neighbour(hi
     by_head = {group.group.stack.names: group for group in stats}
     assert by_head["broken",].is_nonfinite_R.all()
     assert not by_head["good",].is_nonfinite_R.any()
-
-
-def _head() -> ValueHead:
-    from tests.conftest import random_head
-
-    return random_head(5)
 
 
 def test_control_raises_the_predicted_value_and_a_negative_weight_lowers_it(

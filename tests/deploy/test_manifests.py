@@ -132,7 +132,7 @@ def test_a_manifest_is_valid_by_the_schemas_of_kubernetes(name: str) -> None:
     check([validate, "--strict", str(BASE / name)])
 
 
-@pytest.mark.parametrize("variant", ["base", "cuda"])
+@pytest.mark.parametrize("variant", ["base", "cuda", "object-store"])
 def test_kustomize_renders_what_is_valid(variant: str, tmp_path: Path) -> None:
     kubectl = require("kubectl", "kubernetes.io/docs/tasks/tools", is_optional=True)
     validate = require("kubernetes-validate", "Python package kubernetes-validate")
@@ -140,7 +140,12 @@ def test_kustomize_renders_what_is_valid(variant: str, tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(rendered)
     check([validate, "--strict", str(tmp_path / "all.yaml")])
     kinds = [document["kind"] for document in yaml.safe_load_all(rendered)]
-    assert sorted(kinds) == sorted(load(BASE / name)["kind"] for name in RESOURCES)
+    has_volume = variant != "object-store"
+    expected = [
+        kind for name in RESOURCES if (kind := load(BASE / name)["kind"]) != "PersistentVolumeClaim" or has_volume
+    ]
+    assert sorted(kinds) == sorted(expected)
+    assert ("heads" in rendered.partition("volumes:")[2].partition("---")[0]) == has_volume
     assert ("nvidia.com/gpu" in rendered) == (variant == "cuda")
     assert f"image: registry.example.com/recontrol:{'cuda' if variant == 'cuda' else 'cpu'}" in rendered
 
@@ -191,6 +196,22 @@ def test_every_setting_in_the_configuration_is_one_and_has_a_valid_value(monkeyp
         assert name.removeprefix("RECONTROL_").lower() in Settings.model_fields
         monkeypatch.setenv(name, value)
     assert str(Settings().heads_dir) == next(m["mountPath"] for m in SERVER["volumeMounts"] if m["name"] == "heads")
+
+
+def test_with_an_object_store_the_heads_are_a_url_the_volume_goes_and_https_may_go_out() -> None:
+    patches = load(DEPLOY / "kubernetes/object-store/kustomization.yaml")["patches"]
+    by_kind = {patch["target"]["kind"]: yaml.safe_load(patch["patch"]) for patch in patches}
+    (change,) = by_kind["ConfigMap"]
+    assert change["path"] == "/data/RECONTROL_HEADS_DIR"
+    assert Settings(heads_dir=change["value"], heads_poll_s=60).heads_dir == "s3://my-bucket/heads"
+    assert [step["path"] for step in by_kind["Deployment"]] == [
+        "/spec/template/spec/containers/0/volumeMounts/0",
+        "/spec/template/spec/volumes/0",
+    ]
+    assert SERVER["volumeMounts"][0]["name"] == POD["volumes"][0]["name"] == "heads"
+    assert by_kind["PersistentVolumeClaim"]["$patch"] == "delete"
+    (egress,) = by_kind["NetworkPolicy"]
+    assert {port["port"] for rule in egress["value"] for port in rule["ports"]} == {53, 443}
 
 
 def test_everything_selects_the_pods_of_the_deployment() -> None:

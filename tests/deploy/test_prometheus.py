@@ -28,8 +28,13 @@ from tests.deploy.conftest import (
 pytestmark = pytest.mark.deploy
 RULES = DEPLOY / "prometheus"
 PANELS = json.loads((DEPLOY / "grafana/dashboards/recontrol.json").read_text())["panels"]
-SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
-LABELS = {"model_name", "head", "finished_reason", "le"}
+SUFFIXES = {
+    "histogram": ("_bucket", "_sum", "_count"),
+    "summary": ("_sum", "_count"),
+    "counter": ("_total",),
+    "gauge": ("",),
+}
+LABELS = {"model_name", "head", "finished_reason", "le", "sign"}
 TARGET_LABELS = {"job", "instance"}
 # The fake engine edits nothing, so nothing is observed of how long an edit takes.
 NOT_FROM_THE_FAKE_ENGINE = "recontrol_edit_duration_seconds"

@@ -1,44 +1,45 @@
-"""What every engine promises, held for the fake and the embedded one alike, and what the embedded one adds."""
+"""What every engine promises, for the fake, the embedded and the vLLM one, and what the embedded one adds."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.engines.base import Engine
 from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import (
+    ConfigurationError,
     ContextLengthError,
     EngineStoppedError,
     HeadMismatchError,
     InvalidRequestError,
     OverloadedError,
     UnknownHeadError,
+    UnsupportedFieldError,
 )
 from server.settings import Settings
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from tests.conftest import control
+from server.types import (
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    SamplingParams,
+    ScoringParams,
+)
+from tests.conftest import control, write_heads
 from value_models.heads import ValueHead
-from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
-
-def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
-    for name, head in heads.items():
-        card = HeadCard(
-            name=name, description="random", base_model=BaseModelCard(**identity),
-            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
-            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
-            command="pytest",
-        )  # fmt: skip
-        save_head(folder / name, head, card)
-    return folder
+# The loop that the vLLM engine of the session lives on.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest.fixture
@@ -57,12 +58,22 @@ def settings(
     )
 
 
-@pytest.fixture(params=["fake", "embedded"])
+@pytest_asyncio.fixture(
+    loop_scope="session",
+    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])],
+)
 async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
-    engine: Engine = FakeEngine(max_open=8) if request.param == "fake" else EmbeddedEngine(settings)
+    engine: Engine
+    if request.param == "fake":
+        engine = FakeEngine(max_open=8)
+    elif request.param == "embedded":
+        engine = EmbeddedEngine(settings)
+    else:
+        engine = request.getfixturevalue("vllm_engine")
     await engine.start()
     yield engine
-    await engine.stop()
+    if request.param != "vllm":
+        await engine.stop()
 
 
 def ask(name: str = "r", **options: Any) -> GenerationRequest:
@@ -151,6 +162,38 @@ async def test_beyond_its_limit_an_engine_is_overloaded_and_recovers(engine: Eng
     assert await everything(engine, ask())
 
 
+async def test_an_engine_that_has_not_been_started_says_so(settings: Settings) -> None:
+    engine = EmbeddedEngine(settings)
+    for use in (
+        lambda: engine.info,
+        lambda: engine.encode("a"),
+        lambda: engine.decode([1]),
+        lambda: engine.generate(ask()),
+    ):
+        with pytest.raises(EngineStoppedError):
+            use()
+    with pytest.raises(EngineStoppedError):
+        await engine.load_head("plain")
+    assert not engine.status().is_running
+
+
+async def test_starting_again_changes_nothing_for_what_runs(engine: Engine) -> None:
+    stream = engine.generate(ask(sampling={"max_tokens": 60}))
+    await anext(stream.__aiter__())
+    await engine.start()
+    (reason,) = [chunk.finish_reason async for chunk in stream if chunk.finish_reason]
+    assert reason in (FinishReason.LENGTH, FinishReason.STOP)
+
+
+async def test_messages_that_the_models_template_refuses_are_a_clear_error(embedded: EmbeddedEngine) -> None:
+    embedded._tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidRequestError, match=r"messages: .*roles must alternate"):
+        embedded.encode_chat([{"role": "user", "content": "hi"}])
+    embedded._tokenizer.chat_template = None
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        embedded.encode_chat([{"role": "user", "content": "hi"}])
+
+
 async def test_a_stopped_engine_refuses(engine: Engine) -> None:
     assert engine.status().is_running
     await engine.stop()
@@ -159,7 +202,7 @@ async def test_a_stopped_engine_refuses(engine: Engine) -> None:
         engine.generate(ask())
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def embedded(settings: Settings) -> AsyncIterator[EmbeddedEngine]:
     engine = EmbeddedEngine(settings)
     await engine.start()
@@ -214,6 +257,31 @@ async def test_heads_of_another_model_are_refused_with_what_differs(
         await EmbeddedEngine(other).start()
 
 
+@pytest.mark.parametrize(
+    ("file", "what"), [("head.safetensors", "cannot be loaded|not the file"), ("card.json", "card")]
+)
+async def test_a_heads_folder_with_a_broken_file_is_refused_and_the_file_named(
+    settings: Settings, file: str, what: str
+) -> None:
+    assert settings.heads_dir is not None
+    (Path(settings.heads_dir) / "plain" / file).write_bytes(b"broken")
+    with pytest.raises(HeadMismatchError, match=f"heads_dir: .*plain/{file}.*({what})"):
+        await EmbeddedEngine(settings).start()
+
+
+async def test_a_head_in_a_folder_of_another_name_is_refused(settings: Settings) -> None:
+    assert settings.heads_dir is not None
+    folder = Path(settings.heads_dir)
+    (folder / "plain").rename(folder / "fancy")
+    with pytest.raises(HeadMismatchError, match="'plain'; the folder must have that name"):
+        await EmbeddedEngine(settings).start()
+
+
+async def test_a_heads_folder_that_is_not_there_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"heads_dir: .*nowhere is not a folder"):
+        await EmbeddedEngine(settings.model_copy(update={"heads_dir": tmp_path / "nowhere"})).start()
+
+
 async def test_a_model_that_only_shares_its_name_is_served_without_the_shipped_heads(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[..., Path]
 ) -> None:
@@ -244,3 +312,58 @@ async def test_a_stop_token_ends_the_text_and_gives_none(engine: Engine) -> None
     chunks = await everything(engine, ask(sampling={"stop_token_ids": (tokens[third],)}))
     assert [c.token_ids[0] for c in chunks] == tokens[: third + 1]
     assert (chunks[-1].text, chunks[-1].finish_reason) == ("", FinishReason.STOP)
+
+
+async def test_a_prompt_is_read_without_a_token_being_drawn(engine: Engine) -> None:
+    if not engine.info.can_score:
+        pytest.skip("it only generates")
+    scoring = ScoringParams(("plain", "positive"), per_token=True, hidden_state=True)
+    request = ask(sampling={"max_tokens": 0}, scoring=scoring)
+    (first,), (second,) = await asyncio.gather(everything(engine, request), everything(engine, request))
+    assert (first.finish_reason, first.token_ids, first.text) == (FinishReason.LENGTH, (), "")
+    told = first.prompt_values
+    assert told is not None
+    assert told.token_values is not None
+    assert list(told.values) == list(told.token_values) == ["plain", "positive"]
+    assert {name: values[-1] for name, values in told.token_values.items()} == told.values
+    assert {len(values) for values in told.token_values.values()} == {2}
+    assert len(told.hidden_state or b"") % 4 == 0
+    last_alone = replace(request, scoring=ScoringParams(("positive",)))
+    (third,) = await everything(engine, last_alone)
+    assert second.prompt_values == told
+    assert third.prompt_values == PromptValues({"positive": told.values["positive"]})
+
+
+async def test_a_prompt_is_not_read_by_a_head_that_is_unknown(engine: Engine) -> None:
+    if not engine.info.can_score:
+        pytest.skip("it only generates")
+    with pytest.raises(UnknownHeadError, match="plain, positive") as raised:
+        engine.generate(ask(sampling={"max_tokens": 0}, scoring=ScoringParams(("nobody",))))
+    assert raised.value.param == "heads"
+
+
+async def test_a_chat_that_goes_on_ends_behind_its_last_messages_text(engine: Engine) -> None:
+    asked = [{"role": "user", "content": "hello"}]
+    answered = [*asked, {"role": "assistant", "content": "good day"}]
+    text = engine.decode(engine.encode_chat(answered, continue_final_message=True))
+    assert text.endswith("assistant: good day")
+    assert engine.decode(engine.encode_chat(answered)).startswith(f"{text}\n")
+
+
+async def test_a_schema_is_held_or_refused_before_anything_is_queued(engine: Engine) -> None:
+    try:
+        structure = await engine.compile_schema('{"enum": ["a", "b"]}')
+    except UnsupportedFieldError:
+        return
+    chunks = await everything(engine, ask(structure=structure))
+    assert "".join(chunk.text for chunk in chunks) in ('"a"', '"b"')
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    with pytest.raises(InvalidRequestError):
+        engine.generate(ask(structure=structure, sampling={"ignore_eos": True}))
+    with pytest.raises(InvalidRequestError):
+        await engine.compile_schema("{")
+
+
+async def test_an_engine_that_has_not_been_started_compiles_no_schema(settings: Settings) -> None:
+    with pytest.raises(EngineStoppedError):
+        await EmbeddedEngine(settings).compile_schema("{}")

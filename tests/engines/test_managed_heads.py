@@ -16,8 +16,8 @@ from server.engines.fake import FakeEngine
 from server.errors import HeadMismatchError, UnknownHeadError
 from server.settings import Settings
 from server.types import ControlParams, FinishReason
-from tests.conftest import control, random_head
-from tests.engines.test_contract import ask, everything, write_heads
+from tests.conftest import control, random_head, write_heads
+from tests.engines.test_contract import ask, everything
 from value_models.heads import ValueHead
 
 STEER = {"step_size": 3.0, "max_kl": 0.5}
@@ -137,3 +137,15 @@ async def test_a_head_of_another_model_is_not_loaded_and_the_old_one_stays(
     with pytest.raises(HeadMismatchError, match="fingerprint"):
         await embedded.load_head("plain")
     assert await everything(embedded, ask(control=control({"plain": 1.0})))
+
+
+async def test_a_head_whose_file_or_name_is_wrong_is_not_loaded_and_the_old_one_stays(
+    embedded: EmbeddedEngine, folder: Path
+) -> None:
+    (folder / "plain").rename(folder / "fancy")
+    with pytest.raises(HeadMismatchError, match="'fancy' names its head 'plain'"):
+        await embedded.load_head("fancy")
+    (folder / "positive" / "head.safetensors").write_bytes(b"broken")
+    with pytest.raises(HeadMismatchError, match="'positive' cannot be read"):
+        await embedded.load_head("positive")
+    assert await everything(embedded, ask(control=control({"plain": 1.0, "positive": 1.0})))

@@ -1,7 +1,18 @@
+"""The draw's laws, held for torch's operations and, where there are any, for the native kernels."""
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from server.engines.embedded import sampler
 from server.engines.embedded.sampler import RowSampling, _filtered, sample, uniform
+
+
+@pytest.fixture(params=["native where that can be", "torch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(sampler.ops, "can_run_natively", lambda _: False)
 
 
 def rows(count: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> list[RowSampling]:
@@ -104,3 +115,50 @@ def test_min_p_leaves_the_nucleus_a_share_of_what_it_kept() -> None:
     rows_of = [RowSampling(1.0, 0.5, 0, (7, i), 0.6) for i in range(2000)]
     # Of 4/7 and 3/7, the first alone holds half.
     assert (sample(logits, rows_of, [0] * 2000) == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"min_p": 1.0}, {"top_k": 1}, {"top_p": 0.3}])
+def test_tokens_as_likely_as_the_last_one_kept_stay_in(options: dict[str, float]) -> None:
+    logits = torch.tensor([0.2, 0.4, 0.4]).log().expand(200, -1).contiguous()
+    limits = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **options}
+    drawn = sample(logits, [RowSampling(1.0, stream=(7, i), **limits) for i in range(200)], [0] * 200)  # type: ignore[arg-type]
+    assert set(drawn.tolist()) == {1, 2}
+
+
+def test_a_top_p_of_one_leaves_out_not_even_what_rounding_would() -> None:
+    probs = torch.tensor([[0.0, -60.0, -80.0, -90.0]]).softmax(-1)
+    assert torch.equal(
+        _filtered(probs, [RowSampling(1.0, 1.0, 3, (0, 0))]) > 0, torch.tensor([[True, True, True, False]])
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.floats(0.05, 2.0),
+    top_p=st.floats(0.01, 1.0),
+    top_k=st.integers(-1, 30),
+    min_p=st.floats(0.0, 1.0),
+    u=st.sampled_from([0.0, 2.0**-53, 0.5, 1 - 2.0**-53]),
+)
+def test_every_u_draws_a_token_that_all_three_filters_keep(
+    seed: int, temperature: float, top_p: float, top_k: int, min_p: float, u: float
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 40, generator=rng) * 4
+    logits[:, torch.randperm(40, generator=rng)[:10]] = -torch.inf
+    logits[:, -1] = -torch.inf
+    row = RowSampling(temperature, top_p, max(top_k, 0), (seed, 0), min_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "uniform", lambda *_: u)
+        drawn = sample(logits, [row] * 3, [0] * 3)
+    for token, logits_V in zip(drawn.tolist(), logits.double(), strict=True):
+        probs = (logits_V / temperature).softmax(0)
+        above = probs[probs > probs[token] * (1 + 1e-5)]
+        assert probs[token] > 0
+        assert probs[token] >= min_p * probs.max() * (1 - 1e-5)
+        assert top_k <= 0 or len(above) < top_k
+        # Of the mass that min-p and top-k leave, those before it hold less than top_p.
+        left = probs[probs >= min_p * probs.max()].sort(descending=True).values
+        left = left[:top_k] if top_k > 0 else left
+        assert above.sum() <= top_p * left.sum() + 1e-5

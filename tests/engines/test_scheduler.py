@@ -5,7 +5,7 @@ import pytest
 
 from server.engines.embedded.core import EngineCore
 from server.errors import ConfigurationError
-from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from tests.conftest import control, run
 
 # Torch's attention in both types, and the native one.
@@ -127,12 +127,16 @@ def test_a_prompt_that_is_preempted_half_way_is_scored_once(make_core: Callable[
     scored = GenerationRequest("scored", tuple(i % 250 for i in range(200)), sampling)
     expected = run(make_core(), [scored])["scored", 0].chunks[0].prompt_logprobs
     core, chunks = make_core(), []
-    core.add(core.sequences(scored, chunks.append))
+    (sequence,) = core.sequences(scored, chunks.append)
+    core.add([sequence])
     core.step()
+    admitted_s = sequence.scheduled_s
     core._scheduler._preempt(core._scheduler.running[0])
     while core.has_work:
         core.step()
     assert chunks[0].prompt_logprobs == expected
+    # The time in the queue is the time before the first admission.
+    assert sequence.arrival_s < admitted_s == sequence.scheduled_s
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(make_core: Callable[..., EngineCore]) -> None:
@@ -149,3 +153,72 @@ def test_what_a_failed_sequence_leaves_is_cleared(core: EngineCore) -> None:
     core.abort(sequences)
     assert not any(keys[pages].any() for keys, _ in core.runner.kv._layers.values())
     assert core.page_pool.find(sequences[0].group.digests) == []
+
+
+def test_a_sequence_that_is_aborted_while_it_waits_never_runs_and_the_next_takes_its_turn(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    core, log = make_core(max_batch_size=1), []
+    add(core, "runs", 4, 3, log)
+    core.step()
+    request = GenerationRequest("waits", (1, 2, 3), SamplingParams(max_tokens=5))
+    chunks: list[GenerationChunk] = []
+    waiting = core.sequences(request, chunks.append)
+    core.add(waiting)
+    add(core, "next", 4, 1, log)
+    core.abort(waiting)
+    assert [chunk.finish_reason for chunk in chunks] == [FinishReason.ABORT]
+    assert core.status().num_waiting == 1
+    while core.has_work:
+        core.step()
+    assert log == ["runs"] * 3 + ["next"]
+    assert len(chunks) == 1
+
+
+def test_no_more_run_at_once_than_are_allowed_and_no_fewer(make_core: Callable[..., EngineCore]) -> None:
+    core = make_core(max_batch_size=3)
+    for i in range(8):
+        add(core, str(i), 4, 3 + i % 2, [])
+    running = []
+    while core.has_work:
+        core.step()
+        running.append(core.status().num_running)
+    assert max(running) == 3
+    assert running[0] == 3
+
+
+def test_a_known_beginning_is_held_by_all_who_use_it_and_each_takes_only_what_it_lacks(core: EngineCore) -> None:
+    pool = core.page_pool
+    add(core, "first", 130, 1, [])
+    while core.has_work:
+        core.step()
+    assert pool.num_held == 0
+    for number in (1, 2):
+        add(core, "again", 130, 30, [])
+        core.step()
+        # Two full pages for all, and the third for each.
+        assert pool.num_held == 2 + number
+    while core.has_work:
+        core.step()
+    assert pool.num_held == 0
+
+
+def test_one_that_has_to_wait_for_pages_holds_none_meanwhile(make_core: Callable[..., EngineCore]) -> None:
+    core = small_core(make_core, 5)
+    add(core, "first", 130, 1, [])
+    while core.has_work:
+        core.step()
+    other = GenerationRequest("other", tuple(range(100, 200)), SamplingParams(max_tokens=20, ignore_eos=True))
+    core.add(core.sequences(other, lambda _: None))
+    core.step()
+    log: list[str] = []
+    # It knows two of its three pages, and there is one for the third, but none that the other may want meanwhile.
+    add(core, "waits", 130, 1, log)
+    for _ in range(5):
+        core.step()
+        assert core.status().num_waiting == 1
+        assert core.page_pool.num_held == 2
+    while core.has_work:
+        core.step()
+    assert log == ["waits"]
+    assert core.page_pool.num_held == 0

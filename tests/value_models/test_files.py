@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import random_head
-from tests.engines.test_contract import write_heads
+from tests.conftest import random_head, write_heads
 from value_models import store
 from value_models.importer import ImportFileError, import_pth
 from value_models.rollouts import (
@@ -115,6 +114,12 @@ def test_a_bad_prompt_file_names_the_line(tmp_path: Path, line: str, what: str) 
         load_prompts(path)
 
 
+def test_a_prompt_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n\n")
+    with pytest.raises(RolloutError, match="holds none"):
+        load_prompts(tmp_path / "prompts.jsonl")
+
+
 def test_a_prompt_keeps_its_side_of_the_split() -> None:
     sides = [split_of(f"id-{i}") for i in range(2000)]
     assert sides == [split_of(f"id-{i}") for i in range(2000)]
@@ -159,6 +164,12 @@ def test_tensors_that_the_card_was_not_written_for_are_refused(tmp_path: Path) -
     shutil.copy(tmp_path / "b" / "h" / HEAD_FILE, tmp_path / "a" / "h" / HEAD_FILE)
     with pytest.raises(HeadFileError, match="tensors_sha256"):
         load_head(tmp_path / "a" / "h")
+
+
+def test_tensors_of_another_size_than_the_card_says_are_refused(tmp_path: Path) -> None:
+    write_heads(tmp_path, {"h": random_head(3)}, {**IDENTITY, "hidden_size": 48})
+    with pytest.raises(HeadFileError, match="states of size 32, but its card says 48"):
+        load_head(tmp_path / "h")
 
 
 def test_a_head_whose_replacement_was_cut_off_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,13 @@ def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
         head_from_tensors("mlp", {**tensors, name: torch.zeros(3, 3)})
 
 
+def test_a_reward_without_spread_is_refused() -> None:
+    tensors = dict(random_head(0).state_dict())
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(HeadShapeError, match="reward_scale"):
+            head_from_tensors("mlp", {**tensors, "reward": torch.tensor([0.0, scale])})
+
+
 def test_an_unknown_type_or_an_unused_tensor_is_refused() -> None:
     tensors = dict(random_head(0).state_dict())
     with pytest.raises(HeadShapeError, match="known: linear, mlp"):

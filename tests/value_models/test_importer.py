@@ -68,6 +68,15 @@ def test_layers_that_are_no_value_function_are_refused(tmp_path: Path, content: 
         import_pth(tmp_path / "value.pth")
 
 
+def test_layers_inside_a_training_checkpoint_are_found(tmp_path: Path) -> None:
+    layers = {**layer("a", 3, 4), **layer("b", 4, 1)}
+    torch.save(layers, tmp_path / "plain.pth")
+    torch.save({"state_dict": layers}, tmp_path / "checkpoint.pth")
+    hidden = torch.randn(5, 3)
+    plain, checkpoint = (import_pth(tmp_path / f"{name}.pth") for name in ("plain", "checkpoint"))
+    assert torch.equal(plain.head().value(hidden), checkpoint.head().value(hidden))
+
+
 def repeng_file(path: Path, directions: dict[str, torch.Tensor]) -> Path:
     """As repeng's export writes it."""
     writer = gguf.GGUFWriter(path, "controlvector")

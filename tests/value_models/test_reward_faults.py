@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_a_padding_token_known_to_the_tokenizer_alone_is_enough(saved: SaveModel
     reward = load_reward(saved(LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1)), pad_token="<eos>"))
     together = reward(["a", "a"], ["b", "a much longer answer"])
     assert together == pytest.approx(reward(["a"], ["b"]) + reward(["a"], ["a much longer answer"]), abs=1e-5)
+
+
+def test_a_classifier_without_any_token_to_pad_with_is_refused(saved: SaveModel) -> None:
+    name = saved(LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1)))
+    path = Path(name.removeprefix("hf:")) / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    with pytest.raises(RewardError, match="neither a padding nor an end-of-sequence token"):
+        load_reward(name)
 
 
 def test_a_text_longer_than_the_model_reads_is_cut(saved: SaveModel) -> None:

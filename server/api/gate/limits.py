@@ -75,12 +75,15 @@ class Caller:
     def end(self) -> None:
         self.num_running -= 1
 
-    def charge(self, tokens: int) -> None:
-        """Pay for tokens in advance. Raises RateLimitError, or InvalidRequestError for more than a minute's worth."""
+    def charge(self, tokens: int, *, field: str = "max_tokens") -> None:
+        """Pay for tokens in advance.
+
+        Raises RateLimitError, or for more than a minute's worth InvalidRequestError, which names `field`.
+        """
         if tokens > self._tokens.capacity:
             raise InvalidRequestError(
-                f"max_tokens: prompt and new tokens are {tokens}; this key may use {self._tokens.capacity} a minute",
-                param="max_tokens",
+                f"{field}: prompt and new tokens are {tokens}; this key may use {self._tokens.capacity} a minute",
+                param=field,
             )
         if wait_s := self._tokens.take(tokens):
             raise _rate_error(f"{self._tokens.capacity} tokens a minute", wait_s)
@@ -92,10 +95,10 @@ class Caller:
 class Charge:
     """Tokens that a request has paid for in advance, until it is settled once."""
 
-    def __init__(self, caller: Caller | None, tokens: int) -> None:
+    def __init__(self, caller: Caller | None, tokens: int, *, field: str = "max_tokens") -> None:
         """Raises what `Caller.charge` does."""
         if caller is not None:
-            caller.charge(tokens)
+            caller.charge(tokens, field=field)
         self._caller = caller
         self._tokens = tokens
 

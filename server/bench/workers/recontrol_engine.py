@@ -1,4 +1,4 @@
-"""This project's engine, driven without HTTP; the one worker that imports the project."""
+"""This project's engine, driven without HTTP."""
 
 from __future__ import annotations
 

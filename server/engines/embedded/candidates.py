@@ -27,14 +27,15 @@ from torch import Tensor
 
 from server.engines.base import EngineObserver
 from server.engines.embedded.model.pages import num_pages_for
-from server.engines.embedded.reports import observe_first_token, take_prompt_logprobs
+from server.engines.embedded.reports import observe_first_token
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 
 _log = logging.getLogger(__name__)
 _PARAM = "control.search.candidates"
+PromptScores = tuple[TokenLogprob | None, ...]
 Rows = list[tuple[Sequence, Tensor]]
 """Sequences, each with the state [D] behind its next token."""
 
@@ -82,10 +83,9 @@ class Rivals:
             for index in range(member.request.num_choices):
                 self.emit(replace(chunk, index=index))
 
-    def tell(self, order: list[int]) -> None:
-        """The first of them in this order are the choices."""
+    def tell(self, order: list[int], scores: PromptScores | None) -> None:
+        """The first of them in this order are the choices; the prompt's scores go with the first."""
         self.is_over = True
-        scores = take_prompt_logprobs(self.members[0])
         for index, chosen in enumerate(order[: self.members[0].request.num_choices]):
             for chunk in _trial(self.members[chosen]).chunks:
                 self.emit(replace(chunk, index=index, prompt_logprobs=scores))
@@ -127,7 +127,7 @@ def check_room(request: GenerationRequest, *, max_rows: int, num_pages: int) -> 
 
 class Candidates:
     """Follows candidates from step to step. `score` says of states [C, D] what a request's objective does, [C];
-    `finish` ends a sequence with its last chunk."""
+    `take_scores` gives the log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk."""
 
     def __init__(
         self,
@@ -135,11 +135,13 @@ class Candidates:
         observer: EngineObserver,
         *,
         score: Callable[[Tensor, ControlParams], Tensor],
+        take_scores: Callable[[Sequence], PromptScores | None],
         finish: Callable[[Sequence, FinishReason, GenerationChunk | None], None],
     ) -> None:
         self._scheduler = scheduler
         self._observer = observer
         self._score = score
+        self._take_scores = take_scores
         self._finish = finish
 
     def settle(self, computed: Rows) -> Rows:
@@ -186,6 +188,7 @@ class Candidates:
             trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
             candidate.token_ids = list(leader.token_ids)
             candidate.detokenizer, candidate.stop = leader.detokenizer.copy(), copy.copy(leader.stop)
+            candidate.matcher = None if leader.matcher is None else leader.matcher.copy()
             candidate.edits = None if leader.edits is None else leader.edits.copy()
             candidate.states = None if leader.states is None else []
         return [(candidate, hidden_D) for candidate in leader.candidates]
@@ -196,9 +199,9 @@ class Candidates:
         chunks = trial.chunks
         if not leader.token_ids:
             observe_first_token(self._observer, leader, time.monotonic())
-            chunks[0] = replace(chunks[0], prompt_logprobs=take_prompt_logprobs(leader))
+            chunks[0] = replace(chunks[0], prompt_logprobs=self._take_scores(leader))
         leader.token_ids, leader.edits = winner.token_ids, winner.edits
-        leader.detokenizer, leader.stop = winner.detokenizer, winner.stop
+        leader.detokenizer, leader.stop, leader.matcher = winner.detokenizer, winner.stop, winner.matcher
         if leader.states is not None:
             leader.states += winner.states or []
         for candidate in leader.candidates:
@@ -219,7 +222,7 @@ class Candidates:
         self._finish(member, trial.reason, trial.chunks.pop())
         rivals = member.rivals
         if rivals is not None and all(rival.finish_reason is not None for rival in rivals.members):
-            rivals.tell(self._order(rivals.members))
+            rivals.tell(self._order(rivals.members), self._take_scores(rivals.members[0]))
 
     def _order(self, candidates: list[Sequence]) -> list[int]:
         """Their places, best first: by score, a broken guardrail and what is no number last, the first where equal."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +30,12 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import LMHead, ModelRunner
-from server.engines.embedded.reports import Scores, observe_finish, observe_token, take_prompt_logprobs, token_edits
+from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
+from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.structure import constrained
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
@@ -82,6 +85,7 @@ class EngineCore:
             self._scheduler,
             self._observer,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
+            take_scores=self._scores.take_prompt,
             finish=self._finish,
         )
         self._plan = EditPlan(())
@@ -114,9 +118,8 @@ class EngineCore:
         self._plan_rows = []
 
     def num_users(self, head: str) -> int:
-        """How many sequences that are not finished name this head in their control."""
-        controls = [sequence.request.control for sequence in self._scheduler.sequences()]
-        return sum(head in control.head_names for control in controls if control is not None)
+        """How many sequences that are not finished run under this head."""
+        return sum(head in sequence.request.named_heads for sequence in self._scheduler.sequences())
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
@@ -154,7 +157,8 @@ class EngineCore:
     @torch.inference_mode()
     def abort_all(self, reason: FinishReason = FinishReason.ABORT) -> None:
         for sequence in self._scheduler.sequences():
-            self._finish(sequence, reason)
+            with suppress(Exception):  # Of the device: this one has been told by then, and the others must be.
+                self._finish(sequence, reason)
         self._observer.on_step(self.status())
 
     @torch.inference_mode()
@@ -196,17 +200,15 @@ class EngineCore:
                 computed.append((sequence, hidden_TD[first - 1]))
         for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
-            if sequence.request.sampling.prompt_logprobs:
-                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+            self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+            add_token_values(sequence, hidden_TD[first:end], self.registry)
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
         for sequence in step.complete:
             if sequence.request.sampling.max_tokens == 0:
-                scores = take_prompt_logprobs(sequence)
-                self._finish(
-                    sequence, FinishReason.LENGTH, GenerationChunk(index=sequence.index, prompt_logprobs=scores)
-                )
+                with self._failing_alone(sequence):
+                    self._finish(sequence, FinishReason.LENGTH, prompt_chunk(sequence, self._scores, self.registry))
                 continue
             self._scheduler.start_decoding(sequence)
             if sequence.token_ids:
@@ -221,6 +223,7 @@ class EngineCore:
         """Edit, draw a token for each row, and hand it on."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
+        drawn_BV = constrained(drawn_BV, [s.matcher for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         edits = token_edits(stats)
@@ -230,13 +233,10 @@ class EngineCore:
                 continue  # Another candidate has failed.
             if sequence.states is not None:
                 sequence.states.append(hidden_BD[i])
-            try:
+            with self._failing_alone(sequence):
                 if token_id < 0:
-                    raise FloatingPointError("the model's logits are not finite")
+                    raise FloatingPointError("no token has a finite logit")
                 self._grow(sequence, token_id, logprobs.get(i), edits.get(i), now_s)
-            except Exception:
-                _log.exception("Request %s failed", sequence.request.request_id)
-                self._finish(sequence, FinishReason.ERROR)
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         if rows != self._plan_rows:
@@ -251,39 +251,18 @@ class EngineCore:
         return logits_BV, stats
 
     def _grow(
-        self,
-        sequence: Sequence,
-        token_id: int,
-        logprob: TokenLogprob | None,
-        edit: TokenEdit | None,
-        now_s: float,
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, edit: TokenEdit | None, now_s: float
     ) -> None:
         """Append one token to a sequence and emit it; finish the sequence when it ends here."""
-        sequence.token_ids.append(token_id)
-        if edit is not None and sequence.edits is not None:
-            sequence.edits.add(edit)
+        text, reason = sequence.grow(token_id, edit)
         observe_token(self._observer, sequence, edit, now_s)
-        reason: FinishReason | None = None
-        text = ""
-        if token_id in sequence.end_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text = sequence.stop.add(sequence.detokenizer.add(token_id))
-            if sequence.stop.has_stopped:
-                reason = FinishReason.STOP
-            elif edit is not None and sequence.breaks_guardrail(edit):
-                reason = FinishReason.GUARDRAIL
-            elif len(sequence.token_ids) >= sequence.request.sampling.max_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None and not sequence.stop.has_stopped:
-            text += sequence.stop.flush()
         chunk = GenerationChunk(
             index=sequence.index,
             text=text,
             token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
+            logprobs=() if logprob is None else (self._scores.with_text(logprob),),
             edit=edit,
-            prompt_logprobs=take_prompt_logprobs(sequence) if sequence.trial is None else None,
+            prompt_logprobs=self._scores.take_prompt(sequence) if sequence.trial is None else None,
             finish_reason=reason,
             num_drawn=1,
         )
@@ -292,12 +271,24 @@ class EngineCore:
         else:
             self._finish(sequence, reason, chunk)
 
+    @contextmanager
+    def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
+        """What is raised within ends this sequence, and no other."""
+        try:
+            yield
+        except Exception:
+            _log.exception("Request %s failed", sequence.request.request_id)
+            self._finish(sequence, FinishReason.ERROR)
+
     def _finish(self, sequence: Sequence, reason: FinishReason, chunk: GenerationChunk | None = None) -> None:
-        """Free the sequence's pages and emit its last chunk. A candidate's failure is its choice's or its rivals'."""
+        """Free the sequence's pages and emit its last chunk; only then what a broken device could make fail.
+
+        A candidate's failure is its choice's or its rivals'.
+        """
         sequence = sequence.owner
         if sequence.state is SequenceState.FINISHED:
             return
-        self._scheduler.remove(sequence, reason)
+        forgotten = self._scheduler.remove(sequence, reason)
         sequence.emit(
             replace(
                 chunk or GenerationChunk(index=sequence.index),
@@ -307,6 +298,7 @@ class EngineCore:
             )
         )
         observe_finish(self._observer, sequence, reason, time.monotonic())
+        self.runner.kv.clear(forgotten)
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):
             for rival in sequence.rivals.members:
                 self._finish(rival, reason)

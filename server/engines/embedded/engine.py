@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import heads_folder, load_one_head, load_registry, with_head, without_head
+from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
+from server.engines.streams import ChunkQueue
 from server.errors import (
     EngineStoppedError,
     InvalidRequestError,
@@ -28,7 +30,7 @@ from server.errors import (
 )
 from server.kernels.linear import Bits
 from server.settings import Settings
-from server.types import FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationRequest
 
 _log = logging.getLogger(__name__)
 _BITS: dict[str, Bits] = {"none": 16, "int8": 8, "int4": 4}
@@ -45,6 +47,7 @@ class EmbeddedEngine:
         self._observer = observer
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
+        self._schemas: SchemaCompiler | None = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._info: EngineInfo | None = None
@@ -89,15 +92,20 @@ class EmbeddedEngine:
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages)
+            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
+
+    async def compile_schema(self, schema: str) -> CompiledSchema:
+        if self._schemas is None:
+            raise EngineStoppedError("The engine has not been started.")
+        return await asyncio.to_thread(self._schemas.compile, schema)
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
@@ -110,7 +118,7 @@ class EmbeddedEngine:
                 with contextlib.suppress(EngineStoppedError):
                     self._post(lambda: core.abort(sequences))
 
-        stream = _EmbeddedStream(request.num_choices, close)
+        stream = ChunkQueue(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
         self._num_open += request.num_sequences
@@ -121,8 +129,8 @@ class EmbeddedEngine:
             core, loaded = self._core, self._loaded
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
-            folder = heads_folder(self._settings.heads_dir, loaded)
-            head, card = await asyncio.to_thread(load_one_head, folder, name, loaded)
+            location = heads_location(self._settings.heads_dir, loaded)
+            head, card = await asyncio.to_thread(load_one_head, location, name, loaded.identity, loaded.model.device)
             await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
             self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
 
@@ -162,7 +170,7 @@ class EmbeddedEngine:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
         # A head that is being unloaded is still in the registry, for requests that have begun.
-        check_heads(request.control, self.info.heads)
+        check_heads(request, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting
         if request.num_sequences > capacity:
             param = request.sequences_param
@@ -195,11 +203,13 @@ class EmbeddedEngine:
             bits=_BITS[settings.quantization],
             observer=self._observer,
         )
+        self._schemas = SchemaCompiler(tokenizer, vocab_size=core.vocab_size, eos_token_ids=loaded.eos_token_ids)
         self._info = EngineInfo(
             model_id=settings.served_model_name or loaded.name,
             max_model_len=core.max_model_len,
             vocab_size=core.vocab_size,
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
+            can_score=True,
         )
         return core
 
@@ -217,8 +227,11 @@ class EmbeddedEngine:
         finally:
             with self._gate:
                 self._is_open = False
-            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason.
-            self._take_actions(wait=False)
+            # Requests that came in meanwhile end here too, so that every accepted one has its finish reason. Nothing
+            # comes in any more; each turn takes one action at least, whether it fails or is another call to stop.
+            while not self._inbox.empty():
+                with contextlib.suppress(Exception):
+                    self._take_actions(wait=False)
             core.abort_all()
 
     def _take_actions(self, *, wait: bool) -> bool:
@@ -234,43 +247,19 @@ class EmbeddedEngine:
             wait = False
 
 
-class _EmbeddedStream:
-    """Chunks on their way from the loop thread to one reader on the event loop that made this."""
-
-    def __init__(self, num_choices: int, on_close: Callable[[bool], None]) -> None:
-        self._chunks: asyncio.Queue[GenerationChunk] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._num_unfinished = num_choices
-        self._on_close: Callable[[bool], None] | None = on_close
-
-    def put_threadsafe(self, chunk: GenerationChunk) -> None:
-        # A loop that has closed has no reader left.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
-
-    def __aiter__(self) -> _EmbeddedStream:
-        return self
-
-    async def __anext__(self) -> GenerationChunk:
-        if self._on_close is None or not self._num_unfinished:
-            await self.aclose()
-            raise StopAsyncIteration
-        chunk = await self._chunks.get()
-        self._num_unfinished -= chunk.finish_reason is not None
-        return chunk
-
-    async def aclose(self) -> None:
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            on_close(not self._num_unfinished)
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
+) -> list[int]:
     """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            return_dict=True,
+        )
     except Exception as error:
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"

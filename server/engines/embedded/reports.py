@@ -1,11 +1,13 @@
 """What a step tells about its tokens: log-probabilities and edits, from tensors to plain data, and what observers hear.
 
-Each function moves what it needs to the host at once. Knows nothing of scheduling or models.
+Each function moves what it needs to the host at once. Texts of tokens come last, for one sequence at a time, so that a
+tokenizer that fails ends nobody else's. Knows nothing of scheduling or models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,17 +23,17 @@ from server.types import FinishReason, TokenEdit, TokenLogprob
 TokenText = Callable[[int], str]
 
 
-def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int, text: TokenText) -> list[TokenLogprob]:
-    """Log-probabilities of given tokens [M] under logits [M, V], with the num_top most likely alternatives."""
+def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens [M] under logits [M, V], with the num_top most likely; texts are empty yet."""
     log_probs_MV = logits_MV.log_softmax(dim=-1)
     chosen_M = log_probs_MV.gather(1, token_ids_M[:, None])[:, 0].tolist()
     top = log_probs_MV.topk(num_top, dim=-1)
     return [
         TokenLogprob(
             token_id=token_id,
-            text=text(token_id),
+            text="",
             logprob=chosen,
-            top=tuple((i, text(i), value) for i, value in zip(ids, values, strict=True)),
+            top=tuple((i, "", value) for i, value in zip(ids, values, strict=True)),
         )
         for token_id, chosen, ids, values in zip(
             token_ids_M.tolist(), chosen_M, top.indices.tolist(), top.values.tolist(), strict=True
@@ -69,18 +71,18 @@ class Scores:
         self._token_text = token_text
 
     def of_tokens(self, rows: list[Sequence], logits_BV: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
-        """By row, of those that ask for them and got a token."""
+        """By row, of those that ask for them and got a token; `with_text` completes one."""
         wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None and tokens[i] >= 0}
         # Log-softmax takes each row alone, and top-k of a row does not depend on how many are asked for elsewhere.
         return {
-            i: token_logprobs(
-                logits_BV[i : i + 1], torch.tensor([tokens[i]], device=logits_BV.device), num_top, self._token_text
-            )[0]
+            i: token_logprobs(logits_BV[i : i + 1], torch.tensor([tokens[i]], device=logits_BV.device), num_top)[0]
             for i, num_top in wanted.items()
         }
 
     def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
-        """Those of the prompt tokens that follow the segment's positions, without control."""
+        """Those of the prompt tokens that follow the segment's positions, without control, if they are asked for."""
+        if not sequence.request.sampling.prompt_logprobs:
+            return
         prompt, scores = sequence.group.token_ids, sequence.group.prompt_logprobs
         following = prompt[segment.start + 1 : segment.end + 1]
         # A prompt is computed again for a choice that waited until its siblings were gone, or lost its pages before
@@ -90,7 +92,20 @@ class Scores:
         logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)
         num_top = sequence.request.sampling.logprobs or 0
-        scores += token_logprobs(logits_TV, token_ids_T, num_top, self._token_text)
+        sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top)
+
+    def take_prompt(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+        """The prompt's log-probabilities with their texts, for whichever choice comes first."""
+        if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
+            return None
+        taken = tuple(None if score is None else self.with_text(score) for score in sequence.group.prompt_logprobs)
+        sequence.group.prompt_logprobs.clear()
+        return taken
+
+    def with_text(self, score: TokenLogprob) -> TokenLogprob:
+        """Raises whatever the tokenizer raises, which concerns the score's own sequence alone."""
+        text = self._token_text
+        return replace(score, text=text(score.token_id), top=tuple((i, text(i), value) for i, _, value in score.top))
 
 
 def observe_first_token(observer: EngineObserver, sequence: Sequence, now_s: float) -> None:
@@ -122,12 +137,3 @@ def observe_finish(observer: EngineObserver, sequence: Sequence, reason: FinishR
         prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
         generation_tokens=len(sequence.token_ids),
     )
-
-
-def take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's log-probabilities, for whichever choice is told of first."""
-    if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
-        return None
-    taken = tuple(sequence.group.prompt_logprobs)
-    sequence.group.prompt_logprobs.clear()
-    return taken

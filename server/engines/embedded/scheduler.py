@@ -117,15 +117,16 @@ class Scheduler:
             if self._has_prefix_cache and sequence.state is not SequenceState.FINISHED:
                 self._remember(sequence)
 
-    def remove(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Finish a sequence wherever it is and free its pages."""
+    def remove(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
+        forgotten: list[int] = []
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         else:
             # What did not end well may have left something non-finite.
-            ended_well = reason in {FinishReason.STOP, FinishReason.LENGTH}
-            self._kv.clear(self._evict(sequence, forget=not ended_well))
+            forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
         sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        return forgotten
 
     def _admit(self, now_s: float) -> None:
         while self.waiting and (num_rows := self.num_rows + self.waiting[0].num_rows) <= self._max_batch_size:
@@ -149,7 +150,7 @@ class Scheduler:
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
         """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
-        if not self._has_prefix_cache or sequence.request.sampling.prompt_logprobs:
+        if not self._has_prefix_cache or sequence.request.reads_whole_prompt:
             return []
         return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
 
@@ -227,6 +228,7 @@ class Scheduler:
         if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
             # They come again with the prompt.
             del sequence.group.prompt_logprobs[1:]
+            sequence.group.token_values.clear()
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)

@@ -21,6 +21,7 @@ from server.control.state import ControlState
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
+from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
 from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class PromptGroup:
     token_ids: list[int]
     last_hidden_D: Tensor | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    token_values: list[list[float]] = field(default_factory=list)
+    """Of each position computed, the values of the heads of a request that scores its tokens."""
     residents: list[Sequence] = field(default_factory=list)
     """Members that run, in order of admission; the first computes the prompt."""
     digests: list[bytes] = field(default_factory=list)
@@ -60,6 +63,7 @@ class Sequence:
     end_token_ids: frozenset[int] = frozenset()
     """Tokens that end the text."""
     logit_rules: LogitRules | None = None
+    matcher: SchemaMatcher | None = None
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -100,6 +104,8 @@ class Sequence:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         group = PromptGroup(list(request.prompt_token_ids))
         rules = LogitRules.of(sampling, request.prompt_token_ids)
+        structure = request.structure
+        assert structure is None or isinstance(structure, CompiledSchema)
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_token_ids)
         return [
             cls(
@@ -115,6 +121,7 @@ class Sequence:
                 stop=StopMatcher(sampling.stop),
                 end_token_ids=ends,
                 logit_rules=rules,
+                matcher=None if structure is None else structure.start(),
                 states=[] if keep_states else None,
                 edits=EditTotals() if request.control is not None else None,
             )
@@ -145,7 +152,29 @@ class Sequence:
         """What control has to know of it for its next token."""
         return ControlState() if self.edits is None else self.edits.state
 
-    def breaks_guardrail(self, edit: TokenEdit) -> bool:
+    def grow(self, token_id: int, edit: TokenEdit | None) -> tuple[str, FinishReason | None]:
+        """Append a token; the text that goes out with it, and why the sequence ends here, if it does.
+
+        Raises GenerationError for a token that its schema does not allow.
+        """
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
+        self.token_ids.append(token_id)
+        if edit is not None and self.edits is not None:
+            self.edits.add(edit)
+        if token_id in self.end_token_ids:
+            return self.stop.flush(), FinishReason.STOP
+        text = self.stop.add(self.detokenizer.add(token_id))
+        if self.stop.has_stopped:
+            return text, FinishReason.STOP
+        reason = None
+        if edit is not None and self._breaks_guardrail(edit):
+            reason = FinishReason.GUARDRAIL
+        elif len(self.token_ids) >= self.request.sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        return (text if reason is None else text + self.stop.flush()), reason
+
+    def _breaks_guardrail(self, edit: TokenEdit) -> bool:
         control = self.request.control
         return control is not None and control.breaks_guardrail(edit.value_after)
 

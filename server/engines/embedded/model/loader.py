@@ -13,21 +13,22 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
+from value_models.cache import cache_root
 
 _log = logging.getLogger(__name__)
-_FINGERPRINT_VALUES = 256
+FINGERPRINT_VALUES = 256
 _COPY_BYTES = 2**20
 
 
@@ -86,7 +87,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     source = packaged_model_folder(packaged) if packaged else name
     folder = Path(source)
     if folder.is_dir():
-        _refuse_code(folder)
+        refuse_code(folder)
     target = resolve_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -111,12 +112,18 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     )
 
 
-def base_model_identity(model: nn.Module, name: str) -> dict[str, Any]:
-    """Name, sizes, and a fingerprint: sha256 over the first values of every parameter, rounded to bfloat16."""
+def base_model_identity(
+    model: nn.Module, name: str, first_values: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Name, sizes, and a fingerprint: sha256 over the first values of every parameter, rounded to bfloat16.
+
+    A model without weights needs those values given.
+    """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     digest = hashlib.sha256()
     for parameter_name, parameter in sorted(model.named_parameters()):
-        head = parameter.detach().flatten()[:_FINGERPRINT_VALUES].to("cpu", torch.bfloat16)
+        values = parameter.detach().flatten() if first_values is None else first_values[parameter_name]
+        head = values[:FINGERPRINT_VALUES].to("cpu", torch.bfloat16)
         digest.update(parameter_name.encode())
         digest.update(head.view(torch.int16).numpy().tobytes())
     return {
@@ -152,7 +159,7 @@ def default_model_folder() -> Path:
 
 def packaged_model_folder(packaged: PackagedModel) -> Path:
     """The model as a folder of safetensors, converted from its packages' GGUF when it is not there yet."""
-    root = Path(os.environ.get("RECONTROL_CACHE_DIR") or user_cache_path("recontrol")) / "models"
+    root = cache_root() / "models"
     folder = root / f"{packaged.name}-{packaged.version}"
     if (folder / "config.json").is_file():
         return folder
@@ -217,7 +224,7 @@ def _join(sources: list[Path], target: Path, packaged: PackagedModel) -> None:
         )
 
 
-def _refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         if name != "config.json" and not path.exists():

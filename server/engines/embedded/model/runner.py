@@ -117,13 +117,12 @@ class ModelRunner:
         probe = torch.arange(1, _PROBE_LENGTH + 1, device=model.device) * _PROBE_STRIDE % config.vocab_size
         with torch.inference_mode():
             reference_TV = model(probe[None], use_cache=False).logits[0].float()
-            backbone.set_attn_implementation(register_attention())
-            runner = cls(backbone, LMHead(linear, config), KVCache(_PROBE_PAGES), model.device)
-            runner._prove(probe.tolist(), reference_TV, type(model).__name__)
             is_fast = NativeLlama.can_run(backbone, config)
-            if is_fast:
-                runner._backbone = NativeLlama(backbone, config, max_len=max_len)
-                runner._prove(probe.tolist(), reference_TV, type(model).__name__)
+            if not is_fast:
+                backbone.set_attn_implementation(register_attention())
+            body = NativeLlama(backbone, config, max_len=max_len) if is_fast else backbone
+            runner = cls(body, LMHead(linear, config), KVCache(_PROBE_PAGES), model.device)
+            runner._prove(probe.tolist(), reference_TV, type(model).__name__)
             if bits != 16:
                 _check_quantizable(backbone, linear, bits)
                 runner.lm_head = LMHead(linear, config, bits=bits)

@@ -1,0 +1,158 @@
+"""Texts that hold a JSON schema: which tokens may come next, row by row, by the library llguidance.
+
+A schema is compiled once a request (`SchemaCompiler`), off the event loop; each choice then has a matcher of its own
+(`SchemaMatcher`), which follows its tokens. The mask is the last thing that happens to logits before a token is drawn:
+after control, bias and penalties, before the sampling filters. So log-probabilities, which are taken after control, and
+control's budget do not know of it, and a row without a schema keeps its logits to the bit. A matcher belongs to a
+sequence and not to its pages, so it stays where it is when the sequence is preempted and feeds its tokens again.
+When a schema is complete, the end-of-sequence token is all that is left. Knows nothing of HTTP. Enter at
+`SchemaCompiler.compile` and `constrained`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_log = logging.getLogger(__name__)
+_MAX_MESSAGE_CHARS = 200
+# Between tokens of JSON: nothing, a space, or a new line with its indentation. Models can write whitespace without end.
+_WHITESPACE = r"( |\n {0,32})?"
+# What a schema may cost: some 0.2 s to compile, a few milliseconds a step, some 20 MB. Measured with schemas made to be
+# slow; each beyond it is refused, or ends its own request.
+_LIMITS = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,
+}
+
+
+class SchemaCompiler:
+    """Compiles schemas for one tokenizer, from any thread. The first makes the tokenizer's tables: half a second."""
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._tables: LLTokenizer | None = None
+        self._making = threading.Lock()
+
+    def compile(self, schema: str) -> CompiledSchema:
+        """Raises UnsupportedFieldError where this server cannot, InvalidRequestError for what a schema has wrong."""
+        tables = self._made_tables()
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+            )
+        except ValueError as error:
+            raise InvalidRequestError(str(error)[:_MAX_MESSAGE_CHARS]) from error
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        if not matcher.is_error():
+            # What goes wrong with the first token goes wrong here, where it can still be told.
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise InvalidRequestError(matcher.get_error().partition("\n")[0][:_MAX_MESSAGE_CHARS])
+        return CompiledSchema(matcher, self._vocab_size)
+
+    def _made_tables(self) -> LLTokenizer:
+        with self._making:
+            if self._tables is None:
+                self._tables = self._make_tables()
+            return self._tables
+
+    def _make_tables(self) -> LLTokenizer:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise UnsupportedFieldError("this server needs `pip install 'recontrol[structured]'` for it") from error
+        if not self._eos_token_ids:
+            raise UnsupportedFieldError("this model has no token that ends a text")
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        except Exception as error:
+            _log.warning("No structured output: llguidance refuses this model's tokenizer (%s)", error)
+            raise UnsupportedFieldError("this model's tokenizer does not allow it") from error
+
+
+class CompiledSchema:
+    """A schema, ready for as many texts as there are."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def start(self) -> SchemaMatcher:
+        """For a text of its own."""
+        return SchemaMatcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class SchemaMatcher:
+    """Follows one text. Once it has failed, it stays so."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens [V] may come next, as bool. Raises GenerationError."""
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise GenerationError(self._matcher.get_error())
+        return np.unpackbits(allowed, count=self._vocab_size, bitorder="little").view(bool)
+
+    def copy(self) -> SchemaMatcher:
+        """For another way on from here."""
+        return SchemaMatcher(self._matcher.deep_copy(), self._vocab_size)
+
+    def advance(self, token_id: int) -> None:
+        """Raises GenerationError for a token that is not allowed."""
+        if not self._matcher.consume_token(token_id):
+            raise GenerationError(self._matcher.get_error())
+
+
+def constrained(logits_BV: Tensor, matchers: Sequence[SchemaMatcher | None]) -> Tensor:
+    """Logits [B, V] with -inf for what a row's schema does not allow, all NaN in a row whose matcher fails.
+
+    Where no row has a schema these are the ones passed in, which are never changed.
+    """
+    if not any(matchers):
+        return logits_BV
+    out_BV = logits_BV.clone()
+    for logits_V, matcher in zip(out_BV, matchers, strict=True):
+        if matcher is None:
+            continue
+        try:
+            _keep(logits_V, matcher.allowed())
+        except GenerationError as error:
+            _log.warning("A text cannot go on: %s", error)
+            logits_V.fill_(math.nan)
+    return out_BV
+
+
+def _keep(logits_V: Tensor, is_allowed_V: np.ndarray) -> None:
+    """In place; by way of the smaller of the two sets, which takes a fifth of a masked fill's time on a CPU."""
+    size = len(is_allowed_V)
+    is_few = np.count_nonzero(is_allowed_V) < size // 2
+    chosen_M = torch.from_numpy(np.flatnonzero(is_allowed_V if is_few else ~is_allowed_V)).to(logits_V.device)
+    if is_few:
+        kept_M = logits_V[chosen_M]
+        logits_V.fill_(-math.inf).index_copy_(0, chosen_M, kept_M)
+    else:
+        logits_V.index_fill_(0, chosen_M, -math.inf)

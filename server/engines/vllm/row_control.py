@@ -1,0 +1,241 @@
+"""Control inside a vLLM worker: which requests are controlled, and a step's plan, edit and report.
+
+Everything is kept by request id, never by place in the batch: vLLM moves rows, recycles slots, and lets a preempted
+request come back as a new one. What gate and response budget remember is kept for every number of tokens, so tokens
+that vLLM throws away and draws again are no trouble. Knows no vLLM. Enter at `RowControl.logits`.
+
+Shapes: B rows of a step, R rows of a group, K heads, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.control.budget import ROUNDING_NATS
+from server.control.editor import GroupStats, StateEditor
+from server.control.plan import EditPlan
+from server.control.registry import HeadRegistry
+from server.control.state import ControlState
+from server.engines.vllm.unembedding import VllmUnembedding
+from server.engines.vllm.wire import ID_KEY, parse_control
+from server.errors import InvalidRequestError, UnknownHeadError
+from server.types import ControlParams
+
+_log = logging.getLogger(__name__)
+_FAILED = "control failed inside the worker"
+
+
+@dataclass(slots=True, frozen=True)
+class Row:
+    """A row that gets a token now. `position` is the token's place in the output, from 0."""
+
+    request_id: str
+    position: int
+
+
+@dataclass(slots=True)
+class _Request:
+    control: ControlParams | None
+    choice_id: str | None
+    prompt_len: int
+    fault: str | None = None
+    """Why it cannot be controlled; it ends with an error then."""
+    states: list[ControlState] = field(default_factory=lambda: [ControlState()])
+    """What control has to know before the token of each place, for those that have to know anything."""
+
+    @property
+    def remembers(self) -> bool:
+        control = self.control
+        return control is not None and (control.gate is not None or control.max_response_kl is not None)
+
+    def state_at(self, position: int) -> ControlState:
+        if not self.remembers:
+            return ControlState(position)
+        known = self.states[min(position, len(self.states) - 1)]
+        return ControlState(position, known.nats_spent, known.is_gate_open)
+
+    def remember(self, position: int, numbers: Sequence[float]) -> None:
+        kl, shift_ratio, _, _, is_gate_open = numbers[-5:]
+        before = self.state_at(position)
+        spent = before.nats_spent + kl + (ROUNDING_NATS if shift_ratio > 0 else 0.0)
+        del self.states[position + 1 :]
+        self.states.append(ControlState(position + 1, spent, bool(is_gate_open)))
+
+
+class StepReport:
+    """What a step's edits did, on its way to the host; `resolve` waits for it, from whatever thread."""
+
+    def __init__(self, rows: Sequence[Row | None], stats: Sequence[GroupStats], *, edit_s: float = 0.0) -> None:
+        self._rows = rows
+        self._edit_s = edit_s
+        self._lock = threading.Lock()
+        self._numbers: dict[str, list[float]] | None = None
+        packed = [(group.group.rows, _packed(group)) for group in stats]
+        is_on_gpu = any(tensor.is_cuda for _, tensor in packed)
+        self._packed = [(rows, tensor.to("cpu", non_blocking=True)) for rows, tensor in packed]
+        self._event = torch.cuda.Event() if is_on_gpu else None
+        if self._event is not None:
+            self._event.record()
+        self.choice_ids: dict[str, str | None] = {}
+        self.faults: dict[str, str] = {}
+
+    def resolve(self) -> dict[str, list[float]]:
+        """Request id -> the numbers of its edit, as `wire.decode_edit` reads them."""
+        with self._lock:
+            if self._numbers is None:
+                if self._event is not None:
+                    self._event.synchronize()
+                self._numbers = {}
+                for rows, tensor in self._packed:
+                    # A group of one row is held twice.
+                    for row, numbers in zip(rows, tensor.tolist(), strict=False):
+                        its = self._rows[row]
+                        assert its is not None
+                        self._numbers[its.request_id] = numbers
+                self._packed = []
+            return self._numbers
+
+    def positions(self) -> dict[str, int]:
+        return {row.request_id: row.position for row in self._rows if row is not None}
+
+    def as_plain_data(self) -> dict[str, Any]:
+        """What travels to the scheduler's process."""
+        edits: dict[str, dict[str, Any]] = {
+            name: {"id": self.choice_ids.get(name), "edit": numbers} for name, numbers in self.resolve().items()
+        }
+        for entry in edits.values():
+            # A step is one edit: whoever sums them up must hear of its duration once.
+            entry["edit_s"] = self._edit_s
+            break
+        return {"edits": edits, "faults": self.faults}
+
+
+class RowControl:
+    """One for each process that computes logits; used from vLLM's worker thread only."""
+
+    def __init__(self, registry: HeadRegistry, unembedding: VllmUnembedding) -> None:
+        self.registry = registry
+        self._unembedding = unembedding
+        self._editor = StateEditor(unembedding)
+        self._requests: dict[str, _Request] = {}
+        self._plan = EditPlan(())
+        self._plan_controls: list[ControlParams | None] | None = None
+        self._report: StepReport | None = None
+        self._is_report_taken = True
+
+    def use(self, registry: HeadRegistry) -> None:
+        """The heads from the next step on."""
+        self.registry = registry
+        self._plan_controls = None
+
+    def add(self, request_id: str, extra_args: Mapping[str, Any] | None, *, prompt_len: int) -> None:
+        """Hear of a request. One that is known has been preempted and comes back: it goes on where it was."""
+        if request_id in self._requests:
+            self._requests[request_id].prompt_len = prompt_len
+            return
+        control, fault = None, None
+        try:
+            control = parse_control(extra_args)
+            if control is not None:
+                self.registry.check(control.head_names)
+        except (InvalidRequestError, UnknownHeadError) as error:
+            # A server in front must refuse these; one that has not must not be able to stop the worker.
+            control, fault = None, str(error)
+        if control is not None or fault is not None:
+            choice_id = (extra_args or {}).get(ID_KEY)
+            self._requests[request_id] = _Request(control, choice_id, prompt_len, fault)
+
+    def remove(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+    def row(self, request_id: str, num_tokens: int) -> Row | None:
+        """Of a request that has so many tokens, prompt and new, before the one drawn now; None without control."""
+        request = self._requests.get(request_id)
+        return None if request is None else Row(request_id, num_tokens - request.prompt_len)
+
+    def logits(self, hidden_BD: Tensor, rows: Sequence[Row | None]) -> Tensor:
+        """Logits [B, V] float32 of a step's rows, of which those with a `Row` are controlled."""
+        assert len(hidden_BD) == len(rows), "a row of vLLM's batch has more than one state"
+        self._learn_from_last_step()
+        controls = [None if row is None else self._requests[row.request_id].control for row in rows]
+        started_s = time.perf_counter()
+        logits_BV, stats = self._edited(hidden_BD, rows, controls)
+        report = StepReport(rows, stats, edit_s=time.perf_counter() - started_s)
+        for row in rows:
+            if row is not None:
+                request = self._requests[row.request_id]
+                report.choice_ids[row.request_id] = request.choice_id
+                if request.fault is not None:
+                    report.faults[row.request_id] = request.fault
+        self._report, self._is_report_taken = report, False
+        return logits_BV
+
+    def take_report(self) -> StepReport | None:
+        """Of the step whose logits were computed last, once."""
+        is_new, self._is_report_taken = not self._is_report_taken, True
+        return self._report if is_new else None
+
+    def _edited(
+        self, hidden_BD: Tensor, rows: Sequence[Row | None], controls: list[ControlParams | None]
+    ) -> tuple[Tensor, list[GroupStats]]:
+        try:
+            if not _are_same(controls, self._plan_controls):
+                self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
+                self._plan_controls = controls
+            self._unembedding.num_rows = len(hidden_BD)
+            logits_BV, stats = self._editor.logits(hidden_BD, self._plan.at(lambda row: self._state(rows[row])))
+        except Exception:
+            _log.exception("Control failed; its requests end with an error, the others go on")
+            self._plan_controls = None
+            for row in rows:
+                if row is not None:
+                    self._requests[row.request_id].fault = _FAILED
+            return self._unembedding.plain(hidden_BD), []
+        if not self._unembedding.is_exact:
+            base = [i for i, control in enumerate(controls) if control is None]
+            if base:
+                logits_BV[base] = self._unembedding.plain(hidden_BD)[base]
+        return logits_BV, stats
+
+    def _state(self, row: Row | None) -> ControlState:
+        assert row is not None
+        return self._requests[row.request_id].state_at(row.position)
+
+    def _learn_from_last_step(self) -> None:
+        """Wait for the last step's edits only where gate or response budget must know of them."""
+        report, self._report = self._report, None
+        if report is None:
+            return
+        positions = report.positions()
+        waiting = [name for name in positions if name in self._requests and self._requests[name].remembers]
+        if waiting:
+            edits = report.resolve()
+            for name in waiting:
+                if name in edits:
+                    self._requests[name].remember(positions[name], edits[name])
+
+
+def _are_same(controls: Sequence[ControlParams | None], others: Sequence[ControlParams | None] | None) -> bool:
+    """By identity, which a step has time for."""
+    if others is None or len(controls) != len(others):
+        return False
+    return all(mine is other for mine, other in zip(controls, others, strict=True))
+
+
+def _packed(stats: GroupStats) -> Tensor:
+    """[R, 2 K + 5] float32, in the order of `wire.decode_edit`."""
+    rows = stats.kl_R
+    is_open_R = torch.ones_like(rows) if stats.is_gate_open_R is None else stats.is_gate_open_R
+    columns = [rows, stats.shift_ratio_R, stats.held_by_R, stats.is_nonfinite_R, is_open_R]
+    return torch.cat(
+        [stats.values_before_RK, stats.values_after_RK, torch.stack([column.float() for column in columns], dim=1)],
+        dim=1,
+    )

@@ -1,0 +1,66 @@
+"""For `--logits-processors` of vLLM's own server: control that cannot be served gets a 400 there.
+
+It touches no logits. vLLM hands it every request's parameters in the process that speaks HTTP, for which it has to be a
+logits processor of both model runners. Knows the heads by the folder in RECONTROL_HEADS_DIR. Enter at
+`ControlValidator.validate_params`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
+    LogitsProcessor as LogitsProcessorV1,
+)
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # pyright: ignore[reportMissingImports]
+    LogitsProcessor as LogitsProcessorV2,
+)
+
+from server.engines.vllm.wire import CONTROL_KEY, HEADS_DIR_VARIABLE, ID_KEY, parse_control
+from server.errors import InvalidRequestError, RecontrolError, UnknownHeadError
+from value_models.store import CARD_FILE
+
+
+class ControlValidator(LogitsProcessorV1, LogitsProcessorV2):
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raises VLLMValidationError."""
+        try:
+            check_plain(sampling_params.extra_args or {}, Path(os.environ.get(HEADS_DIR_VARIABLE, "")))
+        except RecontrolError as error:
+            raise VLLMValidationError(error.message, parameter="vllm_xargs") from error
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:  # noqa: ARG002
+        """Not wanted for any row."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None: ...
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: Tensor, *_: Any) -> Tensor:
+        return logits
+
+
+def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
+    """Raises InvalidRequestError or UnknownHeadError for what a plain vLLM server with control cannot do."""
+    if ID_KEY in extra_args:
+        raise InvalidRequestError(f"{ID_KEY}: is for this program's own server")
+    control = parse_control(extra_args)
+    if control is None:
+        return
+    for field, why in (("stop_below", "ends no response"), ("trace", "reports no single token")):
+        if getattr(control, field):
+            raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")
+    heads = [card.parent.name for card in heads_dir.glob(f"*/{CARD_FILE}")]
+    for name in control.head_names:
+        if name not in heads:
+            raise UnknownHeadError(name, heads)

@@ -1,0 +1,68 @@
+"""What this program's two sides say to each other through vLLM: control in `extra_args`, edits beside the tokens.
+
+A request carries its control as one JSON string, since vLLM's HTTP server takes flat values only. An edit travels as a
+flat list of numbers: the values before and after by head, in the fixed order of `ControlParams.head_names`, then the
+rest of a `TokenEdit`. Knows neither vLLM nor tensors. Enter at `parse_control` and `decode_edit`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from server.control.state import HELD_BY
+from server.errors import InvalidRequestError
+from server.types import ControlParams, TokenEdit
+
+CONTROL_KEY = "recontrol"
+"""In a request's `extra_args`: the `control` of this program's own API, as a JSON string."""
+ID_KEY = "recontrol_id"
+"""Set by this program's engine alone: the choice that edits are reported for."""
+REPORT_KEY = "recontrol"
+"""In `kv_transfer_params` of an output, and the attribute of a model runner's output."""
+WORKER = "server.engines.vllm.worker.ControlWorker"
+SCHEDULER = "server.engines.vllm.scheduler.ControlScheduler"
+VALIDATOR = "server.engines.vllm.validation:ControlValidator"
+"""What vLLM's options of these names are set to."""
+CONFIG_KEY = "recontrol"
+"""In vLLM's `additional_config`."""
+HEADS_DIR_VARIABLE = "RECONTROL_HEADS_DIR"
+"""The folder of value heads, where vLLM is not started by this program."""
+
+
+def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:
+    """None where a request asks for none. Raises InvalidRequestError, in words for whoever sent it."""
+    payload = (extra_args or {}).get(CONTROL_KEY)
+    if payload is None:
+        return None
+    if not isinstance(payload, str):
+        raise InvalidRequestError(f"{CONTROL_KEY}: must be control as a JSON string", param=CONTROL_KEY)
+    try:
+        return ControlParams.model_validate_json(payload)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
+        raise InvalidRequestError(f"{CONTROL_KEY}: {problems}", param=CONTROL_KEY) from error
+
+
+def control_args(control: ControlParams, choice_id: str) -> dict[str, Any]:
+    """A choice's `extra_args`."""
+    return {CONTROL_KEY: json.dumps(control.model_dump(mode="json", exclude_none=True)), ID_KEY: choice_id}
+
+
+def decode_edit(control: ControlParams, numbers: Sequence[float]) -> TokenEdit:
+    """What `row_control` packed for one token of a row under this control."""
+    names = control.head_names
+    size = len(names)
+    kl, shift_ratio, held_by, is_nonfinite, is_gate_open = numbers[2 * size :]
+    return TokenEdit(
+        value_before=dict(zip(names, numbers[:size], strict=True)),
+        value_after=dict(zip(names, numbers[size : 2 * size], strict=True)),
+        kl=kl,
+        shift_ratio=shift_ratio,
+        held_by=HELD_BY[int(held_by)],
+        is_nonfinite=bool(is_nonfinite),
+        is_gate_open=bool(is_gate_open),
+    )

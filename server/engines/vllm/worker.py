@@ -1,0 +1,75 @@
+"""The worker class for `--worker-cls`: whatever worker and model runner the platform has, with control installed.
+
+It runs in vLLM's processes and knows nothing of this program's server. Heads come from `additional_config` when this
+program's engine started vLLM, otherwise from the folder in RECONTROL_HEADS_DIR. What cannot be done is refused here, at
+start. Enter at `ControlWorker`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.parallel_state import get_pp_group  # pyright: ignore[reportMissingImports]
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+from server.control.registry import HeadRegistry
+from server.engines.embedded.heads import load_one_head, with_head, without_head
+from server.engines.vllm.limits import check_config, own_config
+from server.engines.vllm.model_files import ModelFiles
+from server.engines.vllm.row_control import RowControl
+from server.engines.vllm.runners import adapter_for
+from server.engines.vllm.unembedding import VllmUnembedding
+from server.errors import RecontrolError
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker  # pyright: ignore[reportMissingImports]
+elif current_platform.is_xpu():
+    from vllm.v1.worker.xpu_worker import XPUWorker as _Worker  # pyright: ignore[reportMissingImports]
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker  # pyright: ignore[reportMissingImports]
+
+
+class ControlWorker(_Worker):
+    """Methods that begin with `recontrol_` are called on every worker through `collective_rpc`."""
+
+    def init_device(self) -> None:
+        check_config(self.vllm_config)
+        super().init_device()
+        # The class is changed after the fact, so that how each platform makes its runner is left to it.
+        self.model_runner.__class__ = adapter_for(self.model_runner, is_v2=self.use_v2_model_runner)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_last_rank:
+            return
+        config = own_config(self.vllm_config)
+        model, model_config = self.model_runner.get_model(), self.vllm_config.model_config
+        self._recontrol_folder: str = config["heads_dir"]
+        self._recontrol_identity = config.get("identity") or ModelFiles.of(model_config.model).identity
+        registry = HeadRegistry.load(
+            self._recontrol_folder,
+            self._recontrol_identity,
+            device=self.device,
+            skip_mismatched=config.get("skip_mismatched", False),
+        )
+        unembedding = VllmUnembedding.of(
+            model.compute_logits, model, model_config.get_hidden_size(), model_config.dtype, self.device
+        )
+        self.model_runner.install_control(RowControl(registry, unembedding), model)
+
+    def recontrol_load_head(self, name: str) -> str | None:
+        """Why it cannot be loaded, in words; None when it is."""
+        control: RowControl | None = self.model_runner.row_control
+        if control is None:
+            return None
+        try:
+            head, card = load_one_head(self._recontrol_folder, name, self._recontrol_identity, self.device)
+        except RecontrolError as error:
+            return error.message
+        control.use(with_head(control.registry, name, head, card))
+        return None
+
+    def recontrol_unload_head(self, name: str) -> None:
+        control: RowControl | None = self.model_runner.row_control
+        if control is not None and name in control.registry.names:
+            control.use(without_head(control.registry, name))

@@ -1,0 +1,45 @@
+"""One real vLLM engine for all tests that share it, since starting its processes takes half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.engines.embedded.model.loader import load_model
+from server.engines.vllm.engine import VllmEngine
+from server.settings import Settings
+from tests.conftest import write_heads
+from value_models.heads import ValueHead
+
+VLLM_OPTIONS = {"enforce_eager": True, "block_size": 32}
+
+
+@pytest.fixture(scope="session")
+def vllm_settings(
+    model_folder: Callable[..., Path], heads: dict[str, ValueHead], tmp_path_factory: pytest.TempPathFactory
+) -> Settings:
+    """vLLM's kernels for CPUs want wide attention heads."""
+    folder = model_folder("wide_llama")
+    named = {"positive": heads["good"], "plain": heads["line"], "deep": heads["deep"]}
+    identity = load_model(str(folder), device="cpu", dtype="float32").identity
+    return Settings(
+        engine="vllm",
+        model=str(folder),
+        heads_dir=write_heads(tmp_path_factory.mktemp("vllm") / "heads", named, identity),
+        dtype="float32",
+        max_batch_size=8,
+        max_waiting=24,
+        kv_cache_gib=0.05,
+        vllm_options=VLLM_OPTIONS,
+    )
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_engine(vllm_settings: Settings) -> AsyncIterator[VllmEngine]:
+    """Not yet started, for whoever comes first; harmless to start again."""
+    engine = VllmEngine(vllm_settings)
+    yield engine
+    await engine.stop()

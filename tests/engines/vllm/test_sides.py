@@ -1,0 +1,162 @@
+"""What lies between this program and vLLM's processes: requests, reports, models' files and settings, without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from server.engines import create_engine
+from server.engines.embedded.model.loader import LoadedModel
+from server.engines.vllm import sampling
+from server.engines.vllm.delivery import Delivery
+from server.engines.vllm.launch import engine_arguments
+from server.engines.vllm.model_files import ModelFiles
+from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
+from server.errors import ConfigurationError, InvalidRequestError, ModelLoadError
+from server.settings import Settings
+from server.types import ControlParams, GenerationRequest, SamplingParams
+from tests.conftest import CONFIGS, control
+
+EDIT = [0.25, 0.5, 0.125, 0.75, 0.0, 0.0, 1.0]
+
+
+def output(request_id: str = "r", tokens: tuple[int, ...] = (7,), finish_reason: Any = None) -> Any:
+    return SimpleNamespace(
+        request_id=request_id, new_token_ids=list(tokens), finish_reason=finish_reason, kv_transfer_params=None
+    )
+
+
+def report(choice_id: str | None = None) -> dict[str, Any]:
+    return {"edits": {"r": {"id": choice_id, "edit": EDIT, "edit_s": 0.001}}, "faults": {"bad": "why"}}
+
+
+def test_control_travels_as_one_flat_string_and_comes_out_the_same() -> None:
+    for params in (control({"good": 1.0}, max_response_kl=2.0), ControlParams.for_head("a")):
+        args = control_args(params, "c")
+        assert all(isinstance(value, str) for value in args.values())
+        assert parse_control(args) == params
+    assert parse_control(None) is None
+
+
+@pytest.mark.parametrize(
+    ("payload", "named"),
+    [(7, "JSON string"), ("{", "body"), ('{"objective": {"weights": {"a": 1}}, "steps": -1}', "steps"), ("[]", "body")],
+)
+def test_control_that_is_none_is_refused_in_words(payload: Any, named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        parse_control({CONTROL_KEY: payload})
+
+
+def test_an_edit_leaves_with_its_own_token_for_this_programs_engine() -> None:
+    delivery, mine = Delivery(), output()
+    delivery.expect("r", control_args(control({"good": 1.0}), "choice"))
+    assert delivery.fill(mine, report("choice")) is None
+    assert mine.kv_transfer_params[REPORT_KEY]["edit"] == EDIT
+    # A token that was thrown away takes its edit with it.
+    thrown_away = output(tokens=())
+    delivery.fill(thrown_away, report("choice"))
+    assert thrown_away.kv_transfer_params is None
+
+
+def test_a_plain_server_gets_a_summary_with_the_last_token() -> None:
+    delivery, args = Delivery(), {CONTROL_KEY: control_args(control({"good": 1.0}), "")[CONTROL_KEY]}
+    delivery.expect("r", args)
+    first, last = output(), output(finish_reason="stop")
+    delivery.fill(first, report())
+    delivery.fill(last, report())
+    assert first.kv_transfer_params is None
+    summary = last.kv_transfer_params[REPORT_KEY]["control"]
+    assert summary["value_after"] == {"good": 0.5}
+    assert summary["mean_kl"] == 0.125
+    again = output(finish_reason="stop")
+    delivery.fill(again, None)
+    assert again.kv_transfer_params is None
+
+
+def test_a_fault_is_told_for_its_request_and_no_other() -> None:
+    delivery = Delivery()
+    assert delivery.fill(output("bad"), report()) == "why"
+    assert delivery.fill(output("other"), report()) is None
+
+
+def test_every_field_is_served_or_refused_by_name() -> None:
+    assert set(SamplingParams.model_fields) >= sampling.SAMPLING_FIELDS
+    assert set(ControlParams.model_fields) >= sampling.CONTROL_FIELDS
+    served = GenerationRequest("r", (1,), SamplingParams(top_k=3), control({"good": 1.0}), num_choices=2)
+    sampling.check_served(served)
+
+
+def test_choices_have_seeds_of_their_own_and_none_without_one() -> None:
+    seeded = GenerationRequest("r", (1,), SamplingParams(seed=-5))
+    seeds = [sampling.vllm_sampling(seeded, index, ())["seed"] for index in range(3)]
+    assert len(set(seeds)) == 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    free = replace(seeded, sampling=SamplingParams())
+    assert sampling.vllm_sampling(free, 0, ())["seed"] is None
+
+
+def test_ends_of_text_are_passed_as_tokens_and_nothing_else_ends_it() -> None:
+    request = GenerationRequest("r", (1,), SamplingParams(max_tokens=0, stop=("x",), prompt_logprobs=True))
+    arguments = sampling.vllm_sampling(request, 0, {5, 3})
+    assert (arguments["stop_token_ids"], arguments["ignore_eos"]) == ([3, 5], True)
+    assert (arguments["max_tokens"], arguments["prompt_logprobs"]) == (1, 0)
+    assert "stop" not in arguments
+    assert sampling.vllm_sampling(request, 1, ())["prompt_logprobs"] is None
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_models_files_tell_what_loading_it_would(
+    load_tiny: Callable[..., LoadedModel], model_folder: Callable[..., Path], architecture: str
+) -> None:
+    loaded, files = load_tiny(architecture), ModelFiles.of(str(model_folder(architecture)))
+    assert files.identity == loaded.identity
+    assert files.eos_token_ids == loaded.eos_token_ids
+    assert (files.name, files.max_len) == (loaded.name, loaded.max_len)
+
+
+def test_a_model_folder_that_brings_code_is_refused_before_vllm_sees_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "x.Model"}}')
+    with pytest.raises(ModelLoadError, match="auto_map"):
+        ModelFiles.of(str(tmp_path))
+
+
+def test_settings_become_vllms_arguments(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    settings = Settings(
+        engine="vllm", model=str(model_folder()), heads_dir=tmp_path, tensor_parallel_size=2, max_model_len=10_000,
+        kv_cache_gib=2.0, vllm_options={"enforce_eager": True},
+    )  # fmt: skip
+    files = ModelFiles.of(settings.model)
+    arguments = engine_arguments(settings, files, tmp_path, torch.device("cpu"))
+    assert arguments["additional_config"][CONFIG_KEY]["identity"] == files.identity
+    assert (arguments["tensor_parallel_size"], arguments["max_model_len"]) == (2, 256)
+    assert (arguments["kv_cache_memory_bytes"], arguments["enforce_eager"]) == (2 * 2**30, True)
+    assert (arguments["load_format"], arguments["trust_remote_code"]) == ("safetensors", False)
+    bold = settings.model_copy(update={"vllm_options": {"trust_remote_code": True}})
+    with pytest.raises(ConfigurationError, match="trust_remote_code"):
+        engine_arguments(bold, files, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"engine": "vllm", "quantization": "int8"}, {"engine": "vllm", "prefill_chunk_tokens": 512},
+     {"tensor_parallel_size": 2}, {"vllm_options": {"a": 1}}, {"distributed_executor_backend": "ray"}],
+)  # fmt: skip
+def test_a_setting_that_the_engine_does_not_have_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=list(options)[-1]):
+        Settings(**options)
+
+
+async def test_where_vllm_is_not_installed_the_engine_says_so(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "vllm.engine.arg_utils", None)
+    engine = create_engine(Settings(engine="vllm", model=str(model_folder()), heads_dir=tmp_path))
+    with pytest.raises(ConfigurationError, match="vLLM cannot be imported"):
+        await engine.start()
