@@ -31,10 +31,10 @@ class HeadsReport(HeadsCommand):
     into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
 
     def cli_cmd(self) -> None:
-        cards, transcripts = self.cards(), Path(self.location) / TRANSCRIPT_FILE
+        cards, folder = self.cards(), Path(self.location)
+        transcripts, objectives = folder / TRANSCRIPT_FILE, folder / OBJECTIVES_FILE
         sections = {name: render(cards) for name, render in SECTIONS.items()}
         sections["transcript"] = transcript(transcripts) if transcripts.exists() else ""
-        objectives = self.folder / OBJECTIVES_FILE
         sections["objectives"] = objectives_tables(json.loads(objectives.read_text())) if objectives.exists() else ""
         if self.into is None:
             print("\n\n".join(sections.values()))
