@@ -95,7 +95,7 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in text
     assert text.startswith("title\n")
     assert text.endswith("\nend")
-    assert "old" not in text
+    assert "\nold\n" not in text
     page.write_text("no sections")
     assert main(["heads", "report", *heads, "--into", str(page)]) == 2
     assert "has no section" in capsys.readouterr().err

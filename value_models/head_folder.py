@@ -52,7 +52,7 @@ class HeadFolder(ABC):
         where = f"{self.location}/{name}/{CARD_FILE}"
         card = parse_card(self._read(self._checked(name), CARD_FILE), where)
         if card.name != name:
-            raise HeadFileError(f"{where} names its head {card.name!r}; the folder must have that name")
+            raise HeadFileError(f"{where}: the card in {name!r} names its head {card.name!r}; the names must be one")
         return card
 
     def load(self, name: str, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:

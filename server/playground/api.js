@@ -51,7 +51,8 @@ async function send(path, key, options) {
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   const response = await unbroken(fetch(new URL(path, BASE), { ...options, headers, credentials: "omit" }));
   if (response.ok) return response;
-  const { error } = parsed(await unbroken(response.text()), response.status);
+  const text = await unbroken(response.text());
+  const error = parsed(text, response.status)?.error ?? { message: text.slice(0, MAX_SHOWN_CHARS) };
   throw failure(error, response.status, response);
 }
 
