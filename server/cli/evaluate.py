@@ -216,9 +216,7 @@ class Eval(ModelCommand):
         heads = list(dict.fromkeys(self.head.split(",")))
         registry.check(heads, param="head")
         if len(heads) < _MIN_OBJECTIVES_HEADS:
-            raise ConfigurationError(
-                "head: the objectives study takes two or more, as in `positive,neutral,relevance,plain`"
-            )
+            raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
         return ObjectivesSetup(
             cards={name: load_card(folder / name) for name in heads},
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
