@@ -9,6 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from server.cli.objectives import OBJECTIVES_FILE
+from server.cli.objectives_report import objectives_tables
 from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.control.objectives import BaseObjective
 from server.engines.fake import FakeEngine
@@ -48,6 +50,12 @@ def test_the_second_models_page_is_rendered_from_its_card() -> None:
     page = (folder / "README.md").read_text()
     for name in ("heads", "commands"):
         assert section(page, name) == SECTIONS[name](cards(folder)).strip()
+
+
+def test_what_objectives_do_is_what_the_study_found() -> None:
+    found = FOLDER / OBJECTIVES_FILE
+    rendered = objectives_tables(json.loads(found.read_text())) if found.exists() else ""
+    assert section(PAGES[1], "objectives") == rendered
 
 
 def test_the_transcript_is_what_compare_wrote() -> None:

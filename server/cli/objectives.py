@@ -1,11 +1,12 @@
 """What each objective and each search does to real text: the study behind `recontrol eval HEADS --study objectives`.
 
-    worst case   all heads: the worst reward of a response, against a sum of the same heads with equal shares
-    target       the last head: brought to several levels
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
+    worst case   the last two heads: the lower reward of both, against a sum with equal shares of as much ascent
+    target       the last head: brought to several levels
 
-The heads' order says who plays what; raise one that pulls another down. Every arm is sampled on the same prompts and
+The heads' order says who plays what: raise one that pulls the second down, and end with one that is harder to raise and
+one that is easier. Every arm is sampled on the same prompts and
 seeds, kept in the `GenerationStore`, and measured by the true rewards of its text. Knows nothing of how figures are
 shown (plots.py, report.py). Enter at `ObjectivesStudy`.
 
@@ -40,10 +41,11 @@ from value_models.whole_files import write_text
 OBJECTIVES_FILE = "objectives.json"
 _STEP_SIZE = 0.3
 _TARGET_STEP_SIZE = 1.0
-_TARGETS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-"""In standard deviations of the head's training reward from its mean."""
+_TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
+"""In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
 _BASE = "base"
 _CANDIDATES, _BLOCK_TOKENS = 4, 8
+_NUM_RESAMPLES = 2000
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,10 +70,13 @@ class _Measured:
     standardised: dict[str, np.ndarray]
     figures: dict[str, Any]
 
-    @property
-    def worst(self) -> np.ndarray:
+    def worst(self, heads: Sequence[str]) -> np.ndarray:
         """[P, S]: the smallest standardised reward of each response."""
-        return np.min(list(self.standardised.values()), axis=0)
+        return np.min([self.standardised[head] for head in heads], axis=0)
+
+    def means(self, heads: Sequence[str]) -> np.ndarray:
+        """[P, K]: standardised rewards of each prompt."""
+        return np.stack([self.standardised[head].mean(axis=1) for head in heads], axis=1)
 
 
 class ObjectivesStudy:
@@ -108,16 +113,15 @@ class ObjectivesStudy:
     def show(self, result: dict[str, Any]) -> None:
         for name, arm in result["arms"].items():
             rewards = "  ".join(f"{head} {arm['rewards'][head]['mean']:.3f}" for head in self._heads)
-            rest = f"worst {arm['worst']['mean']:+.2f}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s"
-            print(f"{name:30}{rewards}  {rest}")
+            print(f"{name:30}{rewards}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s")
 
     def _worst_case(self, arms: dict[str, Arm]) -> dict[str, Any]:
-        # Equal shares of as much ascent as the worst case divides.
-        share = 1.0 / len(self._heads)
-        arms["equal shares"] = self._arm(WeightedSum(weights=dict.fromkeys(self._heads, share)), step_size=_STEP_SIZE)
-        worst = WorstCase(type="worst_case", weights=dict.fromkeys(self._heads, 1.0))
+        heads = self._heads[-2:]
+        equal = WeightedSum(weights=dict.fromkeys(heads, 1.0 / len(heads)))
+        arms["equal shares"] = self._arm(equal, step_size=_STEP_SIZE)
+        worst = WorstCase(type="worst_case", weights=dict.fromkeys(heads, 1.0))
         arms["worst case"] = self._arm(worst, step_size=_STEP_SIZE)
-        return {"arms": [_BASE, "equal shares", "worst case"]}
+        return {"heads": list(heads), "arms": [_BASE, "equal shares", "worst case"]}
 
     def _target(self, arms: dict[str, Arm]) -> dict[str, Any]:
         head = self._heads[-1]
@@ -189,7 +193,6 @@ class ObjectivesStudy:
         measured.figures.update(
             rewards={name: _interval(table) for name, table in rewards.items()},
             standardised={name: _interval(table) for name, table in standardised.items()},
-            worst=_interval(measured.worst),
             values={name: _interval(self._table([s.values[name] for s in samples])) for name in self._heads},
             steered={name: _interval(self._table([s.steered[name] for s in samples])) for name in samples[0].steered},
             response_s=round(sum(s.wall_s for s in samples) / len(samples), 4),
@@ -199,12 +202,13 @@ class ObjectivesStudy:
 
     def _compare(self, parts: dict[str, dict[str, Any]], measured: Mapping[str, _Measured]) -> None:
         """What the study is asked: differences prompt by prompt, errors and orders."""
-        worst, equal = measured["worst case"], measured["equal shares"]
-        parts["worst_case"]["gain"] = _interval(worst.worst - equal.worst)
-        parts["worst_case"]["lowest_mean"] = {
-            name: min(measured[name].figures["standardised"][head]["mean"] for head in self._heads)
-            for name in parts["worst_case"]["arms"]
-        }
+        worst = parts["worst_case"]
+        tables = {name: measured[name].worst(worst["heads"]) for name in worst["arms"]}
+        means = {name: measured[name].means(worst["heads"]) for name in worst["arms"]}
+        worst["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
+        worst["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
+        worst["gain_of_a_response"] = _interval(tables["worst case"] - tables["equal shares"])
+        worst["gain_of_the_means"] = _lowest(means["worst case"], means["equal shares"])
         target, head = parts["target"], parts["target"]["head"]
         scale = self._moments(head)[1]
         missed = {
@@ -236,3 +240,17 @@ def _interval(table: np.ndarray) -> dict[str, float]:
     means = table.mean(axis=1)
     low, high = bootstrap_interval(means.tolist())
     return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def _lowest(means_PK: np.ndarray, others_PK: np.ndarray | None = None) -> dict[str, float]:
+    """The lowest of the heads' mean rewards, or how much higher it is than another arm's; bootstrapped over prompts."""
+
+    def figure(rows: np.ndarray) -> np.ndarray:
+        lowest = means_PK[rows].mean(axis=-2).min(axis=-1)
+        return lowest if others_PK is None else lowest - others_PK[rows].mean(axis=-2).min(axis=-1)
+
+    num_prompts = len(means_PK)
+    rows = np.random.default_rng(0).integers(0, num_prompts, (_NUM_RESAMPLES, num_prompts))
+    low, high = np.quantile(figure(rows), [0.025, 0.975])
+    mean = float(figure(np.arange(num_prompts)))
+    return {"mean": round(mean, 4), "low": round(float(low), 4), "high": round(float(high), 4)}

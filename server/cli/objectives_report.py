@@ -16,7 +16,7 @@ def objectives_tables(result: dict[str, Any]) -> str:
     """With 95% intervals over prompts."""
     arms = result["arms"]
     tables = [
-        *_worst_case(result["worst_case"], result["heads"], arms),
+        *_worst_case(result["worst_case"], arms),
         *_target(result["target"], arms),
         *_floor(result["floor"], arms),
         *_search(result["search"], arms),
@@ -27,13 +27,17 @@ def objectives_tables(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _worst_case(part: dict[str, Any], heads: Sequence[str], arms: dict[str, Any]) -> list[str]:
-    named = ", ".join(f"`{head}`" for head in heads)
-    columns: dict[str, Cell] = {"worst of a response": lambda arm: interval(arms[arm]["worst"])}
-    columns |= {f"`{head}`": _of(arms, "standardised", head) for head in heads}
+def _worst_case(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
+    one, other = (f"`{head}`" for head in part["heads"])
+    columns: dict[str, Cell] = {
+        "lower of the means": lambda arm: interval(part["of_the_means"][arm]),
+        "lower of a response": lambda arm: interval(part["of_a_response"][arm]),
+    }
+    columns |= {f"`{head}`": _of(arms, "standardised", head) for head in part["heads"]}
     return [
-        f"**Worst case** of {named}: rewards in standard deviations of each head's training reward. Over equal shares "
-        f"of as much ascent, the worst reward of a response changes by {signed(part['gain'])}.",
+        f"**Worst case** of {one} and {other}: rewards in standard deviations of each head's training reward. Over "
+        f"equal shares of as much ascent the lower mean changes by {signed(part['gain_of_the_means'])}, and the lower "
+        f"reward of a response by {signed(part['gain_of_a_response'])}.",
         _table(part["arms"], columns | _costs(arms)),
     ]
 
@@ -47,8 +51,8 @@ def _target(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
         "reward": _of(arms, "rewards", head),
     }
     return [
-        f"**Target** for `{head}`, from one standard deviation below the mean of its training reward to one above. The "
-        "value after control is a response's mean; what that misses is in standard deviations.",
+        f"**Target** for `{head}`, from 0.6 standard deviations below the mean of its training reward to 0.6 above. "
+        "The value after control is a response's mean; what that misses is in standard deviations.",
         _table(part["levels"], columns | _costs(arms)),
     ]
 

@@ -195,11 +195,16 @@ def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str)
 
 
 def _draw_worst_case(axes: Axes, result: dict[str, Any], arms: dict[str, Any]) -> None:
-    """Bars of each head's reward and of a response's worst, a colour an arm."""
-    names, heads = result["worst_case"]["arms"], [*result["heads"], "worst of a response"]
+    """Bars of each head's reward, and of the lower one, a colour an arm."""
+    part = result["worst_case"]
+    names, heads = part["arms"], [*part["heads"], "lower of the means", "lower of a response"]
     width = 0.8 / len(names)
     for place, (name, colour) in enumerate(zip(names, (_GREY, *_PALETTE), strict=False)):
-        figures = [*(arms[name]["standardised"][head] for head in result["heads"]), arms[name]["worst"]]
+        figures = [
+            *(arms[name]["standardised"][head] for head in part["heads"]),
+            part["of_the_means"][name],
+            part["of_a_response"][name],
+        ]
         axes.bar(
             [x + (place - (len(names) - 1) / 2) * width for x in range(len(heads))],
             [figure["mean"] for figure in figures], width, yerr=_bars(figures), color=colour, label=name,

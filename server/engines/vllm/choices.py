@@ -77,6 +77,7 @@ class Choice:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             control=None if reason is None else self._finish(reason),
+            num_drawn=1,
         )
 
     def end(

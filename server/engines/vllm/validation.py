@@ -57,7 +57,8 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     control = parse_control(extra_args)
     if control is None:
         return
-    for field, why in (("stop_below", "ends no response"), ("trace", "reports no single token")):
+    own = {"stop_below": "ends no response", "trace": "reports no single token", "search": "compares no candidates"}
+    for field, why in own.items():
         if getattr(control, field):
             raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")
     heads = [card.parent.name for card in heads_dir.glob(f"*/{CARD_FILE}")]

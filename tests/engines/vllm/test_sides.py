@@ -13,16 +13,19 @@ import torch
 from pydantic import ValidationError
 
 from server.engines import create_engine
+from server.engines.base import NullObserver
+from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.vllm import sampling
+from server.engines.vllm.choices import Choice, Timing
 from server.engines.vllm.delivery import Delivery
 from server.engines.vllm.launch import engine_arguments
 from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
-from server.errors import ConfigurationError, InvalidRequestError, ModelLoadError
+from server.errors import ConfigurationError, InvalidRequestError, ModelLoadError, UnsupportedFieldError
 from server.settings import Settings
-from server.types import ControlParams, GenerationRequest, SamplingParams
-from tests.conftest import CONFIGS, control
+from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams
+from tests.conftest import CONFIGS, byte_tokenizer, control
 
 EDIT = [0.25, 0.5, 0.125, 0.75, 0.0, 0.0, 1.0]
 
@@ -91,6 +94,22 @@ def test_every_field_is_served_or_refused_by_name() -> None:
     assert set(ControlParams.model_fields) >= sampling.CONTROL_FIELDS
     served = GenerationRequest("r", (1,), SamplingParams(top_k=3), control({"good": 1.0}), num_choices=2)
     sampling.check_served(served)
+
+
+def test_candidates_are_refused_by_name() -> None:
+    searching = control({"good": 1.0}, search={"type": "blocks"})
+    for options, field in (({"control": searching}, "control.search"), ({"best_of": 3}, "best_of")):
+        with pytest.raises(UnsupportedFieldError, match=field):
+            sampling.check_served(replace(GenerationRequest("r", (1,), control=control({"good": 1.0})), **options))
+
+
+def test_each_token_is_counted_once() -> None:
+    tokenizer = byte_tokenizer().backend_tokenizer
+    request = GenerationRequest("r", (1,), SamplingParams(max_tokens=2))
+    choice = Choice(request, 0, "c", frozenset(), Detokenizer(tokenizer, (1,)), StopMatcher(()), NullObserver())
+    chunks = [choice.grow(token, None, Timing(0.0, 0.0)) for token in (104, 105)]
+    assert [chunk.num_drawn for chunk in chunks] == [1, 1]
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_choices_have_seeds_of_their_own_and_none_without_one() -> None:
