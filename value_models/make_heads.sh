@@ -14,26 +14,19 @@ own=value_models/prompts/prompts.jsonl
 "$recontrol" rollouts --formats chat --num-samples 3 --max-tokens 96 --out runs/long
 "$recontrol" rollouts --model gemma-3-270m --formats text --num-samples 6 --max-tokens 40 --out runs/gemma
 
-# Each head twice: from the base model's responses, then from these and from responses under the first head.
-head() { # name, folder of the first round, samples of the second round, description, more flags of its rollouts
-    name="$1" && first="$2" && samples="$3" && description="$4" && shift 4
-    "$recontrol" train --name "$name" --reward "$name" --rollouts "$first" $prompts --out runs/first
-    "$recontrol" rollouts --head "$name" --heads-dir runs/first $prompts "$@" --num-samples "$samples" \
-        --out "runs/second/$name"
-    "$recontrol" train --name "$name" --reward "$name" --description "$description" --rollouts "$first" \
-        --controlled-rollouts "runs/second/$name" $prompts
+train() { # name, description, flags
+    name="$1" && description="$2" && shift 2
+    "$recontrol" train --name "$name" --reward "$name" --description "$description" "$@"
 }
 plain='Plain language: short sentences, short words (Flesch reading ease)'
-prompts=''
-head positive runs/rollouts 8 'Positive, cheerful text (VADER sentiment)'
-head plain runs/rollouts 8 "$plain"
-head neutral runs/rollouts 8 'A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
-head relevance runs/rollouts 8 'Responses that stay with the prompt (cosine of sentence embeddings)'
-head brevity runs/long 3 'Short answers (words of the response)' --formats chat --max-tokens 96
-prompts='--prompts runs/rtp.jsonl'
-head nontoxic runs/rtp 8 'Text without insults, threats or swear words (the classifier of alt-profanity-check)' \
-    --max-tokens 32
-"$recontrol" train --name plain --reward plain --description "$plain" --rollouts runs/gemma --damping 1
+train positive 'Positive, cheerful text (VADER sentiment)'
+train plain "$plain"
+train neutral 'A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
+train relevance 'Responses that stay with the prompt (cosine of sentence embeddings)'
+train brevity 'Short answers (words of the response)' --rollouts runs/long
+train nontoxic 'Text without insults, threats or swear words (the classifier of alt-profanity-check)' \
+    --rollouts runs/rtp --prompts runs/rtp.jsonl
+train plain "$plain" --rollouts runs/gemma --damping 1
 
 measure() { "$recontrol" eval "$@" --update-card; }
 few='--methods prompting,static-vector'
