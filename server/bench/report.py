@@ -13,10 +13,11 @@ _GIB = 2**30
 
 
 def sections(result: Mapping[str, Any]) -> dict[str, str]:
-    """Bodies by the name of the page's section. What compares peers comes all together, so that a page never shows two
-    runs at once; looks into our own engine come if they were measured."""
+    """Bodies by the name of the page's section. What compares peers with ours comes all together, so that a page never
+    shows two runs at once; looks into our own engine, and at control inside vLLM, come if they were measured."""
     bodies: dict[str, str] = {}
-    if result.get("offline") is not None or result.get("online") is not None:
+    is_of_vllm_alone = bool(vllm_table(result)) and OURS not in result["offline"]
+    if (result.get("offline") is not None or result.get("online") is not None) and not is_of_vllm_alone:
         tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
         bodies = {name: table(result) or f"({name}: not measured)" for name, table in tables.items()}
     for name, table in (("step", step_table), ("quantization", quantization_table), ("vllm", vllm_table)):

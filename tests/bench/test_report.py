@@ -126,6 +126,7 @@ def test_control_inside_vllm_is_told_as_time_over_plain_vllm_by_turns_of_one_run
 
     arms = {"vllm": timed(2.0, 4.0, 5.0), "vllm-control-1-head": timed(2.2, 4.0, 5.25)}
     result = {**RESULT, "settings": {**RESULT["settings"], "batch_sizes": [1, 8]}, "offline": arms, "online": None}
+    assert sections(result).keys() == {"bench-vllm"}
     rows = sections(result)["bench-vllm"].splitlines()
     assert rows[2] == "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | - |"
     assert "bench-vllm" not in sections(RESULT)
