@@ -76,11 +76,6 @@ def difference(ours: list[Answer], solo: list[Answer], *, is_whole: bool) -> str
     return None
 
 
-def num_new_tokens(seen: Seen) -> int | None:
-    """By the answer's own usage; None where it tells none."""
-    return next((d["usage"]["completion_tokens"] for d in reversed(_documents(seen)) if d.get("usage")), None)
-
-
 def _check_refused(refused: Refused, seen: Seen) -> None:
     if seen.error is not None and refused.may_hang_up:
         return
