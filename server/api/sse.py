@@ -16,6 +16,8 @@ from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+"""Not line ends in an event stream, but many clients cut lines as Python's `splitlines` does. JSON may escape them."""
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 """What the OpenAPI document says of a route that answers as a whole or as events."""
 
@@ -59,4 +61,5 @@ async def _encoded(events: AsyncGenerator[dict[str, Any], None], request_id: str
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"data: {text}\n\n".encode()
