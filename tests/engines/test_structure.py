@@ -62,6 +62,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "all of": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 120}]},
     "date": {"type": "string", "format": "date"},
     "uuid": {"type": "string", "format": "uuid"},
+    "text of special tokens": {"enum": ["<eos>", {"<bos>": "a<eos>"}]},
     "one of": {"oneOf": [{"type": "string", "maxLength": 2}, {"type": "integer", "maximum": 9, "minimum": 0}]},
 }  # fmt: skip
 

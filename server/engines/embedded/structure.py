@@ -11,6 +11,7 @@ When a schema is complete, the end-of-sequence token is all that is left. Knows 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -63,7 +64,7 @@ class SchemaCompiler:
             )
         except ValueError as error:
             raise InvalidRequestError(str(error)[:_MAX_MESSAGE_CHARS]) from error
-        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        matcher = LLMatcher(tables, _without_forcing(grammar), log_level=0, limits=LLParserLimits(**_LIMITS))
         if not matcher.is_error():
             # What goes wrong with the first token goes wrong here, where it can still be told.
             matcher.compute_bitmask()
@@ -89,6 +90,16 @@ class SchemaCompiler:
         except Exception as error:
             _log.warning("No structured output: llguidance refuses this model's tokenizer (%s)", error)
             raise UnsupportedFieldError("this model's tokenizer does not allow it") from error
+
+
+def _without_forcing(grammar: str) -> str:
+    """The grammar of a schema, in llguidance's other notation, which can say so.
+
+    Otherwise text that a schema leaves no choice about is cut into tokens by the tokenizer, which takes the text of a
+    special token (a literal "<eos>") for that token; no schema allows those.
+    """
+    schema = json.loads(grammar)["grammars"][0]["json_schema"]
+    return f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(schema)}'
 
 
 class CompiledSchema:
