@@ -52,7 +52,7 @@ test-deploy: $(DEPLOY_STAMP)
 # vLLM's own warnings are not ours to mend.
 test-vllm: setup
 	sh server/bench/make_vllm.sh $(PYTHON)
-	RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm tests/engines $(ARGS)
+	RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm tests/engines/test_contract.py tests/engines/vllm $(ARGS)
 
 test-clients: setup $(CLIENTS_STAMP)
 	RECONTROL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients $(if $(wildcard .venv-vllm),,-k "not vllm") $(ARGS)

@@ -58,22 +58,22 @@ def settings(
     )
 
 
-@pytest_asyncio.fixture(
-    loop_scope="session",
-    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])],
+@pytest.fixture(
+    params=["fake", "embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.filterwarnings("ignore")])]
 )
-async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
-    engine: Engine
+def made(request: pytest.FixtureRequest, settings: Settings) -> Engine:
+    """Not started. vLLM's is the session's, which only a fixture that does not run on its loop may ask for."""
     if request.param == "fake":
-        engine = FakeEngine(max_open=8)
-    elif request.param == "embedded":
-        engine = EmbeddedEngine(settings)
-    else:
-        engine = request.getfixturevalue("vllm_engine")
-    await engine.start()
-    yield engine
-    if request.param != "vllm":
-        await engine.stop()
+        return FakeEngine(max_open=8)
+    return EmbeddedEngine(settings) if request.param == "embedded" else request.getfixturevalue("vllm_engine")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def engine(made: Engine) -> AsyncIterator[Engine]:
+    await made.start()
+    yield made
+    if isinstance(made, FakeEngine | EmbeddedEngine):
+        await made.stop()
 
 
 def ask(name: str = "r", **options: Any) -> GenerationRequest:
@@ -109,11 +109,15 @@ async def test_control_is_reported_at_the_end(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("search", "best_of", "num_choices"), [({"type": "blocks", "candidates": 3}, None, 1), (None, 5, 2)]
 )
-async def test_candidates_are_all_counted_and_none_but_the_best_are_told(
+async def test_candidates_are_all_counted_and_none_but_the_best_are_told_or_they_are_refused_by_name(
     engine: Engine, search: dict[str, Any] | None, best_of: int | None, num_choices: int
 ) -> None:
     steered = control({"positive": 1.0}, search=search)
     request = ask(control=steered, best_of=best_of, num_choices=num_choices, sampling={"ignore_eos": True})
+    if not isinstance(engine, FakeEngine | EmbeddedEngine):
+        with pytest.raises(UnsupportedFieldError, match=r"best_of|control\.search"):
+            engine.generate(request)
+        return
     chunks = await everything(engine, request)
     assert sorted(chunk.index for chunk in chunks if chunk.finish_reason is not None) == list(range(num_choices))
     assert sum(len(chunk.token_ids) for chunk in chunks) == 8 * num_choices
