@@ -23,5 +23,5 @@ def test_the_readme_shows_what_the_file_holds(path: Path) -> None:
 def test_every_section_has_its_file() -> None:
     written = [name for path in RESULTS for name in report.sections(json.loads(path.read_text()))]
     assert sorted(written) == sorted(
-        f"bench-{name}" for name in ("offline", "online", "start", "notes", "step", "quantization", "soak")
+        f"bench-{name}" for name in ("offline", "online", "start", "notes", "step", "quantization", "soak", "vllm")
     )
