@@ -14,8 +14,8 @@ from pydantic_settings import CliPositionalArg
 from server.cli.command import ModelCommand, command_line
 from server.control.objectives import WeightedSum
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.tokenization import encode_chat
 from server.errors import GenerationError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.whole_files import write_text

@@ -17,9 +17,9 @@ Shapes: C candidates, D hidden size.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,7 +33,6 @@ from server.engines.embedded.sequence import Sequence, SequenceState
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 
-_log = logging.getLogger(__name__)
 _PARAM = "control.search.candidates"
 PromptScores = tuple[TokenLogprob | None, ...]
 Rows = list[tuple[Sequence, Tensor]]
@@ -127,7 +126,8 @@ def check_room(request: GenerationRequest, *, max_rows: int, num_pages: int) -> 
 
 class Candidates:
     """Follows candidates from step to step. `score` says of states [C, D] what a request's objective does, [C];
-    `take_scores` gives the log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk."""
+    `take_scores` gives the log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk, and
+    what is raised within `failing_alone` ends that sequence and no other."""
 
     def __init__(
         self,
@@ -137,22 +137,21 @@ class Candidates:
         score: Callable[[Tensor, ControlParams], Tensor],
         take_scores: Callable[[Sequence], PromptScores | None],
         finish: Callable[[Sequence, FinishReason, GenerationChunk | None], None],
+        failing_alone: Callable[[Sequence], AbstractContextManager[None]],
     ) -> None:
         self._scheduler = scheduler
         self._observer = observer
         self._score = score
         self._take_scores = take_scores
         self._finish = finish
+        self._failing_alone = failing_alone
 
     def settle(self, computed: Rows) -> Rows:
         """Of the sequences whose states are computed, those that draw a token now; compares what has to be compared."""
         drawing: Rows = []
         for sequence, hidden_D in computed:
-            try:
+            with self._failing_alone(sequence):
                 drawing += self._settle(sequence, hidden_D)
-            except Exception:
-                _log.exception("Request %s failed", sequence.request.request_id)
-                self._finish(sequence, FinishReason.ERROR, None)
         # Who needed pages may have taken those of candidates; a choice keeps its state and draws all the same.
         return [(sequence, hidden_D) for sequence, hidden_D in drawing if sequence.leader is None or sequence.pages]
 

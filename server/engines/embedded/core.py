@@ -87,6 +87,7 @@ class EngineCore:
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
             take_scores=self._scores.take_prompt,
             finish=self._finish,
+            failing_alone=self._failing_alone,
         )
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []

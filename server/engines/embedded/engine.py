@@ -12,7 +12,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from server.engines.embedded.heads import heads_location, load_one_head, load_re
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.streams import ChunkQueue
+from server.engines.tokenization import Tokenization
 from server.errors import (
     EngineStoppedError,
     InvalidRequestError,
@@ -39,10 +40,11 @@ _UNLOAD_POLL_S = 0.05
 _Result = TypeVar("_Result")
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Tokenization):
     """One model and its heads in this process."""
 
     def __init__(self, settings: Settings, *, observer: EngineObserver | None = None) -> None:
+        super().__init__()
         self._settings = settings
         self._observer = observer
         self._loaded: LoadedModel | None = None
@@ -52,8 +54,6 @@ class EmbeddedEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._info: EngineInfo | None = None
         self._gate = threading.Lock()
-        # A call may change the tokenizer's truncation and padding, so one at a time.
-        self._encoding = threading.Lock()
         self._managing = asyncio.Lock()
         self._is_open = False
         self._num_open = 0
@@ -87,20 +87,6 @@ class EmbeddedEngine:
     def status(self) -> EngineStatus:
         is_running = self._thread is not None and self._thread.is_alive()
         return self._status if is_running else self._idle_status
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        with self._encoding:
-            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
-        with self._encoding:
-            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids))
-
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
 
     async def compile_schema(self, schema: str) -> CompiledSchema:
         if self._schemas is None:
@@ -245,23 +231,3 @@ class EmbeddedEngine:
                 return False
             action()
             wait = False
-
-
-def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
-) -> list[int]:
-    """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=not continue_final_message,
-            continue_final_message=continue_final_message,
-            return_dict=True,
-        )
-    except Exception as error:
-        raise InvalidRequestError(
-            f"messages: the model's chat template refuses them ({error})", param="messages"
-        ) from error
-    return list(encoded["input_ids"])

@@ -24,10 +24,10 @@ from server.engines.embedded.controlled_decoding import (
 )
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.detokenizer import Detokenizer
-from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
+from server.engines.tokenization import encode_chat
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.generations import EvalSample, best_of_kl_bound

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +18,9 @@ from server.control.registry import HeadRegistry
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
-from server.engines.embedded.engine import encode_chat
 from server.engines.embedded.heads import load_one_head
 from server.engines.streams import ChunkQueue
+from server.engines.tokenization import Tokenization
 from server.engines.vllm.choices import Choice
 from server.engines.vllm.launch import launch
 from server.engines.vllm.model_files import ModelFiles
@@ -45,10 +44,11 @@ _log = logging.getLogger(__name__)
 _UNLOAD_POLL_S = 0.05
 
 
-class VllmEngine:
+class VllmEngine(Tokenization):
     """One model in vLLM's processes, and its heads there. Used from one event loop."""
 
     def __init__(self, settings: Settings, *, observer: EngineObserver | None = None) -> None:
+        super().__init__()
         self._settings = settings
         self._observer = observer or NullObserver()
         self._files: ModelFiles | None = None
@@ -61,7 +61,6 @@ class VllmEngine:
         """Those that are not finished."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_open = 0
-        self._encoding = threading.Lock()
         self._managing = asyncio.Lock()
         self._last_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
 
@@ -98,20 +97,6 @@ class VllmEngine:
         waiting = min(self._last_status.num_waiting, num_open)
         usage = self._last_status.kv_cache_usage if num_open else 0.0
         return EngineStatus(is_running, num_running=num_open - waiting, num_waiting=waiting, kv_cache_usage=usage)
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        with self._encoding:
-            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
-        with self._encoding:
-            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids))
-
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
 
     async def compile_schema(self, schema: str) -> object:
         """Refuses every schema."""
