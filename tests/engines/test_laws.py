@@ -264,9 +264,8 @@ def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed = [GenerationRequest(f"r{i}", (5, i), SamplingParams(max_tokens=6, top_p=0.8, seed=i)) for i in range(4)]
-    expected = tokens(run(core, mixed))
+def break_a_row(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the second row of the third step from now is not a number."""
     forward = core.runner.forward
     steps = iter(range(100))
 
@@ -278,6 +277,12 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypa
         return hidden
 
     monkeypatch.setattr(core.runner, "forward", broken)
+
+
+def test_a_row_whose_logits_are_not_finite_ends_alone(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [GenerationRequest(f"r{i}", (5, i), SamplingParams(max_tokens=6, top_p=0.8, seed=i)) for i in range(4)]
+    expected = tokens(run(core, mixed))
+    break_a_row(core, monkeypatch)
     results = run(core, mixed)
     failed = [key for key, result in results.items() if result.finish_reasons == [FinishReason.ERROR]]
     assert len(failed) == 1

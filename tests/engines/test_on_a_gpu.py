@@ -19,7 +19,7 @@ from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sampler import RowSampling, sample
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import Results, control, on_device, random_head, run
-from tests.engines.test_laws import CONTROLS, requests, tokens
+from tests.engines.test_laws import CONTROLS, break_a_row, requests, tokens
 from tests.engines.test_scheduler import small_core
 
 pytestmark = [
@@ -128,16 +128,7 @@ def test_a_row_that_is_not_finite_ends_alone(
     core = make_core(device="cuda")
     mixed = [GenerationRequest(f"r{i}", (5, i), SamplingParams(max_tokens=6, top_p=0.8, seed=i)) for i in range(4)]
     expected = tokens(run(core, mixed))
-    forward, steps = core.runner.forward, iter(range(100))
-
-    def broken(*args: object) -> torch.Tensor:
-        hidden = forward(*args)  # type: ignore[arg-type]
-        if next(steps) == 2:
-            hidden = hidden.clone()
-            hidden[1] = float("nan")
-        return hidden
-
-    monkeypatch.setattr(core.runner, "forward", broken)
+    break_a_row(core, monkeypatch)
     results = run(core, mixed)
     failed = [key for key, result in results.items() if result.finish_reasons == [FinishReason.ERROR]]
     assert len(failed) == 1
