@@ -16,6 +16,7 @@ from server.cli.command import (
     command_line,
     read_prompts,
 )
+from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
 from value_models.ascent import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
@@ -46,7 +47,7 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
     def cli_cmd(self) -> None:
         prompts = read_prompts(self.prompts, self.formats)
         loaded = self.load()
-        source = EngineRolloutSource(loaded, self.core(loaded, with_heads=False))
+        source = EngineRolloutSource(loaded, self.core(loaded, HeadRegistry({})))
         settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
         collect_rollouts(source, prompts, self.out, settings, show_progress=True)
         print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
