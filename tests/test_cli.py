@@ -88,6 +88,22 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     assert f"| `short` | prompts | {result['arms']['base']['reward']['mean']:.2f} |" in page.read_text()
 
 
+@pytest.mark.parametrize("command", ["eval", "rollouts", "generate", "compare"])
+def test_every_command_with_a_model_heeds_the_memory_it_may_take(
+    command: str, workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    inputs = {
+        "eval": ["short", "--study", "stress", "--prompts", str(folder / "prompts.jsonl"), "--formats", "text",
+                 "--work", str(tmp_path), "--heads-dir", str(folder / "heads")],
+        "rollouts": ["--prompts", str(folder / "prompts.jsonl"), "--out", str(tmp_path / "rollouts")],
+        "generate": ["A prompt"],
+        "compare": ["A prompt", "--heads-dir", str(folder / "heads")],
+    }  # fmt: skip
+    assert main([command, *inputs[command], *flags, "--kv-cache-gib", "1e-6"]) == 2
+    assert "kv_cache_gib: a sequence of" in capsys.readouterr().err
+
+
 def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:
     flags, folder = workshop
     work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--max-tokens", "4"]
