@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.control.search import Blocks
 from server.control.state import HeldBy
+from server.errors import ConfigurationError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -135,6 +136,15 @@ class ControlParams(BaseModel):
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
         """Whether a head's value is below its bound, or is no number."""
         return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
+
+    @classmethod
+    def from_json(cls, text: str, setting: str) -> ControlParams:
+        """What a user's setting of this name holds, as in a request. Raises ConfigurationError, which names it."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = (": ".join([".".join(map(str, e["loc"])), e["msg"]]).removeprefix(": ") for e in error.errors())
+            raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:
