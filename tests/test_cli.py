@@ -51,22 +51,6 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert "r2" in card["validation"]
 
 
-def test_a_second_round_under_a_head_makes_a_better_informed_one(
-    workshop: tuple[list[str], Path], tmp_path: Path
-) -> None:
-    flags, folder = workshop
-    common = ["--prompts", str(folder / "prompts.jsonl")]
-    second = [*flags, *common, "--heads-dir", str(folder / "heads"), "--out", str(tmp_path / "second")]
-    assert main(["rollouts", *second, "--head", "short", "--num-samples", "2", "--max-tokens", "8"]) == 0
-    rounds = ["--rollouts", str(folder / "rollouts"), "--controlled-rollouts", str(tmp_path / "second")]
-    train = ["train", "--name", "short", "--reward", "brevity", *rounds, *common, "--out", str(tmp_path / "heads")]
-    assert main(train) == 0
-    card = json.loads((tmp_path / "heads" / "short" / "card.json").read_text())
-    assert card["data"]["controlled_round"]["policy"]["control"]["objective"]["weights"] == {"short": 1.0}
-    assert card["validation"]["controlled_round"]["num_train_tokens"] > 0
-    assert "a second round counted 3 times" in card["metric"]
-
-
 def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

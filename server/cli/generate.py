@@ -13,7 +13,9 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.command import ModelCommand, command_line
 from server.control.objectives import WeightedSum
+from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.tokenization import encode_chat
 from server.errors import ConfigurationError, GenerationError
@@ -87,7 +89,8 @@ class Generate(_PromptCommand):
             if control.search is not None:
                 raise ConfigurationError("control: search: ask the server for it (recontrol serve)")
         loaded = self.load()
-        core = self.core(loaded, with_heads=control is not None)
+        registry = HeadRegistry({}) if control is None else load_registry(self.heads_dir, loaded)
+        core = self.core(loaded, registry)
 
         def show(chunk: GenerationChunk) -> None:
             print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
@@ -102,7 +105,7 @@ class Compare(_PromptCommand):
 
     def cli_cmd(self) -> None:
         loaded = self.load()
-        core = self.core(loaded)
+        core = self.core(loaded, load_registry(self.heads_dir, loaded))
         responses = {"base": self.respond(loaded, core, None)}
         for name in core.registry.names:
             responses[name] = self.respond(loaded, core, self.of_head(name))
