@@ -41,7 +41,7 @@ class StreamOptions(BaseModel):
 class GenerationBody(BaseModel):
     """What completions and chat share. null means the default everywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     refused: ClassVar[dict[str, str]] = {}
 
     model: str = Field(min_length=1, max_length=256)
