@@ -100,6 +100,16 @@ def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(pa
                 assert field in fields or field.removeprefix("no_") in fields, line
 
 
+def test_every_place_to_add_things_exists() -> None:
+    rows = [line for line in README.partition("| to add | touch |")[2].splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in rows:
+        places = re.findall(r"`([\w./*]+/[\w.*]*)`", row)
+        sources = "".join(found.read_text() for place in places for found in Path().glob(place) if found.is_file())
+        assert all(any(Path().glob(place)) for place in places), row
+        assert all(name in sources for name in re.findall(r"`(_?[A-Z][A-Z_]+)`", row)), row
+
+
 def test_the_reward_that_it_shows_is_one() -> None:
     (code,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL)
     module: dict[str, Any] = {}
