@@ -85,6 +85,8 @@ class BaseObjective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     held_by: ClassVar[HeldBy | None] = None
     """What to say of a value that rests on a level."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether steps are weighed by the rewards they lead to (`HeadStack.earnings`) instead of by the values."""
 
     @property
     def head_weights(self) -> dict[str, float]:
@@ -166,9 +168,13 @@ class WorstCase(BaseObjective):
     """Maximise the smallest of weight x standardised value: each step raises whichever heads are worst off.
 
     The step's direction is the mixture v of the heads' ascents, v >= 0 and sum(v) = 1, that leaves the worst of them
-    highest. Source: Son et al. 2025, Robust multi-objective controlled decoding (RMOD).
+    highest: the worst of the rewards to be expected when every token of a response is moved so, starting from the
+    values. Values alone would not do: they say what the base model would make of the text, and follow its rewards by a
+    small part that differs from head to head. Where cards do not tell what ascents earn, values are all there is.
+    Source: Son et al. 2025, Robust multi-objective controlled decoding (RMOD), whose values are of the response's reward.
     """
 
+    looks_ahead: ClassVar[bool] = True
     type: Literal["worst_case"]
     weights: NonzeroWeights
 
