@@ -88,8 +88,8 @@ class Eval(ModelCommand):
 
     head: CliPositionalArg[str] = Field(
         description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
-        "first is raised and searched for, the second kept at a floor, the last two raised by the worst case, the last "
-        "brought to targets"
+        "first is raised and searched for, the second kept at a floor, all raised by the worst case, the last brought "
+        "to targets"
     )
     study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
         "methods",

@@ -2,13 +2,13 @@
 
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
-    worst case   the last two heads: the lower reward of both, against a sum with equal shares of as much ascent
+    worst case   all heads: the lowest of their rewards, against a sum with equal shares, both of as much divergence
     target       the last head: brought to several levels
 
-The heads' order says who plays what: raise one that pulls the second down, and end with one that is harder to raise and
-one that is easier. Every arm is sampled on the same prompts and
-seeds, kept in the `GenerationStore`, and measured by the true rewards of its text. Knows nothing of how figures are
-shown (plots.py, report.py). Enter at `ObjectivesStudy`.
+The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise, on
+which equal shares are wasted. Every arm is sampled on the same prompts and seeds, kept in the `GenerationStore`, and
+measured by the true rewards of its text. Knows nothing of how figures are shown (plots.py, report.py). Enter at
+`ObjectivesStudy`.
 
 Shapes: P prompts, S responses to each, K heads.
 """
@@ -41,6 +41,10 @@ from value_models.whole_files import write_text
 OBJECTIVES_FILE = "objectives.json"
 _STEP_SIZE = 0.3
 _TARGET_STEP_SIZE = 1.0
+_WORST_CASE_STEP_SIZE = 1.0
+"""So long that the budget of each token is what ends nearly every step, of heads that pull against each other too."""
+_WORST_CASE_SAMPLES = 8
+"""Times as many as of other arms: two mixtures of the same heads differ by less than two objectives do."""
 _TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 """In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
 _BASE = "base"
@@ -96,7 +100,8 @@ class ObjectivesStudy:
             "floor": self._floor(arms),
             "search": self._search(arms),
         }
-        measured = self._measure(arms)
+        many = dict.fromkeys(parts["worst_case"]["arms"][1:], parts["worst_case"]["num_samples"])
+        measured = self._measure(arms, many)
         self._compare(parts, measured)
         return {
             "heads": list(self._heads),
@@ -116,12 +121,15 @@ class ObjectivesStudy:
             print(f"{name:30}{rewards}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s")
 
     def _worst_case(self, arms: dict[str, Arm]) -> dict[str, Any]:
-        heads = self._heads[-2:]
-        equal = WeightedSum(weights=dict.fromkeys(heads, 1.0 / len(heads)))
-        arms["equal shares"] = self._arm(equal, step_size=_STEP_SIZE)
-        worst = WorstCase(type="worst_case", weights=dict.fromkeys(heads, 1.0))
-        arms["worst case"] = self._arm(worst, step_size=_STEP_SIZE)
-        return {"heads": list(heads), "arms": [_BASE, "equal shares", "worst case"]}
+        equal = WeightedSum(weights=dict.fromkeys(self._heads, 1.0 / len(self._heads)))
+        arms["equal shares"] = self._arm(equal, step_size=_WORST_CASE_STEP_SIZE)
+        worst = WorstCase(type="worst_case", weights=dict.fromkeys(self._heads, 1.0))
+        arms["worst case"] = self._arm(worst, step_size=_WORST_CASE_STEP_SIZE)
+        return {
+            "heads": list(self._heads),
+            "arms": [_BASE, "equal shares", "worst case"],
+            "num_samples": _WORST_CASE_SAMPLES * self._setup.num_samples,
+        }
 
     def _target(self, arms: dict[str, Arm]) -> dict[str, Any]:
         head = self._heads[-1]
@@ -164,14 +172,16 @@ class ObjectivesStudy:
         card = self._setup.cards[head]
         return card.reward_mean, card.reward_scale
 
-    def _measure(self, arms: Mapping[str, Arm]) -> dict[str, _Measured]:
+    def _measure(self, arms: Mapping[str, Arm], num_samples: Mapping[str, int]) -> dict[str, _Measured]:
+        """With as many samples as an arm is said to need."""
         setup = self._setup
+        numbers = {name: num_samples.get(name, setup.num_samples) for name in arms}
         measured: dict[str, _Measured] = {}
-        with tqdm(total=len(arms) * len(setup.prompts) * setup.num_samples, unit="response", leave=False) as bar:
+        with tqdm(total=sum(numbers.values()) * len(setup.prompts), unit="response", leave=False) as bar:
             for name, arm in arms.items():
                 bar.set_description(name)
                 drawn = setup.store.samples(
-                    arm.spec, setup.prompts, setup.num_samples, arm.sampler, on_sample=bar.update
+                    arm.spec, setup.prompts, numbers[name], arm.sampler, on_sample=bar.update
                 )
                 measured[name] = self._measured(drawn)
         return measured

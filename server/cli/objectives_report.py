@@ -28,16 +28,17 @@ def objectives_tables(result: dict[str, Any]) -> str:
 
 
 def _worst_case(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
-    one, other = (f"`{head}`" for head in part["heads"])
+    *others, last = (f"`{head}`" for head in part["heads"])
     columns: dict[str, Cell] = {
-        "lower of the means": lambda arm: interval(part["of_the_means"][arm]),
-        "lower of a response": lambda arm: interval(part["of_a_response"][arm]),
+        "lowest of the means": lambda arm: interval(part["of_the_means"][arm]),
+        "lowest of a response": lambda arm: interval(part["of_a_response"][arm]),
     }
     columns |= {f"`{head}`": _of(arms, "standardised", head) for head in part["heads"]}
     return [
-        f"**Worst case** of {one} and {other}: rewards in standard deviations of each head's training reward. Over "
-        f"equal shares of as much ascent the lower mean changes by {signed(part['gain_of_the_means'])}, and the lower "
-        f"reward of a response by {signed(part['gain_of_a_response'])}.",
+        f"**Worst case** of {', '.join(others)} and {last}: rewards in standard deviations of each head's training "
+        f"reward, {part['num_samples']} responses a prompt beside base. Over equal shares at as much divergence the "
+        f"lowest mean changes by {signed(part['gain_of_the_means'])}, and the lowest reward of a response by "
+        f"{signed(part['gain_of_a_response'])}.",
         _table(part["arms"], columns | _costs(arms)),
     ]
 

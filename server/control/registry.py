@@ -178,13 +178,18 @@ class HeadRegistry:
             self.check(names)
             if len(self._stacks) >= MAX_STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            cards = [self._cards.get(name) for name in names]
-            earned = [None if card is None else card.earned for card in cards]
-            self._stacks[names] = _stack(names, tuple(self._heads[name] for name in names), earned)
+            heads = tuple(self._heads[name] for name in names)
+            self._stacks[names] = _stack(names, heads, self.earned(names))
         return self._stacks[names]
 
+    def earned(self, names: Sequence[str]) -> list[float] | None:
+        """`HeadCard.earned` of each head; None unless all cards tell."""
+        figures = [self._cards[name].earned if name in self._cards else None for name in names]
+        known = [figure for figure in figures if figure is not None]
+        return known if len(known) == len(figures) else None
 
-def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: Sequence[float | None]) -> HeadStack:
+
+def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[float] | None) -> HeadStack:
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
@@ -202,5 +207,5 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: Sequenc
         ascent_gram=PackedLinear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),
         reward_scale_K=torch.stack([head.reward[1] for head in heads]),
-        earned_K=None if None in earned else torch.tensor(earned, device=inputs_UD.device),
+        earned_K=None if earned is None else torch.tensor(earned, device=inputs_UD.device),
     )
