@@ -140,9 +140,10 @@ def card_of(
     name: str, head: ValueHead, identity: dict[str, Any] | None = None, *, ascent_gain: float | None = None
 ) -> HeadCard:
     """`ascent_gain`, if given, is over responses of 50 tokens."""
+    identity = identity or {"name": "tiny", "hidden_size": head.hidden_size}
     data = {"tokens": 200, "responses": {"train": 3, "validation": 1}}
     return HeadCard(
-        name=name, description="random", base_model=BaseModelCard(**(identity or {"name": "tiny", "hidden_size": HIDDEN})),
+        name=name, description="random", base_model=BaseModelCard(**identity),
         architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
         reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", command="pytest",
         data={} if ascent_gain is None else data,

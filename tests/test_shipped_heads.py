@@ -33,6 +33,13 @@ def result(name: str) -> dict[str, Any]:
     return evaluation["rtp" if name == "nontoxic" else "project"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_tells_what_its_ascent_earns(name: str) -> None:
+    earned = card(name).earned
+    assert earned is not None
+    assert 0.1 < earned < 5.0
+
+
 def test_six_heads_are_shipped_and_small() -> None:
     assert NAMES == ["brevity", "neutral", "nontoxic", "plain", "positive", "relevance"]
     for name in NAMES:

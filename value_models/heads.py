@@ -27,7 +27,6 @@ from torch.nn import functional
 
 from value_models.linear import PackedLinear
 
-
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
 

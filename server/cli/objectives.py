@@ -94,7 +94,7 @@ class ObjectivesStudy:
 
     def run(self) -> dict[str, Any]:
         arms = {_BASE: self._setup.factory.base(read=self._heads)}
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             "worst_case": self._worst_case(arms),
             "target": self._target(arms),
             "floor": self._floor(arms),
@@ -180,9 +180,7 @@ class ObjectivesStudy:
         with tqdm(total=sum(numbers.values()) * len(setup.prompts), unit="response", leave=False) as bar:
             for name, arm in arms.items():
                 bar.set_description(name)
-                drawn = setup.store.samples(
-                    arm.spec, setup.prompts, numbers[name], arm.sampler, on_sample=bar.update
-                )
+                drawn = setup.store.samples(arm.spec, setup.prompts, numbers[name], arm.sampler, on_sample=bar.update)
                 measured[name] = self._measured(drawn)
         return measured
 

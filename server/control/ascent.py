@@ -2,7 +2,8 @@
 
 It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
 once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
-to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py).
+to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py);
+one that looks ahead starts from the values and adds what each step earns, which values show in part only.
 Every operation treats rows alone. Enter at `ascend`, and where rows share
 their shift, at `ascend_shared`.
 
