@@ -149,7 +149,7 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     arms = result["arms"]
     assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_case"]["arms"]) <= set(arms)
     worst = result["worst_case"]
-    assert (worst["heads"], worst["num_samples"]) == (["short", "easy"], 16)
+    assert (worst["heads"], worst["num_samples"]) == (["short", "easy"], 12)
     levels = result["target"]["levels"]
     assert len(levels) == len(result["target"]["missed_by"]) == 5
     assert all(set(arm["rewards"]) == set(arm["values"]) == {"short", "easy"} for arm in arms.values())
@@ -166,7 +166,11 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     assert "**Floor** of" in report
     assert "**Worst case** of `short` and `easy`" in report
     assert main([*common[:1], "short", *common[2:], *inputs]) == 2
-    assert "takes two or more" in capsys.readouterr().err
+    assert "takes two heads or more" in capsys.readouterr().err
+    assert main([*common, *inputs, "--worst-case", "short"]) == 2
+    assert "worst_case: the objectives study takes two heads or more" in capsys.readouterr().err
+    assert main([*common, *inputs, "--worst-case", "short,gone"]) == 2
+    assert "gone" in capsys.readouterr().err
 
 
 def test_published_prompts_are_written_as_a_prompt_file(tmp_path: Path) -> None:

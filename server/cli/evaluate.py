@@ -71,10 +71,10 @@ _Rival = Literal[
 _SWEEPING = ("methods", "cost")
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
-    "methods": set[str](),
-    "stress": {"max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
-    "cost": {"max_prompts"},
-    "map": {"prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
+    "methods": {"worst_case"},
+    "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "cost": {"worst_case", "max_prompts"},
+    "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
     "objectives": {"tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
 }
 _MIN_OBJECTIVES_HEADS = 2
@@ -88,14 +88,16 @@ class Eval(ModelCommand):
 
     head: CliPositionalArg[str] = Field(
         description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
-        "first is raised and searched for, the second kept at a floor, all raised by the worst case, the last brought "
-        "to targets"
+        "first is raised and searched for, the second kept at a floor, the last brought to targets"
     )
     study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
         "methods",
         description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
         "number of steps of RE-Control as published, with and without a budget; cost: what a response takes; "
         "objectives: what each objective and each search does to text",
+    )
+    worst_case: list[str] | None = Field(
+        None, description="comma-separated heads of the objectives study's worst case; by default all that it names"
     )
     rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
@@ -214,11 +216,17 @@ class Eval(ModelCommand):
 
     def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry, folder: Path) -> ObjectivesSetup:
         heads = list(dict.fromkeys(self.head.split(",")))
+        worst_case = list(dict.fromkeys(self.worst_case or heads))
         registry.check(heads, param="head")
-        if len(heads) < _MIN_OBJECTIVES_HEADS:
-            raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
+        registry.check(worst_case, param="worst_case")
+        for field, names in (("head", heads), ("worst_case", worst_case)):
+            if len(names) < _MIN_OBJECTIVES_HEADS:
+                example = "`positive,neutral,plain`"
+                raise ConfigurationError(f"{field}: the objectives study takes two heads or more, as in {example}")
         return ObjectivesSetup(
-            cards={name: load_card(folder / name) for name in heads},
+            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *worst_case])},
+            heads=heads,
+            worst_case=worst_case,
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
             store=GenerationStore(self.work / "responses"),
             prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],

@@ -2,13 +2,14 @@
 
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
-    worst case   all heads: the lowest of their rewards, against a sum with equal shares, both of as much divergence
     target       the last head: brought to several levels
+    worst case   heads named for it, or all: the lowest of their rewards, against a sum with equal shares, both of as
+                 much divergence
 
-The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise, on
-which equal shares are wasted. Every arm is sampled on the same prompts and seeds, kept in the `GenerationStore`, and
-measured by the true rewards of its text. Knows nothing of how figures are shown (plots.py, report.py). Enter at
-`ObjectivesStudy`.
+The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise. The
+worst case has most to do where equal shares are spent on what is easy. Every arm is sampled on the same prompts and
+seeds, kept in the `GenerationStore`, and measured by the true rewards of its text. Knows nothing of how figures are
+shown (plots.py, report.py). Enter at `ObjectivesStudy`.
 
 Shapes: P prompts, S responses to each, K heads.
 """
@@ -43,7 +44,7 @@ _STEP_SIZE = 0.3
 _TARGET_STEP_SIZE = 1.0
 _WORST_CASE_STEP_SIZE = 1.0
 """So long that the budget of each token is what ends nearly every step, of heads that pull against each other too."""
-_WORST_CASE_SAMPLES = 8
+_WORST_CASE_SAMPLES = 6
 """Times as many as of other arms: two mixtures of the same heads differ by less than two objectives do."""
 _TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 """In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
@@ -57,7 +58,10 @@ class ObjectivesSetup:
     """Heads with everything they are measured with."""
 
     cards: Mapping[str, HeadCard]
+    heads: Sequence[str]
     """In the order that says who plays what."""
+    worst_case: Sequence[str]
+    """Those of the worst case."""
     factory: ArmFactory
     store: GenerationStore
     prompts: Sequence[RolloutPrompt]
@@ -86,7 +90,7 @@ class _Measured:
 class ObjectivesStudy:
     def __init__(self, setup: ObjectivesSetup) -> None:
         self._setup = setup
-        self._heads = tuple(setup.cards)
+        self._heads = tuple(setup.heads)
         # A library that is missing is missed now, and not after the sampling.
         self._rewards: dict[str, Reward] = {name: load_reward(card.reward) for name, card in setup.cards.items()}
         for reward in self._rewards.values():
@@ -100,8 +104,8 @@ class ObjectivesStudy:
             "floor": self._floor(arms),
             "search": self._search(arms),
         }
-        many = dict.fromkeys(parts["worst_case"]["arms"][1:], parts["worst_case"]["num_samples"])
-        measured = self._measure(arms, many)
+        worst = parts["worst_case"]
+        measured = self._measure(arms, {name: int(worst["num_samples"]) for name in worst["arms"][1:]})
         self._compare(parts, measured)
         return {
             "heads": list(self._heads),
@@ -117,16 +121,17 @@ class ObjectivesStudy:
 
     def show(self, result: dict[str, Any]) -> None:
         for name, arm in result["arms"].items():
-            rewards = "  ".join(f"{head} {arm['rewards'][head]['mean']:.3f}" for head in self._heads)
+            rewards = "  ".join(f"{head} {figure['mean']:.3f}" for head, figure in arm["rewards"].items())
             print(f"{name:30}{rewards}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s")
 
     def _worst_case(self, arms: dict[str, Arm]) -> dict[str, Any]:
-        equal = WeightedSum(weights=dict.fromkeys(self._heads, 1.0 / len(self._heads)))
+        heads = tuple(self._setup.worst_case)
+        equal = WeightedSum(weights=dict.fromkeys(heads, 1.0 / len(heads)))
         arms["equal shares"] = self._arm(equal, step_size=_WORST_CASE_STEP_SIZE)
-        worst = WorstCase(type="worst_case", weights=dict.fromkeys(self._heads, 1.0))
+        worst = WorstCase(type="worst_case", weights=dict.fromkeys(heads, 1.0))
         arms["worst case"] = self._arm(worst, step_size=_WORST_CASE_STEP_SIZE)
         return {
-            "heads": list(self._heads),
+            "heads": list(heads),
             "arms": [_BASE, "equal shares", "worst case"],
             "num_samples": _WORST_CASE_SAMPLES * self._setup.num_samples,
         }
@@ -189,7 +194,7 @@ class ObjectivesStudy:
         prompts, responses = [texts[s.prompt_id] for s in samples], [s.response for s in samples]
         rewards = {name: self._table(reward(prompts, responses)) for name, reward in self._rewards.items()}
         standardised = {
-            name: (rewards[name] - mean) / scale for name in self._heads for mean, scale in [self._moments(name)]
+            name: (table - mean) / scale for name, table in rewards.items() for mean, scale in [self._moments(name)]
         }
         measured = _Measured(samples, rewards, standardised, {})
         plain = {
