@@ -3,8 +3,8 @@
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
     target       the last head: brought to several levels
-    worst case   heads named for it, or all: the lowest of their rewards, against a sum with equal shares, both of as
-                 much divergence
+    worst case   heads named for it, or all: the lowest of what they gain over base, and of their rewards, against a sum
+                 with equal shares, both of as much divergence
 
 The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise. The
 worst case has most to do where equal shares are spent on what is easy. Every arm is sampled on the same prompts and
@@ -44,7 +44,7 @@ _STEP_SIZE = 0.3
 _TARGET_STEP_SIZE = 1.0
 _WORST_CASE_STEP_SIZE = 1.0
 """So long that the budget of each token is what ends nearly every step, of heads that pull against each other too."""
-_WORST_CASE_SAMPLES = 6
+_WORST_CASE_SAMPLES = 4
 """Times as many as of other arms: two mixtures of the same heads differ by less than two objectives do."""
 _TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 """In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
@@ -105,7 +105,7 @@ class ObjectivesStudy:
             "search": self._search(arms),
         }
         worst = parts["worst_case"]
-        measured = self._measure(arms, {name: int(worst["num_samples"]) for name in worst["arms"][1:]})
+        measured = self._measure(arms, {name: int(worst["num_samples"]) for name in worst["arms"]})
         self._compare(parts, measured)
         return {
             "heads": list(self._heads),
@@ -218,6 +218,9 @@ class ObjectivesStudy:
         worst = parts["worst_case"]
         tables = {name: measured[name].worst(worst["heads"]) for name in worst["arms"]}
         means = {name: measured[name].means(worst["heads"]) for name in worst["arms"]}
+        gains = {name: table - means[_BASE] for name, table in means.items()}
+        worst["of_the_gains"] = {name: _lowest(table) for name, table in gains.items()}
+        worst["gain_of_the_gains"] = _lowest(gains["worst case"], gains["equal shares"])
         worst["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
         worst["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
         worst["gain_of_a_response"] = _interval(tables["worst case"] - tables["equal shares"])
@@ -236,12 +239,12 @@ class ObjectivesStudy:
         alone, held = (measured[name] for name in floor["arms"][1:])
         for role in ("raised", "kept"):
             name = floor[role]
-            floor[f"{role}_over_base"] = _interval(held.rewards[name] - measured[_BASE].rewards[name])
-            floor[f"{role}_over_alone"] = _interval(held.rewards[name] - alone.rewards[name])
+            floor[f"{role}_over_base"] = _difference(held.rewards[name], measured[_BASE].rewards[name])
+            floor[f"{role}_over_alone"] = _difference(held.rewards[name], alone.rewards[name])
         search = parts["search"]
         both = measured[search["equal_time"][-1]].rewards[search["head"]]
         search["both_over"] = {
-            name: _interval(both - measured[name].rewards[search["head"]]) for name in search["arms"][:-1]
+            name: _difference(both, measured[name].rewards[search["head"]]) for name in search["arms"][:-1]
         }
 
     def _table(self, values: Sequence[float]) -> np.ndarray:
@@ -253,6 +256,11 @@ def _interval(table: np.ndarray) -> dict[str, float]:
     means = table.mean(axis=1)
     low, high = bootstrap_interval(means.tolist())
     return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def _difference(table: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Of the means over prompts of [P, S] figures; S may differ."""
+    return _interval((table.mean(axis=1) - other.mean(axis=1))[:, None])
 
 
 def _lowest(means_PK: np.ndarray, others_PK: np.ndarray | None = None) -> dict[str, float]:

@@ -30,15 +30,16 @@ def objectives_tables(result: dict[str, Any]) -> str:
 def _worst_case(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
     *others, last = (f"`{head}`" for head in part["heads"])
     columns: dict[str, Cell] = {
+        "lowest gain over base": lambda arm: interval(part["of_the_gains"][arm]),
         "lowest of the means": lambda arm: interval(part["of_the_means"][arm]),
         "lowest of a response": lambda arm: interval(part["of_a_response"][arm]),
     }
     columns |= {f"`{head}`": _of(arms, "standardised", head) for head in part["heads"]}
+    gains, means, least = (signed(part[f"gain_of_{what}"]) for what in ("the_gains", "the_means", "a_response"))
     return [
         f"**Worst case** of {', '.join(others)} and {last}: rewards in standard deviations of each head's training "
-        f"reward, {part['num_samples']} responses a prompt beside base. Over equal shares at as much divergence the "
-        f"lowest mean changes by {signed(part['gain_of_the_means'])}, and the lowest reward of a response by "
-        f"{signed(part['gain_of_a_response'])}.",
+        f"reward, {part['num_samples']} responses a prompt. Over equal shares at as much divergence the lowest gain "
+        f"over base changes by {gains}, the lowest mean by {means}, and the lowest reward of a response by {least}.",
         _table(part["arms"], columns | _costs(arms)),
     ]
 

@@ -197,11 +197,12 @@ def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str)
 def _draw_worst_case(axes: Axes, result: dict[str, Any], arms: dict[str, Any]) -> None:
     """Bars of each head's reward, and of the lowest one, a colour an arm."""
     part = result["worst_case"]
-    names, heads = part["arms"], [*part["heads"], "lowest mean", "lowest of a response"]
+    names, heads = part["arms"], [*part["heads"], "lowest gain", "lowest mean", "lowest of\na response"]
     width = 0.8 / len(names)
     for place, (name, colour) in enumerate(zip(names, (_GREY, *_PALETTE), strict=False)):
         figures = [
             *(arms[name]["standardised"][head] for head in part["heads"]),
+            part["of_the_gains"][name],
             part["of_the_means"][name],
             part["of_a_response"][name],
         ]
