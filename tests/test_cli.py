@@ -147,8 +147,10 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     result = json.loads((heads / "objectives.json").read_text())
     assert "<svg" in (heads / "objectives.svg").read_text()
     arms = result["arms"]
-    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_case"]["arms"]) <= set(arms)
-    worst = result["worst_case"]
+    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_cases"][0]["arms"]) <= set(
+        arms
+    )
+    (worst,) = result["worst_cases"]
     assert (worst["heads"], worst["num_samples"]) == (["short", "easy"], 8)
     levels = result["target"]["levels"]
     assert len(levels) == len(result["target"]["missed_by"]) == 5
@@ -169,7 +171,7 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     assert "takes two heads or more" in capsys.readouterr().err
     assert main([*common, *inputs, "--worst-case", "short"]) == 2
     assert "worst_case: the objectives study takes two heads or more" in capsys.readouterr().err
-    assert main([*common, *inputs, "--worst-case", "short,gone"]) == 2
+    assert main([*common, *inputs, "--worst-case", "short+easy,short+gone"]) == 2
     assert "gone" in capsys.readouterr().err
 
 

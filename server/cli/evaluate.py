@@ -9,6 +9,7 @@ Enter at `Eval.cli_cmd`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -97,7 +98,9 @@ class Eval(ModelCommand):
         "objectives: what each objective and each search does to text",
     )
     worst_case: list[str] | None = Field(
-        None, description="comma-separated heads of the objectives study's worst case; by default all that it names"
+        None,
+        description="comma-separated sets of heads, as in a+b, for the objectives study's worst case; by default all "
+        "heads that it names",
     )
     rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
@@ -216,17 +219,16 @@ class Eval(ModelCommand):
 
     def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry, folder: Path) -> ObjectivesSetup:
         heads = list(dict.fromkeys(self.head.split(",")))
-        worst_case = list(dict.fromkeys(self.worst_case or heads))
-        registry.check(heads, param="head")
-        registry.check(worst_case, param="worst_case")
-        for field, names in (("head", heads), ("worst_case", worst_case)):
+        sets = [list(dict.fromkeys(names.split("+"))) for names in self.worst_case or ["+".join(heads)]]
+        for field, names in (("head", heads), *(("worst_case", names) for names in sets)):
+            registry.check(names, param=field)
             if len(names) < _MIN_OBJECTIVES_HEADS:
                 example = "`positive,neutral,plain`"
                 raise ConfigurationError(f"{field}: the objectives study takes two heads or more, as in {example}")
         return ObjectivesSetup(
-            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *worst_case])},
+            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *itertools.chain(*sets)])},
             heads=heads,
-            worst_case=worst_case,
+            worst_cases=sets,
             factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
             store=GenerationStore(self.work / "responses"),
             prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],

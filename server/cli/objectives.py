@@ -3,8 +3,8 @@
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
     target       the last head: brought to several levels
-    worst case   heads named for it, or all: the lowest of what they gain over base, and of their rewards, against a sum
-                 with equal shares, both of as much divergence
+    worst case   sets of heads named for it, or all: the lowest of what they gain over base, and of their rewards,
+                 against a sum with equal shares, both of as much divergence
 
 The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise. The
 worst case has most to do where equal shares are spent on what is easy. Every arm is sampled on the same prompts and
@@ -60,8 +60,8 @@ class ObjectivesSetup:
     cards: Mapping[str, HeadCard]
     heads: Sequence[str]
     """In the order that says who plays what."""
-    worst_case: Sequence[str]
-    """Those of the worst case."""
+    worst_cases: Sequence[Sequence[str]]
+    """Sets of heads."""
     factory: ArmFactory
     store: GenerationStore
     prompts: Sequence[RolloutPrompt]
@@ -98,17 +98,21 @@ class ObjectivesStudy:
 
     def run(self) -> dict[str, Any]:
         arms = {_BASE: self._setup.factory.base(read=self._heads)}
+        worst_cases = [self._worst_case(arms, heads) for heads in self._setup.worst_cases]
         parts: dict[str, dict[str, Any]] = {
-            "worst_case": self._worst_case(arms),
             "target": self._target(arms),
             "floor": self._floor(arms),
             "search": self._search(arms),
         }
-        worst = parts["worst_case"]
-        measured = self._measure(arms, {name: int(worst["num_samples"]) for name in worst["arms"]})
+        measured = self._measure(
+            arms, {name: int(part["num_samples"]) for part in worst_cases for name in part["arms"]}
+        )
+        for part in worst_cases:
+            self._compare_worst_case(part, measured)
         self._compare(parts, measured)
         return {
             "heads": list(self._heads),
+            "worst_cases": worst_cases,
             **parts,
             "arms": {name: arm.figures for name, arm in measured.items()},
             "num_prompts": len(self._setup.prompts),
@@ -124,15 +128,15 @@ class ObjectivesStudy:
             rewards = "  ".join(f"{head} {figure['mean']:.3f}" for head, figure in arm["rewards"].items())
             print(f"{name:30}{rewards}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s")
 
-    def _worst_case(self, arms: dict[str, Arm]) -> dict[str, Any]:
-        heads = tuple(self._setup.worst_case)
+    def _worst_case(self, arms: dict[str, Arm], heads: Sequence[str]) -> dict[str, Any]:
+        names = [f"{way}, {' + '.join(heads)}" for way in ("equal shares", "worst case")]
         equal = WeightedSum(weights=dict.fromkeys(heads, 1.0 / len(heads)))
-        arms["equal shares"] = self._arm(equal, step_size=_WORST_CASE_STEP_SIZE)
+        arms[names[0]] = self._arm(equal, step_size=_WORST_CASE_STEP_SIZE)
         worst = WorstCase(type="worst_case", weights=dict.fromkeys(heads, 1.0))
-        arms["worst case"] = self._arm(worst, step_size=_WORST_CASE_STEP_SIZE)
+        arms[names[1]] = self._arm(worst, step_size=_WORST_CASE_STEP_SIZE)
         return {
             "heads": list(heads),
-            "arms": [_BASE, "equal shares", "worst case"],
+            "arms": [_BASE, *names],
             "num_samples": _WORST_CASE_SAMPLES * self._setup.num_samples,
         }
 
@@ -213,18 +217,21 @@ class ObjectivesStudy:
         )
         return measured
 
+    def _compare_worst_case(self, part: dict[str, Any], measured: Mapping[str, _Measured]) -> None:
+        names = part["arms"]
+        _, equal, worst = names
+        tables = {name: measured[name].worst(part["heads"]) for name in names}
+        means = {name: measured[name].means(part["heads"]) for name in names}
+        gains = {name: table - means[_BASE] for name, table in means.items()}
+        part["of_the_gains"] = {name: _lowest(table) for name, table in gains.items()}
+        part["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
+        part["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
+        part["gain_of_the_gains"] = _lowest(gains[worst], gains[equal])
+        part["gain_of_the_means"] = _lowest(means[worst], means[equal])
+        part["gain_of_a_response"] = _interval(tables[worst] - tables[equal])
+
     def _compare(self, parts: dict[str, dict[str, Any]], measured: Mapping[str, _Measured]) -> None:
         """What the study is asked: differences prompt by prompt, errors and orders."""
-        worst = parts["worst_case"]
-        tables = {name: measured[name].worst(worst["heads"]) for name in worst["arms"]}
-        means = {name: measured[name].means(worst["heads"]) for name in worst["arms"]}
-        gains = {name: table - means[_BASE] for name, table in means.items()}
-        worst["of_the_gains"] = {name: _lowest(table) for name, table in gains.items()}
-        worst["gain_of_the_gains"] = _lowest(gains["worst case"], gains["equal shares"])
-        worst["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
-        worst["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
-        worst["gain_of_a_response"] = _interval(tables["worst case"] - tables["equal shares"])
-        worst["gain_of_the_means"] = _lowest(means["worst case"], means["equal shares"])
         target, head = parts["target"], parts["target"]["head"]
         scale = self._moments(head)[1]
         missed = {

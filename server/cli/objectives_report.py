@@ -16,7 +16,7 @@ def objectives_tables(result: dict[str, Any]) -> str:
     """With 95% intervals over prompts."""
     arms = result["arms"]
     tables = [
-        *_worst_case(result["worst_case"], arms),
+        *(text for part in result["worst_cases"] for text in _worst_case(part, arms)),
         *_target(result["target"], arms),
         *_floor(result["floor"], arms),
         *_search(result["search"], arms),
