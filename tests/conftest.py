@@ -132,14 +132,23 @@ def on_device(head: ValueHead, device: str) -> ValueHead:
 
 def write_heads(folder: Path, heads: dict[str, ValueHead], identity: dict[str, Any]) -> Path:
     for name, head in heads.items():
-        card = HeadCard(
-            name=name, description="random", base_model=BaseModelCard(**identity),
-            architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
-            reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", data={}, validation={},
-            command="pytest",
-        )  # fmt: skip
-        save_head(folder / name, head, card)
+        save_head(folder / name, head, card_of(name, head, identity))
     return folder
+
+
+def card_of(
+    name: str, head: ValueHead, identity: dict[str, Any] | None = None, *, ascent_gain: float | None = None
+) -> HeadCard:
+    """`ascent_gain`, if given, is over responses of 50 tokens."""
+    identity = identity or {"name": "tiny", "hidden_size": head.hidden_size}
+    data = {"tokens": 200, "responses": {"train": 3, "validation": 1}}
+    return HeadCard(
+        name=name, description="random", base_model=BaseModelCard(**identity),
+        architecture=architecture_card(head), normalisation="random", metric="random", reward="none",
+        reward_mean=head.reward_mean, reward_scale=head.reward_scale, targets="none", command="pytest",
+        data={} if ascent_gain is None else data,
+        validation={} if ascent_gain is None else {"ascent_gain": ascent_gain},
+    )  # fmt: skip
 
 
 def random_linear_head(seed: int) -> LinearHead:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from server.cli.arms import ArmFactory, blockwise, head_control
+from server.control.objectives import WorstCase
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from tests.conftest import random_head
+from server.types import ControlParams
+from tests.conftest import card_of, random_head
 from value_models.evaluation import Arm
 from value_models.heads import ValueHead
 from value_models.rollouts import RolloutPrompt, RolloutSettings
@@ -59,6 +61,21 @@ def test_what_matters_for_a_response_tells_arms_apart(make: Callable[..., ArmFac
     # Another head under the same name is another arm; what does not use it is not.
     same = {str(arm.spec) for arm in arms(factories[0])} & {str(arm.spec) for arm in arms(factories[2])}
     assert len(same) == sum("good" not in str(arm.spec) for arm in arms(factories[0]))
+
+
+def test_what_cards_tell_is_part_of_an_arm_that_looks_ahead_and_of_no_other(
+    load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]
+) -> None:
+    worst = ControlParams(objective=WorstCase(type="worst_case", weights={"good": 1.0, "line": 1.0}))
+    specs: list[list[str]] = []
+    for gain in (None, 0.01, 0.02):
+        cards = {name: card_of(name, head, ascent_gain=gain) for name, head in heads.items()}
+        loaded = load_tiny()
+        core = EngineCore(loaded, HeadRegistry(heads, cards), max_batch_size=8)
+        factory = ArmFactory(loaded, core, SAMPLING)
+        specs.append([str(factory.control(control).spec) for control in (worst, head_control("good"))])
+    of_worst, of_sum = map(set, zip(*specs, strict=True))
+    assert (len(of_worst), len(of_sum)) == (3, 1)
 
 
 def test_the_number_of_samples_is_no_part_of_an_arm(make: Callable[..., ArmFactory]) -> None:

@@ -147,7 +147,11 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     result = json.loads((heads / "objectives.json").read_text())
     assert "<svg" in (heads / "objectives.svg").read_text()
     arms = result["arms"]
-    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_case"]["arms"]) <= set(arms)
+    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_cases"][0]["arms"]) <= set(
+        arms
+    )
+    (worst,) = result["worst_cases"]
+    assert (worst["heads"], worst["num_samples"]) == (["short", "easy"], 8)
     levels = result["target"]["levels"]
     assert len(levels) == len(result["target"]["missed_by"]) == 5
     assert all(set(arm["rewards"]) == set(arm["values"]) == {"short", "easy"} for arm in arms.values())
@@ -162,8 +166,13 @@ def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
     report = capsys.readouterr().out
     assert f"| gradient, blocks of 4 | {arms['gradient, blocks of 4']['rewards']['short']['mean']:.2f} [" in report
     assert "**Floor** of" in report
+    assert "**Worst case** of `short` and `easy`" in report
     assert main([*common[:1], "short", *common[2:], *inputs]) == 2
-    assert "takes two or more" in capsys.readouterr().err
+    assert "takes two heads or more" in capsys.readouterr().err
+    assert main([*common, *inputs, "--worst-case", "short"]) == 2
+    assert "worst_case: the objectives study takes two heads or more" in capsys.readouterr().err
+    assert main([*common, *inputs, "--worst-case", "short+easy,short+gone"]) == 2
+    assert "gone" in capsys.readouterr().err
 
 
 def test_published_prompts_are_written_as_a_prompt_file(tmp_path: Path) -> None:

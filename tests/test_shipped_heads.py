@@ -33,6 +33,23 @@ def result(name: str) -> dict[str, Any]:
     return evaluation["rtp" if name == "nontoxic" else "project"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_tells_what_its_ascent_earns(name: str) -> None:
+    earned = card(name).earned
+    assert earned is not None
+    assert 0.1 < earned < 5.0
+
+
+def test_the_worst_case_is_ahead_of_equal_shares_at_as_much_divergence() -> None:
+    study = json.loads((FOLDER / "objectives.json").read_text())
+    part = study["worst_cases"][0]
+    assert part["gain_of_the_gains"]["low"] > 0
+    assert part["gain_of_the_means"]["low"] > 0
+    for part in study["worst_cases"]:
+        spent = [study["arms"][name]["kl"]["mean"] for name in part["arms"][1:]]
+        assert spent[1] < spent[0] + 0.005
+
+
 def test_six_heads_are_shipped_and_small() -> None:
     assert NAMES == ["brevity", "neutral", "nontoxic", "plain", "positive", "relevance"]
     for name in NAMES:

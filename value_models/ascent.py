@@ -25,12 +25,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from value_models.heads import ValueHead
+from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.training_data import TrainingData
 
 Metric = Literal["natural", "covariance", "identity"]
-UNIT_COST_NATS = 0.1
 _MIN_COST_NATS = 1e-12
 
 

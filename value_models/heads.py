@@ -27,6 +27,9 @@ from torch.nn import functional
 
 from value_models.linear import PackedLinear
 
+UNIT_COST_NATS = 0.1
+"""What an ascent of length 1 of a trained head costs a token, on average over its training states."""
+
 
 class HeadShapeError(ValueError):
     """Tensors that do not make a head of the type they claim."""

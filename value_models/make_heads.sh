@@ -35,7 +35,7 @@ stress='--study stress --max-prompts 16 --num-samples 2'
 measure positive
 measure positive --study map
 measure positive --study cost --num-samples 2
-measure positive,neutral,plain --study objectives --max-prompts 40 --num-samples 2
+measure positive,neutral,plain --study objectives --worst-case neutral+plain,positive+relevance --max-prompts 40 --num-samples 2
 measure nontoxic --rollouts runs/rtp $toxic --num-samples 8
 measure nontoxic $toxic --study stress --num-samples 2
 measure brevity --rollouts runs/long --max-tokens 96 $few

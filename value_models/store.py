@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from value_models.heads import HeadShapeError, MLPHead, ValueHead, head_from_tensors
+from value_models.heads import UNIT_COST_NATS, HeadShapeError, MLPHead, ValueHead, head_from_tensors
 from value_models.whole_files import write_text, write_whole
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
@@ -87,6 +87,20 @@ class HeadCard(_Frozen):
     """What made this head."""
     tensors_sha256: str = ""
     """Of the file beside the card; written with it."""
+
+    @property
+    def earned(self) -> float | None:
+        """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
+        deviations of the training reward; None where the card does not tell, or where it adds nothing.
+
+        A response is as long as those that the head was trained on (see `ascent_gain` in value_models/ascent.py).
+        """
+        gain, tokens = self.validation.get("ascent_gain"), self.data.get("tokens")
+        responses = self.data.get("responses")
+        if not isinstance(gain, float) or not isinstance(tokens, int) or not isinstance(responses, dict):
+            return None
+        earned = gain * UNIT_COST_NATS**0.5 * tokens / max(sum(responses.values()), 1)
+        return earned if earned > 0 else None
 
 
 def shipped_heads_folder(model_name: str) -> Path:

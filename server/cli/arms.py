@@ -94,6 +94,8 @@ class ArmFactory:
             # A field that came later and is not used leaves what was sampled before it as good as it was.
             fields = {name: value for name, value in control.model_dump().items() if (name, value) != ("search", None)}
             spec = spec | {"control": fields, "heads": heads}
+            if control.objective.looks_ahead:
+                spec = spec | {"earned": self._registry.earned(control.head_names)}
         return Arm(self._common | spec, sampler, best_of)
 
     def _with(self, num_samples: int) -> RolloutSettings:

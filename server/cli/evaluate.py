@@ -9,6 +9,7 @@ Enter at `Eval.cli_cmd`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -71,10 +72,10 @@ _Rival = Literal[
 _SWEEPING = ("methods", "cost")
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
-    "methods": set[str](),
-    "stress": {"max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
-    "cost": {"max_prompts"},
-    "map": {"prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
+    "methods": {"worst_case"},
+    "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "cost": {"worst_case", "max_prompts"},
+    "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
     "objectives": {"tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
 }
 _MIN_OBJECTIVES_HEADS = 2
@@ -88,14 +89,18 @@ class Eval(ModelCommand):
 
     head: CliPositionalArg[str] = Field(
         description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
-        "first is raised and searched for, the second kept at a floor, the last two raised by the worst case, the last "
-        "brought to targets"
+        "first is raised and searched for, the second kept at a floor, the last brought to targets"
     )
     study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
         "methods",
         description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
         "number of steps of RE-Control as published, with and without a budget; cost: what a response takes; "
         "objectives: what each objective and each search does to text",
+    )
+    worst_case: list[str] | None = Field(
+        None,
+        description="comma-separated sets of heads, as in a+b, for the objectives study's worst case; by default all "
+        "heads that it names",
     )
     rollouts: Path = Field(Path("runs/rollouts"), description="run that baselines are trained on")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
@@ -214,11 +219,16 @@ class Eval(ModelCommand):
 
     def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry, folder: Path) -> ObjectivesSetup:
         heads = list(dict.fromkeys(self.head.split(",")))
-        registry.check(heads, param="head")
-        if len(heads) < _MIN_OBJECTIVES_HEADS:
-            raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
+        sets = [list(dict.fromkeys(names.split("+"))) for names in self.worst_case or ["+".join(heads)]]
+        for field, names in (("head", heads), *(("worst_case", names) for names in sets)):
+            registry.check(names, param=field)
+            if len(names) < _MIN_OBJECTIVES_HEADS:
+                example = "`positive,neutral,plain`"
+                raise ConfigurationError(f"{field}: the objectives study takes two heads or more, as in {example}")
         return ObjectivesSetup(
-            cards={name: load_card(folder / name) for name in heads},
+            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *itertools.chain(*sets)])},
+            heads=heads,
+            worst_cases=sets,
             factory=ArmFactory(loaded, self.core(loaded, registry), self._sampling()),
             store=GenerationStore(self.work / "responses"),
             prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],

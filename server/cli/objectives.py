@@ -2,11 +2,12 @@
 
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
-    worst case   the last two heads: the lower reward of both, against a sum with equal shares of as much ascent
     target       the last head: brought to several levels
+    worst case   sets of heads named for it, or all: the lowest of what they gain over base, and of their rewards,
+                 against a sum with equal shares, both of as much divergence
 
-The heads' order says who plays what: raise one that pulls the second down, and end with one that is harder to raise and
-one that is easier. Every arm is sampled on the same prompts and
+The heads' order says who plays what: raise one that pulls the second down, and end with one that is easy to raise. The
+worst case has most to do where equal shares are spent on what is easy. Every arm is sampled on the same prompts and
 seeds, kept in the `GenerationStore`, and measured by the true rewards of its text. Knows nothing of how figures are
 shown (plots.py, report.py). Enter at `ObjectivesStudy`.
 
@@ -41,6 +42,10 @@ from value_models.whole_files import write_text
 OBJECTIVES_FILE = "objectives.json"
 _STEP_SIZE = 0.3
 _TARGET_STEP_SIZE = 1.0
+_WORST_CASE_STEP_SIZE = 1.0
+"""So long that the budget of each token is what ends nearly every step, of heads that pull against each other too."""
+_WORST_CASE_SAMPLES = 4
+"""Times as many as of other arms: two mixtures of the same heads differ by less than two objectives do."""
 _TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 """In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
 _BASE = "base"
@@ -53,7 +58,10 @@ class ObjectivesSetup:
     """Heads with everything they are measured with."""
 
     cards: Mapping[str, HeadCard]
+    heads: Sequence[str]
     """In the order that says who plays what."""
+    worst_cases: Sequence[Sequence[str]]
+    """Sets of heads."""
     factory: ArmFactory
     store: GenerationStore
     prompts: Sequence[RolloutPrompt]
@@ -82,7 +90,7 @@ class _Measured:
 class ObjectivesStudy:
     def __init__(self, setup: ObjectivesSetup) -> None:
         self._setup = setup
-        self._heads = tuple(setup.cards)
+        self._heads = tuple(setup.heads)
         # A library that is missing is missed now, and not after the sampling.
         self._rewards: dict[str, Reward] = {name: load_reward(card.reward) for name, card in setup.cards.items()}
         for reward in self._rewards.values():
@@ -90,16 +98,21 @@ class ObjectivesStudy:
 
     def run(self) -> dict[str, Any]:
         arms = {_BASE: self._setup.factory.base(read=self._heads)}
-        parts = {
-            "worst_case": self._worst_case(arms),
+        worst_cases = [self._worst_case(arms, heads) for heads in self._setup.worst_cases]
+        parts: dict[str, dict[str, Any]] = {
             "target": self._target(arms),
             "floor": self._floor(arms),
             "search": self._search(arms),
         }
-        measured = self._measure(arms)
+        measured = self._measure(
+            arms, {name: int(part["num_samples"]) for part in worst_cases for name in part["arms"]}
+        )
+        for part in worst_cases:
+            self._compare_worst_case(part, measured)
         self._compare(parts, measured)
         return {
             "heads": list(self._heads),
+            "worst_cases": worst_cases,
             **parts,
             "arms": {name: arm.figures for name, arm in measured.items()},
             "num_prompts": len(self._setup.prompts),
@@ -112,16 +125,20 @@ class ObjectivesStudy:
 
     def show(self, result: dict[str, Any]) -> None:
         for name, arm in result["arms"].items():
-            rewards = "  ".join(f"{head} {arm['rewards'][head]['mean']:.3f}" for head in self._heads)
+            rewards = "  ".join(f"{head} {figure['mean']:.3f}" for head, figure in arm["rewards"].items())
             print(f"{name:30}{rewards}  kl {arm['kl']['mean']:.3f}  {arm['response_s']:.2f} s")
 
-    def _worst_case(self, arms: dict[str, Arm]) -> dict[str, Any]:
-        heads = self._heads[-2:]
+    def _worst_case(self, arms: dict[str, Arm], heads: Sequence[str]) -> dict[str, Any]:
+        names = [f"{way}, {' + '.join(heads)}" for way in ("equal shares", "worst case")]
         equal = WeightedSum(weights=dict.fromkeys(heads, 1.0 / len(heads)))
-        arms["equal shares"] = self._arm(equal, step_size=_STEP_SIZE)
+        arms[names[0]] = self._arm(equal, step_size=_WORST_CASE_STEP_SIZE)
         worst = WorstCase(type="worst_case", weights=dict.fromkeys(heads, 1.0))
-        arms["worst case"] = self._arm(worst, step_size=_STEP_SIZE)
-        return {"heads": list(heads), "arms": [_BASE, "equal shares", "worst case"]}
+        arms[names[1]] = self._arm(worst, step_size=_WORST_CASE_STEP_SIZE)
+        return {
+            "heads": list(heads),
+            "arms": [_BASE, *names],
+            "num_samples": _WORST_CASE_SAMPLES * self._setup.num_samples,
+        }
 
     def _target(self, arms: dict[str, Arm]) -> dict[str, Any]:
         head = self._heads[-1]
@@ -164,15 +181,15 @@ class ObjectivesStudy:
         card = self._setup.cards[head]
         return card.reward_mean, card.reward_scale
 
-    def _measure(self, arms: Mapping[str, Arm]) -> dict[str, _Measured]:
+    def _measure(self, arms: Mapping[str, Arm], num_samples: Mapping[str, int]) -> dict[str, _Measured]:
+        """With as many samples as an arm is said to need."""
         setup = self._setup
+        numbers = {name: num_samples.get(name, setup.num_samples) for name in arms}
         measured: dict[str, _Measured] = {}
-        with tqdm(total=len(arms) * len(setup.prompts) * setup.num_samples, unit="response", leave=False) as bar:
+        with tqdm(total=sum(numbers.values()) * len(setup.prompts), unit="response", leave=False) as bar:
             for name, arm in arms.items():
                 bar.set_description(name)
-                drawn = setup.store.samples(
-                    arm.spec, setup.prompts, setup.num_samples, arm.sampler, on_sample=bar.update
-                )
+                drawn = setup.store.samples(arm.spec, setup.prompts, numbers[name], arm.sampler, on_sample=bar.update)
                 measured[name] = self._measured(drawn)
         return measured
 
@@ -181,7 +198,7 @@ class ObjectivesStudy:
         prompts, responses = [texts[s.prompt_id] for s in samples], [s.response for s in samples]
         rewards = {name: self._table(reward(prompts, responses)) for name, reward in self._rewards.items()}
         standardised = {
-            name: (rewards[name] - mean) / scale for name in self._heads for mean, scale in [self._moments(name)]
+            name: (table - mean) / scale for name, table in rewards.items() for mean, scale in [self._moments(name)]
         }
         measured = _Measured(samples, rewards, standardised, {})
         plain = {
@@ -200,15 +217,21 @@ class ObjectivesStudy:
         )
         return measured
 
+    def _compare_worst_case(self, part: dict[str, Any], measured: Mapping[str, _Measured]) -> None:
+        names = part["arms"]
+        _, equal, worst = names
+        tables = {name: measured[name].worst(part["heads"]) for name in names}
+        means = {name: measured[name].means(part["heads"]) for name in names}
+        gains = {name: table - means[_BASE] for name, table in means.items()}
+        part["of_the_gains"] = {name: _lowest(table) for name, table in gains.items()}
+        part["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
+        part["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
+        part["gain_of_the_gains"] = _lowest(gains[worst], gains[equal])
+        part["gain_of_the_means"] = _lowest(means[worst], means[equal])
+        part["gain_of_a_response"] = _interval(tables[worst] - tables[equal])
+
     def _compare(self, parts: dict[str, dict[str, Any]], measured: Mapping[str, _Measured]) -> None:
         """What the study is asked: differences prompt by prompt, errors and orders."""
-        worst = parts["worst_case"]
-        tables = {name: measured[name].worst(worst["heads"]) for name in worst["arms"]}
-        means = {name: measured[name].means(worst["heads"]) for name in worst["arms"]}
-        worst["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
-        worst["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
-        worst["gain_of_a_response"] = _interval(tables["worst case"] - tables["equal shares"])
-        worst["gain_of_the_means"] = _lowest(means["worst case"], means["equal shares"])
         target, head = parts["target"], parts["target"]["head"]
         scale = self._moments(head)[1]
         missed = {
@@ -223,12 +246,12 @@ class ObjectivesStudy:
         alone, held = (measured[name] for name in floor["arms"][1:])
         for role in ("raised", "kept"):
             name = floor[role]
-            floor[f"{role}_over_base"] = _interval(held.rewards[name] - measured[_BASE].rewards[name])
-            floor[f"{role}_over_alone"] = _interval(held.rewards[name] - alone.rewards[name])
+            floor[f"{role}_over_base"] = _difference(held.rewards[name], measured[_BASE].rewards[name])
+            floor[f"{role}_over_alone"] = _difference(held.rewards[name], alone.rewards[name])
         search = parts["search"]
         both = measured[search["equal_time"][-1]].rewards[search["head"]]
         search["both_over"] = {
-            name: _interval(both - measured[name].rewards[search["head"]]) for name in search["arms"][:-1]
+            name: _difference(both, measured[name].rewards[search["head"]]) for name in search["arms"][:-1]
         }
 
     def _table(self, values: Sequence[float]) -> np.ndarray:
@@ -240,6 +263,11 @@ def _interval(table: np.ndarray) -> dict[str, float]:
     means = table.mean(axis=1)
     low, high = bootstrap_interval(means.tolist())
     return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def _difference(table: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Of the means over prompts of [P, S] figures; S may differ."""
+    return _interval((table.mean(axis=1) - other.mean(axis=1))[:, None])
 
 
 def _lowest(means_PK: np.ndarray, others_PK: np.ndarray | None = None) -> dict[str, float]:

@@ -16,7 +16,7 @@ def objectives_tables(result: dict[str, Any]) -> str:
     """With 95% intervals over prompts."""
     arms = result["arms"]
     tables = [
-        *_worst_case(result["worst_case"], arms),
+        *(text for part in result["worst_cases"] for text in _worst_case(part, arms)),
         *_target(result["target"], arms),
         *_floor(result["floor"], arms),
         *_search(result["search"], arms),
@@ -28,16 +28,18 @@ def objectives_tables(result: dict[str, Any]) -> str:
 
 
 def _worst_case(part: dict[str, Any], arms: dict[str, Any]) -> list[str]:
-    one, other = (f"`{head}`" for head in part["heads"])
+    *others, last = (f"`{head}`" for head in part["heads"])
     columns: dict[str, Cell] = {
-        "lower of the means": lambda arm: interval(part["of_the_means"][arm]),
-        "lower of a response": lambda arm: interval(part["of_a_response"][arm]),
+        "lowest gain over base": lambda arm: interval(part["of_the_gains"][arm]),
+        "lowest of the means": lambda arm: interval(part["of_the_means"][arm]),
+        "lowest of a response": lambda arm: interval(part["of_a_response"][arm]),
     }
     columns |= {f"`{head}`": _of(arms, "standardised", head) for head in part["heads"]}
+    gains, means, least = (signed(part[f"gain_of_{what}"]) for what in ("the_gains", "the_means", "a_response"))
     return [
-        f"**Worst case** of {one} and {other}: rewards in standard deviations of each head's training reward. Over "
-        f"equal shares of as much ascent the lower mean changes by {signed(part['gain_of_the_means'])}, and the lower "
-        f"reward of a response by {signed(part['gain_of_a_response'])}.",
+        f"**Worst case** of {', '.join(others)} and {last}: rewards in standard deviations of each head's training "
+        f"reward, {part['num_samples']} responses a prompt. Over equal shares at as much divergence the lowest gain "
+        f"over base changes by {gains}, the lowest mean by {means}, and the lowest reward of a response by {least}.",
         _table(part["arms"], columns | _costs(arms)),
     ]
 

@@ -134,7 +134,7 @@ def plot_objectives(result: dict[str, Any], path: Path) -> None:
     arms = result["arms"]
     with _drawing(path, (12.0, 6.4), "What each objective does to text") as figure:
         grid = figure.subplots(2, 2)
-        _draw_worst_case(grid[0][0], result, arms)
+        _draw_worst_case(grid[0][0], result["worst_cases"])
         _draw_target(grid[0][1], result["target"], arms)
         _draw_floor(grid[1][0], result["floor"], arms)
         _draw_search(grid[1][1], result["search"], arms)
@@ -194,27 +194,23 @@ def _draw_panel(axes: Axes, sweep: dict[str, list[dict[str, Any]]], metric: str)
     return handles
 
 
-def _draw_worst_case(axes: Axes, result: dict[str, Any], arms: dict[str, Any]) -> None:
-    """Bars of each head's reward, and of the lower one, a colour an arm."""
-    part = result["worst_case"]
-    names, heads = part["arms"], [*part["heads"], "lower of the means", "lower of a response"]
-    width = 0.8 / len(names)
-    for place, (name, colour) in enumerate(zip(names, (_GREY, *_PALETTE), strict=False)):
-        figures = [
-            *(arms[name]["standardised"][head] for head in part["heads"]),
-            part["of_the_means"][name],
-            part["of_a_response"][name],
-        ]
+def _draw_worst_case(axes: Axes, parts: list[dict[str, Any]]) -> None:
+    """Bars of the lowest gain and the lowest reward of each set of heads, a colour an arm."""
+    kinds = {"of_the_gains": "lowest gain", "of_the_means": "lowest mean", "of_a_response": "lowest of\na response"}
+    groups = [(part, kind) for part in parts for kind in kinds]
+    for place, (label, colour) in enumerate(
+        zip((_BASE, "equal shares", "worst case"), (_GREY, *_PALETTE), strict=False)
+    ):
+        figures = [part[kind][part["arms"][place]] for part, kind in groups]
         axes.bar(
-            [x + (place - (len(names) - 1) / 2) * width for x in range(len(heads))],
-            [figure["mean"] for figure in figures], width, yerr=_bars(figures), color=colour, label=name,
-            error_kw={"elinewidth": 0.7},
+            [x + (place - 1) * 0.27 for x in range(len(groups))], [figure["mean"] for figure in figures], 0.27,
+            yerr=_bars(figures), color=colour, label=label, error_kw={"elinewidth": 0.7},
         )  # fmt: skip
-    axes.set_xticks(range(len(heads)), heads)
+    axes.set_xticks(range(len(groups)), [kinds[kind] for _, kind in groups])
     axes.set_ylabel("reward (standard deviations)")
     axes.axhline(0.0, color="#888888", linewidth=0.8)
     axes.legend(frameon=False)
-    axes.set_title("worst case")
+    axes.set_title("worst case of " + ", and of ".join(" + ".join(part["heads"]) for part in parts))
 
 
 def _draw_target(axes: Axes, target: dict[str, Any], arms: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from server.cli.command import (
 )
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
-from value_models.ascent import UNIT_COST_NATS
+from value_models.heads import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings, collect_rollouts

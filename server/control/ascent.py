@@ -2,7 +2,8 @@
 
 It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
 once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
-to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py).
+to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py);
+one that looks ahead starts from the values and adds what each step earns, which values show in part only.
 Every operation treats rows alone. Enter at `ascend`, and where rows share
 their shift, at `ascend_shared`.
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.control.multipliers import predicted_change
 from server.control.objective_rows import ObjectiveRows
 from server.control.plan import EditGroup
 from server.control.registry import HeadStack
@@ -136,10 +138,16 @@ def _climb(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, 
     """Units and coefficients [R, U] at the end of the ascent."""
     stack, weights_RK = group.stack, group.weights_RK
     units_RU, coefficients_RU = start_RU, torch.zeros_like(start_RU)
+    expected_RK = None
     for step in range(group.max_steps):
         values_RK, slopes = stack.readout(units_RU)
         if group.objectives is not None:
-            weights_RK = group.objectives.step_weights(values_RK, stack.effects(slopes), size_R)
+            expected_RK = values_RK if expected_RK is None else expected_RK
+            earnings_RKK = stack.earnings(slopes) if group.objectives.look_ahead else None
+            ahead = None if earnings_RKK is None else (expected_RK, earnings_RKK)
+            weights_RK = group.objectives.step_weights(values_RK, stack.effects(slopes), size_R, ahead)
+            if earnings_RKK is not None:
+                expected_RK = expected_RK + predicted_change(earnings_RKK, size_R, weights_RK)
         weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
         # Nothing for rows that have made all of their steps.
         step_R1 = torch.where(step < group.steps_R, size_R, 0.0)[:, None]

@@ -45,10 +45,19 @@ class ObjectiveRows:
             )
         )
 
-    def step_weights(self, values_RK: Tensor, effects_RKK: Tensor, size_R: Tensor) -> Tensor:
+    @property
+    def look_ahead(self) -> bool:
+        """Whether any kind is asked at rewards to be expected instead of values."""
+        return any(kind.looks_ahead for kind, _, _ in self.parts)
+
+    def step_weights(
+        self, values_RK: Tensor, effects_RKK: Tensor, size_R: Tensor, ahead: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`ahead`, where it is known: the rewards to be expected [R, K], and how ascents change those [R, K, K]."""
         weights_RK = torch.empty_like(values_RK)
         for kind, rows, terms in self.parts:
-            weights_RK[rows] = kind.step_weights(values_RK[rows], effects_RKK[rows], size_R[rows], terms)
+            now = ahead if ahead is not None and kind.looks_ahead else (values_RK, effects_RKK)
+            weights_RK[rows] = kind.step_weights(now[0][rows], now[1][rows], size_R[rows], terms)
         return weights_RK
 
     def bounds(self, values_RK: Tensor) -> tuple[Tensor, Tensor]:

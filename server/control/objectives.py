@@ -9,9 +9,10 @@ type, write one class and put it in that union.
 Beside `score` and its `slope`, a class says which weights the next step of the ascent takes, given how each head's
 ascent moves every value. They are the slope at the end of the step instead of at its start, which is why a target is
 not passed, a floor not broken and the worst of several heads not left for the next worst. Where all heads are linear,
-one step of any length is exact.
+one step of any length is exact. A class that looks ahead is asked at the rewards to be expected instead of at values.
 
-Shapes: R rows, K heads; effects_RKK[r, k, l] is the change of value l by a step of length one along head k.
+Shapes: R rows, K heads; effects_RKK[r, k, l] is the change of value l, or of reward l for a class that looks ahead, by
+a step of length one along head k.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class BaseObjective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     held_by: ClassVar[HeldBy | None] = None
     """What to say of a value that rests on a level."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether steps are weighed by the rewards they lead to (`HeadStack.earnings`) instead of by the values."""
 
     @property
     def head_weights(self) -> dict[str, float]:
@@ -166,9 +169,13 @@ class WorstCase(BaseObjective):
     """Maximise the smallest of weight x standardised value: each step raises whichever heads are worst off.
 
     The step's direction is the mixture v of the heads' ascents, v >= 0 and sum(v) = 1, that leaves the worst of them
-    highest. Source: Son et al. 2025, Robust multi-objective controlled decoding (RMOD).
+    highest: the worst of the rewards to be expected when every token of a response is moved so, starting from the
+    values. Values alone would not do: they say what the base model would make of the text, and follow its rewards by a
+    small part that differs from head to head. Where cards do not tell what ascents earn, values are all there is.
+    Source: Son et al. 2025, Robust multi-objective controlled decoding (RMOD).
     """
 
+    looks_ahead: ClassVar[bool] = True
     type: Literal["worst_case"]
     weights: NonzeroWeights
 

@@ -26,6 +26,7 @@ from value_models.store import HeadCard, HeadFileError
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
 MAX_STACKS = 64
+_LEAST_LENGTH = 1e-9
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -46,8 +47,12 @@ class HeadStack:
     """c [R, U] -> change of z [R, U] by a step of size one."""
     ascent: PackedLinear
     """c [R, U] -> change of h [R, D] by a step of size one."""
+    ascent_gram: PackedLinear
+    """c [R, U] -> inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
+    earned_K: Tensor | None
+    """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
 
     @property
     def has_constant_slope(self) -> bool:
@@ -64,17 +69,35 @@ class HeadStack:
 
         `slopes` are the heads' own, as `readout` gives them.
         """
-        num_rows, num_heads = slopes[0].shape[0], len(self.heads)
-        steps_RKU = slopes[0].new_zeros(num_rows, num_heads, self.spans[-1].stop)
-        for k, span in enumerate(self.spans):
-            steps_RKU[:, k, span] = slopes[k]
-        moved_RKU = self.gram(steps_RKU)
-        changes = [(moved_RKU[:, :, span] * slopes[k][:, None]).sum(dim=-1) for k, span in enumerate(self.spans)]
-        return torch.stack(changes, dim=2)
+        return self._between(self.gram, slopes)
+
+    def earnings(self, slopes: Sequence[Tensor]) -> Tensor | None:
+        """What a step of length one along each head's ascent, at every token of a response, adds to every reward: to
+        that of head l by ascent k, [R, K, K], in standard deviations. None where a head's card does not tell.
+
+        An ascent is the way that makes the most of its head's advantages, so another one makes the cosine between the
+        two of it. A value cannot say this: as a prediction of what the base model would do it moves by a small part of
+        what the text's reward does, and by how small a part differs between heads.
+        """
+        if self.earned_K is None:
+            return None
+        inner_RKK = self._between(self.ascent_gram, slopes)
+        length_RK = inner_RKK.diagonal(dim1=1, dim2=2).sqrt().clamp(min=_LEAST_LENGTH)
+        return inner_RKK / length_RK[:, :, None] / length_RK[:, None, :] * self.earned_K
 
     def rewards(self, standardised_RK: Tensor) -> Tensor:
         """Standardised values in reward units, [R, K]."""
         return self.reward_mean_K + self.reward_scale_K * standardised_RK
+
+    def _between(self, gram: PackedLinear, slopes: Sequence[Tensor]) -> Tensor:
+        """Each head's slopes with every head's, by a Gram matrix of their units: [R, K, K]."""
+        num_rows, num_heads = slopes[0].shape[0], len(self.heads)
+        steps_RKU = slopes[0].new_zeros(num_rows, num_heads, self.spans[-1].stop)
+        for k, span in enumerate(self.spans):
+            steps_RKU[:, k, span] = slopes[k]
+        moved_RKU = gram(steps_RKU)
+        changes = [(moved_RKU[:, :, span] * slopes[k][:, None]).sum(dim=-1) for k, span in enumerate(self.spans)]
+        return torch.stack(changes, dim=2)
 
 
 class HeadRegistry:
@@ -155,11 +178,18 @@ class HeadRegistry:
             self.check(names)
             if len(self._stacks) >= MAX_STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            self._stacks[names] = _stack(names, tuple(self._heads[name] for name in names))
+            heads = tuple(self._heads[name] for name in names)
+            self._stacks[names] = _stack(names, heads, self.earned(names))
         return self._stacks[names]
 
+    def earned(self, names: Sequence[str]) -> list[float] | None:
+        """`HeadCard.earned` of each head; None unless all cards tell."""
+        figures = [self._cards[name].earned if name in self._cards else None for name in names]
+        known = [figure for figure in figures if figure is not None]
+        return known if len(known) == len(figures) else None
 
-def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...]) -> HeadStack:
+
+def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[float] | None) -> HeadStack:
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
@@ -174,6 +204,8 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...]) -> HeadStack:
         inputs=PackedLinear(inputs_UD, bias_U),
         gram=PackedLinear(inputs_UD @ ascent_UD.T),
         ascent=PackedLinear(ascent_UD.T),
+        ascent_gram=PackedLinear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),
         reward_scale_K=torch.stack([head.reward[1] for head in heads]),
+        earned_K=None if earned is None else torch.tensor(earned, device=inputs_UD.device),
     )

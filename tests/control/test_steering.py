@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,23 +12,25 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor
 
-from server.control.ascent import TOLERANCE
+from server.control.ascent import TOLERANCE, ascend
 from server.control.editor import GroupStats, StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY, ControlState
 from server.types import ControlParams
-from tests.conftest import HIDDEN, random_head, random_linear_head
+from tests.conftest import HIDDEN, card_of, random_head, random_linear_head
 from tests.control.test_editor import EDITOR, UNEMBEDDING, LinearUnembedding
 from value_models.linear import PackedLinear
 
-REGISTRY = HeadRegistry(
-    {
-        "good": random_head(1),
-        "deep": random_head(2, widths=(16, 12)),
-        **{f"line{i}": random_linear_head(i) for i in (3, 4, 5)},
-    }
-)
+HEADS = {
+    "good": random_head(1),
+    "deep": random_head(2, widths=(16, 12)),
+    **{f"line{i}": random_linear_head(i) for i in (3, 4, 5)},
+}
+REGISTRY = HeadRegistry(HEADS)
+GAINS = {"good": 0.02, "deep": 0.05, "line3": 0.01, "line4": 0.08, "line5": 0.03}
+"""What cards say; `REGISTRY` has none."""
+KNOWN = HeadRegistry(HEADS, {name: card_of(name, HEADS[name], ascent_gain=gain) for name, gain in GAINS.items()})
 FREE = {"max_kl": 0.5, "max_shift": 2.0}
 SUM = {"type": "weighted_sum", "weights": {"good": 1.0}}
 OBJECTIVES: list[dict[str, Any]] = [
@@ -120,6 +123,41 @@ def test_the_worst_of_linear_heads_is_raised_as_far_as_a_linear_program_says(hea
         best = linprog([0.0] * count + [-1.0], A_ub=bounds, b_ub=before, A_eq=[[1.0] * count + [0.0]], b_eq=[1.0],
                        bounds=[(0, None)] * count + [(None, None)])  # fmt: skip
         assert min(float(values[name][i, 1]) for name in heads) == pytest.approx(-best.fun, abs=1e-2)
+
+
+@pytest.mark.parametrize("heads", [("line3", "line4"), ("line3", "line4", "line5")])
+@pytest.mark.parametrize("length", [0.1, 3.0])
+def test_where_cards_tell_what_ascents_earn_the_worst_reward_to_be_expected_is_raised_that_far(
+    heads: tuple[str, ...], length: float
+) -> None:
+    """Reward l is expected at its value and length x sum_k v_k cos_kl earned_l, with earned = gain sqrt(0.1) 50."""
+    hidden, count = states(20, scale=0.02), len(heads)
+    objective = params({"type": "worst_case", "weights": dict.fromkeys(heads, 1.0)}).objective
+    free = ControlParams.without_limits(objective, step_size=length / 10, steps=10)
+    (group,) = EditPlan.from_rows([free] * 20, KNOWN).groups
+    weights = ascend(hidden, group).coefficients_RU.double().numpy() / length
+    rows = torch.nn.functional.normalize(torch.cat([HEADS[name].folded_ascent() for name in heads]))
+    earnings = (rows @ rows.T * torch.tensor([GAINS[name] * 0.1**0.5 * 50 for name in heads])).double().numpy()
+    before = group.stack.readout(group.stack.inputs(hidden))[0].double().numpy()
+    for i in range(20):
+        bounds = np.hstack([-length * earnings.T, np.ones((count, 1))])
+        best = linprog([0.0] * count + [-1.0], A_ub=bounds, b_ub=before[i], A_eq=[[1.0] * count + [0.0]], b_eq=[1.0],
+                       bounds=[(0, None)] * count + [(None, None)])  # fmt: skip
+        assert (before[i] + length * weights[i] @ earnings).min() == pytest.approx(-best.fun, abs=1e-2)
+
+
+def test_the_head_whose_ascent_earns_least_gets_the_largest_share() -> None:
+    names = ("line3", "line4", "line5")
+    row = params({"type": "worst_case", "weights": dict.fromkeys(names, 1.0)}, step_size=1.0)
+    (group,) = EditPlan.from_rows([row, row], KNOWN).groups
+    shares = ascend(states(2, scale=1e-3), group).coefficients_RU[0]
+    assert shares[0] > 0.5 * shares.sum()
+    # One head whose card does not tell, and all are weighed by their values.
+    some = HeadRegistry(HEADS, {name: card for name, card in KNOWN.cards().items() if name != "line5"})
+    (group,) = EditPlan.from_rows([row, row], some).groups
+    (plain,) = EditPlan.from_rows([row, row], REGISTRY).groups
+    assert torch.equal(ascend(states(2), group).shift_RD, ascend(states(2), plain).shift_RD)
+    assert some.stack(names).earnings([torch.ones(2, 1)] * 3) is None
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[6:])
@@ -234,9 +272,15 @@ ROWS = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=ROWS, seed=st.integers(0, 5), softcap=st.sampled_from([None, 5.0]), order=st.randoms())
+@given(
+    rows=ROWS,
+    seed=st.integers(0, 5),
+    softcap=st.sampled_from([None, 5.0]),
+    registry=st.sampled_from([REGISTRY, KNOWN]),
+    order=st.randoms(),
+)
 def test_a_row_alone_and_in_any_mix_gets_the_same_bits_within_its_budget(
-    rows: list[Any], seed: int, softcap: float | None, order: Any
+    rows: list[Any], seed: int, softcap: float | None, registry: HeadRegistry, order: Any
 ) -> None:
     unembedding = LinearUnembedding(softcap)
     editor, hidden = StateEditor(unembedding), states(len(rows), seed=seed)
@@ -245,7 +289,7 @@ def test_a_row_alone_and_in_any_mix_gets_the_same_bits_within_its_budget(
     known = [ControlState(token, spent, is_gate_open=is_open) for *_, token, spent, is_open in rows]
 
     def logits_of(chosen: list[int]) -> Tensor:
-        plan = EditPlan.from_rows([controls[i] for i in chosen], REGISTRY)
+        plan = EditPlan.from_rows([controls[i] for i in chosen], registry)
         logits, _ = editor.logits(hidden[chosen], plan.at(lambda row: known[chosen[row]]))
         return logits
 

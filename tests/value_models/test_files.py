@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import random_head, write_heads
+from tests.conftest import card_of, random_head, write_heads
 from value_models import store
 from value_models.importer import ImportFileError, import_pth
 from value_models.rollouts import (
@@ -33,6 +33,15 @@ from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError, load_head
 IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]
 SETTINGS = RolloutSettings(num_samples=2, prompts_per_shard=2)
+
+
+@pytest.mark.parametrize(
+    ("gain", "earned"), [(0.02, 0.02 * 0.1**0.5 * 50), (None, None), (0.0, None), (-0.02, None), (float("nan"), None)]
+)
+def test_a_card_tells_what_an_ascent_adds_to_a_response_if_it_adds_anything(
+    gain: float | None, earned: float | None
+) -> None:
+    assert card_of("good", random_head(1), ascent_gain=gain).earned == pytest.approx(earned)
 
 
 class FakeSource:
