@@ -6,7 +6,7 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.control.search import Blocks
-from server.control.state import HeldBy
+from server.control.state import HELD_BY, HeldBy
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -242,6 +242,14 @@ class TokenEdit:
     is_nonfinite: bool
     """The edit was not finite, so the unedited state was used."""
     is_gate_open: bool = True
+
+    @classmethod
+    def of(cls, names: Sequence[str], numbers: Sequence[float]) -> TokenEdit:
+        """From a row of the editor's `GroupStats.numbers_RN`, for heads of these names."""
+        size = len(names)
+        before, after = (dict(zip(names, part, strict=True)) for part in (numbers[:size], numbers[size:-5]))
+        kl, shift_ratio, held_by, is_nonfinite, is_gate_open = numbers[-5:]
+        return cls(before, after, kl, shift_ratio, HELD_BY[int(held_by)], bool(is_nonfinite), bool(is_gate_open))
 
 
 @dataclass(slots=True, frozen=True)

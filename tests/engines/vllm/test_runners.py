@@ -213,7 +213,7 @@ def test_rows_are_edited_by_request_whatever_the_batchs_order(driver: Driver) ->
     assert {name: driver.moved(name, position) for name, position in (("a", 4), ("b", 6), ("c", 2))} == {
         "a": True, "b": False, "c": True
     }  # fmt: skip
-    assert {name: entry["id"] for name, entry in report["edits"].items()} == {"a": "choice of a", "c": "choice of c"}
+    assert sorted(report["edits"]) == ["a", "c"]
     driver.step({"c": 1, "b": 1}, finished_req_ids={"a"})
     assert (driver.moved("c", 3), driver.moved("b", 7)) == (True, False)
 
