@@ -258,8 +258,8 @@ def test_a_preempted_request_comes_back_with_what_it_had_spent(heads: dict[str, 
         driver = Driver(kind, heads)
 
         def step(scheduled: dict[str, int], driver: Driver = driver, **options: Any) -> float:
-            (entry,) = driver.step(scheduled, **options)["edits"].values()
-            return entry["edit"][2]
+            (numbers,) = driver.step(scheduled, **options)["edits"].values()
+            return numbers[2]
 
         kls = [step({"a": 4}, scheduled_new_reqs=[new(asked)])]
         kls += [step({"a": 1}) for _ in range(3)]
