@@ -42,7 +42,10 @@ class Unembedding(Protocol):
         """Whether `finish` only adds a constant, so that logits are linear along an edit."""
         ...
 
-    def project(self, hidden_MD: Tensor) -> Tensor: ...
+    def project(self, hidden_MD: Tensor) -> Tensor:
+        """[M, D] -> [M, V] in float32, or in bfloat16 if that is how they were computed and `finish` is nothing."""
+        ...
+
     def finish(self, projected_MV: Tensor) -> Tensor: ...
 
 
@@ -146,31 +149,37 @@ class StateEditor:
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
+        deltas = iter(projected[num_rows:].float().split([shift.shape[0] for shift in shifts]))
         base_BV = projected[:num_rows]
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
+        base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV, is_moving=is_moving)
         edits: list[_Edit] = []
         for ascent in ascents:
             stack = ascent.group.stack
             is_linear = stack.has_constant_slope
             delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
             edits.append(self._within_budget(ascent, delta_RV, base_BV))
-        return edits, self._shared_edits(hidden_BD, sharing, base_BV, is_moving=is_moving), base_BV
+        return edits, shared, base_BV
 
     def _shared_edits(
         self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor, *, is_moving: bool
-    ) -> list[SharedEdit]:
+    ) -> tuple[Tensor, list[SharedEdit]]:
+        """Logits in float32, moved by the edits of these groups if allowed, and the edits."""
         if not groups:
-            return []
-        if self._shared_rows is None or not self._shared_rows.are_for(groups):
-            self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups])
+            return logits_BV.float(), []
+        num_rows = len(logits_BV)
+        if self._shared_rows is None or not self._shared_rows.are_for(groups, num_rows):
+            self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
         return self._shared_rows.edit(hidden_BD, logits_BV, apply=is_moving)
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
-            self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
+            self._row_logits,
+            MAX_STACKS,
+            stack,
+            lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).float().t()),
         )
 
     def _shift_of(self, group: EditGroup) -> Shift:

@@ -61,34 +61,40 @@ class SharedEdit:
 
 
 class SharedRows:
-    """The rows of groups with a shift each, laid out for the native kernel."""
+    """The rows of groups with a shift each, among all of a step, laid out for the native kernel."""
 
-    def __init__(self, groups: Sequence[EditGroup], shifts: Sequence[Shift]) -> None:
+    def __init__(self, groups: Sequence[EditGroup], shifts: Sequence[Shift], num_rows: int) -> None:
         self._groups = groups
         self._shifts = shifts
-        counts = [len(group.rows) for group in groups]
-        self._counts = counts
+        self._num_rows = num_rows
+        self._counts = [len(group.rows) for group in groups]
         self._num_heads = max(len(group.stack.names) for group in groups)
         self._entries_G5 = torch.tensor([shift.native.entry() for shift in shifts])
-        self._shift_of_R = torch.repeat_interleave(torch.tensor(counts))
+        self._shift_of_R = torch.repeat_interleave(torch.tensor(self._counts))
         # A single row is held twice, but must move once.
-        held = list(zip(groups, counts, strict=True))
-        self._rows_R = torch.cat([group.rows_R[:count] for group, count in held])
+        rows = [row for group in groups for row in group.rows]
+        self._rows_B = torch.tensor([*rows, *sorted(set(range(num_rows)).difference(rows))])
+        held = list(zip(groups, self._counts, strict=True))
         self._max_shift_R = torch.cat([group.max_shift_R[:count] for group, count in held])
         self._limit_R = torch.cat([group.max_kl_R[:count] for group, count in held]) - ROUNDING_NATS
 
-    def are_for(self, groups: Sequence[EditGroup]) -> bool:
+    def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
         """By identity: a plan keeps its groups while nothing changes."""
-        return len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
+        if (len(groups), num_rows) != (len(self._groups), self._num_rows):
+            return False
+        return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
 
-    def edit(self, hidden_BD: Tensor, logits_BV: Tensor, *, apply: bool) -> list[SharedEdit]:
-        """Each group's edit; `apply` moves the logits [B, V], which are linear along it, in place."""
-        taken_R, report_RN = ops.edit_shared(
+    def edit(self, hidden_BD: Tensor, logits_BV: Tensor, *, apply: bool) -> tuple[Tensor, list[SharedEdit]]:
+        """Logits [B, V] in float32, with `apply` moved by each group's edit, and the edits.
+
+        Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
+        """
+        logits_BV, taken_R, report_RN = ops.edit_shared(
             hidden_BD,
             logits_BV,
             self._entries_G5,
             self._shift_of_R,
-            self._rows_R,
+            self._rows_B,
             self._max_shift_R,
             self._limit_R,
             num_heads=self._num_heads,
@@ -101,4 +107,4 @@ class SharedRows:
         for group, shift, report, its in zip(self._groups, self._shifts, reports, taken, strict=True):
             size, num_held = 2 * len(group.stack.names) + 5, len(group.controls)
             edits.append(SharedEdit(group, report[:, :size].expand(num_held, -1), its.expand(num_held), shift.shift_D))
-        return edits
+        return logits_BV, edits

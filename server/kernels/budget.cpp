@@ -5,6 +5,7 @@
 // cache.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "common.h"
@@ -39,7 +40,7 @@ class Row {
         const __m512 most = _mm512_set1_ps(share);
         const bool is_known = tilts && share == 1.0f;
         for (int64_t begin = 0; begin < size; begin += kBlock) {
-            __m512 mass = _mm512_setzero_ps(), total = mass, weighted = mass;
+            __m512 mass = _mm512_setzero_ps(), first = mass, second = mass, total = mass, weighted = mass;
             for (int64_t i = begin; i < std::min(begin + kBlock, size); i += kLanes) {
                 const __mmask16 mask = lanes_left(size - i);
                 const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), top);
@@ -47,12 +48,15 @@ class Row {
                 _mm512_mask_storeu_ps(probs + i, mask, p);
                 const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta + i), peak);
                 const __m512 tilt = is_known ? _mm512_maskz_loadu_ps(mask, tilts + i) : exp_ps(_mm512_mul_ps(most, d));
-                const __m512 w = _mm512_mul_ps(p, tilt);
+                const __m512 w = _mm512_mul_ps(p, tilt), pd = _mm512_mul_ps(p, d);
                 mass = _mm512_add_ps(mass, p);
+                first = _mm512_add_ps(first, pd);
+                second = _mm512_fmadd_ps(pd, d, second);
                 total = _mm512_add_ps(total, w);
                 weighted = _mm512_fmadd_ps(w, d, weighted);
             }
             mass_ += _mm512_reduce_add_ps(mass);
+            first_ += _mm512_reduce_add_ps(first), second_ += _mm512_reduce_add_ps(second);
             total_ += _mm512_reduce_add_ps(total), weighted_ += _mm512_reduce_add_ps(weighted);
         }
         full_ = of(share, total_, weighted_);
@@ -83,20 +87,8 @@ class Row {
 
     // Derivative of sqrt(KL) at s = 0.
     double root_slope() const {
-        double first = 0, second = 0;
-        for (int64_t begin = 0; begin < size_; begin += kBlock) {
-            __m512 one = _mm512_setzero_ps(), two = one;
-            for (int64_t i = begin; i < std::min(begin + kBlock, size_); i += kLanes) {
-                const __mmask16 mask = lanes_left(size_ - i);
-                const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta_ + i), _mm512_set1_ps(peak_));
-                const __m512 pd = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, probs_ + i), d);
-                one = _mm512_add_ps(one, pd);
-                two = _mm512_fmadd_ps(pd, d, two);
-            }
-            first += _mm512_reduce_add_ps(one), second += _mm512_reduce_add_ps(two);
-        }
-        const double mean = first / mass_;
-        return share_ * std::sqrt(std::max(0.5 * (second / mass_ - mean * mean), 0.0));
+        const double mean = first_ / mass_;
+        return share_ * std::sqrt(std::max(0.5 * (second_ / mass_ - mean * mean), 0.0));
     }
 
    private:
@@ -109,7 +101,7 @@ class Row {
     const float* delta_;
     int64_t size_;
     float peak_, share_;
-    double mass_ = 0, total_ = 0, weighted_ = 0, full_ = 0;
+    double mass_ = 0, first_ = 0, second_ = 0, total_ = 0, weighted_ = 0, full_ = 0;
 };
 
 // Largest scale found in [0, 1] whose divergence is at most `limit`, and that divergence.
@@ -151,6 +143,15 @@ struct Shift {
     float peak() const { return numbers[1]; }
     const float* each(int64_t head) const { return numbers + 2 + 4 * head; }
 };
+
+void widen(const bf16* from, float* to, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) _mm512_storeu_ps(to + i, load_bf16(from + i));
+    for (; i < size; ++i) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 load(const bf16* p) { return load_bf16(p); }
@@ -196,17 +197,22 @@ EXPORT void largest_scales_f32(const float* logits, int64_t vocabulary, int64_t 
     }
 }
 
-// Edits rows[r] of logits [.., vocabulary] by the shift shifts[shift_of[r]], as far as it is within caps[r] of the
-// length of the row's state in hidden [.., size], and limits[r] allows; `apply` moves the logits. taken[r] is what was
-// taken of the shift. report [num_rows, width]: a head's values before, values after, divergence, length of the shift
-// relative to the state, what held it (`held_by_kl`, `held_by_cap` or 0), and whether it was not finite.
-// scratch [threads, vocabulary].
-EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, float* logits, int64_t vocabulary,
-                        const Shift* shifts, const int64_t* shift_of, const int64_t* rows, int64_t num_rows,
-                        const float* caps, const float* limits, float* taken, float* report, int64_t width,
-                        float held_by_kl, float held_by_cap, float* scratch, int apply) {
+// Edits rows[r] of logits [.., vocabulary] by the shift shifts[shift_of[r]], for r < num_edited, as far as it is within
+// caps[r] of the length of the row's state in hidden [.., size], and limits[r] allows; `apply` moves the logits. Where
+// there is a `source`, in bfloat16 with rows source_stride apart, each row of logits is first made of that; this is all
+// that is done for rows from num_edited on. taken[r] is what was taken of the shift. report [num_edited, width]: a
+// head's values before, values after, divergence, length of the shift relative to the state, what held it (`held_by_kl`,
+// `held_by_cap` or 0), and whether it was not finite. scratch [threads, vocabulary].
+EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, const bf16* source, int64_t source_stride,
+                        float* logits, int64_t vocabulary, const Shift* shifts, const int64_t* shift_of,
+                        const int64_t* rows, int64_t num_rows, int64_t num_edited, const float* caps,
+                        const float* limits, float* taken, float* report, int64_t width, float held_by_kl,
+                        float held_by_cap, float* scratch, int apply) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t r = 0; r < num_rows; ++r) {
+        float* row_logits = logits + rows[r] * vocabulary;
+        if (source) widen(source + rows[r] * source_stride, row_logits, vocabulary);
+        if (r >= num_edited) continue;
         const Shift& shift = shifts[shift_of[r]];
         float *before = report + r * width, *after = before + shift.heads, *rest = after + shift.heads;
         const float length = is_f32 ? read((const float*)hidden + rows[r] * size, size, shift, before)
@@ -217,7 +223,6 @@ EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, float* log
         const float share = ratio > caps[r] ? caps[r] / ratio : 1.0f;
         float scale = 0, divergence = 0;
         if (is_finite) {
-            float* row_logits = logits + rows[r] * vocabulary;
             const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
                           scratch + omp_get_thread_num() * vocabulary);
             search(row, limits[r], &scale, &divergence);

@@ -90,7 +90,7 @@ def edit_shared(
     logits_BV: Tensor,
     entries_G5: Tensor,
     shift_of_R: Tensor,
-    rows_R: Tensor,
+    rows_B: Tensor,
     max_shift_R: Tensor,
     limit_R: Tensor,
     *,
@@ -98,22 +98,28 @@ def edit_shared(
     held_by_kl: int,
     held_by_cap: int,
     apply: bool,
-) -> tuple[Tensor, Tensor]:
-    """Edit rows_R by the shifts of these `SharedShift.entry`s, each capped relative to its state and by its divergence.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edit rows by the shifts of these `SharedShift.entry`s, each capped relative to its state and by its divergence.
 
-    Returns what was taken of each shift [R], and a report [R, 2 num_heads + 5], num_heads the most that a shift has:
-    for a shift of K heads values before [K] and after [K], divergence, length relative to the state, what held it (one
-    of the two given, or 0), whether it was not finite, and a 1. `apply` moves the logits in place.
+    `rows_B`: places of the R rows to edit, then of the others. Returns float32 logits [B, V], what was taken of each
+    shift [R], and a report [R, 2 num_heads + 5], num_heads the most that a shift has: for a shift of K heads values
+    before [K] and after [K], divergence, length relative to the state, what held it (one of the two given, or 0),
+    whether it was not finite, and a 1. `apply` moves the logits, in place if they were float32, not bfloat16.
     """
     library: Any = native()
+    assert logits_BV.stride(1) == 1
+    hidden_BD, (num_rows, size), num_edited = hidden_BD.contiguous(), logits_BV.shape, len(shift_of_R)
+    source, from_BV = None, logits_BV
+    if logits_BV.dtype == torch.bfloat16:
+        source, logits_BV = logits_BV.data_ptr(), torch.empty(num_rows, size)
     assert logits_BV.is_contiguous()
-    hidden_BD, num_rows = hidden_BD.contiguous(), len(rows_R)
-    taken_R, report_RN = torch.empty(num_rows), torch.ones(num_rows, 2 * num_heads + 5)
-    scratch = torch.empty(torch.get_num_threads(), logits_BV.shape[1])
+    taken_R, report_RN = torch.empty(num_edited), torch.ones(num_edited, 2 * num_heads + 5)
+    scratch = torch.empty(torch.get_num_threads(), size)
     library.edit_shared(
-        hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], logits_BV.data_ptr(),
-        logits_BV.shape[1], entries_G5.data_ptr(), shift_of_R.data_ptr(), rows_R.data_ptr(), num_rows,
-        max_shift_R.data_ptr(), limit_R.data_ptr(), taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1],
-        held_by_kl, held_by_cap, scratch.data_ptr(), apply,
+        hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], source, from_BV.stride(0),
+        logits_BV.data_ptr(), size, entries_G5.data_ptr(), shift_of_R.data_ptr(), rows_B.data_ptr(),
+        num_edited if source is None else num_rows, num_edited, max_shift_R.data_ptr(), limit_R.data_ptr(),
+        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap, scratch.data_ptr(),
+        apply,
     )  # fmt: skip
-    return taken_R, report_RN
+    return logits_BV, taken_R, report_RN

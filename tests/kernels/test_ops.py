@@ -90,14 +90,14 @@ def shift_of(num_heads: int, strength: float, seed: int) -> ops.SharedShift:
 
 def edit(
     hidden: Tensor, logits: Tensor, shifts: list[ops.SharedShift], shift_of: list[int], rows: list[int], cap: float
-) -> tuple[Tensor, Tensor]:
-    count = len(rows)
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, others = len(rows), sorted(set(range(len(logits))).difference(rows))
     return ops.edit_shared(
         hidden,
         logits,
         torch.tensor([shift.entry() for shift in shifts]),
         torch.tensor(shift_of),
-        torch.tensor(rows),
+        torch.tensor([*rows, *others]),
         torch.full((count,), cap),
         torch.full((count,), 0.3),
         num_heads=2,
@@ -116,8 +116,7 @@ def test_shared_shifts_move_their_rows_within_both_bounds_and_no_other_row(
     rng = torch.Generator().manual_seed(0)
     hidden, base = torch.randn(7, 32, generator=rng).to(dtype), torch.randn(7, 5000, generator=rng) * 3
     shifts, which, rows = [shift_of(2, strength, 1), shift_of(1, strength, 2)], [0, 1, 0, 0, 1], [0, 1, 3, 4, 6]
-    moved = base.clone()
-    taken, report = edit(hidden, moved, shifts, which, rows, cap)
+    moved, taken, report = edit(hidden, base.clone(), shifts, which, rows, cap)
     assert torch.equal(moved[[2, 5]], base[[2, 5]])
     for row, shift, share, numbers in zip(rows, (shifts[i] for i in which), taken, report, strict=True):
         state, size = hidden[row].float(), len(shift.weight_KD)
@@ -145,10 +144,21 @@ def test_a_row_or_a_shift_that_is_not_finite_moves_nothing_and_is_counted() -> N
     hidden[1, 3] = float("inf")
     good, bad = shift_of(1, 1.0, 1), shift_of(1, 1.0, 2)
     bad.numbers[1] = float("nan")
-    moved = base.clone()
-    taken, report = edit(hidden, moved, [good, bad], [0, 0, 1], [0, 1, 2], 10.0)
+    moved, taken, report = edit(hidden, base.clone(), [good, bad], [0, 0, 1], [0, 1, 2], 10.0)
     assert not torch.equal(moved[0], base[0])
     assert torch.equal(moved[1:], base[1:])
     assert (taken > 0).tolist() == [True, False, False]
     assert report[:, 5].tolist() == [0.0, 1.0, 1.0]
     assert report[1:, 2:5].tolist() == [[0.0] * 3] * 2
+
+
+def test_logits_in_bfloat16_are_widened_on_the_way_wherever_their_rows_lie() -> None:
+    hidden, wide = torch.randn(5, 32), (torch.randn(5, 5100) * 3).bfloat16()
+    narrow, kept, shift = wide[:, :4999], wide.clone(), shift_of(1, 1.0, 1)
+    shift = ops.SharedShift(shift.numbers, shift.weight_KD, shift.delta_V[:4999], shift.tilts_V[:4999])
+    expected = edit(hidden, narrow.float(), [shift], [0, 0], [1, 4], 10.0)
+    got = edit(hidden, narrow, [shift], [0, 0], [1, 4], 10.0)
+    assert all(torch.equal(mine, its) for mine, its in zip(got, expected, strict=True))
+    assert torch.equal(got[0][[0, 2, 3]], narrow[[0, 2, 3]].float())
+    assert not torch.equal(got[0][1], narrow[1].float())
+    assert torch.equal(wide, kept)
