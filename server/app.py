@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
@@ -125,11 +125,7 @@ def _trace_provider(endpoint: str | None) -> TracerProvider | None:
 def _pinned_control(settings: Settings) -> ControlParams | None:
     if settings.pinned_control is None:
         return None
-    try:
-        pinned = ControlParams.model_validate_json(settings.pinned_control)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError(f"pinned_control: {problems}") from error
+    pinned = ControlParams.from_json(settings.pinned_control, "pinned_control")
     if pinned.objective.type != "weighted_sum":
         raise ConfigurationError("pinned_control: objective: only a weighted_sum can be put together with a caller's")
     if pinned.max_response_kl is not None:

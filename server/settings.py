@@ -45,8 +45,8 @@ class Settings(BaseSettings):
     heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
         None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
     )
-    heads_poll_s: Annotated[float, Field(ge=1, description="look for changed heads in heads_dir so often")] | None = (
-        None
+    heads_poll_s: float | None = Field(
+        None, ge=1, description="look for changed heads in heads_dir every so many seconds; by default never"
     )
     engine: Literal["embedded", "vllm", "fake"] = Field(
         "embedded", description="vllm is for scale (extra vllm); fake answers without a model, for client tests"
@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
-    request_timeout_s: Annotated[float, Field(gt=0, description="most time for a response; else a 504")] | None = None
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="most time for a response, beyond it a 504; by default no limit"
+    )
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
@@ -69,18 +71,24 @@ class Settings(BaseSettings):
     management_keys_file: Path | None = Field(None, description="the same from a file")
     public_metrics: bool = Field(False, description="serve /metrics without a key")
     playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
-    requests_per_minute: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
-    tokens_per_minute: Annotated[int, Field(ge=1, description="of each key, prompt and new ones")] | None = None
-    concurrent_requests: Annotated[int, Field(ge=1, description="of each key; beyond it a 429")] | None = None
+    requests_per_minute: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="of each key, prompt and new tokens; by default no limit"
+    )
+    concurrent_requests: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
-    max_model_len: Annotated[int, Field(ge=16, description="prompt and new tokens of one sequence")] | None = None
+    max_model_len: int | None = Field(
+        None, ge=16, description="prompt and new tokens of one sequence; by default what the model has"
+    )
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
-    kv_cache_gib: (
-        Annotated[float, Field(gt=0, description="bound on keys and values; by default half the memory")] | None
-    ) = None
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory for keys and values; by default half of a host's, nine tenths of what a GPU has free",
+    )
     tensor_parallel_size: Annotated[int, Field(ge=1, description="devices that share each layer, with vllm")] = 1
     pipeline_parallel_size: Annotated[int, Field(ge=1, description="devices with some layers each, with vllm")] = 1
     distributed_executor_backend: Literal["mp", "ray"] | None = Field(
@@ -88,7 +96,9 @@ class Settings(BaseSettings):
     )
     vllm_options: dict[str, Any] = Field({}, description="more of vllm's engine arguments, as JSON")
     prefix_cache: bool = Field(True, description="keep computed prompts for later ones with the same beginning")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe lines that are logged"
+    )
     log_format: Literal["text", "json"] = Field("text", description="json writes one object a line")
     otlp_endpoint: str | None = Field(None, description="traces go there, as http://host:4318/v1/traces; extra otel")
     vllm_metrics: bool = Field(False, description="/metrics has vLLM's names (vllm:*) as well")

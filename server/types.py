@@ -6,17 +6,18 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.control.search import Blocks
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HeldBy
+from server.errors import ConfigurationError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -86,21 +87,24 @@ class SamplingParams(BaseModel):
 class ControlParams(BaseModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
 
-    max_kl is in nats a token, KL(controlled || base) at temperature 1 before sampling filters; max_shift is the
-    length of the shift over the length of the hidden state; max_response_kl is the sum of the divergences of a whole
-    response. An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
+    An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
     (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
-    when it acts and how strongly (server/control/conditions.py).
+    when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     objective: Objective
     step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.12
+    """Length of an ascent step."""
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
+    """Ascent steps a token."""
     max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
+    """Nats a token: KL(controlled || base) at temperature 1, before sampling filters."""
     max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
+    """Length of the shift over the length of the hidden state."""
     max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
+    """Nats a response: the sum of its tokens' KL."""
     gate: Gate | None = None
     window: Window | None = None
     schedule: Schedule | None = None
@@ -135,6 +139,15 @@ class ControlParams(BaseModel):
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
         """Whether a head's value is below its bound, or is no number."""
         return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
+
+    @classmethod
+    def from_json(cls, text: str, setting: str) -> ControlParams:
+        """What a user's setting of this name holds, as in a request. Raises ConfigurationError, which names it."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = (": ".join([".".join(map(str, e["loc"])), e["msg"]]).removeprefix(": ") for e in error.errors())
+            raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
 
     @classmethod
     def for_head(cls, name: str) -> ControlParams:
@@ -242,14 +255,6 @@ class TokenEdit:
     is_nonfinite: bool
     """The edit was not finite, so the unedited state was used."""
     is_gate_open: bool = True
-
-    @classmethod
-    def of(cls, names: Sequence[str], numbers: Sequence[float]) -> TokenEdit:
-        """From a row of the editor's `GroupStats.numbers_RN`, for heads of these names."""
-        size = len(names)
-        before, after = (dict(zip(names, part, strict=True)) for part in (numbers[:size], numbers[size:-5]))
-        kl, shift_ratio, held_by, is_nonfinite, is_gate_open = numbers[-5:]
-        return cls(before, after, kl, shift_ratio, HELD_BY[int(held_by)], bool(is_nonfinite), bool(is_gate_open))
 
 
 @dataclass(slots=True, frozen=True)

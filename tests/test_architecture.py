@@ -39,7 +39,7 @@ ALLOWED = {
                        "server.errors",
                        "server.control", "server.kernels"),
     "server.types": ("server.control.conditions", "server.control.objectives", "server.control.search",
-                     "server.control.state"),
+                     "server.control.state", "server.errors"),
     "server.telemetry": ("server.types", "server.control.state", "server.engines.base"),
     "server.engines": ("server.engines", "server.control", "server.kernels", "server.types", "server.errors",
                        "server.settings", "value_models.linear", "value_models.cache", "value_models.heads",

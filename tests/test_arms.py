@@ -12,6 +12,7 @@ import torch
 from server.cli.arms import ArmFactory, blockwise, head_control
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
+from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from tests.conftest import random_head
 from value_models.evaluation import Arm
@@ -25,7 +26,9 @@ SAMPLING = RolloutSettings(max_tokens=6, top_p=1.0)
 @pytest.fixture
 def make(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> Callable[..., ArmFactory]:
     def factory(sampling: RolloutSettings = SAMPLING, **others: ValueHead) -> ArmFactory:
-        return ArmFactory(load_tiny(), HeadRegistry({**heads, **others}), sampling, max_batch_size=8)
+        loaded = load_tiny()
+        core = EngineCore(loaded, HeadRegistry({**heads, **others}), max_batch_size=8)
+        return ArmFactory(loaded, core, sampling)
 
     return factory
 

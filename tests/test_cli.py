@@ -51,22 +51,6 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert "r2" in card["validation"]
 
 
-def test_a_second_round_under_a_head_makes_a_better_informed_one(
-    workshop: tuple[list[str], Path], tmp_path: Path
-) -> None:
-    flags, folder = workshop
-    common = ["--prompts", str(folder / "prompts.jsonl")]
-    second = [*flags, *common, "--heads-dir", str(folder / "heads"), "--out", str(tmp_path / "second")]
-    assert main(["rollouts", *second, "--head", "short", "--num-samples", "2", "--max-tokens", "8"]) == 0
-    rounds = ["--rollouts", str(folder / "rollouts"), "--controlled-rollouts", str(tmp_path / "second")]
-    train = ["train", "--name", "short", "--reward", "brevity", *rounds, *common, "--out", str(tmp_path / "heads")]
-    assert main(train) == 0
-    card = json.loads((tmp_path / "heads" / "short" / "card.json").read_text())
-    assert card["data"]["controlled_round"]["policy"]["control"]["objective"]["weights"] == {"short": 1.0}
-    assert card["validation"]["controlled_round"]["num_train_tokens"] > 0
-    assert "a second round counted 3 times" in card["metric"]
-
-
 def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +86,22 @@ def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
     page.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n")
     assert main(["heads", "report", *heads, "--into", str(page)]) == 0
     assert f"| `short` | prompts | {result['arms']['base']['reward']['mean']:.2f} |" in page.read_text()
+
+
+@pytest.mark.parametrize("command", ["eval", "rollouts", "generate", "compare"])
+def test_every_command_with_a_model_heeds_the_memory_it_may_take(
+    command: str, workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    inputs = {
+        "eval": ["short", "--study", "stress", "--prompts", str(folder / "prompts.jsonl"), "--formats", "text",
+                 "--work", str(tmp_path), "--heads-dir", str(folder / "heads")],
+        "rollouts": ["--prompts", str(folder / "prompts.jsonl"), "--out", str(tmp_path / "rollouts")],
+        "generate": ["A prompt"],
+        "compare": ["A prompt", "--heads-dir", str(folder / "heads")],
+    }  # fmt: skip
+    assert main([command, *inputs[command], *flags, "--kv-cache-gib", "1e-6"]) == 2
+    assert "kv_cache_gib: a sequence of" in capsys.readouterr().err
 
 
 def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:
@@ -240,13 +240,15 @@ def test_generate_prints_the_same_text_for_the_same_seed(
 ) -> None:
     flags, folder = workshop
     outputs = []
-    for head in ([], [], ["--head", '{"short": 1.0}']):
+    weights = '{"objective": {"weights": {"short": 1.0}}}'
+    for head in ([], [], ["--head", "short"], ["--control", weights]):
         assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "9", *head]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+    assert outputs[2] == outputs[3]
     assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--max-tokens", "999"]) == 2
     assert "together they must not exceed" in capsys.readouterr().err
-    assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", '{"nope": 1}']) == 2
+    assert main(["generate", "hi", *flags, "--heads-dir", str(folder / "heads"), "--head", "nope"]) == 2
     assert "Known heads: short" in capsys.readouterr().err
 
 
@@ -362,6 +364,15 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["heads", "publish", "nobody", "--to", "memory://bucket/heads"], "nobody"),
         (["heads", "publish", "positive", "--to", "nonsense://x"], "nonsense://x"),
         (["heads", "import", "x.pth", "--name", "x", "--base-model", "m", "--heads-dir", "memory://b"], "heads_dir"),
+        (["generate", "hi", "--head", "x", "--control", "{}"], "control"),
+        (["generate", "hi", "--max-kl", "0.1", "--control", "{}"], "max_kl"),
+        (["generate", "hi", "--control", '{"objective": {}}'], "control: objective"),
+        (["generate", "hi", "--control", "positive"], "control: Invalid JSON"),
+        (
+            ["generate", "hi", "--control", '{"objective": {"weights": {"x": 1}}, "search": {"type": "blocks"}}'],
+            "search",
+        ),
+        (["tarin", "--name", "x"], "no command 'tarin'; there are serve, "),
         (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),
     ],
@@ -393,6 +404,38 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         assert name in usage
         assert (command_class(name).__doc__ or "").splitlines()[0] in usage
     assert main([]) == 2
+    assert capsys.readouterr().err == usage
+    assert main(["heads", "lsit"]) == 2
+    of_heads = capsys.readouterr().err
+    assert "recontrol heads list " in of_heads
+    assert "recontrol serve" not in of_heads
+
+
+def test_the_help_of_a_command_tells_what_every_flag_without_a_default_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        for field, info in command_class(name).model_fields.items():
+            assert info.description or info.default is not None, (name, field)
+    assert main(["bench", "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert "null" not in help_text
+    assert "factory" not in help_text
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_mistake() -> None:
+    show = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from server.cli import main; sys.exit(main(['heads', 'show', 'positive']))",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert show.stdout is not None
+    assert show.stderr is not None
+    show.stdout.close()
+    assert (show.stderr.read(), show.wait()) == (b"", 0)
+    show.stderr.close()
 
 
 def test_a_command_imports_only_what_it_needs() -> None:

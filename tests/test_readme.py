@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from server.cli import COMMANDS, command_class
 from server.cli.objectives import OBJECTIVES_FILE
 from server.cli.objectives_report import objectives_tables
 from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
@@ -27,6 +29,14 @@ from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_fol
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)
 PAGES = [Path("README.md").read_text(), (FOLDER / "README.md").read_text()]
 README = PAGES[0]
+API_PAGE = Path("server/api/README.md")
+WITH_LINKS = [
+    Path("README.md"),
+    API_PAGE,
+    Path("deploy/README.md"),
+    Path("value_models/README.md"),
+    FOLDER / "README.md",
+]
 
 
 def section(page: str, name: str) -> str | None:
@@ -62,16 +72,53 @@ def test_the_transcript_is_what_compare_wrote() -> None:
     assert section(README, "transcript") == transcript(FOLDER / TRANSCRIPT_FILE)
 
 
-@pytest.mark.parametrize("page", [Path("README.md"), FOLDER / "README.md"])
-def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", page.read_text())
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", page.read_text())
     assert links
-    for link in links:
-        assert (page.parent / link).exists(), link
+    for link, part in links:
+        place = page.parent / link if link else page
+        assert place.exists(), link
+        if part:
+            assert part in {anchor(h) for h in re.findall(r"(?m)^#+ (.+)$", place.read_text())}, (link, part)
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=str)
+def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
+    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*recontrol (.+?)(?:  +#.*)?$", page.read_text())
+    for line in lines:
+        words = shlex.split(line)
+        name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+        fields = command_class(name).model_fields
+        for word in words:
+            if word.startswith("--"):
+                field = word[2:].replace("-", "_")
+                assert field in fields or field.removeprefix("no_") in fields, line
+
+
+def test_every_place_to_add_things_exists() -> None:
+    rows = [line for line in README.partition("| to add | touch |")[2].splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in rows:
+        places = re.findall(r"`([\w./*]+/[\w.*]*)`", row)
+        sources = "".join(found.read_text() for place in places for found in Path().glob(place) if found.is_file())
+        assert all(any(Path().glob(place)) for place in places), row
+        assert all(name in sources for name in re.findall(r"`(_?[A-Z][A-Z_]+)`", row)), row
+
+
+def test_the_reward_that_it_shows_is_one() -> None:
+    (code,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL)
+    module: dict[str, Any] = {}
+    exec(code, module)
+    assert module["kindness"](["hi", "hi"], ["Thank you, I am glad.", "No."]) == [2.0, 0.0]
 
 
 def test_every_fault_has_tests_that_exist() -> None:
-    faults = README.partition("\n## Under load and faults\n")[2].partition("\n`recontrol bench --soak")[0]
+    faults = (API_PAGE.read_text()).partition("\n## Faults\n")[2].partition("\n## ")[0]
     rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 9
     source = "".join(path.read_text() for path in Path("tests").rglob("test_*.py"))

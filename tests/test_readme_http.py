@@ -1,4 +1,4 @@
-"""The README's section on HTTP shows fields, settings and incidents that exist, and all of them."""
+"""The API's page shows fields, settings and incidents that exist, and all of them."""
 
 import ast
 import re
@@ -12,10 +12,9 @@ from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.settings import Settings
 
 TESTS = Path("tests/api/test_incidents.py")
-_, _, _rest = Path("README.md").read_text().partition("\n## HTTP\n")
-SECTION = _rest.partition("\n## ")[0]
-FIELDS_TABLE, _, REST = SECTION.partition("\nOne body may ask")
-INCIDENTS = [line for line in REST.splitlines() if line.startswith("| ")][1:]
+PAGE = Path("server/api/README.md").read_text()
+SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")}
+INCIDENTS = [line for line in SECTIONS["Known incidents"].splitlines() if line.startswith("| ")][1:]
 
 
 def incident_tests() -> dict[str, str]:
@@ -44,13 +43,13 @@ def test_every_incident_is_told() -> None:
 
 
 def test_the_table_of_fields_has_every_field_and_no_other() -> None:
-    rows = [line for line in FIELDS_TABLE.splitlines() if line.startswith("| `")]
+    rows = [line for line in SECTIONS["Fields"].splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
 
 
 def test_the_table_of_scoring_has_every_field_and_no_other() -> None:
-    scoring = _rest.partition("\n## Scoring texts\n")[2].partition("\n## ")[0]
+    scoring = SECTIONS["Scoring texts"]
     rows = [line for line in scoring.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(named) == sorted(ValueBody.model_fields)
@@ -59,6 +58,6 @@ def test_the_table_of_scoring_has_every_field_and_no_other() -> None:
 
 
 def test_the_settings_that_it_names_exist() -> None:
-    flags = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", SECTION)}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", PAGE)}
     assert len(flags) > 10
     assert flags <= set(Settings.model_fields)

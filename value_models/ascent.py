@@ -6,9 +6,8 @@
                   u . grad_h log pi(token | h), that is u = F^-1 E[A grad], F = E[grad grad^T] the Fisher information
 
 The plain gradient asks how the value reads a state; an edit is felt only through the token it makes likelier, which is
-what the natural one asks. At the strength that is served, the policy is the controlled one, so rollouts of its own tell
-more than the base model's do (`ControlledRound`). Advantages come from the head's own values (generalised advantage
-estimation), so a token is credited with what it changed and not with the luck of the whole response.
+what the natural one asks. Advantages come from the head's own values (generalised advantage estimation), so a token is
+credited with what it changed and not with the luck of the whole response.
 
 All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average over training states, to
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
@@ -21,7 +20,6 @@ Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -36,22 +34,6 @@ UNIT_COST_NATS = 0.1
 _MIN_COST_NATS = 1e-12
 
 
-@dataclass(slots=True, frozen=True)
-class ControlledRound:
-    """A second round of rollouts, from the policy that a first head controls: one step of policy iteration.
-
-    Its tokens count `weight` times each.
-    """
-
-    data: TrainingData
-    standard_B: Tensor
-    """Rewards on the scale of the first round's."""
-    values: ValueHead
-    """What to expect of a state under that policy. Advantages by the first head's values would have another mean than
-    zero, and then all that sampling favours (top_p) would look as if it paid."""
-    weight: float
-
-
 def ascent_rows(
     head: ValueHead,
     data: TrainingData,
@@ -62,47 +44,32 @@ def ascent_rows(
     shrinkage: float,
     trace: float,
     damping: float,
-    controlled: ControlledRound | None = None,
 ) -> Tensor:
     """Rows [U, D] over the normalised state, not yet calibrated. `standard_B` are the rewards that the head predicts.
 
-    `shrinkage` belongs to the covariance metric; `trace` (lambda of the advantages), `damping` (added to the Fisher
-    information, relative to its mean eigenvalue) and `controlled` to the natural one. There the linear unit alone has
-    a row.
+    `shrinkage` belongs to the covariance metric; `trace` (lambda of the advantages) and `damping` (added to the Fisher
+    information, relative to its mean eigenvalue) to the natural one. There the linear unit alone has a row.
     """
     if metric == "identity":
         return head.inputs_UD.clone()
     if metric == "covariance":
         return head.inputs_UD @ moments.metric(shrinkage)
-    rounds = [(data, standard_B, head, 1.0)]
-    if controlled is not None:
-        rounds.append((controlled.data, controlled.standard_B, controlled.values, controlled.weight))
-    fisher_DD, gain_D = torch.zeros(head.hidden_size, head.hidden_size), torch.zeros(head.hidden_size)
-    for its_data, its_standard_B, its_values, weight in rounds:
-        values_N = _standardised_values(its_values, its_data)
-        advantage_N = its_data.lambda_returns(its_standard_B, values_N, trace=trace) - values_N
-        fisher, gain = natural_moments(its_data, its_data.tokens_of("train"), advantage_N)
-        fisher_DD += weight * fisher
-        gain_D += weight * gain
+    values_N = _standardised_values(head, data)
+    advantage_N = data.lambda_returns(standard_B, values_N, trace=trace) - values_N
     rows_UD = torch.zeros_like(head.inputs_UD)
-    rows_UD[0] = natural_direction(fisher_DD, gain_D, damping=damping) / head.scale_D
+    rows_UD[0] = natural_direction(data, data.tokens_of("train"), advantage_N, damping=damping) / head.scale_D
     return rows_UD
 
 
-def natural_moments(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the given tokens: grad grad^T [D, D] and A grad [D]."""
+def natural_direction(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor, *, damping: float) -> Tensor:
+    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad], over the given tokens."""
     size = data.states_ND.shape[1]
     fisher_DD, gain_D = torch.zeros(size, size), torch.zeros(size)
     for chunk in tokens_N.split(CHUNK_TOKENS):
         grads = data.logp_grads_ND[chunk].float()
         fisher_DD += grads.T @ grads
         gain_D += advantage_N[chunk] @ grads
-    return fisher_DD, gain_D
-
-
-def natural_direction(fisher_DD: Tensor, gain_D: Tensor, *, damping: float) -> Tensor:
-    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad]; sums will do for means."""
-    damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(len(gain_D))
+    damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(size)
     return torch.linalg.solve(damped_DD, gain_D)
 
 
@@ -118,18 +85,15 @@ def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
 
 
-def ascent_gain(
-    head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_N: Tensor, *, values: ValueHead | None = None
-) -> float:
+def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_N: Tensor) -> float:
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
     E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the given tokens, with s the head's shift and A the reward less the
-    value, by `values` where it is not the head's own: small edits that cost k nats a token add about this times sqrt(k)
-    for each token of a response. On tokens that no fit has seen it compares ways uphill in seconds, without sampling.
-    Its noise is about the root of 2 / N.
+    value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
+    that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
     """
     earned, paid = 0.0, 0.0
-    advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(values or head, data)
+    advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(head, data)
     for chunk in tokens_N.split(CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
         change = torch.linalg.vecdot(slope_U @ head.folded_ascent(), data.logp_grads_ND[chunk].float())

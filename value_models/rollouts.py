@@ -1,6 +1,6 @@
-"""Rollouts: responses sampled from a model, bare or under control, with the states behind their tokens, as shards.
+"""Rollouts: responses sampled from the base model with the hidden states behind their tokens, kept as shards.
 
-A run is a folder: `manifest.json` (settings, base model, policy, prompts' digest) and for each block of prompts a pair
+A run is a folder: `manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair
 `shard-00000.safetensors` (states, gradients, token ids, offsets) and `shard-00000.jsonl` (one line a response). The
 JSONL is renamed into place last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows
 nothing of models: a `RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
@@ -61,9 +61,8 @@ class Rollout:
     is_finished: bool
     """Ended by itself, not by the token limit."""
     states_TD: Tensor
-    """Before control, if there is any."""
     logp_grads_TD: Tensor
-    """Gradient of each token's log-probability, under the policy that drew it, by the state after control."""
+    """Gradient of each token's log-probability under the base model by the state that predicts it."""
 
 
 class RolloutSettings(BaseModel):
@@ -83,11 +82,6 @@ class RolloutSource(Protocol):
     @property
     def base_model(self) -> dict[str, Any]:
         """Identity as plain data; see `value_models.store.BaseModelCard`."""
-        ...
-
-    @property
-    def policy(self) -> dict[str, Any] | None:
-        """The control under which it samples, as plain data; None for the base model alone."""
         ...
 
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
@@ -194,8 +188,6 @@ def collect_rollouts(
         "num_prompts": len(prompts),
         "num_shards": len(blocks),
     }
-    if source.policy is not None:
-        manifest["policy"] = source.policy
     _claim(folder, manifest)
     with tqdm(
         total=len(prompts) * settings.num_samples,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from value_models.ascent import ControlledRound, Metric, ascent_gain, ascent_rows, calibrated
+from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.targets import center_by_prompt
@@ -47,9 +47,6 @@ class TrainSettings(BaseModel):
     metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
     advantage_trace: float = Field(default=1.0, ge=0, le=1, description="lambda of the natural metric's advantages")
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
-    controlled_weight: float = Field(
-        default=3.0, gt=0, description="what a token of the controlled round counts, beside one of the first round"
-    )
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -81,14 +78,11 @@ class TrainedHead:
     figures: dict[str, Any]
 
 
-def train_head(data: TrainingData, settings: TrainSettings, controlled: TrainingData | None = None) -> TrainedHead:
+def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     """Fit one head. Deterministic for a seed on one machine.
 
-    The value is fitted to `data` alone, what the base model does from here; `controlled`, rollouts under an earlier
-    head of the same reward, helps to find the natural way uphill. Raises TrainingDataError when a split is empty, or
-    when the rewards are all the same.
+    Raises TrainingDataError when a split is empty, or when the rewards are all the same.
     """
-    _check_policies(data, settings, controlled)
     torch.manual_seed(settings.seed)
     train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
     moments = Moments.of(data.states_ND, train_N)
@@ -101,81 +95,20 @@ def train_head(data: TrainingData, settings: TrainSettings, controlled: Training
     standard_B = (reward_B - mean) / scale
     target_N = standard_B[data.response_of_tokens()]
 
-    values = _fit_values(data, moments, target_N, settings, mean=mean, scale=scale)
-    head = _with_ascent(values, data, moments, standard_B, settings, None)
-    figures = {
-        "ascent_gain": round(ascent_gain(head, data, standard_B, validation_N), 4),
-        "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
-        "num_train_tokens": len(train_N),
-        "num_validation_tokens": len(validation_N),
-    }
-    if controlled is None:
-        return TrainedHead(head, figures)
-    second = _controlled_round(controlled, settings, scale)
-    both = _with_ascent(values, data, moments, standard_B, settings, second)
-    held_out_N = controlled.tokens_of("validation")
-    gains = [ascent_gain(h, controlled, second.standard_B, held_out_N, values=second.values) for h in (head, both)]
-    figures["ascent_gain"] = round(ascent_gain(both, data, standard_B, validation_N), 4)
-    figures["controlled_round"] = {
-        "ascent_gain_of_first_round_alone": round(gains[0], 4),
-        "ascent_gain": round(gains[1], 4),
-        "num_train_tokens": len(controlled.tokens_of("train")),
-        "num_validation_tokens": len(held_out_N),
-    }
-    return TrainedHead(both, figures)
-
-
-def _check_policies(data: TrainingData, settings: TrainSettings, controlled: TrainingData | None) -> None:
-    if "policy" in data.manifest:
-        raise TrainingDataError("rollouts: these were sampled under control; give them as controlled_rollouts")
-    if controlled is None:
-        return
-    if "policy" not in controlled.manifest:
-        raise TrainingDataError("controlled_rollouts: these were sampled from the base model, not under a head")
-    if controlled.base_model != data.base_model:
-        raise TrainingDataError("controlled_rollouts: these come from another base model than rollouts")
-    if settings.metric != "natural":
-        raise TrainingDataError(f"controlled_rollouts: the {settings.metric} metric makes no use of them; use natural")
-
-
-def _fit_values(
-    data: TrainingData, moments: Moments, target_N: Tensor, settings: TrainSettings, *, mean: float, scale: float
-) -> ValueHead:
-    """The head whose values explain standardised rewards best, with rewards of this mean and scale."""
-    train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
     linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
     if settings.hidden_widths:
         network = _Network(linear_D if settings.has_linear_part else None, len(linear_D), settings.hidden_widths)
         _fit(network, data, moments, target_N, settings, train_N, validation_N)
-        return network.head(moments, mean, scale)
-    return LinearHead(
-        mean_D=moments.mean_D,
-        scale_D=moments.scale_D,
-        inputs_UD=linear_D[None],
-        input_bias_U=torch.zeros(1),
-        reward_mean=mean,
-        reward_scale=scale,
-    )
-
-
-def _controlled_round(controlled: TrainingData, settings: TrainSettings, scale: float) -> ControlledRound:
-    """`scale` is the standard deviation of the first round's rewards."""
-    standard_B = center_by_prompt(controlled.reward_B, controlled.prompt_B) / scale
-    moments = Moments.of(controlled.states_ND, controlled.tokens_of("train"))
-    target_N = standard_B[controlled.response_of_tokens()]
-    values = _fit_values(controlled, moments, target_N, settings, mean=0.0, scale=1.0)
-    return ControlledRound(controlled, standard_B, values, settings.controlled_weight)
-
-
-def _with_ascent(
-    head: ValueHead,
-    data: TrainingData,
-    moments: Moments,
-    standard_B: Tensor,
-    settings: TrainSettings,
-    controlled: ControlledRound | None,
-) -> ValueHead:
-    """The head with a calibrated way uphill."""
+        head = network.head(moments, mean, scale)
+    else:
+        head = LinearHead(
+            mean_D=moments.mean_D,
+            scale_D=moments.scale_D,
+            inputs_UD=linear_D[None],
+            input_bias_U=torch.zeros(1),
+            reward_mean=mean,
+            reward_scale=scale,
+        )
     rows_UD = ascent_rows(
         head,
         data,
@@ -185,9 +118,15 @@ def _with_ascent(
         shrinkage=settings.shrinkage,
         trace=settings.advantage_trace,
         damping=settings.damping,
-        controlled=controlled,
     )
-    return calibrated(head.with_ascent(rows_UD), data)
+    head = calibrated(head.with_ascent(rows_UD), data)
+    figures = {
+        "ascent_gain": round(ascent_gain(head, data, standard_B, validation_N), 4),
+        "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
+        "num_train_tokens": len(train_N),
+        "num_validation_tokens": len(validation_N),
+    }
+    return TrainedHead(head, figures)
 
 
 class _Network(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api.generation import Choice, Generation, shown_logprob, start
-from server.api.resolution import MAX_NEW_TOKENS
 from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody, ChatMessage
 from server.api.sse import STREAMED
@@ -25,17 +24,12 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     engine: Engine = request.app.state.engine
     # A long conversation takes long, which must not stop the other requests.
     prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages))
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is None:
-        # As in vLLM: up to the end of the context, within what one body may ask for.
-        search = None if body.control is None else body.control.search
-        num_sequences = (body.n or 1) * (1 if search is None else search.candidates)
-        max_tokens = max(min(engine.info.max_model_len - len(prompt), MAX_NEW_TOKENS // num_sequences), 1)
     generation = await start(
         request,
         body,
         [prompt],
-        max_tokens=max_tokens,
+        # None is, as in vLLM, up to the end of the context, within what one body may ask for.
+        max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return await _ChatWriter(request, body, generation).respond()

@@ -17,7 +17,14 @@ from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
-from server.api.resolution import check_scored, check_size, resolve_best_of, resolve_control, sampling_params
+from server.api.resolution import (
+    check_scored,
+    check_size,
+    resolve_best_of,
+    resolve_control,
+    sampling_params,
+    with_rest_of_context,
+)
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
@@ -142,12 +149,15 @@ async def start(
     body: GenerationBody,
     prompts: list[list[int]],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
 ) -> Generation:
-    """Check everything, then queue a request for each prompt. Raises a RecontrolError with nothing left queued."""
+    """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
+
+    Raises a RecontrolError with nothing left queued.
+    """
     state = request.app.state
     engine: Engine = state.engine
     info, num_choices = engine.info, body.n or 1
@@ -155,12 +165,16 @@ async def start(
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
-        sampling=sampling_params(body, info, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+        sampling=sampling_params(
+            body, info, max_tokens=max_tokens or 0, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        ),
         control=control,
         num_choices=num_choices,
         structure=await structure_of(body.response_format, engine),
         best_of=resolve_best_of(best_of, num_choices, control),
     )
+    if max_tokens is None:
+        asked = with_rest_of_context(asked, max(map(len, prompts)), info)
     requests = requests_for(request, prompts, asked)
     check_size(requests, info)
     if prompt_logprobs:

@@ -6,6 +6,7 @@ Everything here raises before anything is queued. Knows nothing of streams or re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
@@ -159,6 +160,12 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
     if problem is not None:
         raise InvalidRequestError(f"best_of: {problem}", param="best_of")
     return best_of
+
+
+def with_rest_of_context(asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> GenerationRequest:
+    """With as many new tokens as fit behind the prompt, within what one body may ask for."""
+    max_tokens = max(min(info.max_model_len - num_prompt_tokens, MAX_NEW_TOKENS // asked.num_sequences), 1)
+    return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
 def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:

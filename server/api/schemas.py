@@ -41,7 +41,7 @@ class StreamOptions(BaseModel):
 class GenerationBody(BaseModel):
     """What completions and chat share. null means the default everywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     refused: ClassVar[dict[str, str]] = {}
 
     model: str = Field(min_length=1, max_length=256)
@@ -92,6 +92,7 @@ class GenerationBody(BaseModel):
 class CompletionBody(GenerationBody):
     refused: ClassVar[dict[str, str]] = {
         "suffix": "not supported; the served models continue text and do not fill in",
+        "messages": "chats have them, at /v1/chat/completions; a completion has a prompt",
     }
 
     prompt: Prompt
@@ -192,6 +193,9 @@ class ChatBody(GenerationBody):
         "tool_choice": _NO_TOOLS,
         "functions": _NO_TOOLS,
         "function_call": _NO_TOOLS,
+        "prompt": "completions have it, at /v1/completions; a chat has messages",
+        "best_of": "completions alone have it; in a chat, control.search keeps the best",
+        "echo": "completions alone have it",
         "chat_template": "a template from a request is never rendered; the model's own is used",
         "chat_template_kwargs": "the model's own template is used as it is",
     }

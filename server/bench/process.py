@@ -34,9 +34,10 @@ class Child:
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path, **pipes: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
+        _let_children_hear_hangups()
         with log.open("wb") as out:
-            # A group of its own keeps Ctrl-C from it; within our session, so that the kernel ends it, frozen or not,
-            # when this process dies without having ended it.
+            # A group of its own keeps Ctrl-C from it; within our session, so that the kernel sends a SIGHUP to it and
+            # its own children, when this process dies without having ended it while they are frozen.
             self._popen = subprocess.Popen(
                 list(command),
                 env={**os.environ, **env},
@@ -183,6 +184,12 @@ class Worker(Child):
         for line in self._popen.stdout:
             self._answers.put(line)
         self._answers.put(b"")
+
+
+def _let_children_hear_hangups() -> None:
+    """Under nohup this process goes on ignoring SIGHUP, but by a handler: unlike SIG_IGN no child inherits that."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def _is_awake(process: psutil.Process) -> bool:

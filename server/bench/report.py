@@ -14,7 +14,8 @@ _GIB = 2**30
 
 def sections(result: Mapping[str, Any]) -> dict[str, str]:
     """Bodies by the name of the page's section. What compares peers with ours comes all together, so that a page never
-    shows two runs at once; looks into our own engine, and at control inside vLLM, come if they were measured."""
+    shows two runs at once; looks into our own engine, and at control inside vLLM, come if they were measured. A GPU's
+    sections have names of their own, so that a page can show a CPU beside it."""
     bodies: dict[str, str] = {}
     is_of_vllm_alone = bool(vllm_table(result)) and OURS not in result["offline"]
     if (result.get("offline") is not None or result.get("online") is not None) and not is_of_vllm_alone:
@@ -25,7 +26,8 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
             bodies[name] = f"{body}\n\n{_where(result)}"
     if body := soak_table(result):
         bodies["soak"] = body
-    return {f"bench-{name}": body for name, body in bodies.items()}
+    prefix = "bench-gpu" if result["settings"]["device"] == "cuda" else "bench"
+    return {f"{prefix}-{name}": body for name, body in bodies.items()}
 
 
 def offline_table(result: Mapping[str, Any]) -> str:

@@ -7,13 +7,19 @@ class and put it in COMMANDS.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import inspect
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
 
 from server.errors import RecontrolError
 
@@ -46,14 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
-        is_asked = bool({"-h", "--help"} & set(words))
-        print(_usage(), file=sys.stdout if is_asked else sys.stderr)
-        return 0 if is_asked else 2
+        return _without_command(words)
     command = command_class(name)
     command.model_config["cli_prog_name"] = f"recontrol {name}"
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        CliApp.run(command, cli_args=words[len(name.split()) :])
+        flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter)
+        CliApp.run(command, cli_args=words[len(name.split()) :], cli_settings_source=flags)
     except SystemExit as end:
         # argparse has said what it had to say: help, or a flag that does not exist.
         return end.code if isinstance(end.code, int) else 1
@@ -63,12 +68,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = problem["msg"].removeprefix("Value error, ")
             print(f"recontrol {name}: {where + ': ' if where else ''}{message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RecontrolError, SettingsError, ValueError, OSError) as error:
         print(f"recontrol {name}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _usage() -> str:
-    lines = [f"  recontrol {name:13}{(command_class(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+def _without_command(words: Sequence[str]) -> int:
+    if words and words[0] == "--version":
+        print(version("recontrol"))
+        return 0
+    if is_asked := bool({"-h", "--help"} & set(words)):
+        print(_usage())
+    elif words and not any(name.startswith(f"{words[0]} ") for name in COMMANDS):
+        print(f"recontrol: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    else:
+        print(_usage(words[:1]), file=sys.stderr)
+    return 0 if is_asked else 2
+
+
+def _usage(group: Sequence[str] = ()) -> str:
+    """All commands, or those of a group such as `heads`."""
+    lines = [
+        f"  recontrol {name:15}{(command_class(name).__doc__ or '').splitlines()[0]}"
+        for name in COMMANDS
+        if name.split()[: len(group)] == list(group)
+    ]
     return "\n".join(["Usage: recontrol COMMAND [--help]", "", *lines])
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Without what pydantic says of a default that is none: the text says what happens then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return re.sub(r"\s*\(default: null\)|\s*\(default factory: \w+\)", "", super()._get_help_string(action) or "")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(inspect.cleandoc(text), width, indent)

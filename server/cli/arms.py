@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from server.control.objectives import WeightedSum
-from server.control.registry import HeadRegistry
 from server.control.search import Blocks
 from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.core import EngineCore
@@ -31,12 +30,10 @@ _SAMPLING_VERSION = 1
 class ArmFactory:
     """Arms that share a model, heads and sampling. `sampling.num_samples` is overruled by the evaluation."""
 
-    def __init__(
-        self, loaded: LoadedModel, registry: HeadRegistry, sampling: RolloutSettings, *, max_batch_size: int
-    ) -> None:
-        self._registry = registry
+    def __init__(self, loaded: LoadedModel, core: EngineCore, sampling: RolloutSettings) -> None:
+        self._registry = core.registry
         self._sampling = sampling
-        self._source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=max_batch_size))
+        self._source = EngineRolloutSource(loaded, core)
         self._common = {
             "version": _SAMPLING_VERSION,
             "model": loaded.identity,

@@ -65,7 +65,9 @@ class Bench(Command):
     new_tokens: _Positive = 64
     ttft_objective_ms: float = Field(500, gt=0, description="first text of a good answer")
     itl_objective_ms: float = Field(100, gt=0, description="mean gap between texts of a good answer")
-    threads: _Positive = Field(default_factory=system.usable_cores, description="that each peer computes with")
+    threads: _Positive = Field(
+        default_factory=system.usable_cores, description="that each peer computes with; by default one a core"
+    )
     gpu_memory_share: float | None = Field(
         None, gt=0, le=1, description="that a peer which takes its cache beforehand may have; by default an equal share"
     )

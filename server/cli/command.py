@@ -14,7 +14,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
@@ -49,9 +48,8 @@ class ModelCommand(Command):
     def load(self) -> LoadedModel:
         return load_model(self.model, device=self.device, dtype=self.dtype)
 
-    def core(self, loaded: LoadedModel, *, with_heads: bool = True) -> EngineCore:
-        """An engine to drive from this thread. Raises ModelLoadError, HeadMismatchError."""
-        registry = load_registry(self.heads_dir, loaded) if with_heads else HeadRegistry({})
+    def core(self, loaded: LoadedModel, registry: HeadRegistry) -> EngineCore:
+        """An engine to drive from this thread. Raises ModelLoadError, ConfigurationError."""
         return EngineCore(loaded, registry, max_batch_size=self.max_batch_size, kv_cache_gib=self.kv_cache_gib)
 
 

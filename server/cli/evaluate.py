@@ -198,7 +198,7 @@ class Eval(ModelCommand):
         return EvalSetup(
             head=self.head,
             tensors_sha256=card.tensors_sha256,
-            factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
+            factory=ArmFactory(loaded, self.core(loaded, registry), self._sampling()),
             scoring=scoring,
             store=GenerationStore(self.work / "responses"),
             prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],
@@ -219,7 +219,7 @@ class Eval(ModelCommand):
             raise ConfigurationError("head: the objectives study takes two or more, as in `positive,neutral,plain`")
         return ObjectivesSetup(
             cards={name: load_card(folder / name) for name in heads},
-            factory=ArmFactory(loaded, registry, self._sampling(), max_batch_size=self.max_batch_size),
+            factory=ArmFactory(loaded, self.core(loaded, registry), self._sampling()),
             store=GenerationStore(self.work / "responses"),
             prompts=self._prompts(self.prompts, self.split)[: self.max_prompts],
             num_samples=self.num_samples,

@@ -8,15 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import ModelCommand, command_line
 from server.control.objectives import WeightedSum
+from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.tokenization import encode_chat
-from server.errors import GenerationError
+from server.errors import ConfigurationError, GenerationError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.whole_files import write_text
 
@@ -24,14 +26,14 @@ from value_models.whole_files import write_text
 class _PromptCommand(ModelCommand):
     prompt: CliPositionalArg[str]
     chat: bool = Field(True, description="send the prompt through the model's chat template")
-    max_tokens: int = 64
+    max_tokens: int = Field(64, description="new tokens of a response")
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 0
-    max_kl: float = ControlParams.model_fields["max_kl"].default
+    max_kl: float = Field(ControlParams.model_fields["max_kl"].default, description="budget of a head, nats a token")
 
-    def control(self, weights: dict[str, float]) -> ControlParams:
-        return ControlParams(objective=WeightedSum(weights=weights), max_kl=self.max_kl)
+    def of_head(self, name: str) -> ControlParams:
+        return ControlParams(objective=WeightedSum(weights={name: 1.0}), max_kl=self.max_kl)
 
     def respond(
         self,
@@ -69,12 +71,26 @@ class _PromptCommand(ModelCommand):
 class Generate(_PromptCommand):
     """Generate one response on the command line, with or without control."""
 
-    head: dict[str, float] = Field({}, description="objective as JSON, for example '{\"positive\": 1.0}'")
+    head: str | None = Field(None, description="steer by this head, as the model id base@head does")
+    control: str | None = Field(None, description="instead: JSON as in a request's `control`, but for `search`")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Generate:
+        if self.head is not None and self.control is not None:
+            raise ValueError("control: give either head or control")
+        if self.control is not None and "max_kl" in self.model_fields_set:
+            raise ValueError("max_kl: say it inside control")
+        return self
 
     def cli_cmd(self) -> None:
-        control = self.control(self.head) if self.head else None
+        control = None if self.head is None else self.of_head(self.head)
+        if self.control is not None:
+            control = ControlParams.from_json(self.control, "control")
+            if control.search is not None:
+                raise ConfigurationError("control: search: ask the server for it (recontrol serve)")
         loaded = self.load()
-        core = self.core(loaded, with_heads=control is not None)
+        registry = HeadRegistry({}) if control is None else load_registry(self.heads_dir, loaded)
+        core = self.core(loaded, registry)
 
         def show(chunk: GenerationChunk) -> None:
             print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
@@ -89,10 +105,10 @@ class Compare(_PromptCommand):
 
     def cli_cmd(self) -> None:
         loaded = self.load()
-        core = self.core(loaded)
+        core = self.core(loaded, load_registry(self.heads_dir, loaded))
         responses = {"base": self.respond(loaded, core, None)}
         for name in core.registry.names:
-            responses[name] = self.respond(loaded, core, self.control({name: 1.0}))
+            responses[name] = self.respond(loaded, core, self.of_head(name))
         for name, text in responses.items():
             print(f"[{name}] {' '.join(text.split())}\n")
         if self.out is not None:

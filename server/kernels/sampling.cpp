@@ -1,6 +1,7 @@
 // Drawing a token for each of a step's rows.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -62,6 +63,7 @@ void take_from(const float* p, int64_t size, float least, std::vector<float>& ou
 }
 
 // Weights lie in (0, 1], the largest being 1: floors above which most filters find all that they keep.
+constexpr size_t kFewWeights = 1024;
 constexpr float kFloors[] = {1e-2f, 1e-3f, 1e-4f, 0.0f};
 
 float kth_largest(const float* p, int64_t size, int64_t k, std::vector<float>& scratch) {
@@ -73,6 +75,30 @@ float kth_largest(const float* p, int64_t size, int64_t k, std::vector<float>& s
     return scratch[k - 1];
 }
 
+// Of weights in descending order, keeps a slice that holds the one at which `mass` is reached; `before` grows by what
+// lies above it. A slice is ten bits of the floats' patterns, from `shift` on, which order weights as their values do.
+void narrow(std::vector<float>& weights, int shift, double mass, double& before) {
+    constexpr uint32_t kSlices = 1024;
+    const auto slice_of = [shift](float weight) {
+        uint32_t pattern;
+        std::memcpy(&pattern, &weight, sizeof pattern);
+        return (pattern >> shift) % kSlices;
+    };
+    double held[kSlices] = {};
+    for (const float weight : weights) held[slice_of(weight)] += weight;
+    uint32_t kept = 0;
+    double sum = before;
+    // The lowest slice that holds anything is kept where, by rounding, all come to less than the mass.
+    for (uint32_t slice = kSlices; slice-- > 0 && sum < mass;) {
+        if (held[slice] == 0) continue;
+        kept = slice;
+        before = sum;
+        sum += held[slice];
+    }
+    const auto is_left_out = [&](float weight) { return slice_of(weight) != kept; };
+    weights.erase(std::remove_if(weights.begin(), weights.end(), is_left_out), weights.end());
+}
+
 // Smallest weight in the smallest set of the largest weights that holds `mass`.
 float nucleus_threshold(const float* p, int64_t size, double mass, float least, std::vector<float>& scratch) {
     for (const float floor : kFloors) {
@@ -81,8 +107,10 @@ float nucleus_threshold(const float* p, int64_t size, double mass, float least, 
         for (const float weight : scratch) held += weight;
         if (held >= mass || floor <= least) break;
     }
-    std::sort(scratch.begin(), scratch.end(), std::greater<float>());
     double before = 0;
+    // Of a flat distribution the nucleus is most of the vocabulary: far too much to sort.
+    for (int shift = 20; shift >= 0 && scratch.size() > kFewWeights; shift -= 10) narrow(scratch, shift, mass, before);
+    std::sort(scratch.begin(), scratch.end(), std::greater<float>());
     for (const float weight : scratch) {
         before += weight;
         if (before >= mass) return weight;

@@ -138,6 +138,9 @@ def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, cont
         ("messages.0.content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
         ("messages.0.content", [{"role": "user", "content": None}]),
         ("tools", [{}]),
+        ("prompt", "hi"),
+        ("best_of", 3),
+        ("echo", True),
         ("chat_template", "{{ 1 }}"),
         ("chat_template_kwargs", {"tokenize": True}),
         ("top_logprobs", 3),
@@ -146,6 +149,16 @@ def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, cont
 )
 def test_what_chat_does_not_serve_is_refused_with_a_reason(client: TestClient, field: str, value: Any) -> None:
     assert_refused(client, chat(client, **{field.partition(".")[0]: value}), field)
+
+
+def test_a_body_for_the_other_endpoint_is_told_where_to_go(client: TestClient) -> None:
+    for response, field, place in [
+        (complete(client, messages=[{"role": "user", "content": "hi"}]), "messages", "/v1/chat/completions"),
+        (chat(client, prompt="hi"), "prompt", "/v1/completions"),
+        (chat(client, best_of=3), "best_of", "control.search"),
+    ]:
+        assert_refused(client, response, field)
+        assert place in response.json()["error"]["message"]
 
 
 def test_two_different_limits_are_refused(client: TestClient) -> None:

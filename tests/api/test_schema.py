@@ -56,6 +56,16 @@ def test_every_answer_is_one_that_the_document_promises(case: Case) -> None:
     case.validate_response(response, excluded_checks=UNSAID)
 
 
+def test_the_document_says_what_each_field_of_control_means() -> None:
+    schemas = app.openapi()["components"]["schemas"]
+    for name, field in schemas["ControlParams"]["properties"].items():
+        forms = [field, *field.get("oneOf", ()), *field.get("anyOf", ())]
+        models = [schemas[form["$ref"].rsplit("/")[-1]] for form in forms if "$ref" in form]
+        nested = [form for any_of in field.get("anyOf", ()) for form in any_of.get("oneOf", ())]
+        models += [schemas[form["$ref"].rsplit("/")[-1]] for form in nested]
+        assert "description" in field or (models and all("description" in model for model in models)), name
+
+
 def test_the_bodies_got_past_the_schema() -> None:
     if len(statuses) < 10:
         pytest.skip("needs the test above to have run whole")

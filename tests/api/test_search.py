@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.api.resolution import MAX_NEW_TOKENS
 from server.types import GenerationRequest
 from tests.api.conftest import chat, complete, eventually
 from tests.api.test_completions import events, joined
@@ -54,6 +55,15 @@ def test_a_search_reaches_the_engine_with_its_defaults(
     search = requests[0].search
     assert search is not None
     assert (search.candidates, search.block_tokens, requests[0].num_sequences) == (4, 8, 4)
+
+
+def test_the_candidates_of_a_chat_share_the_tokens_that_one_body_may_ask_for(
+    seen: tuple[TestClient, list[GenerationRequest]],
+) -> None:
+    client, requests = seen
+    many = {**CONTROL, "search": {"type": "blocks", "candidates": 32}}
+    assert chat(client, n=8, control=many, stop=["e"]).status_code == 200
+    assert requests[0].sampling.max_tokens == MAX_NEW_TOKENS // (8 * 32)
 
 
 def test_best_of_reaches_the_engine_unless_it_leaves_nothing_out(

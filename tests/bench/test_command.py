@@ -12,7 +12,7 @@ import pytest
 from server.bench import peers
 from server.bench.peers import Arm, Peer
 from server.bench.servers import OUR_COMMAND
-from server.cli import main
+from server.cli import command_class, main
 from tests.bench import fake_engine
 
 
@@ -26,6 +26,9 @@ def broken_server(setup: Any, python: Path, port: int, gguf: Path | None) -> lis
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its defaults are the peers that there are when it is first imported, which these must not be.
+    command_class("bench")
+
     def add(name: str, mood: str = "", *, distribution: str = "pytest", server: Any = None) -> None:
         def env(setup: Any, python: Path) -> dict[str, str]:
             return {**peers.PEERS["recontrol"].env(setup, python), "FAKE_ENGINE": mood}

@@ -61,9 +61,10 @@ def test_peak_memory_is_the_most_that_was_ever_held(tmp_path: Path) -> None:
         child.end()
 
 
-def test_a_frozen_child_dies_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", [[], ["nohup"]])
+def test_a_frozen_child_dies_with_a_benchmark_that_is_killed(tmp_path: Path, prefix: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ORPHAN, str(tmp_path / "log")], capture_output=True, text=True, check=False
+        [*prefix, sys.executable, "-c", ORPHAN, str(tmp_path / "log")], capture_output=True, text=True, check=False
     )
     pid = int(done.stdout)
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it died")

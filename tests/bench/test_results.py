@@ -22,6 +22,8 @@ def test_the_readme_shows_what_the_file_holds(path: Path) -> None:
 
 def test_every_section_has_its_file() -> None:
     written = [name for path in RESULTS for name in report.sections(json.loads(path.read_text()))]
+    of_peers = ("offline", "online", "start", "notes")
+    own = ("step", "quantization", "soak", "vllm")
     assert sorted(written) == sorted(
-        f"bench-{name}" for name in ("offline", "online", "start", "notes", "step", "quantization", "soak", "vllm")
+        [*(f"bench-{name}" for name in (*of_peers, *own)), *(f"bench-gpu-{name}" for name in of_peers)]
     )

@@ -47,6 +47,8 @@ def test_pickled_weights_are_refused(model_folder: Callable[[str], Path], tmp_pa
 def test_an_empty_folder_or_a_cuda_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         load_model(str(tmp_path))
+    with pytest.raises(ModelLoadError, match="there is no such folder"):
+        load_model(str(tmp_path / "missing"))
     if not loader.torch.cuda.is_available():
         with pytest.raises(ModelLoadError, match="CUDA"):
             loader.resolve_device("cuda")

@@ -42,6 +42,28 @@ def test_tokens_are_those_that_torch_draws(
             assert got[i] in nearby
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.95])
+def test_the_nucleus_of_a_large_vocabulary_is_the_one_that_sorting_finds(spread: float, top_p: float) -> None:
+    """Where it is large it is found without sorting; ties with its last token stay in."""
+    size = 20_000
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(1)) * spread
+    weights = (logits[0] - logits.max()).double().exp()
+    ordered = weights.sort(descending=True).values
+    held = ordered.cumsum(0)
+    last = ordered[int((held < top_p * held[-1]).sum())]
+    # A weight in float32 may lie on the other side of the edge.
+    inside, outside = weights >= last * (1 - 1e-5), weights < last * (1 - 1e-5)
+    how = [RowSampling(1.0, top_p, 0, (7, i)) for i in range(400)]
+    drawn = sample(logits.expand(400, -1), how, [0] * 400)
+    assert not outside[drawn].any()
+    # What is drawn reaches to the edge: none of the nucleus has been cut off.
+    shares = (weights * inside).cumsum(0) / (weights * inside).sum()
+    expected = torch.searchsorted(shares, torch.tensor([sampler.uniform(row.stream, 0) for row in how]).double())
+    place = inside.cumsum(0)
+    assert (place[drawn] - place[expected]).abs().max() <= 1
+
+
 def test_rows_that_are_not_finite_draw_nothing_and_their_neighbours_are_as_alone() -> None:
     logits = torch.randn(5, 300)
     logits[1, 7], logits[2, 8], logits[3] = float("nan"), float("inf"), -float("inf")

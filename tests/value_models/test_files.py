@@ -38,8 +38,6 @@ SETTINGS = RolloutSettings(num_samples=2, prompts_per_shard=2)
 class FakeSource:
     """Responses that depend on prompt and sample alone; `fail_at` dies when it is asked for that prompt."""
 
-    policy = None
-
     def __init__(self, fail_at: str | None = None, model: dict[str, Any] = IDENTITY) -> None:
         self.base_model = model
         self._fail_at = fail_at

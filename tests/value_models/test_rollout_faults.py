@@ -31,8 +31,6 @@ def rollout(prompt_id: str, sample: int, *, num_tokens: int = 3, num_states: int
 
 
 class ListedSource:
-    policy = None
-
     def __init__(self, *rollouts: Rollout, model: dict[str, Any] | None = None) -> None:
         self.base_model = model or {"name": "tiny", "shape": (2, 3)}
         self._rollouts = rollouts

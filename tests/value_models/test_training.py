@@ -28,8 +28,6 @@ class SyntheticSource:
 
     base_model = {"name": "m", "architecture": "X", "hidden_size": SIZE, "vocab_size": 9, "fingerprint": "f"}  # noqa: RUF012
 
-    policy = None
-
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
         for prompt in prompts:
             rng = torch.Generator().manual_seed(int(prompt.id[1:]))
@@ -143,12 +141,3 @@ def test_prompts_that_the_run_does_not_know_are_refused(tmp_path: Path) -> None:
     collect_rollouts(SyntheticSource(), PROMPTS[:3], tmp_path, RolloutSettings(num_samples=1))
     with pytest.raises(RolloutError, match="2 prompts"):
         load_training_data(tmp_path, "brevity", {"p0": "prompt 0"})
-
-
-def test_a_controlled_round_is_not_misled_by_states_that_control_has_moved(data: TrainingData) -> None:
-    """Their values under the first head are too high, and sampling favours likely tokens (a mean gradient)."""
-    favoured = replace(data, manifest={"policy": {}}, logp_grads_ND=data.logp_grads_ND + 0.5)
-    moved = replace(favoured, states_ND=data.states_ND - 2.0 * torch.eye(SIZE)[0])
-    settings = TrainSettings(controlled_weight=1e6)
-    uphill = [train_head(data, settings, second).head.folded_ascent()[0] for second in (favoured, moved)]
-    assert torch.cosine_similarity(*uphill, dim=0) > 0.999

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.control.editor import GroupStats
 from server.engines.base import EngineObserver
+from server.engines.edits import token_edit
 from server.engines.embedded.model.attention import Segment
 from server.engines.embedded.model.runner import LMHead
 from server.engines.embedded.sequence import Sequence
@@ -47,7 +48,7 @@ def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
         group = group_stats.group
         # A group of one row is held twice.
         for row, numbers in zip(group.rows, group_stats.numbers_RN.tolist(), strict=False):
-            edits[row] = TokenEdit.of(group.stack.names, numbers)
+            edits[row] = token_edit(group.stack.names, numbers)
     return edits
 
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from server.control.plan import EditPlan
 from server.engines.embedded.controlled_decoding import (
     ControlledDecoder,
     ControlledDecoding,
@@ -38,30 +36,20 @@ from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutS
 class EngineRolloutSource:
     """Drives an `EngineCore` from the calling thread until all responses are there."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore, *, control: ControlParams | None = None) -> None:
-        """`control` is what rollouts are sampled under; nothing of it may change from token to token (gate, window)."""
+    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
         self._loaded = loaded
         self._core = core
-        self._control = control
 
     @property
     def base_model(self) -> dict[str, Any]:
         return self._loaded.identity
 
-    @property
-    def policy(self) -> dict[str, Any] | None:
-        if self._control is None:
-            return None
-        tensors = [self._core.registry.head(name).state_dict() for name in self._control.head_names]
-        digest = hashlib.sha256(b"".join(save(head) for head in tensors)).hexdigest()
-        return {"control": self._control.model_dump(mode="json", exclude_none=True), "heads_sha256": digest}
-
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
-        """Responses with the states behind their tokens.
+        """Uncontrolled responses with the states behind their tokens.
 
         Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
         """
-        for sequence, response, _ in self._run(prompts, settings, control=self._control, instruction=None):
+        for sequence, response, _ in self._run(prompts, settings, control=None, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
@@ -200,10 +188,6 @@ class EngineRolloutSource:
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
-        if self._control is not None:
-            rows = [self._control] * len(token_ids)
-            plan = EditPlan.from_rows(rows, self._core.registry, device=states_TD.device)
-            states_TD, _ = self._core.editor.edit(states_TD, plan)
         return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
 
     def _states(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:

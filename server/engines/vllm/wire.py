@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.engines.edits import token_edit
 from server.errors import InvalidRequestError
 from server.types import ControlParams, TokenEdit
 
@@ -53,4 +54,4 @@ def control_args(control: ControlParams, choice_id: str) -> dict[str, Any]:
 
 def decode_edit(control: ControlParams, numbers: Sequence[float]) -> TokenEdit:
     """What a worker reported for one token of a row under this control."""
-    return TokenEdit.of(control.head_names, numbers)
+    return token_edit(control.head_names, numbers)

@@ -69,6 +69,12 @@ PACKAGED_MODELS = {
 }
 
 
+_WHAT_TO_GIVE = (
+    "Give a local folder with config.json, safetensors weights and a tokenizer, a hub id that this machine can reach, "
+    f"or one of {', '.join(PACKAGED_MODELS)}."
+)
+
+
 @dataclass(slots=True, frozen=True)
 class LoadedModel:
     """A causal language model with its tokenizer. `identity` is what a value head is matched against."""
@@ -88,6 +94,9 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     folder = Path(source)
     if folder.is_dir():
         refuse_code(folder)
+    elif name.startswith((".", "/", "~")):
+        # No hub has such an id.
+        raise ModelLoadError(f"Cannot load the model {name!r}: there is no such folder. {_WHAT_TO_GIVE}")
     target = resolve_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -95,10 +104,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
             source, dtype=resolve_dtype(dtype, target), trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"Cannot load the model {name!r}: {error}. Give a local folder with config.json, safetensors weights and "
-            f"a tokenizer, a hub id that this machine can reach, or one of {', '.join(PACKAGED_MODELS)}."
-        ) from error
+        raise ModelLoadError(f"Cannot load the model {name!r}: {str(error).rstrip('.')}. {_WHAT_TO_GIVE}") from error
     model.to(target).eval().requires_grad_(False)
     config = model.config.get_text_config()
     short_name = folder.resolve().name if folder.is_dir() and not packaged else name.rsplit("/", 1)[-1]
