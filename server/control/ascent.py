@@ -3,9 +3,8 @@
 It runs in the space of the heads' first-layer units: n steps of z <- z + a * c(z) Gram with c = d objective / dz, and
 once at the end shift = a * sum_k c(z_k) ascent, which equals n steps in the state itself. The shift is capped relative
 to the state. An objective whose slope depends on the values chooses its weights anew for every step (objectives.py);
-one that looks ahead starts from the values and adds what each step earns, which values show in part only.
-Every operation treats rows alone. Enter at `ascend`, and where rows share
-their shift, at `ascend_shared`.
+one that looks ahead starts from the values and adds what each step earns, which values show in part only. Every
+operation treats rows alone. Rows that share their shift have a shorter way (shared.py). Enter at `ascend`.
 
 Shapes: R rows of a group, K heads, U units, D hidden size.
 """
@@ -20,29 +19,9 @@ from torch import Tensor
 from server.control.multipliers import predicted_change
 from server.control.objective_rows import ObjectiveRows
 from server.control.plan import EditGroup
-from server.control.registry import HeadStack
-from server.kernels import ops
-from value_models.linear import MIN_ROWS
 
 # In standard deviations of a head's training reward: rounding, and what is too little to matter.
 TOLERANCE = 1e-3
-
-
-@dataclass(slots=True, frozen=True)
-class SharedShift:
-    """What an ascent of linear heads comes to when neither state nor token changes it: one shift for every state."""
-
-    coefficients_U: Tensor
-    shift_D: Tensor
-    length: float
-    climb_U: Tensor
-    """Change of the units."""
-
-    @classmethod
-    def of(cls, stack: HeadStack, coefficients: tuple[float, ...]) -> SharedShift:
-        rows_RU = torch.tensor([coefficients] * MIN_ROWS)
-        shift_D = stack.ascent(rows_RU)[0]
-        return cls(rows_RU[0], shift_D, float(shift_D.norm()), stack.gram(rows_RU)[0])
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,27 +69,6 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
         is_capped_R=(share_R < 1.0) & ~is_nonfinite_R,
         is_nonfinite_R=is_nonfinite_R,
         is_gate_open_R=is_open_R,
-    )
-
-
-def ascend_shared(hidden_BD: Tensor, group: EditGroup, shared: SharedShift) -> Ascent:
-    """`ascend` for rows that share their shift, natively (ops.can_read_natively)."""
-    stack = group.stack
-    units_RU, length_R = ops.read_rows(hidden_BD, group.rows_R, stack.inputs_UD, stack.input_bias_U)
-    ratio_R = shared.length / length_R
-    share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
-    share_R1 = share_R[:, None]
-    return Ascent(
-        group=group,
-        units_RU=units_RU,
-        coefficients_RU=share_R1 * shared.coefficients_U,
-        climb_RU=share_R1 * shared.climb_U,
-        share_R=share_R,
-        shift_RD=share_R1 * shared.shift_D,
-        shift_ratio_R=torch.where(is_nonfinite_R, 0.0, ratio_R * share_R),
-        is_capped_R=(share_R < 1.0) & ~is_nonfinite_R,
-        is_nonfinite_R=is_nonfinite_R,
-        is_gate_open_R=None,
     )
 
 

@@ -98,14 +98,11 @@ class GeneralDivergence:
         return GeneralDivergence(self._base_RV[rows], self._delta_RV[rows], self._finish)
 
 
-def largest_linear_scale(base_RV: Tensor, delta: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
-    """`largest_scale` when the logits are base + s * delta exactly, with delta [R, V]; natively where that can be."""
+def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest_scale` when the logits are base + s * delta exactly; natively where that can be."""
     if not ops.can_run_natively(base_RV):
-        return largest_scale(LinearDivergence(base_RV, delta), max_kl_R)
-    everyone_R, whole_R = torch.arange(len(base_RV)), torch.ones_like(max_kl_R)
-    return ops.scale_within_budget(
-        base_RV.contiguous(), everyone_R, delta, whole_R, max_kl_R - ROUNDING_NATS, apply=False
-    )
+        return largest_scale(LinearDivergence(base_RV, delta_RV), max_kl_R)
+    return ops.largest_scales(base_RV, delta_RV, max_kl_R - ROUNDING_NATS)
 
 
 def largest_scale(divergence: Divergence, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
 scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
-its own state.
+its own state. Groups whose rows share their shift are edited natively where that can be (shared.py).
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
 it is told how states become logits. Enter at `StateEditor.logits`.
@@ -19,13 +19,14 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from server.control.ascent import TOLERANCE, Ascent, SharedShift, ascend, ascend_shared, leaves_bounds
-from server.control.budget import ROUNDING_NATS, GeneralDivergence, largest_linear_scale, largest_scale
+from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
+from server.control.budget import GeneralDivergence, largest_linear_scale, largest_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
+from server.control.shared import SharedEdit, SharedRows, Shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
-from value_models.linear import MIN_ROWS, PackedLinear
+from value_models.linear import PackedLinear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
@@ -41,51 +42,64 @@ class Unembedding(Protocol):
         """Whether `finish` only adds a constant, so that logits are linear along an edit."""
         ...
 
-    def project(self, hidden_MD: Tensor) -> Tensor: ...
+    def project(self, hidden_MD: Tensor) -> Tensor:
+        """[M, D] -> [M, V] in float32, or in bfloat16 if that is how they were computed and `finish` is nothing."""
+        ...
+
     def finish(self, projected_MV: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True, frozen=True)
 class GroupStats:
-    """What happened to a group's rows. Values [R, K] in reward units; kl [R] in nats; the rest [R]."""
+    """What happened to a group's rows, as it travels to the host in one piece.
+
+    `numbers_RN`, N = 2 K + 5, float32: values before [K] and after [K] in reward units; divergence in nats; length of
+    the shift relative to the state; what kept the row from its whole ascent, as a place in HELD_BY, 0 for nothing;
+    whether the edit was not finite; whether the row's gate was open, 1 without a gate.
+    """
 
     group: EditGroup
-    values_before_RK: Tensor
-    values_after_RK: Tensor
-    kl_R: Tensor
-    shift_ratio_R: Tensor
-    held_by_R: Tensor
-    """What kept a row from its whole ascent, as a place in HELD_BY; 0 is nothing."""
-    is_nonfinite_R: Tensor
-    is_gate_open_R: Tensor | None
-    """None where no row has a gate."""
+    numbers_RN: Tensor
+
+    @property
+    def values_before_RK(self) -> Tensor:
+        return self.numbers_RN[:, : len(self.group.stack.names)]
+
+    @property
+    def values_after_RK(self) -> Tensor:
+        return self.numbers_RN[:, len(self.group.stack.names) : -5]
+
+    @property
+    def kl_R(self) -> Tensor:
+        return self.numbers_RN[:, -5]
+
+    @property
+    def shift_ratio_R(self) -> Tensor:
+        return self.numbers_RN[:, -4]
+
+    @property
+    def held_by_R(self) -> Tensor:
+        return self.numbers_RN[:, -3].long()
+
+    @property
+    def is_nonfinite_R(self) -> Tensor:
+        return self.numbers_RN[:, -2] > 0
 
 
 @dataclass(slots=True, frozen=True)
 class _Edit:
     """An ascent, the scale [R] that its KL budget allows and the divergence [R] there.
 
-    The logits move by scale_R x delta_RV, or have done so already where that is None.
+    The logits move by scale_R x delta_RV.
     """
 
     ascent: Ascent
     scale_R: Tensor
     kl_R: Tensor
     is_nonfinite_R: Tensor
-    delta_RV: Tensor | None = None
-    is_outside_R: Tensor | None = None
+    delta_RV: Tensor
+    is_outside_R: Tensor | None
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
-
-
-@dataclass(slots=True, frozen=True)
-class _Shared:
-    """A shift that many rows share, as it moves states and as it moves logits (NaN when that is not finite)."""
-
-    shift: SharedShift
-    logits_V: Tensor
-    tilts_V: Tensor
-    """exp(logits_V - max)."""
-    is_finite: bool
 
 
 class StateEditor:
@@ -94,98 +108,88 @@ class StateEditor:
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, PackedLinear] = {}
-        self._shared: dict[tuple[HeadStack, tuple[float, ...]], _Shared] = {}
+        self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Shift] = {}
+        self._shared_rows: SharedRows | None = None
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
-        edits, logits_BV = self._edits(hidden_BD, plan, is_moving=True)
+        edits, shared, logits_BV = self._edits(hidden_BD, plan, is_moving=True)
         for edit in edits:
-            if edit.delta_RV is not None:
-                rows_R = edit.ascent.group.rows_R
-                logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
+            rows_R = edit.ascent.group.rows_R
+            logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
         if not self._unembedding.is_linear:
             logits_BV = self._unembedding.finish(logits_BV)
-        return logits_BV, [_stats(edit) for edit in edits]
+        return logits_BV, _all_stats(edits, shared)
 
     def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
 
         Casting a state back to a narrow dtype rounds the edit, so an engine that samples here uses `logits`.
         """
-        edits, _ = self._edits(hidden_BD, plan, is_moving=False)
+        edits, shared, _ = self._edits(hidden_BD, plan, is_moving=False)
         edited_BD = hidden_BD.clone()
-        for edit in edits:
-            rows_R = edit.ascent.group.rows_R
-            edited_RD = hidden_BD[rows_R].float() + edit.scale_R[:, None] * edit.ascent.shift_RD
-            edited_BD[rows_R] = edited_RD.to(hidden_BD.dtype)
-        return edited_BD, [_stats(edit) for edit in edits]
+        moves = [(edit.ascent.group.rows_R, edit.scale_R, edit.ascent.shift_RD) for edit in edits]
+        moves += [(edit.group.rows_R, edit.taken_R, edit.shift_D) for edit in shared]
+        for rows_R, scale_R, shift in moves:
+            # Scale zero must not meet an infinite shift.
+            moved_RD = torch.where(scale_R[:, None] > 0, scale_R[:, None] * shift, 0.0)
+            edited_BD[rows_R] = (hidden_BD[rows_R].float() + moved_RD).to(hidden_BD.dtype)
+        return edited_BD, _all_stats(edits, shared)
 
-    def _edits(self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool) -> tuple[list[_Edit], Tensor]:
-        """Every group's edit, and what to add it to [B, V]: logits if they are linear along an edit, else their
-        projection. `is_moving` allows to move these in place on the way."""
-        ascents = [self._ascend(hidden_BD, group) for group in plan.groups]
+    def _edits(
+        self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool
+    ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
+        """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
+        projection. `is_moving` moves these in place by the shared ones."""
+        can_share = self._unembedding.is_linear and ops.can_read_natively(hidden_BD)
+        sharing = [group for group in plan.groups if can_share and group.coefficients is not None]
+        ascents = [ascend(hidden_BD, g) for g in plan.groups if not (can_share and g.coefficients is not None)]
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = iter(projected[num_rows:].split([shift.shape[0] for shift in shifts]))
+        deltas = iter(projected[num_rows:].float().split([shift.shape[0] for shift in shifts]))
         base_BV = projected[:num_rows]
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
+        base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV, is_moving=is_moving)
         edits: list[_Edit] = []
         for ascent in ascents:
-            group = ascent.group
-            if group.coefficients is not None and self._unembedding.is_linear and ops.can_run_natively(base_BV):
-                edits.append(self._shared_within_budget(ascent, group.coefficients, base_BV, is_moving=is_moving))
-            else:
-                is_linear = group.stack.has_constant_slope
-                delta_RV = self._row_logits_of(group.stack)(ascent.coefficients_RU) if is_linear else next(deltas)
-                edits.append(self._within_budget(ascent, delta_RV, base_BV))
-        return edits, base_BV
+            stack = ascent.group.stack
+            is_linear = stack.has_constant_slope
+            delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
+            edits.append(self._within_budget(ascent, delta_RV, base_BV))
+        return edits, shared, base_BV
 
-    def _ascend(self, hidden_BD: Tensor, group: EditGroup) -> Ascent:
-        if group.coefficients is None or not ops.can_read_natively(hidden_BD):
-            return ascend(hidden_BD, group)
-        return ascend_shared(hidden_BD, group, self._shared_of(group.stack, group.coefficients).shift)
+    def _shared_edits(
+        self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor, *, is_moving: bool
+    ) -> tuple[Tensor, list[SharedEdit]]:
+        """Logits in float32, moved by the edits of these groups if allowed, and the edits."""
+        if not groups:
+            return logits_BV.float(), []
+        num_rows = len(logits_BV)
+        if self._shared_rows is None or not self._shared_rows.are_for(groups, num_rows):
+            self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
+        return self._shared_rows.edit(hidden_BD, logits_BV, apply=is_moving)
 
     def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
-            self._row_logits, MAX_STACKS, stack, lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).t())
+            self._row_logits,
+            MAX_STACKS,
+            stack,
+            lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).float().t()),
         )
 
-    def _shared_of(self, stack: HeadStack, coefficients: tuple[float, ...]) -> _Shared:
-        def make() -> _Shared:
-            logits_V = self._row_logits_of(stack)(torch.tensor([coefficients] * MIN_ROWS))[0]
-            is_finite = bool(logits_V.isfinite().all())
-            if not is_finite:
-                logits_V = torch.full_like(logits_V, torch.nan)
-            return _Shared(SharedShift.of(stack, coefficients), logits_V, (logits_V - logits_V.amax()).exp(), is_finite)
-
-        return _kept(self._shared, _MAX_SHARED, (stack, coefficients), make)
-
-    def _shared_within_budget(
-        self, ascent: Ascent, coefficients: tuple[float, ...], logits_BV: Tensor, *, is_moving: bool
-    ) -> _Edit:
-        """For rows that share their shift but for its length, natively: each is moved while its logits are at hand."""
-        group, shared = ascent.group, self._shared_of(ascent.group.stack, coefficients)
-        # A single row is held twice, but must move once.
-        count = len(group.rows)
-        scale_R, kl_R = ops.scale_within_budget(
-            logits_BV,
-            group.rows_R[:count],
-            shared.logits_V,
-            ascent.share_R[:count],
-            group.max_kl_R[:count] - ROUNDING_NATS,
-            apply=is_moving,
-            tilts_V=shared.tilts_V,
-        )
-        return _Edit(
-            ascent=ascent,
-            scale_R=scale_R.expand(len(group.rows_R)),
-            kl_R=kl_R.expand(len(group.rows_R)),
-            is_nonfinite_R=ascent.is_nonfinite_R | (not shared.is_finite),
+    def _shift_of(self, group: EditGroup) -> Shift:
+        stack, coefficients = group.stack, group.coefficients
+        assert coefficients is not None
+        return _kept(
+            self._shifts,
+            _MAX_SHARED,
+            (stack, coefficients),
+            lambda: Shift.of(stack, coefficients, self._row_logits_of(stack)),
         )
 
     def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
@@ -223,22 +227,26 @@ def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made
     return kept[key]
 
 
+def _all_stats(edits: list[_Edit], shared: list[SharedEdit]) -> list[GroupStats]:
+    return [_stats(edit) for edit in edits] + [GroupStats(edit.group, edit.report_RN) for edit in shared]
+
+
 def _stats(edit: _Edit) -> GroupStats:
     ascent, scale_R = edit.ascent, edit.scale_R
     stack = ascent.group.stack
     before_RK, _ = stack.readout(ascent.units_RU)
     after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.climb_RU)
-    return GroupStats(
-        group=ascent.group,
-        values_before_RK=stack.rewards(before_RK),
-        values_after_RK=stack.rewards(after_RK),
+    is_open_R = torch.ones_like(scale_R) if ascent.is_gate_open_R is None else ascent.is_gate_open_R.float()
+    columns = [
         # No shift, no divergence: what is left of it would be rounding.
-        kl_R=torch.where(ascent.shift_ratio_R > 0, edit.kl_R, 0.0),
-        shift_ratio_R=ascent.shift_ratio_R * scale_R,
-        held_by_R=_held_by(edit, after_RK),
-        is_nonfinite_R=edit.is_nonfinite_R,
-        is_gate_open_R=ascent.is_gate_open_R,
-    )
+        torch.where(ascent.shift_ratio_R > 0, edit.kl_R, 0.0),
+        ascent.shift_ratio_R * scale_R,
+        _held_by(edit, after_RK).float(),
+        edit.is_nonfinite_R.float(),
+        is_open_R,
+    ]
+    values = [stack.rewards(before_RK), stack.rewards(after_RK)]
+    return GroupStats(ascent.group, torch.cat([*values, torch.stack(columns, dim=1)], dim=1))
 
 
 def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:

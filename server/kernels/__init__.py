@@ -30,8 +30,8 @@ _SIGNATURES = {
     "rotate_bf16": (_P, _I, _P, _P, _P, _I, _I, _I),
     "paged_attention_bf16": (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _I),
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
-    "scale_within_budget_f32": (_P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, _P, _INT),
-    "read_rows_bf16": (_P, _I, _P, _I, _P, _P, _I, _P, _P),
+    "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P, _P),
+    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _P, _INT),
 }
 
 

@@ -5,6 +5,7 @@
 // cache.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "common.h"
@@ -27,40 +28,47 @@ float largest(const float* x, int64_t size) {
 
 constexpr int64_t kBlock = 1024;  // summed in float32, blocks in float64
 
-// One row: base logits l, kept as p = exp(l - max(l)) in `probs`, and a change d, less its largest entry.
+// One row: base logits l, kept as p = exp(l - max(l)) in `probs`, and a change d, less its largest entry, of which
+// `share` is the most that is taken.
 class Row {
    public:
-    // `tilts` holds exp(d) if it is known: then the divergence of the whole change comes from the same pass.
-    Row(const float* logits, const float* delta, float largest_delta, const float* tilts, int64_t size, float* probs)
-        : probs_(probs), delta_(delta), size_(size), peak_(largest_delta) {
+    // `tilts` holds exp(d) if it is known, and saves time where the share is whole.
+    Row(const float* logits, const float* delta, float largest_delta, float share, const float* tilts, int64_t size,
+        float* probs)
+        : probs_(probs), delta_(delta), size_(size), peak_(largest_delta), share_(share) {
         const __m512 top = _mm512_set1_ps(largest(logits, size)), peak = _mm512_set1_ps(peak_);
+        const __m512 most = _mm512_set1_ps(share);
+        const bool is_known = tilts && share == 1.0f;
         for (int64_t begin = 0; begin < size; begin += kBlock) {
-            __m512 mass = _mm512_setzero_ps(), total = mass, weighted = mass;
+            __m512 mass = _mm512_setzero_ps(), first = mass, second = mass, total = mass, weighted = mass;
             for (int64_t i = begin; i < std::min(begin + kBlock, size); i += kLanes) {
                 const __mmask16 mask = lanes_left(size - i);
                 const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), top);
                 const __m512 p = _mm512_maskz_mov_ps(mask, exp_ps(lowered));
                 _mm512_mask_storeu_ps(probs + i, mask, p);
+                const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta + i), peak);
+                const __m512 tilt = is_known ? _mm512_maskz_loadu_ps(mask, tilts + i) : exp_ps(_mm512_mul_ps(most, d));
+                const __m512 w = _mm512_mul_ps(p, tilt), pd = _mm512_mul_ps(p, d);
                 mass = _mm512_add_ps(mass, p);
-                if (tilts) {
-                    const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta + i), peak);
-                    const __m512 w = _mm512_mul_ps(p, _mm512_maskz_loadu_ps(mask, tilts + i));
-                    total = _mm512_add_ps(total, w);
-                    weighted = _mm512_fmadd_ps(w, d, weighted);
-                }
+                first = _mm512_add_ps(first, pd);
+                second = _mm512_fmadd_ps(pd, d, second);
+                total = _mm512_add_ps(total, w);
+                weighted = _mm512_fmadd_ps(w, d, weighted);
             }
             mass_ += _mm512_reduce_add_ps(mass);
-            if (tilts) total_ += _mm512_reduce_add_ps(total), weighted_ += _mm512_reduce_add_ps(weighted);
+            first_ += _mm512_reduce_add_ps(first), second_ += _mm512_reduce_add_ps(second);
+            total_ += _mm512_reduce_add_ps(total), weighted_ += _mm512_reduce_add_ps(weighted);
         }
-        full_ = tilts ? of(1.0, total_, weighted_) : divergence(1.0f);
+        full_ = of(share, total_, weighted_);
     }
 
-    // KL(softmax(l + d) || softmax(l)).
+    // KL(softmax(l + share d) || softmax(l)).
     double full() const { return full_; }
 
-    // KL(softmax(l + s d) || softmax(l)); not a number where it cannot be told, which is never within a bound.
+    // KL(softmax(l + s share d) || softmax(l)); not a number where it cannot be told, which is never within a bound.
     double divergence(float scale) const {
-        const __m512 peak = _mm512_set1_ps(peak_), s = _mm512_set1_ps(scale);
+        const float taken = scale * share_;
+        const __m512 peak = _mm512_set1_ps(peak_), s = _mm512_set1_ps(taken);
         double total = 0, weighted = 0;
         for (int64_t begin = 0; begin < size_; begin += kBlock) {
             __m512 block = _mm512_setzero_ps(), times_d = block;
@@ -74,25 +82,13 @@ class Row {
             }
             total += _mm512_reduce_add_ps(block), weighted += _mm512_reduce_add_ps(times_d);
         }
-        return of(scale, total, weighted);
+        return of(taken, total, weighted);
     }
 
     // Derivative of sqrt(KL) at s = 0.
     double root_slope() const {
-        double first = 0, second = 0;
-        for (int64_t begin = 0; begin < size_; begin += kBlock) {
-            __m512 one = _mm512_setzero_ps(), two = one;
-            for (int64_t i = begin; i < std::min(begin + kBlock, size_); i += kLanes) {
-                const __mmask16 mask = lanes_left(size_ - i);
-                const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta_ + i), _mm512_set1_ps(peak_));
-                const __m512 pd = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, probs_ + i), d);
-                one = _mm512_add_ps(one, pd);
-                two = _mm512_fmadd_ps(pd, d, two);
-            }
-            first += _mm512_reduce_add_ps(one), second += _mm512_reduce_add_ps(two);
-        }
-        const double mean = first / mass_;
-        return std::sqrt(std::max(0.5 * (second / mass_ - mean * mean), 0.0));
+        const double mean = first_ / mass_;
+        return share_ * std::sqrt(std::max(0.5 * (second_ / mass_ - mean * mean), 0.0));
     }
 
    private:
@@ -104,8 +100,8 @@ class Row {
     float* probs_;
     const float* delta_;
     int64_t size_;
-    float peak_;
-    double mass_ = 0, total_ = 0, weighted_ = 0, full_ = 0;
+    float peak_, share_;
+    double mass_ = 0, first_ = 0, second_ = 0, total_ = 0, weighted_ = 0, full_ = 0;
 };
 
 // Largest scale found in [0, 1] whose divergence is at most `limit`, and that divergence.
@@ -134,61 +130,114 @@ void search(const Row& row, double limit, float* scale, float* divergence) {
     *scale = (float)low, *divergence = (float)low_kl;
 }
 
+// A shift of states that many rows share, as server/control/shared.py lays it out: linear heads' first layers read
+// `weight` [heads, size] . h; `numbers` is the shift's length and the largest entry of `delta` (not a number where the
+// shift is not finite), then for each head its bias, its change of value by the shift, and mean and scale of rewards.
+struct Shift {
+    int64_t heads;
+    const float* numbers;
+    const float* weight;
+    const float* delta;
+    const float* tilts;
+    float length() const { return numbers[0]; }
+    float peak() const { return numbers[1]; }
+    const float* each(int64_t head) const { return numbers + 2 + 4 * head; }
+};
+
+void widen(const bf16* from, float* to, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) _mm512_storeu_ps(to + i, load_bf16(from + i));
+    for (; i < size; ++i) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load(const bf16* p) { return load_bf16(p); }
+
+// Readings [heads] of a state, and its length. size a multiple of 16.
+template <class T>
+float read(const T* hidden, int64_t size, const Shift& shift, float* readings) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += kLanes) squares = _mm512_fmadd_ps(load(hidden + i), load(hidden + i), squares);
+    for (int64_t k = 0; k < shift.heads; ++k) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i += kLanes)
+            sum = _mm512_fmadd_ps(load(hidden + i), _mm512_loadu_ps(shift.weight + k * size + i), sum);
+        readings[k] = shift.each(k)[0] + _mm512_reduce_add_ps(sum);
+    }
+    return std::sqrt(_mm512_reduce_add_ps(squares));
+}
+
+void add(float* logits, const float* delta, float scale, int64_t size) {
+    const __m512 s = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __mmask16 mask = lanes_left(size - i);
+        _mm512_mask_storeu_ps(logits + i, mask, _mm512_fmadd_ps(s, _mm512_maskz_loadu_ps(mask, delta + i),
+                                                                _mm512_maskz_loadu_ps(mask, logits + i)));
+    }
+}
+
 }  // namespace
 }  // namespace recontrol
 
 using namespace recontrol;
 
-// For edited rows r of logits [.., vocabulary], rows[r] being their places: scales[r] in [0, 1] and divergences[r] of
-// moving by scales[r] * shares[r] * delta, delta of the row's own or, with a delta_stride of 0, shared. For a shared one
-// `tilts` may hold exp(delta - max(delta)), or null. `apply` moves the logits. scratch [threads, 2, vocabulary].
-EXPORT void scale_within_budget_f32(float* logits, int64_t vocabulary, const int64_t* rows, int64_t num_rows,
-                                    const float* delta, int64_t delta_stride, const float* tilts, const float* shares,
-                                    const float* limits, float* scales, float* divergences, float* scratch, int apply) {
-    const bool is_shared = delta_stride == 0;
-    const float shared_peak = is_shared ? largest(delta, vocabulary) : 0;
+// For rows r of logits [num_rows, vocabulary]: scales[r] in [0, 1] and divergences[r], within limits[r], of moving by
+// scales[r] * delta, delta [num_rows, vocabulary]. scratch [threads, vocabulary].
+EXPORT void largest_scales_f32(const float* logits, int64_t vocabulary, int64_t num_rows, const float* delta,
+                               const float* limits, float* scales, float* divergences, float* scratch) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t r = 0; r < num_rows; ++r) {
-        float* row_logits = logits + rows[r] * vocabulary;
-        const float* change = delta + r * delta_stride;
-        float* probs = scratch + omp_get_thread_num() * 2 * vocabulary;
-        const bool is_whole = shares[r] == 1.0f;
-        if (!is_whole) {
-            float* taken = probs + vocabulary;
-            for (int64_t i = 0; i < vocabulary; ++i) taken[i] = shares[r] * change[i];
-            change = taken;
-        }
-        const float peak = is_shared && is_whole ? shared_peak : largest(change, vocabulary);
-        const Row row(row_logits, change, peak, is_whole ? tilts : nullptr, vocabulary, probs);
+        const float* change = delta + r * vocabulary;
+        const Row row(logits + r * vocabulary, change, largest(change, vocabulary), 1.0f, nullptr, vocabulary,
+                      scratch + omp_get_thread_num() * vocabulary);
         search(row, limits[r], scales + r, divergences + r);
-        if (!apply || scales[r] == 0) continue;
-        const __m512 scale = _mm512_set1_ps(scales[r]);
-        for (int64_t i = 0; i < vocabulary; i += kLanes) {
-            const __mmask16 mask = lanes_left(vocabulary - i);
-            const __m512 moved = _mm512_fmadd_ps(scale, _mm512_maskz_loadu_ps(mask, change + i),
-                                                 _mm512_maskz_loadu_ps(mask, row_logits + i));
-            _mm512_mask_storeu_ps(row_logits + i, mask, moved);
-        }
     }
 }
 
-// Readings [num_rows, units] of heads' first layers and lengths [num_rows] of states, for rows rows[r] of hidden
-// [.., size]: weight [units, size] . h + bias. size a multiple of 16.
-EXPORT void read_rows_bf16(const bf16* hidden, int64_t size, const int64_t* rows, int64_t num_rows, const float* weight,
-                           const float* bias, int64_t units, float* readings, float* lengths) {
+// Edits rows[r] of logits [.., vocabulary] by the shift shifts[shift_of[r]], for r < num_edited, as far as it is within
+// caps[r] of the length of the row's state in hidden [.., size], and limits[r] allows; `apply` moves the logits. Where
+// there is a `source`, in bfloat16 with rows source_stride apart, each row of logits is first made of that; this is all
+// that is done for rows from num_edited on. taken[r] is what was taken of the shift. report [num_edited, width]: a
+// head's values before, values after, divergence, length of the shift relative to the state, what held it (`held_by_kl`,
+// `held_by_cap` or 0), and whether it was not finite. scratch [threads, vocabulary].
+EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, const bf16* source, int64_t source_stride,
+                        float* logits, int64_t vocabulary, const Shift* shifts, const int64_t* shift_of,
+                        const int64_t* rows, int64_t num_rows, int64_t num_edited, const float* caps,
+                        const float* limits, float* taken, float* report, int64_t width, float held_by_kl,
+                        float held_by_cap, float* scratch, int apply) {
+#pragma omp parallel for schedule(dynamic, 1)
     for (int64_t r = 0; r < num_rows; ++r) {
-        const bf16* row = hidden + rows[r] * size;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < size; i += kLanes) {
-            const __m512 h = load_bf16(row + i);
-            squares = _mm512_fmadd_ps(h, h, squares);
+        float* row_logits = logits + rows[r] * vocabulary;
+        if (source) widen(source + rows[r] * source_stride, row_logits, vocabulary);
+        if (r >= num_edited) continue;
+        const Shift& shift = shifts[shift_of[r]];
+        float *before = report + r * width, *after = before + shift.heads, *rest = after + shift.heads;
+        const float length = is_f32 ? read((const float*)hidden + rows[r] * size, size, shift, before)
+                                    : read((const bf16*)hidden + rows[r] * size, size, shift, before);
+        const float ratio = shift.length() / length;
+        bool is_finite = std::isfinite(ratio) && std::isfinite(shift.peak());
+        for (int64_t k = 0; k < shift.heads; ++k) is_finite &= std::isfinite(before[k]);
+        const float share = ratio > caps[r] ? caps[r] / ratio : 1.0f;
+        float scale = 0, divergence = 0;
+        if (is_finite) {
+            const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
+                          scratch + omp_get_thread_num() * vocabulary);
+            search(row, limits[r], &scale, &divergence);
+            if (apply && scale * share * ratio > 0) add(row_logits, shift.delta, scale * share, vocabulary);
         }
-        lengths[r] = std::sqrt(_mm512_reduce_add_ps(squares));
-        for (int64_t u = 0; u < units; ++u) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < size; i += kLanes)
-                sum = _mm512_fmadd_ps(load_bf16(row + i), _mm512_loadu_ps(weight + u * size + i), sum);
-            readings[r * units + u] = bias[u] + _mm512_reduce_add_ps(sum);
+        taken[r] = scale * share;
+        for (int64_t k = 0; k < shift.heads; ++k) {
+            const float *head = shift.each(k), unit = before[k];
+            before[k] = head[2] + head[3] * unit;
+            after[k] = taken[r] > 0 ? head[2] + head[3] * (unit + taken[r] * head[1]) : before[k];
         }
+        // No shift, no divergence: what is left of it would be rounding.
+        rest[0] = ratio * share > 0 && is_finite ? divergence : 0.0f;
+        rest[1] = is_finite ? ratio * taken[r] : 0.0f;
+        rest[2] = !is_finite ? 0.0f : scale < 1 ? held_by_kl : share < 1 ? held_by_cap : 0.0f;
+        rest[3] = is_finite ? 0.0f : 1.0f;
     }
 }

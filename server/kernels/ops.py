@@ -1,10 +1,11 @@
 """The vocabulary-sized work of a step, natively. Callers ask `can_run_natively` or `can_read_natively` first.
 
-Shapes: B rows of a step, R rows of an edit, V vocabulary.
+Shapes: B rows of a step, R rows of an edit, G shifts, K heads, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,48 +46,80 @@ def sample(
     return tokens_B
 
 
-def scale_within_budget(
-    logits_BV: Tensor,
-    rows_R: Tensor,
-    delta: Tensor,
-    share_R: Tensor,
-    limit_R: Tensor,
-    *,
-    apply: bool,
-    tilts_V: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The scale [R] in [0, 1] at which each row's divergence [R] is within its limit, and that divergence.
-
-    Row rows_R[r] of logits moves by scale x share x delta, with delta [R, V], or [V] when rows share it; exp(delta -
-    max(delta)) of a shared one saves time. `apply` moves the logits in place.
-    """
+def largest_scales(base_RV: Tensor, delta_RV: Tensor, limit_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale [R] in [0, 1] at which base + scale x delta is within each row's limit, and that divergence [R]."""
     library: Any = native()
-    assert logits_BV.is_contiguous()
-    delta, share_R, limit_R = delta.contiguous(), share_R.contiguous(), limit_R.contiguous()
-    scale_R, kl_R = torch.empty_like(share_R), torch.empty_like(share_R)
-    size = logits_BV.shape[1]
-    scratch = torch.empty(torch.get_num_threads(), 2, size)
-    library.scale_within_budget_f32(
-        logits_BV.data_ptr(), size, rows_R.data_ptr(), len(rows_R), delta.data_ptr(), size if delta.dim() == 2 else 0,
-        None if tilts_V is None else tilts_V.data_ptr(), share_R.data_ptr(), limit_R.data_ptr(), scale_R.data_ptr(),
-        kl_R.data_ptr(), scratch.data_ptr(), int(apply),
+    base_RV, delta_RV, limit_R = base_RV.contiguous(), delta_RV.contiguous(), limit_R.contiguous()
+    num_rows, size = base_RV.shape
+    scale_R, kl_R = torch.empty(num_rows), torch.empty(num_rows)
+    scratch = torch.empty(torch.get_num_threads(), size)
+    library.largest_scales_f32(
+        base_RV.data_ptr(), size, num_rows, delta_RV.data_ptr(), limit_R.data_ptr(), scale_R.data_ptr(),
+        kl_R.data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
     return scale_R, kl_R
 
 
 def can_read_natively(hidden: Tensor) -> bool:
-    is_fit = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and hidden.shape[1] % 16 == 0
-    return is_fit and native() is not None
+    is_fit = hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float32)
+    return is_fit and hidden.shape[1] % 16 == 0 and native() is not None
 
 
-def read_rows(hidden_BD: Tensor, rows_R: Tensor, weight_UD: Tensor, bias_U: Tensor) -> tuple[Tensor, Tensor]:
-    """Readings [R, U] = W h + b of these rows' states, and the states' lengths [R]."""
+@dataclass(slots=True, frozen=True)
+class SharedShift:
+    """A shift of states that many rows share, for `edit_shared`: K linear heads of one unit. Float32, contiguous.
+
+    `numbers`: [length of the shift, largest entry of delta_V or NaN where anything is not finite], then for each head
+    [bias, change of its unit by the shift, mean and scale of its rewards].
+    """
+
+    numbers: Tensor
+    weight_KD: Tensor
+    delta_V: Tensor
+    tilts_V: Tensor
+    """exp(delta_V - max(delta_V))."""
+
+    def entry(self) -> list[int]:
+        """What the native side knows of it, valid as long as this object lives."""
+        tensors = (self.numbers, self.weight_KD, self.delta_V, self.tilts_V)
+        return [len(self.weight_KD), *(tensor.data_ptr() for tensor in tensors)]
+
+
+def edit_shared(
+    hidden_BD: Tensor,
+    logits_BV: Tensor,
+    entries_G5: Tensor,
+    shift_of_R: Tensor,
+    rows_B: Tensor,
+    max_shift_R: Tensor,
+    limit_R: Tensor,
+    *,
+    num_heads: int,
+    held_by_kl: int,
+    held_by_cap: int,
+    apply: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edit rows by the shifts of these `SharedShift.entry`s, each capped relative to its state and by its divergence.
+
+    `rows_B`: places of the R rows to edit, then of the others. Returns float32 logits [B, V], what was taken of each
+    shift [R], and a report [R, 2 num_heads + 5], num_heads the most that a shift has: for a shift of K heads values
+    before [K] and after [K], divergence, length relative to the state, what held it (one of the two given, or 0),
+    whether it was not finite, and a 1. `apply` moves the logits, in place if they were float32, not bfloat16.
+    """
     library: Any = native()
-    hidden_BD = hidden_BD.contiguous()
-    num_rows, num_units = len(rows_R), len(bias_U)
-    readings_RU, length_R = torch.empty(num_rows, num_units), torch.empty(num_rows)
-    library.read_rows_bf16(
-        hidden_BD.data_ptr(), hidden_BD.shape[1], rows_R.data_ptr(), num_rows, weight_UD.data_ptr(), bias_U.data_ptr(),
-        num_units, readings_RU.data_ptr(), length_R.data_ptr(),
+    assert logits_BV.stride(1) == 1
+    hidden_BD, (num_rows, size), num_edited = hidden_BD.contiguous(), logits_BV.shape, len(shift_of_R)
+    source, from_BV = None, logits_BV
+    if logits_BV.dtype == torch.bfloat16:
+        source, logits_BV = logits_BV.data_ptr(), torch.empty(num_rows, size)
+    assert logits_BV.is_contiguous()
+    taken_R, report_RN = torch.empty(num_edited), torch.ones(num_edited, 2 * num_heads + 5)
+    scratch = torch.empty(torch.get_num_threads(), size)
+    library.edit_shared(
+        hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], source, from_BV.stride(0),
+        logits_BV.data_ptr(), size, entries_G5.data_ptr(), shift_of_R.data_ptr(), rows_B.data_ptr(),
+        num_edited if source is None else num_rows, num_edited, max_shift_R.data_ptr(), limit_R.data_ptr(),
+        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap, scratch.data_ptr(),
+        apply,
     )  # fmt: skip
-    return readings_RU, length_R
+    return logits_BV, taken_R, report_RN

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from server.control.budget import LinearDivergence, largest_scale
 from server.engines.embedded import sampler
@@ -73,37 +74,113 @@ def test_rows_that_are_not_finite_draw_nothing_and_their_neighbours_are_as_alone
     assert sample(logits[4:], how[4:], [0])[0] == sample(logits, how, [0] * 5)[4]
 
 
-@pytest.mark.parametrize("strength", [0.05, 1.0, 6.0])
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_the_scale_is_the_one_that_torch_finds_and_the_divergence_is_exact(strength: float, is_shared: bool) -> None:
-    rng = torch.Generator().manual_seed(0)
-    base = torch.randn(7, 5000, generator=rng) * 3
-    delta = torch.randn(5000 if is_shared else (7, 5000), generator=rng) * strength
-    share, limit = torch.tensor([1.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.9]), torch.full((7,), 0.3)
-    expected, _ = largest_scale(LinearDivergence(base, share[:, None] * delta.expand(7, -1)), limit)
-    moved = base.clone()
-    scale, kl = ops.scale_within_budget(moved, torch.arange(7), delta, share, limit, apply=True)
-    torch.testing.assert_close(scale, expected, atol=5e-3, rtol=1e-2)
-    torch.testing.assert_close(moved, base + (scale * share)[:, None] * delta, atol=1e-5, rtol=1e-5)
+def assert_within(base: Tensor, moved: Tensor, kl: Tensor, limit: Tensor) -> None:
+    """The divergence is what is said, and within its limit."""
     before, after = base.double().log_softmax(-1), moved.double().log_softmax(-1)
     exact = (after.exp() * (after - before)).sum(-1)
     assert (exact <= limit).all()
     torch.testing.assert_close(kl.double(), exact, atol=1e-5, rtol=1e-4)
 
 
-def test_a_shift_that_is_not_finite_moves_nothing() -> None:
+@pytest.mark.parametrize("strength", [0.05, 1.0, 6.0])
+def test_the_scale_is_the_one_that_torch_finds_and_the_divergence_is_exact(strength: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    base, delta = torch.randn(7, 5000, generator=rng) * 3, torch.randn(7, 5000, generator=rng) * strength
+    limit = torch.full((7,), 0.3)
+    expected, _ = largest_scale(LinearDivergence(base, delta), limit)
+    scale, kl = ops.largest_scales(base, delta, limit)
+    torch.testing.assert_close(scale, expected, atol=5e-3, rtol=1e-2)
+    assert_within(base, base + scale[:, None] * delta, kl, limit)
+
+
+def test_a_change_that_is_not_finite_is_not_taken() -> None:
     base, delta = torch.randn(3, 100), torch.randn(3, 100)
     delta[0, 5], delta[1, 5] = float("nan"), float("inf")
-    moved = base.clone()
-    scale, _ = ops.scale_within_budget(moved, torch.arange(3), delta, torch.ones(3), torch.full((3,), 0.3), apply=True)
-    assert torch.equal(moved[:2], base[:2])
+    scale, _ = ops.largest_scales(base, delta, torch.full((3,), 0.3))
     assert scale.tolist()[:2] == [0.0, 0.0]
     assert scale[2] > 0
 
 
-def test_only_the_named_rows_are_moved() -> None:
-    base, delta = torch.randn(4, 100), torch.randn(100)
-    moved = base.clone()
-    ops.scale_within_budget(moved, torch.tensor([2]), delta, torch.ones(1), torch.full((1,), 0.3), apply=True)
-    assert torch.equal(moved[[0, 1, 3]], base[[0, 1, 3]])
-    assert not torch.equal(moved[2], base[2])
+def shift_of(num_heads: int, strength: float, seed: int) -> ops.SharedShift:
+    """Of a state of 32 numbers and a vocabulary of 5000; its length is 2."""
+    rng = torch.Generator().manual_seed(seed)
+    delta = torch.randn(5000, generator=rng) * strength
+    numbers = torch.cat([torch.tensor([2.0, float(delta.max())]), torch.randn(4 * num_heads, generator=rng)])
+    weight = torch.randn(num_heads, 32, generator=rng)
+    return ops.SharedShift(numbers, weight, delta, (delta - delta.max()).exp())
+
+
+def edit(
+    hidden: Tensor, logits: Tensor, shifts: list[ops.SharedShift], shift_of: list[int], rows: list[int], cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, others = len(rows), sorted(set(range(len(logits))).difference(rows))
+    return ops.edit_shared(
+        hidden,
+        logits,
+        torch.tensor([shift.entry() for shift in shifts]),
+        torch.tensor(shift_of),
+        torch.tensor([*rows, *others]),
+        torch.full((count,), cap),
+        torch.full((count,), 0.3),
+        num_heads=2,
+        held_by_kl=4,
+        held_by_cap=6,
+        apply=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cap", [0.2, 10.0])
+@pytest.mark.parametrize("strength", [0.05, 1.0, 6.0])
+def test_shared_shifts_move_their_rows_within_both_bounds_and_no_other_row(
+    dtype: torch.dtype, cap: float, strength: float
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    hidden, base = torch.randn(7, 32, generator=rng).to(dtype), torch.randn(7, 5000, generator=rng) * 3
+    shifts, which, rows = [shift_of(2, strength, 1), shift_of(1, strength, 2)], [0, 1, 0, 0, 1], [0, 1, 3, 4, 6]
+    moved, taken, report = edit(hidden, base.clone(), shifts, which, rows, cap)
+    assert torch.equal(moved[[2, 5]], base[[2, 5]])
+    for row, shift, share, numbers in zip(rows, (shifts[i] for i in which), taken, report, strict=True):
+        state, size = hidden[row].float(), len(shift.weight_KD)
+        bias, climb, mean, scale = shift.numbers[2:].view(-1, 4).T
+        units = shift.weight_KD @ state + bias
+        torch.testing.assert_close(numbers[:size], mean + scale * units, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            numbers[size : 2 * size], mean + scale * (units + share * climb), atol=1e-4, rtol=1e-4
+        )
+        kl, ratio, held_by, is_nonfinite, last = numbers[2 * size : 2 * size + 5].tolist()
+        torch.testing.assert_close(moved[row], base[row] + share * shift.delta_V, atol=1e-5, rtol=1e-5)
+        assert_within(base[row][None], moved[row][None], torch.tensor([kl]), torch.tensor([0.3]))
+        most = min(1.0, cap * float(state.norm()) / 2)
+        expected, _ = largest_scale(
+            LinearDivergence(base[[row, row]], (most * shift.delta_V).expand(2, -1)), torch.full((2,), 0.3)
+        )
+        assert float(share) == pytest.approx(most * float(expected[0]), abs=5e-3, rel=1e-2)
+        assert ratio == pytest.approx(2 * float(share) / float(state.norm()), rel=1e-4)
+        assert held_by == (4 if float(share) < 0.999 * most else 6 if most < 1 else 0)
+        assert (is_nonfinite, last) == (0, 1)
+
+
+def test_a_row_or_a_shift_that_is_not_finite_moves_nothing_and_is_counted() -> None:
+    hidden, base = torch.randn(3, 32), torch.randn(3, 5000)
+    hidden[1, 3] = float("inf")
+    good, bad = shift_of(1, 1.0, 1), shift_of(1, 1.0, 2)
+    bad.numbers[1] = float("nan")
+    moved, taken, report = edit(hidden, base.clone(), [good, bad], [0, 0, 1], [0, 1, 2], 10.0)
+    assert not torch.equal(moved[0], base[0])
+    assert torch.equal(moved[1:], base[1:])
+    assert (taken > 0).tolist() == [True, False, False]
+    assert report[:, 5].tolist() == [0.0, 1.0, 1.0]
+    assert report[1:, 2:5].tolist() == [[0.0] * 3] * 2
+
+
+def test_logits_in_bfloat16_are_widened_on_the_way_wherever_their_rows_lie() -> None:
+    hidden, wide = torch.randn(5, 32), (torch.randn(5, 5100) * 3).bfloat16()
+    narrow, kept, shift = wide[:, :4999], wide.clone(), shift_of(1, 1.0, 1)
+    shift = ops.SharedShift(shift.numbers, shift.weight_KD, shift.delta_V[:4999], shift.tilts_V[:4999])
+    expected = edit(hidden, narrow.float(), [shift], [0, 0], [1, 4], 10.0)
+    got = edit(hidden, narrow, [shift], [0, 0], [1, 4], 10.0)
+    assert all(torch.equal(mine, its) for mine, its in zip(got, expected, strict=True))
+    assert torch.equal(got[0][[0, 2, 3]], narrow[[0, 2, 3]].float())
+    assert not torch.equal(got[0][1], narrow[1].float())
+    assert torch.equal(wide, kept)

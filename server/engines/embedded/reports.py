@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from server.control.editor import GroupStats
-from server.control.state import HELD_BY
 from server.engines.base import EngineObserver
+from server.engines.edits import token_edit
 from server.engines.embedded.model.attention import Segment
 from server.engines.embedded.model.runner import LMHead
 from server.engines.embedded.sequence import Sequence
@@ -45,21 +45,10 @@ def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
     """Row of the step -> what control did to it."""
     edits: dict[int, TokenEdit] = {}
     for group_stats in stats:
-        names = group_stats.group.stack.names
-        before, after = group_stats.values_before_RK.tolist(), group_stats.values_after_RK.tolist()
-        kl, shift = group_stats.kl_R.tolist(), group_stats.shift_ratio_R.tolist()
-        held_by, is_nonfinite = group_stats.held_by_R.tolist(), group_stats.is_nonfinite_R.tolist()
-        is_open = None if group_stats.is_gate_open_R is None else group_stats.is_gate_open_R.tolist()
-        for i, row in enumerate(group_stats.group.rows):
-            edits[row] = TokenEdit(
-                value_before=dict(zip(names, before[i], strict=True)),
-                value_after=dict(zip(names, after[i], strict=True)),
-                kl=kl[i],
-                shift_ratio=shift[i],
-                held_by=HELD_BY[held_by[i]],
-                is_nonfinite=is_nonfinite[i],
-                is_gate_open=is_open is None or is_open[i],
-            )
+        group = group_stats.group
+        # A group of one row is held twice.
+        for row, numbers in zip(group.rows, group_stats.numbers_RN.tolist(), strict=False):
+            edits[row] = token_edit(group.stack.names, numbers)
     return edits
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import ControlState
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import ID_KEY, parse_control
+from server.engines.vllm.wire import parse_control
 from server.errors import InvalidRequestError, UnknownHeadError
 from server.types import ControlParams
 
@@ -33,8 +33,7 @@ _log = logging.getLogger(__name__)
 _FAILED = "control failed inside the worker"
 
 
-@dataclass(slots=True, frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row that gets a token now. `position` is the token's place in the output, from 0."""
 
     request_id: str
@@ -44,7 +43,6 @@ class Row:
 @dataclass(slots=True)
 class _Request:
     control: ControlParams | None
-    choice_id: str | None
     prompt_len: int
     fault: str | None = None
     """Why it cannot be controlled; it ends with an error then."""
@@ -73,19 +71,24 @@ class _Request:
 class StepReport:
     """What a step's edits did, on its way to the host; `resolve` waits for it, from whatever thread."""
 
-    def __init__(self, rows: Sequence[Row | None], stats: Sequence[GroupStats], *, edit_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row | None],
+        stats: Sequence[GroupStats],
+        *,
+        edit_s: float = 0.0,
+        faults: Mapping[str, str] | None = None,
+    ) -> None:
         self._rows = rows
         self._edit_s = edit_s
+        self._faults = dict(faults or {})
         self._lock = threading.Lock()
         self._numbers: dict[str, list[float]] | None = None
-        packed = [(group.group.rows, _packed(group)) for group in stats]
-        is_on_gpu = any(tensor.is_cuda for _, tensor in packed)
-        self._packed = [(rows, tensor.to("cpu", non_blocking=True)) for rows, tensor in packed]
+        is_on_gpu = any(group.numbers_RN.is_cuda for group in stats)
+        self._pending = [(group.group.rows, group.numbers_RN.to("cpu", non_blocking=True)) for group in stats]
         self._event = torch.cuda.Event() if is_on_gpu else None
         if self._event is not None:
             self._event.record()
-        self.choice_ids: dict[str, str | None] = {}
-        self.faults: dict[str, str] = {}
 
     def resolve(self) -> dict[str, list[float]]:
         """Request id -> the numbers of its edit, as `wire.decode_edit` reads them."""
@@ -94,13 +97,13 @@ class StepReport:
                 if self._event is not None:
                     self._event.synchronize()
                 self._numbers = {}
-                for rows, tensor in self._packed:
+                for rows, numbers_RN in self._pending:
                     # A group of one row is held twice.
-                    for row, numbers in zip(rows, tensor.tolist(), strict=False):
+                    for row, numbers in zip(rows, numbers_RN.tolist(), strict=False):
                         its = self._rows[row]
                         assert its is not None
                         self._numbers[its.request_id] = numbers
-                self._packed = []
+                self._pending = []
             return self._numbers
 
     def positions(self) -> dict[str, int]:
@@ -108,14 +111,7 @@ class StepReport:
 
     def as_plain_data(self) -> dict[str, Any]:
         """What travels to the scheduler's process."""
-        edits: dict[str, dict[str, Any]] = {
-            name: {"id": self.choice_ids.get(name), "edit": numbers} for name, numbers in self.resolve().items()
-        }
-        for entry in edits.values():
-            # A step is one edit: whoever sums them up must hear of its duration once.
-            entry["edit_s"] = self._edit_s
-            break
-        return {"edits": edits, "faults": self.faults}
+        return {"edits": self.resolve(), "edit_s": self._edit_s, "faults": self._faults}
 
 
 class RowControl:
@@ -150,11 +146,15 @@ class RowControl:
             # A server in front must refuse these; one that has not must not be able to stop the worker.
             control, fault = None, str(error)
         if control is not None or fault is not None:
-            choice_id = (extra_args or {}).get(ID_KEY)
-            self._requests[request_id] = _Request(control, choice_id, prompt_len, fault)
+            self._requests[request_id] = _Request(control, prompt_len, fault)
 
     def remove(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is controlled, so that every `row` is None."""
+        return not self._requests
 
     def row(self, request_id: str, num_tokens: int) -> Row | None:
         """Of a request that has so many tokens, prompt and new, before the one drawn now; None without control."""
@@ -168,13 +168,13 @@ class RowControl:
         controls = [None if row is None else self._requests[row.request_id].control for row in rows]
         started_s = time.perf_counter()
         logits_BV, stats = self._edited(hidden_BD, rows, controls)
-        report = StepReport(rows, stats, edit_s=time.perf_counter() - started_s)
-        for row in rows:
-            if row is not None:
-                request = self._requests[row.request_id]
-                report.choice_ids[row.request_id] = request.choice_id
-                if request.fault is not None:
-                    report.faults[row.request_id] = request.fault
+        edit_s = time.perf_counter() - started_s
+        faults = {
+            row.request_id: fault
+            for row in rows
+            if row is not None and (fault := self._requests[row.request_id].fault) is not None
+        }
+        report = StepReport(rows, stats, edit_s=edit_s, faults=faults)
         self._report, self._is_report_taken = report, False
         return logits_BV
 
@@ -214,13 +214,16 @@ class RowControl:
         report, self._report = self._report, None
         if report is None:
             return
-        positions = report.positions()
-        waiting = [name for name in positions if name in self._requests and self._requests[name].remembers]
+        waiting = {
+            name: position
+            for name, position in report.positions().items()
+            if name in self._requests and self._requests[name].remembers
+        }
         if waiting:
             edits = report.resolve()
-            for name in waiting:
+            for name, position in waiting.items():
                 if name in edits:
-                    self._requests[name].remember(positions[name], edits[name])
+                    self._requests[name].remember(position, edits[name])
 
 
 def _are_same(controls: Sequence[ControlParams | None], others: Sequence[ControlParams | None] | None) -> bool:
@@ -228,14 +231,3 @@ def _are_same(controls: Sequence[ControlParams | None], others: Sequence[Control
     if others is None or len(controls) != len(others):
         return False
     return all(mine is other for mine, other in zip(controls, others, strict=True))
-
-
-def _packed(stats: GroupStats) -> Tensor:
-    """[R, 2 K + 5] float32, in the order of `wire.decode_edit`."""
-    rows = stats.kl_R
-    is_open_R = torch.ones_like(rows) if stats.is_gate_open_R is None else stats.is_gate_open_R
-    columns = [rows, stats.shift_ratio_R, stats.held_by_R, stats.is_nonfinite_R, is_open_R]
-    return torch.cat(
-        [stats.values_before_RK, stats.values_after_RK, torch.stack([column.float() for column in columns], dim=1)],
-        dim=1,
-    )

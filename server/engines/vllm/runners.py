@@ -31,7 +31,7 @@ class _ControlledRunner:
 
         def compute_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             rows_of, self._rows_to_edit = self._rows_to_edit, None
-            rows = [] if rows_of is None else rows_of()
+            rows = [] if rows_of is None or control.is_idle else rows_of()
             if not any(rows):
                 return plain(hidden_states, *args, **kwargs)
             return control.logits(hidden_states, rows)
@@ -87,15 +87,13 @@ class ControlledRunnerV1(_ControlledRunner):
 
     def _sampled_rows(self, scheduler_output: Any) -> Rows:
         assert self.row_control is not None
-        batch, is_discarded = self.input_batch, self.discard_request_mask.np
+        names, scheduled = self.input_batch.req_ids, scheduler_output.num_scheduled_tokens
+        # As lists: numpy's numbers are slow to come by one at a time.
+        computed = self.input_batch.num_computed_tokens_cpu[: len(names)].tolist()
+        is_discarded = self.discard_request_mask.np[: len(names)].tolist()
         return [
-            None
-            if is_discarded[index]
-            else self.row_control.row(
-                request_id,
-                int(batch.num_computed_tokens_cpu[index]) + scheduler_output.num_scheduled_tokens[request_id],
-            )
-            for index, request_id in enumerate(batch.req_ids)
+            None if without_token else self.row_control.row(name, known + scheduled[name])
+            for name, known, without_token in zip(names, computed, is_discarded, strict=True)
         ]
 
 
@@ -123,8 +121,10 @@ class ControlledRunnerV2(_ControlledRunner):
         known = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
         is_sampled = known >= input_batch.prefill_len_np
         return [
-            self.row_control.row(request_id, int(known[index])) if is_sampled[index] else None
-            for index, request_id in enumerate(input_batch.req_ids)
+            self.row_control.row(name, num_tokens) if gets_token else None
+            for name, num_tokens, gets_token in zip(
+                input_batch.req_ids, known.tolist(), is_sampled.tolist(), strict=False
+            )
         ]
 
 

@@ -46,10 +46,10 @@ class VllmUnembedding:
             raise ModelLoadError("The model caps its logits in more than one place, so control cannot move them.")
         unembedding = cls(compute_logits, dtype, processor=processors[0] if processors else None, bias_V=None)
         probe_MD = torch.linspace(-1.0, 1.0, 2 * hidden_size, device=device).view(2, hidden_size)
-        bias_V = unembedding.project(torch.zeros_like(probe_MD))[0]
+        bias_V = unembedding.project(torch.zeros_like(probe_MD))[0].float()
         if bias_V.any():
             unembedding._bias_V = bias_V
-        once_MV, twice_MV = unembedding.project(probe_MD), unembedding.project(2 * probe_MD)
+        once_MV, twice_MV = (unembedding.project(scale * probe_MD).float() for scale in (1, 2))
         if not (twice_MV - 2 * once_MV).abs().amax() <= _TOLERANCE * twice_MV.abs().amax():
             raise ModelLoadError("The model's logits are not linear in its last state, so control cannot move them.")
         return unembedding
@@ -64,11 +64,13 @@ class VllmUnembedding:
         return self._processor is None and self._bias_V is None
 
     def project(self, hidden_MD: Tensor) -> Tensor:
-        """[M, D] any float dtype -> [M, V] float32, in memory of its own."""
+        """[M, D] any float dtype -> [M, V] in memory of its own, in float32 or as `Unembedding.project` allows."""
         num_rows = min(self.num_rows, len(hidden_MD))
         parts = hidden_MD.to(self._dtype).split([num_rows, len(hidden_MD) - num_rows])
         with self._uncapped():
-            computed = [self.plain(part) for part in parts if len(part)]
+            computed = [self._computed(part) for part in parts if len(part)]
+        if not self.is_exact or computed[0].dtype != torch.bfloat16:
+            computed = [part.float() for part in computed]
         projected_MV = torch.cat(computed) if len(computed) > 1 else computed[0]
         return projected_MV if self._bias_V is None else projected_MV - self._bias_V
 
@@ -83,9 +85,12 @@ class VllmUnembedding:
 
     def plain(self, hidden_MD: Tensor) -> Tensor:
         """What vLLM computes, as the float32 that its sampler makes of it."""
+        return self._computed(hidden_MD).float()
+
+    def _computed(self, hidden_MD: Tensor) -> Tensor:
         logits_MV = self._compute_logits(hidden_MD)
         assert logits_MV is not None, "this rank computes no logits"
-        return logits_MV.float().contiguous()
+        return logits_MV.contiguous()
 
     @contextlib.contextmanager
     def _uncapped(self) -> Iterator[None]:

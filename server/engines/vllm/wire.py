@@ -1,8 +1,8 @@
 """What this program's two sides say to each other through vLLM: control in `extra_args`, edits beside the tokens.
 
 A request carries its control as one JSON string, since vLLM's HTTP server takes flat values only. An edit travels as a
-flat list of numbers: the values before and after by head, in the fixed order of `ControlParams.head_names`, then the
-rest of a `TokenEdit`. Knows neither vLLM nor tensors. Enter at `parse_control` and `decode_edit`.
+flat list of numbers, a row of the editor's `GroupStats.numbers_RN`, whose heads are in the fixed order of
+`ControlParams.head_names`. Knows neither vLLM nor tensors. Enter at `parse_control` and `decode_edit`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.control.state import HELD_BY
+from server.engines.edits import token_edit
 from server.errors import InvalidRequestError
 from server.types import ControlParams, TokenEdit
 
@@ -53,16 +53,5 @@ def control_args(control: ControlParams, choice_id: str) -> dict[str, Any]:
 
 
 def decode_edit(control: ControlParams, numbers: Sequence[float]) -> TokenEdit:
-    """What `row_control` packed for one token of a row under this control."""
-    names = control.head_names
-    size = len(names)
-    kl, shift_ratio, held_by, is_nonfinite, is_gate_open = numbers[2 * size :]
-    return TokenEdit(
-        value_before=dict(zip(names, numbers[:size], strict=True)),
-        value_after=dict(zip(names, numbers[size : 2 * size], strict=True)),
-        kl=kl,
-        shift_ratio=shift_ratio,
-        held_by=HELD_BY[int(held_by)],
-        is_nonfinite=bool(is_nonfinite),
-        is_gate_open=bool(is_gate_open),
-    )
+    """What a worker reported for one token of a row under this control."""
+    return token_edit(control.head_names, numbers)

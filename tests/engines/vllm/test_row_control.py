@@ -118,20 +118,18 @@ def test_an_edit_is_what_the_embedded_engines_editor_makes_of_it(registry: HeadR
     torch.testing.assert_close(logits_BV, expected_BV, atol=1e-4, rtol=1e-5)
 
 
-def test_the_report_tells_each_controlled_rows_edit_by_its_choice(registry: HeadRegistry) -> None:
+def test_the_report_tells_each_controlled_rows_edit(registry: HeadRegistry) -> None:
     row_control = RowControl(registry, unembedding_of(Model()))
     row_control.logits(states(6), rows_for(row_control, CONTROLS))
     report = row_control.take_report()
     assert report is not None
     assert row_control.take_report() is None
     data = json.loads(json.dumps(report.as_plain_data()))
-    assert {name: entry["id"] for name, entry in data["edits"].items()} == {
-        "r1": "choice-1", "r3": "choice-3", "r4": "choice-4"
-    }  # fmt: skip
-    assert sum("edit_s" in entry for entry in data["edits"].values()) == 1
+    assert sorted(data["edits"]) == ["r1", "r3", "r4"]
+    assert data["edit_s"] > 0
     deep = CONTROLS[4]
     assert deep is not None
-    edit = decode_edit(deep, data["edits"]["r4"]["edit"])
+    edit = decode_edit(deep, data["edits"]["r4"])
     assert list(edit.value_before) == list(edit.value_after) == ["deep", "line"]
     assert edit.value_before != edit.value_after
     assert 0 < edit.kl <= deep.max_kl

@@ -213,7 +213,7 @@ def test_rows_are_edited_by_request_whatever_the_batchs_order(driver: Driver) ->
     assert {name: driver.moved(name, position) for name, position in (("a", 4), ("b", 6), ("c", 2))} == {
         "a": True, "b": False, "c": True
     }  # fmt: skip
-    assert {name: entry["id"] for name, entry in report["edits"].items()} == {"a": "choice of a", "c": "choice of c"}
+    assert sorted(report["edits"]) == ["a", "c"]
     driver.step({"c": 1, "b": 1}, finished_req_ids={"a"})
     assert (driver.moved("c", 3), driver.moved("b", 7)) == (True, False)
 
@@ -258,8 +258,8 @@ def test_a_preempted_request_comes_back_with_what_it_had_spent(heads: dict[str, 
         driver = Driver(kind, heads)
 
         def step(scheduled: dict[str, int], driver: Driver = driver, **options: Any) -> float:
-            (entry,) = driver.step(scheduled, **options)["edits"].values()
-            return entry["edit"][2]
+            (numbers,) = driver.step(scheduled, **options)["edits"].values()
+            return numbers[2]
 
         kls = [step({"a": 4}, scheduled_new_reqs=[new(asked)])]
         kls += [step({"a": 1}) for _ in range(3)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import NullObserver
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
@@ -27,7 +28,7 @@ from server.settings import Settings
 from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, byte_tokenizer, control
 
-EDIT = [0.25, 0.5, 0.125, 0.75, 0.0, 0.0, 1.0]
+EDIT = [0.25, 0.5, 0.125, 0.75, float(HELD_BY.index(HeldBy.MAX_KL)), 0.0, 1.0]
 
 
 def output(request_id: str = "r", tokens: tuple[int, ...] = (7,), finish_reason: Any = None) -> Any:
@@ -36,8 +37,8 @@ def output(request_id: str = "r", tokens: tuple[int, ...] = (7,), finish_reason:
     )
 
 
-def report(choice_id: str | None = None) -> dict[str, Any]:
-    return {"edits": {"r": {"id": choice_id, "edit": EDIT, "edit_s": 0.001}}, "faults": {"bad": "why"}}
+def report() -> dict[str, Any]:
+    return {"edits": {"r": EDIT, "s": EDIT}, "edit_s": 0.001, "faults": {"bad": "why"}}
 
 
 def test_control_travels_as_one_flat_string_and_comes_out_the_same() -> None:
@@ -60,12 +61,20 @@ def test_control_that_is_none_is_refused_in_words(payload: Any, named: str) -> N
 def test_an_edit_leaves_with_its_own_token_for_this_programs_engine() -> None:
     delivery, mine = Delivery(), output()
     delivery.expect("r", control_args(control({"good": 1.0}), "choice"))
-    assert delivery.fill(mine, report("choice")) is None
-    assert mine.kv_transfer_params[REPORT_KEY]["edit"] == EDIT
+    assert delivery.fill(mine, report()) is None
+    assert mine.kv_transfer_params[REPORT_KEY] == {"id": "choice", "edit": EDIT, "edit_s": 0.001}
     # A token that was thrown away takes its edit with it.
     thrown_away = output(tokens=())
-    delivery.fill(thrown_away, report("choice"))
+    delivery.fill(thrown_away, report())
     assert thrown_away.kv_transfer_params is None
+
+
+def test_a_steps_duration_is_told_once() -> None:
+    delivery, outputs, of_step = Delivery(), [output("r"), output("s")], report()
+    for mine in outputs:
+        delivery.expect(mine.request_id, control_args(control({"good": 1.0}), mine.request_id))
+        delivery.fill(mine, of_step)
+    assert ["edit_s" in mine.kv_transfer_params[REPORT_KEY] for mine in outputs] == [True, False]
 
 
 def test_a_plain_server_gets_a_summary_with_the_last_token() -> None:
@@ -77,7 +86,9 @@ def test_a_plain_server_gets_a_summary_with_the_last_token() -> None:
     assert first.kv_transfer_params is None
     summary = last.kv_transfer_params[REPORT_KEY]["control"]
     assert summary["value_after"] == {"good": 0.5}
-    assert summary["mean_kl"] == 0.125
+    assert (summary["mean_kl"], summary["max_kl"], summary["mean_shift"]) == (0.125, 0.125, 0.75)
+    assert (summary["controlled_share"], summary["nonfinite_edits"]) == (1.0, 0)
+    assert summary["held_share"] == {"max_kl": 1.0}
     again = output(finish_reason="stop")
     delivery.fill(again, None)
     assert again.kv_transfer_params is None
