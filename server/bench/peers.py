@@ -151,6 +151,8 @@ ARMS: dict[str, Arm] = {
 }
 CONTROL_IN_VLLM = tuple(name for name, arm in ARMS.items() if arm.peer == "vllm-control")
 """What is measured only when asked for: control inside vLLM, beside vLLM without it."""
+VLLM, VLLM_WITHOUT_HEADS = "vllm", "vllm-control"
+"""vLLM as it is, and with control installed but not asked for."""
 OURS = "recontrol"
 """The arm that ratios are taken of."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from server.bench.peers import ARMS, CONTROL_IN_VLLM, OURS
+from server.bench.peers import ARMS, CONTROL_IN_VLLM, OURS, VLLM, VLLM_WITHOUT_HEADS
 from server.bench.soak.table import soak_table
 
 _GIB = 2**30
@@ -119,24 +119,35 @@ def quantization_table(result: Mapping[str, Any]) -> str:
 
 
 def vllm_table(result: Mapping[str, Any]) -> str:
-    """A batch's time with control inside vLLM over that of vLLM without it, by turns of the same run."""
+    """A batch's time with control inside vLLM over that of vLLM without it, by turns of the same run.
+
+    Once over plain vLLM, in a process of its own, and once over the very process that controls, while it does not: two
+    processes of the same program can differ by some percent throughout.
+    """
     arms = result.get("offline") or {}
     controlled = [arm for arm in arms if arm in CONTROL_IN_VLLM]
-    if "vllm" not in arms or not controlled:
+    if VLLM not in arms or not controlled:
         return ""
     sizes = [str(size) for size in result["settings"]["batch_sizes"]]
-    lines = _head(["time over plain vLLM's", *(f"batch {size}" for size in sizes)])
+    others = {VLLM: "over plain vLLM", VLLM_WITHOUT_HEADS: "over the same process without control"}
+    lines = _head(["time", *(f"batch {size}, {title}" for size in sizes for title in others.values())])
     for arm in controlled:
-        cells = []
-        for size in sizes:
-            mine, plain = (arms[name]["batches"].get(size) for name in (arm, "vllm"))
-            if not mine or not plain or len(mine["seconds"]) != len(plain["seconds"]):
-                cells.append(_MISSING)
-                continue
-            ratios = [a / b for a, b in zip(mine["seconds"], plain["seconds"], strict=True)]
-            cells.append(f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        cells = [
+            _MISSING if arm == other else _time_ratio(arms[arm], arms.get(other), size)
+            for size in sizes
+            for other in others
+        ]
         lines.append(_row([_name(arm, result), *cells]))
     return "\n".join(lines)
+
+
+def _time_ratio(mine: Mapping[str, Any], other: Mapping[str, Any] | None, size: str) -> str:
+    """Of a batch's seconds, by turns."""
+    batches = [arm["batches"].get(size) for arm in (mine, other) if arm]
+    if len(batches) < 2 or None in batches or len({len(batch["seconds"]) for batch in batches}) > 1:
+        return _MISSING
+    ratios = [a / b for a, b in zip(*(batch["seconds"] for batch in batches), strict=True)]
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def notes(result: Mapping[str, Any]) -> str:

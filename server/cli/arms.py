@@ -24,7 +24,7 @@ from value_models.rollouts import RolloutPrompt, RolloutSettings
 from value_models.store import tensors_digest
 
 # Part of what decides a response: raise it when a change of the engine changes what is sampled.
-_SAMPLING_VERSION = 1
+_SAMPLING_VERSION = 2
 
 
 class ArmFactory:

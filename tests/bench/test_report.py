@@ -130,9 +130,16 @@ def test_control_inside_vllm_is_told_as_time_over_plain_vllm_by_turns_of_one_run
     def timed(*seconds: float) -> dict[str, Any]:
         return {"batches": {"1": {**batch(1, 1), "seconds": list(seconds)}}}
 
-    arms = {"vllm": timed(2.0, 4.0, 5.0), "vllm-control-1-head": timed(2.2, 4.0, 5.25)}
+    arms = {"vllm": timed(2.0, 4.0, 5.0), "vllm-control": timed(2.0, 4.0), "vllm-control-1-head": timed(2.2, 4.0, 5.25)}
     result = {**RESULT, "settings": {**RESULT["settings"], "batch_sizes": [1, 8]}, "offline": arms, "online": None}
     assert sections(result).keys() == {"bench-vllm"}
     rows = sections(result)["bench-vllm"].splitlines()
-    assert rows[2] == "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | - |"
+    # One turn of the second is missing.
+    assert rows[2] == "| `vllm-control` | - | - | - | - |"
+    assert rows[3] == "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | - | - | - |"
+    idle = {**result, "offline": {**arms, "vllm-control": timed(2.2, 3.2, 5.25)}}
+    assert sections(idle)["bench-vllm"].splitlines()[2:][:2] == [
+        "| `vllm-control` | 1.050 (0.800 to 1.100) | - | - | - |",
+        "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | 1.000 (1.000 to 1.250) | - | - |",
+    ]
     assert "bench-vllm" not in sections(RESULT)
