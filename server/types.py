@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -150,9 +150,9 @@ class ControlParams(BaseModel):
             raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
 
     @classmethod
-    def for_head(cls, name: str) -> ControlParams:
-        """The default objective behind the model id `base@name`."""
-        return cls(objective=WeightedSum(weights={name: 1.0}))
+    def for_head(cls, name: str, *, weight: float = 1.0, **fields: Any) -> ControlParams:
+        """One head's ascent, by default as behind the model id `base@name`; `fields` are others of the request's."""
+        return cls(objective=WeightedSum(weights={name: weight}), **fields)
 
     @classmethod
     def without_limits(

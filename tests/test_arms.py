@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.cli.arms import ArmFactory, blockwise, head_control
+from server.cli.arms import ArmFactory, blockwise
 from server.control.objectives import WorstCase
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
@@ -40,17 +40,17 @@ def arms(factory: ArmFactory) -> list[Arm]:
         factory.base(),
         factory.prompting("Be kind."),
         factory.prompting("Be brief."),
-        factory.prompting("Be kind.", head_control("good")),
-        factory.control(head_control("good")),
-        factory.control(head_control("good", weight=-1.0)),
-        factory.control(head_control("line")),
-        factory.control(head_control("good", max_kl=0.1)),
+        factory.prompting("Be kind.", ControlParams.for_head("good")),
+        factory.control(ControlParams.for_head("good")),
+        factory.control(ControlParams.for_head("good", weight=-1.0)),
+        factory.control(ControlParams.for_head("line")),
+        factory.control(ControlParams.for_head("good", max_kl=0.1)),
         factory.control_without_limits("good", step_size=1.0, steps=3),
         factory.control_without_limits("good", step_size=1.0, steps=4),
         factory.controlled_decoding("good", ControlledDecoding()),
         factory.controlled_decoding("good", ControlledDecoding(value_weight=1.0)),
         factory.controlled_decoding("line", ControlledDecoding()),
-        factory.control(head_control("good", steps=0, search=blockwise())),
+        factory.control(ControlParams.for_head("good", steps=0, search=blockwise())),
     ]
 
 
@@ -73,7 +73,7 @@ def test_what_cards_tell_is_part_of_an_arm_that_looks_ahead_and_of_no_other(
         loaded = load_tiny()
         core = EngineCore(loaded, HeadRegistry(heads, cards), max_batch_size=8)
         factory = ArmFactory(loaded, core, SAMPLING)
-        specs.append([str(factory.control(control).spec) for control in (worst, head_control("good"))])
+        specs.append([str(factory.control(control).spec) for control in (worst, ControlParams.for_head("good"))])
     of_worst, of_sum = map(set, zip(*specs, strict=True))
     assert (len(of_worst), len(of_sum)) == (3, 1)
 
@@ -123,7 +123,7 @@ def test_a_searchs_divergence_is_its_bound_and_what_control_adds(make: Callable[
     factory, ignoring = make(), {"steps": 0}
     bound = math.log(3) - 2 / 3
     for options, is_steered in ((ignoring, False), ({}, True)):
-        arm = factory.control(head_control("line", search=blockwise(3, 4), **options))
+        arm = factory.control(ControlParams.for_head("line", search=blockwise(3, 4), **options))
         for sample in arm.sampler(PROMPTS, 2):
             num_blocks, last = -(-sample.num_tokens // 4), (sample.num_tokens - 1) % 4 + 1
             added = sample.mean_kl - bound * num_blocks / sample.num_tokens
@@ -132,4 +132,4 @@ def test_a_searchs_divergence_is_its_bound_and_what_control_adds(make: Callable[
 
 
 def test_a_search_changes_no_arm_that_was_sampled_without_one(make: Callable[..., ArmFactory]) -> None:
-    assert "search" not in make().control(head_control("good")).spec["control"]
+    assert "search" not in make().control(ControlParams.for_head("good")).spec["control"]

@@ -105,9 +105,5 @@ class ArmFactory:
         return {name: tensors_digest(self._registry.head(name)) for name in names}
 
 
-def head_control(head: str, *, weight: float = 1.0, **options: Any) -> ControlParams:
-    return ControlParams(objective=WeightedSum(weights={head: weight}), **options)
-
-
 def blockwise(candidates: int = 4, block_tokens: int = 8) -> Blocks:
     return Blocks(type="blocks", candidates=candidates, block_tokens=block_tokens)

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import ModelCommand, command_line
-from server.control.objectives import WeightedSum
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import load_registry
@@ -31,9 +30,6 @@ class _PromptCommand(ModelCommand):
     top_p: float = 0.95
     seed: int = 0
     max_kl: float = Field(ControlParams.model_fields["max_kl"].default, description="budget of a head, nats a token")
-
-    def of_head(self, name: str) -> ControlParams:
-        return ControlParams(objective=WeightedSum(weights={name: 1.0}), max_kl=self.max_kl)
 
     def respond(
         self,
@@ -83,7 +79,7 @@ class Generate(_PromptCommand):
         return self
 
     def cli_cmd(self) -> None:
-        control = None if self.head is None else self.of_head(self.head)
+        control = None if self.head is None else ControlParams.for_head(self.head, max_kl=self.max_kl)
         if self.control is not None:
             control = ControlParams.from_json(self.control, "control")
             if control.search is not None:
@@ -108,7 +104,7 @@ class Compare(_PromptCommand):
         core = self.core(loaded, load_registry(self.heads_dir, loaded))
         responses = {"base": self.respond(loaded, core, None)}
         for name in core.registry.names:
-            responses[name] = self.respond(loaded, core, self.of_head(name))
+            responses[name] = self.respond(loaded, core, ControlParams.for_head(name, max_kl=self.max_kl))
         for name, text in responses.items():
             print(f"[{name}] {' '.join(text.split())}\n")
         if self.out is not None:

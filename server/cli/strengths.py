@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from server.cli.arms import ArmFactory, blockwise, head_control
+from server.cli.arms import ArmFactory, blockwise
 from server.engines.embedded.controlled_decoding import ControlledDecoding
-from server.types import MAX_STEP_SIZE
+from server.types import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
 
 
@@ -128,7 +128,7 @@ class StrengthSearch:
             case Method.CONTROLLED_DECODING:
                 return factory.controlled_decoding(self._head, ControlledDecoding(value_weight=strength))
             case Method.BLOCKWISE:
-                return factory.control(head_control(self._head, steps=0, search=blockwise(int(strength))))
+                return factory.control(ControlParams.for_head(self._head, steps=0, search=blockwise(int(strength))))
             case Method.BEST_OF:
                 return factory.best_of(int(strength))
             case Method.PROMPTING:
@@ -136,7 +136,7 @@ class StrengthSearch:
                 return factory.prompting(self._instruction)
             case _:
                 name = self._head if method is Method.HEAD else method.value
-                return factory.control(head_control(name, step_size=strength, max_kl=self._max_kl))
+                return factory.control(ControlParams.for_head(name, step_size=strength, max_kl=self._max_kl))
 
     def _tried(self, method: Method, wanted_kl: float) -> list[Point]:
         """Points tried on the way to a divergence. KL grows with the square of a small strength."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from server.cli.arms import ArmFactory, head_control
+from server.cli.arms import ArmFactory
 from server.cli.plots import plot_map, plot_pareto
 from server.cli.strengths import Method, StrengthSearch, Sweep
 from server.errors import ConfigurationError
@@ -202,7 +202,7 @@ class StressStudy:
         arms = {"base": setup.factory.base()}
         for weight in (1.0, -1.0):
             for max_kl in (ControlParams.model_fields["max_kl"].default, MAX_KL_NATS):
-                control = head_control(setup.head, weight=weight, max_kl=max_kl, **corner)
+                control = ControlParams.for_head(setup.head, weight=weight, max_kl=max_kl, **corner)
                 arms[f"weight {weight:+.0f}, max_kl {max_kl}"] = setup.factory.control(control)
         return {"arms": setup.compare(arms), **setup.describe(), "control": corner}
 
@@ -266,7 +266,7 @@ def _arms(setup: EvalSetup, strengths: StrengthSearch, sweep: Sweep) -> dict[str
                 arms[f"{method.label}, best strength"] = strengths.arm(method, sweep.best[method])
     if Method.PROMPTING in setup.methods:
         assert setup.instruction is not None
-        control = head_control(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
+        control = ControlParams.for_head(setup.head, step_size=setup.step_size, max_kl=setup.max_kl)
         arms[_WITH_PROMPTING] = setup.factory.prompting(setup.instruction, control)
     return arms
 

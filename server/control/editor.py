@@ -141,9 +141,14 @@ class StateEditor:
     ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
         projection. `is_moving` moves these in place by the shared ones."""
-        can_share = self._unembedding.is_linear and ops.can_read_natively(hidden_BD)
-        sharing = [group for group in plan.groups if can_share and group.coefficients is not None]
-        ascents = [ascend(hidden_BD, g) for g in plan.groups if not (can_share and g.coefficients is not None)]
+        can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
+        sharing: list[EditGroup] = []
+        ascents: list[Ascent] = []
+        for group in plan.groups:
+            if can_share and group.coefficients is not None:
+                sharing.append(group)
+            else:
+                ascents.append(ascend(hidden_BD, group))
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]

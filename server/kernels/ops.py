@@ -1,4 +1,4 @@
-"""The vocabulary-sized work of a step, natively. Callers ask `can_run_natively` or `can_read_natively` first.
+"""The vocabulary-sized work of a step, natively. Callers ask `can_run_natively` or `can_edit_natively` first.
 
 Shapes: B rows of a step, R rows of an edit, G shifts, K heads, D hidden size, V vocabulary.
 """
@@ -60,7 +60,7 @@ def largest_scales(base_RV: Tensor, delta_RV: Tensor, limit_R: Tensor) -> tuple[
     return scale_R, kl_R
 
 
-def can_read_natively(hidden: Tensor) -> bool:
+def can_edit_natively(hidden: Tensor) -> bool:
     is_fit = hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float32)
     return is_fit and hidden.shape[1] % 16 == 0 and native() is not None
 
