@@ -1,8 +1,8 @@
 """vLLM's platform for CPUs, allowed on Ray: for tests, so that vLLM's Ray executors can be run without a GPU.
 
 vLLM refuses Ray where a platform names no resource of Ray's. That name is all that is changed here: a worker asks Ray
-for one of the "GPU"s that `ray start --num-gpus` was told of, which need not exist. vLLM finds this platform by the entry
-point beside this file, in every process that has this folder on its PYTHONPATH.
+for one of the "GPU"s that `ray start --num-gpus` was told of, which need not exist. vLLM finds this platform by the
+entry point beside this file, in every process that has this folder on its PYTHONPATH.
 """
 
 from __future__ import annotations
