@@ -21,12 +21,13 @@ import psutil
 import pytest
 import torch
 
+from server.engines.vllm.wire import SCHEDULER, VALIDATOR
 from server.settings import Settings
 from tests.conftest import Collected
 from tests.engines.conftest import VLLM_OPTIONS
 from tests.engines.vllm.ray_driver import answers
 from tests.engines.vllm.test_laws import CONTROLS, TOLERANCE, TOLERANCES, assert_same_edits, logprobs
-from tests.engines.vllm.test_processes import ROOT, STRONG, free_port
+from tests.engines.vllm.test_processes import ROOT, STRONG, free_port, serve
 from tests.engines.vllm.test_processes import wait_until as wait_until_up
 
 pytestmark = [
@@ -63,7 +64,7 @@ def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(vllm_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     from vllm.platforms import cpu_platform_plugin  # pyright: ignore[reportMissingImports]
 
     if cpu_platform_plugin() is None:
@@ -78,12 +79,16 @@ def cluster() -> Iterator[Cluster]:
     }  # fmt: skip
     shared = ("--block", "--num-gpus=1", "--num-cpus=1", "--object-store-memory=80000000")
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={sessions}")
+    # What the second node has by its own account, where nobody else says.
+    other_heads = shutil.copytree(str(vllm_settings.heads_dir), tmp_path_factory.mktemp("other") / "heads")
+    shutil.rmtree(other_heads / "deep")
     nodes: list[subprocess.Popen[bytes]] = []
     segments = shared_memory()
     try:
         for address, flags in zip(ADDRESSES, (head, [f"--address={ADDRESSES[0]}:{port}"]), strict=True):
             command = [*_RAY, "start", f"--node-ip-address={address}", *shared, *flags]
-            nodes.append(subprocess.Popen(command, env={**env, "VLLM_HOST_IP": address}, start_new_session=True))
+            own = {"VLLM_HOST_IP": address, **({"RECONTROL_HEADS_DIR": str(other_heads)} if nodes else {})}
+            nodes.append(subprocess.Popen(command, env={**env, **own}, start_new_session=True))
             wait_until(lambda: nodes[-1].poll() is not None or num_nodes(env) == len(nodes), "the node is there")
             assert nodes[-1].poll() is None, "Ray did not start"
         yield Cluster(nodes, env)
@@ -173,6 +178,18 @@ def test_two_nodes_control_as_one_process_does(
         torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=tolerance, rtol=0)
         assert_same_edits(ours.chunks, theirs.chunks, tolerance)
     wait_until(lambda: cluster.num_workers() == [0, 0], "vLLM's workers have ended")
+
+
+def test_nodes_with_different_heads_do_not_start(vllm_settings: Settings, cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    flags = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "ray",
+             "--scheduler-cls", SCHEDULER, "--logits-processors", VALIDATOR]  # fmt: skip
+    process, _ = serve(vllm_settings, *flags, log=log, env=cluster.env)
+    try:
+        assert process.wait(200) != 0
+    finally:
+        kill(process)
+    assert "are not the same on every machine" in log.read_text()
 
 
 def test_when_a_node_goes_the_server_says_so_and_ends(
