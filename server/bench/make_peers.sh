@@ -11,6 +11,13 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then gpu=ON; 
 
 sh "$(dirname "$0")/make_vllm.sh" "$python"
 
+# vLLM's manual advises it on a CPU. Without it vLLM may be slower; the tables say what it had.
+if [ $gpu = OFF ] && ! ls /usr/lib/*/libtcmalloc_minimal.so.4 >/dev/null 2>&1; then
+    [ "$(id -u)" = 0 ] && as_root="" || as_root=sudo
+    { $as_root apt-get update -q && $as_root apt-get install -q -y --no-install-recommends libtcmalloc-minimal4; } ||
+        echo "make_peers.sh: tcmalloc could not be installed; vLLM will be measured without it" >&2
+fi
+
 # llama.cpp: its libraries, server and converter, all from the sources that the Python bindings carry.
 if [ ! -e .venv-llama/.installed-$llama_cpp_python ]; then
     "$python" -m venv .venv-llama

@@ -163,6 +163,7 @@ def notes(result: Mapping[str, Any]) -> str:
 
 
 def _where(result: Mapping[str, Any]) -> str:
+    """The command, what it ran on, and what vLLM was given of what its manual advises for a CPU."""
     system, settings = result["system"], result["settings"]
     where = [system["cpu"], f"{settings['threads']} threads", f"{system['memory_bytes'] / _GIB:.0f} GiB"]
     where += [system["gpu"]] if system["gpu"] else []
@@ -170,8 +171,13 @@ def _where(result: Mapping[str, Any]) -> str:
     what += [f"{settings['repeats']} repeats (median, lowest to highest)", f"seed {settings['seed']}"]
     return (
         f"`{result['command']}`, {result['model']}, {', '.join([*what, *where])}, {system['date']}, "
-        f"commit {system['commit']}."
+        f"commit {system['commit']}.{_preloaded(result)}"
     )
+
+
+def _preloaded(result: Mapping[str, Any]) -> str:
+    names = (result.get("offline") or {}).get(VLLM, {}).get("facts", {}).get("preloaded")
+    return "" if names is None else f" vLLM ran with {' and '.join(names) or 'nothing'} preloaded."
 
 
 _MISSING = "-"

@@ -47,7 +47,8 @@ RESULT: dict[str, Any] = {
     "offline": {
         "recontrol": {"startup_s": 4.0, "peak_rss_bytes": 2**30, "batches": {"1": batch(40, 60), "8": batch(300, 300)}},
         "recontrol-1-head": {"startup_s": 4.0, "batches": {"1": batch(40, 50), "8": batch(290, 310)}},
-        "vllm": {"startup_s": 99.0, "peak_rss_bytes": 3 * 2**30, "failed": "it ended; log: x | y",
+        "vllm": {"startup_s": 99.0, "facts": {"preloaded": ["libiomp5.so", "libtcmalloc.so"]},
+                 "peak_rss_bytes": 3 * 2**30, "failed": "it ended; log: x | y",
                  "batches": {"1": batch(20, 20)}},
     },
     "online": {
@@ -94,6 +95,7 @@ def test_one_process_has_one_line_of_start_and_memory() -> None:
 def test_the_notes_name_command_hardware_and_what_is_not_there() -> None:
     notes = sections(RESULT)["bench-notes"]
     for said in ("`recontrol bench`", "bfloat16", "C, 2 threads, 24 GiB", "seed 0", "commit abc",
+                 "vLLM ran with libiomp5.so and libtcmalloc.so preloaded.",
                  "Not measured: `llama-cpp`: not installed: here.", "Failed offline: `vllm`: it ended.",
                  "Failed online: `never`: no.", "Not measured online: `transformers` has no server."):  # fmt: skip
         assert said in notes

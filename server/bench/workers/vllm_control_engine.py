@@ -6,34 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
+from server.bench.workers.vllm_engine import Engine as PlainEngine
 from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, SCHEDULER, WORKER
 from value_models.store import shipped_heads_folder
 
 
-class Engine:
+class Engine(PlainEngine):
     def __init__(self, options: dict[str, Any]) -> None:
-        self._device = options["device"]
         files = ModelFiles.of(options["model"])
         heads_dir = Path(options["heads_dir"]) if options["heads_dir"] else shipped_heads_folder(files.name)
-        gpu = {"gpu_memory_utilization": options["gpu_memory_share"]} if self._device == "cuda" else {}
-        self._llm = LLM(
-            model=options["folder"],
-            dtype=options["dtype"],
-            max_model_len=options["max_len"],
-            max_num_seqs=options["max_batch_size"],
-            seed=options["seed"],
+        super().__init__(
+            options,
             worker_cls=WORKER,
             scheduler_cls=SCHEDULER,
             additional_config={CONFIG_KEY: {"heads_dir": str(heads_dir.resolve()), "identity": files.identity}},
-            **gpu,
         )
-
-    def facts(self) -> dict[str, Any]:
-        return {"device": self._device, "threads": torch.get_num_threads()}
 
     def generate(
         self, prompts: list[list[int]], new_tokens: int, seed: int, objectives: list[dict[str, Any]]
@@ -55,10 +45,6 @@ class Engine:
         outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
         num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"num_tokens": num_tokens, **(_edits(outputs, num_tokens) if objectives else {})}
-
-    def gpu_peak_bytes(self) -> int | None:
-        """Not known here: the engine's core is another process."""
-        return None
 
 
 def _edits(outputs: list[Any], num_tokens: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
 
 class Engine:
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], **more: Any) -> None:
+        """`more` goes to vLLM."""
         self._device = options["device"]
         gpu = {"gpu_memory_utilization": options["gpu_memory_share"]} if self._device == "cuda" else {}
         self._llm = LLM(
@@ -19,10 +21,12 @@ class Engine:
             max_num_seqs=options["max_batch_size"],
             seed=options["seed"],
             **gpu,
+            **more,
         )
 
     def facts(self) -> dict[str, Any]:
-        return {"device": self._device, "threads": torch.get_num_threads()}
+        preloaded = [path.rpartition("/")[2] for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
+        return {"device": self._device, "threads": torch.get_num_threads(), "preloaded": preloaded}
 
     def generate(
         self, prompts: list[list[int]], new_tokens: int, seed: int, objectives: list[dict[str, Any]]
