@@ -132,12 +132,13 @@ class VllmEngine(Tokenization):
             # Here first, for errors in good words and the card; workers read the same files.
             _, card = await asyncio.to_thread(load_one_head, self._heads_dir, name, files.identity, "cpu")
             llm = self._running_llm()
-            problems = await llm.collective_rpc("recontrol_read_head", args=(name, card.tensors_sha256))
+            read = card.model_dump(mode="json")
+            problems = await llm.collective_rpc("recontrol_read_head", args=(name, read))
             if problem := next(filter(None, problems), None):
                 raise HeadMismatchError(problem)
             # Only now, when all have it: ranks with different heads would go on from different tokens.
             await llm.collective_rpc("recontrol_use_head")
-            self._info = replace(info, heads={**info.heads, name: card.model_dump(mode="json")})
+            self._info = replace(info, heads={**info.heads, name: read})
 
     async def unload_head(self, name: str) -> None:
         async with self._managing:

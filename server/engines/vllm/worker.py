@@ -59,7 +59,7 @@ class ControlWorker(_Worker):
         )
         self.model_runner.install_control(RowControl(registry, unembedding), model)
 
-    def recontrol_read_head(self, name: str, tensors_sha256: str) -> str | None:
+    def recontrol_read_head(self, name: str, expected_card: dict[str, Any]) -> str | None:
         """Read a head's files, for `recontrol_use_head`. Why that cannot be, in words; None when it is done."""
         if self.model_runner.row_control is None:
             return None
@@ -67,7 +67,7 @@ class ControlWorker(_Worker):
             head, card = load_one_head(self._recontrol_folder, name, self._recontrol_identity, self.device)
         except RecontrolError as error:
             return error.message
-        if card.tensors_sha256 != tensors_sha256:
+        if card.model_dump(mode="json") != expected_card:
             return f"The value head {name!r} in {self._recontrol_folder} is not the same on every machine."
         self._recontrol_read = (name, head, card)
         return None
@@ -90,7 +90,8 @@ def _check_same_on_all_ranks(registry: HeadRegistry, folder: str) -> None:
     Raises HeadMismatchError.
     """
     group = get_tp_group()
-    mine = {name: card.tensors_sha256 for name, card in registry.cards().items()}
+    # A card has its tensors' checksum, and figures that the editor uses.
+    mine = registry.cards()
     found = [mine] * group.world_size
     torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
     if any(theirs != mine for theirs in found):

@@ -301,7 +301,7 @@ async def test_heads_come_and_go_on_every_worker(engine: VllmEngine) -> None:
     assert (await collect(engine, request(2, "linear"))).chunks[-1].control is not None
     with pytest.raises(UnknownHeadError):
         await engine.load_head("../plain")
-    (problem,) = await engine._llm.collective_rpc("recontrol_read_head", args=("plain", "another"))
+    (problem,) = await engine._llm.collective_rpc("recontrol_read_head", args=("plain", {"name": "another"}))
     assert "not the same on every machine" in problem
 
 
