@@ -152,8 +152,8 @@ def pip_settings(folder: Path) -> list[str]:
 def running(image: Image, log: Path) -> Iterator[Container]:
     bwrap = require("bwrap", "Debian package bubblewrap")
     command = [
-        bwrap, "--ro-bind", str(image.root), "/", "--perms", "1777", "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev",
-        "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--as-pid-1",
+        bwrap, "--ro-bind", str(image.root), "/", "--perms", "1777", "--tmpfs", "/tmp", "--proc", "/proc",
+        "--dev", "/dev", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--as-pid-1",
         *image.as_user(*image.config["Cmd"]),
     ]  # fmt: skip
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as sandbox:
