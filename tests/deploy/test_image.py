@@ -125,10 +125,18 @@ def stand_in_base(folder: Path) -> Path:
     check([
         require("mmdebstrap", "Debian package mmdebstrap"), "--variant=minbase", "--dpkgopt=force-unsafe-io",
         "--include=python3-venv,python3-pip,ca-certificates", *(f"--customize-hook={hook}" for hook in hooks),
-        "bookworm", str(context / "base.tar"),
+        "bookworm", str(context / "base.tar"), *apt_sources("bookworm"),
     ])  # fmt: skip
     (context / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
     return context
+
+
+def apt_sources(release: str) -> list[str]:
+    """The files that say where this machine gets that release of Debian from; none where it is another system."""
+    if f"VERSION_CODENAME={release}" not in Path("/etc/os-release").read_text().splitlines():
+        return []
+    files = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d/debian.sources"))
+    return [str(file) for file in files if file.is_file()]
 
 
 def pip_settings(folder: Path) -> list[str]:
