@@ -5,7 +5,7 @@ set -eu
 python=${1:-python3}
 pip="-m pip install --quiet --disable-pip-version-check"
 vllm=0.32.0
-stamp=.venv-vllm/.installed-$vllm-$(cksum pyproject.toml | cut -d' ' -f1)
+stamp=.venv-vllm/.installed-$vllm-$(cat pyproject.toml "$0" | cksum | cut -d' ' -f1)
 [ ! -e "$stamp" ] || exit 0
 
 [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
@@ -29,7 +29,8 @@ fi
 .venv-vllm/bin/python -c '
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["test"], sep="\n")
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *extras["test"], *extras["ray"], sep="\n")
 ' >.venv-vllm/own-requirements.txt
 touch .venv-vllm/requirements.txt
 .venv-vllm/bin/python $pip --requirement .venv-vllm/own-requirements.txt --requirement .venv-vllm/requirements.txt

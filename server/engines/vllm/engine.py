@@ -131,9 +131,12 @@ class VllmEngine(Tokenization):
             assert files is not None
             # Here first, for errors in good words and the card; workers read the same files.
             _, card = await asyncio.to_thread(load_one_head, self._heads_dir, name, files.identity, "cpu")
-            problems = await self._running_llm().collective_rpc("recontrol_load_head", args=(name,))
+            llm = self._running_llm()
+            problems = await llm.collective_rpc("recontrol_read_head", args=(name, card.tensors_sha256))
             if problem := next(filter(None, problems), None):
                 raise HeadMismatchError(problem)
+            # Only now, when all have it: ranks with different heads would go on from different tokens.
+            await llm.collective_rpc("recontrol_use_head")
             self._info = replace(info, heads={**info.heads, name: card.model_dump(mode="json")})
 
     async def unload_head(self, name: str) -> None:

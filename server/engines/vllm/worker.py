@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed.parallel_state import get_pp_group  # pyright: ignore[reportMissingImports]
+import torch
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from server.control.registry import HeadRegistry
@@ -19,7 +20,7 @@ from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.errors import RecontrolError
+from server.errors import HeadMismatchError, RecontrolError
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker  # pyright: ignore[reportMissingImports]
@@ -52,24 +53,45 @@ class ControlWorker(_Worker):
             device=self.device,
             skip_mismatched=config.get("skip_mismatched", False),
         )
+        _check_same_on_all_ranks(registry, self._recontrol_folder)
         unembedding = VllmUnembedding.of(
             model.compute_logits, model, model_config.get_hidden_size(), model_config.dtype, self.device
         )
         self.model_runner.install_control(RowControl(registry, unembedding), model)
 
-    def recontrol_load_head(self, name: str) -> str | None:
-        """Why it cannot be loaded, in words; None when it is."""
-        control: RowControl | None = self.model_runner.row_control
-        if control is None:
+    def recontrol_read_head(self, name: str, tensors_sha256: str) -> str | None:
+        """Read a head's files, for `recontrol_use_head`. Why that cannot be, in words; None when it is done."""
+        if self.model_runner.row_control is None:
             return None
         try:
             head, card = load_one_head(self._recontrol_folder, name, self._recontrol_identity, self.device)
         except RecontrolError as error:
             return error.message
-        control.use(with_head(control.registry, name, head, card))
+        if card.tensors_sha256 != tensors_sha256:
+            return f"The value head {name!r} in {self._recontrol_folder} is not the same on every machine."
+        self._recontrol_read = (name, head, card)
         return None
+
+    def recontrol_use_head(self) -> None:
+        """The one that was read last, now that every worker has it."""
+        control: RowControl | None = self.model_runner.row_control
+        if control is not None:
+            control.use(with_head(control.registry, *self._recontrol_read))
 
     def recontrol_unload_head(self, name: str) -> None:
         control: RowControl | None = self.model_runner.row_control
         if control is not None and name in control.registry.names:
             control.use(without_head(control.registry, name))
+
+
+def _check_same_on_all_ranks(registry: HeadRegistry, folder: str) -> None:
+    """Ranks of a tensor-parallel group edit each for itself, and would go on from different tokens if heads differed.
+
+    Raises HeadMismatchError.
+    """
+    group = get_tp_group()
+    mine = {name: card.tensors_sha256 for name, card in registry.cards().items()}
+    found = [mine] * group.world_size
+    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    if any(theirs != mine for theirs in found):
+        raise HeadMismatchError(f"The value heads in {folder} are not the same on every machine.")

@@ -301,6 +301,8 @@ async def test_heads_come_and_go_on_every_worker(engine: VllmEngine) -> None:
     assert (await collect(engine, request(2, "linear"))).chunks[-1].control is not None
     with pytest.raises(UnknownHeadError):
         await engine.load_head("../plain")
+    (problem,) = await engine._llm.collective_rpc("recontrol_read_head", args=("plain", "another"))
+    assert "not the same on every machine" in problem
 
 
 async def test_control_that_fails_inside_ends_its_own_request_alone(engine: VllmEngine) -> None:

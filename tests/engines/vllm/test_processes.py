@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,9 @@ def test_recontrol_serve_with_vllm_answers_traces_measures_and_ends_cleanly(
         end(process)
 
 
-def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+def serve(
+    settings: Settings, *flags: str, log: Path, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], int]:
     """vLLM's own server, not yet ready, and its port."""
     port = free_port()
     command = [
@@ -207,7 +209,7 @@ def serve(settings: Settings, *flags: str, log: Path) -> tuple[subprocess.Popen[
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32",
         "--kv-cache-memory-bytes", str(50 * 2**20), "--worker-cls", WORKER, *flags,
     ]  # fmt: skip
-    env = {**os.environ, "RECONTROL_HEADS_DIR": str(settings.heads_dir), "PYTHONPATH": PYTHONPATH}
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, **(env or {}), "RECONTROL_HEADS_DIR": str(settings.heads_dir)}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=out, stderr=out, start_new_session=True)
     return process, port

@@ -14,19 +14,27 @@ from pydantic import ValidationError
 
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
-from server.engines.base import NullObserver
+from server.engines.base import EngineInfo, NullObserver
 from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.vllm import sampling
 from server.engines.vllm.choices import Choice, Timing
 from server.engines.vllm.delivery import Delivery
+from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
 from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
-from server.errors import ConfigurationError, InvalidRequestError, ModelLoadError, UnsupportedFieldError
+from server.errors import (
+    ConfigurationError,
+    HeadMismatchError,
+    InvalidRequestError,
+    ModelLoadError,
+    UnsupportedFieldError,
+)
 from server.settings import Settings
 from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams
-from tests.conftest import CONFIGS, byte_tokenizer, control
+from tests.conftest import CONFIGS, byte_tokenizer, control, write_heads
+from value_models.heads import ValueHead
 
 EDIT = [0.25, 0.5, 0.125, 0.75, float(HELD_BY.index(HeldBy.MAX_KL)), 0.0, 1.0]
 
@@ -190,3 +198,26 @@ async def test_where_vllm_is_not_installed_the_engine_says_so(
     engine = create_engine(Settings(engine="vllm", model=str(model_folder()), heads_dir=tmp_path))
     with pytest.raises(ConfigurationError, match="vLLM cannot be imported"):
         await engine.start()
+
+
+async def test_a_head_is_used_by_all_workers_or_by_none(
+    model_folder: Callable[..., Path], heads: dict[str, ValueHead], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    problems: list[str | None] = [None, "the second cannot read it"]
+
+    async def collective_rpc(method: str, **_: Any) -> list[str | None]:
+        asked.append(method)
+        return problems
+
+    files = ModelFiles.of(str(model_folder()))
+    engine = VllmEngine(Settings(engine="vllm"))
+    engine._files, engine._heads_dir = files, str(write_heads(tmp_path, {"good": heads["good"]}, files.identity))
+    engine._info = EngineInfo(model_id="tiny", max_model_len=256, vocab_size=258, heads={})
+    engine._llm = SimpleNamespace(errored=False, collective_rpc=collective_rpc)
+    with pytest.raises(HeadMismatchError, match="the second"):
+        await engine.load_head("good")
+    assert (asked, engine.info.heads) == (["recontrol_read_head"], {})
+    problems[:] = [None, None]
+    await engine.load_head("good")
+    assert (asked[1:], list(engine.info.heads)) == (["recontrol_read_head", "recontrol_use_head"], ["good"])
