@@ -41,7 +41,7 @@ class Image:
     config: dict[str, Any]
 
     def as_user(self, *command: str) -> list[str]:
-        """The command as the image's user without rights, in its environment, on one thread; for root inside of `root`."""
+        """The command as the image's user without rights, in its environment, on one thread; for root in `root`."""
         uid, gid = self.config["User"].split(":")
         users = (line.split(":") for line in (self.root / "etc/passwd").read_text().splitlines())
         home = next(fields[5] for fields in users if fields[2] == uid)
