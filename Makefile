@@ -31,7 +31,7 @@ DEPLOY_STAMP := $(STAMP)-deploy
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed-$(shell cksum <Makefile | cut -d' ' -f1)
 # Debian package and its command.
-DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap
+DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:buildah mmdebstrap:mmdebstrap
 
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)

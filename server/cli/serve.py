@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+from collections.abc import Iterator
 
 from pydantic import Field
 
@@ -38,13 +41,28 @@ class Serve(Settings):
 
 
 async def _serve(settings: Settings) -> None:
-    telemetry = Telemetry(vllm_names=settings.vllm_metrics)
-    engine = create_engine(settings, observer=telemetry)
-    app = create_app(settings, engine, telemetry)
-    # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
-    await engine.start()
-    check_pinned(app)
+    with _sigterm_ends():
+        telemetry = Telemetry(vllm_names=settings.vllm_metrics)
+        engine = create_engine(settings, observer=telemetry)
+        app = create_app(settings, engine, telemetry)
+        # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
+        await engine.start()
+        check_pinned(app)
     server = DrainingServer(
         app, host=settings.host, port=settings.port, grace_s=settings.shutdown_grace_s, log_level=settings.log_level
     )
     await server.serve()
+
+
+@contextlib.contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """SIGTERM ends the process at once while it starts, where nothing runs yet that would have to finish.
+
+    Elsewhere that is the default, but the first process of a container ignores what it has no handler for: it would
+    load its model to the end, for minutes if need be, or until it is killed.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

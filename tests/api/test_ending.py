@@ -132,3 +132,24 @@ def test_a_loop_that_has_died_turns_health_and_ready_to_503(
         assert client.get("/ready").status_code == 503
         assert complete(client, model="tiny").status_code == 503
         assert client.get("/metrics").status_code == 200
+
+
+def test_sigterm_ends_the_command_at_once_while_its_engine_starts() -> None:
+    """By a handler and not by the default, which the first process of a container does not have."""
+    code = """
+import asyncio, sys
+from server.cli import main
+from server.engines.fake import FakeEngine
+
+async def start(self):
+    print("starting", flush=True)
+    await asyncio.sleep(60)
+
+FakeEngine.start = start
+sys.exit(main(["serve", "--engine", "fake", "--port", "0"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "starting\n"
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(10) == 128 + signal.SIGTERM
