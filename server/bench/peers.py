@@ -125,6 +125,8 @@ PEERS: dict[str, Peer] = {
     "recontrol-8bit": _recontrol(8),
     "recontrol-4bit": _recontrol(4),
     "vllm": _VLLM,
+    # A second process of the same, without a server: how much luck there is in two processes.
+    "vllm-again": Peer(_VLLM.distributions, _VLLM.engine, venv=_VLLM.venv, env=_VLLM.env),
     "vllm-control": Peer(
         _VLLM.distributions, _WORKERS / "vllm_control_engine.py", venv=_VLLM.venv, env=_vllm_control_env
     ),
@@ -149,8 +151,8 @@ ARMS: dict[str, Arm] = {
     "vllm-control-1-head": Arm("vllm-control", num_heads=1),
     "vllm-control-3-heads": Arm("vllm-control", num_heads=3),
 }
-CONTROL_IN_VLLM = tuple(name for name, arm in ARMS.items() if arm.peer == "vllm-control")
-"""What is measured only when asked for: control inside vLLM, beside vLLM without it."""
+BESIDE_VLLM = tuple(name for name, arm in ARMS.items() if arm.peer in ("vllm-again", "vllm-control"))
+"""What is measured only when asked for: vLLM once more, and control inside it, beside vLLM without it."""
 VLLM, VLLM_WITHOUT_HEADS = "vllm", "vllm-control"
 """vLLM as it is, and with control installed but not asked for."""
 OURS = "recontrol"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from server.bench.peers import ARMS, CONTROL_IN_VLLM, OURS, VLLM, VLLM_WITHOUT_HEADS
+from server.bench.peers import ARMS, BESIDE_VLLM, OURS, VLLM, VLLM_WITHOUT_HEADS
 from server.bench.soak.table import soak_table
 
 _GIB = 2**30
@@ -122,18 +122,18 @@ def vllm_table(result: Mapping[str, Any]) -> str:
     """A batch's time with control inside vLLM over that of vLLM without it, by turns of the same run.
 
     Once over plain vLLM, in a process of its own, and once over the very process that controls, while it does not: two
-    processes of the same program can differ by some percent throughout.
+    processes of the same program can differ by some percent throughout, as a second one of plain vLLM shows.
     """
     arms = result.get("offline") or {}
-    controlled = [arm for arm in arms if arm in CONTROL_IN_VLLM]
-    if VLLM not in arms or not controlled:
+    beside = [arm for arm in arms if arm in BESIDE_VLLM]
+    if VLLM not in arms or not beside:
         return ""
     sizes = [str(size) for size in result["settings"]["batch_sizes"]]
     others = {VLLM: "over plain vLLM", VLLM_WITHOUT_HEADS: "over the same process without control"}
     lines = _head(["time", *(f"batch {size}, {title}" for size in sizes for title in others.values())])
-    for arm in controlled:
+    for arm in beside:
         cells = [
-            _MISSING if arm == other else _time_ratio(arms[arm], arms.get(other), size)
+            _time_ratio(arms[arm], arms.get(other), size) if other == VLLM or ARMS[arm].num_heads else _MISSING
             for size in sizes
             for other in others
         ]

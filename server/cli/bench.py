@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from server.bench import offline, online, steps, system
 from server.bench.models import head_names, kv_cache_gib, model_folder, random_model
-from server.bench.peers import ARMS, CONTROL_IN_VLLM, PEERS, Found, find, missing
+from server.bench.peers import ARMS, BESIDE_VLLM, PEERS, Found, find, missing
 from server.bench.report import sections
 from server.bench.setup import Setup
 from server.bench.soak import run as soak
@@ -53,8 +53,8 @@ class Bench(Command):
         None, description="comma-separated heads that controlled rows use; by default the first by name"
     )
     peers: list[str] = Field(
-        [name for name in ARMS if name not in CONTROL_IN_VLLM],
-        description=f"comma-separated, of: {', '.join(ARMS)}; by default without {', '.join(CONTROL_IN_VLLM)}",
+        [name for name in ARMS if name not in BESIDE_VLLM],
+        description=f"comma-separated, of: {', '.join(ARMS)}; by default without {', '.join(BESIDE_VLLM)}",
     )
     only: list[Part] = Field(list(get_args(Part)), description=f"comma-separated, of: {', '.join(get_args(Part))}")
     batch_sizes: list[_Positive] = Field([1, 8, 32, 64], description="comma-separated, of offline batches")

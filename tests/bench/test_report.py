@@ -144,4 +144,6 @@ def test_control_inside_vllm_is_told_as_time_over_plain_vllm_by_turns_of_one_run
         "| `vllm-control` | 1.050 (0.800 to 1.100) | - | - | - |",
         "| `vllm-control-1-head` | 1.050 (1.000 to 1.100) | 1.000 (1.000 to 1.250) | - | - |",
     ]
+    twins = {**result, "offline": {"vllm": timed(2.0, 4.0, 5.0), "vllm-again": timed(2.2, 4.0, 5.25)}}
+    assert sections(twins)["bench-vllm"].splitlines()[2] == "| `vllm-again` | 1.050 (1.000 to 1.100) | - | - | - |"
     assert "bench-vllm" not in sections(RESULT)
