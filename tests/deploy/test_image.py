@@ -95,20 +95,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         base, _, _ = values("FROM")[0].partition(" ")
         check([*build, "--tag", base, str(stand_in_base(folder))])
         # Docker's format: the other one has no health check.
-        check(
-            [
-                *build,
-                "--format",
-                "docker",
-                "--pull-never",
-                "--target",
-                "cpu",
-                *pip_settings(folder),
-                "--tag",
-                "cpu",
-                ".",
-            ]
-        )
+        target = ["--format", "docker", "--pull-never", "--target", "cpu", "--tag", "cpu"]
+        check([*build, *target, *pip_settings(folder), "."])
         container = check([*buildah, "from", "--pull-never", "cpu"]).strip()
         config = json.loads(check([*buildah, "inspect", container]))["Docker"]["config"]
         yield Image(Path(check([*buildah, "mount", container]).strip()), config)
