@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,22 +126,12 @@ PEERS: dict[str, Peer] = {
     "recontrol-4bit": _recontrol(4),
     "vllm": _VLLM,
     # A second process of the same, without a server: how much luck there is in two processes.
-    "vllm-again": Peer(_VLLM.distributions, _VLLM.engine, venv=_VLLM.venv, env=_VLLM.env),
-    "vllm-control": Peer(
-        _VLLM.distributions, _WORKERS / "vllm_control_engine.py", venv=_VLLM.venv, env=_vllm_control_env
-    ),
+    "vllm-again": replace(_VLLM, server=None),
+    "vllm-control": replace(_VLLM, engine=_WORKERS / "vllm_control_engine.py", env=_vllm_control_env, server=None),
     "transformers": Peer(("transformers",), _WORKERS / "transformers_engine.py"),
     "transformers-continuous": Peer(("transformers",), _WORKERS / "transformers_continuous_engine.py"),
     "llama-cpp": _LLAMA_CPP,
-    "llama-cpp-4bit": Peer(
-        _LLAMA_CPP.distributions,
-        _LLAMA_CPP.engine,
-        venv=_LLAMA_CPP.venv,
-        env=_LLAMA_CPP.env,
-        gguf=packaged_gguf,
-        server=_LLAMA_CPP.server,
-        request=_LLAMA_CPP.request,
-    ),
+    "llama-cpp-4bit": replace(_LLAMA_CPP, gguf=packaged_gguf),
 }
 ARMS: dict[str, Arm] = {
     "recontrol": Arm("recontrol"),

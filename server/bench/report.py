@@ -17,13 +17,12 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
     shows two runs at once; looks into our own engine, and at control inside vLLM, come if they were measured. A GPU's
     sections have names of their own, so that a page can show a CPU beside it."""
     bodies: dict[str, str] = {}
-    is_of_vllm_alone = bool(vllm_table(result)) and OURS not in result["offline"]
+    own = {"step": step_table(result), "quantization": quantization_table(result), "vllm": vllm_table(result)}
+    is_of_vllm_alone = bool(own["vllm"]) and OURS not in result["offline"]
     if (result.get("offline") is not None or result.get("online") is not None) and not is_of_vllm_alone:
         tables = {"offline": offline_table, "online": online_table, "start": start_table, "notes": notes}
         bodies = {name: table(result) or f"({name}: not measured)" for name, table in tables.items()}
-    for name, table in (("step", step_table), ("quantization", quantization_table), ("vllm", vllm_table)):
-        if body := table(result):
-            bodies[name] = f"{body}\n\n{_where(result)}"
+    bodies |= {name: f"{body}\n\n{_where(result)}" for name, body in own.items() if body}
     if body := soak_table(result):
         bodies["soak"] = body
     prefix = "bench-gpu" if result["settings"]["device"] == "cuda" else "bench"

@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 from triton.backends.compiler import BaseBackend  # pyright: ignore[reportMissingImports]
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
+def refuse(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError("Triton compiles nothing on this CPU; set TRITON_INTERPRET=1")
 
 
 class NoCompiler(BaseBackend):
-    supports_target = staticmethod(_refuse)
-    hash = parse_options = add_stages = load_dialects = get_module_map = _refuse
+    supports_target = staticmethod(refuse)
+    hash = parse_options = add_stages = load_dialects = get_module_map = refuse

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from triton.backends.driver import DriverBase  # pyright: ignore[reportMissingImports]
 
-from interpreted_cpu.compiler import _refuse
+from interpreted_cpu.compiler import refuse
 
 
 class NoDriver(DriverBase):
-    map_python_to_cpp_type = get_current_target = get_active_torch_device = get_benchmarker = _refuse
+    map_python_to_cpp_type = get_current_target = get_active_torch_device = get_benchmarker = refuse
 
     @classmethod
     def is_active(cls) -> bool:
