@@ -99,6 +99,13 @@ def assert_same_edits(mine: list[GenerationChunk], theirs: list[GenerationChunk]
         assert (ours.edit.held_by, ours.edit.is_gate_open) == (other.edit.held_by, other.edit.is_gate_open)
 
 
+def assert_same_response(mine: Collected, theirs: Collected, tolerance: float = TOLERANCE) -> None:
+    """Tokens, and within the tolerance log-probabilities and edits."""
+    assert mine.token_ids == theirs.token_ids
+    torch.testing.assert_close(logprobs(mine), logprobs(theirs), atol=tolerance, rtol=0)
+    assert_same_edits(mine.chunks, theirs.chunks, tolerance)
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def engine(vllm_engine: VllmEngine) -> AsyncIterator[VllmEngine]:
     await vllm_engine.start()
@@ -174,10 +181,8 @@ async def test_control_is_that_of_the_embedded_engine(engine: VllmEngine, core: 
     expected, tolerance = run(core, asked), TOLERANCES.get(name, TOLERANCE)
     for one, mine in zip(asked, await collect_all(engine, asked), strict=True):
         theirs = expected[one.request_id, 0]
-        assert mine.token_ids == theirs.token_ids
+        assert_same_response(mine, theirs, tolerance)
         assert mine.text == theirs.text
-        torch.testing.assert_close(logprobs(mine), logprobs(theirs), atol=tolerance, rtol=0)
-        assert_same_edits(mine.chunks, theirs.chunks, tolerance)
         summary, other = mine.chunks[-1].control, theirs.chunks[-1].control
         assert (summary is None) == (other is None) == (CONTROLS[name] is None)
         if summary is not None and other is not None:

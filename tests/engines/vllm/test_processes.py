@@ -34,6 +34,7 @@ from tests.engines.vllm.test_laws import (
     TOLERANCE,
     TOLERANCES,
     assert_same_edits,
+    assert_same_response,
     collect,
     collect_all,
     logprobs,
@@ -49,6 +50,12 @@ ROOT = Path(__file__).parents[3]
 _START_TIMEOUT_S = 400
 # Of whatever the tests themselves run with, too.
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# vLLM's runner for CPUs makes the buffers between stages while it warms up, which it does only to compile.
+TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}, "block_size": 32}
+SPLITS = {
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2, "vllm_options": TRACED},
+}
 STRONG = {"objective": {"weights": {"positive": 1.0}}, "step_size": 2.0}
 
 
@@ -68,15 +75,10 @@ async def test_two_processes_that_share_or_split_the_layers_control_as_one_does(
     # Two ranks on the cores of one socket.
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    # vLLM's runner for CPUs makes the buffers between stages while it warms up, which it does only to compile.
-    traced = {"compilation_config": {"mode": 2, "backend": "eager"}, "block_size": 32}
-    for size in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "vllm_options": traced}):
-        mine = await answers(vllm_settings.model_copy(update=size))
+    for split in SPLITS.values():
+        mine = await answers(vllm_settings.model_copy(update=split))
         for name, ours, theirs in zip(CONTROLS, mine, expected, strict=True):
-            tolerance = TOLERANCES.get(name, TOLERANCE)
-            assert ours.token_ids == theirs.token_ids
-            torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=tolerance, rtol=0)
-            assert_same_edits(ours.chunks, theirs.chunks, tolerance)
+            assert_same_response(ours, theirs, TOLERANCES.get(name, TOLERANCE))
 
 
 async def test_a_request_that_is_preempted_goes_on_where_it_was(vllm_settings: Settings) -> None:
@@ -104,9 +106,7 @@ async def test_a_request_that_is_preempted_goes_on_where_it_was(vllm_settings: S
     finally:
         await engine.stop()
     for ours, theirs in zip(together, alone, strict=True):
-        assert ours.token_ids == theirs.token_ids
-        torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=TOLERANCE, rtol=0)
-        assert_same_edits(ours.chunks, theirs.chunks)
+        assert_same_response(ours, theirs)
 
 
 async def test_what_control_cannot_be_had_with_is_refused_at_start(vllm_settings: Settings) -> None:
@@ -163,16 +163,21 @@ def wait_until(client: httpx.Client, path: str, process: subprocess.Popen[bytes]
         time.sleep(0.5)
 
 
+def recontrol_serve(settings: Settings, port: int, *flags: str) -> list[str]:
+    """The command of this program's server."""
+    return [
+        sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main(sys.argv[1:]))", "serve",
+        "--engine", "vllm", "--model", settings.model, "--heads-dir", str(settings.heads_dir),
+        "--dtype", "float32", "--kv-cache-gib", "0.05", "--port", str(port), "--served-model-name", "tiny",
+        "--vllm-options", json.dumps(VLLM_OPTIONS), *flags,
+    ]  # fmt: skip
+
+
 def test_recontrol_serve_with_vllm_answers_traces_measures_and_ends_cleanly(
     vllm_settings: Settings, tmp_path: Path
 ) -> None:
     port, log = free_port(), tmp_path / "log.txt"
-    command = [
-        sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main(sys.argv[1:]))", "serve",
-        "--engine", "vllm", "--model", vllm_settings.model, "--heads-dir", str(vllm_settings.heads_dir),
-        "--dtype", "float32", "--kv-cache-gib", "0.05", "--port", str(port), "--served-model-name", "tiny",
-        "--vllm-options", json.dumps(VLLM_OPTIONS),
-    ]  # fmt: skip
+    command = recontrol_serve(vllm_settings, port)
     env = {**os.environ, "PYTHONPATH": PYTHONPATH}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)

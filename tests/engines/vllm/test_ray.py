@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -19,15 +18,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch
 
 from server.engines.vllm.wire import SCHEDULER, VALIDATOR
 from server.settings import Settings
 from tests.conftest import Collected
-from tests.engines.conftest import VLLM_OPTIONS
 from tests.engines.vllm.ray_driver import answers
-from tests.engines.vllm.test_laws import CONTROLS, TOLERANCE, TOLERANCES, assert_same_edits, logprobs
-from tests.engines.vllm.test_processes import ROOT, STRONG, free_port, serve
+from tests.engines.vllm.test_laws import CONTROLS, TOLERANCE, TOLERANCES, assert_same_response
+from tests.engines.vllm.test_processes import PYTHONPATH, ROOT, SPLITS, STRONG, free_port, recontrol_serve, serve
 from tests.engines.vllm.test_processes import wait_until as wait_until_up
 
 pytestmark = [
@@ -72,9 +69,9 @@ def cluster(vllm_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -
     port = free_port()
     # As short as can be: Ray puts sockets below it.
     sessions = Path("/tmp") / f"ray-{port}"
-    paths = [str(ROOT / "tests/engines/vllm/ray_on_cpus"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "tests/engines/vllm/ray_on_cpus"), PYTHONPATH]
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_ADDRESS": f"{ADDRESSES[0]}:{port}",
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_ADDRESS": f"{ADDRESSES[0]}:{port}",
         "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": ADDRESSES[0],
     }  # fmt: skip
     shared = ("--block", "--num-gpus=1", "--num-cpus=1", "--object-store-memory=80000000")
@@ -152,12 +149,6 @@ def answers_over_ray(settings: Settings, env: dict[str, str], result: Path) -> l
     return pickle.loads(result.read_bytes())
 
 
-# vLLM's runner for CPUs makes the buffers between stages while it warms up, which it does only to compile.
-TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}, "block_size": 32}
-SPLITS = {
-    "tensor": {"tensor_parallel_size": 2},
-    "pipeline": {"pipeline_parallel_size": 2, "vllm_options": TRACED},
-}
 # vLLM's two ways to run workers on Ray: queues of its own between actors (its default), or Ray's compiled graph, which
 # hands tensors from stage to stage over GPUs unless told not to.
 EXECUTORS = {
@@ -173,10 +164,7 @@ def test_two_nodes_control_as_one_process_does(
     env = {**cluster.env, **EXECUTORS[executor]}
     mine = answers_over_ray(vllm_settings.model_copy(update=SPLITS[split]), env, tmp_path / "answers")
     for name, ours, theirs in zip([*CONTROLS, "nonlinear"], mine, expected, strict=True):
-        tolerance = TOLERANCES.get(name, TOLERANCE)
-        assert ours.token_ids == theirs.token_ids
-        torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=tolerance, rtol=0)
-        assert_same_edits(ours.chunks, theirs.chunks, tolerance)
+        assert_same_response(ours, theirs, TOLERANCES.get(name, TOLERANCE))
     wait_until(lambda: cluster.num_workers() == [0, 0], "vLLM's workers have ended")
 
 
@@ -196,13 +184,8 @@ def test_when_a_node_goes_the_server_says_so_and_ends(
     vllm_settings: Settings, cluster: Cluster, tmp_path: Path
 ) -> None:
     port, log = free_port(), tmp_path / "log.txt"
-    command = [
-        sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main(sys.argv[1:]))", "serve",
-        "--engine", "vllm", "--distributed-executor-backend", "ray", "--tensor-parallel-size", "2",
-        "--model", vllm_settings.model, "--heads-dir", str(vllm_settings.heads_dir), "--served-model-name", "tiny",
-        "--dtype", "float32", "--kv-cache-gib", "0.05", "--port", str(port),
-        "--vllm-options", json.dumps(VLLM_OPTIONS),
-    ]  # fmt: skip
+    flags = ["--distributed-executor-backend", "ray", "--tensor-parallel-size", "2"]
+    command = recontrol_serve(vllm_settings, port, *flags)
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=cluster.env, cwd=tmp_path, stdout=out, stderr=out)
     body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 6, "ignore_eos": True, "control": STRONG}
