@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 32, "shared_experts_intermediate_size": 32, "shared_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32, "n_group": 2, "topk_group": 1, "num_expert_group": 2,
     "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 3,
-    "zero_expert_num": 2,
+    "zero_expert_num": 2, "encoder_hash_byte_group_vocab": 64,
     # State spaces and linear attention.
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_num_heads": 4, "linear_head_dim": 16, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8,
