@@ -62,7 +62,7 @@ def take_over(model: Any, *, max_len: int, bits: Bits = 16) -> TakenOver:
 class _Takeover:
     def __init__(self, model: Any, linear: nn.Linear, max_len: int) -> None:
         self._model, self._linear = model, linear
-        self._backbone = model.get_decoder()
+        self._backbone = _backbone(model)
         self._config = model.config.get_text_config()
         self._own_attention: str = self._backbone.config._attn_implementation
         self._max_len = max(max_len, LONG)
@@ -172,6 +172,12 @@ class _Takeover:
     @property
     def _name(self) -> str:
         return type(self._model).__name__
+
+
+def _backbone(model: Any) -> Any:
+    """What computes the states in front of the LM head."""
+    decoder = model.get_decoder()
+    return model.base_model if decoder is model else decoder
 
 
 def _spans(facts: Mapping[int, LayerFacts]) -> dict[int, Span]:
