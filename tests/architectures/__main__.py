@@ -1,0 +1,74 @@
+"""`python -m tests.architectures`: judge a tiny model of every architecture, and write docs/architectures.{json,md}.
+
+Each case runs in a process of its own, forked from this one, with limits on time and memory. What is judged already by
+this very code is not judged again, so that a run goes on where it was stopped. Exit status 1 when any case is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import transformers
+
+from tests.architectures.models import cases
+from tests.architectures.processes import judged
+from tests.architectures.table import render, write_json
+from tests.architectures.verdict import Verdict
+
+_ROOT = Path(__file__).parents[2]
+_KEPT = _ROOT / ".architectures.jsonl"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
+    parser.add_argument("names", nargs="*", help="cases such as mistral or phi3+longrope, printed and not kept; all when none is given")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes at once")
+    options = parser.parse_args()
+    every = cases()
+    if unknown := set(options.names) - {case.name for case in every}:
+        parser.error(f"names: there is no case {', '.join(sorted(unknown))}")
+    started_s = time.monotonic()
+    kept = {} if options.names else _kept()
+    wanted = [case for case in every if not options.names or case.name in options.names]
+    verdicts = {case.name: kept[case.name] for case in wanted if case.name in kept}
+    with open(os.devnull if options.names else _KEPT, "a") as file:
+        for verdict in judged([case for case in wanted if case.name not in verdicts], options.jobs):
+            verdicts[verdict.name] = verdict
+            file.write(json.dumps({"code": _code(), **verdict.to_json()}) + "\n")
+            file.flush()
+            if options.names or verdict.is_fault:
+                print(verdict, flush=True)
+    found = [verdicts[case.name] for case in wanted]
+    if not options.names:
+        write_json(found, _ROOT / "docs" / "architectures.json")
+        render(_ROOT / "docs" / "architectures.json", _ROOT / "docs" / "architectures.md")
+    faults = sum(verdict.is_fault for verdict in found)
+    print(f"{len(found)} cases in {time.monotonic() - started_s:.0f} s, {faults} faults")
+    return int(faults > 0)
+
+
+def _kept() -> dict[str, Verdict]:
+    """Verdicts of an earlier run of the same code."""
+    if not _KEPT.exists():
+        return {}
+    code, rows = _code(), [json.loads(line) for line in _KEPT.read_text().splitlines()]
+    return {row["name"]: Verdict.from_json(row) for row in rows if row.pop("code") == code}
+
+
+def _code() -> str:
+    """A digest of what a verdict depends on."""
+    digest = hashlib.sha256(transformers.__version__.encode())
+    for folder in (_ROOT / "server", Path(__file__).parent):
+        for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in folder.rglob(kind)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
