@@ -21,6 +21,8 @@ from pydantic_settings import (
 )
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
+"""What the flag of this name does, for every command that has it."""
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
 
@@ -45,6 +47,7 @@ class Settings(BaseSettings):
     heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
         None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
     )
+    allow_other_base: bool = Field(False, description=ALLOW_OTHER_BASE)
     heads_poll_s: float | None = Field(
         None, ge=1, description="look for changed heads in heads_dir every so many seconds; by default never"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -91,6 +93,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def fine_tune(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama's folder with all weights a little changed, under another name."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path_factory.mktemp("tuned") / "llama-tuned")
+    weights = {name: tensor * 1.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class _Frozen(BaseModel):
 
 
 class BaseModelCard(_Frozen):
-    """Which language model's states a head reads. An imported head may not know the fingerprint."""
+    """Which language model's states a head reads. An imported head may know its name alone."""
 
     name: str
     architecture: str | None = None
@@ -42,13 +43,22 @@ class BaseModelCard(_Frozen):
     vocab_size: int | None = None
     fingerprint: str | None = None
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What keeps a head made for this model from one with identity `other`, in words; empty when it fits."""
-        return [
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What tells this model from one with identity `other`, in words; empty when they are the same.
+
+        Folders are renamed, so a fingerprint decides over the name; without one the name is all there is to go by.
+        """
+        differences = [
             f"{field} is {other.get(field)!r}, the head was made for {mine!r}"
             for field in ("hidden_size", "vocab_size", "architecture", "fingerprint")
             if (mine := getattr(self, field)) is not None and mine != other.get(field)
         ]
+        if self.fingerprint is None and _short(self.name) != _short(str(other.get("name"))):
+            differences.append(
+                f"name is {other.get('name')!r}, the head was made for {self.name!r}, of which its card has no "
+                "fingerprint"
+            )
+        return differences
 
 
 class ArchitectureCard(_Frozen):
@@ -106,6 +116,11 @@ class HeadCard(_Frozen):
 def shipped_heads_folder(model_name: str) -> Path:
     """Where this package keeps the heads made for a model; it need not exist."""
     return Path(__file__).parent / "pretrained" / model_name
+
+
+def _short(model_name: str) -> str:
+    """A hub's id and a folder's path end in the model's name."""
+    return model_name.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
 def tensors_digest(head: ValueHead) -> str:

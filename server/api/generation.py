@@ -54,6 +54,10 @@ class Generation:
     charge: Charge
     timeout_s: float | None
     is_traced: bool
+    heads: Sequence[str]
+    """Those that it runs under."""
+    first_warnings: list[str]
+    """Of its heads, when it was queued."""
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
@@ -63,6 +67,16 @@ class Generation:
     @property
     def usage(self) -> Usage:
         return Usage(sum(map(len, self.prompts)), self.completion_tokens)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know of heads that were made for another model, also of those that came or went meanwhile."""
+        return list(dict.fromkeys([*self.first_warnings, *self.engine.info.warnings(self.heads)]))
+
+    def control_shown(self, control: ControlSummary) -> dict[str, Any]:
+        """A choice's summary, with the warnings of its heads where there are any."""
+        summary = shown(asdict(control))
+        return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
@@ -220,6 +234,7 @@ async def queue(
         await _close(streams)
         charge.settle(0)
         raise
+    heads = sorted(requests[0].named_heads)
     timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
     return Generation(
         engine=engine,
@@ -229,6 +244,8 @@ async def queue(
         charge=charge,
         timeout_s=min(timeouts, default=None),
         is_traced=any(one.control is not None and one.control.trace for one in requests),
+        heads=heads,
+        first_warnings=engine.info.warnings(heads),
         facts=context.facts,
     )
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 
 from server.api.gate.auth import MANAGEMENT_PREFIX
 from server.api.gate.context import context_of
+from server.api.models import warned
 from server.engines.base import Engine
 from server.errors import AuthenticationError, HeadConflictError, HeadMismatchError, UnknownHeadError
 from server.telemetry import Telemetry
@@ -74,4 +75,6 @@ def _check_loaded(request: Request, name: str) -> None:
 
 def _heads(request: Request) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
-    return {"object": "list", "data": [{"id": name, "object": "value_head"} for name in engine.info.heads]}
+    info = engine.info
+    data = [{"id": name, "object": "value_head", **warned(info, name)} for name in info.heads]
+    return {"object": "list", "data": data}

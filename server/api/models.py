@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.resolution import model_ids
+from server.api.resolution import head_of_model, model_ids
 from server.engines.base import Engine, EngineInfo
 from server.errors import UnknownHeadError, UnknownModelError
 from server.types import ControlParams
@@ -31,7 +31,7 @@ async def get_model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/v1/heads")
 async def list_heads(request: Request) -> dict[str, Any]:
-    """Every value head with its card."""
+    """Every value head with its card, and warnings where it was made for another model."""
     return {"object": "list", "data": [_head(request, name) for name in _info(request).heads]}
 
 
@@ -43,10 +43,17 @@ async def get_head(request: Request, name: str) -> dict[str, Any]:
     return _head(request, name)
 
 
+def warned(info: EngineInfo, head: str | None) -> dict[str, list[str]]:
+    """A head's `warnings`, only where there are any."""
+    warnings = [] if head is None else info.warnings([head])
+    return {"warnings": warnings} if warnings else {}
+
+
 def _head(request: Request, name: str) -> dict[str, Any]:
     pinned: ControlParams | None = request.app.state.pinned
     is_pinned = pinned is not None and name in pinned.head_names
-    return {"id": name, "object": "value_head", "is_pinned": is_pinned, **_info(request).heads[name]}
+    info = _info(request)
+    return {"id": name, "object": "value_head", "is_pinned": is_pinned, **info.heads[name], **warned(info, name)}
 
 
 def _info(request: Request) -> EngineInfo:
@@ -56,4 +63,6 @@ def _info(request: Request) -> EngineInfo:
 
 def _model(name: str, info: EngineInfo) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": 0, "owned_by": "recontrol", "max_model_len": info.max_model_len}
-    return model if name == info.model_id else {**model, "parent": info.model_id}
+    if name == info.model_id:
+        return model
+    return {**model, "parent": info.model_id, **warned(info, head_of_model(name, info))}

@@ -10,14 +10,13 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.gate.context import request_id_of
-from server.api.generation import Choice, Generation, collect, shown
+from server.api.generation import Choice, Generation, collect
 from server.api.schemas import GenerationBody
 from server.api.sse import EventStream
 from server.types import ControlSummary, FinishReason, GenerationChunk
@@ -63,7 +62,7 @@ class ResponseWriter(ABC):
 
     async def _whole(self) -> dict[str, Any]:
         choices = [
-            _choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
+            self._choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
             for index, choice in enumerate(await collect(self._generation))
         ]
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
@@ -82,7 +81,7 @@ class ResponseWriter(ABC):
                     continue
                 begun.add(index)
                 del traces[index]
-                event = {**head, "choices": [_choice(index, content, chunk.finish_reason, chunk.control, trace)]}
+                event = {**head, "choices": [self._choice(index, content, chunk.finish_reason, chunk.control, trace)]}
                 if self._continuous_usage:
                     event["usage"] = self._usage()
                 elif self._include_usage:
@@ -90,6 +89,21 @@ class ResponseWriter(ABC):
                 yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
+
+    def _choice(
+        self,
+        index: int,
+        content: dict[str, Any],
+        finish_reason: FinishReason | None,
+        control: ControlSummary | None,
+        trace: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "finish_reason": finish_reason}
+        if control is not None:
+            choice["control"] = self._generation.control_shown(control)
+        if trace:
+            choice["control_trace"] = trace
+        return choice
 
     def _usage(self) -> dict[str, int]:
         usage = self._generation.usage
@@ -110,21 +124,6 @@ async def whole_response(
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
         await generation.close()
-
-
-def _choice(
-    index: int,
-    content: dict[str, Any],
-    finish_reason: FinishReason | None,
-    control: ControlSummary | None,
-    trace: list[dict[str, Any]],
-) -> dict[str, Any]:
-    choice = {"index": index, **content, "finish_reason": finish_reason}
-    if control is not None:
-        choice["control"] = shown(asdict(control))
-    if trace:
-        choice["control_trace"] = trace
-    return choice
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -152,12 +152,14 @@ async def _content(request: Request, body: ValueBody, generation: Generation) ->
     choices = await collect(generation)
     data = await asyncio.to_thread(lambda: [_datum(generation, index, choice) for index, choice in enumerate(choices)])
     num_tokens = generation.usage.prompt_tokens
+    warnings = generation.warnings
     return {
         "id": f"value-{request_id_of(request)}",
         "object": "list",
         "created": int(time.time()),
         "model": body.model,
         "data": data,
+        **({"warnings": warnings} if warnings else {}),
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
 

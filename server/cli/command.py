@@ -14,9 +14,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
-from server.settings import DEFAULT_MODEL
+from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL
 from value_models.rollouts import RolloutPrompt, load_prompts
 
 
@@ -39,7 +40,6 @@ class ModelCommand(Command):
     model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = Field(
         None, description="memory for keys and values; by default half of a host's, nine tenths of what a GPU has free"
@@ -51,6 +51,17 @@ class ModelCommand(Command):
     def core(self, loaded: LoadedModel, registry: HeadRegistry) -> EngineCore:
         """An engine to drive from this thread. Raises ModelLoadError, ConfigurationError."""
         return EngineCore(loaded, registry, max_batch_size=self.max_batch_size, kv_cache_gib=self.kv_cache_gib)
+
+
+class HeadsModelCommand(ModelCommand):
+    """A command that runs the model with value heads."""
+
+    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
+    allow_other_base: bool = Field(False, description=ALLOW_OTHER_BASE)
+
+    def heads(self, loaded: LoadedModel) -> HeadRegistry:
+        """Raises HeadMismatchError, ConfigurationError."""
+        return load_registry(self.heads_dir, loaded, allow_other_base=self.allow_other_base)
 
 
 def command_line() -> str:

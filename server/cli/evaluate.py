@@ -21,7 +21,7 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory, blockwise
 from server.cli.command import (
-    ModelCommand,
+    HeadsModelCommand,
     allow_rewards_of_the_working_folder,
     command_line,
     read_prompts,
@@ -32,7 +32,6 @@ from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
 from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
@@ -81,7 +80,7 @@ _UNUSED_FLAGS = {
 _MIN_OBJECTIVES_HEADS = 2
 
 
-class Eval(ModelCommand):
+class Eval(HeadsModelCommand):
     """Compare a head with prompting, a static vector, best-of-N, decoding by value and RE-Control as published.
 
     Responses are kept below --work and used again, so a run that was stopped goes on where it was.
@@ -160,7 +159,10 @@ class Eval(ModelCommand):
         if self.update_card:
             require_matplotlib()
         loaded = self.load()
-        registry = load_registry(self.heads_dir, loaded)
+        registry = self.heads(loaded)
+        warnings = [warning for name, warning in registry.warnings().items() if name in self._named_heads()]
+        if self.update_card and warnings:
+            raise ConfigurationError(f"update_card: a card tells of the head's own model. {warnings[0]}")
         folder = self.heads_dir or shipped_heads_folder(loaded.name)
         if self.study == "objectives":
             study = ObjectivesStudy(self._objectives_setup(loaded, registry, folder))
@@ -174,12 +176,17 @@ class Eval(ModelCommand):
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "command": command_line(),
+            **({"warnings": warnings} if warnings else {}),
         }
         if self.out is not None:
             write_text(self.out, json.dumps(result, indent=1) + "\n")
         if self.update_card:
             study.save(folder, result)
         study.show(result)
+
+    def _named_heads(self) -> set[str]:
+        names = ",".join([self.head, *(self.worst_case or [])])
+        return set(names.replace("+", ",").split(","))
 
     def _setup(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard) -> EvalSetup:
         # What can be wrong with names, or is missing, is said before minutes of sampling.

@@ -11,10 +11,9 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import ModelCommand, command_line
+from server.cli.command import HeadsModelCommand, command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.tokenization import encode_chat
 from server.errors import ConfigurationError, GenerationError
@@ -22,7 +21,7 @@ from server.types import ControlParams, FinishReason, GenerationChunk, Generatio
 from value_models.whole_files import write_text
 
 
-class _PromptCommand(ModelCommand):
+class _PromptCommand(HeadsModelCommand):
     prompt: CliPositionalArg[str]
     chat: bool = Field(True, description="send the prompt through the model's chat template")
     max_tokens: int = Field(64, description="new tokens of a response")
@@ -85,7 +84,7 @@ class Generate(_PromptCommand):
             if control.search is not None:
                 raise ConfigurationError("control: search: ask the server for it (recontrol serve)")
         loaded = self.load()
-        registry = HeadRegistry({}) if control is None else load_registry(self.heads_dir, loaded)
+        registry = HeadRegistry({}) if control is None else self.heads(loaded)
         core = self.core(loaded, registry)
 
         def show(chunk: GenerationChunk) -> None:
@@ -101,7 +100,7 @@ class Compare(_PromptCommand):
 
     def cli_cmd(self) -> None:
         loaded = self.load()
-        core = self.core(loaded, load_registry(self.heads_dir, loaded))
+        core = self.core(loaded, self.heads(loaded))
         responses = {"base": self.respond(loaded, core, None)}
         for name in core.registry.names:
             responses[name] = self.respond(loaded, core, ControlParams.for_head(name, max_kl=self.max_kl))
@@ -114,5 +113,6 @@ class Compare(_PromptCommand):
                 "hardware": f"{platform.machine()}, {loaded.model.device}",
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),
                 "command": command_line(),
+                **({"warnings": warnings} if (warnings := list(core.registry.warnings().values())) else {}),
             }
             write_text(self.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

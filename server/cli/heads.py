@@ -93,7 +93,9 @@ class HeadsImport(HeadsCommand):
 
     path: CliPositionalArg[Path]
     name: str = Field(description="the head's name in requests")
-    base_model: str = Field(description="name of the language model that the head was trained on")
+    base_model: str = Field(
+        description="name of the language model that the head was trained on; models of other names refuse it"
+    )
     description: str = Field("", description="what the head is for, shown in /v1/heads")
     tensor: str | None = Field(
         None, description="which vector of the file; by default the only one, or the last layer's"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.control.base_match import base_warning
 from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
 from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
@@ -103,9 +104,16 @@ class HeadStack:
 class HeadRegistry:
     """Read only after loading; stacks are made on first use and kept."""
 
-    def __init__(self, heads: Mapping[str, ValueHead], cards: Mapping[str, HeadCard] | None = None) -> None:
+    def __init__(
+        self,
+        heads: Mapping[str, ValueHead],
+        cards: Mapping[str, HeadCard] | None = None,
+        warnings: Mapping[str, str] | None = None,
+    ) -> None:
+        """`warnings` are of the heads that were made for another model, as `base_warning` has them."""
         self._heads = dict(sorted(heads.items()))
         self._cards = dict(cards or {})
+        self._warnings = dict(warnings or {})
         self._stacks: dict[tuple[str, ...], HeadStack] = {}
 
     @classmethod
@@ -116,16 +124,21 @@ class HeadRegistry:
         *,
         device: torch.device | str = "cpu",
         skip_mismatched: bool = False,
+        allow_other_base: bool = False,
     ) -> HeadRegistry:
         """Load every head of a folder, or of a store by its URL.
 
-        One made for another model raises HeadMismatchError, or is left out with a warning if told so; then there need
-        not be a folder either. What cannot be read raises ConfigurationError.
+        One made for another model is loaded with a warning where that is allowed and possible. Else it raises
+        HeadMismatchError, or is left out with a warning if told so; then there need not be a folder either. What cannot
+        be read raises ConfigurationError.
         """
         if skip_mismatched and not Path(location).is_dir():
+            if allow_other_base:
+                _log.warning("allow_other_base: no heads are shipped for %r; name a heads_dir", base_model["name"])
             return cls({})
         heads: dict[str, ValueHead] = {}
         cards: dict[str, HeadCard] = {}
+        warnings: dict[str, str] = {}
         try:
             folder = open_heads(location)
             names = folder.names()
@@ -136,19 +149,19 @@ class HeadRegistry:
                 head, card = folder.load(name, device=device)
             except HeadFileError as error:
                 raise HeadMismatchError(f"heads_dir: {error}") from error
-            if differences := card.base_model.differences(base_model):
-                message = (
-                    f"The value head {name!r} in {location} was not made for the model {base_model['name']!r}: "
-                    f"{'; '.join(differences)}. Train it for this model (`recontrol rollouts`, `recontrol train`), or "
-                    "serve from another --heads-dir."
-                )
+            try:
+                warning = base_warning(card, base_model, location, allow_other_base=allow_other_base)
+            except HeadMismatchError as error:
                 if not skip_mismatched:
-                    raise HeadMismatchError(message)
-                _log.warning("%s", message)
+                    raise
+                _log.warning("%s", error.message)
                 continue
             heads[name], cards[name] = head, card
+            if warning is not None:
+                warnings[name] = warning
+                _log.warning("%s", warning)
         _log.info("Loaded %d value heads from %s: %s", len(heads), location, ", ".join(heads) or "none")
-        return cls(heads, cards)
+        return cls(heads, cards, warnings)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,9 +170,13 @@ class HeadRegistry:
     def cards(self) -> dict[str, HeadCard]:
         return dict(self._cards)
 
+    def warnings(self) -> dict[str, str]:
+        """By name, of the heads that were made for another model."""
+        return dict(self._warnings)
+
     def with_head(self, name: str, head: ValueHead) -> HeadRegistry:
         """A registry with one head more, which has no card."""
-        return HeadRegistry({**self._heads, name: head}, self._cards)
+        return HeadRegistry({**self._heads, name: head}, self._cards, self._warnings)
 
     def head(self, name: str) -> ValueHead:
         """Raises UnknownHeadError."""

@@ -6,7 +6,7 @@ Knows no torch and no HTTP. Enter at `Engine`.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from server.errors import InvalidRequestError, UnknownHeadError
@@ -23,8 +23,26 @@ class EngineInfo:
     vocab_size: int
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> the head's card as plain JSON data."""
+    head_warnings: Mapping[str, str] = field(default_factory=dict)
+    """Name -> what users of a head must know that was made for another model; of those heads alone."""
     can_score: bool = False
     """Whether requests may have `scoring`."""
+
+    def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
+        """One head more, or another in its place."""
+        others = self.without_head(name)
+        warnings = {} if warning is None else {name: warning}
+        return replace(others, heads={**self.heads, name: card}, head_warnings={**others.head_warnings, **warnings})
+
+    def without_head(self, name: str) -> EngineInfo:
+        heads, warnings = dict(self.heads), dict(self.head_warnings)
+        heads.pop(name, None)
+        warnings.pop(name, None)
+        return replace(self, heads=heads, head_warnings=warnings)
+
+    def warnings(self, heads: Iterable[str]) -> list[str]:
+        """Those of the heads that are named, in the order given."""
+        return [self.head_warnings[name] for name in heads if name in self.head_warnings]
 
 
 @dataclass(slots=True, frozen=True)

@@ -101,12 +101,12 @@ class FakeEngine:
     async def load_head(self, name: str) -> None:
         if name not in self._known_heads:
             raise UnknownHeadError(name, self._known_heads)
-        self.info = replace(self.info, heads={**self.info.heads, name: dict(_CARD)})
+        self.info = self.info.with_head(name, dict(_CARD), None)
 
     async def unload_head(self, name: str) -> None:
         if name not in self.info.heads:
             raise UnknownHeadError(name, self.info.heads)
-        self.info = replace(self.info, heads={n: card for n, card in self.info.heads.items() if n != name})
+        self.info = self.info.without_head(name)
 
     def forget(self, num_unfinished: int) -> None:
         """A stream has been closed with this many choices unfinished: they end as aborted."""

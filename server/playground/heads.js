@@ -61,7 +61,7 @@ class Row {
       this.slider,
       this.number,
       this.role,
-      element("p", { class: "hint", id: hint }, head.is_pinned ? `${head.description}. Pinned by this server, on both sides.` : head.description),
+      element("p", { class: "hint", id: hint }, hintOf(head)),
     );
     this.slider.addEventListener("input", () => {
       this[this.quantity] = rounded(this.slider.valueAsNumber, Number(this.slider.step));
@@ -96,6 +96,12 @@ class Row {
     const { head, box, role, weight, level } = this;
     return { name: head.id, isOn: box.checked, role: role.value, weight, level };
   }
+}
+
+/** What a head is for, and what to know of it: that it is pinned, or was made for another model. */
+function hintOf({ description, is_pinned: isPinned, warnings = [] }) {
+  const pinned = isPinned ? [". Pinned by this server, on both sides."] : [];
+  return [description, ...pinned, ...warnings.map((warning) => ` \u26a0 ${warning}`)].join("");
 }
 
 /** Paints the track from `from` to the value. */

@@ -256,7 +256,7 @@ def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() 
             query,
             keys[:, :, :length],
             values[:, :, :length],
-            attention._visible(last, length, None)[:, None, None],
+            attention.ALL_BEFORE.visible(torch.arange(length), last)[:, None, None],
             how,
         )
         for length in (320, 384, 448, 512, 640, 1024)

@@ -9,14 +9,14 @@ import torch
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
-from server.engines.embedded.model.attention import AttentionKind, DecodeRow, Segment, StepLayout
+from server.engines.embedded.model.attention import AttentionKind, DecodeRow, Segment, Span, StepLayout
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
 from server.kernels import native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")
-KINDS = [AttentionKind(0.17), AttentionKind(0.17, window=70), AttentionKind(0.17, softcap=5.0)]
+KINDS = [AttentionKind(0.17), AttentionKind(0.17, Span(window=70)), AttentionKind(0.17, softcap=5.0)]
 
 
 class Attended:
@@ -96,7 +96,7 @@ def test_native_layers_give_the_states_of_transformers_modules(
     architecture: str,
 ) -> None:
     core = make_core(architecture, dtype="bfloat16")
-    assert isinstance(core.runner._backbone, NativeLlama)
+    assert core.runner.is_native
     monkeypatch.setattr(NativeLlama, "can_run", lambda *_: False)
     plain = make_core(architecture, dtype="bfloat16")
     exact = make_core(architecture, dtype="float32")
@@ -108,7 +108,8 @@ def test_native_layers_give_the_states_of_transformers_modules(
     assert errors[1] < 0.1
 
 
-def test_a_model_with_other_parts_is_left_to_transformers(load_tiny: Callable[..., LoadedModel]) -> None:
-    for architecture in ("gemma2", "gpt2", "llama"):
-        model = load_tiny(architecture, "bfloat16").model
-        assert not NativeLlama.can_run(model.get_decoder(), model.config)
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])
+def test_a_model_with_other_parts_is_left_to_transformers(
+    make_core: Callable[..., EngineCore], architecture: str
+) -> None:
+    assert not make_core(architecture, dtype="bfloat16").runner.is_native

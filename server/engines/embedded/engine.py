@@ -13,7 +13,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
@@ -116,16 +115,23 @@ class EmbeddedEngine(Tokenization):
             if core is None or loaded is None:
                 raise EngineStoppedError("The engine has not been started.")
             location = heads_location(self._settings.heads_dir, loaded)
-            head, card = await asyncio.to_thread(load_one_head, location, name, loaded.identity, loaded.model.device)
-            await self._on_loop(lambda: core.use(with_head(core.registry, name, head, card)))
-            self._info = replace(self.info, heads={**self.info.heads, name: card.model_dump(mode="json")})
+            offered = await asyncio.to_thread(
+                load_one_head,
+                location,
+                name,
+                loaded.identity,
+                loaded.model.device,
+                allow_other_base=self._settings.allow_other_base,
+            )
+            await self._on_loop(lambda: core.use(with_head(core.registry, offered)))
+            self._info = self.info.with_head(name, offered.card.model_dump(mode="json"), offered.warning)
 
     async def unload_head(self, name: str) -> None:
         async with self._managing:
-            core, heads = self._core, dict(self.info.heads)
-            if core is None or heads.pop(name, None) is None:
-                raise UnknownHeadError(name, heads)
-            self._info = replace(self.info, heads=heads)
+            core, info = self._core, self.info
+            if core is None or name not in info.heads:
+                raise UnknownHeadError(name, info.heads)
+            self._info = info.without_head(name)
             while await self._on_loop(lambda: core.num_users(name)):
                 await asyncio.sleep(_UNLOAD_POLL_S)
             await self._on_loop(lambda: core.use(without_head(core.registry, name)))
@@ -174,7 +180,7 @@ class EmbeddedEngine(Tokenization):
     def _build_core(self) -> EngineCore:
         settings = self._settings
         self._loaded = loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-        registry = load_registry(settings.heads_dir, loaded)
+        registry = load_registry(settings.heads_dir, loaded, allow_other_base=settings.allow_other_base)
         # The first call settles truncation and padding; later ones only read, as the loop's detokenizers do.
         tokenizer: Any = loaded.tokenizer
         tokenizer(" ")
@@ -195,6 +201,7 @@ class EmbeddedEngine(Tokenization):
             max_model_len=core.max_model_len,
             vocab_size=core.vocab_size,
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
+            head_warnings=registry.warnings(),
             can_score=True,
         )
         return core

@@ -22,9 +22,9 @@ class _Sums:
     """`EditTotals` of a request's tokens, straight from their numbers: a step of the scheduler has a row of them."""
 
     def __init__(self, control: ControlParams) -> None:
-        self._names = control.head_names
+        self.names = control.head_names
         self._num_tokens, self._num_moved, self._max_kl = 0, 0, 0.0
-        self._sums = [0.0] * (2 * len(self._names) + 5)
+        self._sums = [0.0] * (2 * len(self.names) + 5)
         self._held: Counter[float] = Counter()
 
     def add(self, numbers: Sequence[float]) -> None:
@@ -37,7 +37,7 @@ class _Sums:
         self._sums = list(map(operator.add, self._sums, numbers))
 
     def totals(self) -> EditTotals:
-        size = len(self._names)
+        size = len(self.names)
         kl, shift_ratio, _, nonfinite, _ = self._sums[2 * size :]
         return EditTotals(
             num_tokens=self._num_tokens,
@@ -47,8 +47,8 @@ class _Sums:
             max_kl=self._max_kl,
             sum_shift=shift_ratio,
             held=Counter({why.value: n for code, n in self._held.items() if (why := HELD_BY[int(code)]) is not None}),
-            sum_before=dict(zip(self._names, self._sums[:size], strict=True)),
-            sum_after=dict(zip(self._names, self._sums[size : 2 * size], strict=True)),
+            sum_before=dict(zip(self.names, self._sums[:size], strict=True)),
+            sum_after=dict(zip(self.names, self._sums[size : 2 * size], strict=True)),
         )
 
 
@@ -58,6 +58,8 @@ class Delivery:
     def __init__(self) -> None:
         self._choice_ids: dict[str, str] = {}
         self._sums: dict[str, _Sums] = {}
+        self._warnings: Mapping[str, str] = {}
+        """Of heads that were made for another model, as the last report has them."""
 
     def expect(self, request_id: str, extra_args: Mapping[str, Any] | None) -> None:
         if extra_args is None:
@@ -80,6 +82,8 @@ class Delivery:
     def fill(self, output: Any, report: dict[str, Any] | None) -> str | None:
         """Put into an `EngineCoreOutput` what the step's report says of it; why its request has failed, if it has."""
         request_id = output.request_id
+        if report is not None:
+            self._warnings = report.get("warnings", {})
         if report is not None and output.new_token_ids:
             if (fault := report["faults"].get(request_id)) is not None:
                 self.forget([request_id])
@@ -89,8 +93,14 @@ class Delivery:
         if output.finish_reason is not None:
             self._choice_ids.pop(request_id, None)
             if (sums := self._sums.pop(request_id, None)) is not None:
-                _put(output, {"control": asdict(sums.totals().summary())})
+                _put(output, {"control": self._summary(sums)})
         return None
+
+    def _summary(self, sums: _Sums) -> dict[str, Any]:
+        """As this program's own API has it."""
+        summary = asdict(sums.totals().summary())
+        warnings = [self._warnings[name] for name in sums.names if name in self._warnings]
+        return {**summary, "warnings": warnings} if warnings else summary
 
     def _fill(self, output: Any, numbers: list[float], report: dict[str, Any]) -> None:
         if (choice_id := self._choice_ids.get(output.request_id)) is not None:

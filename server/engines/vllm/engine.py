@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from server.control.registry import HeadRegistry
@@ -130,22 +129,29 @@ class VllmEngine(Tokenization):
             files, info = self._files, self.info
             assert files is not None
             # Here first, for errors in good words and the card; workers read the same files.
-            _, card = await asyncio.to_thread(load_one_head, self._heads_dir, name, files.identity, "cpu")
+            offered = await asyncio.to_thread(
+                load_one_head,
+                self._heads_dir,
+                name,
+                files.identity,
+                "cpu",
+                allow_other_base=self._settings.allow_other_base,
+            )
             llm = self._running_llm()
-            read = card.model_dump(mode="json")
+            read = offered.card.model_dump(mode="json")
             problems = await llm.collective_rpc("recontrol_read_head", args=(name, read))
             if problem := next(filter(None, problems), None):
                 raise HeadMismatchError(problem)
             # Only now, when all have it: ranks with different heads would go on from different tokens.
             await llm.collective_rpc("recontrol_use_head")
-            self._info = replace(info, heads={**info.heads, name: read})
+            self._info = info.with_head(name, read, offered.warning)
 
     async def unload_head(self, name: str) -> None:
         async with self._managing:
-            heads = dict(self.info.heads)
-            if heads.pop(name, None) is None:
-                raise UnknownHeadError(name, heads)
-            self._info = replace(self.info, heads=heads)
+            info = self.info
+            if name not in info.heads:
+                raise UnknownHeadError(name, info.heads)
+            self._info = info.without_head(name)
             while any(_uses(choice, name) for choice in self._choices.values()):
                 await asyncio.sleep(_UNLOAD_POLL_S)
             await self._running_llm().collective_rpc("recontrol_unload_head", args=(name,))
@@ -155,7 +161,12 @@ class VllmEngine(Tokenization):
         self._files = files = ModelFiles.of(settings.model)
         self._heads_dir = absolute(settings.heads_dir or shipped_heads_folder(files.name))
         # The workers' own copies are what edits states; this one tells of mismatches in good words.
-        registry = HeadRegistry.load(self._heads_dir, files.identity, skip_mismatched=settings.heads_dir is None)
+        registry = HeadRegistry.load(
+            self._heads_dir,
+            files.identity,
+            skip_mismatched=settings.heads_dir is None,
+            allow_other_base=settings.allow_other_base,
+        )
         # The first call settles truncation and padding; later ones only read.
         files.tokenizer(" ")
         llm = launch(settings, files, self._heads_dir, self._hear_status)
@@ -164,6 +175,7 @@ class VllmEngine(Tokenization):
             max_model_len=min(settings.max_model_len or files.max_len, files.max_len),
             vocab_size=files.identity["vocab_size"],
             heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
+            head_warnings=registry.warnings(),
         )
         return llm
 

@@ -91,6 +91,7 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: str, devi
                 "heads_dir": heads_dir,
                 "identity": files.identity,
                 "skip_mismatched": settings.heads_dir is None,
+                "allow_other_base": settings.allow_other_base,
             }
         },
     }

@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from server.engines.vllm.wire import CONFIG_KEY, HEADS_DIR_VARIABLE, SCHEDULER, VALIDATOR
+from server.engines.vllm.wire import CONFIG_KEY, HEADS_DIR_VARIABLE, OTHER_BASE_VARIABLE, SCHEDULER, VALIDATOR
 from server.errors import ConfigurationError
 
 
@@ -52,4 +53,13 @@ def own_config(vllm_config: Any) -> dict[str, Any]:
     heads_dir = os.environ.get(HEADS_DIR_VARIABLE, "")
     if not heads_dir or not Path(heads_dir).is_dir():
         raise ConfigurationError(f"{HEADS_DIR_VARIABLE}: {heads_dir!r} is not a folder here; name one of value heads")
-    return {"heads_dir": heads_dir}
+    return {"heads_dir": heads_dir, "allow_other_base": _is_on(OTHER_BASE_VARIABLE)}
+
+
+def _is_on(variable: str) -> bool:
+    """In the words that settings take. Raises ConfigurationError."""
+    value = os.environ.get(variable, "false")
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError as error:
+        raise ConfigurationError(f"{variable}: {value!r} is neither true nor false") from error

@@ -78,10 +78,12 @@ class StepReport:
         *,
         edit_s: float = 0.0,
         faults: Mapping[str, str] | None = None,
+        warnings: Mapping[str, str] | None = None,
     ) -> None:
         self._rows = rows
         self._edit_s = edit_s
         self._faults = dict(faults or {})
+        self._warnings = dict(warnings or {})
         self._lock = threading.Lock()
         self._numbers: dict[str, list[float]] | None = None
         is_on_gpu = any(group.numbers_RN.is_cuda for group in stats)
@@ -111,7 +113,8 @@ class StepReport:
 
     def as_plain_data(self) -> dict[str, Any]:
         """What travels to the scheduler's process."""
-        return {"edits": self.resolve(), "edit_s": self._edit_s, "faults": self._faults}
+        data = {"edits": self.resolve(), "edit_s": self._edit_s, "faults": self._faults}
+        return {**data, "warnings": self._warnings} if self._warnings else data
 
 
 class RowControl:
@@ -174,7 +177,7 @@ class RowControl:
             for row in rows
             if row is not None and (fault := self._requests[row.request_id].fault) is not None
         }
-        report = StepReport(rows, stats, edit_s=edit_s, faults=faults)
+        report = StepReport(rows, stats, edit_s=edit_s, faults=faults, warnings=self.registry.warnings())
         self._report, self._is_report_taken = report, False
         return logits_BV
 

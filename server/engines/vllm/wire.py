@@ -31,6 +31,8 @@ CONFIG_KEY = "recontrol"
 """In vLLM's `additional_config`."""
 HEADS_DIR_VARIABLE = "RECONTROL_HEADS_DIR"
 """The folder of value heads, where vLLM is not started by this program."""
+OTHER_BASE_VARIABLE = "RECONTROL_ALLOW_OTHER_BASE"
+"""Whether heads that were made for another model are served there: `true` or `false`."""
 
 
 def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:

@@ -46,12 +46,14 @@ class ControlWorker(_Worker):
         config = own_config(self.vllm_config)
         model, model_config = self.model_runner.get_model(), self.vllm_config.model_config
         self._recontrol_folder: str = config["heads_dir"]
+        self._recontrol_allows_other_base: bool = config.get("allow_other_base", False)
         self._recontrol_identity = config.get("identity") or ModelFiles.of(model_config.model).identity
         registry = HeadRegistry.load(
             self._recontrol_folder,
             self._recontrol_identity,
             device=self.device,
             skip_mismatched=config.get("skip_mismatched", False),
+            allow_other_base=self._recontrol_allows_other_base,
         )
         _check_same_on_all_ranks(registry, self._recontrol_folder)
         unembedding = VllmUnembedding.of(
@@ -64,19 +66,25 @@ class ControlWorker(_Worker):
         if self.model_runner.row_control is None:
             return None
         try:
-            head, card = load_one_head(self._recontrol_folder, name, self._recontrol_identity, self.device)
+            offered = load_one_head(
+                self._recontrol_folder,
+                name,
+                self._recontrol_identity,
+                self.device,
+                allow_other_base=self._recontrol_allows_other_base,
+            )
         except RecontrolError as error:
             return error.message
-        if card.model_dump(mode="json") != expected_card:
+        if offered.card.model_dump(mode="json") != expected_card:
             return f"The value head {name!r} in {self._recontrol_folder} is not the same on every machine."
-        self._recontrol_read = (name, head, card)
+        self._recontrol_read = offered
         return None
 
     def recontrol_use_head(self) -> None:
         """The one that was read last, now that every worker has it."""
         control: RowControl | None = self.model_runner.row_control
         if control is not None:
-            control.use(with_head(control.registry, *self._recontrol_read))
+            control.use(with_head(control.registry, self._recontrol_read))
 
     def recontrol_unload_head(self, name: str) -> None:
         control: RowControl | None = self.model_runner.row_control

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from server.control.editor import StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from server.engines.embedded.model.runner import LMHead
+from server.engines.embedded.model.lm_head import LMHead
 from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.unembedding import VllmUnembedding
 from server.engines.vllm.wire import CONTROL_KEY, control_args, decode_edit

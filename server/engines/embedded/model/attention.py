@@ -15,8 +15,9 @@ attention head, S attended positions, M pages of the longest sequence.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,11 @@ from server.kernels import native
 from server.kernels.transfer import on_device
 
 ATTENTION_NAME = "recontrol"
-_HARMLESS_OPTIONS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+PROJECTIONS = ("queries", "keys", "values")
+HARMLESS_OPTIONS = frozenset(
+    {"dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "sliding_window", "use_cache"}
+)
+"""Arguments of transformers' attention functions that change nothing here: a window is read from the layer's mask."""
 _MAX_NATIVE_GROUP = 8
 
 
@@ -59,12 +64,44 @@ class Segment:
 
 
 @dataclass(slots=True, frozen=True)
+class Span:
+    """Which positions up to its own a token sees in one layer; None is no limit.
+
+    With a window of w it sees the last w, its own among them; with chunks of c those of its own chunk, c positions from
+    a multiple of c.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def visible(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Bool, broadcast: which `positions` a token at position `last` sees."""
+        visible = positions <= last
+        if self.window is not None:
+            visible &= positions > last - self.window
+        if self.chunk is not None:
+            visible &= positions // self.chunk == last // self.chunk
+        return visible
+
+
+ALL_BEFORE = Span()
+
+
+@dataclass(slots=True, frozen=True)
 class AttentionKind:
-    """How one layer attends; a window or soft cap of None is none."""
+    """How one layer attends; a soft cap of None is none."""
 
     scaling: float
-    window: int | None = None
+    span: Span = ALL_BEFORE
     softcap: float | None = None
+
+
+class StepWatch(Protocol):
+    """Is told what each layer of a step does; see proof.py."""
+
+    def saw(self, layer: int, what: str, given: Tensor) -> Tensor:
+        """`what` a layer got ("entered"), attends with ("queries", "keys", "values"), or gave; what to go on with."""
+        ...
 
 
 @dataclass(slots=True)
@@ -78,11 +115,23 @@ class StepLayout:
     """Pages of the decode rows, then of the segments' sequences, [B + segments, M] int32, padded with the null page."""
     num_decode: int
     segments: list[Segment]
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """Of the decode rows by window, made when a layer first asks."""
+    spans: Mapping[int, Span] = field(default_factory=dict)
+    """By index of the layer."""
+    watch: StepWatch | None = None
+    """Follows the layers while a model is proved."""
+    masks: dict[Span, Tensor] = field(default_factory=dict)
+    """Of the decode rows, made when a layer first asks."""
 
     @classmethod
-    def of(cls, kv: KVCache, decode: list[DecodeRow], segments: list[Segment], device: torch.device) -> StepLayout:
+    def of(
+        cls,
+        kv: KVCache,
+        decode: list[DecodeRow],
+        segments: list[Segment],
+        device: torch.device,
+        spans: Mapping[int, Span] | None = None,
+        watch: StepWatch | None = None,
+    ) -> StepLayout:
         positions = [row.position for row in decode]
         owners = list(range(len(decode)))
         for index, segment in enumerate(segments, start=len(decode)):
@@ -94,15 +143,15 @@ class StepLayout:
         padded = [pages + [NULL_PAGE] * (widest - len(pages)) for pages in used]
         both_2T = on_device([positions, owners], device)
         tables = on_device(padded, device, dtype=torch.int32)
-        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments)
+        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments, spans or {}, watch)
 
-    def decode_mask(self, window: int | None) -> Tensor:
+    def decode_mask(self, span: Span) -> Tensor:
         """[B, 1, 1, S] bool, true where attended."""
-        if window not in self.masks:
+        if span not in self.masks:
             last_B1 = self.positions_T[: self.num_decode, None]
-            length = self.tables.shape[1] * PAGE_TOKENS
-            self.masks[window] = _visible(last_B1, length, window)[:, None, None]
-        return self.masks[window]
+            positions = torch.arange(self.tables.shape[1] * PAGE_TOKENS, device=last_B1.device)
+            self.masks[span] = span.visible(positions, last_B1)[:, None, None]
+        return self.masks[span]
 
 
 def register_attention() -> str:
@@ -118,28 +167,45 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float | None = None,
     step: StepLayout,
-    sliding_window: int | None = None,
+    scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Write this step's keys and values, then attend. query [1, heads, T, P]; returns [1, T, heads, P]."""
-    unknown = {name for name, value in options.items() if value is not None and name not in _HARMLESS_OPTIONS}
-    if attention_mask is not None or unknown:
+    """Write this step's keys and values, then attend. query [1, heads, T, P]; returns [1, T, heads, P of the values].
+
+    `s_aux` [heads] are sinks: logits of a place that takes a share of each head's attention and gives nothing.
+    """
+    if attention_mask is not None or (unknown := unknown_options(options)):
         raise UnsupportedAttentionError(f"attention masks of the model's own or options {sorted(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    head_size = key.shape[3]
-    how = AttentionKind(head_size**-0.5 if scaling is None else scaling, sliding_window, softcap)
+    how = attention_kind(key, scaling, softcap, step.spans[layer])
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    if step.watch is not None:
+        for what, given in zip(PROJECTIONS, rows, strict=True):
+            step.watch.saw(layer, what, given)
     keys, values = step.kv.layer(layer, *rows[1:])
-    if can_attend_natively(query.dtype, query.device, head_size, query.shape[1] // key.shape[1]):
+    group = query.shape[1] // key.shape[1]
+    is_plain = s_aux is None and how.span.chunk is None and key.shape == value.shape
+    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3], group):
         out_TNP = torch.empty_like(rows[0])
         addresses = [row.data_ptr() for row in rows]
         strides = [row.stride(0) for row in rows]
         attend_natively(addresses, strides, out_TNP.data_ptr(), keys, values, step, query.shape[1], how)
         return out_TNP[None], None
-    return _attend_by_torch(rows, keys, values, step, how)[None], None
+    return _attend_by_torch(rows, keys, values, step, how, s_aux)[None], None
+
+
+def unknown_options(options: Mapping[str, Any]) -> set[str]:
+    """Arguments to an attention function that ask for something this engine does not do."""
+    asked = {name for name, value in options.items() if value is not None and value is not False}
+    return asked - HARMLESS_OPTIONS
+
+
+def attention_kind(key: Tensor, scaling: float | None, softcap: float | None, span: Span) -> AttentionKind:
+    """What a layer asks of its attention; key [1, N, T, P]. Transformers' default scaling is that of the keys' size."""
+    return AttentionKind(key.shape[3] ** -0.5 if scaling is None else scaling, span, softcap)
 
 
 def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
@@ -163,11 +229,18 @@ def attend_natively(
     library.paged_attention_bf16(
         *addresses, *strides, keys.data_ptr(), values.data_ptr(), step.tables.data_ptr(), step.tables.shape[1],
         step.sequences_T.data_ptr(), step.positions_T.data_ptr(), out, len(step.positions_T), num_heads, num_kv_heads,
-        head_size, how.scaling, how.softcap or 0.0, how.window or 0,
+        head_size, how.scaling, how.softcap or 0.0, how.span.window or 0,
     )  # fmt: skip
 
 
-def _attend_by_torch(rows: list[Tensor], keys: Tensor, values: Tensor, step: StepLayout, how: AttentionKind) -> Tensor:
+def _attend_by_torch(
+    rows: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    step: StepLayout,
+    how: AttentionKind,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """As above; rows are queries, keys and values [T, heads, P]."""
     query_TNP, key_TNP, value_TNP = rows
     num_kv_heads = key_TNP.shape[1]
@@ -175,36 +248,45 @@ def _attend_by_torch(rows: list[Tensor], keys: Tensor, values: Tensor, step: Ste
     keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
     values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
     query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
+    sinks_NQ = None if sinks is None else sinks.float().view(num_kv_heads, -1)
     outputs: list[Tensor] = []
     first = step.num_decode
     if first:
         tables = step.tables[:first]
-        mask = step.decode_mask(how.window)
-        outputs.append(_attend(query_TNQP[:first], _gather(keys, tables), _gather(values, tables), mask, how))
+        mask = step.decode_mask(how.span)
+        keys_BNSP, values_BNSP = _gather(keys, tables), _gather(values, tables)
+        outputs.append(_attend(query_TNQP[:first], keys_BNSP, values_BNSP, mask, how, sinks_NQ))
     for index, segment in enumerate(step.segments, start=first):
         table = step.tables[index]
         for start in range(segment.start, segment.end, PAGE_TOKENS):
             end = min(segment.end, start + PAGE_TOKENS)
             span = slice(first + start - segment.start, first + end - segment.start)
-            outputs.append(_attend_segment(query_TNQP[span], keys, values, table, range(start, end), how))
+            outputs.append(_attend_segment(query_TNQP[span], keys, values, table, range(start, end), how, sinks_NQ))
         first += len(segment.token_ids)
     return torch.cat(outputs).flatten(1, 2)
 
 
 def _attend_segment(
-    query_TNQP: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: range, how: AttentionKind
+    query_TNQP: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    positions: range,
+    how: AttentionKind,
+    sinks_NQ: Tensor | None,
 ) -> Tensor:
     """[T, N, Q, P]: a page's worth of a prompt over its own pages, causally."""
     num_tokens, _, queries_per_head, _ = query_TNQP.shape
     end, pages = positions.stop, table[None, : (positions.stop - 1) // PAGE_TOKENS + 1]
     last_T1 = torch.arange(positions.start, end, device=keys.device)[:, None]
-    mask_TS = _visible(last_T1, end, how.window)
+    mask_TS = how.span.visible(torch.arange(end, device=keys.device), last_T1)
     out_1NQP = _attend(
         query_TNQP.transpose(0, 1).flatten(1, 2)[None],
         _gather(keys, pages)[:, :, :end],
         _gather(values, pages)[:, :, :end],
         mask_TS.repeat_interleave(queries_per_head, dim=0)[None, None],
         how,
+        None if sinks_NQ is None else sinks_NQ.repeat(1, num_tokens),
     )
     return out_1NQP[0].unflatten(1, (num_tokens, queries_per_head)).transpose(0, 1)
 
@@ -214,22 +296,31 @@ def _gather(cache: Tensor, tables: Tensor) -> Tensor:
     return cache[tables].transpose(1, 2).flatten(2, 3)
 
 
-def _visible(last: Tensor, length: int, window: int | None) -> Tensor:
-    """[rows, S] bool: positions up to each row's `last` ([rows, 1]), within the sliding window if there is one."""
-    positions = torch.arange(length, device=last.device)
-    visible = positions <= last
-    return visible if window is None else visible & (positions > last - window)
+def _attend(
+    query_BNQP: Tensor,
+    keys_BNSP: Tensor,
+    values_BNSP: Tensor,
+    mask: Tensor,
+    how: AttentionKind,
+    sinks_NQ: Tensor | None = None,
+) -> Tensor:
+    """In float32 whatever the dtype, whose products in fewer bits can depend on the number of rows.
 
-
-def _attend(query_BNQP: Tensor, keys_BNSP: Tensor, values_BNSP: Tensor, mask: Tensor, how: AttentionKind) -> Tensor:
-    """Plain products: unlike the fused kernel, these give a row the same bits in every batch in float32 too."""
-    scores_BNQS = (query_BNQP @ keys_BNSP.transpose(-1, -2)).float() * how.scaling
+    Plain products: unlike the fused kernel, these give a row the same bits in every batch.
+    """
+    scores_BNQS = query_BNQP.float() @ keys_BNSP.float().transpose(-1, -2) * how.scaling
     if how.softcap is not None:
         scores_BNQS = how.softcap * torch.tanh(scores_BNQS / how.softcap)
-    weights_BNQS = scores_BNQS.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(values_BNSP.dtype)
-    if values_BNSP.dtype != torch.float32:
-        return weights_BNQS @ values_BNSP
-    # In float32 the product's order of summation can depend on S, which the step's longest row decides: sum blocks of
-    # one size in order, of which those beyond a row's own length add exact zeros.
-    blocks = zip(weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.split(PAGE_TOKENS, dim=-2), strict=True)
-    return functools.reduce(torch.add, (weights @ values for weights, values in blocks))
+    scores_BNQS = scores_BNQS.masked_fill(~mask, float("-inf"))
+    if sinks_NQ is None:
+        weights_BNQS = scores_BNQS.softmax(dim=-1)
+    else:
+        # First, so that its place in the sum does not depend on the length of the step's longest row.
+        sinks_BNQ1 = sinks_NQ[None, :, :, None].expand(*scores_BNQS.shape[:3], 1)
+        weights_BNQS = torch.cat([sinks_BNQ1, scores_BNQS], dim=-1).softmax(dim=-1)[..., 1:]
+    # A product's order of summation can depend on S, which the step's longest row decides: sum blocks of one size in
+    # order, of which those beyond a row's own length add exact zeros.
+    blocks = zip(
+        weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.float().split(PAGE_TOKENS, dim=-2), strict=True
+    )
+    return functools.reduce(torch.add, (weights @ values for weights, values in blocks)).to(values_BNSP.dtype)

@@ -1,0 +1,55 @@
+"""The layers of a model as steps run through them: from token ids to states behind the final norm.
+
+Knows nothing of where the layers come from. Enter at `Body`.
+
+Shapes: T tokens of a step, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.engines.embedded.model.attention import DecodeRow, Segment, Span, StepLayout, StepWatch
+from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.llama import NativeLlama
+from server.engines.embedded.model.loose_products import LooseProducts
+from server.kernels.transfer import on_device
+
+
+@dataclass(slots=True, frozen=True)
+class Body:
+    backbone: Any
+    """Transformers' own, or one that is called as they are."""
+    spans: Mapping[int, Span]
+    """By index of the layer, what its attention sees."""
+    device: torch.device
+    products: LooseProducts | None = None
+    """Of a backbone that multiplies outside its linear layers."""
+
+    @property
+    def is_native(self) -> bool:
+        return isinstance(self.backbone, NativeLlama)
+
+    def layout(
+        self, kv: KVCache, decode: list[DecodeRow], segments: list[Segment], watch: StepWatch | None = None
+    ) -> tuple[Tensor, StepLayout]:
+        """Token ids [T], and where they stand: a row for each decode row, then for each token of the segments."""
+        token_ids = [row.token_id for row in decode]
+        for segment in segments:
+            token_ids += segment.token_ids
+        step = StepLayout.of(kv, decode, segments, self.device, self.spans, watch)
+        return on_device(token_ids, self.device), step
+
+    def states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
+        """[T, D] in the model's dtype."""
+        with self.products or nullcontext():
+            output = self.backbone(
+                input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False, step=step
+            )
+        return output.last_hidden_state[0]

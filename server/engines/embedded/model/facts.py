@@ -1,0 +1,171 @@
+"""What each layer's attention does, asked of the model itself.
+
+A few tokens run through the model with an attention function that only takes notes, and with a mask function to which
+transformers hands the model's own rule of who sees whom. So a window that stands in a mask and nowhere else, a layer
+that does not rotate, or sinks are known and not guessed from names. Knows nothing of requests or kernels. Enter at
+`ask`.
+
+Shapes: T tokens, N key-value heads, P size of an attention head.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from server.engines.embedded.model.attention import (
+    ALL_BEFORE,
+    AttentionKind,
+    Span,
+    UnsupportedAttentionError,
+    attention_kind,
+    unknown_options,
+)
+
+NOTES_NAME = "recontrol_notes"
+_TOKENS = 3
+_OTHER_POSITIONS = 7
+MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""Of transformers: batch index, head index, query positions, key positions -> whether the query sees the key."""
+
+
+@dataclass(slots=True, frozen=True)
+class LayerFacts:
+    """One layer's attention. Layers of one model may differ in everything."""
+
+    module: nn.Module
+    kind: AttentionKind
+    num_heads: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+    has_sinks: bool
+    rotates: bool
+    """Whether its queries depend on their positions."""
+
+
+@dataclass(slots=True)
+class _Notes:
+    """Of one forward pass, by index of the layer."""
+
+    max_len: int
+    layers: dict[int, LayerFacts] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(
+        self, module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], kind: AttentionKind, *, has_sinks: bool
+    ) -> None:
+        query, key, value = rows
+        index: int = module.layer_idx  # type: ignore[assignment]
+        if index in self.layers:
+            raise UnsupportedAttentionError(f"layer {index} attends more than once for a token")
+        _, num_heads, num_tokens, key_size = query.shape
+        if num_tokens != _TOKENS or key.shape[2] != _TOKENS:
+            raise UnsupportedAttentionError(f"layer {index} attends to something else than the text")
+        self.layers[index] = LayerFacts(
+            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, rotates=True
+        )
+        self.queries[index] = query
+
+
+def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
+    """By index of the layer, in the order of the layers. The backbone is left with this function's attention.
+
+    Raises UnsupportedAttentionError for attention that this engine does not do, or that cannot be asked.
+    """
+    AttentionInterface.register(NOTES_NAME, _note)
+    AttentionMaskInterface.register(NOTES_NAME, _mask)
+    backbone.set_attn_implementation(NOTES_NAME)
+    try:
+        notes, moved = (_notes(backbone, max_len, start) for start in (0, _OTHER_POSITIONS))
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if isinstance(error, UnsupportedAttentionError):
+            raise
+        raise UnsupportedAttentionError(
+            f"its attention does not go through transformers' interface as this engine needs ({one_line(error)})"
+        ) from error
+    if not notes.layers:
+        raise UnsupportedAttentionError("none of its layers attends through transformers' interface")
+    return {
+        index: replace(facts, rotates=not torch.equal(notes.queries[index], moved.queries[index]))
+        for index, facts in sorted(notes.layers.items())
+    }
+
+
+def _notes(backbone: Any, max_len: int, start: int) -> _Notes:
+    notes = _Notes(max_len)
+    ids = torch.arange(1, _TOKENS + 1, device=backbone.device)[None]
+    backbone(input_ids=ids, position_ids=ids - 1 + start, use_cache=False, step=notes)
+    return notes
+
+
+def _note(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: _Notes,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Every token attends to itself alone, so that states do not depend on positions."""
+    if unknown := unknown_options(options):
+        raise UnsupportedAttentionError(f"its attention takes {', '.join(sorted(unknown))}, which are not served")
+    kind = attention_kind(key, scaling, softcap, _span(module, attention_mask, step.max_len))
+    step.take(module, (query, key, value), kind, has_sinks=s_aux is not None)
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+
+def _mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, **_: Any) -> Tensor:
+    """A mask that carries its rule along; one that the model has worked on comes without."""
+    mask = torch.ones(1, 1, int(q_length), int(kv_length), dtype=torch.bool)
+    mask.rule = mask_function  # type: ignore[attr-defined]
+    return mask
+
+
+def _span(module: nn.Module, mask: Tensor | None, max_len: int) -> Span:
+    """Raises UnsupportedAttentionError for a rule that is no `Span`."""
+    if mask is None:
+        if not getattr(module, "is_causal", True):
+            raise UnsupportedAttentionError("its attention looks ahead")
+        return ALL_BEFORE
+    rule: MaskFunction | None = getattr(mask, "rule", None)
+    if rule is None:
+        raise UnsupportedAttentionError("its attention masks are of its own making")
+    device = torch.device("cpu")
+    positions = torch.arange(max_len, device=device)
+
+    def sees(last: int) -> Tensor:
+        zero = torch.zeros((), dtype=torch.long)
+        return torch.as_tensor(rule(zero, zero, torch.tensor([last]), positions)).expand(max_len)
+
+    span = _guess(sees, max_len)
+    tried = {0, 1, 2, max_len // 3, max_len // 2, max_len - 2, max_len - 1}
+    for size in (span.window, span.chunk):
+        tried |= {size - 1, size, size + 1, 2 * size - 1, 2 * size} if size else set()
+    for last in sorted(position for position in tried if 0 <= position < max_len):
+        if not torch.equal(sees(last), span.visible(positions, torch.tensor(last))):
+            raise UnsupportedAttentionError("its attention mask is no window, no chunk and not all that comes before")
+    return span
+
+
+def _guess(sees: Callable[[int], Tensor], max_len: int) -> Span:
+    """The first position that does not see position 0 tells the size; what it sees tells the kind."""
+    size = bisect.bisect_left(range(max_len), True, key=lambda last: not bool(sees(last)[0]))
+    if size >= max_len:
+        return ALL_BEFORE
+    return Span(window=size) if size == 1 or bool(sees(size)[size - 1]) else Span(chunk=size)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,284 @@
+"""Shows on the model at hand that this engine computes what transformers computes, before anything is served.
+
+Two texts run through transformers' own forward, each alone; what every layer got and gave is kept. Then the engine
+computes them its own way: beside each other, in chunks that end within pages, and by decode rows. Every layer is given
+what it got in transformers, so that its error is its own and not what earlier layers' rounding made of it; what its
+attention gives and what it gives as a whole must be the same but for rounding. Knows nothing of requests. Enter at
+`Reference.of` and `Follower`.
+
+Shapes: T tokens, D hidden size, V vocabulary; "rows" have a token on their first axis and everything else on the
+second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.engines.embedded.model.attention import PROJECTIONS, DecodeRow, Segment, StepWatch
+from server.engines.embedded.model.facts import LayerFacts
+from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
+
+_STRIDE = 7919
+_TINY = 1e-20
+LONG, SHORT = PAGE_TOKENS + 15, 21
+"""Tokens of the two texts: more than a page, and less."""
+_PAGES = ([NULL_PAGE + 2, NULL_PAGE + 1], [NULL_PAGE + 3])
+REACH = LONG // 2
+"""A window or chunk up to this is shown by the longer text."""
+PROOF_PAGES = NULL_PAGE + 4
+"""Of a cache that holds the two texts, the null page included."""
+_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Of the norm of what a layer's attention or a layer adds; some ten times what rounding does."""
+_ROUNDED_RESIDUAL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Of the norm of the states that a layer adds to, which are rounded with it."""
+
+
+# What the engine computes in each step: decode rows as (text, position), then chunks as (text, start, end).
+_STEPS: tuple[tuple[list[tuple[int, int]], list[tuple[int, int, int]]], ...] = (
+    ([], [(0, 0, 37), (1, 0, SHORT - 1)]),
+    ([(1, SHORT - 1)], [(0, 37, LONG - 1)]),
+    ([(0, LONG - 1)], []),
+)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Rows [T, X] of one decoder layer in one forward pass over a text."""
+
+    entered: Tensor | None = None
+    attended: Tensor | None = None
+    left: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Blocks:
+    """The decoder layers of a backbone, each with its attention if it has one that goes through the interface."""
+
+    layers: list[nn.Module]
+    attention: dict[int, nn.Module]
+
+    @classmethod
+    def of(cls, backbone: nn.Module, facts: Mapping[int, LayerFacts]) -> Blocks:
+        """The longest list of modules of which several attend; none where a backbone has no such list."""
+        attending = {fact.module for fact in facts.values()}
+
+        def number(blocks: nn.ModuleList) -> int:
+            return sum(any(module in attending for module in block.modules()) for block in blocks)
+
+        lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+        best = max(lists, key=number, default=None)
+        if best is None or not number(best):
+            return cls([], {})
+        layers = list(best)
+        attention = {
+            index: module for index, layer in enumerate(layers) for module in layer.modules() if module in attending
+        }
+        return cls(layers, attention)
+
+    @property
+    def without_attention(self) -> list[int]:
+        return [index for index in range(len(self.layers)) if index not in self.attention]
+
+
+@dataclass(slots=True)
+class Reference:
+    """What transformers' own forward makes of the two texts."""
+
+    blocks: Blocks
+    texts: list[list[int]]
+    layers: list[list[_Layer]]
+    """By text and layer."""
+    axes: dict[tuple[int, str], int]
+    """Which axis holds the tokens of what a layer gets and gives."""
+    states: list[Tensor]
+    logits: list[Tensor]
+
+    @classmethod
+    def of(cls, model: Any, backbone: nn.Module, facts: Mapping[int, LayerFacts]) -> Reference:
+        """With the attention that the model is set to."""
+        vocab_size = model.config.get_text_config().vocab_size
+        ids = [(number + 1) * _STRIDE % vocab_size for number in range(LONG + SHORT)]
+        reference = cls(Blocks.of(backbone, facts), [ids[:LONG], ids[LONG:]], [], {}, [], [])
+        for text in reference.texts:
+            reference._read(model, backbone, text)
+        return reference
+
+    def rows(self, layer: int, what: str, tokens: Sequence[tuple[int, int]]) -> Tensor | None:
+        """[T, X] of these (text, position); None where the layer did not run."""
+        held = [getattr(text[layer], what) for text in self.layers]
+        if any(rows is None for rows in held):
+            return None
+        return torch.stack([held[text][position] for text, position in tokens])
+
+    def logits_difference(self, logits: Callable[[Tensor], Tensor]) -> Difference:
+        """Between the model's logits and those [T, V] that a function gives of its states [T, D]."""
+        difference = Difference()
+        for states_TD, logits_TV in zip(self.states, self.logits, strict=True):
+            allowed_T = _ALLOWED[states_TD.dtype] * logits_TV.norm(dim=1)
+            share_T = (logits(states_TD) - logits_TV).norm(dim=1) / allowed_T
+            difference.add(float(share_T.max()), "the logits")
+        return difference
+
+    def _read(self, model: Any, backbone: nn.Module, text: list[int]) -> None:
+        layers = [_Layer() for _ in self.blocks.layers]
+
+        def keep(layer: int, what: str, given: Tensor) -> Tensor:
+            axis = next(axis for axis, size in enumerate(given.shape) if size == len(text))
+            self.axes[layer, what] = axis
+            setattr(layers[layer], what, given.detach().movedim(axis, 0).flatten(1).clone())
+            return given
+
+        states: list[Tensor] = []
+        handle = backbone.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state[0]))
+        try:
+            with _watched(self.blocks, keep):
+                output = model(torch.tensor([text], device=model.device), use_cache=False)
+        finally:
+            handle.remove()
+        self.layers.append(layers)
+        self.states.append(states[0])
+        self.logits.append(output.logits[0].float())
+
+
+@contextmanager
+def _watched(blocks: Blocks, watch: Callable[[int, str, Tensor], Tensor]) -> Iterator[None]:
+    """Tell `watch` what each layer gets and gives, by its place; it says what the layer is to go on with."""
+
+    def before(layer: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (watch(layer, "entered", args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": watch(layer, "entered", kwargs["hidden_states"])}
+
+        return hook
+
+    def behind(layer: int, what: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            watch(layer, what, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(blocks.layers):
+            hooks.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(behind(index, "left")).remove)
+        for index, module in blocks.attention.items():
+            hooks.callback(module.register_forward_hook(behind(index, "attended")).remove)
+        yield
+
+
+@dataclass(slots=True)
+class Difference:
+    """Where the engine's numbers are furthest from transformers', as a share of what is allowed."""
+
+    share: float = 0.0
+    where: str = "nowhere"
+
+    def add(self, share: float, where: str) -> None:
+        # Anything that is not a number counts as the largest.
+        if not share <= self.share:
+            self.share, self.where = share, where
+
+    @property
+    def is_too_large(self) -> bool:
+        return not self.share <= 1.0
+
+    def __str__(self) -> str:
+        return f"{self.where} differs by {self.share:.2g} times what rounding explains"
+
+
+Forward = Callable[[list[DecodeRow], list[Segment], StepWatch], Tensor]
+"""Decode rows, segments and who watches -> states [T, D]."""
+
+
+class Follower:
+    """Compares the layers of the engine's steps over the two texts with a reference, and keeps them on its track."""
+
+    def __init__(self, reference: Reference, dtype: torch.dtype) -> None:
+        self._difference = Difference()
+        self._reference = reference
+        self._allowed, self._rounded = _ALLOWED[dtype], _ROUNDED_RESIDUAL[dtype]
+        self._number = 0
+        """Of the step."""
+        self._tokens: list[tuple[int, int]] = []
+        self._num_decode = 0
+        self._projections: dict[tuple[int, int, str], Tensor] = {}
+        self._is_first_layer = True
+
+    def follow(self, forward: Forward, *, watch_modules: bool) -> Difference:
+        """Run all steps. Transformers' modules are watched from outside; other layers tell by themselves."""
+        self._difference = Difference()
+        texts, states = self._reference.texts, self._reference.states
+        watched = _watched(self._reference.blocks, self._saw_module) if watch_modules else nullcontext()
+        with watched:
+            for self._number, (decode, chunks) in enumerate(_STEPS):
+                self._tokens = [*decode, *((text, p) for text, start, end in chunks for p in range(start, end))]
+                self._num_decode, self._is_first_layer = len(decode), True
+                rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in decode]
+                segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in chunks]
+                hidden_TD = forward(rows, segments, self)
+                expected_TD = torch.stack([states[text][position] for text, position in self._tokens])
+                self._compare(hidden_TD, expected_TD, "the state behind its last norm")
+        return self._difference
+
+    def saw(self, layer: int, what: str, given: Tensor) -> Tensor:
+        """See `StepWatch`; rows [T, X]."""
+        rows = given.flatten(1)
+        if what in PROJECTIONS:
+            self._saw_projection(layer, what, rows)
+            return given
+        expected = self._reference.rows(layer, what, self._tokens)
+        if expected is None:
+            return given
+        if what == "entered":
+            if self._is_first_layer:
+                self._compare(rows, expected, "what its first layer gets")
+            self._is_first_layer = False
+            return expected.view(given.shape)
+        if what == "attended":
+            self._compare(rows, expected, f"the attention of layer {layer}")
+        else:
+            entered = self._reference.rows(layer, "entered", self._tokens)
+            self._compare(rows, expected, f"layer {layer}", entered)
+        return given
+
+    def _saw_module(self, layer: int, what: str, given: Tensor) -> Tensor:
+        """As `saw`, of a tensor in the shape that transformers' modules have it in."""
+        axis = self._reference.axes.get((layer, what))
+        if axis is None:
+            return given
+        return self.saw(layer, what, given.movedim(axis, 0)).movedim(0, axis)
+
+    def _saw_projection(self, layer: int, what: str, rows: Tensor) -> None:
+        """Nothing of transformers' own is known of these: the engine that runs first is what the next is held to."""
+        key = (self._number, layer, what)
+        if key in self._projections:
+            self._compare(rows, self._projections[key], f"the {what} of layer {layer}")
+        else:
+            self._projections[key] = rows.clone()
+
+    def _compare(self, ours_TX: Tensor, theirs_TX: Tensor, where: str, entered_TX: Tensor | None = None) -> None:
+        """Decode rows and rows of prompts each by their median: experts may take another turn for a single one."""
+        ours_TX, theirs_TX = ours_TX.float(), theirs_TX.float()
+        size_T = theirs_TX.norm(dim=1)
+        allowed_T = self._allowed * size_T
+        if entered_TX is not None:
+            added_T = (theirs_TX - entered_TX.float()).norm(dim=1)
+            allowed_T = self._allowed * added_T + self._rounded * size_T
+        share_T = (ours_TX - theirs_TX).norm(dim=1) / allowed_T.clamp(min=_TINY)
+        for part_T in (share_T[: self._num_decode], share_T[self._num_decode :]):
+            if len(part_T):
+                self._difference.add(float(part_T.median()), where)
+
+
+def mixers(layer: nn.Module) -> set[str]:
+    """Names of the kinds of modules in a layer that are neither maps, norms nor activations."""
+    plain = ("Norm", "Linear", "MLP", "Dropout", "Identity", "Activation", "SiLU", "GELU", "Router", "Experts")
+    kinds = {type(module).__name__ for module in layer.children()}
+    return {kind for kind in kinds if not any(name in kind for name in plain)}

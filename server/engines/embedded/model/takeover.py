@@ -1,0 +1,184 @@
+"""A loaded model taken over by this engine: known, shown to be computed right, and put into its fastest form.
+
+What its layers do is asked of the model (facts.py). Then transformers' own forward, transformers' modules with this
+engine's attention, and where the model is built for them the native layers, compute the same texts (proof.py); a model
+with longer windows than these is shown with short ones (stand_in.py). What cannot be shown is not served. Knows nothing
+of requests. Enter at `take_over`.
+
+Shapes: T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from server.engines.embedded.model.attention import (
+    DecodeRow,
+    Segment,
+    Span,
+    StepWatch,
+    UnsupportedAttentionError,
+    register_attention,
+)
+from server.engines.embedded.model.body import Body
+from server.engines.embedded.model.facts import LayerFacts, ask, one_line
+from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.llama import NativeLlama
+from server.engines.embedded.model.lm_head import LMHead
+from server.engines.embedded.model.loose_products import LooseProducts
+from server.engines.embedded.model.packing import check_quantizable, pack
+from server.engines.embedded.model.proof import LONG, PROOF_PAGES, REACH, Blocks, Difference, Follower, Reference, mixers
+from server.engines.embedded.model.stand_in import short_sizes, short_spans
+from server.errors import ModelLoadError
+from server.kernels.linear import Bits
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class TakenOver:
+    body: Body
+    lm_head: LMHead
+    bytes_per_page: int
+    """Of keys and values, over all layers."""
+
+
+def take_over(model: Any, *, max_len: int, bits: Bits = 16) -> TakenOver:
+    """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when it cannot be quantized."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ModelLoadError(f"{type(model).__name__} has no LM head to edit in front of; a causal model is needed")
+    try:
+        return _Takeover(model, linear, max_len).run(bits)
+    except UnsupportedAttentionError as error:
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: {error}") from error
+
+
+class _Takeover:
+    def __init__(self, model: Any, linear: nn.Linear, max_len: int) -> None:
+        self._model, self._linear = model, linear
+        self._backbone = _backbone(model)
+        self._config = model.config.get_text_config()
+        self._own_attention: str = self._backbone.config._attn_implementation
+        self._max_len = max(max_len, LONG)
+        self._facts = ask(self._backbone, self._max_len)
+        self._kv = KVCache(PROOF_PAGES)
+
+    def run(self, bits: Bits) -> TakenOver:
+        """The layers in their final form are shown too, unless they have fewer bits."""
+        backbone = self._backbone
+        sizes = short_sizes(self._facts, REACH)
+        with short_spans(self._model, sizes):
+            shown = self._shown(sizes)
+            backbone.set_attn_implementation(self._own_attention)
+            reference = Reference.of(self._model, backbone, shown)
+            self._check_lm_head(reference)
+            backbone.set_attn_implementation(register_attention())
+            follower = Follower(reference, self._linear.weight.dtype)
+            self._check(self._follow(follower, self._body(backbone, shown)))
+            if bits != 16:
+                check_quantizable(backbone, self._linear, bits)
+            body = self._native(follower, shown, bits) or self._packed(follower, shown, bits)
+        return TakenOver(
+            replace(body, spans=_spans(self._facts)),
+            LMHead(self._linear, self._config, bits=bits),
+            self._kv.bytes_per_page,
+        )
+
+    def _shown(self, sizes: Mapping[int, int]) -> Mapping[int, LayerFacts]:
+        """The facts with short spans. Raises UnsupportedAttentionError where the masks did not follow."""
+        if not sizes:
+            return self._facts
+        shown = ask(self._backbone, self._max_len)
+        for index, fact in self._facts.items():
+            span = fact.kind.span
+            expected = Span(*(sizes.get(size, size) if size else None for size in (span.window, span.chunk)))
+            if shown[index].kind.span != expected:
+                raise UnsupportedAttentionError(
+                    f"layer {index} sees {span.window or span.chunk} tokens, and cannot be shown to be right beyond them"
+                )
+        return shown
+
+    def _native(self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits) -> Body | None:
+        """By the native layers, if the model is built for them and they prove right."""
+        if not NativeLlama.can_run(self._backbone, self._config, self._facts):
+            return None
+        native = NativeLlama(self._backbone, self._facts, max_len=self._max_len)
+        difference = self._follow(follower, self._body(native.attending(shown), shown))
+        if difference.is_too_large:
+            _log.info("%s runs through transformers' modules: natively, %s", self._name, difference)
+            return None
+        if bits != 16:
+            native = NativeLlama(self._backbone, self._facts, max_len=self._max_len, bits=bits)
+        # The weights are in the native form now.
+        del self._backbone.layers
+        return self._body(native, self._facts)
+
+    def _packed(self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits) -> Body:
+        """By transformers' modules, whose products give a row the same bits in every batch."""
+        pack(self._backbone, bits)
+        body = self._body(self._backbone, shown)
+        if self._model.device.type == "cpu":
+            body = replace(body, products=LooseProducts())
+        difference = self._follow(follower, body)
+        if bits == 16:
+            self._check(difference)
+        return body if body.products is not None and body.products.count else replace(body, products=None)
+
+    def _follow(self, follower: Follower, body: Body) -> Difference:
+        def forward(decode: list[DecodeRow], segments: list[Segment], watch: StepWatch) -> Tensor:
+            return body.states(*body.layout(self._kv, decode, segments, watch))
+
+        try:
+            return follower.follow(forward, watch_modules=not body.is_native)
+        except UnsupportedAttentionError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            raise UnsupportedAttentionError(
+                f"it does not run over rows of several texts as this engine needs ({one_line(error)})"
+            ) from error
+
+    def _body(self, backbone: Any, facts: Mapping[int, LayerFacts]) -> Body:
+        return Body(backbone, _spans(facts), self._model.device)
+
+    def _check_lm_head(self, reference: Reference) -> None:
+        head = LMHead(self._linear, self._config)
+        difference = reference.logits_difference(head.logits)
+        if difference.is_too_large:
+            raise ModelLoadError(
+                f"{self._name} cannot be served: the state before its LM head does not explain its logits "
+                f"({difference})"
+            )
+
+    def _check(self, difference: Difference) -> None:
+        if difference.is_too_large:
+            raise ModelLoadError(
+                f"{self._name} cannot be served: {difference} from what transformers computes{self._reason()}"
+            )
+
+    def _reason(self) -> str:
+        """What is unusual about a model that does not come out right, as far as it can be told."""
+        blocks = Blocks.of(self._backbone, self._facts)
+        if not (others := blocks.without_attention):
+            return ""
+        kinds = sorted({kind for index in others for kind in mixers(blocks.layers[index])})
+        return f"; {len(others)} of its {len(blocks.layers)} layers do not attend ({', '.join(kinds)})"
+
+    @property
+    def _name(self) -> str:
+        return type(self._model).__name__
+
+
+def _backbone(model: Any) -> Any:
+    """What computes the states in front of the LM head."""
+    decoder = model.get_decoder()
+    return model.base_model if decoder is model else decoder
+
+
+def _spans(facts: Mapping[int, LayerFacts]) -> dict[int, Span]:
+    return {index: fact.kind.span for index, fact in facts.items()}
