@@ -19,7 +19,6 @@ from torch import Tensor
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.attention import Segment
-from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.errors import RecontrolError
@@ -33,9 +32,10 @@ NOISE_MEAN, NOISE_MAX = 2.0, 3.0
 """In bfloat16 the mean deviation may be so many times transformers' own mean, the largest so many times its largest."""
 FLOOR_MEAN, FLOOR_MAX = 0.005, 0.05
 """Nats allowed on top, where transformers' own noise is small by luck."""
-TEXTS = ((126, 10), (62, 10), (190, 8), (5, 36))
-LONGEST = 2
-"""Prompt and new tokens: beyond windows and switches, across both while decoding, and across ends of pages of 64."""
+TEXTS = ((126, 10), (62, 10), (190, 8), (5, 36), (230, 6))
+"""Prompt and new tokens: beyond windows, across them while decoding, across ends of pages of 64; the last beyond switches."""
+CACHED = 2
+"""The text that is asked for once more."""
 _TIGHT_PAGES = 8
 """Too few for what all the texts together grow to."""
 _NUM_TOP = 5
@@ -53,6 +53,7 @@ class Served:
 
     outcome: str
     reason: str = ""
+    max_len: int = 0
     largest: float = 0.0
     mean: float = 0.0
     noise_largest: float = 0.0
@@ -88,20 +89,22 @@ class _Bench:
     faults: list[str] = field(default_factory=list)
 
     def judge(self, *, only_fast: bool) -> Served:
-        rng = torch.Generator().manual_seed(1)
-        self.texts = [torch.randint(0, 250, (length,), generator=rng).tolist() for length, _ in TEXTS]
         core = self._core()
-        served = Served("fast" if isinstance(core.runner._backbone, NativeLlama) else "general")
+        rng = torch.Generator().manual_seed(1)
+        fitting = [length for length, more in TEXTS if length + more <= core.max_model_len]
+        self.texts = [torch.randint(0, 250, (length,), generator=rng).tolist() for length in fitting]
+        assert len(fitting) > CACHED, "not even the texts for preemption fit"
+        served = Served("fast" if core.runner.is_native else "general", max_len=core.max_model_len)
         if only_fast and served.outcome == "general":
             return served
-        alone = [self._run(core, [index])[index] for index in range(len(TEXTS))]
+        alone = [self._run(core, [index])[index] for index in range(len(self.texts))]
         served = self._compared(served, alone)
-        self._hold_bits("beside others", alone, self._run(core, range(len(TEXTS)), steps_between=1))
+        self._hold_bits("beside others", alone, self._run(core, range(len(self.texts)), steps_between=1))
         self._hold_other_chunks(core, alone)
         self._hold_prefix_cache(core, alone)
         page_gib = core.runner.kv.bytes_per_page / 2**30
-        tight = self._core(prefill_chunk_tokens=192, max_model_len=256, kv_cache_gib=(_TIGHT_PAGES + 1.5) * page_gib)
-        self._hold_bits("preempted, in other chunks", alone, self._run(tight, range(len(TEXTS)), must_preempt=True))
+        tight = self._core(prefill_chunk_tokens=192, max_model_len=min(256, core.max_model_len), kv_cache_gib=(_TIGHT_PAGES + 1.5) * page_gib)
+        self._hold_bits("preempted, in other chunks", alone, self._run(tight, range(len(self.texts)), must_preempt=True))
         return replace(served, outcome="fault", reason="; ".join(self.faults)) if self.faults else served
 
     def _core(self, **options: Any) -> EngineCore:
@@ -143,7 +146,7 @@ class _Bench:
 
     def _hold_other_chunks(self, core: EngineCore, alone: list[Scores]) -> None:
         """Chunks end with a page or with the prompt."""
-        text, scores = self.texts[LONGEST], alone[LONGEST]
+        text, scores = self.texts[CACHED], alone[CACHED]
         for size in (len(text), 2 * PAGE_TOKENS):
             with torch.inference_mode():
                 logprobs_TV = core.lm_head.logits(_states(core, text, size)).log_softmax(dim=-1)
@@ -154,8 +157,8 @@ class _Bench:
                 self.faults.append(f"other bits in chunks of {size} than of {PAGE_TOKENS}: by {off:.3g}")
 
     def _hold_prefix_cache(self, core: EngineCore, alone: list[Scores]) -> None:
-        found = self._scores(run(core, [self._request(LONGEST, has_prompt=False)])[str(LONGEST), 0])
-        self._hold_bits("from the prefix cache", {LONGEST: alone[LONGEST][-len(found) :]}, {LONGEST: found})
+        found = self._scores(run(core, [self._request(CACHED, has_prompt=False)])[str(CACHED), 0])
+        self._hold_bits("from the prefix cache", {CACHED: alone[CACHED][-len(found) :]}, {CACHED: found})
 
     def _compared(self, served: Served, alone: list[Scores]) -> Served:
         exact = Reference(self.folder, torch.float32)

@@ -12,7 +12,7 @@ VOCAB, EOS, BOS = 258, 256, 257
 MAX_POSITIONS = 512
 WINDOW = 16
 """Of sliding windows and attention chunks; shorter than all but one of the judge's texts."""
-SWITCH = 32
+SWITCH = 200
 """Where rotations change from the short to the long: their original_max_position_embeddings."""
 LAYERS, PATTERNED_LAYERS = 4, 6
 HEAD_SIZE = 32
