@@ -10,13 +10,31 @@ from typing import Any
 from tests.architectures.sizes import VOCAB, WINDOW
 
 _ALL_HEADS = {"num_key_value_heads": 4}
-_INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": WINDOW,
-            "indexer_compress_ratio": 4, "output_gate_type": "sigmoid", "ngram_vocab_size_base": 64,
-            "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "hc_lowrank": 16}
-_DOTS3 = {**_ALL_HEADS, "n_group": 1, "index_head_dim": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
-          "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32, "swa_head_dim": 32, "swa_qk_nope_head_dim": 16,
-          "swa_v_head_dim": 32}
-# More logits than the tokenizer has tokens are not its padding alone: some models give fewer than the embedding has rows.
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": WINDOW,
+    "indexer_compress_ratio": 4,
+    "output_gate_type": "sigmoid",
+    "ngram_vocab_size_base": 64,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 2,
+    "hc_lowrank": 16,
+}
+_DOTS3 = {
+    **_ALL_HEADS,
+    "n_group": 1,
+    "index_head_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 32,
+}
+# Fewer logits than the embedding has rows.
 _PADDED_VOCAB = {"vocab_size": VOCAB + 14, "unpadded_vocab_size": VOCAB}
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _BOTH = ["full_attention", "sliding_attention"] * 3
@@ -66,7 +84,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
-    "falcon": {"alibi": {"alibi": True}, "new": {"new_decoder_architecture": True}, "sequential": {"parallel_attn": False}},
+    "falcon": {
+        "alibi": {"alibi": True},
+        "new": {"new_decoder_architecture": True},
+        "sequential": {"parallel_attn": False},
+    },
     "gemma3_text": {"bidirectional": {"use_bidirectional_attention": True}},
     "gpt2": {"scaled": {"scale_attn_by_inverse_layer_idx": True}, "upcast": {"reorder_and_upcast_attn": True}},
     "gpt_bigcode": {"heads": {"multi_query": False}},

@@ -63,7 +63,11 @@ class Case:
 
 def cases() -> list[Case]:
     """Every mapped architecture, each followed by its variants."""
-    return [Case(model_type, variant) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for variant in _variants(model_type)]
+    return [
+        Case(model_type, variant)
+        for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        for variant in _variants(model_type)
+    ]
 
 
 def _variants(model_type: str) -> list[str]:
@@ -86,7 +90,7 @@ def make_folder(case: Case, folder: Path) -> None:
 
 
 def make_config(case: Case) -> PreTrainedConfig:
-    """Raises whatever the class raises for what it does not take, NotApplicableError for a rotation that it has anyway."""
+    """Raises whatever the class raises for what it does not take, NotApplicableError for its own rotation."""
     config_class = CONFIG_MAPPING[case.model_type]
     given = EXCEPTIONS.get(case.model_type, {}) | OTHERS.get(case.model_type, {}).get(case.variant, {})
     if case.variant == "encoder":
@@ -145,7 +149,7 @@ def _spread(tensor: Tensor) -> None:
 
 
 def _tiny(config_class: type[PreTrainedConfig], given: dict[str, Any], traits: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the class for a tiny configuration; `given` goes before the rules, in a part's own dictionary too."""
+    """Arguments of the class for a tiny configuration; `given` goes before the rules, for parts too."""
     fields = _fields(config_class)
     hidden = 64 if "head_dim" in fields else 4 * HEAD_SIZE
     layers = PATTERNED_LAYERS if any(name in fields for name in _PATTERNS) else LAYERS
