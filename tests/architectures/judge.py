@@ -8,6 +8,7 @@ to a multiple of what bfloat16 costs transformers itself. Or the model is refuse
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ FLOOR_MEAN, FLOOR_MAX = 0.005, 0.05
 """Nats allowed on top, where transformers' own noise is small by luck."""
 _SHARE_WITH_EXPERTS = 0.99
 """Of a model with experts in bfloat16: another rounding sends single tokens to other experts."""
-TEXTS = ((126, 10), (62, 10), (190, 8), (5, 36), (230, 6))
+TEXTS = ((126, 10), (62, 10), (190, 8), (5, 16), (230, 6))
 """Prompt and new tokens: beyond windows, across them and ends of pages while decoding, the last beyond switches."""
-CACHED = 2
-"""The text that is asked for once more."""
+CACHED, SHORT = 2, 3
+"""The text that is asked for once more, and the one that is alone in a brief judgement."""
 _TIGHT_PAGES = 8
 """Too few for what all the texts together grow to."""
 _NUM_TOP = 5
@@ -67,12 +68,15 @@ class Served:
         return f"{self.outcome} ({self.reason or numbers})"
 
 
-def judge(folder: Path, dtype: torch.dtype, *, only_fast: bool = False) -> Served:
-    """Load and run; nothing is raised for what the engine does. With `only_fast` the general path is not run."""
+def judge(folder: Path, dtype: torch.dtype, *, is_brief: bool = False) -> Served:
+    """Load and run; nothing is raised for what the engine does.
+
+    A brief judgement has the texts beside each other and one of them alone, and bfloat16 by the fast path only.
+    """
     failures = _Failures()
     logging.getLogger("server").addHandler(failures)
     try:
-        return _Bench(folder, dtype, failures).judge(only_fast=only_fast)
+        return _Bench(folder, dtype, failures).judge(is_brief=is_brief)
     except RecontrolError as error:
         if "\n" in str(error):
             return Served("fault", f"refused in {len(str(error).splitlines())} lines: {str(error).splitlines()[0]}")
@@ -93,30 +97,28 @@ class _Bench:
     texts: list[list[int]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def judge(self, *, only_fast: bool) -> Served:
+    def judge(self, *, is_brief: bool) -> Served:
         core = self._core()
         rng = torch.Generator().manual_seed(1)
         fitting = [length for length, more in TEXTS if length + more <= core.max_model_len]
         self.texts = [torch.randint(0, 250, (length,), generator=rng).tolist() for length in fitting]
-        assert len(fitting) > CACHED, "not even the texts for preemption fit"
+        assert len(fitting) > SHORT, "not even the texts for preemption fit"
         served = Served("fast" if core.runner.is_native else "general", max_len=core.max_model_len)
-        if only_fast and served.outcome == "general":
+        if is_brief and self.dtype != torch.float32 and served.outcome == "general":
             return served
-        alone = [self._run(core, [index])[index] for index in range(len(self.texts))]
-        served = self._compared(served, alone)
-        self._hold_bits("beside others", alone, self._run(core, range(len(self.texts)), steps_between=1))
-        self._hold_other_chunks(core, alone)
-        self._hold_prefix_cache(core, alone)
-        page_gib = core.runner.kv.bytes_per_page / 2**30
-        tight = self._core(
-            prefill_chunk_tokens=192,
-            max_model_len=min(256, core.max_model_len),
-            kv_cache_gib=(_TIGHT_PAGES + 1.5) * page_gib,
-        )
-        self._hold_bits(
-            "preempted, in other chunks", alone, self._run(tight, range(len(self.texts)), must_preempt=True)
-        )
+        together = self._run(core, self._all, steps_between=1)
+        served = self._compared(served, [together[index] for index in self._all])
+        for index in [SHORT] if is_brief else self._all:
+            self._hold_bits("alone", together, self._run(core, [index]))
+        if not is_brief:
+            self._hold_other_chunks(core, together)
+            self._hold_prefix_cache(core, together)
+            self._hold_preemption(core, together)
         return replace(served, outcome="fault", reason="; ".join(self.faults)) if self.faults else served
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.texts))
 
     def _core(self, **options: Any) -> EngineCore:
         loaded = load_model(str(self.folder), device="cpu", dtype=str(self.dtype).removeprefix("torch."))
@@ -130,7 +132,7 @@ class _Bench:
         return GenerationRequest(str(index), tuple(self.texts[index]), sampling)
 
     def _run(
-        self, core: EngineCore, indices: Any, *, steps_between: int = 0, must_preempt: bool = False
+        self, core: EngineCore, indices: Iterable[int], *, steps_between: int = 0, must_preempt: bool = False
     ) -> dict[int, Scores]:
         preempted: set[str] = set()
 
@@ -142,26 +144,26 @@ class _Bench:
         return {i: self._scores(results[str(i), 0]) for i in indices}
 
     def _scores(self, result: Collected) -> Scores:
-        """Of the prompt from its second token, then of new ones: token, log-probability, and the likeliest with theirs."""
+        """Of the prompt from its second token, then of new ones: token, log-probability, the likeliest with theirs."""
         if result.finish_reasons != [FinishReason.LENGTH]:
             raise FaultError(f"a request ended with {result.finish_reasons[-1]}: {self.failures.last}")
         prompt = [score for chunk in result.chunks for score in chunk.prompt_logprobs or () if score is not None]
         found = prompt + [score for chunk in result.chunks for score in chunk.logprobs]
         return [(s.token_id, s.logprob, tuple((i, value) for i, _, value in s.top)) for s in found]
 
-    def _hold_bits(self, where: str, alone: list[Scores] | dict[int, Scores], other: dict[int, Scores]) -> None:
+    def _hold_bits(self, how: str, together: dict[int, Scores], other: dict[int, Scores]) -> None:
         for index, scores in other.items():
-            if scores != alone[index]:
-                places = [i for i, (a, b) in enumerate(zip(alone[index], scores, strict=True)) if a != b]
-                off = max(abs(alone[index][i][1] - scores[i][1]) for i in places)
+            places = [i for i, (a, b) in enumerate(zip(together[index], scores, strict=True)) if a != b]
+            if places:
+                off = max(abs(together[index][i][1] - scores[i][1]) for i in places)
                 self.faults.append(
-                    f"other bits {where} than alone: text {index} from token {places[0] + 1}, by {off:.3g}"
+                    f"other bits {how} than beside others: text {index} from token {places[0] + 1}, by {off:.3g}"
                 )
                 return
 
-    def _hold_other_chunks(self, core: EngineCore, alone: list[Scores]) -> None:
+    def _hold_other_chunks(self, core: EngineCore, together: dict[int, Scores]) -> None:
         """Chunks end with a page or with the prompt."""
-        text, scores = self.texts[CACHED], alone[CACHED]
+        text, scores = self.texts[CACHED], together[CACHED]
         for size in (len(text), 2 * PAGE_TOKENS):
             with torch.inference_mode():
                 logprobs_TV = core.lm_head.logits(_states(core, text, size)).log_softmax(dim=-1)
@@ -171,9 +173,18 @@ class _Bench:
                 off = max(abs(a - b) for a, b in zip(found, expected, strict=True))
                 self.faults.append(f"other bits in chunks of {size} than of {PAGE_TOKENS}: by {off:.3g}")
 
-    def _hold_prefix_cache(self, core: EngineCore, alone: list[Scores]) -> None:
+    def _hold_prefix_cache(self, core: EngineCore, together: dict[int, Scores]) -> None:
         found = self._scores(run(core, [self._request(CACHED, has_prompt=False)])[str(CACHED), 0])
-        self._hold_bits("from the prefix cache", {CACHED: alone[CACHED][-len(found) :]}, {CACHED: found})
+        self._hold_bits("from the prefix cache", {CACHED: together[CACHED][-len(found) :]}, {CACHED: found})
+
+    def _hold_preemption(self, core: EngineCore, together: dict[int, Scores]) -> None:
+        page_gib = core.runner.kv.bytes_per_page / 2**30
+        tight = self._core(
+            prefill_chunk_tokens=3 * PAGE_TOKENS,
+            max_model_len=min(4 * PAGE_TOKENS, core.max_model_len),
+            kv_cache_gib=(_TIGHT_PAGES + 1.5) * page_gib,
+        )
+        self._hold_bits("preempted, in other chunks,", together, self._run(tight, self._all, must_preempt=True))
 
     def _compared(self, served: Served, alone: list[Scores]) -> Served:
         exact = Reference(self.folder, torch.float32)
