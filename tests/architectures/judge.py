@@ -19,7 +19,6 @@ from torch import Tensor
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.attention import Segment
-from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.errors import RecontrolError
@@ -91,7 +90,7 @@ class _Bench:
         rng = torch.Generator().manual_seed(1)
         self.texts = [torch.randint(0, 250, (length,), generator=rng).tolist() for length, _ in TEXTS]
         core = self._core()
-        served = Served("fast" if isinstance(core.runner._backbone, NativeLlama) else "general")
+        served = Served("fast" if core.runner.is_native else "general")
         if only_fast and served.outcome == "general":
             return served
         alone = [self._run(core, [index])[index] for index in range(len(TEXTS))]
