@@ -26,25 +26,15 @@ from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
 
 _STRIDE = 7919
 _TINY = 1e-20
-LONG, SHORT = PAGE_TOKENS + 15, 21
-"""Tokens of the two texts: more than a page, and less."""
+LONGEST = PAGE_TOKENS + 15
+"""Tokens of the longer text, where the model can have as many: more than a page."""
 _PAGES = ([NULL_PAGE + 2, NULL_PAGE + 1], [NULL_PAGE + 3])
-REACH = LONG // 2
-"""A window or chunk up to this is shown by the longer text."""
 PROOF_PAGES = NULL_PAGE + 4
 """Of a cache that holds the two texts, the null page included."""
 _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Of the norm of what a layer's attention or a layer adds; some ten times what rounding does."""
 _ROUNDED_RESIDUAL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Of the norm of the states that a layer adds to, which are rounded with it."""
-
-
-# What the engine computes in each step: decode rows as (text, position), then chunks as (text, start, end).
-_STEPS: tuple[tuple[list[tuple[int, int]], list[tuple[int, int, int]]], ...] = (
-    ([], [(0, 0, 37), (1, 0, SHORT - 1)]),
-    ([(1, SHORT - 1)], [(0, 37, LONG - 1)]),
-    ([(0, LONG - 1)], []),
-)
 
 
 @dataclass(slots=True)
@@ -100,11 +90,11 @@ class Reference:
     logits: list[Tensor]
 
     @classmethod
-    def of(cls, model: Any, backbone: nn.Module, facts: Mapping[int, LayerFacts]) -> Reference:
-        """With the attention that the model is set to."""
+    def of(cls, model: Any, backbone: nn.Module, facts: Mapping[int, LayerFacts], length: int) -> Reference:
+        """With the attention that the model is set to; `length` of the longer text."""
         vocab_size = model.config.get_text_config().vocab_size
-        ids = [(number + 1) * _STRIDE % vocab_size for number in range(LONG + SHORT)]
-        reference = cls(Blocks.of(backbone, facts), [ids[:LONG], ids[LONG:]], [], {}, [], [])
+        ids = [(number + 1) * _STRIDE % vocab_size for number in range(length + length // 4)]
+        reference = cls(Blocks.of(backbone, facts), [ids[:length], ids[length:]], [], {}, [], [])
         for text in reference.texts:
             reference._read(model, backbone, text)
         return reference
@@ -193,6 +183,28 @@ class Difference:
         return f"{self.where} differs by {self.share:.2g} times what rounding explains"
 
 
+@dataclass(slots=True, frozen=True)
+class _Step:
+    """What the engine computes at once: decode rows as (text, position), then chunks as (text, start, end)."""
+
+    decode: list[tuple[int, int]]
+    chunks: list[tuple[int, int, int]]
+
+    @property
+    def tokens(self) -> list[tuple[int, int]]:
+        return [*self.decode, *((text, p) for text, start, end in self.chunks for p in range(start, end))]
+
+
+def _steps(long: int, short: int) -> list[_Step]:
+    """Two chunks beside each other; a chunk beside a decode row; a decode row alone."""
+    cut = (long - 1) // 2
+    return [
+        _Step([], [(0, 0, cut), (1, 0, short - 1)]),
+        _Step([(1, short - 1)], [(0, cut, long - 1)]),
+        _Step([(0, long - 1)], []),
+    ]
+
+
 Forward = Callable[[list[DecodeRow], list[Segment], StepWatch], Tensor]
 """Decode rows, segments and who watches -> states [T, D]."""
 
@@ -204,10 +216,9 @@ class Follower:
         self._difference = Difference()
         self._reference = reference
         self._allowed, self._rounded = _ALLOWED[dtype], _ROUNDED_RESIDUAL[dtype]
+        self._steps = _steps(*map(len, reference.texts))
         self._number = 0
         """Of the step."""
-        self._tokens: list[tuple[int, int]] = []
-        self._num_decode = 0
         self._projections: dict[tuple[int, int, str], Tensor] = {}
         self._is_first_layer = True
 
@@ -217,15 +228,18 @@ class Follower:
         texts, states = self._reference.texts, self._reference.states
         watched = _watched(self._reference.blocks, self._saw_module) if watch_modules else nullcontext()
         with watched:
-            for self._number, (decode, chunks) in enumerate(_STEPS):
-                self._tokens = [*decode, *((text, p) for text, start, end in chunks for p in range(start, end))]
-                self._num_decode, self._is_first_layer = len(decode), True
-                rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in decode]
-                segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in chunks]
+            for self._number, step in enumerate(self._steps):
+                self._is_first_layer = True
+                rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in step.decode]
+                segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in step.chunks]
                 hidden_TD = forward(rows, segments, self)
-                expected_TD = torch.stack([states[text][position] for text, position in self._tokens])
+                expected_TD = torch.stack([states[text][position] for text, position in step.tokens])
                 self._compare(hidden_TD, expected_TD, "the state behind its last norm")
         return self._difference
+
+    @property
+    def _step(self) -> _Step:
+        return self._steps[self._number]
 
     def saw(self, layer: int, what: str, given: Tensor) -> Tensor:
         """See `StepWatch`; rows [T, X]."""
@@ -233,7 +247,7 @@ class Follower:
         if what in PROJECTIONS:
             self._saw_projection(layer, what, rows)
             return given
-        expected = self._reference.rows(layer, what, self._tokens)
+        expected = self._reference.rows(layer, what, self._step.tokens)
         if expected is None:
             return given
         if what == "entered":
@@ -244,7 +258,7 @@ class Follower:
         if what == "attended":
             self._compare(rows, expected, f"the attention of layer {layer}")
         else:
-            entered = self._reference.rows(layer, "entered", self._tokens)
+            entered = self._reference.rows(layer, "entered", self._step.tokens)
             self._compare(rows, expected, f"layer {layer}", entered)
         return given
 
@@ -272,7 +286,8 @@ class Follower:
             added_T = (theirs_TX - entered_TX.float()).norm(dim=1)
             allowed_T = self._allowed * added_T + self._rounded * size_T
         share_T = (ours_TX - theirs_TX).norm(dim=1) / allowed_T.clamp(min=_TINY)
-        for part_T in (share_T[: self._num_decode], share_T[self._num_decode :]):
+        num_decode = len(self._step.decode)
+        for part_T in (share_T[:num_decode], share_T[num_decode:]):
             if len(part_T):
                 self._difference.add(float(part_T.median()), where)
 

@@ -32,7 +32,8 @@ from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loose_products import LooseProducts
 from server.engines.embedded.model.packing import check_quantizable, pack
-from server.engines.embedded.model.proof import LONG, PROOF_PAGES, REACH, Blocks, Difference, Follower, Reference, mixers
+from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference, mixers
+from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.stand_in import short_sizes, short_spans
 from server.errors import ModelLoadError
 from server.kernels.linear import Bits
@@ -65,18 +66,21 @@ class _Takeover:
         self._backbone = _backbone(model)
         self._config = model.config.get_text_config()
         self._own_attention: str = self._backbone.config._attn_implementation
-        self._max_len = max(max_len, LONG)
+        positions = getattr(self._config, "max_position_embeddings", None) or LONGEST
+        self._length = static_length(self._backbone, min(LONGEST, positions))
+        """Of the longer text that the model is shown on."""
+        self._max_len = max(max_len, self._length)
         self._facts = ask(self._backbone, self._max_len)
         self._kv = KVCache(PROOF_PAGES)
 
     def run(self, bits: Bits) -> TakenOver:
         """The layers in their final form are shown too, unless they have fewer bits."""
         backbone = self._backbone
-        sizes = short_sizes(self._facts, REACH)
+        sizes = short_sizes(self._facts, self._length // 2)
         with short_spans(self._model, sizes):
             shown = self._shown(sizes)
             backbone.set_attn_implementation(self._own_attention)
-            reference = Reference.of(self._model, backbone, shown)
+            reference = Reference.of(self._model, backbone, shown, self._length)
             self._check_lm_head(reference)
             backbone.set_attn_implementation(register_attention())
             follower = Follower(reference, self._linear.weight.dtype)
@@ -176,8 +180,8 @@ class _Takeover:
 
 def _backbone(model: Any) -> Any:
     """What computes the states in front of the LM head."""
-    decoder = model.get_decoder()
-    return model.base_model if decoder is model else decoder
+    candidates = (model.get_decoder(), model.base_model, getattr(model, "model", model))
+    return next((found for found in candidates if found is not model), model)
 
 
 def _spans(facts: Mapping[int, LayerFacts]) -> dict[int, Span]:
