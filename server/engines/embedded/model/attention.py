@@ -154,6 +154,21 @@ class StepLayout:
         return self.masks[span]
 
 
+@dataclass(slots=True)
+class StepSlot:
+    """Where a backbone's attention finds the step that it works in; not every model hands arguments on to it."""
+
+    step: Any = None
+
+    @classmethod
+    def of(cls, backbone: nn.Module, step: Any = None) -> StepSlot:
+        """A new one, which all modules of the backbone have from now on."""
+        slot = cls(step)
+        for module in backbone.modules():
+            module.recontrol = slot  # type: ignore[assignment]
+        return slot
+
+
 def register_attention() -> str:
     """Make the attention below known to transformers; harmless when repeated."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
@@ -167,7 +182,6 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: StepLayout,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -180,6 +194,7 @@ def paged_attention(
     if attention_mask is not None or (unknown := unknown_options(options)):
         raise UnsupportedAttentionError(f"attention masks of the model's own or options {sorted(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    step: StepLayout = module.recontrol.step  # type: ignore[union-attr]
     how = attention_kind(key, scaling, softcap, step.spans[layer])
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     if step.watch is not None:

@@ -93,8 +93,9 @@ class NativeLlama(nn.Module):
         other._layers = [replace(layer, how=facts[layer.index].kind) for layer in self._layers]
         return other
 
-    def forward(self, *, input_ids: Tensor, step: StepLayout, **_: Any) -> SimpleNamespace:
+    def forward(self, *, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         """input_ids [1, T]; positions come with the step."""
+        step: StepLayout = self.recontrol.step  # type: ignore[union-attr]
         residual_TD = self._embedding(input_ids[0])
         num_rows, size = residual_TD.shape
         num_heads, num_kv_heads, head_size = self._num_heads, self._num_kv_heads, self._head_size
