@@ -9,7 +9,10 @@
 #include <cstring>
 #include <vector>
 
-#include "common.h"
+#include "simd.h"
+
+// Not on levels below: their library has no attention, and torch does it.
+#ifdef __AVX512BF16__
 
 namespace recontrol {
 namespace {
@@ -102,11 +105,11 @@ float weigh(float* scores, bf16* weights, int64_t length, int64_t begin, int64_t
     const __m512 low = _mm512_set1_ps(-INFINITY);
     __m512 highest = low;
     for (int64_t s = 0; s < length; s += kLanes) {
-        const __mmask16 mask = lanes_left(std::max<int64_t>(end - s, 0)) & (__mmask16)~lanes_left(std::max<int64_t>(begin - s, 0));
+        const __mmask16 mask = first_lanes(std::max<int64_t>(end - s, 0)) & (__mmask16)~first_lanes(std::max<int64_t>(begin - s, 0));
         __m512 x = _mm512_mask_loadu_ps(low, mask, scores + s);
         if (softcap > 0) {
             // c tanh(x / c) = c (1 - 2 / (exp(2 x / c) + 1))
-            const __m512 e = exp_ps(_mm512_mul_ps(x, _mm512_set1_ps(2.0f / softcap)));
+            const __m512 e = exp(_mm512_mul_ps(x, _mm512_set1_ps(2.0f / softcap)));
             const __m512 t = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
             x = _mm512_mask_mul_ps(low, mask, _mm512_sub_ps(_mm512_set1_ps(1.0f), t), _mm512_set1_ps(softcap));
         }
@@ -116,7 +119,7 @@ float weigh(float* scores, bf16* weights, int64_t length, int64_t begin, int64_t
     const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
     __m512 sum = _mm512_setzero_ps();
     for (int64_t s = 0; s < length; s += kLanes) {
-        const __m512 weight = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + s), top));
+        const __m512 weight = exp(_mm512_sub_ps(_mm512_loadu_ps(scores + s), top));
         sum = _mm512_add_ps(sum, weight);
         store_bf16(weights + s, weight);
     }
@@ -210,3 +213,5 @@ EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, in
                    weights);
     }
 }
+
+#endif

@@ -144,7 +144,7 @@ def paged_attention(
 
 def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
     is_fit = dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and group <= _MAX_NATIVE_GROUP
-    return is_fit and native() is not None
+    return is_fit and hasattr(native(), "paged_attention_bf16")
 
 
 def attend_natively(
