@@ -20,32 +20,35 @@ constexpr int64_t kTileBytes = 64;
 // is in memory, and what is read after comes from there.
 inline void settle(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// Sums are in tiles 0 to 3, by upper and lower rows and first and second half of the panel; x is in 4 and 5, weights in
-// 6 and 7.
+// Rows in blocks of nearly equal size, at most 32. The last is a largest one, so that a block may read as many rows as the
+// largest has, and all are computed with tiles of one shape.
+struct Blocks {
+    int64_t rows, count, size;
+    explicit Blocks(int64_t rows)
+        : rows(rows), count((rows + kBlockRows - 1) / kBlockRows), size(count ? (rows + count - 1) / count : 0) {}
+    int64_t begin(int64_t block) const { return rows * block / count; }
+    bool has_lower() const { return size > kTileRows; }
+};
+
+// This thread's tiles, while it lives. Sums of so many rows are in tiles 0 to 3, by upper and lower rows and first and
+// second half of the panel; x is in 4 and 5, weights in 6 and 7.
 class Tiles {
    public:
-    ~Tiles() {
-        if (rows_) _tile_release();
-    }
-    // Makes room for so many rows, 1 to 32. What the tiles held is lost if it was another number.
-    void set_rows(int rows) {
-        if (rows == rows_) return;
-        rows_ = rows;
+    explicit Tiles(int64_t rows) {
         alignas(64) struct {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
-        const int upper = std::min(rows, kTileRows), lower = std::max(rows - kTileRows, 0);
-        const int of[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
+        const int64_t upper = std::min<int64_t>(rows, kTileRows), lower = rows - upper;
+        const int64_t of[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
         for (int i = 0; i < 8; ++i)
             if (of[i]) config.bytes[i] = kTileBytes, config.rows[i] = (uint8_t)of[i];
         settle(&config);
         _tile_loadconfig(&config);
     }
-
-   private:
-    int rows_ = 0;
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
 };
 
 // Rows of x as tiles read them: a row's last group is apart, padded with zeros, if it is not whole.
@@ -72,7 +75,7 @@ class TileInputs {
 
 // Adds a group of inputs by its weights [16, 32, 2] to the sums.
 template <bool kHasLower>
-inline void add_group(const TileInputs& x, int64_t row, int64_t group, const bf16* weights) {
+inline void add_tiles(const TileInputs& x, int64_t row, int64_t group, const bf16* weights) {
     const int64_t stride = x.stride(group);
     _tile_loadd(4, x.at(row, group), stride);
     _tile_loadd(6, weights, 2 * kTileBytes);
@@ -108,13 +111,16 @@ inline void take_sums(float* sums) {
     settle(sums);
 }
 
+// Sums [block's rows, 32] over the groups [begin, end), whose weights are at `weights`.
 template <bool kHasLower>
-void block_sums(const TileInputs& x, int64_t row, const bf16* panel, float* sums) {
-    settle(panel);
+void block_sums(const TileInputs& x, int64_t row, int64_t begin, int64_t end, const bf16* weights, float* sums) {
+    settle(weights);
     clear_sums<kHasLower>();
-    for (int64_t g = 0; g < x.groups(); ++g) add_group<kHasLower>(x, row, g, panel + g * kGroup * kPanel);
+    for (int64_t g = begin; g < end; ++g, weights += kGroup * kPanel) add_tiles<kHasLower>(x, row, g, weights);
     take_sums<kHasLower>(sums);
 }
+
+using BlockSums = void (*)(const TileInputs&, int64_t, int64_t, int64_t, const bf16*, float*);
 
 }  // namespace
 }  // namespace recontrol

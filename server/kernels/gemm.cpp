@@ -93,25 +93,22 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
 #ifdef __AMX_BF16__
 void linear_on_tiles(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
                      int64_t outputs, bool is_f32) {
+    if (rows == 0) return;
     const TileInputs tiled(x, rows, inputs);
+    const Blocks blocks(rows);
+    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
     const int64_t panels = panels_of(outputs);
 #pragma omp parallel
     {
-        Tiles tiles;
+        const Tiles tiles(blocks.size);
+        alignas(64) float sums[kBlockRows * kPanel];
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; ++p) {
-            const bf16* panel = packed + p * Bfloat16::panel_size(inputs);
-            for (int64_t first = 0; first < rows; first += kBlockRows) {
-                const int count = (int)std::min<int64_t>(rows - first, kBlockRows);
-                alignas(64) float sums[kBlockRows * kPanel];
-                tiles.set_rows(count);
-                (count > kTileRows ? block_sums<true> : block_sums<false>)(tiled, first, panel, sums);
-                for (int m = 0; m < count; ++m)
-                    for (int h = 0; h < 2; ++h)
-                        store_outputs(load(sums + m * kPanel + h * kLanes), y, (first + m) * outputs,
-                                      p * kPanel + h * kLanes, outputs, bias, is_f32);
+        for (int64_t p = 0; p < panels; ++p)
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
+                sum(tiled, first, 0, tiled.groups(), packed + p * Bfloat16::panel_size(inputs), sums);
+                store_panel(sums, count, y, first, p, outputs, bias, is_f32);
             }
-        }
     }
 }
 #endif
