@@ -89,7 +89,9 @@ def machine_levels() -> tuple[str, ...]:
 
 @functools.cache
 def kernels_of(level: str) -> Kernels | None:
-    """Those compiled for a level that this machine has; None if they were not."""
+    """Those compiled for a level; None if they were not, or this machine does not have it."""
+    if level not in machine_levels():
+        return None
     stem = Path(__file__).with_name(f"_native_{level}")
     files = [stem.with_name(stem.name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     file = next((file for file in files if file.is_file()), None)

@@ -4,6 +4,7 @@
 // inputs, 32 pairs of weights, the number of inputs padded with zeros to a multiple of 32, so that AMX's tiles (amx.h)
 // read the same layout. Each output element is one chain of fused products over the inputs in order, whatever the
 // number of rows.
+#include "amx.h"
 #include "gemm.h"
 
 namespace recontrol {
@@ -89,6 +90,29 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
         }
 }
 
+#ifdef __AMX_BF16__
+void linear_on_tiles(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
+                     int64_t outputs, bool is_f32) {
+    if (rows == 0) return;
+    const TileInputs tiled(x, rows, inputs);
+    const Blocks blocks(rows);
+    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
+    const int64_t panels = panels_of(outputs);
+#pragma omp parallel
+    {
+        const Tiles tiles(blocks.size);
+        alignas(64) float sums[kBlockRows * kPanel];
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; ++p)
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
+                sum(tiled, first, 0, tiled.groups(), packed + p * Bfloat16::panel_size(inputs), sums);
+                store_panel(sums, count, y, first, p, outputs, bias, is_f32);
+            }
+    }
+}
+#endif
+
 // weight [outputs, inputs] -> [panels, inputs / kStep, 32, kStep], zeros where there is no weight.
 template <class Format>
 void pack(const typename Format::Number* weight, int64_t outputs, int64_t inputs, typename Format::Number* packed) {
@@ -126,5 +150,9 @@ EXPORT void linear_f32(const float* x, const float* packed, const float* bias, v
 // As above.
 EXPORT void linear_bf16(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
                         int64_t outputs, int out_f32) {
+#ifdef __AMX_BF16__
+    linear_on_tiles(x, packed, bias, y, rows, inputs, outputs, out_f32);
+#else
     linear<Bfloat16>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+#endif
 }

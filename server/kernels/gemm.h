@@ -30,5 +30,14 @@ inline void store_outputs(Floats sums, void* y, int64_t row, int64_t column, int
         store_bf16((bf16*)y + row + column, mask, sums);
 }
 
+// A panel's outputs of `count` rows from `first` on, of their sums [count, 32].
+inline void store_panel(const float* sums, int64_t count, void* y, int64_t first, int64_t panel, int64_t outputs,
+                        const float* bias, bool is_f32) {
+    for (int64_t m = 0; m < count; ++m)
+        for (int h = 0; h < 2; ++h)
+            store_outputs(load(sums + m * kPanel + h * kLanes), y, (first + m) * outputs, panel * kPanel + h * kLanes,
+                          outputs, bias, is_f32);
+}
+
 }  // namespace
 }  // namespace recontrol

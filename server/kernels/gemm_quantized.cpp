@@ -6,8 +6,10 @@
 // Whole numbers of so few bits are exact in bfloat16, so a group is summed as gemm.h sums and scaled once. Panels of
 // 32 outputs; in each, for every pair of inputs, 32 pairs of numbers; for every group, 32 scales and (4 bits) leasts in
 // float16. Each output element is one chain of sums, whatever the number of rows.
+#include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "gemm.h"
 
 namespace recontrol {
@@ -34,8 +36,7 @@ struct Int8 {
     static Pairs weights(const uint8_t* p, int half) { return load_int8_pairs(p + half * kPairBytes / 2); }
 };
 
-// For the halves of a panel from `first_half` on. sums [M][groups] of x over each group, for what the least number of a
-// group adds.
+// For the halves of a panel from `first_half` on; sums [M][groups] as sums_of_groups has them.
 template <class Format, int M>
 void quantized_tile(const bf16* x, int64_t x_stride, const uint8_t* panel, const uint16_t* scales, const float* sums,
                     int64_t groups, int first_half, Floats out[][kHalves]) {
@@ -76,6 +77,15 @@ void quantized_tile(const bf16* x, int64_t x_stride, const uint8_t* panel, const
         for (int h = 0; h < kHalves; ++h) out[m][h] = total[m][h];
 }
 
+// Of x over each group, for what the least number of a group adds.
+template <class Format>
+std::vector<float> sums_of_groups(const bf16* x, int64_t groups) {
+    std::vector<float> sums(Format::kHasLeast ? groups : 0);
+    for (size_t g = 0; g < sums.size(); ++g)
+        sums[g] = sum_of(add(load_bf16(x + g * kGroup), load_bf16(x + g * kGroup + kLanes)));
+    return sums;
+}
+
 template <class Format>
 void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
                int64_t inputs, int64_t outputs, bool is_f32) {
@@ -89,12 +99,7 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
     };
     const int64_t panels = panels_of(outputs), groups = inputs / kGroup;
     const int64_t tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
-    std::vector<float> sums(Format::kHasLeast ? rows * groups : 0);
-    if constexpr (Format::kHasLeast)
-        for (int64_t i = 0; i < rows * groups; ++i) {
-            const bf16* group = x + i * kGroup;
-            sums[i] = sum_of(add(load_bf16(group), load_bf16(group + kLanes)));
-        }
+    const std::vector<float> sums = sums_of_groups<Format>(x, rows * groups);
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; ++p) {
         const uint8_t* panel = packed + p * groups * kGroupPairs * Format::kPairBytes;
@@ -113,6 +118,78 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
     }
 }
 
+#ifdef __AMX_BF16__
+// A panel's numbers of one group as bfloat16 [16, 32, 2].
+template <class Format>
+void widen(const uint8_t* numbers, bf16* weights) {
+    for (int64_t k = 0; k < kGroupPairs; ++k, numbers += Format::kPairBytes, weights += 2 * kPanel) {
+        _mm_prefetch((const char*)numbers + 2048, _MM_HINT_T0);
+        _mm512_store_si512(weights, (__m512i)Format::weights(numbers, 0));
+        _mm512_store_si512(weights + kPanel, (__m512i)Format::weights(numbers, 1));
+    }
+}
+
+// totals [count, 32] of a group more: its sums times its scales and, where there are any, leasts times sums of x.
+template <class Format>
+void add_scaled(const float* sums, const uint16_t* scales, const float* sums_of_x, int64_t groups, int64_t count,
+                float* totals) {
+    for (int h = 0; h < 2; ++h) {
+        const Floats scale = load_half(scales + h * kLanes);
+        const Floats least = Format::kHasLeast ? load_half(scales + kPanel + h * kLanes) : zeros();
+        for (int64_t m = 0; m < count; ++m) {
+            float* total = totals + m * kPanel + h * kLanes;
+            Floats sum = fma(scale, load(sums + m * kPanel + h * kLanes), load(total));
+            if constexpr (Format::kHasLeast) sum = fma(least, all(sums_of_x[m * groups]), sum);
+            store(total, sum);
+        }
+    }
+}
+
+// As `quantized`, each group a product of tiles. Numbers are widened once for all rows.
+template <class Format>
+void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
+                        int64_t rows, int64_t inputs, int64_t outputs, bool is_f32) {
+    if (rows == 0) return;
+    const TileInputs tiled(x, rows, inputs);
+    const Blocks blocks(rows);
+    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
+    const int64_t panels = panels_of(outputs), groups = tiled.groups();
+    const std::vector<float> sums_of_x = sums_of_groups<Format>(x, rows * groups);
+#pragma omp parallel
+    {
+        const Tiles tiles(blocks.size);
+        alignas(64) float sums[kBlockRows * kPanel];
+        alignas(64) bf16 weights[kGroup * kPanel];
+        std::vector<float> totals(rows * kPanel);
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; ++p) {
+            std::fill(totals.begin(), totals.end(), 0.0f);
+            for (int64_t g = 0, of_panel = p * groups; g < groups; ++g) {
+                widen<Format>(packed + (of_panel + g) * kGroupPairs * Format::kPairBytes, weights);
+                for (int64_t b = 0; b < blocks.count; ++b) {
+                    const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
+                    sum(tiled, first, g, g + 1, weights, sums);
+                    add_scaled<Format>(sums, scales + (of_panel + g) * Format::kScales,
+                                       sums_of_x.data() + first * groups + g, groups, count,
+                                       totals.data() + first * kPanel);
+                }
+            }
+            store_panel(totals.data(), rows, y, 0, p, outputs, bias, is_f32);
+        }
+    }
+}
+#endif
+
+template <class Format>
+void map(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
+         int64_t inputs, int64_t outputs, bool is_f32) {
+#ifdef __AMX_BF16__
+    quantized_on_tiles<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
+#else
+    quantized<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
+#endif
+}
+
 }  // namespace
 }  // namespace recontrol
 
@@ -122,11 +199,11 @@ using namespace recontrol;
 // [panels, inputs / 32, 2, 32] float16.
 EXPORT void linear_int4(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
                         int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    quantized<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    map<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
 }
 
 // packed [panels, inputs / 2, 64 bytes], scales [panels, inputs / 32, 32] float16.
 EXPORT void linear_int8(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
                         int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    quantized<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    map<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
 }
