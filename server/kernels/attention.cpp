@@ -73,8 +73,8 @@ void write_block(const Step& step, const Block& block, int64_t head) {
               step.v + (block.row + r) * step.v_stride + head * size);
 }
 
-// One key-value head over the positions of a block. Row n of the block is query n % group at position n / group; rows go
-// by tiles of nearly equal size, at most 16.
+// One key-value head over the positions of a block. Row n is query n % group at position n / group of the block; rows
+// go by tiles of nearly equal size, at most 16.
 class Attention {
    public:
     Attention(const Step& step, const Block& block, int64_t head, Scratch& scratch)
@@ -98,7 +98,7 @@ class Attention {
     void begin() {
         bf16* queries = scratch_.queries.get();
         for (int64_t n = 0; n < rows_; ++n)
-            std::memcpy(queries + n * size_, step_.q + row_of(n) * step_.q_stride + query_of(n) * size_, size_ * sizeof(bf16));
+            std::copy_n(step_.q + row_of(n) * step_.q_stride + query_of(n) * size_, size_, queries + n * size_);
         const int64_t padded = tiles_ * tile_rows_;
         std::fill(queries + rows_ * size_, queries + padded * size_, bf16{0});
         std::fill(sums_of(0), sums_of(padded), 0.0f);
@@ -183,9 +183,12 @@ std::vector<Block> blocks_of(const int32_t* tables, int64_t table_stride, const 
 
 void attend(const Step& step, const std::vector<Block>& blocks) {
     const int64_t kv_heads = step.cache.kv_heads, tasks = (int64_t)blocks.size() * kv_heads;
-    const bool has_parts = !std::all_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.is_alone; });
+    bool has_parts = false;
     int64_t most = 1;
-    for (const Block& block : blocks) most = std::max(most, block.rows);
+    for (const Block& block : blocks) {
+        has_parts |= !block.is_alone;
+        most = std::max(most, block.rows);
+    }
 #pragma omp parallel
     {
         // A block whose sequence has others must find their keys written; one that is alone writes its own.
@@ -212,8 +215,9 @@ using namespace recontrol;
 // Write the rows' keys and values into their pages, then attend: out [rows, heads * head_size].
 //
 // q, k and v are rows of heads, `stride` elements apart; row r stands at positions[r] of the sequence whose pages are
-// tables[sequences[r]][..]. Rows of one sequence must come one after the other, in order of their positions. A window of
-// 0 attends to everything, a softcap of 0 caps nothing. head_size must be a multiple of 32.
+// tables[sequences[r]][..]. Rows of one sequence must come one after the other, in order of their positions, and a page
+// that they write to must be of no other. A window of 0 attends to everything, a softcap of 0 caps nothing. head_size
+// must be a multiple of 32.
 EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t q_stride, int64_t k_stride,
                                  int64_t v_stride, bf16* keys, bf16* values, const int32_t* tables,
                                  int64_t table_stride, const int64_t* sequences, const int64_t* positions, bf16* out,

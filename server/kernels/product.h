@@ -1,10 +1,11 @@
 // Products of a few rows with a matrix whose rows are interleaved by pairs: sums[r][c] (+)= a[r][:] . b[:][c].
 //
-// a is rows of bfloat16; b is [depth / 2][columns][2]; sums are float32. Depth and columns are multiples of kStep. A row's
-// sums are made in an order that depends on nothing but the depth: not on how many rows there are.
+// a is rows of bfloat16; b is [depth / 2][columns][2]; sums are float32. Depth and columns are multiples of kStep. A
+// row's sums are made in an order that depends on nothing but the depth: not on how many rows there are.
 #pragma once
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace recontrol {
 namespace {
@@ -28,27 +29,23 @@ class Products {
    public:
     static constexpr int64_t kStep = 32;
 
+    Products() = default;
     ~Products() { _tile_release(); }
+    Products(const Products&) = delete;
 
     // From here on products have so many rows.
     void set_rows(int rows) {
         if (rows == rows_) return;
         rows_ = rows;
-        alignas(64) struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {};
-        } config;
-        std::memset(config.rows, rows, 5);
-        std::memset(config.rows + 5, kLanes, 2);
-        // GCC's intrinsic tells of the first eight bytes alone, and the others are never written.
-        asm volatile("ldtilecfg %0" : : "m"(config));
+        shape_tiles({rows, rows, rows, rows, rows, kTileRows, kTileRows, 0});
     }
 
     void multiply(const Product& of) const {
+        settle(of.a);
         int64_t column = 0;
         for (; column + 64 <= of.columns; column += 64) multiply_columns<true>(of, column);
         if (column < of.columns) multiply_columns<false>(of, column);
+        settle(of.sums);
     }
 
    private:

@@ -59,8 +59,10 @@ inline void cap(float* scores, int64_t count, float scaling, float softcap) {
 
 // Hides a row's slots outside [begin, end).
 inline void hide(float* scores, int64_t slots, int64_t begin, int64_t end) {
-    for (int64_t s = 0; s < slots; s += kLanes)
-        store(scores + s, choose(but_not(first_lanes(end - s), first_lanes(begin - s)), load(scores + s), all(-INFINITY)));
+    for (int64_t s = 0; s < slots; s += kLanes) {
+        const Mask is_seen = but_not(first_lanes(end - s), first_lanes(begin - s));
+        store(scores + s, choose(is_seen, load(scores + s), all(-INFINITY)));
+    }
 }
 
 // Scales rows down to the highest score of this page and those before, where it has risen; a factor of 1 needs no work.
