@@ -34,7 +34,6 @@ HARMLESS_OPTIONS = frozenset(
     {"dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "sliding_window", "use_cache"}
 )
 """Arguments of transformers' attention functions that change nothing here: a window is read from the layer's mask."""
-_MAX_NATIVE_GROUP = 8
 
 
 class UnsupportedAttentionError(ValueError):
@@ -201,9 +200,8 @@ def paged_attention(
         for what, given in zip(PROJECTIONS, rows, strict=True):
             step.watch.saw(layer, what, given)
     keys, values = step.kv.layer(layer, *rows[1:])
-    group = query.shape[1] // key.shape[1]
     is_plain = s_aux is None and how.span.chunk is None and key.shape == value.shape
-    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3], group):
+    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3]):
         out_TNP = torch.empty_like(rows[0])
         addresses = [row.data_ptr() for row in rows]
         strides = [row.stride(0) for row in rows]
@@ -223,9 +221,8 @@ def attention_kind(key: Tensor, scaling: float | None, softcap: float | None, sp
     return AttentionKind(key.shape[3] ** -0.5 if scaling is None else scaling, span, softcap)
 
 
-def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
-    is_fit = dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and group <= _MAX_NATIVE_GROUP
-    return is_fit and native() is not None
+def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and native() is not None
 
 
 def attend_natively(

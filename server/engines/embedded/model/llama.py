@@ -234,7 +234,7 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
         sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
         and facts.kind.span.chunk is None
-        and can_attend_natively(weight.dtype, weight.device, facts.key_size, facts.num_heads // facts.num_kv_heads)
+        and can_attend_natively(weight.dtype, weight.device, facts.key_size)
     )
 
 
