@@ -196,8 +196,8 @@ def _check_quantizable(backbone: nn.Module, lm_head: nn.Linear, bits: Bits) -> N
         if weight is not None and not can_run_natively(weight, bits=bits):
             raise ConfigurationError(
                 f"quantization: {name} [{weight.shape[0]}, {weight.shape[1]}] in {weight.dtype} cannot be quantized "
-                "here; that takes the native kernels (a CPU with AVX-512 and bfloat16), dtype bfloat16, and inputs in "
-                "multiples of 32"
+                "here; that takes the native kernels (an x86 CPU with AVX2), dtype bfloat16, and inputs in multiples "
+                "of 32"
             )
 
 
