@@ -27,10 +27,10 @@ from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.attention import Segment
 from server.engines.embedded.model.kv_cache import default_kv_bytes
+from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.rotation import static_length
-from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits

@@ -191,7 +191,8 @@ def paged_attention(
 
     `s_aux` [heads] are sinks: logits of a place that takes a share of each head's attention and gives nothing.
     """
-    if attention_mask is not None or (unknown := unknown_options(options)):
+    unknown = unknown_options(options)
+    if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(f"attention masks of the model's own or options {sorted(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     step: StepLayout = module.recontrol.step  # type: ignore[union-attr]
@@ -333,7 +334,5 @@ def _attend(
         weights_BNQS = torch.cat([sinks_BNQ1, scores_BNQS], dim=-1).softmax(dim=-1)[..., 1:]
     # A product's order of summation can depend on S, which the step's longest row decides: sum blocks of one size in
     # order, of which those beyond a row's own length add exact zeros.
-    blocks = zip(
-        weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.float().split(PAGE_TOKENS, dim=-2), strict=True
-    )
+    blocks = zip(weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.float().split(PAGE_TOKENS, dim=-2), strict=True)
     return functools.reduce(torch.add, (weights @ values for weights, values in blocks)).to(values_BNSP.dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,6 @@ from server.engines.embedded.model.attention import (
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3
-_OTHER_POSITIONS = 7
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of transformers: batch index, head index, query positions, key positions -> whether the query sees the key."""
 
@@ -48,7 +47,9 @@ class LayerFacts:
     key_size: int
     value_size: int
     has_sinks: bool
-    rotates: bool
+    far_queries: Tensor
+    """Of the last positions of a text, [1, heads, tokens, P]."""
+    rotates: bool = False
     """Whether its queries depend on their positions."""
 
 
@@ -58,7 +59,6 @@ class _Notes:
 
     max_len: int
     layers: dict[int, LayerFacts] = field(default_factory=dict)
-    queries: dict[int, Tensor] = field(default_factory=dict)
 
     def take(
         self, module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], kind: AttentionKind, *, has_sinks: bool
@@ -71,9 +71,8 @@ class _Notes:
         if num_tokens != _TOKENS or key.shape[2] != _TOKENS:
             raise UnsupportedAttentionError(f"layer {index} attends to something else than the text")
         self.layers[index] = LayerFacts(
-            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, rotates=True
+            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, query
         )
-        self.queries[index] = query
 
 
 def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
@@ -85,18 +84,18 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
     AttentionMaskInterface.register(NOTES_NAME, _mask)
     backbone.set_attn_implementation(NOTES_NAME)
     try:
-        notes, moved = (_notes(backbone, max_len, start) for start in (0, _OTHER_POSITIONS))
+        near, far = (_notes(backbone, max_len, start).layers for start in (0, max_len - _TOKENS))
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
         raise UnsupportedAttentionError(
             f"its attention does not go through transformers' interface as this engine needs ({one_line(error)})"
         ) from error
-    if not notes.layers:
+    if not far:
         raise UnsupportedAttentionError("none of its layers attends through transformers' interface")
     return {
-        index: replace(facts, rotates=not torch.equal(notes.queries[index], moved.queries[index]))
-        for index, facts in sorted(notes.layers.items())
+        index: replace(facts, rotates=not torch.equal(facts.far_queries, near[index].far_queries))
+        for index, facts in sorted(far.items())
     }
 
 
@@ -108,7 +107,7 @@ def _notes(backbone: Any, max_len: int, start: int, **options: Any) -> _Notes:
     return notes
 
 
-def check_positions(backbone: Any, max_len: int) -> None:
+def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int) -> None:
     """Whether the model takes positions from where they are given alone, also far into a text.
 
     Some scale queries by the length of transformers' cache, which this engine does not use; most only after thousands
@@ -118,10 +117,9 @@ def check_positions(backbone: Any, max_len: int) -> None:
     backbone.set_attn_implementation(NOTES_NAME)
     start = max_len - _TOKENS
     name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
-    given = _notes(backbone, max_len, start)
     with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
-    for index, query in given.queries.items():
-        if not torch.equal(query, with_past.queries[index]):
+    for index, fact in facts.items():
+        if not torch.equal(fact.far_queries, with_past.layers[index].far_queries):
             raise UnsupportedAttentionError(f"layer {index} counts positions by the length of a cache")
 
 

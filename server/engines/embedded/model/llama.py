@@ -56,9 +56,7 @@ class _Layer:
 class NativeLlama(nn.Module):
     """Called as transformers' backbone is; the result has `last_hidden_state` [1, T, D]."""
 
-    def __init__(
-        self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16
-    ) -> None:
+    def __init__(self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16) -> None:
         """Of a backbone that `can_run`."""
         super().__init__()
         first = facts[0]
@@ -229,9 +227,12 @@ def _are_alike(layers: Any, norm: Any) -> bool:
 
 def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
     sizes = (facts.num_heads, facts.num_kv_heads, facts.key_size, facts.value_size)
-    weight: Any = facts.module.q_proj.weight
+    attention: Any = facts.module
+    weight, size = attention.q_proj.weight, facts.key_size
+    widths = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     return (
-        sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
+        widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
+        and sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
         and facts.kind.span.chunk is None
         and can_attend_natively(weight.dtype, weight.device, facts.key_size)

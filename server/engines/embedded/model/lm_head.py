@@ -7,6 +7,7 @@ Shapes: M rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +29,7 @@ class LMHead:
     `finish` adds what is not linear in h: a bias, and for some models a soft cap.
     """
 
-    def __init__(
-        self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None, bits: Bits = 16
-    ) -> None:
+    def __init__(self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None, bits: Bits = 16) -> None:
         """Logits z = scale x (W h + b); with a soft cap, softcap x tanh(z / softcap)."""
         self._linear = frozen_linear(linear.weight, bits=bits, out_dtype=torch.float32)
         self._bias = None if linear.bias is None else linear.bias.detach().float() * scale
@@ -44,10 +43,20 @@ class LMHead:
         The scale is fitted, since models name and apply it in many ways: Cohere multiplies, Granite divides, MiniCPM
         divides the states. It is one that the configuration holds, or the inverse of one, if that is as good.
         """
-        raw_MV = cls(linear).logits(states_MD)
+        raw = cls(linear)
+        raw_MV = raw.logits(states_MD)
         caps = [None, *(value for name, value in _numbers(config).items() if "cap" in name and value > 0)]
-        heads = [cls(linear, scale=_scale(raw_MV, _uncapped(logits_MV, cap), config), softcap=cap) for cap in caps]
+        heads = [raw._scaled(_scale(raw_MV, _uncapped(logits_MV, cap), config), cap) for cap in caps]
+        if len(heads) == 1:
+            return heads[0]
         return min(heads, key=lambda head: float((head.logits(states_MD) - logits_MV).norm()))
+
+    def _scaled(self, scale: float, softcap: float | None) -> LMHead:
+        """The same map with another scale and cap, where this one has neither."""
+        head = copy.copy(self)
+        head._bias = None if self._bias is None else self._bias * scale
+        head._softcap, head._scale = softcap, scale
+        return head
 
     def quantized(self, linear: nn.Linear, bits: Bits) -> LMHead:
         return LMHead(linear, scale=self._scale, softcap=self._softcap, bits=bits)

@@ -30,8 +30,9 @@ def weights_read(model: nn.Module) -> Iterator[set[nn.Module]]:
     read: set[nn.Module] = set()
 
     class Watched(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-            return functional.linear(input, self._parameters["weight"], self._parameters["bias"])
+        def forward(self, input: Tensor) -> Tensor:
+            weight: Any = self._parameters["weight"]
+            return functional.linear(input, weight, self._parameters["bias"])
 
         def __getattr__(self, name: str) -> Any:
             if name == "weight":

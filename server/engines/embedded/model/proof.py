@@ -235,8 +235,8 @@ class Follower:
         texts, states = self._reference.texts, self._reference.states
         watched = _watched(self._reference.blocks, self._saw_module) if watch_modules else nullcontext()
         with watched:
-            for self._number, step in enumerate(self._steps):
-                self._is_first_layer = True
+            for number, step in enumerate(self._steps):
+                self._number, self._is_first_layer = number, True
                 rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in step.decode]
                 segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in step.chunks]
                 hidden_TD = forward(rows, segments, self)

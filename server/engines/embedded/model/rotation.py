@@ -1,8 +1,8 @@
 """How far a model's rotary angles are those of a position alone.
 
 Some rotations change for all positions once a text is longer than what the model was trained on (longrope, dynamic).
-Rows of a step have texts of many lengths, and keys in the cache were turned when their text was shorter, so such a model
-is served up to the length at which it changes. Asked of the model's own modules. Enter at `static_length`.
+Rows of a step have texts of many lengths, and keys in the cache were turned when their text was shorter, so such a
+model is served up to the length at which it changes. Asked of the model's own modules. Enter at `static_length`.
 """
 
 from __future__ import annotations

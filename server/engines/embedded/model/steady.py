@@ -3,9 +3,9 @@
 Linear layers and experts are packed into maps of which that is true, and most of what is between them takes each number
 alone, in order. Two things do not. A product with a bare parameter, as many models make where tokens choose their
 experts, is summed in an order that depends on the number of rows: here each row is multiplied alone. And torch computes
-exponentials in vectors but for those left over at the end of each thread's share, whose last bit may differ: here a row
-is computed alone where its width leaves some over, and few rows at a time where threads would share it unevenly. That is
-slow and seldom needed; `is_needed` says so of what has run. Knows nothing of models. Enter at `Steady`.
+exponentials in vectors but for those left over at the end of each thread's share, whose last bit may differ: here a
+row is computed alone where its width leaves some over, and few rows at a time where threads would share it unevenly.
+That is slow and seldom needed; `is_needed` says so of what has run. Knows nothing of models. Enter at `Steady`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Steady(TorchFunctionMode):
         return torch.cat(parts).view(x.shape) if parts else func(*args, **given)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """With the names of torch's own parameters."""
     product = _rows_times(input, weight)
     return product if bias is None else product + bias

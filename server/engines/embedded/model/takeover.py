@@ -90,7 +90,7 @@ class _Takeover:
             with weights_read(backbone) as read:
                 difference = self._follow(follower, self._body(backbone, shown))
             self._check(difference)
-            check_positions(backbone, self._max_len)
+            check_positions(backbone, self._facts, self._max_len)
             backbone.set_attn_implementation(register_attention())
             if bits != 16:
                 check_quantizable(backbone, self._linear, bits)
@@ -111,7 +111,7 @@ class _Takeover:
             expected = Span(*(sizes.get(size, size) if size else None for size in (span.window, span.chunk)))
             if shown[index].kind.span != expected:
                 raise UnsupportedAttentionError(
-                    f"layer {index} sees {span.window or span.chunk} tokens, and cannot be shown to be right beyond them"
+                    f"layer {index} sees {span.window or span.chunk} tokens, and cannot be shown right beyond them"
                 )
         return shown
 
@@ -183,7 +183,7 @@ class _Takeover:
                 "what they carry from token to token is not kept here"
             )
         try:
-            check_positions(self._backbone, self._max_len)
+            check_positions(self._backbone, self._facts, self._max_len)
         except Exception as error:
             if isinstance(error, UnsupportedAttentionError):
                 return str(error)
