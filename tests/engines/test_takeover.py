@@ -15,14 +15,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from server.engines.embedded.model import attention, llama, takeover
+from server.engines.embedded.model import attention, llama
 from server.engines.embedded.model.attention import ALL_BEFORE, DecodeRow, Segment, Span
-from server.engines.embedded.model.facts import ask
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.runner import ModelRunner
-from server.engines.embedded.model.stand_in import short_spans
 from server.engines.embedded.model.steady import Steady
+from server.engines.embedded.model.takeover import takeover
+from server.engines.embedded.model.takeover.facts import ask
+from server.engines.embedded.model.takeover.rotation import static_length
+from server.engines.embedded.model.takeover.stand_in import short_spans
 from server.errors import ModelLoadError
 from server.kernels import native
 

@@ -30,15 +30,15 @@ from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
-from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.structure import constrained
-from server.errors import ConfigurationError, ContextLengthError
+from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -63,7 +63,7 @@ class EngineCore:
         """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
-        self.max_model_len = _model_len(loaded, max_model_len)
+        self.max_model_len = text_length(loaded, max_model_len)
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
@@ -305,19 +305,3 @@ class EngineCore:
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):
             for rival in sequence.rivals.members:
                 self._finish(rival, reason)
-
-
-def _model_len(loaded: LoadedModel, asked: int | None) -> int:
-    """The longest text, prompt and new tokens together. Raises ConfigurationError for more than the model can have."""
-    longest = static_length(loaded.model, loaded.max_len)
-    if longest < loaded.max_len and asked is None:
-        _log.warning(
-            "%s is served up to %d tokens of its %d: in longer texts its rotation turns all positions otherwise",
-            loaded.name, longest, loaded.max_len,
-        )  # fmt: skip
-    if asked is not None and asked > longest:
-        reason = "has" if longest == loaded.max_len else "has with one rotation for texts of all lengths"
-        raise ConfigurationError(
-            f"max_model_len: {asked} is more than the {longest} positions that {loaded.name} {reason}"
-        )
-    return asked or longest

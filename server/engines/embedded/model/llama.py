@@ -28,7 +28,7 @@ from server.engines.embedded.model.attention import (
     attend_natively,
     can_attend_natively,
 )
-from server.engines.embedded.model.facts import LayerFacts
+from server.engines.embedded.model.takeover.facts import LayerFacts
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively
 
@@ -231,7 +231,8 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
     weight, size = attention.q_proj.weight, facts.key_size
     widths = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     return (
-        widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
+        weight.dtype == torch.bfloat16
+        and widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
         and sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
         and facts.kind.span.chunk is None

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from server.engines.embedded.model.attention import PROJECTIONS, DecodeRow, Segment, StepWatch
-from server.engines.embedded.model.facts import LayerFacts
 from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
+from server.engines.embedded.model.takeover.facts import LayerFacts
 
 _STRIDE = 7919
 _TINY = 1e-20

@@ -29,15 +29,15 @@ from server.engines.embedded.model.attention import (
     register_attention,
 )
 from server.engines.embedded.model.body import Body
-from server.engines.embedded.model.facts import LayerFacts, ask, check_positions, one_line
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.model.packing import check_quantizable, pack, weights_read
-from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
-from server.engines.embedded.model.rotation import static_length
-from server.engines.embedded.model.stand_in import short_sizes, short_spans
 from server.engines.embedded.model.steady import Steady
+from server.engines.embedded.model.takeover.facts import LayerFacts, ask, check_positions, one_line
+from server.engines.embedded.model.takeover.packing import check_quantizable, pack, weights_read
+from server.engines.embedded.model.takeover.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
+from server.engines.embedded.model.takeover.rotation import static_length
+from server.engines.embedded.model.takeover.stand_in import short_sizes, short_spans
 from server.errors import ModelLoadError
 from server.kernels.linear import Bits
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from server.engines.embedded.model.facts import LayerFacts
+from server.engines.embedded.model.takeover.facts import LayerFacts
 
 _SHORTEST = 20
 _STEP = 4
