@@ -25,12 +25,12 @@ from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
-from server.engines.embedded.model.attention import Segment
 from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.model.step import Segment
 from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits

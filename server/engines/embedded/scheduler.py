@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from server.engines.embedded.model.attention import DecodeRow, Segment
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
 from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for, page_digest
+from server.engines.embedded.model.step import DecodeRow, Segment
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.types import FinishReason
 

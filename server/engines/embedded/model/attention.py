@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
+from server.engines.embedded.model.pages import PAGE_TOKENS
+from server.engines.embedded.model.step import AttentionKind, Span, StepLayout
 from server.kernels import native
-from server.kernels.transfer import on_device
 
 ATTENTION_NAME = "recontrol"
 PROJECTIONS = ("queries", "keys", "values")
@@ -39,134 +37,6 @@ HARMLESS_OPTIONS = frozenset(
 
 class UnsupportedAttentionError(ValueError):
     """The model asks attention for something this engine does not do."""
-
-
-@dataclass(slots=True, frozen=True)
-class DecodeRow:
-    """The newest token of a sequence, whose keys and values lie in `pages`."""
-
-    pages: list[int]
-    position: int
-    token_id: int
-
-
-@dataclass(slots=True, frozen=True)
-class Segment:
-    """A chunk of one prompt: token_ids go to positions start.. of the sequence that holds `pages`."""
-
-    pages: list[int]
-    start: int
-    token_ids: list[int]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-
-@dataclass(slots=True, frozen=True)
-class Span:
-    """Which positions up to its own a token sees in one layer; None is no limit.
-
-    With a window of w it sees the last w, its own among them; with chunks of c those of its own chunk, c positions from
-    a multiple of c.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-
-    def visible(self, positions: Tensor, last: Tensor) -> Tensor:
-        """Bool, broadcast: which `positions` a token at position `last` sees."""
-        visible = positions <= last
-        if self.window is not None:
-            visible &= positions > last - self.window
-        if self.chunk is not None:
-            visible &= positions // self.chunk == last // self.chunk
-        return visible
-
-
-ALL_BEFORE = Span()
-
-
-@dataclass(slots=True, frozen=True)
-class AttentionKind:
-    """How one layer attends; a soft cap of None is none."""
-
-    scaling: float
-    span: Span = ALL_BEFORE
-    softcap: float | None = None
-
-
-class StepWatch(Protocol):
-    """Is told what each layer of a step does; see proof.py."""
-
-    def saw(self, layer: int, what: str, given: Tensor) -> Tensor:
-        """`what` a layer got ("entered"), attends with ("queries", "keys", "values"), or gave; what to go on with."""
-        ...
-
-
-@dataclass(slots=True)
-class StepLayout:
-    """Whose pages the T flattened rows read: table row sequences_T[t], up to position positions_T[t]."""
-
-    kv: KVCache
-    positions_T: Tensor
-    sequences_T: Tensor
-    tables: Tensor
-    """Pages of the decode rows, then of the segments' sequences, [B + segments, M] int32, padded with the null page."""
-    num_decode: int
-    segments: list[Segment]
-    spans: Mapping[int, Span] = field(default_factory=dict)
-    """By index of the layer."""
-    watch: StepWatch | None = None
-    """Follows the layers while a model is proved."""
-    masks: dict[Span, Tensor] = field(default_factory=dict)
-    """Of the decode rows, made when a layer first asks."""
-
-    @classmethod
-    def of(
-        cls,
-        kv: KVCache,
-        decode: list[DecodeRow],
-        segments: list[Segment],
-        device: torch.device,
-        spans: Mapping[int, Span] | None = None,
-        watch: StepWatch | None = None,
-    ) -> StepLayout:
-        positions = [row.position for row in decode]
-        owners = list(range(len(decode)))
-        for index, segment in enumerate(segments, start=len(decode)):
-            positions += range(segment.start, segment.end)
-            owners += [index] * len(segment.token_ids)
-        used = [row.pages[: row.position // PAGE_TOKENS + 1] for row in decode]
-        used += [segment.pages[: (segment.end - 1) // PAGE_TOKENS + 1] for segment in segments]
-        widest = max(map(len, used))
-        padded = [pages + [NULL_PAGE] * (widest - len(pages)) for pages in used]
-        both_2T = on_device([positions, owners], device)
-        tables = on_device(padded, device, dtype=torch.int32)
-        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments, spans or {}, watch)
-
-    def decode_mask(self, span: Span) -> Tensor:
-        """[B, 1, 1, S] bool, true where attended."""
-        if span not in self.masks:
-            last_B1 = self.positions_T[: self.num_decode, None]
-            positions = torch.arange(self.tables.shape[1] * PAGE_TOKENS, device=last_B1.device)
-            self.masks[span] = span.visible(positions, last_B1)[:, None, None]
-        return self.masks[span]
-
-
-@dataclass(slots=True)
-class StepSlot:
-    """Where a backbone's attention finds the step that it works in; not every model hands arguments on to it."""
-
-    step: Any = None
-
-    @classmethod
-    def of(cls, backbone: nn.Module, step: Any = None) -> StepSlot:
-        """A new one, which all modules of the backbone have from now on."""
-        slot = cls(step)
-        for module in backbone.modules():
-            module.recontrol = slot  # type: ignore[assignment]
-        return slot
 
 
 def register_attention() -> str:

@@ -21,13 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.engines.embedded.model.attention import (
-    PROJECTIONS,
-    AttentionKind,
-    StepLayout,
-    attend_natively,
-    can_attend_natively,
-)
+from server.engines.embedded.model.attention import PROJECTIONS, attend_natively, can_attend_natively
+from server.engines.embedded.model.step import AttentionKind, StepLayout
 from server.engines.embedded.model.takeover.facts import LayerFacts
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively

@@ -20,15 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from server.engines.embedded.model.attention import (
-    ALL_BEFORE,
-    AttentionKind,
-    Span,
-    StepSlot,
-    UnsupportedAttentionError,
-    attention_kind,
-    unknown_options,
-)
+from server.engines.embedded.model.attention import UnsupportedAttentionError, attention_kind, unknown_options
+from server.engines.embedded.model.step import ALL_BEFORE, AttentionKind, Span, StepSlot
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3
