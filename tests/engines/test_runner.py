@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaModel
 
 from server.engines.embedded.core import EngineCore
@@ -44,18 +45,25 @@ def test_a_model_that_does_more_to_its_logits_than_its_head_is_refused(
         create(loaded)
 
 
-def test_a_model_whose_attention_is_its_own_is_refused(load_tiny: Callable[..., LoadedModel]) -> None:
+def test_a_model_of_which_a_layer_attends_by_itself_is_refused(load_tiny: Callable[..., LoadedModel]) -> None:
     loaded = load_tiny("gpt2").model
-    attention = loaded.transformer.h[1].attn
-    plain = attention.forward
 
-    def forward(*args: Any, **options: Any) -> Any:
-        if "step" in options:
-            raise TypeError("forward() got an unexpected keyword argument 'step'")
-        return plain(*args, **options)
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return hidden_states.cumsum(dim=1), None
 
-    attention.forward = forward
-    with pytest.raises(ModelLoadError, match=r"attention does not go through transformers' interface.*'step'"):
+    loaded.transformer.h[1].attn.forward = forward
+    with pytest.raises(ModelLoadError, match="1 of its 2 layers do not attend, and what they carry"):
+        create(loaded)
+
+
+def test_a_model_whose_attention_takes_what_it_is_not_given_is_refused(load_tiny: Callable[..., LoadedModel]) -> None:
+    loaded = load_tiny("gpt2").model
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise TypeError("forward() misses a bias")
+
+    loaded.transformer.h[1].attn.forward = forward
+    with pytest.raises(ModelLoadError, match=r"interface as this engine needs \(forward\(\) misses a bias\)"):
         create(loaded)
 
 

@@ -12,6 +12,7 @@ second.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,7 +222,8 @@ class Follower:
     """Compares the layers of the engine's steps over the two texts with a reference, and keeps them on its track."""
 
     def __init__(self, reference: Reference, dtype: torch.dtype) -> None:
-        self._difference = Difference()
+        self._shares: defaultdict[str, list[Tensor]] = defaultdict(list)
+        """By what is compared, of every row."""
         self._reference = reference
         self._allowed, self._rounded = _ALLOWED[dtype], _ROUNDED_RESIDUAL[dtype]
         self._steps = _steps(*map(len, reference.texts))
@@ -232,7 +234,7 @@ class Follower:
 
     def follow(self, forward: Forward, *, watch_modules: bool) -> Difference:
         """Run all steps. Transformers' modules are watched from outside; other layers tell by themselves."""
-        self._difference = Difference()
+        self._shares.clear()
         texts, states = self._reference.texts, self._reference.states
         watched = _watched(self._reference.blocks, self._saw_module) if watch_modules else nullcontext()
         with watched:
@@ -243,7 +245,11 @@ class Follower:
                 hidden_TD = forward(rows, segments, self)
                 expected_TD = torch.stack([states[text][position] for text, position in step.tokens])
                 self._compare(hidden_TD, expected_TD, "the state behind its last norm")
-        return self._difference
+        difference = Difference()
+        for where, shares in self._shares.items():
+            # By the median: experts may take another turn for a single row.
+            difference.add(float(torch.cat(shares).median()), where)
+        return difference
 
     @property
     def _step(self) -> _Step:
@@ -286,7 +292,7 @@ class Follower:
             self._projections[key] = rows.clone()
 
     def _compare(self, ours_TX: Tensor, theirs_TX: Tensor, where: str, entered_TX: Tensor | None = None) -> None:
-        """Decode rows and rows of prompts each by their median: experts may take another turn for a single one."""
+        """Keep each row's error as a share of what is allowed; decode rows of what attends apart from prompts'."""
         ours_TX, theirs_TX = ours_TX.float(), theirs_TX.float()
         size_T = theirs_TX.norm(dim=1)
         allowed_T = self._allowed * size_T
@@ -294,7 +300,7 @@ class Follower:
             added_T = (theirs_TX - entered_TX.float()).norm(dim=1)
             allowed_T = self._allowed * added_T + self._rounded * size_T
         share_T = (ours_TX - theirs_TX).norm(dim=1) / allowed_T.clamp(min=_TINY)
-        num_decode = len(self._step.decode)
-        for part_T in (share_T[:num_decode], share_T[num_decode:]):
+        num_decode = len(self._step.decode) if where.startswith("the attention") else 0
+        for place, part_T in ((f"{where} in decoding", share_T[:num_decode]), (where, share_T[num_decode:])):
             if len(part_T):
-                self._difference.add(float(part_T.median()), where)
+                self._shares[place].append(part_T)
