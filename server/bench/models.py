@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from server.bench.process import PeerError
 from server.bench.setup import Setup
-from server.engines.embedded.model.loader import PACKAGED_MODELS, default_model_folder, packaged_model_folder
+from server.engines.checkpoint.packaged import PACKAGED_MODELS, default_model_folder, packaged_model_folder
 from server.errors import ConfigurationError
 from value_models.heads import LinearHead
 from value_models.store import CARD_FILE, BaseModelCard, HeadCard, architecture_card, save_head
