@@ -11,7 +11,8 @@ import importlib.util
 import json
 import logging
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class Adapter:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         try:
-            wrapped = PeftModel.from_pretrained(model, str(self.folder))
+            # What peft warns of has been refused already, or comes of how it is built.
+            with warnings.catch_warnings(action="ignore"):
+                wrapped = PeftModel.from_pretrained(model, str(self.folder))
             layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
             self._refuse_what_is_left_out(wrapped)
             for layer in layers:
@@ -76,7 +79,12 @@ class Adapter:
 
     def fingerprint(self, base: str) -> str:
         """Of the merged model, by its base model's: the same in every dtype, and never the base model's own."""
-        settings = {key: value for key, value in self.config.items() if key not in _ORIGIN}
+        # Lists of modules are written in any order.
+        settings = {
+            key: sorted(map(str, value)) if isinstance(value, list) else value
+            for key, value in self.config.items()
+            if key not in _ORIGIN
+        }
         digest = hashlib.sha256(base.encode())
         digest.update(json.dumps(settings, sort_keys=True).encode())
         with (self.folder / _WEIGHTS).open("rb") as file:
@@ -85,14 +93,14 @@ class Adapter:
 
     def _refuse_what_does_not_fit(self, model: Any) -> None:
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-        is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        tied = _tied_modules(model)
         for name, tensor in self.tensors.items():
             if not name.startswith(_PREFIX):
                 raise ModelLoadError(
                     f"adapter: {self.folder / _WEIGHTS} holds {name}, which is no tensor of PEFT's LoRA."
                 )
             place = name.removeprefix(_PREFIX)
-            if is_tied and re.search(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.", place):
+            if any(place.startswith(f"{module}.") for module in tied):
                 raise ModelLoadError(
                     f"adapter: {self.folder} changes {place}, and the model's embeddings and its head are the same "
                     "tensor, so the two cannot be told apart when merged. Merge it with peft and save the model untied."
@@ -141,7 +149,28 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = read_header(folder / _WEIGHTS)
     if not importlib.util.find_spec("peft"):
         raise ModelLoadError("adapter: merging needs peft; run `pip install 'recontrol[adapters]'`.")
+    _refuse_unknown_settings(folder, config)
     return Adapter(folder, config, tensors)
+
+
+def _tied_modules(model: Any) -> list[str]:
+    """Names of the embeddings and of the head, where the two are one tensor."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in ends or ends[0].weight is not ends[1].weight:
+        return []
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
+def _refuse_unknown_settings(folder: Path, config: dict[str, Any]) -> None:
+    """peft drops what a later release has written, in silence or nearly."""
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)} | set(_ORIGIN)
+    if unknown := sorted(key for key, value in config.items() if value and key not in known):
+        raise ModelLoadError(
+            f"adapter: {folder / _CONFIG} sets {listed(unknown)}, which this peft does not know; a newer release may "
+            "(`pip install -U peft`)."
+        )
 
 
 def _refuse_kinds(folder: Path, config: dict[str, Any]) -> None:

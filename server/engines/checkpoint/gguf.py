@@ -141,6 +141,7 @@ def write_as_folder(file: Path, folder: Path) -> None:
     model.generation_config.eos_token_id = _ends_of_text(header, tokenizer) or None
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _drop_tokens_beyond(folder, int(header.metadata.get("tokenizer.ggml.tokens", 0)))
 
 
 def _convert(header: GgufHeader, folder: Path, source: dict[str, Any]) -> None:
@@ -206,15 +207,16 @@ def _rope_factors(file: Path, header: GgufHeader) -> np.ndarray | None:
 
 def _refuse_unread_tensors(header: GgufHeader, config: Any) -> None:
     """transformers leaves out, in silence, what it has no place for."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
     try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
         processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
         places = get_gguf_hf_weights_map(model, processor)
-    except NotImplementedError as error:
+    except Exception as error:
         raise ModelLoadError(f"model: {header.path} cannot be converted: {one_line(error)}") from error
     names = {tensor.name for tensor in header.tensors} - {_ROPE_FACTORS}
-    if unread := sorted(names - places.keys()):
+    # Experts are kept together, under names without an ending.
+    if unread := sorted(name for name in names if not {name, name.removesuffix(".weight")} & places.keys()):
         raise ModelLoadError(
             f"model: {header.path} holds {listed(unread)}, for which {type(model).__name__} has no place. "
             "Use the model's safetensors."
@@ -237,6 +239,19 @@ def _set_split(header: GgufHeader, tokenizer: Any) -> None:
             f"model: {header.path} splits text by the rules {split!r} (tokenizer.ggml.pre), which are not known here. "
             "Use the model's safetensors."
         )
+
+
+def _drop_tokens_beyond(folder: Path, num_tokens: int) -> None:
+    """transformers gives each tokenizer the special tokens of its class, also those that the file does not have."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, settings = json.loads(path.read_text()), json.loads(settings_path.read_text())
+    beyond = {token["content"] for token in content["added_tokens"] if token["id"] >= num_tokens}
+    if not beyond:
+        return
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    settings = {key: value for key, value in settings.items() if not (isinstance(value, str) and value in beyond)}
+    path.write_text(json.dumps(content, ensure_ascii=False))
+    settings_path.write_text(json.dumps(settings, ensure_ascii=False, indent=2))
 
 
 def _splits_of_transformers() -> Container[str]:

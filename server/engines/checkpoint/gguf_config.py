@@ -54,7 +54,12 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
     """
     prefix = f"{header.architecture}."
     name = ALIASES.get(header.architecture, header.architecture)
-    read = {key for key, attribute in GGUF_CONFIG_MAPPING.get(name, {}).items() if attribute is not None}
+    read = {
+        key
+        for key, attribute in GGUF_CONFIG_MAPPING.get(name, {}).items()
+        # An attribute by the key's own name is none of transformers'; GPT-2's n_ctx is none that it follows.
+        if attribute not in (None, key, "n_ctx")
+    }
     left = {
         key.removeprefix(prefix): value
         for key, value in header.metadata.items()
