@@ -16,18 +16,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from server.engines.checkpoint.inspection import Inspected, inspect, one_line
-from server.engines.checkpoint.source import find_checkpoint
+from server.engines.checkpoint.checked import check, quiet_transformers
+from server.engines.checkpoint.inspection import Inspected
 from server.engines.checkpoint.tokenizer import eos_token_ids, load_tokenizer, warn_of_tokens_beyond
-from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.engines.embedded.model.loader import (
     FINGERPRINT_VALUES,
     base_model_identity,
     load_model,
     max_len,
-    quiet_transformers,
 )
-from server.errors import ModelLoadError
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,8 @@ class ModelFiles:
     @classmethod
     def of(cls, model: str) -> ModelFiles:
         """By a packaged model's name, folder, GGUF file or hub id, which is downloaded. Raises ModelLoadError."""
-        with quiet_transformers():
-            checkpoint = find_checkpoint(model)
-            files = cls(checkpoint.folder, checkpoint.name, inspect(checkpoint.folder))
-            files._refuse_wrong_tensors()
+        checked = check(model)
+        files = cls(checked.folder, checked.name, checked.inspected)
         warn_of_tokens_beyond(files.folder, files.tokenizer, int(files.config.get_text_config().vocab_size))
         return files
 
@@ -80,20 +75,6 @@ class ModelFiles:
             return load_model(str(self.folder), device="cpu").identity | {"name": self.name}
         heads = {name: _first_values(stored[name].file, name) for name in names}
         return base_model_identity(model, self.name, heads)
-
-    def _refuse_wrong_tensors(self) -> None:
-        """As transformers would load them, but onto no device. Quantized ones are seen whole by `identity`."""
-        if self.inspected.is_quantized:
-            return
-        try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                self.folder, config=self.config, device_map="meta", trust_remote_code=False, use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-        except Exception as error:
-            raise ModelLoadError(f"model: {self.folder} cannot be loaded by transformers: {one_line(error)}") from error
-        inspected = self.inspected
-        refuse_wrong_tensors(self.folder, type(model).__name__, loading, inspected.raw_config, inspected.tensors)
 
 
 def _first_values(file: Path, name: str) -> torch.Tensor:

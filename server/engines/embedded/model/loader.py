@@ -6,20 +6,19 @@ What may be loaded is known by `server.engines.checkpoint`. Knows nothing of eng
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from server.engines.checkpoint.adapters import Adapter, read_adapter
+from server.engines.checkpoint.checked import quiet_transformers
 from server.engines.checkpoint.inspection import Inspected, inspect, max_len_of, one_line
 from server.engines.checkpoint.json_files import listed
 from server.engines.checkpoint.source import find_checkpoint
@@ -120,21 +119,6 @@ def max_len(folder: Path, config: Any) -> int:
         "%s: config.json does not say how many tokens the model was trained on; %d are served", folder, DEFAULT_MAX_LEN
     )
     return DEFAULT_MAX_LEN
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Neither tables of tensors nor bars: what is wrong is said in one line, by us."""
-    log = transformers.utils.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if had_bars:
-            log.enable_progress_bar()
 
 
 def base_model_identity(
