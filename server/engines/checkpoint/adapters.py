@@ -62,7 +62,7 @@ class Adapter:
             # What peft warns of has been refused already, or comes of how it is built.
             with warnings.catch_warnings(action="ignore"):
                 wrapped = PeftModel.from_pretrained(model, str(self.folder))
-            layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+            layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
             self._refuse_what_is_left_out(wrapped)
             for layer in layers:
                 weight: Any = layer.get_base_layer().weight
@@ -83,7 +83,7 @@ class Adapter:
         settings = {
             key: sorted(map(str, value)) if isinstance(value, list) else value
             for key, value in self.config.items()
-            if key not in _ORIGIN
+            if value is not None and key not in _ORIGIN
         }
         digest = hashlib.sha256(base.encode())
         digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -121,7 +121,9 @@ class Adapter:
     def _refuse_what_is_left_out(self, wrapped: Any) -> None:
         from peft import get_peft_model_state_dict
 
-        if absent := sorted(get_peft_model_state_dict(wrapped).keys() - self.tensors.keys()):
+        # Otherwise it asks the hub for the base model's vocabulary.
+        due = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        if absent := sorted(due.keys() - self.tensors.keys()):
             raise ModelLoadError(
                 f"adapter: {self.folder / _WEIGHTS} lacks {listed(absent)}, which {_CONFIG} speaks of."
             )

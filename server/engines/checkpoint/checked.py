@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoModelForCausalLM
@@ -55,10 +56,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def _refuse_wrong_tensors(folder: Path, inspected: Inspected) -> None:
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=inspected.config, device_map="meta", trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:
         raise ModelLoadError(f"model: {folder} cannot be loaded by transformers: {one_line(error)}") from error
+    model, loading = loaded
     refuse_wrong_tensors(folder, type(model).__name__, loading, inspected.raw_config, inspected.tensors)

@@ -125,12 +125,13 @@ def write_as_folder(file: Path, folder: Path) -> None:
     _refuse_unread_tensors(header, config)
     try:
         # transformers takes the weights out of llama.cpp's conventions, such as Gemma's norms with one added.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, gguf_file=name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(location, gguf_file=name)
     except Exception as error:
         raise ModelLoadError(f"model: {file} cannot be converted: {one_line(error)}") from error
+    model, loading = loaded
     refuse_wrong_tensors(file, type(model).__name__, loading, {}, {})
     # The weights are dequantized now; the marks of their origin would make transformers refuse to save them.
     model.hf_quantizer = None
@@ -225,11 +226,13 @@ def _refuse_unread_tensors(header: GgufHeader, config: Any) -> None:
 
 def _set_split(header: GgufHeader, tokenizer: Any) -> None:
     """Split text before merges as the model's own tokenizer does. Raises ModelLoadError where that is not known."""
-    split = header.metadata.get("tokenizer.ggml.pre")
-    if header.metadata["tokenizer.ggml.model"] != "gpt2" or split in _splits_of_transformers() or split in _AS_GPT2:
+    split: str | None = header.metadata.get("tokenizer.ggml.pre")
+    if header.metadata["tokenizer.ggml.model"] != "gpt2":
         return
     if split is None:
         _log.warning("%s does not say how its tokenizer splits text; it is split as GPT-2's is", header.path)
+    elif split in _splits_of_transformers() or split in _AS_GPT2:
+        return
     elif split in _DIGIT_BY_DIGIT:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]

@@ -99,7 +99,8 @@ class _Reader:
         tensors = tuple(self._tensor() for _ in range(num_tensors))
         alignment = int(metadata.get("general.alignment", _ALIGNMENT))
         begin = -(-self._at // alignment) * alignment
-        whole = begin + max((tensor.start + tensor.num_bytes for tensor in tensors), default=0)
+        ends = [begin + tensor.start + tensor.num_bytes for tensor in tensors]
+        whole = max(ends, default=self._at)
         if size < whole:
             raise ModelLoadError(
                 f"model: {self._path} is cut: it has {size} bytes and should have {whole}. Copy it again."

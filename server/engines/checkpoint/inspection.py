@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -148,7 +147,7 @@ def refuse_other_architectures(folder: Path, raw: Mapping[str, Any]) -> None:
     for name in foreign:
         if kind := next((kind for ending, kind in _OTHER_HEADS.items() if name.endswith(ending)), None):
             raise ModelLoadError(f"model: {folder} holds {kind} ({name}); this server runs causal language models.")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if model_type not in CONFIG_MAPPING:
         raise ModelLoadError(
             f"model: {folder}: transformers {transformers.__version__} does not know the model_type {model_type!r}; a "
             "newer release may."

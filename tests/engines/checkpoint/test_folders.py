@@ -361,7 +361,7 @@ COMMANDS = (
     ("generate", "hi"),
     ("compare", "hi"),
     ("rollouts", "--out", "out"),
-    ("eval", "--out", "out"),
+    ("eval", "x", "--out", "out"),
     ("bench", "--out", "out.json"),
 )
 

@@ -81,7 +81,7 @@ def _load_weights(folder: Path, inspected: Inspected, dtype: torch.dtype) -> Any
         holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
         holder.quantization_config = {**holder.quantization_config, "dequantize": True}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -89,6 +89,7 @@ def _load_weights(folder: Path, inspected: Inspected, dtype: torch.dtype) -> Any
         raise
     except Exception as error:
         raise ModelLoadError(f"model: {folder} cannot be loaded by transformers: {one_line(error)}") from error
+    model, loading = loaded
     refuse_wrong_tensors(folder, type(model).__name__, loading, inspected.raw_config, inspected.tensors)
     return model
 
