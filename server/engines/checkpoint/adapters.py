@@ -61,7 +61,7 @@ class Adapter:
         try:
             # What peft warns of has been refused already, or comes of how it is built.
             with warnings.catch_warnings(action="ignore"):
-                wrapped = PeftModel.from_pretrained(model, str(self.folder))
+                wrapped: Any = PeftModel.from_pretrained(model, str(self.folder))
             layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
             self._refuse_what_is_left_out(wrapped)
             for layer in layers:

@@ -15,12 +15,17 @@ import torch
 import transformers
 
 from server.cli import main
+from server.control.registry import HeadRegistry
 from server.engines.checkpoint.inspection import inspect, max_len_of
 from server.engines.checkpoint.source import find_checkpoint
 from server.engines.checkpoint.weights import StoredTensor, refuse_wrong_tensors
+from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
+from server.engines.embedded.structure import SchemaCompiler
 from server.engines.vllm.model_files import ModelFiles
 from server.errors import ModelLoadError
+from server.types import GenerationRequest, SamplingParams
+from tests.conftest import CONFIGS, byte_tokenizer, run
 from tests.engines.checkpoint.conftest import Folder
 
 POINTER = "version https://git-lfs.example/spec/v1\noid sha256:0\nsize 1\n".replace(".example", ".github.com")
@@ -330,9 +335,11 @@ def test_tokens_without_an_embedding_are_told_of_and_padding_is_not(
     tokenizer = json.loads((folder.path / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 258, "content": "<image>"})
     (folder.path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert load_model(str(folder.path), device="cpu")
+    loaded = load_model(str(folder.path), device="cpu")
     assert "1 tokens beyond the 258" in caplog.text
     assert "<image>" in caplog.text
+    compiler = SchemaCompiler(loaded.tokenizer, vocab_size=258, eos_token_ids=loaded.eos_token_ids)
+    assert len(compiler.compile('{"type": "integer"}').start().allowed()) == 258
 
 
 def test_a_template_that_is_no_jinja_is_told_of_at_start(
@@ -377,3 +384,18 @@ def test_every_command_says_it_in_one_line_and_ends_with_2(
     assert main([*command, "--model", str(folder.path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"recontrol {command[0]}: model: {folder.path} lacks lm_head.weight")
+
+
+def test_embeddings_padded_beyond_the_tokenizer_are_served_and_padding_is_no_text(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]()
+    config.vocab_size = 320
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    core = EngineCore(load_model(str(tmp_path), device="cpu", dtype="float32"), HeadRegistry({}), max_batch_size=2)
+    padding = SamplingParams(max_tokens=4, logit_bias={300: 100.0}, logprobs=2)
+    (choice,) = run(core, [GenerationRequest("r", (1, 2, 3), padding)]).values()
+    assert (choice.token_ids, choice.text) == ([300] * 4, "")
+    assert core.token_text(300) == ""
+    compiler = SchemaCompiler(core._tokenizer, vocab_size=core.vocab_size, eos_token_ids={256})
+    mask = compiler.compile('{"type": "integer"}').start().allowed()
+    assert (len(mask), bool(mask[300])) == (320, False)
