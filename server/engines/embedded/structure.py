@@ -49,7 +49,7 @@ class SchemaCompiler:
     def __init__(self, tokenizer: Any, *, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._tables: LLTokenizer | None = None
         self._making = threading.Lock()
 
