@@ -73,11 +73,13 @@ def gguf_folder(file: Path) -> Path:
     source = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "version": _VERSION,
               "transformers": transformers.__version__}  # fmt: skip
     _refuse_strangers(root)
-    with FileLock(root / f"{folder.name}.lock"):
-        if folder.is_dir():
-            _refuse_strangers(folder)
-        if not _is_from(folder, source):
-            _convert(header, folder, source)
+    if folder.is_dir():
+        _refuse_strangers(folder)
+    # A cache that can only be read does, when the file is in it.
+    if not _is_from(folder, source):
+        with FileLock(root / f"{folder.name}.lock"):
+            if not _is_from(folder, source):
+                _convert(header, folder, source)
     return folder
 
 
