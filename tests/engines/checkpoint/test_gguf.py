@@ -253,6 +253,8 @@ def test_a_disk_without_room_is_said_before_it_is_full(
         loaded(path)
 
 
+# gguf's own reader, which transformers asks several times, takes long for a vocabulary of 262,144.
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKAGED_MODELS)
 def test_the_file_in_a_package_is_the_packaged_model(
