@@ -42,7 +42,8 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
+    model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
+    adapter: Path | None = Field(None, description="folder of a PEFT LoRA adapter to merge in (extra adapters)")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
     heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
         None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
@@ -120,6 +121,15 @@ class Settings(BaseSettings):
     def _poll_a_folder_that_may_change(self) -> Self:
         if self.heads_poll_s is not None and self.heads_dir is None:
             raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
+        return self
+
+    @model_validator(mode="after")
+    def _merge_adapters_where_weights_are(self) -> Self:
+        if self.adapter is not None and self.engine == "vllm":
+            raise ValueError(
+                "adapter: vLLM applies LoRA beside the weights, where value heads would read the states of the base "
+                "model. Merge it first (peft's merge_and_unload), or use the engine embedded"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.app import create_app
 from server.control.registry import HeadRegistry
+from server.engines.checkpoint.packaged import default_model_folder
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.loader import default_model_folder, load_model
+from server.engines.embedded.model.loader import load_model
 from server.settings import DEFAULT_MODEL, Settings
 from server.types import GenerationRequest, SamplingParams
 from tests.api.conftest import serving

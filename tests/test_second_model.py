@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.control.registry import HeadRegistry
+from server.engines.checkpoint.packaged import PACKAGED_MODELS, packaged_model_folder
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.loader import PACKAGED_MODELS, LoadedModel, load_model, packaged_model_folder
+from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import HeadMismatchError
 from server.settings import DEFAULT_MODEL
 from server.types import GenerationRequest, SamplingParams

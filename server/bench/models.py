@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from server.bench.process import PeerError
 from server.bench.setup import Setup
-from server.engines.embedded.model.loader import PACKAGED_MODELS, default_model_folder, packaged_model_folder
+from server.engines.checkpoint.checked import check
+from server.engines.checkpoint.packaged import PACKAGED_MODELS, default_model_folder, packaged_model_folder
 from server.errors import ConfigurationError
 from value_models.heads import LinearHead
 from value_models.store import CARD_FILE, BaseModelCard, HeadCard, architecture_card, save_head
@@ -69,14 +70,15 @@ NUM_RANDOM_HEADS = 3
 
 
 def model_folder(model: str) -> Path:
-    """A model's folder of safetensors, for peers that know no packages. Raises ConfigurationError."""
+    """A model's folder of safetensors, for peers that know no packages. Raises ConfigurationError, ModelLoadError."""
     if model in PACKAGED_MODELS:
         return packaged_model_folder(PACKAGED_MODELS[model])
-    if not (folder := Path(model)).is_dir():
+    if not Path(model).expanduser().exists():
         raise ConfigurationError(
-            f"model: {model!r} is no folder; give one, or one of {', '.join(PACKAGED_MODELS)}, or --random-weights"
+            f"model: {model!r} is no folder; give one, a GGUF file, one of {', '.join(PACKAGED_MODELS)}, or "
+            "--random-weights"
         )
-    return folder
+    return check(model).folder
 
 
 def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) -> Path:

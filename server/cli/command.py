@@ -37,7 +37,8 @@ class Command(BaseSettings):
 class ModelCommand(Command):
     """A command that runs the model in this process."""
 
-    model: str = Field(DEFAULT_MODEL, description="local folder or hub id of a causal language model")
+    model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
+    adapter: Path | None = Field(None, description="folder of a PEFT LoRA adapter to merge in (extra adapters)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
@@ -46,7 +47,7 @@ class ModelCommand(Command):
     )
 
     def load(self) -> LoadedModel:
-        return load_model(self.model, device=self.device, dtype=self.dtype)
+        return load_model(self.model, device=self.device, dtype=self.dtype, adapter=self.adapter)
 
     def core(self, loaded: LoadedModel, registry: HeadRegistry) -> EngineCore:
         """An engine to drive from this thread. Raises ModelLoadError, ConfigurationError."""

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from starlette.testclient import TestClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.api.schemas import ChatBody, CompletionBody
 from server.engines.embedded.core import EngineCore
@@ -416,7 +417,7 @@ def test_a_model_folder_that_brings_code_is_refused(
     with pytest.raises(ModelLoadError, match="auto_map"):
         loader.load_model(str(tmp_path))
     told: list[dict[str, Any]] = []
-    for auto in (loader.AutoModelForCausalLM, loader.AutoTokenizer):
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
         real = auto.from_pretrained
         monkeypatch.setattr(auto, "from_pretrained", lambda *a, real=real, **k: (told.append(k), real(*a, **k))[1])
     loader.load_model(str(model_folder()), device="cpu")

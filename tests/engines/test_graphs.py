@@ -26,7 +26,7 @@ def record_by_calling(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor
 
 
 def with_graphs(core: EngineCore, record: Callable = record_by_calling) -> EngineCore:
-    core.runner.graphs = DecodeGraphs(core.runner._run, record)
+    core.runner.graphs = DecodeGraphs(core.runner._body.states, record)
     return core
 
 

