@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.engines.embedded.model.activations import compute_rows_alone
 from server.engines.embedded.model.attention import DecodeRow, Segment, StepLayout, register_attention
 from server.engines.embedded.model.graphs import DecodeGraphs, record_on_cuda
 from server.engines.embedded.model.kv_cache import KVCache
@@ -133,6 +134,8 @@ class ModelRunner:
                 del backbone.layers
             else:
                 _pack_linears(backbone, bits)
+                if model.device.type == "cpu":
+                    compute_rows_alone(backbone)
             if model.device.type == "cuda":
                 runner.graphs = DecodeGraphs(runner._run, record_on_cuda)
             runner.kv = KVCache(num_pages(runner.kv.bytes_per_page, max_len, max_sequences, kv_bytes))
