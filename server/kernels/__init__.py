@@ -45,8 +45,6 @@ _SIGNATURES = {
     "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P, _P),
     "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _P, _INT),
 }
-# Those that the libraries of some levels lack; callers ask with hasattr.
-_OPTIONAL = {"paged_attention_bf16"}
 
 
 class Kernels(ctypes.CDLL):
@@ -103,8 +101,6 @@ def kernels_of(level: str) -> Kernels | None:
     library = Kernels(str(file))
     library.level = level
     for name, arguments in _SIGNATURES.items():
-        if name in _OPTIONAL and not hasattr(library, name):
-            continue
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library

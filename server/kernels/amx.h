@@ -8,17 +8,13 @@
 #include <vector>
 
 #include "gemm.h"
+#include "tiles.h"
 
 #ifdef __AMX_BF16__
 namespace recontrol {
 namespace {
 
-constexpr int kTileRows = 16, kBlockRows = 2 * kTileRows;
-constexpr int64_t kTileBytes = 64;
-
-// GCC's tile instructions do not tell the compiler which memory they read and write. This does: what was written before
-// is in memory, and what is read after comes from there.
-inline void settle(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+constexpr int kBlockRows = 2 * kTileRows;
 
 // Rows in blocks of nearly equal size, at most 32. The last is a largest one, so that a block may read as many rows as the
 // largest has, and all are computed with tiles of one shape.
@@ -35,17 +31,8 @@ struct Blocks {
 class Tiles {
    public:
     explicit Tiles(int64_t rows) {
-        alignas(64) struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
         const int64_t upper = std::min<int64_t>(rows, kTileRows), lower = rows - upper;
-        const int64_t of[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
-        for (int i = 0; i < 8; ++i)
-            if (of[i]) config.bytes[i] = kTileBytes, config.rows[i] = (uint8_t)of[i];
-        settle(&config);
-        _tile_loadconfig(&config);
+        shape_tiles({upper, upper, lower, lower, upper, lower, kTileRows, kTileRows});
     }
     ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;

@@ -6,7 +6,8 @@ worth of a prompt is attended on its own, so a sequence's numbers never depend o
 prompt was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or
 control.
 
-Two ways, which tests hold against each other: the native kernel, which treats all rows alike, and torch's products.
+Two ways, which tests hold against each other: the native kernel (server/kernels/attention.cpp), for which a decode row
+is a chunk of one token, and torch's products.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
 attention head, S attended positions, M pages of the longest sequence.
@@ -29,7 +30,6 @@ from server.kernels.transfer import on_device
 
 ATTENTION_NAME = "recontrol"
 _HARMLESS_OPTIONS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
-_MAX_NATIVE_GROUP = 8
 
 
 class UnsupportedAttentionError(ValueError):
@@ -133,7 +133,7 @@ def paged_attention(
     how = AttentionKind(head_size**-0.5 if scaling is None else scaling, sliding_window, softcap)
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     keys, values = step.kv.layer(layer, *rows[1:])
-    if can_attend_natively(query.dtype, query.device, head_size, query.shape[1] // key.shape[1]):
+    if can_attend_natively(query.dtype, query.device, head_size):
         out_TNP = torch.empty_like(rows[0])
         addresses = [row.data_ptr() for row in rows]
         strides = [row.stride(0) for row in rows]
@@ -142,9 +142,8 @@ def paged_attention(
     return _attend_by_torch(rows, keys, values, step, how)[None], None
 
 
-def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
-    is_fit = dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and group <= _MAX_NATIVE_GROUP
-    return is_fit and hasattr(native(), "paged_attention_bf16")
+def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and native() is not None
 
 
 def attend_natively(

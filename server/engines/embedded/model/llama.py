@@ -150,9 +150,8 @@ def _names(module: nn.Module) -> set[str]:
 
 def _fits_kernels(layer: Any, config: Any) -> bool:
     weight = layer.self_attn.q_proj.weight
-    group = config.num_attention_heads // config.num_key_value_heads
     return (
         all(can_run_natively(parameter) for parameter in layer.parameters() if parameter.dim() == 2)
-        and can_attend_natively(weight.dtype, weight.device, layer.self_attn.head_dim, group)
+        and can_attend_natively(weight.dtype, weight.device, layer.self_attn.head_dim)
         and all(size % _LANES == 0 for size in (config.hidden_size, config.intermediate_size))
     )
