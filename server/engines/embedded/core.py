@@ -26,11 +26,11 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.attention import Segment
-from server.engines.embedded.model.kv_cache import default_kv_bytes
+from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
+from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
-from server.engines.embedded.model.rotation import static_length
-from server.engines.embedded.model.lm_head import LMHead
+from server.engines.embedded.model.rotation import served_length
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
@@ -38,7 +38,7 @@ from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.structure import constrained
-from server.errors import ConfigurationError, ContextLengthError
+from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -56,6 +56,7 @@ class EngineCore:
         max_model_len: int | None = None,
         prefill_chunk_tokens: int = 256,
         kv_cache_gib: float | None = None,
+        kv_cache_high_water: float | None = None,
         has_prefix_cache: bool = True,
         bits: Bits = 16,
         observer: EngineObserver | None = None,
@@ -63,7 +64,7 @@ class EngineCore:
         """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
-        self.max_model_len = _model_len(loaded, max_model_len)
+        self.max_model_len = served_length(loaded, max_model_len)
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
@@ -82,6 +83,8 @@ class EngineCore:
             chunk_tokens=prefill_chunk_tokens,
             has_prefix_cache=has_prefix_cache,
         )
+        pool = self._scheduler.pool
+        pool.high_water = high_water_pages(kv_cache_high_water, pool.num_pages, loaded.model.device)
         self._scores = Scores(self.lm_head, self.token_text)
         self._candidates = Candidates(
             self._scheduler,
@@ -305,19 +308,3 @@ class EngineCore:
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):
             for rival in sequence.rivals.members:
                 self._finish(rival, reason)
-
-
-def _model_len(loaded: LoadedModel, asked: int | None) -> int:
-    """The longest text, prompt and new tokens together. Raises ConfigurationError for more than the model can have."""
-    longest = static_length(loaded.model, loaded.max_len)
-    if longest < loaded.max_len and asked is None:
-        _log.warning(
-            "%s is served up to %d tokens of its %d: in longer texts its rotation turns all positions otherwise",
-            loaded.name, longest, loaded.max_len,
-        )  # fmt: skip
-    if asked is not None and asked > longest:
-        reason = "has" if longest == loaded.max_len else "has with one rotation for texts of all lengths"
-        raise ConfigurationError(
-            f"max_model_len: {asked} is more than the {longest} positions that {loaded.name} {reason}"
-        )
-    return asked or longest

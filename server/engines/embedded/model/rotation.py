@@ -1,18 +1,24 @@
 """How far a model's rotary angles are those of a position alone.
 
 Some rotations change for all positions once a text is longer than what the model was trained on (longrope, dynamic).
-Rows of a step have texts of many lengths, and keys in the cache were turned when their text was shorter, so such a model
-is served up to the length at which it changes. Asked of the model's own modules. Enter at `static_length`.
+Rows of a step have texts of many lengths, and keys in the cache were turned when their text was shorter, so such a
+model is served up to the length at which it changes. Asked of the model's own modules. Enter at
+`static_length`, or at `served_length` for what a server may be asked for.
 """
 
 from __future__ import annotations
 
 import bisect
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from server.engines.embedded.model.loader import LoadedModel
+from server.errors import ConfigurationError
+
+_log = logging.getLogger(__name__)
 _FEW = 4
 
 
@@ -23,6 +29,22 @@ def static_length(backbone: nn.Module, max_len: int) -> int:
         for layer_type in _layer_types(module):
             limit = min(limit, _static_length(module, layer_type, limit))
     return limit
+
+
+def served_length(loaded: LoadedModel, asked: int | None) -> int:
+    """The longest text, prompt and new tokens together. Raises ConfigurationError for more than the model can have."""
+    longest = static_length(loaded.model, loaded.max_len)
+    if longest < loaded.max_len and asked is None:
+        _log.warning(
+            "%s is served up to %d tokens of its %d: in longer texts its rotation turns all positions otherwise",
+            loaded.name, longest, loaded.max_len,
+        )  # fmt: skip
+    if asked is not None and asked > longest:
+        reason = "has" if longest == loaded.max_len else "has with one rotation for texts of all lengths"
+        raise ConfigurationError(
+            f"max_model_len: {asked} is more than the {longest} positions that {loaded.name} {reason}"
+        )
+    return asked or longest
 
 
 def _layer_types(module: nn.Module) -> list[str | None]:
