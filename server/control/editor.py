@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
-from server.control.budget import GeneralDivergence, largest_linear_scale, largest_scale
+from server.control.budget import largest_general_scale, largest_linear_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
 from server.control.shared import SharedEdit, SharedRows, Shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
-from value_models.linear import PackedLinear
+from server.kernels.linear import FrozenLinear, frozen_linear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
@@ -107,7 +107,7 @@ class StateEditor:
 
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
-        self._row_logits: dict[HeadStack, PackedLinear] = {}
+        self._row_logits: dict[HeadStack, FrozenLinear] = {}
         self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Shift] = {}
         self._shared_rows: SharedRows | None = None
 
@@ -178,13 +178,13 @@ class StateEditor:
             self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
         return self._shared_rows.edit(hidden_BD, logits_BV, apply=is_moving)
 
-    def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
+    def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
             self._row_logits,
             MAX_STACKS,
             stack,
-            lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).float().t()),
+            lambda: frozen_linear(self._unembedding.project(_rows_of(stack)).float().t()),
         )
 
     def _shift_of(self, group: EditGroup) -> Shift:
@@ -202,8 +202,7 @@ class StateEditor:
         if self._unembedding.is_linear:
             scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
         else:
-            divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
-            scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+            scale_R, kl_R = largest_general_scale(base_RV, delta_RV, ascent.group.max_kl_R, self._unembedding.finish)
         objectives, is_outside_R = ascent.group.objectives, None
         if objectives is not None and not ascent.group.stack.has_constant_slope:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)

@@ -1,9 +1,9 @@
 """Experts whose result for a token never depends on the step's other tokens.
 
-Transformers hands the tokens and the experts chosen for each to a function that may be replaced, as with attention. This
-one runs each expert's maps once over the tokens that chose it, by maps that give a row the same bits in every batch, and
-sums a token's experts in the order in which they were chosen. Knows nothing of which models have experts. Enter at
-`pack_experts`.
+Transformers hands the tokens and the experts chosen for each to a function that may be replaced, as with attention.
+This one runs each expert's maps once over the tokens that chose it, by maps that give a row the same bits in every
+batch, and sums a token's experts in the order in which they were chosen. Knows nothing of which models have experts.
+Enter at `pack_experts`.
 
 Shapes: T tokens, K experts of a token, D hidden size.
 """
@@ -25,6 +25,7 @@ _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_c
 def pack_experts(model: nn.Module, bits: Bits = 16) -> None:
     """Put the experts' weights below `model` into the form that runs here, and let them go in the old one."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, packed_experts)
+    module: Any
     for module in model.modules():
         if is_experts(module):
             _pack(module, bits)

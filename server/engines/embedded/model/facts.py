@@ -11,18 +11,20 @@ Shapes: T tokens, N key-value heads, P size of an attention head.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from server.engines.embedded.model.attention import (
     ALL_BEFORE,
     AttentionKind,
     Span,
+    StepSlot,
     UnsupportedAttentionError,
     attention_kind,
     unknown_options,
@@ -30,7 +32,6 @@ from server.engines.embedded.model.attention import (
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3
-_OTHER_POSITIONS = 7
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of transformers: batch index, head index, query positions, key positions -> whether the query sees the key."""
 
@@ -46,7 +47,9 @@ class LayerFacts:
     key_size: int
     value_size: int
     has_sinks: bool
-    rotates: bool
+    far_queries: Tensor
+    """Of the last positions of a text, [1, heads, tokens, P]."""
+    rotates: bool = False
     """Whether its queries depend on their positions."""
 
 
@@ -56,7 +59,6 @@ class _Notes:
 
     max_len: int
     layers: dict[int, LayerFacts] = field(default_factory=dict)
-    queries: dict[int, Tensor] = field(default_factory=dict)
 
     def take(
         self, module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], kind: AttentionKind, *, has_sinks: bool
@@ -69,9 +71,8 @@ class _Notes:
         if num_tokens != _TOKENS or key.shape[2] != _TOKENS:
             raise UnsupportedAttentionError(f"layer {index} attends to something else than the text")
         self.layers[index] = LayerFacts(
-            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, rotates=True
+            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, query
         )
-        self.queries[index] = query
 
 
 def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
@@ -83,26 +84,63 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
     AttentionMaskInterface.register(NOTES_NAME, _mask)
     backbone.set_attn_implementation(NOTES_NAME)
     try:
-        notes, moved = (_notes(backbone, max_len, start) for start in (0, _OTHER_POSITIONS))
+        near, far = (_notes(backbone, max_len, start).layers for start in (0, max_len - _TOKENS))
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
         raise UnsupportedAttentionError(
             f"its attention does not go through transformers' interface as this engine needs ({one_line(error)})"
         ) from error
-    if not notes.layers:
+    if not far:
         raise UnsupportedAttentionError("none of its layers attends through transformers' interface")
     return {
-        index: replace(facts, rotates=not torch.equal(notes.queries[index], moved.queries[index]))
-        for index, facts in sorted(notes.layers.items())
+        index: replace(facts, rotates=not torch.equal(facts.far_queries, near[index].far_queries))
+        for index, facts in sorted(far.items())
     }
 
 
-def _notes(backbone: Any, max_len: int, start: int) -> _Notes:
+def _notes(backbone: Any, max_len: int, start: int, **options: Any) -> _Notes:
     notes = _Notes(max_len)
+    StepSlot.of(backbone, notes)
     ids = torch.arange(1, _TOKENS + 1, device=backbone.device)[None]
-    backbone(input_ids=ids, position_ids=ids - 1 + start, use_cache=False, step=notes)
+    backbone(input_ids=ids, position_ids=ids - 1 + start, **{"use_cache": False, **options})
     return notes
+
+
+def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int) -> None:
+    """Whether the model takes positions from where they are given alone, also far into a text.
+
+    Some scale queries by the length of transformers' cache, which this engine does not use; most only after thousands
+    of tokens, so that no short text shows it. The backbone is left with this file's attention. Raises
+    UnsupportedAttentionError.
+    """
+    backbone.set_attn_implementation(NOTES_NAME)
+    start = max_len - _TOKENS
+    name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
+    for index, fact in facts.items():
+        if not torch.equal(fact.far_queries, with_past.layers[index].far_queries):
+            raise UnsupportedAttentionError(f"layer {index} counts positions by the length of a cache")
+
+
+class _Past(DynamicCache):
+    """A cache of so many tokens of which nothing is kept."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
+        return self._length + int(query_length), 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 def _note(
@@ -112,7 +150,6 @@ def _note(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: _Notes,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -121,9 +158,10 @@ def _note(
     """Every token attends to itself alone, so that states do not depend on positions."""
     if unknown := unknown_options(options):
         raise UnsupportedAttentionError(f"its attention takes {', '.join(sorted(unknown))}, which are not served")
-    kind = attention_kind(key, scaling, softcap, _span(module, attention_mask, step.max_len))
-    step.take(module, (query, key, value), kind, has_sinks=s_aux is not None)
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+    notes: _Notes = module.recontrol.step  # type: ignore[union-attr]
+    kind = attention_kind(key, scaling, softcap, _span(module, attention_mask, notes.max_len))
+    notes.take(module, (query, key, value), kind, has_sinks=s_aux is not None)
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
 def _mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, **_: Any) -> Tensor:

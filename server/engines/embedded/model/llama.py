@@ -56,9 +56,7 @@ class _Layer:
 class NativeLlama(nn.Module):
     """Called as transformers' backbone is; the result has `last_hidden_state` [1, T, D]."""
 
-    def __init__(
-        self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16
-    ) -> None:
+    def __init__(self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16) -> None:
         """Of a backbone that `can_run`."""
         super().__init__()
         first = facts[0]
@@ -93,8 +91,9 @@ class NativeLlama(nn.Module):
         other._layers = [replace(layer, how=facts[layer.index].kind) for layer in self._layers]
         return other
 
-    def forward(self, *, input_ids: Tensor, step: StepLayout, **_: Any) -> SimpleNamespace:
+    def forward(self, *, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         """input_ids [1, T]; positions come with the step."""
+        step: StepLayout = self.recontrol.step  # type: ignore[union-attr]
         residual_TD = self._embedding(input_ids[0])
         num_rows, size = residual_TD.shape
         num_heads, num_kv_heads, head_size = self._num_heads, self._num_kv_heads, self._head_size
@@ -228,12 +227,15 @@ def _are_alike(layers: Any, norm: Any) -> bool:
 
 def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
     sizes = (facts.num_heads, facts.num_kv_heads, facts.key_size, facts.value_size)
-    weight: Any = facts.module.q_proj.weight
+    attention: Any = facts.module
+    weight, size = attention.q_proj.weight, facts.key_size
+    widths = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     return (
-        sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
+        widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
+        and sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
         and facts.kind.span.chunk is None
-        and can_attend_natively(weight.dtype, weight.device, facts.key_size, facts.num_heads // facts.num_kv_heads)
+        and can_attend_natively(weight.dtype, weight.device, facts.key_size)
     )
 
 

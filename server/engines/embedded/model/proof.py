@@ -75,6 +75,13 @@ class Blocks:
     def without_attention(self) -> list[int]:
         return [index for index in range(len(self.layers)) if index not in self.attention]
 
+    @property
+    def kinds_without_attention(self) -> list[str]:
+        """Names of the modules that layers without attention have, and those with it do not."""
+        kinds = [{type(module).__name__ for module in layer.children()} for layer in self.layers]
+        of_attending = set().union(*(kinds[index] for index in self.attention))
+        return sorted(set().union(*(kinds[index] for index in self.without_attention)) - of_attending)
+
 
 @dataclass(slots=True)
 class Reference:
@@ -228,8 +235,8 @@ class Follower:
         texts, states = self._reference.texts, self._reference.states
         watched = _watched(self._reference.blocks, self._saw_module) if watch_modules else nullcontext()
         with watched:
-            for self._number, step in enumerate(self._steps):
-                self._is_first_layer = True
+            for number, step in enumerate(self._steps):
+                self._number, self._is_first_layer = number, True
                 rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in step.decode]
                 segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in step.chunks]
                 hidden_TD = forward(rows, segments, self)
@@ -290,10 +297,3 @@ class Follower:
         for part_T in (share_T[:num_decode], share_T[num_decode:]):
             if len(part_T):
                 self._difference.add(float(part_T.median()), where)
-
-
-def mixers(layer: nn.Module) -> set[str]:
-    """Names of the kinds of modules in a layer that are neither maps, norms nor activations."""
-    plain = ("Norm", "Linear", "MLP", "Dropout", "Identity", "Activation", "SiLU", "GELU", "Router", "Experts")
-    kinds = {type(module).__name__ for module in layer.children()}
-    return {kind for kind in kinds if not any(name in kind for name in plain)}

@@ -2,13 +2,14 @@
 
 Some rotations change for all positions once a text is longer than what the model was trained on (longrope, dynamic).
 Rows of a step have texts of many lengths, and keys in the cache were turned when their text was shorter, so such a
-model is served up to the length at which it changes. Asked of the model's own modules. Enter at
-`static_length`, or at `served_length` for what a server may be asked for.
+model is served up to the length at which it changes. Asked of the model's own modules. Enter at `static_length`, or at
+`served_length` for what a server may be asked for.
 """
 
 from __future__ import annotations
 
 import bisect
+import inspect
 import logging
 from typing import Any
 
@@ -49,9 +50,9 @@ def served_length(loaded: LoadedModel, asked: int | None) -> int:
 
 def _layer_types(module: nn.Module) -> list[str | None]:
     """Of a rotation that has kinds by layer, or None for the one kind that it has; nothing for other modules."""
-    kinds: Any = getattr(module, "rope_type", None)
-    if kinds is None:
+    if "Rotary" not in type(module).__name__ or "position_ids" not in inspect.signature(module.forward).parameters:
         return []
+    kinds: Any = getattr(module, "rope_type", None)
     return list(kinds) if isinstance(kinds, dict) else [None]
 
 
