@@ -21,10 +21,14 @@ from pydantic_settings import (
 )
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+KV_CACHE_GIB = (
+    "memory for keys and values; by default half of what the machine has or its control group (container) allows, "
+    "nine tenths of what a GPU has free"
+)
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
-"""What the flag of this name does, for every command that has it."""
+"""What the flags of these names do, for every command that has them."""
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
-_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
+_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "kv_cache_high_water")
 
 
 def _as_text(location: Any) -> Any:
@@ -88,10 +92,13 @@ class Settings(BaseSettings):
     )
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
-    kv_cache_gib: float | None = Field(
+    kv_cache_gib: float | None = Field(None, gt=0, allow_inf_nan=False, description=KV_CACHE_GIB)
+    kv_cache_high_water: float | None = Field(
         None,
-        gt=0,
-        description="memory for keys and values; by default half of a host's, nine tenths of what a GPU has free",
+        ge=0,
+        le=1,
+        description="share of its pages beyond which those of remembered prompts are used again before fresh ones; by "
+        "default half, and all on a GPU",
     )
     tensor_parallel_size: Annotated[int, Field(ge=1, description="devices that share each layer, with vllm")] = 1
     pipeline_parallel_size: Annotated[int, Field(ge=1, description="devices with some layers each, with vllm")] = 1

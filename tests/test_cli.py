@@ -333,6 +333,20 @@ def test_print_config_prints_every_setting(capsys: pytest.CaptureFixture[str], m
     assert (settings["port"], settings["max_batch_size"], settings["host"]) == (1234, 7, "127.0.0.1")
 
 
+def test_print_config_says_what_memory_left_to_the_machine_comes_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*words: str) -> object:
+        assert main(["serve", "--print-config", *words]) == 0
+        return json.loads(capsys.readouterr().out)["kv_cache_gib"]
+
+    monkeypatch.setattr("server.cli.serve.memory_limit_bytes", lambda: 3 * 2**30)
+    assert shown("--device", "cpu") == "auto: 1.50 GiB, half of the 3.00 GiB that this process may have"
+    assert shown("--device", "cuda") == "auto: nine tenths of what the GPU has free"
+    assert shown("--kv-cache-gib", "1") == 1.0
+    assert shown("--engine", "fake") is None
+
+
 def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +369,9 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
     [
         (["serve", "--port", "99999"], "port"),
         (["serve", "--host", "0.0.0.0"], "allow_public_bind"),
+        (["serve", "--kv-cache-gib", "inf"], "kv_cache_gib"),
+        (["serve", "--kv-cache-high-water", "1.5"], "kv_cache_high_water"),
+        (["serve", "--engine", "vllm", "--kv-cache-high-water", "0.5"], "kv_cache_high_water: the engine vllm"),
         (["train", "--name", "x y", "--reward", "brevity"], "name"),
         (["train", "--name", "x", "--reward", "nope", "--rollouts", "/nonexistent"], "rollouts"),
         (["eval", "nope", "--max-kl", "7"], "max_kl"),

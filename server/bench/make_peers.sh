@@ -5,6 +5,8 @@ set -eu
 python=${1:-python3}
 pip="-m pip install --quiet --disable-pip-version-check"
 llama_cpp_python=0.3.36
+# llama.cpp's version, and how often the way to build it has changed: what was built otherwise is built again.
+llama_build=$llama_cpp_python-2
 
 # A GPU that can be used, not merely a compiler for one.
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then gpu=ON; else gpu=OFF; fi
@@ -19,7 +21,7 @@ if [ $gpu = OFF ] && ! ls /usr/lib/*/libtcmalloc_minimal.so.4 >/dev/null 2>&1; t
 fi
 
 # llama.cpp: its libraries, server and converter, all from the sources that the Python bindings carry.
-if [ ! -e .venv-llama/.installed-$llama_cpp_python ]; then
+if [ ! -e .venv-llama/.installed-$llama_build ]; then
     "$python" -m venv .venv-llama
     llama=.venv-llama/bin/python
     $llama $pip cmake ninja
@@ -30,11 +32,14 @@ if [ ! -e .venv-llama/.installed-$llama_cpp_python ]; then
     mkdir -p .venv-llama/src
     tar xzf .venv-llama/llama_cpp_python-$llama_cpp_python.tar.gz --strip-components=1 -C .venv-llama/src
     PATH="$PWD/.venv-llama/bin:$PATH"
-    cmake -S .venv-llama/src/vendor/llama.cpp -B .venv-llama/build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    # GCC 12's _tile_loadconfig claims to read 8 of its 64 bytes. The elimination of dead stores then drops the tiles'
+    # sizes, and the first AMX product, which only quantized weights come to, ends with SIGILL.
+    if grep -qs amx_int8 /proc/cpuinfo; then amx="-fno-tree-dse -fno-dse"; else amx=""; fi
+    cmake -S .venv-llama/src/vendor/llama.cpp -B .venv-llama/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$amx" \
         -DBUILD_SHARED_LIBS=ON -DGGML_CUDA=$gpu -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
         -DLLAMA_BUILD_APP=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
     cmake --build .venv-llama/build --target llama-server --parallel "${JOBS:-$(nproc)}"
     # the bindings alone: they take the libraries just built (LLAMA_CPP_LIB_PATH)
     $llama $pip --config-settings cmake.define.LLAMA_BUILD=OFF .venv-llama/src
-    touch .venv-llama/.installed-$llama_cpp_python
+    touch .venv-llama/.installed-$llama_build
 fi

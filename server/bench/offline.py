@@ -10,7 +10,7 @@ from server.bench.figures import spread
 from server.bench.peers import ARMS, PEERS, Found, child_env, objectives, worker_command
 from server.bench.process import PeerError, Worker
 from server.bench.setup import Setup
-from server.bench.turns import Turns
+from server.bench.turns import Key, Turns
 from server.bench.workload import Workload
 
 _TIMEOUT_S = 3600.0
@@ -33,40 +33,33 @@ def measure(
     return results
 
 
-class _Offline(Turns):
-    kind = "offline"
+class Engines(Turns):
+    """Peers' engines as workers without HTTP, which `generate` asks for a batch."""
 
     def open(self, peer: str) -> dict[str, Any]:
+        return self.load(peer, peer)
+
+    def load(self, peer: str, name: str) -> dict[str, Any]:
+        """Start one of a peer's workers, as the child of this name. Facts. Raises PeerError."""
         spec, python = PEERS[peer], self.found[peer].python
         options = {**self.setup.load_options(), **spec.options}
         if spec.gguf is not None:
             options["gguf"] = str(spec.gguf(self.setup))
         started_s = time.perf_counter()
         env = child_env(spec, self.setup, python)
-        worker = self.children[peer] = Worker(worker_command(spec, python), env=env, log=self.log(peer))
+        worker = self.children[name] = Worker(worker_command(spec, python), env=env, log=self.log(name))
         loaded = worker.ask("load", timeout_s=_TIMEOUT_S, **options)
-        self._generate(worker, self.workload.prompts(1, "start"), 1, 0, [])
+        self.generate(name, self.workload.prompts(1, "start"), 1, 0, [])
         return {"startup_s": time.perf_counter() - started_s, "facts": loaded["facts"]}
-
-    def turn(self, arm: str, key: float, repeat: int) -> dict[str, Any]:
-        size, workload, worker = int(key), self.workload, self._worker(ARMS[arm].peer)
-        prompts = workload.prompts(size, "offline", repeat)
-        seed = workload.seed_of("offline", size, repeat)
-        return self._generate(worker, prompts, workload.new_tokens, seed, objectives(ARMS[arm], self.setup.heads))
 
     def last_facts(self, peer: str) -> dict[str, Any]:
         return self._worker(peer).ask("memory", timeout_s=_TIMEOUT_S)
 
-    def _worker(self, peer: str) -> Worker:
-        worker = self.children[peer]
-        assert isinstance(worker, Worker)
-        return worker
-
-    @staticmethod
-    def _generate(
-        worker: Worker, prompts: list[list[int]], new_tokens: int, seed: int, row_objectives: list[dict[str, Any]]
+    def generate(
+        self, name: str, prompts: list[list[int]], new_tokens: int, seed: int, row_objectives: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        answer = worker.ask(
+        """A batch by the child of this name: `num_tokens`, `seconds`. Raises PeerError."""
+        answer = self._worker(name).ask(
             "generate",
             timeout_s=_TIMEOUT_S,
             prompts=prompts,
@@ -78,6 +71,23 @@ class _Offline(Turns):
         if answer["num_tokens"] != expected:
             raise PeerError(f"gave {answer['num_tokens']} tokens where {expected} were asked for")
         return answer
+
+    def _worker(self, name: str) -> Worker:
+        worker = self.children[name]
+        assert isinstance(worker, Worker)
+        return worker
+
+
+class _Offline(Engines):
+    kind = "offline"
+
+    def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
+        size, workload = int(key), self.workload
+        prompts = workload.prompts(size, "offline", repeat)
+        seed = workload.seed_of("offline", size, repeat)
+        return self.generate(
+            ARMS[arm].peer, prompts, workload.new_tokens, seed, objectives(ARMS[arm], self.setup.heads)
+        )
 
 
 def _batch(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

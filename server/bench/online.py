@@ -20,14 +20,16 @@ from server.bench.figures import Outcome, spread, streams
 from server.bench.peers import ARMS, PEERS, Found, child_env, objectives
 from server.bench.servers import Server, free_port
 from server.bench.setup import Setup
-from server.bench.turns import Turns
+from server.bench.turns import Key, Turns
 from server.bench.workload import Workload
 
 _TIMEOUT_S = 3600.0
 """Until a server is ready: a large model may load, and another compile, for long."""
-_REQUEST_TIMEOUT_S = 600.0
+REQUEST_TIMEOUT_S = 600.0
 _WARM_UP_REQUESTS = 8
-_NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+END_S = 2.0
+"""In which a process whose connection broke has ended, if it does."""
+NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 _TIMES = ("ttft_s", "itl_s", "e2e_s")
 
 
@@ -54,18 +56,18 @@ def measure(
 
 async def drive(url: str, bodies: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float]) -> list[Outcome]:
     """Send each body at its time, whatever has become of the others, and read all streams to their end."""
-    async with httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=_NO_LIMIT) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=NO_LIMIT) as client:
         started_s = time.perf_counter()
 
         async def send(body: Mapping[str, Any], arrival_s: float) -> Outcome:
             await asyncio.sleep(max(0.0, started_s + arrival_s - time.perf_counter()))
-            return await _stream(client, body, started_s, arrival_s)
+            return await stream(client, body, started_s, arrival_s)
 
         return await asyncio.gather(*(send(*pair) for pair in zip(bodies, arrivals_s, strict=True)))
 
 
-async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any], started_s: float, arrival_s: float) -> Outcome:
-    """One completion. A failure of any kind is an outcome, too."""
+async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], started_s: float, arrival_s: float) -> Outcome:
+    """One completion, sent now. A failure of any kind is an outcome, too."""
     sent_at_s = time.perf_counter()
     sent_s = sent_at_s - started_s
     times_s: list[float] = []
@@ -98,12 +100,11 @@ async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any], started_s:
     return Outcome(sent_s, sent_s - arrival_s, times_s[0], e2e_s, gaps_s, num_tokens)
 
 
-class _Online(Turns):
-    kind = "online"
+class Servers(Turns):
+    """Peers' servers, which answer `bodies`."""
 
-    def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload, load: Load) -> None:
+    def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload) -> None:
         super().__init__(setup, found, workload)
-        self._load = load
         self._models: dict[str, str] = {}
 
     def open(self, peer: str) -> dict[str, Any]:
@@ -118,28 +119,22 @@ class _Online(Turns):
         (prompt,) = self.workload.prompts(1, "start")
         self._models[peer] = server.wait_until_it_answers({"prompt": prompt, **spec.request}, timeout_s=_TIMEOUT_S)
         startup_s = time.perf_counter() - started_s
-        bodies = self._bodies(peer, (), self.workload.prompts(_WARM_UP_REQUESTS, "warm-up"))
+        bodies = self.bodies(peer, (), self.workload.prompts(_WARM_UP_REQUESTS, "warm-up"))
         outcomes = asyncio.run(drive(server.url, bodies, [0.0] * len(bodies)))
         if error := next((outcome.error for outcome in outcomes if outcome.error), None):
+            server.ends_within(END_S)
             raise server.failure(f"the first requests failed: {error}")
         return {"startup_s": startup_s}
 
-    def turn(self, arm: str, key: float, repeat: int) -> dict[str, Any]:
-        """The same prompts and moments for every arm."""
-        peer, load = ARMS[arm].peer, self._load
+    def server(self, peer: str) -> Server:
         server = self.children[peer]
         assert isinstance(server, Server)
-        prompts = self.workload.prompts(load.num_requests, "online", key, repeat)
-        arrivals_s = self.workload.arrivals_s(load.num_requests, key, repeat)
-        bodies = self._bodies(peer, objectives(ARMS[arm], self.setup.heads), prompts)
-        outcomes = asyncio.run(drive(server.url, bodies, arrivals_s))
-        if not server.is_running:
-            raise server.failure("the server ended")
-        return streams(outcomes, ttft_s=load.ttft_s, itl_s=load.itl_s)
+        return server
 
-    def _bodies(
+    def bodies(
         self, peer: str, row_objectives: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]
     ) -> list[dict[str, Any]]:
+        """Of streamed completions; row i takes objective i, and round again."""
         body = {
             "model": self._models[peer],
             "max_tokens": self.workload.new_tokens,
@@ -151,6 +146,26 @@ class _Online(Turns):
         }
         controls = [{"control": {"objective": objective}} for objective in row_objectives] or [{}]
         return [{**body, "prompt": prompt, **controls[i % len(controls)]} for i, prompt in enumerate(prompts)]
+
+
+class _Online(Servers):
+    kind = "online"
+
+    def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload, load: Load) -> None:
+        super().__init__(setup, found, workload)
+        self._load = load
+
+    def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
+        """The same prompts and moments for every arm."""
+        peer, load, rate = ARMS[arm].peer, self._load, float(key)
+        server = self.server(peer)
+        prompts = self.workload.prompts(load.num_requests, "online", key, repeat)
+        arrivals_s = self.workload.arrivals_s(load.num_requests, rate, repeat)
+        bodies = self.bodies(peer, objectives(ARMS[arm], self.setup.heads), prompts)
+        outcomes = asyncio.run(drive(server.url, bodies, arrivals_s))
+        if server.ends_within(END_S if any(outcome.error for outcome in outcomes) else 0):
+            raise server.failure("the server ended")
+        return streams(outcomes, ttft_s=load.ttft_s, itl_s=load.itl_s)
 
 
 def _rate(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -110,9 +110,15 @@ class Child:
     def failure(self, what: str) -> PeerError:
         """With how it ended, if it has, and its last words."""
         code = self.exit_code
-        ended = "" if code is None else f" (ended with {code})"
+        ended = "" if code is None else f" ({_ending(code)})"
         tail = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-_TAIL_LINES:])
         return PeerError(f"{what}{ended}; {self.log}: {tail}")
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it is gone by then: a connection breaks a moment before its process has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+        return not self.is_running
 
     def _tree(self) -> list[psutil.Process]:
         try:
@@ -190,6 +196,17 @@ def _let_children_hear_hangups() -> None:
     """Under nohup this process goes on ignoring SIGHUP, but by a handler: unlike SIG_IGN no child inherits that."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def _ending(code: int) -> str:
+    """In words: `ended with 7`, or `killed by SIGILL, illegal instruction`."""
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}, {(signal.strsignal(-code) or 'unknown').lower()}"
 
 
 def _is_awake(process: psutil.Process) -> bool:

@@ -19,6 +19,8 @@ from server.bench.workload import Workload
 
 WARM_UP = -1
 """The repeat that is run but not kept."""
+Key = float | str
+"""What a turn is of: a batch size, a rate, a length, or a condition's name."""
 
 
 class Turns(ABC):
@@ -38,7 +40,7 @@ class Turns(ABC):
         """Start a peer, put it into `children` at once, and wait until it is ready. Facts. Raises PeerError."""
 
     @abstractmethod
-    def turn(self, arm: str, key: float, repeat: int) -> dict[str, Any]:
+    def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
         """The figures of one turn of a peer that is awake. Raises PeerError."""
 
     def last_facts(self, peer: str) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class Turns(ABC):
         return {}
 
     def run(
-        self, arms: Sequence[str], keys: Sequence[float], repeats: int, *, warm_up: bool
+        self, arms: Sequence[str], keys: Sequence[Key], repeats: int, *, warm_up: bool
     ) -> dict[str, dict[str, Any]]:
         """By arm: facts of its peer, and `turns`: by key, the figures of every repeat.
 
@@ -67,10 +69,10 @@ class Turns(ABC):
                 progress.set_postfix_str(peer)
                 self._start(peer)
             for key, repeat, arm in (progress := tqdm(turns, desc=self.kind, unit="turn")):
-                progress.set_postfix_str(f"{arm} {key:g}")
+                progress.set_postfix_str(f"{arm} {_label(key)}")
                 figures = self._figures(arm, key, repeat)
                 if figures is not None and repeat != WARM_UP:
-                    results[arm]["turns"].setdefault(f"{key:g}", []).append(figures)
+                    results[arm]["turns"].setdefault(_label(key), []).append(figures)
             for peer in peers:
                 self._finish(peer)
         finally:
@@ -89,7 +91,7 @@ class Turns(ABC):
         except (PeerError, OSError) as error:
             self._fail(peer, error)
 
-    def _figures(self, arm: str, key: float, repeat: int) -> dict[str, Any] | None:
+    def _figures(self, arm: str, key: Key, repeat: int) -> dict[str, Any] | None:
         """None when the peer has failed, now or before."""
         peer = ARMS[arm].peer
         if "failed" in self._facts[peer]:
@@ -119,3 +121,7 @@ class Turns(ABC):
         self._facts[peer]["failed"] = str(error)
         if (child := self.children.pop(peer, None)) is not None:
             child.end()
+
+
+def _label(key: Key) -> str:
+    return key if isinstance(key, str) else f"{key:g}"

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
 
 from server.errors import RecontrolError
+from server.machine import limit_threads
 
 COMMANDS = {
     "serve": "server.cli.serve:Serve",
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
         return _without_command(words)
+    limit_threads()
     command = command_class(name)
     command.model_config["cli_prog_name"] = f"recontrol {name}"
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

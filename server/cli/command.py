@@ -17,7 +17,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
-from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL
+from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB
 from value_models.rollouts import RolloutPrompt, load_prompts
 
 
@@ -42,9 +42,7 @@ class ModelCommand(Command):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="memory for keys and values; by default half of a host's, nine tenths of what a GPU has free"
-    )
+    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(None, description=KV_CACHE_GIB)
 
     def load(self) -> LoadedModel:
         return load_model(self.model, device=self.device, dtype=self.dtype, adapter=self.adapter)

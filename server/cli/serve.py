@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from server.app import check_pinned, create_app
 from server.cli.http import DrainingServer
 from server.engines import create_engine
 from server.logs import configure
+from server.machine import memory_limit_bytes
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -26,7 +28,7 @@ class Serve(Settings):
     def cli_cmd(self) -> None:
         settings = Settings.model_construct(**self.model_dump(exclude={"print_config"}))
         if self.print_config:
-            print(settings.model_dump_json(indent=2))
+            print(json.dumps({**settings.model_dump(mode="json"), **_resolved(settings)}, indent=2))
             return
         configure(self.log_format, self.log_level)
         if self.engine != "fake":
@@ -38,6 +40,24 @@ class Serve(Settings):
         # uvicorn shuts down cleanly on Ctrl-C and then raises it again.
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(settings))
+
+
+def _resolved(settings: Settings) -> dict[str, str]:
+    """What settings that are left to the machine come to on this one, as far as that is known without the model."""
+    if settings.kv_cache_gib is not None or settings.engine != "embedded":
+        return {}
+    if settings.device == "cuda" or (settings.device == "auto" and _has_cuda()):
+        return {"kv_cache_gib": "auto: nine tenths of what the GPU has free"}
+    limit_gib = memory_limit_bytes() / 2**30
+    return {
+        "kv_cache_gib": f"auto: {limit_gib / 2:.2f} GiB, half of the {limit_gib:.2f} GiB that this process may have"
+    }
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 async def _serve(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """A peer for tests, run by `workers/main.py`: it prints where libraries print, and dies or lies when it is told to."""
 
 import os
+import signal
 import subprocess
 import time
 
@@ -21,6 +22,8 @@ class Engine:
         self._num_batches += 1
         if os.environ.get("FAKE_ENGINE") == "dies" and self._num_batches == 4:
             os._exit(7)
+        if os.environ.get("FAKE_ENGINE") == "illegal" and self._num_batches == 4:
+            os.kill(os.getpid(), signal.SIGILL)
         time.sleep(0.001 * new_tokens)
         return {"num_tokens": len(prompts) * new_tokens - (os.environ.get("FAKE_ENGINE") == "stops early")}
 

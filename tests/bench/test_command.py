@@ -11,6 +11,7 @@ import pytest
 
 from server.bench import peers
 from server.bench.peers import Arm, Peer
+from server.bench.process import PeerError
 from server.bench.servers import OUR_COMMAND
 from server.cli import command_class, main
 from tests.bench import fake_engine
@@ -40,7 +41,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     add("good", server=fake_server)
     add("gone", distribution="no-such-distribution")
-    for mood in ("dies", "cannot load", "stops early"):
+    for mood in ("dies", "illegal", "cannot load", "stops early"):
         add(mood.replace(" ", "-"), mood)
     add("broken", server=broken_server)
 
@@ -59,7 +60,7 @@ def bench(fakes: None, model_folder: Callable[..., Path], tmp_path: Path) -> Cal
 def test_a_peer_that_is_missing_or_fails_is_named_and_the_others_go_on(
     bench: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = "dies,gone,good,cannot-load,stops-early,recontrol-3-heads,llama-cpp-4bit"
+    names = "dies,gone,illegal,good,cannot-load,stops-early,recontrol-3-heads,llama-cpp-4bit"
     result = bench("--peers", names, "--only", "offline", "--batch-sizes", "1,3", "--repeats", "2")
     arms = result["offline"]
     assert set(result["skipped"]) == {"gone", "recontrol-3-heads", "llama-cpp-4bit"}
@@ -73,6 +74,7 @@ def test_a_peer_that_is_missing_or_fails_is_named_and_the_others_go_on(
     # It answered a start, two warm-ups, and died in its first turn that counts.
     assert "ended with 7" in arms["dies"]["failed"]
     assert arms["dies"]["batches"] == {}
+    assert "killed by SIGILL, illegal instruction" in arms["illegal"]["failed"]
     assert "OSError: no such weights" in arms["cannot-load"]["failed"]
     assert "gave 0 tokens where 1 were asked for" in arms["stops-early"]["failed"]
     said = capfd.readouterr()
@@ -80,6 +82,7 @@ def test_a_peer_that_is_missing_or_fails_is_named_and_the_others_go_on(
     assert "dies failed: generate: the process ended" in said.out + said.err
     assert "Not measured: `gone`" in said.out
     assert "Failed offline: `dies`" in said.out
+    assert "| failed: generate: the process ended (killed by SIGILL, illegal instruction) | failed |" in said.out
 
 
 def test_servers_are_started_loaded_and_measured_and_one_that_ends_is_named(
@@ -107,6 +110,57 @@ def test_servers_are_started_loaded_and_measured_and_one_that_ends_is_named(
     assert text.split("-->\n")[1].split("<!--")[0].strip() in capfd.readouterr().out
 
 
+def test_what_was_measured_is_written_even_if_a_look_into_our_own_engine_dies(
+    bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(*_: Any, **__: Any) -> Any:
+        raise PeerError("profile_step.py failed: killed")
+
+    monkeypatch.setattr("server.bench.steps.profile", die)
+    result = bench("--peers", "good", "--only", "offline,step", "--batch-sizes", "1", "--repeats", "1")
+    assert result["offline"]["good"]["batches"]["1"]["tokens_per_s"]["median"] > 0
+    assert result["step"] == {"failed": "profile_step.py failed: killed"}
+    assert "(failed: profile_step.py failed: killed)" in capsys.readouterr().out
+
+
+def test_long_prompts_are_measured_alone_beside_streams_and_before_a_short_one(
+    bench: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--peers", "good,dies,broken", "--only", "long", "--long-prompts", "16,64", "--repeats", "2"]
+    long = bench(*words)["long"]
+    for length in (16, 64):
+        alone = long["alone"]["good"]["lengths"][str(length)]
+        pairs = zip(alone["ttft_s"]["all"], alone["tokens_per_s"]["all"], strict=True)
+        assert all(rate == pytest.approx(length / seconds) for seconds, rate in pairs)
+        beside = long["beside"]["good"]["lengths"][str(length)]
+        assert set(beside) == {
+            "usual_gap_s", "longest_gap_s", "gap_ratio", "ttft_s", "short_alone_s", "short_behind_s",
+        }  # fmt: skip
+        assert all(len(figure["all"]) == 2 and figure["low"] > 0 for figure in beside.values())
+    assert "ended with 7" in long["alone"]["dies"]["failed"]
+    assert "ended with 3" in long["beside"]["broken"]["failed"]
+    assert "dies" not in long["beside"]
+    said = capsys.readouterr().out
+    assert "16 tokens: first token, s" in said
+    assert "beside 4 streams" in said
+
+
+def test_neighbours_are_measured_alone_beside_a_busy_core_and_two_at_once(
+    bench: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--peers", "good,illegal", "--only", "neighbours", "--neighbour-rows", "3", "--repeats", "2"]
+    arms = bench(*words)["neighbours"]
+    conditions = arms["good"]["conditions"]
+    assert list(conditions) == ["alone", "busy core", "two"]
+    assert all(len(condition["tokens_per_s"]["all"]) == 2 for condition in conditions.values())
+    # Both engines' tokens count.
+    assert {name: condition["num_tokens"] for name, condition in conditions.items()} == {
+        "alone": 18, "busy core": 18, "two": 36,
+    }  # fmt: skip
+    assert "SIGILL" in arms["illegal"]["failed"]
+    assert "two at once, together" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -118,8 +172,12 @@ def test_servers_are_started_loaded_and_measured_and_one_that_ends_is_named(
         (["--heads", "nope"], "heads: there is no 'nope'"),
         (["--batch-sizes", "0"], "batch_sizes"),
         (["--into", "/nonexistent.md"], "/nonexistent.md"),
-        (["--into", "deploy/README.md"], "into: deploy/README.md has no section"),
+        (["--into", "deploy/README.md"], "into: deploy/README.md has no section `<!-- bench-...: begin -->`"),
+        (["--into", "README.md", "--label", "x"], "into: README.md has no section `<!-- bench-x-...: begin -->`"),
+        (["--label", "A B"], "label"),
         (["--rates", "0"], "rates"),
+        (["--only", "long", "--long-prompts", "9000"], "long_prompts: 9000 and 4 new tokens are more than the 8192"),
+        (["--long-prompts", "0"], "long_prompts"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:

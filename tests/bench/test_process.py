@@ -93,6 +93,22 @@ def test_a_worker_answers_whatever_its_libraries_print(tmp_path: Path) -> None:
     assert "said by a child" in log
 
 
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(4, "killed by SIGILL, illegal instruction"), (9, "killed by SIGKILL, killed"), (40, "killed by signal 40, real")],
+)
+def test_a_signal_that_killed_a_child_is_named(tmp_path: Path, number: int, how: str) -> None:
+    code = f"import os; print('last words', flush=True); os.kill(os.getpid(), {number})"
+    child = Child([sys.executable, "-c", code], env={}, log=tmp_path / "log")
+    try:
+        assert not child.ends_within(0)
+        assert child.ends_within(20)
+        assert f"it failed ({how}" in str(child.failure("it failed"))
+        assert str(child.failure("it failed")).endswith("last words")
+    finally:
+        child.end()
+
+
 def test_a_worker_that_dies_says_how_and_what_it_last_printed(tmp_path: Path) -> None:
     code = "import sys; sys.stdin.readline(); print('last words', file=sys.stderr); sys.exit(7)"
     worker = Worker([sys.executable, "-c", code], env={}, log=tmp_path / "log")

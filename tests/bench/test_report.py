@@ -72,7 +72,7 @@ def test_offline_figures_stand_with_their_spread_and_our_ratio_by_repeat() -> No
     assert table[2] == ["`recontrol` 0.1", "50 (40 to 60)", "300 (300 to 300)"]
     # Of 40/40 and 60/50; of 300/290 and 300/310.
     assert table[3] == ["`recontrol-1-head`", "45 (40 to 50) [1.10]", "300 (290 to 310) [1.00]"]
-    assert table[4] == ["`vllm` 0.32.0", "20 (20 to 20) [2.50]", "-"]
+    assert table[4] == ["`vllm` 0.32.0", "20 (20 to 20) [2.50]", "failed: it ended"]
 
 
 def test_online_figures_are_medians_of_percentiles_in_their_units() -> None:
@@ -81,7 +81,7 @@ def test_online_figures_are_medians_of_percentiles_in_their_units() -> None:
                         "0", ""]  # fmt: skip
     assert table[3][5:] == ["55", "75%", "3", "2.00, 0.50, 2.00"]
     assert table[4][2:] == ["-", "-", "-", "-", "0%", "9", "-, -, -"]
-    assert table[5][2:] == ["-"] * 7
+    assert table[5][2:] == ["failed: no", *["failed"] * 6]
     assert {len(row) for row in table} == {9}
     assert "TTFT <= 500 ms" in table[0][6]
 
@@ -111,6 +111,47 @@ def test_a_gpus_sections_have_names_of_their_own() -> None:
     result = {**RESULT, "settings": {**RESULT["settings"], "device": "cuda"}}
     assert sections(result)["bench-gpu-offline"] == sections(RESULT)["bench-offline"]
     assert not any(name.startswith("bench-o") for name in sections(result))
+
+
+def test_a_label_is_in_the_sections_names_and_a_models_name_is_told_with_its_arithmetic() -> None:
+    flags = ["avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
+    settings, system = {**RESULT["settings"], "label": "amx"}, {**RESULT["system"], "cpu_flags": flags}
+    assert "C with AMX, 2 threads" in sections({**RESULT, "settings": settings, "system": system})["bench-amx-notes"]
+    system["cpu_flags"] = flags[:3]
+    assert "C with AVX-512 and bf16, 2 threads" in sections({**RESULT, "system": system})["bench-notes"]
+
+
+def table_of(part: str, figures: dict[str, Any]) -> list[str]:
+    kept = {name: RESULT[name] for name in ("command", "model", "system", "versions", "skipped")}
+    settings = {**RESULT["settings"], "long_prompts": [512, 2048], "neighbour_rows": 32}
+    (body,) = sections({**kept, "settings": settings, part: figures}).values()
+    assert "Not measured: `llama-cpp`: not installed: here." in body
+    assert "commit abc" in body
+    return [line for line in body.splitlines() if line.startswith("| ")]
+
+
+def test_long_prompts_are_told_alone_and_beside() -> None:
+    def alone(length: int, *seconds: float) -> dict[str, Any]:
+        return {"ttft_s": spread(seconds), "tokens_per_s": spread([length / one for one in seconds])}
+
+    names = ("usual_gap_s", "longest_gap_s", "gap_ratio", "ttft_s", "short_alone_s", "short_behind_s")
+    beside = {name: spread([value]) for name, value in zip(names, (0.01, 0.03, 3.0, 9.0, 0.05, 0.5), strict=True)}
+    mine = {"lengths": {"512": alone(512, 0.5, 0.5), "2048": alone(2048, 4.0, 4.0)}}
+    peer = {"failed": "killed; log", "lengths": {"512": alone(512, 0.25, 0.25)}}
+    figures = {"alone": {"recontrol": mine, "vllm": peer}, "beside": {"recontrol": {"lengths": {"512": beside}}}}
+    _, ours, theirs, _, streams = table_of("long", figures)
+    assert ours == "| `recontrol` 0.1 | 0.50 | 1024 (1024 to 1024) | 4.00 | 512 (512 to 512) | 2.00 |"
+    assert theirs == "| `vllm` 0.32.0 | 0.25 | 2048 (2048 to 2048) [0.50] | failed: killed | failed | failed |"
+    assert streams == "| `recontrol` 0.1 | 30 / 10 | 3.0 | 0.50 (0.05) | - | - | - |"
+
+
+def test_neighbours_are_told_as_rates_and_as_shares_of_those_alone_by_repeat() -> None:
+    conditions = {"alone": batch(100, 200), "busy core": batch(50, 50), "two": batch(90, 200)}
+    figures = {"recontrol": {"conditions": conditions}, "vllm": {"conditions": {}, "failed": "no"}}
+    _, ours, theirs = table_of("neighbours", figures)
+    rates = ["150 (100 to 200)", "50 (50 to 50)", "0.38", "145 (90 to 200)", "0.95"]
+    assert ours == f"| `recontrol` 0.1 | {' | '.join(rates)} |"
+    assert theirs == "| `vllm` 0.32.0 | failed: no | failed | failed | failed | failed |"
 
 
 def test_looks_into_our_own_engine_come_alone_and_say_where() -> None:

@@ -80,6 +80,33 @@ def test_what_the_dockerfile_copies_from_here_exists_and_is_not_ignored() -> Non
     assert all((ROOT / name).exists() and name not in ignored for name in copied)
 
 
+# Memory
+
+UNITS = {"g": 2**30, "Gi": 2**30}
+
+
+def num_bytes(amount: str) -> int:
+    unit = amount.lstrip("0123456789")
+    return int(amount.removesuffix(unit)) * UNITS[unit]
+
+
+def test_half_of_the_memory_limit_for_keys_and_values_leaves_room_for_all_else() -> None:
+    limits = [
+        COMPOSE["recontrol"]["deploy"]["resources"]["limits"]["memory"],
+        SERVER["resources"]["limits"]["memory"],
+    ]
+    measured = json.loads((ROOT / "server/bench/results/cpu.json").read_text())["online"]
+    # Some keys and values are in what was measured already.
+    peaks = [arm["peak_rss_bytes"] for name, arm in measured.items() if re.fullmatch(r"recontrol(-\dbit)?", name)]
+    assert len(peaks) == 3
+    assert all(max(peaks) + num_bytes(limit) / 2 <= num_bytes(limit) for limit in limits)
+
+
+def test_cpus_are_limited_so_that_threads_follow() -> None:
+    assert float(COMPOSE["recontrol"]["deploy"]["resources"]["limits"]["cpus"]) == 2
+    assert SERVER["resources"]["limits"]["cpu"] == SERVER["resources"]["requests"]["cpu"] == "2"
+
+
 # YAML and compose
 
 

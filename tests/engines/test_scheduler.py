@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from server.engines.embedded.core import EngineCore
@@ -120,6 +121,40 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
     warm.add(stranger)
     warm.step()
     assert stranger[0].num_cached == 0
+
+
+def distinct(number: int) -> GenerationRequest:
+    """A prompt of 191 tokens that begins as no other one."""
+    prompt = (number // 250, number % 250, *range(189))
+    return GenerationRequest(f"r{number}", prompt, SamplingParams(max_tokens=1, ignore_eos=True))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_the_memory_of_distinct_prompts_settles_at_the_high_water_mark(
+    make_core: Callable[..., EngineCore], share: float
+) -> None:
+    core = make_core(kv_cache_high_water=share)
+    pool = core.page_pool
+    for number in range(20):
+        run(core, [distinct(number)])
+    assert pool.num_used == pool.high_water == int(share * (pool.num_pages - 1))
+    assert core.runner.kv_bytes == pool.num_pages * core.runner.kv.bytes_per_page
+
+
+@pytest.mark.slow
+def test_after_half_a_million_distinct_prompt_tokens_the_process_holds_the_mark_and_no_more(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    core = make_core("wide_llama", max_batch_size=512, prefill_chunk_tokens=4096, kv_cache_high_water=0.25)
+    process, cache_bytes = psutil.Process(), core.runner.kv_bytes
+    requests = [distinct(number) for number in range(500_000 // 191)]
+    run(core, requests[:20])
+    before_bytes = process.memory_info().rss
+    for start in range(20, len(requests), 20):
+        run(core, requests[start : start + 20])
+    assert core.page_pool.num_used == core.page_pool.high_water
+    # Beside the quarter of the cache, what allocators keep.
+    assert process.memory_info().rss - before_bytes < 0.5 * cache_bytes
 
 
 def test_a_prompt_that_is_preempted_half_way_is_scored_once(make_core: Callable[..., EngineCore]) -> None:

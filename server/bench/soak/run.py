@@ -58,7 +58,7 @@ class _Load:
 def measure(setup: Setup, *, count: int, texts: Sequence[str]) -> dict[str, Any]:
     """Figures, with `failures`: what was wrong in words, empty when nothing was. Raises PeerError."""
     config = AutoConfig.from_pretrained(setup.folder).get_text_config()
-    server = SoakedServer(setup, kv_bytes_per_token(config, dtype=setup.dtype))
+    server = SoakedServer(setup, kv_bytes_per_token(config, dtype=setup.dtype), config.max_position_embeddings)
     try:
         world = _world(server.wait_until_ready(), texts)
         plan = make_plan(setup.seed, count, world)

@@ -49,12 +49,13 @@ class Metrics:
 class SoakedServer(Server):
     """`recontrol serve` with a small cache, few rows and a short queue, so that all of them run out."""
 
-    def __init__(self, setup: Setup, kv_bytes_per_token: int) -> None:
-        port = free_port()
-        pages = max(_ROWS * _PAGES_A_ROW, _MAX_LEN / _PAGE_TOKENS + 1)
+    def __init__(self, setup: Setup, kv_bytes_per_token: int, positions: int) -> None:
+        """`positions` are those that the model has."""
+        port, max_len = free_port(), min(_MAX_LEN, positions)
+        pages = max(_ROWS * _PAGES_A_ROW, max_len / _PAGE_TOKENS + 1)
         command = [sys.executable, "-c", OUR_COMMAND, "serve", "--model", setup.model, "--port", str(port)]
         command += ["--device", setup.device, "--dtype", setup.dtype, "--log-format", "json", "--log-level", "info"]
-        command += ["--max-batch-size", str(_ROWS), "--max-waiting", str(_WAITING), "--max-model-len", str(_MAX_LEN)]
+        command += ["--max-batch-size", str(_ROWS), "--max-waiting", str(_WAITING), "--max-model-len", str(max_len)]
         command += ["--kv-cache-gib", f"{(pages + 1.5) * _PAGE_TOKENS * kv_bytes_per_token / 2**30:.6f}"]
         command += ["--max-body-bytes", str(MAX_BODY_BYTES)]
         command += ["--heads-dir", str(setup.heads_dir)] if setup.heads_dir else []

@@ -25,7 +25,7 @@ from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
-from server.engines.embedded.model.kv_cache import default_kv_bytes
+from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -56,6 +56,7 @@ class EngineCore:
         max_model_len: int | None = None,
         prefill_chunk_tokens: int = 256,
         kv_cache_gib: float | None = None,
+        kv_cache_high_water: float | None = None,
         has_prefix_cache: bool = True,
         bits: Bits = 16,
         observer: EngineObserver | None = None,
@@ -82,6 +83,8 @@ class EngineCore:
             chunk_tokens=prefill_chunk_tokens,
             has_prefix_cache=has_prefix_cache,
         )
+        pool = self._scheduler.pool
+        pool.high_water = high_water_pages(kv_cache_high_water, pool.num_pages, loaded.model.device)
         self._scores = Scores(self.lm_head, self.token_text)
         self._candidates = Candidates(
             self._scheduler,

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
+from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.streams import ChunkQueue
@@ -193,10 +194,12 @@ class EmbeddedEngine(Tokenization):
             max_model_len=settings.max_model_len,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             kv_cache_gib=settings.kv_cache_gib,
+            kv_cache_high_water=settings.kv_cache_high_water,
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
             observer=self._observer,
         )
+        log_memory(core.runner, core.page_pool, loaded.model.device)
         self._schemas = SchemaCompiler(tokenizer, vocab_size=core.vocab_size, eos_token_ids=loaded.eos_token_ids)
         self._info = EngineInfo(
             model_id=settings.served_model_name or loaded.name,

@@ -16,6 +16,7 @@ from server.engines.embedded.model.loader import resolve_dtype
 from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
+from server.machine import memory_limit_bytes
 from server.settings import Settings
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
@@ -67,7 +68,8 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: str, devi
     """Keyword arguments of vLLM's AsyncEngineArgs. Raises ConfigurationError."""
     kv_cache_gib = settings.kv_cache_gib
     if kv_cache_gib is None and device.type == "cpu" and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        kv_cache_gib = _DEFAULT_CPU_CACHE_GIB
+        # vLLM takes it at once.
+        kv_cache_gib = min(_DEFAULT_CPU_CACHE_GIB, 0.5 * memory_limit_bytes() / 2**30)
     arguments: dict[str, Any] = {
         "model": str(files.folder),
         "dtype": str(resolve_dtype(settings.dtype, device)).removeprefix("torch."),

@@ -9,7 +9,6 @@ Shapes: N key-value heads, P size of an attention head.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,16 +16,28 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
+from server.machine import memory_limit_bytes
 
 _DEVICE_SHARE = 0.9
-_HOST_SHARE = 0.5
+_MACHINE_SHARE = 0.5
+_HIGH_WATER_SHARE = 0.5
 
 
 def default_kv_bytes(device: torch.device) -> int:
-    """Most of what is free on a GPU, half the memory of a host (where only use takes it)."""
+    """Most of what is free on a GPU; half of what this process may have of a machine (where only use takes it)."""
     if device.type == "cuda":
         return int(_DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(_HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(_MACHINE_SHARE * memory_limit_bytes())
+
+
+def high_water_pages(share: float | None, num_pages: int, device: torch.device) -> int:
+    """The pages, of `num_pages` with the null page, that may be used before known ones make room for others.
+
+    By default half; on a GPU all, whose memory is taken at the start in any case.
+    """
+    if share is None:
+        share = 1.0 if device.type == "cuda" else _HIGH_WATER_SHARE
+    return int(share * (num_pages - 1))
 
 
 class KVCache:

@@ -1,10 +1,12 @@
 """Which pages of the key-value cache are in use, and which hold a beginning that a later prompt may share.
 
 A page holds PAGE_TOKENS positions of one sequence, or of several with the same beginning. Pages that nobody holds any
-more but whose content is known stay until their place is needed, the longest unused going first. What a page holds is
-known by a digest of its tokens, of all before them and of the caller's salt: callers with different salts never share,
-so none can learn from response times what another has sent. Control edits only what lies behind the cache, so
-controlled and uncontrolled requests share. Knows nothing of tensors. Enter at `PagePool`.
+more but whose content is known stay until their place is needed, the longest unused going first. Memory follows the
+pages that have ever been used: up to a high-water mark a fresh page is taken before a known one is forgotten, beyond it
+only when there is none, so that a server's memory settles. What a page holds is known by a digest of its tokens, of all
+before them and of the caller's salt: callers with different salts never share, so none can learn from response times
+what another has sent. Control edits only what lies behind the cache, so controlled and uncontrolled requests share.
+Knows nothing of tensors. Enter at `PagePool`.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         """`num_pages` counts the null page too."""
         self.num_pages = num_pages
-        # Lowest first, so that memory is touched only as far as use has ever reached.
-        self._free = list(range(NULL_PAGE + 1, num_pages))
+        self.high_water = num_pages - 1
+        """Pages that may have been used before known ones make room for others; by default all."""
+        self._next_fresh = NULL_PAGE + 1
+        # Used before, and nothing known of them.
+        self._free: list[int] = []
         self._holders = [0] * num_pages
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._digest_of: dict[int, bytes] = {}
@@ -43,11 +48,16 @@ class PagePool:
     @property
     def num_available(self) -> int:
         """Pages that `take` can give out, those with remembered content included."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + self.num_pages - self._next_fresh
 
     @property
     def num_held(self) -> int:
         return self.num_pages - 1 - self.num_available
+
+    @property
+    def num_used(self) -> int:
+        """Pages that have ever been given out: those whose memory is taken, on a CPU."""
+        return self._next_fresh - 1 - NULL_PAGE
 
     def take(self, count: int) -> list[int] | None:
         """So many pages, or none at all when there are fewer."""
@@ -96,8 +106,13 @@ class PagePool:
             self._digest_of[page], self._page_of[digest] = digest, page
 
     def _take_one(self) -> int:
+        """Of those used before the lowest; fresh ones in their order."""
         if self._free:
             return heapq.heappop(self._free)
+        has_fresh = self._next_fresh < self.num_pages
+        if has_fresh and (self.num_used < self.high_water or not self._idle):
+            self._next_fresh += 1
+            return self._next_fresh - 1
         page, _ = self._idle.popitem(last=False)
         self._forget(page)
         return page

@@ -31,6 +31,8 @@ class ModelRunner:
         self.kv = kv
         self.graphs: DecodeGraphs | None = None
         """Recorded decode steps, on a GPU."""
+        self.kv_bytes = 0
+        """What keys and values take when every page is used."""
         self._body = body
 
     @classmethod
@@ -47,6 +49,7 @@ class ModelRunner:
             taken = take_over(model, max_len=max_len, bits=bits)
             pages = num_pages(taken.bytes_per_page, max_len, max_sequences, kv_bytes)
             runner = cls(taken.body, taken.lm_head, KVCache(pages))
+            runner.kv_bytes = pages * taken.bytes_per_page
             if model.device.type == "cuda":
                 runner.graphs = DecodeGraphs(taken.body.states, record_on_cuda)
         return runner
