@@ -32,10 +32,11 @@ from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
-from server.engines.embedded.scheduler import Scheduler
+from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.structure import constrained
 from server.errors import ConfigurationError, ContextLengthError
@@ -55,18 +56,23 @@ class EngineCore:
         max_batch_size: int,
         max_model_len: int | None = None,
         prefill_chunk_tokens: int = 256,
+        max_step_stretch: float | None = None,
         kv_cache_gib: float | None = None,
         has_prefix_cache: bool = True,
         bits: Bits = 16,
         observer: EngineObserver | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
+        """With `max_step_stretch`, prompts stretch a step of decoding rows by so much at most, as `clock` tells.
+
+        Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
         self.max_model_len = _model_len(loaded, max_model_len)
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
+        self._clock = clock
         self.max_batch_size = max_batch_size
         self.runner = ModelRunner.create(
             loaded.model,
@@ -81,6 +87,7 @@ class EngineCore:
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
             has_prefix_cache=has_prefix_cache,
+            pace=None if max_step_stretch is None else Pace(max_step_stretch),
         )
         self._scores = Scores(self.lm_head, self.token_text)
         self._candidates = Candidates(
@@ -167,10 +174,13 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit."""
+        started_s = self._clock()
         try:
-            rows, hidden_BD = self._forward()
+            step = self._scheduler.schedule(time.monotonic())
+            rows, hidden_BD = self._forward(step)
             if rows:
                 self._sample(rows, hidden_BD)
+            self._scheduler.took(step, self._clock() - started_s)
         except Exception:
             _log.exception("A step failed; its sequences end with an error")
             for sequence in list(self._scheduler.running):
@@ -188,9 +198,8 @@ class EngineCore:
         finally:
             self.runner.kv.clear(self.page_pool.release(pages, forget=True))
 
-    def _forward(self) -> tuple[list[Sequence], Tensor]:
+    def _forward(self, step: Step) -> tuple[list[Sequence], Tensor]:
         """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
-        step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
         segments = [segment for _, segment in step.chunks]
         hidden_TD = self.runner.forward(decode, segments) if decode or segments else torch.empty(0)
