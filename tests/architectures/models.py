@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.architectures.exceptions import EXCEPTIONS, GAINS
+from tests.architectures.exceptions import EXCEPTIONS, GAINS, OTHERS
 from tests.architectures.sizes import HEAD_SIZE, LAYERS, PATTERNED_LAYERS, SIZES, SWITCH, TRAITS
 from tests.conftest import byte_tokenizer
 
@@ -63,7 +63,11 @@ class Case:
 
 def cases() -> list[Case]:
     """Every mapped architecture, each followed by its variants."""
-    return [Case(model_type, variant) for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for variant in _variants(model_type)]
+    return [
+        Case(model_type, variant)
+        for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        for variant in _variants(model_type)
+    ]
 
 
 def _variants(model_type: str) -> list[str]:
@@ -72,8 +76,8 @@ def _variants(model_type: str) -> list[str]:
     if "rope_parameters" in fields:
         found += ROTATIONS
     if "is_decoder" in fields:
-        found.append("bidirectional")
-    return found
+        found.append("encoder")
+    return found + list(OTHERS.get(model_type, ()))
 
 
 def make_folder(case: Case, folder: Path) -> None:
@@ -86,10 +90,10 @@ def make_folder(case: Case, folder: Path) -> None:
 
 
 def make_config(case: Case) -> PreTrainedConfig:
-    """Raises whatever the class raises for what it does not take, NotApplicableError for a rotation that it has anyway."""
+    """Raises whatever the class raises for what it does not take, NotApplicableError for its own rotation."""
     config_class = CONFIG_MAPPING[case.model_type]
-    given = dict(EXCEPTIONS.get(case.model_type, {}))
-    if case.variant == "bidirectional":
+    given = EXCEPTIONS.get(case.model_type, {}) | OTHERS.get(case.model_type, {}).get(case.variant, {})
+    if case.variant == "encoder":
         given["is_decoder"] = False
     arguments = _tiny(config_class, given, TRAITS if case.variant != "plain" else {})
     config = config_class(**arguments)
@@ -145,16 +149,17 @@ def _spread(tensor: Tensor) -> None:
 
 
 def _tiny(config_class: type[PreTrainedConfig], given: dict[str, Any], traits: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the class for a tiny configuration; `given` goes before the rules, in a part's own dictionary too."""
+    """Arguments of the class for a tiny configuration; `given` goes before the rules, for parts too."""
     fields = _fields(config_class)
     hidden = 64 if "head_dim" in fields else 4 * HEAD_SIZE
     layers = PATTERNED_LAYERS if any(name in fields for name in _PATTERNS) else LAYERS
     rules = {**SIZES, **traits, **dict.fromkeys(_HIDDEN, hidden), **dict.fromkeys(_LAYER_COUNTS, layers)}
     arguments = {name: value for name, value in rules.items() if name in fields} | given
     for name in config_class.sub_configs or {}:
-        part = type(getattr(config_class(), name))
+        known = given.get(name, {})
+        part = CONFIG_MAPPING[known["model_type"]] if "model_type" in known else type(getattr(config_class(), name))
         if part is not type(None):
-            arguments[name] = {"model_type": part.model_type, **_tiny(part, given.get(name, {}), traits)}
+            arguments[name] = part(**_tiny(part, known, traits))
     return arguments
 
 

@@ -89,6 +89,8 @@ def verdict_of(case: Case) -> Verdict:
             return verdict
         except Exception as error:
             return replace(verdict, unbuildable=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
-        served = {"float32": judge(path, torch.float32)}
-        served["bfloat16"] = judge(path, torch.bfloat16, only_fast=case.variant in ROTATIONS)
-    return replace(verdict, served=served)
+        precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        is_brief = case.variant in ROTATIONS
+        return replace(
+            verdict, served={name: judge(path, dtype, is_brief=is_brief) for name, dtype in precisions.items()}
+        )

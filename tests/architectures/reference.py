@@ -18,6 +18,7 @@ class Reference:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+        self.has_experts = any("expert" in name or "router" in name for name, _ in self.model.named_parameters())
 
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ VOCAB, EOS, BOS = 258, 256, 257
 MAX_POSITIONS = 512
 WINDOW = 16
 """Of sliding windows and attention chunks; shorter than all but one of the judge's texts."""
-SWITCH = 32
+SWITCH = 200
 """Where rotations change from the short to the long: their original_max_position_embeddings."""
 LAYERS, PATTERNED_LAYERS = 4, 6
 HEAD_SIZE = 32
@@ -24,7 +24,8 @@ SIZES: dict[str, Any] = {
     "cls_token_id": None, "decoder_start_token_id": BOS, "forced_eos_token_id": None, "audio_vocab_size": 32,
     "vocab_size_per_layer_input": VOCAB, "type_vocab_size": 2, "decoder_vocab_size": VOCAB,
     "max_position_embeddings": MAX_POSITIONS, "n_positions": MAX_POSITIONS, "max_seq_len": MAX_POSITIONS,
-    "original_max_position_embeddings": SWITCH, "n_ctx": MAX_POSITIONS, "model_max_length": MAX_POSITIONS, "context_length": MAX_POSITIONS,
+    "original_max_position_embeddings": SWITCH, "n_ctx": MAX_POSITIONS, "model_max_length": MAX_POSITIONS,
+    "context_length": MAX_POSITIONS,
     "max_source_positions": 64, "max_target_positions": MAX_POSITIONS,
     "intermediate_size": 128, "ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_ffn_dim": 128, "n_inner": 128,
     "d_inner": 128, "dff": 128, "dim_ff": 128, "ffn_hidden_size": 128, "feed_forward_size": 128,
@@ -47,7 +48,7 @@ SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 32, "shared_experts_intermediate_size": 32, "shared_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32, "n_group": 2, "topk_group": 1, "num_expert_group": 2,
     "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 3,
-    "zero_expert_num": 2,
+    "zero_expert_num": 2, "encoder_hash_byte_group_vocab": 64,
     # State spaces and linear attention.
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_num_heads": 4, "linear_head_dim": 16, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8,

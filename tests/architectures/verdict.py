@@ -7,12 +7,10 @@ from typing import Any
 
 from tests.architectures.judge import Served
 
-PRECISIONS = ("float32", "bfloat16")
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`unbuildable` says why transformers itself cannot build or run the model here; else there is an entry a precision."""
+    """An entry a precision; or `unbuildable` says why transformers itself cannot build or run the model here."""
 
     name: str
     class_name: str
@@ -20,8 +18,29 @@ class Verdict:
     unbuildable: str = ""
 
     @property
+    def model_type(self) -> str:
+        return self.name.partition("+")[0]
+
+    @property
+    def variant(self) -> str:
+        return self.name.partition("+")[2]
+
+    @property
+    def is_applicable(self) -> bool:
+        """Not so for a variant that is no other model."""
+        return bool(self.served or self.unbuildable)
+
+    @property
     def is_fault(self) -> bool:
-        return any(served.outcome == "fault" for served in self.served.values())
+        return self.outcome == "fault"
+
+    @property
+    def outcome(self) -> str:
+        """A fault in any precision is one; else what bfloat16 came to."""
+        if self.unbuildable:
+            return "unbuildable"
+        outcomes = [served.outcome for served in self.served.values()] or ["none"]
+        return "fault" if "fault" in outcomes else outcomes[-1]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -33,8 +52,4 @@ class Verdict:
     def __str__(self) -> str:
         if self.unbuildable:
             return f"{self.name}: not built: {self.unbuildable}"
-        parts = [
-            f"{dtype} {s.outcome}" + (f" ({s.reason})" if s.reason else f" {s.largest:.2g} nats (mean {s.mean:.2g}; noise {s.noise_largest:.2g}, {s.noise_mean:.2g})")
-            for dtype, s in self.served.items()
-        ]
-        return f"{self.name}: {'; '.join(parts)}"
+        return f"{self.name}: " + "; ".join(f"{dtype} {served}" for dtype, served in self.served.items())
