@@ -45,7 +45,10 @@ class Budget:
 
 
 def share_out(unread: Sequence[tuple[int, int]], budget: Budget) -> list[int]:
-    """How many tokens each takes of what is unread, (position, tokens) from the oldest on; at least one takes some."""
+    """How many tokens each takes of what is unread, (position, tokens) from the oldest on.
+
+    The oldest and the shortest get a token each at least, unless there is but one: that is the oldest's.
+    """
     taken = [0] * len(unread)
     half = budget.split()
     for index in sorted(range(len(unread)), key=lambda index: unread[index][1]):
