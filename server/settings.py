@@ -24,7 +24,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flag of this name does, for every command that has it."""
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
-_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens")
+_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch")
 
 
 def _as_text(location: Any) -> Any:
@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     )
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
+    max_step_stretch: Annotated[float, Field(gt=1, description="times that prompts may lengthen a decoding step")] = 2.0
     kv_cache_gib: float | None = Field(
         None,
         gt=0,

@@ -36,8 +36,9 @@ from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
-from server.engines.embedded.scheduler import Scheduler, Step
+from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.step import Step
 from server.engines.embedded.structure import constrained
 from server.errors import ConfigurationError, ContextLengthError
 from server.kernels.linear import Bits
@@ -63,9 +64,10 @@ class EngineCore:
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """With `max_step_stretch`, prompts stretch a step of decoding rows by so much at most, as `clock` tells.
+        """With `max_step_stretch`, a step takes so many times as long with prompts as without, as `clock` tells.
 
-        Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
+        Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit.
+        """
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
         self.max_model_len = _model_len(loaded, max_model_len)

@@ -1,10 +1,10 @@
 """How much of prompts a step may hold, told by how long steps have taken.
 
 While rows decode, a step should take at most `max_stretch` times as long with prompts as it would with hardly any. That
-is measured by steps with a single token of a prompt: on a GPU, those without take another way. What tokens add is measured
-by how many come before them, since attention reads all of those. Both are medians of the last few measurements, so one
-that a busy machine has spoilt changes little; and after a step that did not take what it should have, there is one with a
-single token again. Without rows that decode, nobody waits for a step's end, and it holds as much as it may.
+is measured by steps with a single token of a prompt, since on a GPU those without any take another way. What tokens add
+is measured by how many come before them, as attention reads all of those. Both are medians of the last measurements, so
+one that a busy machine has spoilt changes little; and after a step that did not take what it should have, there is one
+with a single token again. Without rows that decode, nobody waits for a step's end, and it holds as much as it may.
 
 Knows nothing of sequences, and of time only what it is told. Enter at `Pace.budget` and `Pace.observe`.
 """
@@ -89,8 +89,8 @@ class Pace:
         costs_s = {_position_key(position): self._cost_s(position, usual_s) for position, _ in pieces}
         expected_s = sum(count * costs_s[_position_key(position)] for position, count in pieces)
         correction = min(max((seconds - usual_s) / expected_s, 1 / _MAX_CORRECTION), _MAX_CORRECTION)
-        for key, cost_s in costs_s.items():
-            cost_s = max(cost_s * correction, _LEAST_SHARE * usual_s)
+        for key, expected_token_s in costs_s.items():
+            cost_s = max(expected_token_s * correction, _LEAST_SHARE * usual_s)
             self._token_s[key] = [*self._token_s.get(key, []), cost_s][-_NUM_RECENT:]
         surprise = seconds / (usual_s + expected_s)
         # Where it has just been measured, a step that is too short says that tokens cost less, and no more.

@@ -2,48 +2,30 @@
 
 A step takes one token of every decoding sequence, and beside them reads prompts: as much as pace.py allows, so that
 running rows hardly stall, shared out by shares.py, so that short prompts do not wait for long ones. Admission is first
-come, first served, as long as rows and pages last, but prompts come in only when a step has room to read them, and short
-ones may then pass those before them. When pages run out, the sequence that was admitted last gives its own up and waits
-at the head of the queue: it keeps its tokens, and later computes its prompt again and feeds those tokens through as
-decode rows, so nothing in it changes. Candidates for a choice's next block (candidates.py) run behind it and lose their
-pages with it. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
+come, first served, as long as rows and pages last, but a prompt comes in only when a step has room to read it, and
+short ones may then pass those before them. When pages run out, the sequence that was admitted last gives its own up and
+waits at the head of the queue: it keeps its tokens, and later computes its prompt again and feeds those tokens through
+as decode rows, so nothing in it changes. Candidates for a choice's next block (candidates.py) run behind it and lose
+their pages with it. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-from server.engines.embedded.model.attention import DecodeRow, Segment
+from server.engines.embedded.model.attention import DecodeRow
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
-from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for, page_digest
+from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
 from server.engines.embedded.pace import Pace
+from server.engines.embedded.prefix_cache import PrefixCache
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.shares import Budget, share_out
+from server.engines.embedded.step import Step, next_chunk
 from server.types import FinishReason
 
 _MAX_REPLAYED_TOKENS = 64
 """Tokens that a resumed sequence feeds again in one step at most."""
-
-
-@dataclass(slots=True)
-class Step:
-    """What one forward pass computes: rows of decoding sequences, then prompt chunks."""
-
-    decoding: list[tuple[Sequence, list[DecodeRow]]] = field(default_factory=list)
-    """A sequence's rows; several while it feeds again what it had before it lost its pages, for which it comes last."""
-    chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
-    complete: list[Sequence] = field(default_factory=list)
-    """Those whose prompt is computed after this step."""
-    num_usual: int = 0
-    """Of the decoding sequences, those that feed one token as at every step; all that others feed is for pace.py."""
-
-    @property
-    def pieces(self) -> list[tuple[int, int]]:
-        """What comes beside the usual rows: (position, tokens)."""
-        fed_again = [(rows[0].position, len(rows)) for _, rows in self.decoding[self.num_usual :]]
-        return fed_again + [(segment.start, len(segment.token_ids)) for _, segment in self.chunks]
 
 
 class Scheduler:
@@ -65,7 +47,7 @@ class Scheduler:
         self._kv = kv
         self._max_batch_size = max_batch_size
         self._chunk_tokens = chunk_tokens
-        self._has_prefix_cache = has_prefix_cache
+        self._prefixes = PrefixCache(self.pool, is_on=has_prefix_cache)
         self._pace = pace
 
     @property
@@ -142,8 +124,8 @@ class Scheduler:
             sequence.num_computed += len(rows)
         for sequence, segment in step.chunks:
             sequence.num_computed = segment.end
-            if self._has_prefix_cache and sequence.state is not SequenceState.FINISHED:
-                self._remember(sequence)
+            if sequence.state is not SequenceState.FINISHED:
+                self._prefixes.remember(sequence)
 
     def remove(self, sequence: Sequence, reason: FinishReason) -> list[int]:
         """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
@@ -157,7 +139,7 @@ class Scheduler:
         return forgotten
 
     def _admit(self, now_s: float) -> None:
-        """Let prompts in as there is room to read them: the oldest until those before it fill a step, then shorter ones.
+        """Let the oldest prompts in until they fill a step, then shorter ones that it reads all the same.
 
         Where the oldest lacks rows or pages, so many may pass it as there are rows, and then nobody until it is in.
         """
@@ -193,7 +175,7 @@ class Scheduler:
         num_rows = self.num_rows + sequence.num_rows
         if num_rows > self._max_batch_size:
             return False
-        known = [] if sequence.group.residents else self._known_pages(sequence)
+        known = [] if sequence.group.residents else self._prefixes.known_pages(sequence)
         self.pool.share(known)
         # A choice whose siblings run shares their pages but for one.
         missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
@@ -210,25 +192,6 @@ class Scheduler:
         sequence.group.residents.append(sequence)
         self.running.append(sequence)
         return True
-
-    def _known_pages(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
-        if not self._has_prefix_cache or sequence.request.reads_whole_prompt:
-            return []
-        return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
-
-    def _remember(self, sequence: Sequence) -> None:
-        num_full = min(sequence.num_computed, sequence.prompt_len) // PAGE_TOKENS
-        for page, digest in zip(sequence.pages, self._digests(sequence, num_full), strict=False):
-            self.pool.remember(page, digest)
-
-    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Of the prompt's first pages; made once a group."""
-        digests, tokens = sequence.group.digests, sequence.group.token_ids
-        for index in range(len(digests), count):
-            before = digests[-1] if digests else sequence.request.cache_salt.encode()
-            digests.append(page_digest(before, tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
-        return digests[:count]
 
     def _readers(self) -> list[Sequence]:
         """Those with more to compute than a usual row: of siblings only one, and none if one has read the prompt."""
@@ -266,7 +229,7 @@ class Scheduler:
                 if rows := self._decode_rows(sequence, min(count, _MAX_REPLAYED_TOKENS)):
                     step.decoding.append((sequence, rows))
             elif count and self._find_pages(sequence, sequence.prompt_len):
-                segment = _chunk(sequence, count)
+                segment = next_chunk(sequence, count)
                 step.chunks.append((sequence, segment))
                 if segment.end == sequence.prompt_len:
                     computed.add(id(sequence.group))
@@ -331,14 +294,3 @@ class Scheduler:
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
         return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
-
-
-def _chunk(sequence: Sequence, count: int) -> Segment:
-    """About so many of the prompt's next tokens: to a page's end where that leaves out a quarter at most, since pages
-    are attended one by one."""
-    start = sequence.num_computed
-    end = start + count
-    paged = end // PAGE_TOKENS * PAGE_TOKENS
-    if end < sequence.prompt_len and 4 * (end - paged) <= count:
-        end = paged
-    return Segment(sequence.pages, start, sequence.group.token_ids[start:end])

@@ -1,10 +1,9 @@
 """Attention of a step's flattened rows over the paged key-value cache.
 
 A step holds one row for each newest token (a decode row), then one segment for each prompt chunk. All rows run through
-the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page
-of a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
-was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or
-control.
+the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page of
+a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
+was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
 
 Two ways, which tests hold against each other: the native kernel, which treats all rows alike, and torch's products.
 
