@@ -28,7 +28,7 @@ KV_CACHE_GIB = (
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
-_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "kv_cache_high_water")
+_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
 
 def _as_text(location: Any) -> Any:
@@ -92,6 +92,7 @@ class Settings(BaseSettings):
     )
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
+    max_step_stretch: Annotated[float, Field(gt=1, description="times that prompts may lengthen a decoding step")] = 2.0
     kv_cache_gib: float | None = Field(None, gt=0, allow_inf_nan=False, description=KV_CACHE_GIB)
     kv_cache_high_water: float | None = Field(
         None,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
-from server.engines.embedded.model.step import Segment
 from server.errors import RecontrolError
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.architectures.reference import Reference

@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from server.engines.embedded.model import attention, llama
+from server.engines.embedded.model.layout import ALL_BEFORE, DecodeRow, Segment, Span
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.steady import Steady
-from server.engines.embedded.model.step import ALL_BEFORE, DecodeRow, Segment, Span
 from server.engines.embedded.model.takeover import takeover
 from server.engines.embedded.model.takeover.facts import ask
 from server.engines.embedded.model.takeover.rotation import static_length

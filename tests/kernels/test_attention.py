@@ -11,9 +11,9 @@ import torch
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
 from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.layout import AttentionKind, DecodeRow, Segment, Span, StepLayout
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.embedded.model.step import AttentionKind, DecodeRow, Segment, Span, StepLayout
 from server.kernels import Kernels, native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")

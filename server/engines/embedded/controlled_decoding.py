@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from server.engines.embedded.model.kv_cache import fork_pages
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
-from server.engines.embedded.model.step import DecodeRow, Segment
 from server.engines.embedded.sampler import uniform
 from value_models.heads import ValueHead
 

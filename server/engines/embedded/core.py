@@ -26,17 +26,19 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
+from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
-from server.engines.embedded.model.step import Segment
 from server.engines.embedded.model.takeover.rotation import text_length
+from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.step import Step
 from server.engines.embedded.structure import constrained
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
@@ -55,19 +57,25 @@ class EngineCore:
         max_batch_size: int,
         max_model_len: int | None = None,
         prefill_chunk_tokens: int = 256,
+        max_step_stretch: float | None = None,
         kv_cache_gib: float | None = None,
         kv_cache_high_water: float | None = None,
         has_prefix_cache: bool = True,
         bits: Bits = 16,
         observer: EngineObserver | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit."""
+        """With `max_step_stretch`, a step takes so many times as long with prompts as without, as `clock` tells.
+
+        Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit.
+        """
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
         self.max_model_len = text_length(loaded, max_model_len)
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
         self._observer = observer or NullObserver()
+        self._clock = clock
         self.max_batch_size = max_batch_size
         self.runner = ModelRunner.create(
             loaded.model,
@@ -82,6 +90,7 @@ class EngineCore:
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
             has_prefix_cache=has_prefix_cache,
+            pace=None if max_step_stretch is None else Pace(max_step_stretch),
         )
         pool = self._scheduler.pool
         pool.high_water = high_water_pages(kv_cache_high_water, pool.num_pages, loaded.model.device)
@@ -170,10 +179,13 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> None:
         """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit."""
+        started_s = self._clock()
         try:
-            rows, hidden_BD = self._forward()
+            step = self._scheduler.schedule(time.monotonic())
+            rows, hidden_BD = self._forward(step)
             if rows:
                 self._sample(rows, hidden_BD)
+            self._scheduler.took(step, self._clock() - started_s)
         except Exception:
             _log.exception("A step failed; its sequences end with an error")
             for sequence in list(self._scheduler.running):
@@ -191,9 +203,8 @@ class EngineCore:
         finally:
             self.runner.kv.clear(self.page_pool.release(pages, forget=True))
 
-    def _forward(self) -> tuple[list[Sequence], Tensor]:
+    def _forward(self, step: Step) -> tuple[list[Sequence], Tensor]:
         """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
-        step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
         segments = [segment for _, segment in step.chunks]
         hidden_TD = self.runner.forward(decode, segments) if decode or segments else torch.empty(0)

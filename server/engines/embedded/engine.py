@@ -193,6 +193,7 @@ class EmbeddedEngine(Tokenization):
             max_batch_size=settings.max_batch_size,
             max_model_len=settings.max_model_len,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            max_step_stretch=settings.max_step_stretch,
             kv_cache_gib=settings.kv_cache_gib,
             kv_cache_high_water=settings.kv_cache_high_water,
             has_prefix_cache=settings.prefix_cache,

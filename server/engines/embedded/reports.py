@@ -15,8 +15,8 @@ from torch import Tensor
 from server.control.editor import GroupStats
 from server.engines.base import EngineObserver
 from server.engines.edits import token_edit
+from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.model.step import Segment
 from server.engines.embedded.sequence import Sequence
 from server.types import FinishReason, TokenEdit, TokenLogprob
 

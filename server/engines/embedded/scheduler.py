@@ -1,43 +1,44 @@
 """Which sequences a step holds, and which pages of the key-value cache each has.
 
-Admission is first come, first served, as long as rows and pages last. A step takes one token of every decoding
-sequence and prompt chunks up to a token budget, so long prompts stall running rows for one budget's time at most. When
-pages run out, the sequence that was admitted last gives its own up and waits at the head of the queue: it keeps its
-tokens, and later computes its prompt again and feeds those tokens through as decode rows, so nothing in it changes.
-Candidates for a choice's next block (candidates.py) run behind it and lose their pages with it. Knows nothing of
-models, sampling or control. Enter at `Scheduler.schedule`.
+A step takes one token of every decoding sequence, and beside them reads prompts: as much as pace.py allows, so that
+running rows hardly stall, shared out by shares.py, so that short prompts do not wait for long ones. Admission is first
+come, first served, as long as rows and pages last, but a prompt comes in only when a step has room to read it, and
+short ones may then pass those before them. When pages run out, the sequence that was admitted last gives its own up and
+waits at the head of the queue: it keeps its tokens, and later computes its prompt again and feeds those tokens through
+as decode rows, so nothing in it changes. Candidates for a choice's next block (candidates.py) run behind it and lose
+their pages with it. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
-from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for, page_digest
-from server.engines.embedded.model.step import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow
+from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
+from server.engines.embedded.pace import Pace
+from server.engines.embedded.prefix_cache import PrefixCache
 from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.shares import Budget, share_out
+from server.engines.embedded.step import Step, next_chunk
 from server.types import FinishReason
 
 _MAX_REPLAYED_TOKENS = 64
-"""Tokens that a resumed sequence feeds again in one step."""
-
-
-@dataclass(slots=True)
-class Step:
-    """What one forward pass computes: rows of decoding sequences, then prompt chunks."""
-
-    decoding: list[tuple[Sequence, list[DecodeRow]]] = field(default_factory=list)
-    """A sequence's rows; more than one while it feeds again what it had before it lost its pages."""
-    chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
-    complete: list[Sequence] = field(default_factory=list)
-    """Those whose prompt is computed after this step."""
+"""Tokens that a resumed sequence feeds again in one step at most."""
 
 
 class Scheduler:
-    def __init__(self, kv: KVCache, *, max_batch_size: int, chunk_tokens: int, has_prefix_cache: bool = True) -> None:
-        """`chunk_tokens` is the prompt tokens of a step, a page's worth at least."""
+    def __init__(
+        self,
+        kv: KVCache,
+        *,
+        max_batch_size: int,
+        chunk_tokens: int,
+        has_prefix_cache: bool = True,
+        pace: Pace | None = None,
+    ) -> None:
+        """`chunk_tokens` is the prompt tokens of a step at most, a page's worth at least; `pace` may allow fewer."""
         assert chunk_tokens >= PAGE_TOKENS
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -46,7 +47,8 @@ class Scheduler:
         self._kv = kv
         self._max_batch_size = max_batch_size
         self._chunk_tokens = chunk_tokens
-        self._has_prefix_cache = has_prefix_cache
+        self._prefixes = PrefixCache(self.pool, is_on=has_prefix_cache)
+        self._pace = pace
 
     @property
     def has_work(self) -> bool:
@@ -66,15 +68,23 @@ class Scheduler:
         """Admit who can be, find pages for all, and say what to compute."""
         step = Step()
         for sequence in list(self.running):
-            if sequence.state is SequenceState.DECODING and (rows := self._decode_rows(sequence)):
+            is_usual = sequence.state is SequenceState.DECODING and sequence.num_unread == 1
+            if is_usual and (rows := self._decode_rows(sequence, 1)):
                 step.decoding.append((sequence, rows))
         self._admit(now_s)
-        self._take_chunks(step)
+        num_usual = len(step.decoding)
+        self._read(step, self._budget(num_usual))
         # Who was preempted on the way has no pages any more.
+        step.num_usual = sum(bool(sequence.pages) for sequence, _ in step.decoding[:num_usual])
         step.decoding = [pair for pair in step.decoding if pair[0].pages]
         step.chunks = [pair for pair in step.chunks if pair[0].pages]
         step.complete = [sequence for sequence in step.complete if sequence.pages]
         return step
+
+    def took(self, step: Step, seconds: float) -> None:
+        """Learn how long a step has taken, all told."""
+        if self._pace is not None:
+            self._pace.observe(step.num_usual, step.pieces, seconds)
 
     def start_decoding(self, sequence: Sequence) -> None:
         """The prompt is in the cache, in the sequence's own pages or in a sibling's, which it then forks."""
@@ -114,8 +124,8 @@ class Scheduler:
             sequence.num_computed += len(rows)
         for sequence, segment in step.chunks:
             sequence.num_computed = segment.end
-            if self._has_prefix_cache and sequence.state is not SequenceState.FINISHED:
-                self._remember(sequence)
+            if sequence.state is not SequenceState.FINISHED:
+                self._prefixes.remember(sequence)
 
     def remove(self, sequence: Sequence, reason: FinishReason) -> list[int]:
         """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
@@ -129,77 +139,109 @@ class Scheduler:
         return forgotten
 
     def _admit(self, now_s: float) -> None:
-        while self.waiting and (num_rows := self.num_rows + self.waiting[0].num_rows) <= self._max_batch_size:
-            sequence = self.waiting[0]
-            known = [] if sequence.group.residents else self._known_pages(sequence)
-            self.pool.share(known)
-            # A choice whose siblings run shares their pages but for one.
-            missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
-            # Each row may soon want a page more, and this one's first is among the missing.
-            if self.running and missing + num_rows - 1 > self.pool.num_available:
-                self.pool.release(known)
+        """Let the oldest prompts in until they fill a step, then shorter ones that it reads all the same.
+
+        Where the oldest lacks rows or pages, so many may pass it as there are rows, and then nobody until it is in.
+        """
+        while self.waiting:
+            oldest = self.waiting[0]
+            before = sum(r.num_unread for r in self._readers() if r.arrival_s <= oldest.arrival_s)
+            if before >= self._chunk_tokens and not oldest.group.residents:
+                self._admit_shorter(now_s, stuck=None)
                 return
-            self.waiting.popleft()
-            sequence.pages = known + (self.pool.take(missing) or [])
-            sequence.num_computed = len(known) * PAGE_TOKENS
-            sequence.num_cached = max(sequence.num_cached, sequence.num_computed)
-            sequence.state = SequenceState.PREFILLING
-            sequence.scheduled_s = sequence.scheduled_s or now_s
-            sequence.group.residents.append(sequence)
-            self.running.append(sequence)
+            if not self._enter(oldest, now_s):
+                self._admit_shorter(now_s, stuck=oldest)
+                return
 
-    def _known_pages(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the prompt's beginning already; the last token is always computed, for its state."""
-        if not self._has_prefix_cache or sequence.request.reads_whole_prompt:
-            return []
-        return self.pool.find(self._digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
+    def _admit_shorter(self, now_s: float, *, stuck: Sequence | None) -> None:
+        """Those that would be read in this step by the half of it that is for the shortest."""
+        if self.num_rows >= self._max_batch_size:
+            return
+        for sequence in sorted(self.waiting, key=lambda sequence: sequence.prompt_len):
+            if stuck is not None and stuck.num_passed >= self._max_batch_size:
+                return
+            before = sum(r.num_unread for r in self._readers() if r.num_unread <= sequence.prompt_len)
+            if before >= self._chunk_tokens // 2 and not sequence.group.residents:
+                return
+            if sequence is stuck:
+                continue
+            if not self._enter(sequence, now_s):
+                return
+            if stuck is not None:
+                stuck.num_passed += 1
 
-    def _remember(self, sequence: Sequence) -> None:
-        num_full = min(sequence.num_computed, sequence.prompt_len) // PAGE_TOKENS
-        for page, digest in zip(sequence.pages, self._digests(sequence, num_full), strict=False):
-            self.pool.remember(page, digest)
+    def _enter(self, sequence: Sequence, now_s: float) -> bool:
+        """Move a sequence from waiting to running, if there are rows and pages."""
+        num_rows = self.num_rows + sequence.num_rows
+        if num_rows > self._max_batch_size:
+            return False
+        known = [] if sequence.group.residents else self._prefixes.known_pages(sequence)
+        self.pool.share(known)
+        # A choice whose siblings run shares their pages but for one.
+        missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
+        # Each row may soon want a page more, and this one's first is among the missing.
+        if self.running and missing + num_rows - 1 > self.pool.num_available:
+            self.pool.release(known)
+            return False
+        self.waiting.remove(sequence)
+        sequence.pages = known + (self.pool.take(missing) or [])
+        sequence.num_computed = len(known) * PAGE_TOKENS
+        sequence.num_cached = max(sequence.num_cached, sequence.num_computed)
+        sequence.state, sequence.num_passed = SequenceState.PREFILLING, 0
+        sequence.scheduled_s = sequence.scheduled_s or now_s
+        sequence.group.residents.append(sequence)
+        self.running.append(sequence)
+        return True
 
-    def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Of the prompt's first pages; made once a group."""
-        digests, tokens = sequence.group.digests, sequence.group.token_ids
-        for index in range(len(digests), count):
-            before = digests[-1] if digests else sequence.request.cache_salt.encode()
-            digests.append(page_digest(before, tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
-        return digests[:count]
+    def _readers(self) -> list[Sequence]:
+        """Those with more to compute than a usual row: of siblings only one, and none if one has read the prompt."""
+        groups: set[int] = set()
+        readers: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.state is SequenceState.DECODING and sequence.num_unread > 1:
+                readers.append(sequence)
+            elif (
+                sequence.state is SequenceState.PREFILLING
+                and id(sequence.group) not in groups
+                and not self._is_computed_by_sibling(sequence)
+            ):
+                groups.add(id(sequence.group))
+                readers.append(sequence)
+        return readers
 
-    def _take_chunks(self, step: Step) -> None:
-        """Prompt chunks up to the budget, in order of admission, each ending at a page's end or with the prompt.
+    def _budget(self, num_rows: int) -> Budget:
+        return Budget(self._chunk_tokens) if self._pace is None else self._pace.budget(num_rows, self._chunk_tokens)
+
+    def _read(self, step: Step, budget: Budget) -> None:
+        """Share the budget out among prompts, and sequences that feed again what they had before.
 
         A choice whose prompt a sibling has computed, or computes in this step, needs no chunk of its own.
         """
-        budget = self._chunk_tokens
+        readers = sorted(self._readers(), key=lambda reader: reader.arrival_s)
+        unread = [(reader.num_computed, reader.num_unread) for reader in readers]
+        taken = dict(zip(map(id, readers), share_out(unread, budget), strict=True))
         computed: set[int] = set()
         for sequence in list(self.running):
-            if sequence.state is not SequenceState.PREFILLING:
+            count = taken.get(id(sequence), 0)
+            if not sequence.pages:
                 continue
-            if id(sequence.group) not in computed and not self._is_computed_by_sibling(sequence):
-                segment = self._next_chunk(sequence, budget)
-                if segment is None:
-                    return
+            if count and sequence.state is SequenceState.DECODING:
+                if rows := self._decode_rows(sequence, min(count, _MAX_REPLAYED_TOKENS)):
+                    step.decoding.append((sequence, rows))
+            elif count and self._find_pages(sequence, sequence.prompt_len):
+                segment = next_chunk(sequence, count)
                 step.chunks.append((sequence, segment))
-                budget -= len(segment.token_ids)
-                if segment.end < sequence.prompt_len:
-                    return
-                computed.add(id(sequence.group))
-            step.complete.append(sequence)
+                if segment.end == sequence.prompt_len:
+                    computed.add(id(sequence.group))
+            if sequence.state is SequenceState.PREFILLING and (
+                id(sequence.group) in computed or self._is_computed_by_sibling(sequence)
+            ):
+                step.complete.append(sequence)
 
-    def _next_chunk(self, sequence: Sequence, budget: int) -> Segment | None:
-        start, end = sequence.num_computed, sequence.prompt_len
-        if end - start > budget:
-            end = (start + budget) // PAGE_TOKENS * PAGE_TOKENS
-        if end <= start or not self._find_pages(sequence, sequence.prompt_len):
-            return None
-        return Segment(sequence.pages, start, sequence.group.token_ids[start:end])
-
-    def _decode_rows(self, sequence: Sequence) -> list[DecodeRow]:
-        """The rows of the tokens that are not in the cache yet; none when there is no page for them."""
+    def _decode_rows(self, sequence: Sequence, count: int) -> list[DecodeRow]:
+        """The rows of the next tokens that are not in the cache yet; none when there is no page for them."""
         first = sequence.num_computed
-        end = min(sequence.num_tokens, first + _MAX_REPLAYED_TOKENS)
+        end = first + count
         if not self._find_pages(sequence, end):
             return []
         tokens = sequence.token_ids[first - sequence.prompt_len : end - sequence.prompt_len]

@@ -73,6 +73,8 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens that were there already when it was admitted."""
     num_preemptions: int = 0
+    num_passed: int = 0
+    """Sequences that were admitted past it while it was next and lacked rows or pages."""
     trial: Trial | None = None
     """Of a candidate: nothing goes to the client before it has been compared."""
     leader: Sequence | None = None
@@ -136,6 +138,12 @@ class Sequence:
     def num_tokens(self) -> int:
         """Of the prompt and new."""
         return self.prompt_len + len(self.token_ids)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens that are not in the cache yet: the rest of the prompt, and behind it those that were drawn."""
+        is_in_prompt = self.num_computed < self.prompt_len
+        return (self.prompt_len if is_in_prompt else self.num_tokens) - self.num_computed
 
     @property
     def num_rows(self) -> int:

@@ -1,10 +1,9 @@
 """Attention of a step's flattened rows over the paged key-value cache.
 
 A step holds one row for each newest token (a decode row), then one segment for each prompt chunk. All rows run through
-the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page's
-worth of a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on how its
-prompt was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or
-control.
+the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page of
+a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
+was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
 
 Two ways, which tests hold against each other: the native kernel (server/kernels/attention.cpp), for which a decode row
 is a chunk of one token, and torch's products.
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engines.embedded.model.pages import PAGE_TOKENS
-from server.engines.embedded.model.step import AttentionKind, Span, StepLayout
+from server.engines.embedded.model.layout import AttentionKind, Span, StepLayout
+from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.kernels import native
 
 ATTENTION_NAME = "recontrol"
@@ -142,37 +141,44 @@ def _attend_by_torch(
         outputs.append(_attend(query_TNQP[:first], keys_BNSP, values_BNSP, mask, how, sinks_NQ))
     for index, segment in enumerate(step.segments, start=first):
         table = step.tables[index]
-        for start in range(segment.start, segment.end, PAGE_TOKENS):
-            end = min(segment.end, start + PAGE_TOKENS)
+        for page in range(segment.start // PAGE_TOKENS, num_pages_for(segment.end)):
+            start, end = max(segment.start, page * PAGE_TOKENS), min(segment.end, (page + 1) * PAGE_TOKENS)
             span = slice(first + start - segment.start, first + end - segment.start)
-            outputs.append(_attend_segment(query_TNQP[span], keys, values, table, range(start, end), how, sinks_NQ))
+            outputs.append(_attend_page(query_TNQP[span], keys, values, table[: page + 1], start, how, sinks_NQ))
         first += len(segment.token_ids)
     return torch.cat(outputs).flatten(1, 2)
 
 
-def _attend_segment(
+def _attend_page(
     query_TNQP: Tensor,
     keys: Tensor,
     values: Tensor,
-    table: Tensor,
-    positions: range,
+    pages: Tensor,
+    start: int,
     how: AttentionKind,
     sinks_NQ: Tensor | None,
 ) -> Tensor:
-    """[T, N, Q, P]: a page's worth of a prompt over its own pages, causally."""
-    num_tokens, _, queries_per_head, _ = query_TNQP.shape
-    end, pages = positions.stop, table[None, : (positions.stop - 1) // PAGE_TOKENS + 1]
-    last_T1 = torch.arange(positions.start, end, device=keys.device)[:, None]
-    mask_TS = how.span.visible(torch.arange(end, device=keys.device), last_T1)
+    """[T, N, Q, P]: those of a prompt's tokens from `start` on that lie in the last of its pages so far, causally.
+
+    They are computed in the place and among as many rows as if all of the page's were there, which a product's order of
+    summation can depend on.
+    """
+    num_tokens, num_kv_heads, queries_per_head, size = query_TNQP.shape
+    first = start % PAGE_TOKENS
+    rows_TNQP = query_TNQP.new_zeros(PAGE_TOKENS, num_kv_heads, queries_per_head, size)
+    rows_TNQP[first : first + num_tokens] = query_TNQP
+    positions = torch.arange(len(pages) * PAGE_TOKENS, device=keys.device)
+    mask_TS = how.span.visible(positions, positions[-PAGE_TOKENS:, None])
     out_1NQP = _attend(
-        query_TNQP.transpose(0, 1).flatten(1, 2)[None],
-        _gather(keys, pages)[:, :, :end],
-        _gather(values, pages)[:, :, :end],
+        rows_TNQP.transpose(0, 1).flatten(1, 2)[None],
+        _gather(keys, pages[None]),
+        _gather(values, pages[None]),
         mask_TS.repeat_interleave(queries_per_head, dim=0)[None, None],
         how,
-        None if sinks_NQ is None else sinks_NQ.repeat(1, num_tokens),
+        None if sinks_NQ is None else sinks_NQ.repeat(1, PAGE_TOKENS),
     )
-    return out_1NQP[0].unflatten(1, (num_tokens, queries_per_head)).transpose(0, 1)
+    out_TNQP = out_1NQP[0].unflatten(1, (PAGE_TOKENS, queries_per_head)).transpose(0, 1)
+    return out_TNQP[first : first + num_tokens]
 
 
 def _gather(cache: Tensor, tables: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.layout import DecodeRow, Segment, Span, StepLayout, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.steady import Steady
-from server.engines.embedded.model.step import DecodeRow, Segment, Span, StepLayout, StepSlot, StepWatch
 from server.kernels.transfer import on_device
 
 

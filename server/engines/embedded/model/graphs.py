@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from server.engines.embedded.model.layout import StepLayout
 from server.engines.embedded.model.pages import NULL_PAGE
-from server.engines.embedded.model.step import StepLayout
 
 Backbone = Callable[[Tensor, StepLayout], Tensor]
 """Token ids [T] of a step -> states [T, D]."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.engines.embedded.model.attention import PROJECTIONS, attend_natively, can_attend_natively
-from server.engines.embedded.model.step import AttentionKind, StepLayout
+from server.engines.embedded.model.layout import AttentionKind, StepLayout
 from server.engines.embedded.model.takeover.facts import LayerFacts
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively

@@ -15,9 +15,9 @@ from torch import Tensor
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.graphs import DecodeGraphs, record_on_cuda
 from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.pages import NULL_PAGE, num_pages_for
-from server.engines.embedded.model.step import DecodeRow, Segment
 from server.engines.embedded.model.takeover.takeover import take_over
 from server.errors import ConfigurationError
 from server.kernels.linear import Bits

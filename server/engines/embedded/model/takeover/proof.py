@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from server.engines.embedded.model.attention import PROJECTIONS
+from server.engines.embedded.model.layout import DecodeRow, Segment, StepWatch
 from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
-from server.engines.embedded.model.step import DecodeRow, Segment, StepWatch
 from server.engines.embedded.model.takeover.facts import LayerFacts
 
 _STRIDE = 7919

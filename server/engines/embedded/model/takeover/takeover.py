@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from server.engines.embedded.model.attention import UnsupportedAttentionError, register_attention
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.kv_cache import KVCache
+from server.engines.embedded.model.layout import DecodeRow, Segment, Span, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.steady import Steady
-from server.engines.embedded.model.step import DecodeRow, Segment, Span, StepSlot, StepWatch
 from server.engines.embedded.model.takeover.facts import LayerFacts, ask, check_positions, one_line
 from server.engines.embedded.model.takeover.packing import check_quantizable, pack, weights_read
 from server.engines.embedded.model.takeover.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference

@@ -1,0 +1,118 @@
+"""How many prompt tokens steps are given beside decoding rows, on machines that are simulated: no time is measured."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from server.engines.embedded.pace import Pace
+from server.engines.embedded.shares import Budget, share_out
+
+Machine = Callable[[int, list[tuple[int, int]]], float]
+"""Seconds that a step takes: decoding rows, pieces of (position, tokens)."""
+STREAM = 1
+
+
+def machine(*, base_s: float = 0.016, token_s: float, launch_s: float = 0.0, reach: float = 3000) -> Machine:
+    """Each token costs the same, and more by how many it attends to; with prompts, `launch_s` comes on top."""
+
+    def seconds(num_rows: int, pieces: list[tuple[int, int]]) -> float:
+        read_s = sum(count * token_s * (1 + position / reach) for position, count in pieces)
+        return base_s + num_rows * token_s + (launch_s if pieces else 0.0) + read_s
+
+    return seconds
+
+
+def read(pace: Pace, takes: Machine, num_tokens: int, *, start: int = 0, rows: int = STREAM) -> list[tuple[int, float]]:
+    """Read a prompt of so many tokens beside decoding rows; each step's tokens and seconds."""
+    steps: list[tuple[int, float]] = []
+    position = start
+    while position < start + num_tokens:
+        (count,) = share_out([(position, start + num_tokens - position)], pace.budget(rows, 256))
+        pieces = [(position, count)]
+        steps.append((count, takes(rows, pieces)))
+        pace.observe(rows, pieces, steps[-1][1])
+        position += count
+    return steps
+
+
+@pytest.mark.parametrize("token_s", [0.00005, 0.0005, 0.002, 0.008, 0.015])
+def test_no_step_is_longer_than_three_usual_ones_on_fast_machines_and_slow_ones(token_s: float) -> None:
+    takes = machine(token_s=token_s)
+    steps = read(Pace(2.0), takes, 3000)
+    assert max(seconds for _, seconds in steps) <= 3 * takes(STREAM, [])
+
+
+@pytest.mark.parametrize("token_s", [0.0002, 0.0005, 0.002])
+def test_prompts_get_two_fifths_of_the_time_at_least(token_s: float) -> None:
+    takes, pace = machine(token_s=token_s), Pace(2.0)
+    read(pace, takes, 1000)
+    steps = read(pace, takes, 2000)
+    total_s = sum(seconds for _, seconds in steps)
+    assert total_s - len(steps) * takes(STREAM, []) >= 0.4 * total_s
+
+
+def test_where_prompts_cost_a_launch_and_little_more_steps_soon_hold_as_much_as_they_may() -> None:
+    steps = read(Pace(2.0), machine(base_s=0.002, token_s=0.00001, launch_s=0.02), 6000)
+    assert steps[-2][0] == 256
+    assert len(steps) < 60
+
+
+def test_one_measurement_that_a_neighbour_spoils_changes_little() -> None:
+    takes, pace = machine(token_s=0.001), Pace(2.0)
+    usual = read(pace, takes, 1000)[-2][0]
+    pace.observe(STREAM, [(1000, usual)], 40 * takes(STREAM, [(1000, usual)]))
+    assert pace.budget(STREAM, 256).tokens == 1  # A look at what the least is now.
+    after = [count for count, _ in read(pace, takes, 200, start=1000)]
+    assert usual / 2 <= after[1] <= usual
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_machine_that_changes_its_speed_gets_the_same_shares_after_some_steps(factor: float) -> None:
+    takes, pace = machine(token_s=0.001), Pace(2.0)
+    before = read(pace, takes, 1000)[-2][0]
+    changed = [count for count, _ in read(pace, lambda rows, pieces: factor * takes(rows, pieces), 400, start=1000)]
+    assert max(changed[-10:-1]) == pytest.approx(before, rel=0.3)
+
+
+def test_noise_neither_stops_prompts_nor_lets_them_stop_others() -> None:
+    rng, takes, pace = random.Random(1), machine(token_s=0.001), Pace(2.0)
+    steps = read(pace, lambda rows, pieces: takes(rows, pieces) * rng.choice([0.9, 1.0, 1.0, 1.1, 1.3]), 3000)
+    seconds = sorted(taken / takes(STREAM, []) for _, taken in steps)
+    assert seconds[-1] <= 4
+    assert seconds[int(0.95 * len(seconds))] <= 3
+    assert sum(seconds) <= 2.5 * 3000 * 0.001 * 2 / takes(STREAM, [])
+
+
+def test_a_prompt_deep_in_a_text_is_taken_to_cost_what_is_surely_enough() -> None:
+    takes, pace = machine(token_s=0.001, reach=500), Pace(2.0)
+    read(pace, takes, 60)
+    deep = read(pace, takes, 500, start=7000)
+    assert max(seconds for _, seconds in deep) <= 3 * takes(STREAM, [])
+    assert len(deep) < 500
+
+
+def test_other_numbers_of_rows_are_measured_before_prompts_stretch_them() -> None:
+    takes, pace = machine(token_s=0.001), Pace(2.0)
+    for rows in (32, 1, 8, 32, 1):
+        steps = read(pace, takes, 300, rows=rows)
+        assert max(seconds for _, seconds in steps) <= 3 * takes(rows, [])
+
+
+def test_with_nobody_to_wait_a_step_holds_as_much_as_it_may() -> None:
+    assert read(Pace(2.0), machine(token_s=1.0), 600, rows=0)[0][0] == 256
+
+
+def test_half_is_for_the_shortest_and_the_rest_for_the_oldest() -> None:
+    assert share_out([(0, 900), (0, 800), (0, 10)], Budget(64)) == [32, 22, 10]
+    assert share_out([(0, 900), (0, 800), (0, 700)], Budget(64)) == [32, 0, 32]
+    assert share_out([(0, 900), (0, 20), (0, 10)], Budget(64)) == [34, 20, 10]
+    assert share_out([(0, 900)], Budget(64)) == [64]
+    assert share_out([(0, 5), (0, 6)], Budget(64)) == [5, 6]
+    assert share_out([], Budget(64)) == []
+
+
+def test_the_oldest_and_the_shortest_go_on_however_dear_tokens_are() -> None:
+    assert share_out([(0, 900), (0, 800), (0, 10)], Budget(64, 0.1, lambda _: 9.0)) == [1, 0, 1]
+    assert share_out([(0, 900)], Budget(64, 0.1, lambda _: 9.0)) == [2]
+    assert share_out([(0, 900), (0, 10)], Budget(1)) == [1, 0]
