@@ -155,7 +155,8 @@ def _tiny(config_class: type[PreTrainedConfig], given: dict[str, Any], traits: d
     layers = PATTERNED_LAYERS if any(name in fields for name in _PATTERNS) else LAYERS
     rules = {**SIZES, **traits, **dict.fromkeys(_HIDDEN, hidden), **dict.fromkeys(_LAYER_COUNTS, layers)}
     arguments = {name: value for name, value in rules.items() if name in fields} | given
-    for name in config_class.sub_configs or {}:
+    parts: Any = config_class.sub_configs
+    for name in parts or {}:
         known = given.get(name, {})
         part = CONFIG_MAPPING[known["model_type"]] if "model_type" in known else type(getattr(config_class(), name))
         if part is not type(None):

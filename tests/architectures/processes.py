@@ -22,7 +22,7 @@ from tests.architectures.models import ROTATIONS, Case, NotApplicableError, make
 from tests.architectures.reference import Reference
 from tests.architectures.verdict import Verdict
 
-TIME_S = 240
+TIME_S = 600
 MEMORY_BYTES = 8 * 2**30
 
 
