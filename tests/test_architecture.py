@@ -34,7 +34,7 @@ ALLOWED = {
     "server.settings": (),
     "server.logs": (),
     "server.tracing": ("server.api.gate.context",),
-    "server.kernels": ("server.kernels", "value_models.linear"),
+    "server.kernels": ("server.errors", "server.kernels", "value_models.linear"),
     "server.control": ("value_models.heads", "value_models.head_folder", "value_models.store", "value_models.linear",
                        "server.errors",
                        "server.control", "server.kernels"),

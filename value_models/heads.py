@@ -18,7 +18,7 @@ Shapes: B rows, D hidden size, U units (rows of the first layer), H width of a h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,8 @@ from torch.nn import functional
 
 from value_models.linear import PackedLinear
 
+MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+"""From a weight [out, in] and a bias to the map, whose result for a row must not depend on other rows."""
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
 
@@ -124,6 +126,9 @@ class ValueHead(nn.Module):
         """The same head with other ascent rows (see value_models/ascent.py)."""
         return head_from_tensors(self.type_name, {**self.state_dict(), "ascent_UD": ascent_UD})
 
+    def map_with(self, linear: MakeLinear) -> None:  # noqa: B027
+        """Let `linear` make anew the maps between hidden layers, where there are any; torch alone does at first."""
+
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.detach().float().contiguous())
 
@@ -173,12 +178,17 @@ class MLPHead(ValueHead):
             self._keep(f"hidden_weight_{i}", weight)
             self._keep(f"hidden_bias_{i}", bias)
         _check_shape("out_weight", out_weight_H, (width,))
-        self._forward_layers = [
-            PackedLinear(w.float(), b.float()) for w, b in zip(hidden_weights, hidden_biases, strict=True)
-        ]
-        self._backward_layers = [PackedLinear(weight.float().t()) for weight in hidden_weights]
+        self._num_hidden = len(hidden_weights)
         self._keep("out_weight_H", out_weight_H)
         self._keep("out_bias", out_bias.reshape(()))
+        self.map_with(PackedLinear)
+
+    def map_with(self, linear: MakeLinear) -> None:
+        weights = [getattr(self, f"hidden_weight_{i}") for i in range(self._num_hidden)]
+        biases = [getattr(self, f"hidden_bias_{i}") for i in range(self._num_hidden)]
+        # In plain lists, since what these maps hold must not enter state_dict.
+        self._forward_layers = [linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        self._backward_layers = [linear(weight.t(), None) for weight in weights]
 
     def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
         linear_B, first_BH = units_BU[:, 0], units_BU[:, 1:]

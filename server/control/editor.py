@@ -26,7 +26,7 @@ from server.control.registry import MAX_STACKS, HeadStack
 from server.control.shared import SharedEdit, SharedRows, Shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
-from value_models.linear import PackedLinear
+from server.kernels.linear import FrozenLinear, frozen_linear
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
@@ -107,7 +107,7 @@ class StateEditor:
 
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
-        self._row_logits: dict[HeadStack, PackedLinear] = {}
+        self._row_logits: dict[HeadStack, FrozenLinear] = {}
         self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Shift] = {}
         self._shared_rows: SharedRows | None = None
 
@@ -178,13 +178,13 @@ class StateEditor:
             self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
         return self._shared_rows.edit(hidden_BD, logits_BV, apply=is_moving)
 
-    def _row_logits_of(self, stack: HeadStack) -> PackedLinear:
+    def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
             self._row_logits,
             MAX_STACKS,
             stack,
-            lambda: PackedLinear(self._unembedding.project(_rows_of(stack)).float().t()),
+            lambda: frozen_linear(self._unembedding.project(_rows_of(stack)).float().t()),
         )
 
     def _shift_of(self, group: EditGroup) -> Shift:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from server.control.base_match import base_warning
 from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
+from server.kernels.linear import FrozenLinear, frozen_linear
 from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
-from value_models.linear import PackedLinear
 from value_models.store import HeadCard, HeadFileError
 
 _log = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ class HeadStack:
     spans: tuple[slice, ...]
     inputs_UD: Tensor
     input_bias_U: Tensor
-    inputs: PackedLinear
+    inputs: FrozenLinear
     """h [R, D] -> z [R, U], by the two above."""
-    gram: PackedLinear
+    gram: FrozenLinear
     """c [R, U] -> change of z [R, U] by a step of size one."""
-    ascent: PackedLinear
+    ascent: FrozenLinear
     """c [R, U] -> change of h [R, D] by a step of size one."""
-    ascent_gram: PackedLinear
+    ascent_gram: FrozenLinear
     """c [R, U] -> inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
@@ -90,7 +90,7 @@ class HeadStack:
         """Standardised values in reward units, [R, K]."""
         return self.reward_mean_K + self.reward_scale_K * standardised_RK
 
-    def _between(self, gram: PackedLinear, slopes: Sequence[Tensor]) -> Tensor:
+    def _between(self, gram: FrozenLinear, slopes: Sequence[Tensor]) -> Tensor:
         """Each head's slopes with every head's, by a Gram matrix of their units: [R, K, K]."""
         num_rows, num_heads = slopes[0].shape[0], len(self.heads)
         steps_RKU = slopes[0].new_zeros(num_rows, num_heads, self.spans[-1].stop)
@@ -115,6 +115,8 @@ class HeadRegistry:
         self._cards = dict(cards or {})
         self._warnings = dict(warnings or {})
         self._stacks: dict[tuple[str, ...], HeadStack] = {}
+        for head in self._heads.values():
+            head.map_with(frozen_linear)
 
     @classmethod
     def load(
@@ -218,10 +220,10 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
         spans=tuple(slice(end - head.num_units, end) for end, head in zip(ends, heads, strict=True)),
         inputs_UD=inputs_UD.float().contiguous(),
         input_bias_U=bias_U.float().contiguous(),
-        inputs=PackedLinear(inputs_UD, bias_U),
-        gram=PackedLinear(inputs_UD @ ascent_UD.T),
-        ascent=PackedLinear(ascent_UD.T),
-        ascent_gram=PackedLinear(ascent_UD @ ascent_UD.T),
+        inputs=frozen_linear(inputs_UD, bias_U),
+        gram=frozen_linear(inputs_UD @ ascent_UD.T),
+        ascent=frozen_linear(ascent_UD.T),
+        ascent_gram=frozen_linear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),
         reward_scale_K=torch.stack([head.reward[1] for head in heads]),
         earned_K=None if earned is None else torch.tensor(earned, device=inputs_UD.device),

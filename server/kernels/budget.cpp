@@ -8,7 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#include "common.h"
+#include "simd.h"
 
 namespace recontrol {
 namespace {
@@ -18,12 +18,12 @@ constexpr double kAim[] = {0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5};
 constexpr double kCloseEnough = 0.97;
 
 float largest(const float* x, int64_t size) {
-    __m512 top = _mm512_set1_ps(-INFINITY);
+    Floats top = all(-INFINITY);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const __m512 v = _mm512_mask_loadu_ps(top, lanes_left(size - i), x + i);
-        top = _mm512_max_ps(top, v);
+        const Floats v = load(x + i, first_lanes(size - i), top);
+        top = max(top, v);
     }
-    return _mm512_reduce_max_ps(top);
+    return largest_of(top);
 }
 
 constexpr int64_t kBlock = 1024;  // summed in float32, blocks in float64
@@ -36,28 +36,28 @@ class Row {
     Row(const float* logits, const float* delta, float largest_delta, float share, const float* tilts, int64_t size,
         float* probs)
         : probs_(probs), delta_(delta), size_(size), peak_(largest_delta), share_(share) {
-        const __m512 top = _mm512_set1_ps(largest(logits, size)), peak = _mm512_set1_ps(peak_);
-        const __m512 most = _mm512_set1_ps(share);
+        const Floats top = all(largest(logits, size)), peak = all(peak_);
+        const Floats most = all(share);
         const bool is_known = tilts && share == 1.0f;
         for (int64_t begin = 0; begin < size; begin += kBlock) {
-            __m512 mass = _mm512_setzero_ps(), first = mass, second = mass, total = mass, weighted = mass;
+            Floats mass = zeros(), first = mass, second = mass, total = mass, weighted = mass;
             for (int64_t i = begin; i < std::min(begin + kBlock, size); i += kLanes) {
-                const __mmask16 mask = lanes_left(size - i);
-                const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), top);
-                const __m512 p = _mm512_maskz_mov_ps(mask, exp_ps(lowered));
-                _mm512_mask_storeu_ps(probs + i, mask, p);
-                const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta + i), peak);
-                const __m512 tilt = is_known ? _mm512_maskz_loadu_ps(mask, tilts + i) : exp_ps(_mm512_mul_ps(most, d));
-                const __m512 w = _mm512_mul_ps(p, tilt), pd = _mm512_mul_ps(p, d);
-                mass = _mm512_add_ps(mass, p);
-                first = _mm512_add_ps(first, pd);
-                second = _mm512_fmadd_ps(pd, d, second);
-                total = _mm512_add_ps(total, w);
-                weighted = _mm512_fmadd_ps(w, d, weighted);
+                const Mask mask = first_lanes(size - i);
+                const Floats lowered = sub(load_or_zero(logits + i, mask), top);
+                const Floats p = choose(mask, exp(lowered), zeros());
+                store(probs + i, mask, p);
+                const Floats d = sub(load_or_zero(delta + i, mask), peak);
+                const Floats tilt = is_known ? load_or_zero(tilts + i, mask) : exp(mul(most, d));
+                const Floats w = mul(p, tilt), pd = mul(p, d);
+                mass = add(mass, p);
+                first = add(first, pd);
+                second = fma(pd, d, second);
+                total = add(total, w);
+                weighted = fma(w, d, weighted);
             }
-            mass_ += _mm512_reduce_add_ps(mass);
-            first_ += _mm512_reduce_add_ps(first), second_ += _mm512_reduce_add_ps(second);
-            total_ += _mm512_reduce_add_ps(total), weighted_ += _mm512_reduce_add_ps(weighted);
+            mass_ += sum_of(mass);
+            first_ += sum_of(first), second_ += sum_of(second);
+            total_ += sum_of(total), weighted_ += sum_of(weighted);
         }
         full_ = of(share, total_, weighted_);
     }
@@ -68,19 +68,19 @@ class Row {
     // KL(softmax(l + s share d) || softmax(l)); not a number where it cannot be told, which is never within a bound.
     double divergence(float scale) const {
         const float taken = scale * share_;
-        const __m512 peak = _mm512_set1_ps(peak_), s = _mm512_set1_ps(taken);
+        const Floats peak = all(peak_), s = all(taken);
         double total = 0, weighted = 0;
         for (int64_t begin = 0; begin < size_; begin += kBlock) {
-            __m512 block = _mm512_setzero_ps(), times_d = block;
+            Floats block = zeros(), times_d = block;
             for (int64_t i = begin; i < std::min(begin + kBlock, size_); i += kLanes) {
-                const __mmask16 mask = lanes_left(size_ - i);
-                const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, delta_ + i), peak);
-                const __m512 p = _mm512_maskz_loadu_ps(mask, probs_ + i);
-                const __m512 w = _mm512_mul_ps(p, exp_ps(_mm512_mul_ps(s, d)));
-                block = _mm512_add_ps(block, w);
-                times_d = _mm512_fmadd_ps(w, d, times_d);
+                const Mask mask = first_lanes(size_ - i);
+                const Floats d = sub(load_or_zero(delta_ + i, mask), peak);
+                const Floats p = load_or_zero(probs_ + i, mask);
+                const Floats w = mul(p, exp(mul(s, d)));
+                block = add(block, w);
+                times_d = fma(w, d, times_d);
             }
-            total += _mm512_reduce_add_ps(block), weighted += _mm512_reduce_add_ps(times_d);
+            total += sum_of(block), weighted += sum_of(times_d);
         }
         return of(taken, total, weighted);
     }
@@ -146,36 +146,36 @@ struct Shift {
 
 void widen(const bf16* from, float* to, int64_t size) {
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) _mm512_storeu_ps(to + i, load_bf16(from + i));
+    for (; i + kLanes <= size; i += kLanes) store(to + i, load_bf16(from + i));
     for (; i < size; ++i) {
         const uint32_t bits = (uint32_t)from[i] << 16;
         std::memcpy(to + i, &bits, sizeof bits);
     }
 }
 
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 load(const bf16* p) { return load_bf16(p); }
+inline Floats widened(const float* p) { return load(p); }
+inline Floats widened(const bf16* p) { return load_bf16(p); }
 
 // Readings [heads] of a state, and its length. size a multiple of 16.
 template <class T>
 float read(const T* hidden, int64_t size, const Shift& shift, float* readings) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += kLanes) squares = _mm512_fmadd_ps(load(hidden + i), load(hidden + i), squares);
+    Floats squares = zeros();
+    for (int64_t i = 0; i < size; i += kLanes) squares = fma(widened(hidden + i), widened(hidden + i), squares);
     for (int64_t k = 0; k < shift.heads; ++k) {
-        __m512 sum = _mm512_setzero_ps();
+        Floats sum = zeros();
         for (int64_t i = 0; i < size; i += kLanes)
-            sum = _mm512_fmadd_ps(load(hidden + i), _mm512_loadu_ps(shift.weight + k * size + i), sum);
-        readings[k] = shift.each(k)[0] + _mm512_reduce_add_ps(sum);
+            sum = fma(widened(hidden + i), load(shift.weight + k * size + i), sum);
+        readings[k] = shift.each(k)[0] + sum_of(sum);
     }
-    return std::sqrt(_mm512_reduce_add_ps(squares));
+    return std::sqrt(sum_of(squares));
 }
 
-void add(float* logits, const float* delta, float scale, int64_t size) {
-    const __m512 s = _mm512_set1_ps(scale);
+void move(float* logits, const float* delta, float scale, int64_t size) {
+    const Floats s = all(scale);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const __mmask16 mask = lanes_left(size - i);
-        _mm512_mask_storeu_ps(logits + i, mask, _mm512_fmadd_ps(s, _mm512_maskz_loadu_ps(mask, delta + i),
-                                                                _mm512_maskz_loadu_ps(mask, logits + i)));
+        const Mask mask = first_lanes(size - i);
+        store(logits + i, mask, fma(s, load_or_zero(delta + i, mask),
+                                                                load_or_zero(logits + i, mask)));
     }
 }
 
@@ -226,7 +226,7 @@ EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, const bf16
             const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
                           scratch + omp_get_thread_num() * vocabulary);
             search(row, limits[r], &scale, &divergence);
-            if (apply && scale * share * ratio > 0) add(row_logits, shift.delta, scale * share, vocabulary);
+            if (apply && scale * share * ratio > 0) move(row_logits, shift.delta, scale * share, vocabulary);
         }
         taken[r] = scale * share;
         for (int64_t k = 0; k < shift.heads; ++k) {

@@ -1,7 +1,7 @@
 // What stands between the matrix products of a Llama-like layer. Rounds to bfloat16 wherever transformers does.
 #include <cmath>
 
-#include "common.h"
+#include "simd.h"
 
 using namespace recontrol;
 
@@ -12,20 +12,20 @@ EXPORT void add_rms_norm_bf16(const bf16* x, bf16* residual, const bf16* weight,
 #pragma omp parallel for schedule(static) if (rows > 4)
     for (int64_t r = 0; r < rows; ++r) {
         bf16* row = residual + r * size;
-        __m512 squares = _mm512_setzero_ps();
+        Floats squares = zeros();
         for (int64_t i = 0; i < size; i += kLanes) {
-            __m512 value = load_bf16(row + i);
+            Floats value = load_bf16(row + i);
             if (x) {
-                value = round_bf16(_mm512_add_ps(value, load_bf16(x + r * size + i)));
+                value = round_bf16(add(value, load_bf16(x + r * size + i)));
                 store_bf16(row + i, value);
             }
-            squares = _mm512_fmadd_ps(value, value, squares);
+            squares = fma(value, value, squares);
         }
-        const float mean = _mm512_reduce_add_ps(squares) / (float)size;
-        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
+        const float mean = sum_of(squares) / (float)size;
+        const Floats scale = all(1.0f / std::sqrt(mean + epsilon));
         for (int64_t i = 0; i < size; i += kLanes) {
-            const __m512 normed = round_bf16(_mm512_mul_ps(load_bf16(row + i), scale));
-            store_bf16(out + r * size + i, _mm512_mul_ps(load_bf16(weight + i), normed));
+            const Floats normed = round_bf16(mul(load_bf16(row + i), scale));
+            store_bf16(out + r * size + i, mul(load_bf16(weight + i), normed));
         }
     }
 }
@@ -36,10 +36,10 @@ EXPORT void silu_mul_bf16(const bf16* gate_up, bf16* out, int64_t rows, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* gate = gate_up + r * 2 * size;
         for (int64_t i = 0; i < size; i += kLanes) {
-            const __m512 g = load_bf16(gate + i);
-            const __m512 one_plus = _mm512_add_ps(_mm512_set1_ps(1.0f), exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-            const __m512 activated = round_bf16(_mm512_div_ps(g, one_plus));
-            store_bf16(out + r * size + i, _mm512_mul_ps(activated, load_bf16(gate + size + i)));
+            const Floats g = load_bf16(gate + i);
+            const Floats one_plus = add(all(1.0f), exp(sub(zeros(), g)));
+            const Floats activated = round_bf16(div(g, one_plus));
+            store_bf16(out + r * size + i, mul(activated, load_bf16(gate + size + i)));
         }
     }
 }
@@ -56,10 +56,10 @@ EXPORT void rotate_bf16(bf16* qkv, int64_t stride, const int64_t* positions, con
         for (int64_t h = 0; h < num_heads; ++h) {
             bf16* head = qkv + r * stride + h * head_size;
             for (int64_t i = 0; i < half; i += kLanes) {
-                const __m512 cosine = _mm512_loadu_ps(c + i), sine = _mm512_loadu_ps(s + i);
-                const __m512 a = load_bf16(head + i), b = load_bf16(head + half + i);
-                store_bf16(head + i, _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine)));
-                store_bf16(head + half + i, _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine)));
+                const Floats cosine = load(c + i), sine = load(s + i);
+                const Floats a = load_bf16(head + i), b = load_bf16(head + half + i);
+                store_bf16(head + i, fms(a, cosine, mul(b, sine)));
+                store_bf16(head + half + i, fma(b, cosine, mul(a, sine)));
             }
         }
     }

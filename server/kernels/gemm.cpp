@@ -1,79 +1,158 @@
-// y = x W^T + b for frozen bfloat16 weights, packed once.
+// y = x W^T + b for frozen weights, packed once: float32 for float32, bfloat16 for bfloat16.
 //
-// Packed layout: panels of 32 outputs; in each, for every pair of inputs, 32 pairs of weights. Each output element is
-// one chain of fused products over the inputs in order, whatever the number of rows.
-#include <cstring>
-
-#include "common.h"
+// Packed layout: panels of 32 outputs. float32: in each panel, for every input, 32 weights. bfloat16: for every pair of
+// inputs, 32 pairs of weights, the number of inputs padded with zeros to a multiple of 32, so that AMX's tiles (amx.h)
+// read the same layout. Each output element is one chain of fused products over the inputs in order, whatever the
+// number of rows.
+#include "amx.h"
+#include "gemm.h"
 
 namespace recontrol {
 namespace {
 
-constexpr int kPanel = 32;
-constexpr int kMaxTile = 12;
+struct Float32 {
+    using Number = float;
+    static constexpr int kStep = 1;
+    static int64_t panel_size(int64_t inputs) { return inputs * kPanel; }
+    static Floats weights(const float* p) { return load(p); }
+    static Floats inputs(const float* p) { return all(*p); }
+    static Floats last_inputs(const float* p) { return all(*p); }
+    static Floats multiply(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
+};
 
-template <int M>
-void tile(const bf16* x, int64_t x_stride, const bf16* panel, int64_t pairs, __m512 out[][2]) {
-    __m512 acc[M][2];
+struct Bfloat16 {
+    using Number = bf16;
+    static constexpr int kStep = 2;
+    static int64_t panel_size(int64_t inputs) { return padded(inputs) * kPanel; }
+    static Pairs weights(const bf16* p) { return load_pairs(p); }
+    static Pairs inputs(const bf16* p) { return all_pairs(p); }
+    static Pairs last_inputs(const bf16* p) { return all_pairs((int32_t)*p); }
+    static Floats multiply(Floats sum, Pairs w, Pairs x) { return dot(sum, w, x); }
+};
+
+// Sums [M][kHalves] over all inputs of M rows, for the halves of a panel that begin at `panel`.
+template <class Format, int M>
+void tile(const typename Format::Number* x, int64_t x_stride, const typename Format::Number* panel, int64_t inputs,
+          Floats out[][kHalves]) {
+    constexpr int kStep = Format::kStep;
+    Floats acc[M][kHalves];
     // Unrolled, so that the accumulators are registers and nothing else.
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; ++k) {
-        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel);
-        const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel + 2 * kLanes);
-        _mm_prefetch((const char*)(panel + (k + 16) * 2 * kPanel), _MM_HINT_T0);
-        _mm_prefetch((const char*)(panel + (k + 16) * 2 * kPanel + 2 * kLanes), _MM_HINT_T0);
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < kHalves; ++h) acc[m][h] = zeros();
+    const auto step = [&](int64_t k, auto inputs_at) {
+        const auto* w = panel + k * kPanel;
+        _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char*)w + 2048 + 64, _MM_HINT_T0);
+        decltype(Format::weights(w)) weights[kHalves];
+        for (int h = 0; h < kHalves; ++h) weights[h] = Format::weights(w + h * kLanes * kStep);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-            int32_t pair;
-            std::memcpy(&pair, x + m * x_stride + 2 * k, sizeof pair);
-            const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
-            acc[m][0] = _mm512_dpbf16_ps(acc[m][0], w0, xs);
-            acc[m][1] = _mm512_dpbf16_ps(acc[m][1], w1, xs);
+            const auto xs = inputs_at(x + m * x_stride + k);
+            for (int h = 0; h < kHalves; ++h) acc[m][h] = Format::multiply(acc[m][h], weights[h], xs);
         }
-    }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= inputs; k += kStep) step(k, Format::inputs);
+    if (k < inputs) step(k, Format::last_inputs);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) out[m][0] = acc[m][0], out[m][1] = acc[m][1];
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < kHalves; ++h) out[m][h] = acc[m][h];
 }
 
-using Tile = void (*)(const bf16*, int64_t, const bf16*, int64_t, __m512[][2]);
-constexpr Tile kTiles[kMaxTile + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,
-                                       tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
+template <class Format>
+void linear(const typename Format::Number* x, const typename Format::Number* packed, const float* bias, void* y,
+            int64_t rows, int64_t inputs, int64_t outputs, bool is_f32) {
+    using Number = typename Format::Number;
+    using Tile = void (*)(const Number*, int64_t, const Number*, int64_t, Floats[][kHalves]);
+    static constexpr Tile kTiles[] = {
+        nullptr,         tile<Format, 1>, tile<Format, 2>, tile<Format, 3>, tile<Format, 4>,
+#ifdef __AVX512F__
+        tile<Format, 5>, tile<Format, 6>, tile<Format, 7>, tile<Format, 8>, tile<Format, 9>,
+        tile<Format, 10>, tile<Format, 11>, tile<Format, 12>,
+#endif
+    };
+    const int64_t panels = panels_of(outputs), tiles = (rows + kMaxTile - 1) / kMaxTile;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t t = 0; t < tiles; ++t) {
+            // Tiles of nearly equal size.
+            const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+            for (int half = 0; half < 2; half += kHalves) {
+                Floats out[kMaxTile][kHalves];
+                const Number* panel = packed + p * Format::panel_size(inputs) + half * kLanes * Format::kStep;
+                kTiles[count](x + first * inputs, inputs, panel, inputs, out);
+                for (int64_t m = 0; m < count; ++m)
+                    for (int h = 0; h < kHalves; ++h)
+                        store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes, outputs,
+                                      bias, is_f32);
+            }
+        }
+}
+
+#ifdef __AMX_BF16__
+void linear_on_tiles(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
+                     int64_t outputs, bool is_f32) {
+    if (rows == 0) return;
+    const TileInputs tiled(x, rows, inputs);
+    const Blocks blocks(rows);
+    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
+    const int64_t panels = panels_of(outputs);
+#pragma omp parallel
+    {
+        const Tiles tiles(blocks.size);
+        alignas(64) float sums[kBlockRows * kPanel];
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; ++p)
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
+                sum(tiled, first, 0, tiled.groups(), packed + p * Bfloat16::panel_size(inputs), sums);
+                store_panel(sums, count, y, first, p, outputs, bias, is_f32);
+            }
+    }
+}
+#endif
+
+// weight [outputs, inputs] -> [panels, inputs / kStep, 32, kStep], zeros where there is no weight.
+template <class Format>
+void pack(const typename Format::Number* weight, int64_t outputs, int64_t inputs, typename Format::Number* packed) {
+    constexpr int kStep = Format::kStep;
+    const int64_t panels = panels_of(outputs), size = Format::panel_size(inputs);
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t row = p * kPanel + i / kStep % kPanel, k = i / (kStep * kPanel) * kStep + i % kStep;
+            packed[p * size + i] = row < outputs && k < inputs ? weight[row * inputs + k] : 0;
+        }
+}
 
 }  // namespace
 }  // namespace recontrol
 
 using namespace recontrol;
 
-// weight [outputs, inputs] -> packed [ceil(outputs / 32), inputs / 2, 32, 2]; inputs must be even.
-EXPORT void pack_bf16(const bf16* weight, int64_t outputs, int64_t inputs, bf16* packed) {
-    const int64_t panels = (outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for
-    for (int64_t p = 0; p < panels; ++p)
-        for (int64_t k = 0; k < inputs; k += 2)
-            for (int64_t n = 0; n < kPanel; ++n) {
-                const int64_t row = p * kPanel + n;
-                bf16* target = packed + ((p * inputs / 2 + k / 2) * kPanel + n) * 2;
-                target[0] = row < outputs ? weight[row * inputs + k] : 0;
-                target[1] = row < outputs ? weight[row * inputs + k + 1] : 0;
-            }
+// weight [outputs, inputs] -> packed [ceil(outputs / 32), inputs, 32].
+EXPORT void pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed) {
+    pack<Float32>(weight, outputs, inputs, packed);
 }
 
-// y [rows, outputs] in float32 if out_f32, else bfloat16; bias [outputs] float32 or null. Rows of x are x_stride apart.
-EXPORT void linear_bf16(const bf16* x, int64_t x_stride, const bf16* packed, const float* bias, void* y, int64_t rows,
-                        int64_t inputs, int64_t outputs, int out_f32) {
-    const int64_t panels = (outputs + kPanel - 1) / kPanel, pairs = inputs / 2;
-    const int64_t tiles = (rows + kMaxTile - 1) / kMaxTile;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
-        const bf16* panel = packed + p * pairs * kPanel * 2;
-        for (int64_t t = 0; t < tiles; ++t) {
-            // Tiles of nearly equal size.
-            const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-            __m512 out[kMaxTile][2];
-            kTiles[count](x + first * x_stride, x_stride, panel, pairs, out);
-            for (int64_t m = 0; m < count; ++m)
-                store_panel(out[m], y, (first + m) * outputs, p * kPanel, outputs, bias, out_f32);
-        }
-    }
+// weight [outputs, inputs] -> packed [ceil(outputs / 32), ceil(inputs / 32) * 16, 32, 2].
+EXPORT void pack_bf16(const bf16* weight, int64_t outputs, int64_t inputs, bf16* packed) {
+    pack<Bfloat16>(weight, outputs, inputs, packed);
+}
+
+// x [rows, inputs], bias [outputs] float32 or null, y [rows, outputs] float32 if out_f32, else bfloat16.
+EXPORT void linear_f32(const float* x, const float* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
+                       int64_t outputs, int out_f32) {
+    linear<Float32>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+}
+
+// As above.
+EXPORT void linear_bf16(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
+                        int64_t outputs, int out_f32) {
+#ifdef __AMX_BF16__
+    linear_on_tiles(x, packed, bias, y, rows, inputs, outputs, out_f32);
+#else
+    linear<Bfloat16>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+#endif
 }

@@ -1,7 +1,7 @@
 """Linear maps with frozen weights in the fastest form that this machine has, for whole models.
 
-A row's result never depends on the other rows of the batch: natively by construction, elsewhere as
-value_models/linear.py has it. Enter at `frozen_linear`.
+A row's result never depends on the other rows of the batch: natively since the order of summation is one for every
+number of rows, elsewhere as value_models/linear.py has it. Enter at `frozen_linear`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from server.kernels import native
+from server.kernels import Kernels, native
 from value_models.linear import PackedLinear
 
 Bits = Literal[4, 8, 16]
@@ -29,7 +29,10 @@ class FrozenLinear(Protocol):
 
 
 class NativeLinear(nn.Module):
-    """By the native kernels: bfloat16 x, W [out, in] in bfloat16 or in 4 or 8 bits."""
+    """By the native kernels: W [out, in] in float32, bfloat16 or float16, or made of bfloat16 in 4 or 8 bits.
+
+    Sums are float32. Float16 is widened to float32, and takes its memory. `library` is for tests of a certain level.
+    """
 
     def __init__(
         self,
@@ -37,35 +40,47 @@ class NativeLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         bits: Bits = 16,
-        out_dtype: torch.dtype = torch.bfloat16,
+        out_dtype: torch.dtype | None = None,
+        library: Kernels | None = None,
     ) -> None:
         super().__init__()
-        library: Any = native()
+        kernels: Any = library or native()
         weight = weight.detach().contiguous()
         self.out_features, self.in_features = weight.shape
-        self._out_dtype = out_dtype
+        self._dtype, self._out_dtype = weight.dtype, out_dtype or weight.dtype
         self._bias = None if bias is None else bias.detach().float().contiguous()
         # Plain attributes: packed tensors must not enter state_dict.
-        self._packed, self._scales = _packed(weight) if bits == 16 else _quantized(weight, bits)
-        self._call = {4: library.linear_int4, 8: library.linear_int8, 16: library.linear_bf16}[bits]
-        weights = [self._packed] if self._scales is None else [self._packed, self._scales]
+        if bits != 16:
+            self._packed = _quantized(weight, bits)
+            self._call = kernels.linear_int4 if bits == 4 else kernels.linear_int8
+        elif weight.dtype == torch.bfloat16:
+            self._packed = (_packed(weight, kernels.pack_bf16, padded_to=_GROUP),)
+            self._call = kernels.linear_bf16
+        else:
+            self._packed = (_packed(weight.float(), kernels.pack_f32, padded_to=1),)
+            self._call = kernels.linear_f32
+        self._is_narrow = weight.dtype == torch.bfloat16
         self._addresses = (
-            *(tensor.data_ptr() for tensor in weights), None if self._bias is None else self._bias.data_ptr()
+            *(tensor.data_ptr() for tensor in self._packed), None if self._bias is None else self._bias.data_ptr()
         )  # fmt: skip
-        self._is_float32 = int(out_dtype == torch.float32)
+        self._written_dtype = torch.bfloat16 if self._out_dtype == torch.bfloat16 else torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] bfloat16 -> [..., out] in out_dtype."""
-        rows = x.reshape(-1, self.in_features).contiguous()
-        y = torch.empty(rows.shape[0], self.out_features, dtype=self._out_dtype)
+        """[..., in] in the weight's dtype -> [..., out] in out_dtype."""
+        if x.dtype != self._dtype:
+            raise TypeError(f"x is {x.dtype}, the weight {self._dtype}")
+        rows = x.reshape(-1, self.in_features)
+        rows = (rows if self._is_narrow else rows.float()).contiguous()
+        y = torch.empty(rows.shape[0], self.out_features, dtype=self._written_dtype)
         self.write(rows.data_ptr(), y.data_ptr(), rows.shape[0])
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.to(self._out_dtype).view(*x.shape[:-1], self.out_features)
 
     def write(self, x: int, y: int, rows: int) -> None:
-        """From contiguous rows at address x to those at y."""
+        """From contiguous rows at address x, bfloat16 for such weights and else float32, to those at y."""
         self._call(
-            x, self.in_features, *self._addresses, y, rows, self.in_features, self.out_features, self._is_float32
-        )
+            x, *self._addresses, y, rows, self.in_features, self.out_features,
+            int(self._written_dtype == torch.float32),
+        )  # fmt: skip
 
 
 def frozen_linear(
@@ -77,25 +92,24 @@ def frozen_linear(
     `can_run_natively`.
     """
     if can_run_natively(weight, bits=bits):
-        return NativeLinear(weight, bias, bits=bits, out_dtype=out_dtype or weight.dtype)
+        return NativeLinear(weight, bias, bits=bits, out_dtype=out_dtype)
     return PackedLinear(weight, bias)
 
 
 def can_run_natively(weight: Tensor, *, bits: Bits = 16) -> bool:
-    return (
-        native() is not None
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and weight.shape[1] % (2 if bits == 16 else _GROUP) == 0
-    )
+    if native() is None or weight.device.type != "cpu":
+        return False
+    if bits == 16:
+        return weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % _GROUP == 0
 
 
-def _packed(weight: Tensor) -> tuple[Tensor, None]:
-    library: Any = native()
+def _packed(weight: Tensor, pack: Any, *, padded_to: int) -> Tensor:
     num_outputs, num_inputs = weight.shape
-    packed = torch.empty(-(-num_outputs // _PANEL) * num_inputs * _PANEL, dtype=torch.bfloat16)
-    library.pack_bf16(weight.data_ptr(), num_outputs, num_inputs, packed.data_ptr())
-    return packed, None
+    size = -(-num_outputs // _PANEL) * _PANEL * -(-num_inputs // padded_to) * padded_to
+    packed = torch.empty(size, dtype=weight.dtype)
+    pack(weight.data_ptr(), num_outputs, num_inputs, packed.data_ptr())
+    return packed
 
 
 def _quantized(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,21 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "simd.h"
 
 namespace recontrol {
 namespace {
 
 // Largest entry; NaN if any is NaN.
 float highest(const float* x, int64_t size) {
-    __m512 top = _mm512_set1_ps(-INFINITY);
-    __mmask16 is_nan = 0;
+    Floats top = all(-INFINITY);
+    Mask unordered = first_lanes(0);
     for (int64_t i = 0; i < size; i += kLanes) {
-        const __m512 v = _mm512_mask_loadu_ps(top, lanes_left(size - i), x + i);
-        is_nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        top = _mm512_max_ps(top, v);
+        const Floats v = load(x + i, first_lanes(size - i), top);
+        unordered = either(unordered, is_nan(v));
+        top = max(top, v);
     }
-    return is_nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(top);
+    return any(unordered) ? std::numeric_limits<float>::quiet_NaN() : largest_of(top);
 }
 
 // p = exp(scale * (x - top)), returns the sum.
@@ -28,36 +28,35 @@ double exponentials(const float* x, float* p, int64_t size, float top, float sca
     constexpr int64_t kBlock = 1024;
     double total = 0;
     for (int64_t first = 0; first < size; first += kBlock) {
-        __m512 sum = _mm512_setzero_ps();
+        Floats sum = zeros();
         for (int64_t i = first; i < std::min(first + kBlock, size); i += kLanes) {
-            const __mmask16 mask = lanes_left(size - i);
-            const __m512 lowered = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(top));
-            const __m512 e = _mm512_maskz_mov_ps(mask, exp_ps(_mm512_mul_ps(lowered, _mm512_set1_ps(scale))));
-            _mm512_mask_storeu_ps(p + i, mask, e);
-            sum = _mm512_add_ps(sum, e);
+            const Mask mask = first_lanes(size - i);
+            const Floats lowered = sub(load_or_zero(x + i, mask), all(top));
+            const Floats e = choose(mask, exp(mul(lowered, all(scale))), zeros());
+            store(p + i, mask, e);
+            sum = add(sum, e);
         }
-        total += _mm512_reduce_add_ps(sum);
+        total += sum_of(sum);
     }
     return total;
 }
 
 double sum_from(const float* p, int64_t size, float least) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = zeros();
     for (int64_t i = 0; i < size; i += kLanes) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes_left(size - i), p + i);
-        sum = _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ), sum, v);
+        const Floats v = load_or_zero(p + i, first_lanes(size - i));
+        sum = add(sum, choose(is_at_least(v, all(least)), v, zeros()));
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of(sum);
 }
 
 void take_from(const float* p, int64_t size, float least, std::vector<float>& out) {
     out.resize(size + kLanes);
     float* end = out.data();
     for (int64_t i = 0; i < size; i += kLanes) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes_left(size - i), p + i);
-        const __mmask16 mask = lanes_left(size - i) & _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GE_OQ);
-        _mm512_mask_compressstoreu_ps(end, mask, v);
-        end += __builtin_popcount(mask);
+        const Floats v = load_or_zero(p + i, first_lanes(size - i));
+        const Mask mask = both(first_lanes(size - i), is_at_least(v, all(least)));
+        end += store_chosen(end, mask, v);
     }
     out.resize(end - out.data());
 }

@@ -72,7 +72,7 @@ class Traffic(TorchDispatchMode):
 def measured(head: str | None) -> tuple[float, float, int]:
     """FLOPs, bytes and kernels of the editor's step on a device without arithmetic, which takes the GPU's way."""
     registry = HeadRegistry({name: value.to("meta") for name, value in HEADS.items()})
-    editor = StateEditor(LMHead(nn.Linear(D, V, bias=False, device="meta", dtype=torch.bfloat16), None))
+    editor = StateEditor(LMHead(nn.Linear(D, V, bias=False, device="meta", dtype=torch.bfloat16)))
     control = head and ControlParams.model_validate({"objective": {"weights": {head: 1.0}}})
     plan = EditPlan.from_rows([control or None] * ROWS, registry, device="meta")
     hidden_BD = torch.empty(ROWS, D, device="meta", dtype=torch.bfloat16)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from server.kernels import LEVELS, machine_levels
 from tests.deploy.conftest import ROOT, check, require, wait_until
 from tests.deploy.test_manifests import GRACE_S, POD, values
 
@@ -174,7 +174,8 @@ def test_the_image_holds_what_serves_and_nothing_that_built_it(image: Image) -> 
     for left in ("root/.cache", "var/cache/apt/archives/*.deb", "var/lib/apt/lists/*Packages*"):
         assert not list(image.root.glob(left))
     packages = image.root / "opt/recontrol/lib/python3.11/site-packages"
-    assert len(list((packages / "server/kernels").glob("_native*.so"))) == 1
+    kernels = {path.name.split(".")[0].removeprefix("_native_") for path in (packages / "server/kernels").glob("*.so")}
+    assert kernels == set(LEVELS)
     assert not (packages / "tests").exists()
     uid = int(image.config["User"].split(":")[0])
     owned = {path for path in files if uid in (path.stat().st_uid, path.stat().st_gid)}
@@ -211,7 +212,7 @@ def test_a_container_serves_with_control_and_finishes_cleanly_when_stopped(image
         heads = container.python("import httpx; print(httpx.get('http://127.0.0.1:8000/v1/heads').text)")
         assert {head["name"] for head in heads["data"]} == HEADS
         loaded = Path(f"/proc/{container.pid}/maps").read_text()
-        assert ("server/kernels/_native" in loaded) == torch.cpu._is_avx512_bf16_supported()
+        assert all(f"server/kernels/_native_{level}." in loaded for level in machine_levels()[-1:])
         container.stop()
         assert container.sandbox.wait(GRACE_S) == 0, log.read_text()
     assert "Application shutdown complete" in log.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.kernels import native
+from server.kernels import linear, native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively, frozen_linear
 from value_models.linear import PackedLinear
 
@@ -55,9 +55,10 @@ def test_constant_groups_have_a_scale_of_zero_and_no_nan() -> None:
         assert torch.equal(linear(torch.ones(3, 64).bfloat16()), torch.zeros(3, 32).bfloat16())
 
 
-def test_what_no_kernel_takes_goes_through_torch() -> None:
+def test_what_no_kernel_takes_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, _ = weights()
     assert isinstance(frozen_linear(weight, bias), NativeLinear)
-    assert isinstance(frozen_linear(weight.float(), bias), PackedLinear)
-    assert isinstance(frozen_linear(weight[:, :95], bias.bfloat16()), PackedLinear)
     assert not can_run_natively(weight[:, :80], bits=4)
+    assert not can_run_natively(weight.float(), bits=8)
+    monkeypatch.setattr(linear, "native", lambda: None)
+    assert isinstance(frozen_linear(weight, bias), PackedLinear)

@@ -112,7 +112,7 @@ def test_an_edit_is_what_the_embedded_engines_editor_makes_of_it(registry: HeadR
     linear = nn.Linear(HIDDEN, VOCAB, bias=False)
     linear.weight = nn.Parameter(model.linear.weight[:VOCAB], requires_grad=False)
     plan = EditPlan.from_rows(CONTROLS, registry)
-    expected_BV, _ = StateEditor(LMHead(linear, object())).logits(states(6), plan)
+    expected_BV, _ = StateEditor(LMHead(linear)).logits(states(6), plan)
     row_control = RowControl(registry, unembedding_of(model))
     logits_BV = row_control.logits(states(6), rows_for(row_control, CONTROLS))
     torch.testing.assert_close(logits_BV, expected_BV, atol=1e-4, rtol=1e-5)

@@ -34,7 +34,6 @@ HARMLESS_OPTIONS = frozenset(
     {"dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "sliding_window", "use_cache"}
 )
 """Arguments of transformers' attention functions that change nothing here: a window is read from the layer's mask."""
-_MAX_NATIVE_GROUP = 8
 
 
 class UnsupportedAttentionError(ValueError):
@@ -154,6 +153,21 @@ class StepLayout:
         return self.masks[span]
 
 
+@dataclass(slots=True)
+class StepSlot:
+    """Where a backbone's attention finds the step that it works in; not every model hands arguments on to it."""
+
+    step: Any = None
+
+    @classmethod
+    def of(cls, backbone: nn.Module, step: Any = None) -> StepSlot:
+        """A new one, which all modules of the backbone have from now on."""
+        slot = cls(step)
+        for module in backbone.modules():
+            module.recontrol = slot  # type: ignore[assignment]
+        return slot
+
+
 def register_attention() -> str:
     """Make the attention below known to transformers; harmless when repeated."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
@@ -167,7 +181,6 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: StepLayout,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -180,15 +193,15 @@ def paged_attention(
     if attention_mask is not None or (unknown := unknown_options(options)):
         raise UnsupportedAttentionError(f"attention masks of the model's own or options {sorted(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    step: StepLayout = module.recontrol.step  # type: ignore[union-attr]
     how = attention_kind(key, scaling, softcap, step.spans[layer])
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     if step.watch is not None:
         for what, given in zip(PROJECTIONS, rows, strict=True):
             step.watch.saw(layer, what, given)
     keys, values = step.kv.layer(layer, *rows[1:])
-    group = query.shape[1] // key.shape[1]
     is_plain = s_aux is None and how.span.chunk is None and key.shape == value.shape
-    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3], group):
+    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3]):
         out_TNP = torch.empty_like(rows[0])
         addresses = [row.data_ptr() for row in rows]
         strides = [row.stride(0) for row in rows]
@@ -208,9 +221,8 @@ def attention_kind(key: Tensor, scaling: float | None, softcap: float | None, sp
     return AttentionKind(key.shape[3] ** -0.5 if scaling is None else scaling, span, softcap)
 
 
-def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int, group: int) -> bool:
-    is_fit = dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and group <= _MAX_NATIVE_GROUP
-    return is_fit and native() is not None
+def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and native() is not None
 
 
 def attend_natively(

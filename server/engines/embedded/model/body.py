@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.engines.embedded.model.attention import DecodeRow, Segment, Span, StepLayout, StepWatch
+from server.engines.embedded.model.attention import DecodeRow, Segment, Span, StepLayout, StepSlot, StepWatch
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loose_products import LooseProducts
@@ -29,6 +29,7 @@ class Body:
     spans: Mapping[int, Span]
     """By index of the layer, what its attention sees."""
     device: torch.device
+    slot: StepSlot = field(default_factory=StepSlot)
     products: LooseProducts | None = None
     """Of a backbone that multiplies outside its linear layers."""
 
@@ -48,8 +49,7 @@ class Body:
 
     def states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
         """[T, D] in the model's dtype."""
+        self.slot.step = step
         with self.products or nullcontext():
-            output = self.backbone(
-                input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False, step=step
-            )
+            output = self.backbone(input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False)
         return output.last_hidden_state[0]

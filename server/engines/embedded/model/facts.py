@@ -11,18 +11,20 @@ Shapes: T tokens, N key-value heads, P size of an attention head.
 from __future__ import annotations
 
 import bisect
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from server.engines.embedded.model.attention import (
     ALL_BEFORE,
     AttentionKind,
     Span,
+    StepSlot,
     UnsupportedAttentionError,
     attention_kind,
     unknown_options,
@@ -98,11 +100,49 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
     }
 
 
-def _notes(backbone: Any, max_len: int, start: int) -> _Notes:
+def _notes(backbone: Any, max_len: int, start: int, **options: Any) -> _Notes:
     notes = _Notes(max_len)
+    StepSlot.of(backbone, notes)
     ids = torch.arange(1, _TOKENS + 1, device=backbone.device)[None]
-    backbone(input_ids=ids, position_ids=ids - 1 + start, use_cache=False, step=notes)
+    backbone(input_ids=ids, position_ids=ids - 1 + start, **{"use_cache": False, **options})
     return notes
+
+
+def check_positions(backbone: Any, max_len: int) -> None:
+    """Whether the model takes positions from where they are given alone, also far into a text.
+
+    Some scale queries by the length of transformers' cache, which this engine does not use; most only after thousands
+    of tokens, so that no short text shows it. The backbone is left with this file's attention. Raises
+    UnsupportedAttentionError.
+    """
+    backbone.set_attn_implementation(NOTES_NAME)
+    start = max_len - _TOKENS
+    name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    given = _notes(backbone, max_len, start)
+    with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
+    for index, query in given.queries.items():
+        if not torch.equal(query, with_past.queries[index]):
+            raise UnsupportedAttentionError(f"layer {index} counts positions by the length of a cache")
+
+
+class _Past(DynamicCache):
+    """A cache of so many tokens of which nothing is kept."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
+        return self._length + int(query_length), 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 def _note(
@@ -112,7 +152,6 @@ def _note(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: _Notes,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -121,9 +160,10 @@ def _note(
     """Every token attends to itself alone, so that states do not depend on positions."""
     if unknown := unknown_options(options):
         raise UnsupportedAttentionError(f"its attention takes {', '.join(sorted(unknown))}, which are not served")
-    kind = attention_kind(key, scaling, softcap, _span(module, attention_mask, step.max_len))
-    step.take(module, (query, key, value), kind, has_sinks=s_aux is not None)
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+    notes: _Notes = module.recontrol.step  # type: ignore[union-attr]
+    kind = attention_kind(key, scaling, softcap, _span(module, attention_mask, notes.max_len))
+    notes.take(module, (query, key, value), kind, has_sinks=s_aux is not None)
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
 def _mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, **_: Any) -> Tensor:

@@ -93,8 +93,9 @@ class NativeLlama(nn.Module):
         other._layers = [replace(layer, how=facts[layer.index].kind) for layer in self._layers]
         return other
 
-    def forward(self, *, input_ids: Tensor, step: StepLayout, **_: Any) -> SimpleNamespace:
+    def forward(self, *, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         """input_ids [1, T]; positions come with the step."""
+        step: StepLayout = self.recontrol.step  # type: ignore[union-attr]
         residual_TD = self._embedding(input_ids[0])
         num_rows, size = residual_TD.shape
         num_heads, num_kv_heads, head_size = self._num_heads, self._num_kv_heads, self._head_size
@@ -233,7 +234,7 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
         sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
         and facts.kind.span.chunk is None
-        and can_attend_natively(weight.dtype, weight.device, facts.key_size, facts.num_heads // facts.num_kv_heads)
+        and can_attend_natively(weight.dtype, weight.device, facts.key_size)
     )
 
 

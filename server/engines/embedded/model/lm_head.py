@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from server.kernels.linear import Bits, frozen_linear
 from value_models.linear import PackedLinear
 
+_SAME = 1e-3
+"""Relative; a fit over a text is far nearer."""
+_NEARLY_ONE = 1 - 1e-6
+
 
 class LMHead:
     """Logits of post-norm states: `finish(project(h))`.
@@ -24,15 +28,29 @@ class LMHead:
     `finish` adds what is not linear in h: a bias, and for some models a soft cap.
     """
 
-    def __init__(self, linear: nn.Linear, config: Any, *, bits: Bits = 16) -> None:
+    def __init__(
+        self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None, bits: Bits = 16
+    ) -> None:
+        """Logits z = scale x (W h + b); with a soft cap, softcap x tanh(z / softcap)."""
         self._linear = frozen_linear(linear.weight, bits=bits, out_dtype=torch.float32)
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        # Cohere multiplies its logits, Granite divides them.
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self._bias = None if linear.bias is None else linear.bias.detach().float() * scale
+        self._softcap, self._scale = softcap, scale
         self._dtype, self._device = linear.weight.dtype, linear.weight.device
+
+    @classmethod
+    def like(cls, linear: nn.Linear, config: Any, states_MD: Tensor, logits_MV: Tensor) -> LMHead:
+        """One that gives these logits of these states, as near as a scale and a soft cap come to it.
+
+        The scale is fitted, since models name and apply it in many ways: Cohere multiplies, Granite divides, MiniCPM
+        divides the states. It is one that the configuration holds, or the inverse of one, if that is as good.
+        """
+        raw_MV = cls(linear).logits(states_MD)
+        caps = [None, *(value for name, value in _numbers(config).items() if "cap" in name and value > 0)]
+        heads = [cls(linear, scale=_scale(raw_MV, _uncapped(logits_MV, cap), config), softcap=cap) for cap in caps]
+        return min(heads, key=lambda head: float((head.logits(states_MD) - logits_MV).norm()))
+
+    def quantized(self, linear: nn.Linear, bits: Bits) -> LMHead:
+        return LMHead(linear, scale=self._scale, softcap=self._softcap, bits=bits)
 
     @property
     def is_linear(self) -> bool:
@@ -72,3 +90,25 @@ class LMHead:
         """The map by W^T, made when rollouts first ask for it; the identity's product is W^T itself."""
         eye_DD = torch.eye(self._linear.in_features, dtype=self._dtype, device=self._device)
         return PackedLinear(self._linear(eye_DD).to(self._dtype))
+
+
+def _scale(raw_MV: Tensor, logits_MV: Tensor, config: Any) -> float:
+    """By least squares."""
+    fitted = float((raw_MV * logits_MV).sum() / raw_MV.square().sum())
+    numbers = [value for value in _numbers(config).values() if value]
+    known = [1.0, *numbers, *(1 / value for value in numbers)]
+    return next((value for value in known if abs(value - fitted) <= _SAME * abs(fitted)), fitted)
+
+
+def _uncapped(logits_MV: Tensor, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return logits_MV
+    return softcap * torch.atanh((logits_MV / softcap).clamp(-_NEARLY_ONE, _NEARLY_ONE))
+
+
+def _numbers(config: Any) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in vars(config).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -48,5 +48,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _rows_times(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] by weight [out, in] -> [..., out]."""
     weight = weight.contiguous()
-    rows = x.reshape(-1, x.shape[-1]).contiguous().unbind()
-    return torch.stack([torch.mv(weight, row) for row in rows]).view(*x.shape[:-1], weight.shape[0])
+    product = x.new_empty(x.shape[:-1].numel(), weight.shape[0])
+    for row, out in zip(x.reshape(-1, x.shape[-1]).contiguous(), product, strict=True):
+        torch.mv(weight, row, out=out)
+    return product.view(*x.shape[:-1], weight.shape[0])

@@ -75,6 +75,13 @@ class Blocks:
     def without_attention(self) -> list[int]:
         return [index for index in range(len(self.layers)) if index not in self.attention]
 
+    @property
+    def kinds_without_attention(self) -> list[str]:
+        """Names of the modules that layers without attention have, and those with it do not."""
+        kinds = [{type(module).__name__ for module in layer.children()} for layer in self.layers]
+        of_attending = set().union(*(kinds[index] for index in self.attention))
+        return sorted(set().union(*(kinds[index] for index in self.without_attention)) - of_attending)
+
 
 @dataclass(slots=True)
 class Reference:
@@ -290,10 +297,3 @@ class Follower:
         for part_T in (share_T[:num_decode], share_T[num_decode:]):
             if len(part_T):
                 self._difference.add(float(part_T.median()), where)
-
-
-def mixers(layer: nn.Module) -> set[str]:
-    """Names of the kinds of modules in a layer that are neither maps, norms nor activations."""
-    plain = ("Norm", "Linear", "MLP", "Dropout", "Identity", "Activation", "SiLU", "GELU", "Router", "Experts")
-    kinds = {type(module).__name__ for module in layer.children()}
-    return {kind for kind in kinds if not any(name in kind for name in plain)}

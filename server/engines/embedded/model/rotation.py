@@ -8,6 +8,7 @@ is served up to the length at which it changes. Asked of the model's own modules
 from __future__ import annotations
 
 import bisect
+import inspect
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def static_length(backbone: nn.Module, max_len: int) -> int:
 
 def _layer_types(module: nn.Module) -> list[str | None]:
     """Of a rotation that has kinds by layer, or None for the one kind that it has; nothing for other modules."""
-    kinds: Any = getattr(module, "rope_type", None)
-    if kinds is None:
+    if "Rotary" not in type(module).__name__ or "position_ids" not in inspect.signature(module.forward).parameters:
         return []
+    kinds: Any = getattr(module, "rope_type", None)
     return list(kinds) if isinstance(kinds, dict) else [None]
 
 

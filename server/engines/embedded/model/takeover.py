@@ -11,28 +11,31 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from server.engines.embedded.model.attention import (
     DecodeRow,
     Segment,
     Span,
+    StepSlot,
     StepWatch,
     UnsupportedAttentionError,
     register_attention,
 )
 from server.engines.embedded.model.body import Body
-from server.engines.embedded.model.facts import LayerFacts, ask, one_line
+from server.engines.embedded.model.facts import LayerFacts, ask, check_positions, one_line
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loose_products import LooseProducts
-from server.engines.embedded.model.packing import check_quantizable, pack
-from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference, mixers
+from server.engines.embedded.model.packing import check_quantizable, pack, weights_read
+from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
 from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.stand_in import short_sizes, short_spans
 from server.errors import ModelLoadError
@@ -81,16 +84,20 @@ class _Takeover:
             shown = self._shown(sizes)
             backbone.set_attn_implementation(self._own_attention)
             reference = Reference.of(self._model, backbone, shown, self._length)
-            self._check_lm_head(reference)
+            head = self._lm_head(reference)
             backbone.set_attn_implementation(register_attention())
             follower = Follower(reference, self._linear.weight.dtype)
-            self._check(self._follow(follower, self._body(backbone, shown)))
+            with weights_read(backbone) as read:
+                difference = self._follow(follower, self._body(backbone, shown))
+            self._check(difference)
+            check_positions(backbone, self._max_len)
+            backbone.set_attn_implementation(register_attention())
             if bits != 16:
                 check_quantizable(backbone, self._linear, bits)
-            body = self._native(follower, shown, bits) or self._packed(follower, shown, bits)
+            body = self._native(follower, shown, bits) or self._packed(follower, shown, bits, read)
         return TakenOver(
             replace(body, spans=_spans(self._facts)),
-            LMHead(self._linear, self._config, bits=bits),
+            head if bits == 16 else head.quantized(self._linear, bits),
             self._kv.bytes_per_page,
         )
 
@@ -115,7 +122,7 @@ class _Takeover:
         native = NativeLlama(self._backbone, self._facts, max_len=self._max_len)
         difference = self._follow(follower, self._body(native.attending(shown), shown))
         if difference.is_too_large:
-            _log.info("%s runs through transformers' modules: natively, %s", self._name, difference)
+            _log.info("%s runs through transformers' modules, since natively %s", self._name, difference)
             return None
         if bits != 16:
             native = NativeLlama(self._backbone, self._facts, max_len=self._max_len, bits=bits)
@@ -123,9 +130,11 @@ class _Takeover:
         del self._backbone.layers
         return self._body(native, self._facts)
 
-    def _packed(self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits) -> Body:
+    def _packed(
+        self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits, read: Collection[nn.Module]
+    ) -> Body:
         """By transformers' modules, whose products give a row the same bits in every batch."""
-        pack(self._backbone, bits)
+        pack(self._backbone, bits, but=read)
         body = self._body(self._backbone, shown)
         if self._model.device.type == "cpu":
             body = replace(body, products=LooseProducts())
@@ -148,30 +157,37 @@ class _Takeover:
             ) from error
 
     def _body(self, backbone: Any, facts: Mapping[int, LayerFacts]) -> Body:
-        return Body(backbone, _spans(facts), self._model.device)
+        return Body(backbone, _spans(facts), self._model.device, StepSlot.of(backbone))
 
-    def _check_lm_head(self, reference: Reference) -> None:
-        head = LMHead(self._linear, self._config)
+    def _lm_head(self, reference: Reference) -> LMHead:
+        head = LMHead.like(self._linear, self._config, torch.cat(reference.states), torch.cat(reference.logits))
         difference = reference.logits_difference(head.logits)
         if difference.is_too_large:
             raise ModelLoadError(
                 f"{self._name} cannot be served: the state before its LM head does not explain its logits "
                 f"({difference})"
             )
+        return head
 
     def _check(self, difference: Difference) -> None:
         if difference.is_too_large:
-            raise ModelLoadError(
-                f"{self._name} cannot be served: {difference} from what transformers computes{self._reason()}"
-            )
+            raise ModelLoadError(f"{self._name} cannot be served: {self._reason(difference)}")
 
-    def _reason(self) -> str:
-        """What is unusual about a model that does not come out right, as far as it can be told."""
+    def _reason(self, difference: Difference) -> str:
+        """Why a model does not come out right, as far as it can be told."""
         blocks = Blocks.of(self._backbone, self._facts)
-        if not (others := blocks.without_attention):
-            return ""
-        kinds = sorted({kind for index in others for kind in mixers(blocks.layers[index])})
-        return f"; {len(others)} of its {len(blocks.layers)} layers do not attend ({', '.join(kinds)})"
+        if others := blocks.without_attention:
+            kinds = ", ".join(blocks.kinds_without_attention)
+            return (
+                f"{len(others)} of its {len(blocks.layers)} layers do not attend{f' ({kinds})' if kinds else ''}, and "
+                "what they carry from token to token is not kept here"
+            )
+        try:
+            check_positions(self._backbone, self._max_len)
+        except Exception as error:
+            if isinstance(error, UnsupportedAttentionError):
+                return str(error)
+        return f"its numbers would not be transformers' own ({difference})"
 
     @property
     def _name(self) -> str:
@@ -181,7 +197,7 @@ class _Takeover:
 def _backbone(model: Any) -> Any:
     """What computes the states in front of the LM head."""
     candidates = (model.get_decoder(), model.base_model, getattr(model, "model", model))
-    return next((found for found in candidates if found is not model), model)
+    return next((found for found in candidates if found is not model and isinstance(found, PreTrainedModel)), model)
 
 
 def _spans(facts: Mapping[int, LayerFacts]) -> dict[int, Span]:
