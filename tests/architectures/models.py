@@ -83,9 +83,13 @@ def _variants(model_type: str) -> list[str]:
 def make_folder(case: Case, folder: Path) -> None:
     """Config, safetensors in bfloat16, and tokenizer. Raises whatever transformers raises where it cannot build it."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(make_config(case), attn_implementation="eager")
+    config = make_config(case)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model, GAINS.get(case.model_type, _GAIN))
     model.to(torch.bfloat16).save_pretrained(folder)
+    # Of a model whose class takes the text's part, the whole, as those who publish it do.
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
