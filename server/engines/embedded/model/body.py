@@ -18,7 +18,7 @@ from torch import Tensor
 from server.engines.embedded.model.attention import DecodeRow, Segment, Span, StepLayout, StepSlot, StepWatch
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
-from server.engines.embedded.model.loose_products import LooseProducts
+from server.engines.embedded.model.steady import Steady
 from server.kernels.transfer import on_device
 
 
@@ -30,8 +30,8 @@ class Body:
     """By index of the layer, what its attention sees."""
     device: torch.device
     slot: StepSlot = field(default_factory=StepSlot)
-    products: LooseProducts | None = None
-    """Of a backbone that multiplies outside its linear layers."""
+    steady: Steady | None = None
+    """For a backbone that needs it."""
 
     @property
     def is_native(self) -> bool:
@@ -50,6 +50,6 @@ class Body:
     def states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
         """[T, D] in the model's dtype."""
         self.slot.step = step
-        with self.products or nullcontext():
+        with self.steady or nullcontext():
             output = self.backbone(input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False)
         return output.last_hidden_state[0]

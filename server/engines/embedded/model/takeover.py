@@ -33,11 +33,11 @@ from server.engines.embedded.model.facts import LayerFacts, ask, check_positions
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.model.loose_products import LooseProducts
 from server.engines.embedded.model.packing import check_quantizable, pack, weights_read
 from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
 from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.stand_in import short_sizes, short_spans
+from server.engines.embedded.model.steady import Steady
 from server.errors import ModelLoadError
 from server.kernels.linear import Bits
 
@@ -137,11 +137,11 @@ class _Takeover:
         pack(self._backbone, bits, but=read)
         body = self._body(self._backbone, shown)
         if self._model.device.type == "cpu":
-            body = replace(body, products=LooseProducts())
+            body = replace(body, steady=Steady())
         difference = self._follow(follower, body)
         if bits == 16:
             self._check(difference)
-        return body if body.products is not None and body.products.count else replace(body, products=None)
+        return body if body.steady is not None and body.steady.is_needed else replace(body, steady=None)
 
     def _follow(self, follower: Follower, body: Body) -> Difference:
         def forward(decode: list[DecodeRow], segments: list[Segment], watch: StepWatch) -> Tensor:
