@@ -126,7 +126,7 @@ class ValueHead(nn.Module):
         """The same head with other ascent rows (see value_models/ascent.py)."""
         return head_from_tensors(self.type_name, {**self.state_dict(), "ascent_UD": ascent_UD})
 
-    def map_with(self, linear: MakeLinear) -> None:  # noqa: B027
+    def map_with(self, linear: MakeLinear) -> None:
         """Let `linear` make anew the maps between hidden layers, where there are any; torch alone does at first."""
 
     def _keep(self, name: str, tensor: Tensor) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MIN_ROWS = 2
 _FLOAT64_BITS = 53
 _FLOAT64_BIAS = 1023
 # Powers of two beyond all of float32's, so that zeros, infinities and NaNs have one too.

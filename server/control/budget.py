@@ -4,9 +4,9 @@ The LM head is linear, so the logits at scale s of an edit are l0 + s * dl, and 
 softmax(l0)) costs no further product with the LM head. It grows with s, and its square root is close to linear, which
 makes regula falsi on the root converge in a few evaluations. Only scales that were evaluated and found within budget
 are returned, so the budget holds exactly. server/kernels/budget.cpp does the same natively. Knows nothing of heads or
-models. Enter at `largest_linear_scale` and `largest_scale`.
+models. Enter at `largest_linear_scale` and `largest_general_scale`.
 
-Shapes: R controlled rows (two at least, see value_models/linear.py), V vocabulary.
+Shapes: R controlled rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from server.kernels import ops
-from value_models.linear import MIN_ROWS
 
 # Aim a little below the budget, so that a good guess lands inside; wider at last, so that something always does.
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
@@ -100,9 +99,28 @@ class GeneralDivergence:
 
 def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
     """`largest_scale` when the logits are base + s * delta exactly; natively where that can be."""
-    if not ops.can_run_natively(base_RV):
-        return largest_scale(LinearDivergence(base_RV, delta_RV), max_kl_R)
-    return ops.largest_scales(base_RV, delta_RV, max_kl_R - ROUNDING_NATS)
+    if ops.can_run_natively(base_RV):
+        return ops.largest_scales(base_RV, delta_RV, max_kl_R - ROUNDING_NATS)
+    return _by_rows(LinearDivergence, base_RV, delta_RV, max_kl_R)
+
+
+def largest_general_scale(
+    base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`largest_scale` when the logits are finish(base + s * delta)."""
+    return _by_rows(lambda base, delta: GeneralDivergence(base, delta, finish), base_RV, delta_RV, max_kl_R)
+
+
+def _by_rows(
+    divergence: Callable[[Tensor, Tensor], Divergence], base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """On a CPU each row by itself, since the bits of torch's sums and functions may depend on where a row lies among
+    others; a copy, so that it lies in memory as it does alone."""
+    if base_RV.device.type != "cpu" or not len(base_RV):
+        return largest_scale(divergence(base_RV, delta_RV), max_kl_R)
+    rows = zip(base_RV.split(1), delta_RV.split(1), max_kl_R.split(1), strict=True)
+    found = [largest_scale(divergence(base.clone(), delta.clone()), max_kl) for base, delta, max_kl in rows]
+    return torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
 
 
 def largest_scale(divergence: Divergence, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,8 +140,7 @@ def largest_scale(divergence: Divergence, max_kl_R: Tensor) -> tuple[Tensor, Ten
         return torch.where(fits_R, scale_R, within_R), torch.where(fits_R, kl_R, within_kl_R)
     over = (~fits_R).nonzero()[:, 0]
     if len(over):
-        held = over.expand(MIN_ROWS) if len(over) < MIN_ROWS else over
-        scale_R[held], kl_R[held] = _within(divergence.take(held), limit_R[held], full_kl_R[held])
+        scale_R[over], kl_R[over] = _within(divergence.take(over), limit_R[over], full_kl_R[over])
     return scale_R, kl_R
 
 

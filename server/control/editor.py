@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
-from server.control.budget import GeneralDivergence, largest_linear_scale, largest_scale
+from server.control.budget import largest_general_scale, largest_linear_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
 from server.control.shared import SharedEdit, SharedRows, Shift
@@ -202,8 +202,7 @@ class StateEditor:
         if self._unembedding.is_linear:
             scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
         else:
-            divergence = GeneralDivergence(base_RV, delta_RV, self._unembedding.finish)
-            scale_R, kl_R = largest_scale(divergence, ascent.group.max_kl_R)
+            scale_R, kl_R = largest_general_scale(base_RV, delta_RV, ascent.group.max_kl_R, self._unembedding.finish)
         objectives, is_outside_R = ascent.group.objectives, None
         if objectives is not None and not ascent.group.stack.has_constant_slope:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)

@@ -69,7 +69,8 @@ class GateRows:
 
 @dataclass(slots=True, frozen=True)
 class EditGroup:
-    """R rows that share a stack of heads. A group of one row is held twice, so that products see two (linear.py).
+    """R rows that share a stack of heads. A group of one row is held twice: torch may sum a single row in
+    another order than the same row among others.
 
     `coefficients`: what every row takes the stack's ascent rows times, [U], when all heads are linear; otherwise, and
     on a GPU, where more groups cost more than what they share saves, None.

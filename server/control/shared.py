@@ -20,7 +20,6 @@ from server.control.plan import EditGroup
 from server.control.registry import HeadStack
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
-from value_models.linear import MIN_ROWS
 
 _HELD_BY_KL, _HELD_BY_CAP = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_SHIFT)
 
@@ -35,8 +34,8 @@ class Shift:
     @classmethod
     def of(cls, stack: HeadStack, coefficients: Sequence[float], row_logits: Callable[[Tensor], Tensor]) -> Shift:
         """`row_logits`: c [R, U] -> the logits [R, V] of the stack's ascent rows taken c times."""
-        rows_RU = torch.tensor([coefficients] * MIN_ROWS)
-        shift_D, climb_K, delta_V = stack.ascent(rows_RU)[0], stack.gram(rows_RU)[0], row_logits(rows_RU)[0]
+        row_1U = torch.tensor([coefficients])
+        shift_D, climb_K, delta_V = stack.ascent(row_1U)[0], stack.gram(row_1U)[0], row_logits(row_1U)[0]
         is_finite = bool(shift_D.isfinite().all() & climb_K.isfinite().all() & delta_V.isfinite().all())
         largest = delta_V.amax()
         head = torch.stack([shift_D.norm(), largest if is_finite else torch.tensor(torch.nan)])

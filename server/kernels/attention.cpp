@@ -107,33 +107,32 @@ class Attention {
     }
 
     void attend(int64_t page) {
-        const int64_t origin = page * kPage, last = block_.last() - origin;
-        const bool has_hidden = last < kPage || origin < step_.begin(block_.last());
-        const int64_t slots = last < kPage ? parts(last + 1, Products::kStep) * Products::kStep : kPage;
+        const int64_t origin = page * kPage;
+        const bool has_hidden = block_.last() - origin < kPage || origin < step_.begin(block_.last());
         const bf16* keys = step_.cache.keys_of(block_.table[page], head_);
         const bf16* values = step_.cache.values_of(block_.table[page], head_);
         const bf16* finite = values;
-        if (has_hidden && !are_finite(values, slots * size_)) {
-            copy_finite(values, slots * size_, scratch_.finite.get());
+        const int64_t most = slots_for(rows_ - 1, origin) * size_;
+        if (has_hidden && !are_finite(values, most)) {
+            copy_finite(values, most, scratch_.finite.get());
             finite = scratch_.finite.get();
         }
         for (int64_t first = 0; first < rows_; first += tile_rows_) {
             const int rows = (int)std::min(tile_rows_, rows_ - first);
+            const int64_t slots = slots_for(first + rows - 1, origin);
             score(first, keys, slots);
-            if (has_hidden)
-                for (int n = 0; n < rows; ++n) {
-                    const auto [begin, end] = seen(first + n, origin);
-                    hide(scratch_.scores + n * kPage, slots, begin, end);
-                }
+            for (int n = 0; has_hidden && n < rows; ++n) {
+                const auto [begin, end] = seen(first + n, origin);
+                hide(scratch_.scores + n * kPage, slots, begin, end);
+            }
             weigh(scratch_.scores, rows, slots, scale(), scratch_.weights, scratch_.running[first / tile_rows_],
                   sums_of(first), size_);
             scratch_.products.multiply(
                 {scratch_.weights, kPage, finite, 2 * size_, sums_of(first), size_, slots, size_, true});
-            if (finite != values)
-                for (int n = 0; n < rows; ++n) {
-                    const auto [begin, end] = seen(first + n, origin);
-                    add_nonfinite(scratch_.weights + n * kPage, values, size_, begin, end, sums_of(first + n));
-                }
+            for (int n = 0; finite != values && n < rows; ++n) {
+                const auto [begin, end] = seen(first + n, origin);
+                add_nonfinite(scratch_.weights + n * kPage, values, size_, begin, end, sums_of(first + n));
+            }
         }
     }
 
@@ -145,10 +144,15 @@ class Attention {
 
     float scale() const { return step_.softcap > 0 ? 1.0f : step_.scaling * kLog2E; }
 
-    // The slots of the page from `origin` on that query n sees, [begin, end).
+    // The slots of the page from `origin` on that row n sees, [begin, end).
     std::pair<int64_t, int64_t> seen(int64_t n, int64_t origin) const {
         const int64_t position = block_.first + n / step_.group;
         return {std::max<int64_t>(step_.begin(position) - origin, 0), std::min(position + 1 - origin, kPage)};
+    }
+
+    // How many of them products take to have all that row n sees.
+    int64_t slots_for(int64_t n, int64_t origin) const {
+        return parts(seen(n, origin).second, Products::kStep) * Products::kStep;
     }
 
     const Step& step_;

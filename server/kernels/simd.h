@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -36,11 +37,11 @@ namespace {
 
 inline Floats load_or_zero(const float* p, Mask mask) { return load(p, mask, zeros()); }
 
-// exp(x), relative error below 2e-7; 0 below -87.3 and for -inf, NaN stays NaN. Cephes' polynomial.
+// exp(x), relative error below 2e-7; 0 below -87.3, infinite above 88, NaN stays NaN. Cephes' polynomial.
 inline Floats exp(Floats x) {
-    const Floats lowest = all(-87.3f);
+    const Floats lowest = all(-87.3f), highest = all(88.0f);
     // The operand order matters: max and min give back their second operand for a NaN.
-    const Floats bounded = min(all(88.0f), max(lowest, x));
+    const Floats bounded = min(highest, max(lowest, x));
     const Floats n = nearest(mul(bounded, all(1.44269504f)));
     Floats r = fnma(n, all(0.693359375f), bounded);
     r = fnma(n, all(-2.12194440e-4f), r);
@@ -51,7 +52,8 @@ inline Floats exp(Floats x) {
     y = fma(y, r, all(1.6666665459e-1f));
     y = fma(y, r, all(5.0000001201e-1f));
     y = fma(y, mul(r, r), add(r, all(1.0f)));
-    return choose(is_less(x, lowest), zeros(), times_power_of_two(y, n));
+    y = choose(is_less(highest, x), all(INFINITY), times_power_of_two(y, n));
+    return choose(is_less(x, lowest), zeros(), y);
 }
 
 // Two numbers that lie one behind the other, in every lane.

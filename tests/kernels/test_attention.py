@@ -14,7 +14,7 @@ from server.engines.embedded.model.attention import AttentionKind, DecodeRow, Se
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
-from server.kernels import kernels_of, machine_levels, native
+from server.kernels import Kernels, native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")
 PLAIN, WINDOW, CAPPED = AttentionKind(0.17), AttentionKind(0.17, Span(window=70)), AttentionKind(0.17, softcap=5.0)
@@ -31,10 +31,9 @@ PAGES = [3, 11, 7, 1, 9, 5]
 STRANGERS = [2, 4]
 
 
-@pytest.fixture(params=machine_levels(), autouse=True)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(attention, "native", lambda: kernels_of(request.param))
-    return request.param
+@pytest.fixture(autouse=True)
+def _level(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "native", lambda: library)
 
 
 @pytest.fixture

@@ -1,22 +1,25 @@
-"""Drawing tokens and searching a budget natively, against torch's way of doing the same."""
+"""Drawing tokens and searching a budget natively, on every level, against torch's way of doing the same."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from server.control.budget import LinearDivergence, largest_scale
 from server.engines.embedded import sampler
 from server.engines.embedded.sampler import RowSampling, sample
-from server.kernels import native, ops
-
-pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")
+from server.kernels import Kernels, ops
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(autouse=True)
+def level(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "native", lambda: library)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 5),
     st.integers(2, 700),
@@ -172,6 +175,22 @@ def test_a_row_or_a_shift_that_is_not_finite_moves_nothing_and_is_counted() -> N
     assert (taken > 0).tolist() == [True, False, False]
     assert report[:, 5].tolist() == [0.0, 1.0, 1.0]
     assert report[1:, 2:5].tolist() == [[0.0] * 3] * 2
+
+
+def test_a_row_is_drawn_searched_and_edited_as_alone() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, delta, hidden = (torch.randn(9, size, generator=rng) for size in (4999, 4999, 32))
+    how = [RowSampling(0.9, 0.8, 300, (3, i), 0.001) for i in range(9)]
+    limit, shift = torch.full((9,), 0.2), shift_of(2, 1.0, 1)
+    shift = ops.SharedShift(shift.numbers, shift.weight_KD, shift.delta_V[:4999], shift.tilts_V[:4999])
+    drawn, scales = sample(logits, how, [0] * 9), ops.largest_scales(logits, delta, limit)
+    moved = edit(hidden, logits.clone(), [shift], [0] * 9, list(range(9)), 1.0)
+    for i in range(9):
+        row = slice(i, i + 1)
+        assert torch.equal(sample(logits[row], how[row], [0]), drawn[row])
+        alone = ops.largest_scales(logits[row], delta[row], limit[row])
+        alone += edit(hidden[row], logits[row].clone(), [shift], [0], [0], 1.0)
+        assert all(torch.equal(mine, its[row]) for mine, its in zip(alone, scales + moved, strict=True))
 
 
 def test_logits_in_bfloat16_are_widened_on_the_way_wherever_their_rows_lie() -> None:

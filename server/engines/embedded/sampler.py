@@ -17,7 +17,6 @@ from torch import Tensor
 
 from server.kernels import ops
 from server.kernels.transfer import on_device
-from value_models.linear import MIN_ROWS
 
 # Below it a row is greedy: its logits over its temperature would not be finite in float32.
 _MIN_TEMPERATURE = 1e-5
@@ -70,9 +69,11 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
 
 
 def _sample_by_torch(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
-    if len(rows) < MIN_ROWS:
-        # On a CPU torch reduces a single row in another order than the same row among others.
-        return _sample_by_torch(logits_BV.expand(MIN_ROWS, -1), rows * MIN_ROWS, uniforms * MIN_ROWS)[: len(rows)]
+    if logits_BV.device.type == "cpu" and len(rows) > 1:
+        # Each row by itself and copied: the bits of torch's sums and functions may depend on where a row lies among
+        # others, and in memory.
+        alone = zip(logits_BV.split(1), rows, uniforms, strict=True)
+        return torch.cat([_sample_by_torch(logits_1V.clone(), [row], [u]) for logits_1V, row, u in alone])
     is_finite_B = logits_BV.amax(dim=-1).isfinite()
     # Whatever a broken row would do to the operations below, its neighbours must not feel it.
     finite_BV = torch.where(is_finite_B[:, None], logits_BV, 0.0)

@@ -6,7 +6,8 @@ worth of a prompt is attended on its own, so a sequence's numbers never depend o
 prompt was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or
 control.
 
-Two ways, which tests hold against each other: the native kernel, which treats all rows alike, and torch's products.
+Two ways, which tests hold against each other: the native kernel (server/kernels/attention.cpp), for which a decode row
+is a chunk of one token, and torch's products.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
 attention head, S attended positions, M pages of the longest sequence.
