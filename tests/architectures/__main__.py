@@ -46,7 +46,9 @@ def main() -> int:
     kept = {} if options.names else _kept()
     verdicts = {case.name: kept[case.name] for case in wanted if case.name in kept}
     with open(os.devnull if options.names else _KEPT, "a") as file:
-        for verdict in judged([case for case in wanted if case.name not in verdicts], options.jobs):
+        # Every architecture first, then the variants.
+        missing = sorted((case for case in wanted if case.name not in verdicts), key=lambda case: case.variant != "")
+        for verdict in judged(missing, options.jobs):
             verdicts[verdict.name] = verdict
             file.write(json.dumps({"code": _code(), **verdict.to_json()}) + "\n")
             file.flush()
