@@ -70,6 +70,14 @@ def cases() -> list[Case]:
     ]
 
 
+def case_named(name: str) -> Case:
+    """Raises ValueError where there is none."""
+    model_type, _, variant = name.partition("+")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or variant not in _variants(model_type):
+        raise ValueError(f"there is no case {name}")
+    return Case(model_type, variant)
+
+
 def _variants(model_type: str) -> list[str]:
     fields = _fields(CONFIG_MAPPING[model_type])
     found = ["", "plain"]
