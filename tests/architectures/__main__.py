@@ -16,7 +16,7 @@ from pathlib import Path
 
 import transformers
 
-from tests.architectures.models import cases
+from tests.architectures.models import case_named, cases
 from tests.architectures.processes import judged
 from tests.architectures.table import read_json, render, write_json
 from tests.architectures.verdict import Verdict
@@ -32,23 +32,26 @@ def main() -> int:
         "names", nargs="*", help="cases such as mistral or phi3+longrope, printed and not kept; else all"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many processes at once")
+    parser.add_argument("--brief", action="store_true", help="judge the named cases briefly")
     parser.add_argument("--json", action="store_true", help="print a line of JSON a case")
     options = parser.parse_args()
     if "OMP_NUM_THREADS" not in os.environ:
         # Of the processes, not of each.
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "tests.architectures", *sys.argv[1:]])
-    every = cases()
-    if unknown := set(options.names) - {case.name for case in every}:
-        parser.error(f"names: there is no case {', '.join(sorted(unknown))}")
-    started_s = time.monotonic()
-    wanted = [case for case in every if not options.names or case.name in options.names]
-    kept = {} if options.names else _kept()
+    try:
+        wanted = [case_named(name) for name in options.names] or cases()
+    except ValueError as error:
+        parser.error(f"names: {error}")
+    started_s, code = time.monotonic(), _code()
+    kept = {} if options.names else _kept(code)
     verdicts = {case.name: kept[case.name] for case in wanted if case.name in kept}
     with open(os.devnull if options.names else _KEPT, "a") as file:
-        for verdict in judged([case for case in wanted if case.name not in verdicts], options.jobs):
+        # Every architecture first, then the variants.
+        missing = sorted((case for case in wanted if case.name not in verdicts), key=lambda case: case.variant != "")
+        for verdict in judged(missing, options.jobs, is_brief=options.brief and bool(options.names)):
             verdicts[verdict.name] = verdict
-            file.write(json.dumps({"code": _code(), **verdict.to_json()}) + "\n")
+            file.write(json.dumps({"code": code, **verdict.to_json()}) + "\n")
             file.flush()
             if options.names or verdict.is_fault:
                 print(json.dumps(verdict.to_json()) if options.json else verdict, flush=True)
@@ -61,11 +64,11 @@ def main() -> int:
     return int(faults > 0)
 
 
-def _kept() -> dict[str, Verdict]:
+def _kept(code: str) -> dict[str, Verdict]:
     """Verdicts of an earlier run of the same code."""
     if not _KEPT.exists():
         return {}
-    code, rows = _code(), [json.loads(line) for line in _KEPT.read_text().splitlines()]
+    rows = [json.loads(line) for line in _KEPT.read_text().splitlines()]
     return {row["name"]: Verdict.from_json(row) for row in rows if row.pop("code") == code}
 
 

@@ -53,7 +53,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 1.5, "kv_n_heads": 2},
              "ffn_config": {"hidden_size": 128, "moe_top_k": 2}},
     "dory": {"ngpt_alpha_init": 0.6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
-    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"per_layer_config": {}, "mlp_bias": False, "adapter_in_dim": 128, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": _DOTS3,
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,

@@ -70,6 +70,14 @@ def cases() -> list[Case]:
     ]
 
 
+def case_named(name: str) -> Case:
+    """Raises ValueError where there is none."""
+    model_type, _, variant = name.partition("+")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or variant not in _variants(model_type):
+        raise ValueError(f"there is no case {name}")
+    return Case(model_type, variant)
+
+
 def _variants(model_type: str) -> list[str]:
     fields = _fields(CONFIG_MAPPING[model_type])
     found = ["", "plain"]
@@ -83,9 +91,13 @@ def _variants(model_type: str) -> list[str]:
 def make_folder(case: Case, folder: Path) -> None:
     """Config, safetensors in bfloat16, and tokenizer. Raises whatever transformers raises where it cannot build it."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(make_config(case), attn_implementation="eager")
+    config = make_config(case)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model, GAINS.get(case.model_type, _GAIN))
     model.to(torch.bfloat16).save_pretrained(folder)
+    # Of a model whose class takes the text's part, the whole, as those who publish it do.
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -155,7 +167,8 @@ def _tiny(config_class: type[PreTrainedConfig], given: dict[str, Any], traits: d
     layers = PATTERNED_LAYERS if any(name in fields for name in _PATTERNS) else LAYERS
     rules = {**SIZES, **traits, **dict.fromkeys(_HIDDEN, hidden), **dict.fromkeys(_LAYER_COUNTS, layers)}
     arguments = {name: value for name, value in rules.items() if name in fields} | given
-    for name in config_class.sub_configs or {}:
+    parts: Any = config_class.sub_configs
+    for name in parts or {}:
         known = given.get(name, {})
         part = CONFIG_MAPPING[known["model_type"]] if "model_type" in known else type(getattr(config_class(), name))
         if part is not type(None):

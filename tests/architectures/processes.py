@@ -22,11 +22,11 @@ from tests.architectures.models import ROTATIONS, Case, NotApplicableError, make
 from tests.architectures.reference import Reference
 from tests.architectures.verdict import Verdict
 
-TIME_S = 240
+TIME_S = 600
 MEMORY_BYTES = 8 * 2**30
 
 
-def judged(cases: list[Case], jobs: int) -> Iterator[Verdict]:
+def judged(cases: list[Case], jobs: int, *, is_brief: bool) -> Iterator[Verdict]:
     """Verdicts in the order in which they come; a process that dies is a fault of its case."""
     # Nothing may start threads before the forks.
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def judged(cases: list[Case], jobs: int) -> Iterator[Verdict]:
     while pending or running:
         while pending and len(running) < jobs:
             case = pending.pop()
-            pid, reader = _start(case)
+            pid, reader = _start(case, is_brief)
             running[reader] = (case, pid, b"")
         for reader in select.select(list(running), [], [])[0]:
             case, pid, said = running[reader]
@@ -54,7 +54,7 @@ def _verdict(case: Case, said: bytes, status: int) -> Verdict:
     return Verdict(case.name, case.class_name, {"float32": Served("fault", reason)})
 
 
-def _start(case: Case) -> tuple[int, int]:
+def _start(case: Case, is_brief: bool) -> tuple[int, int]:
     """The child's process id, and the end of the pipe at which it says its verdict."""
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -68,14 +68,14 @@ def _start(case: Case) -> tuple[int, int]:
         signal.alarm(TIME_S)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(writer, json.dumps(verdict_of(case).to_json()).encode())
+        os.write(writer, json.dumps(verdict_of(case, is_brief=is_brief).to_json()).encode())
         status = 0
     finally:
         os._exit(status)
 
 
-def verdict_of(case: Case) -> Verdict:
-    """In this process."""
+def verdict_of(case: Case, *, is_brief: bool) -> Verdict:
+    """In this process; what differs in its rotation alone is judged briefly always."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -90,7 +90,7 @@ def verdict_of(case: Case) -> Verdict:
         except Exception as error:
             return replace(verdict, unbuildable=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
         precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        is_brief = case.variant in ROTATIONS
+        is_brief = is_brief or case.variant in ROTATIONS
         return replace(
             verdict, served={name: judge(path, dtype, is_brief=is_brief) for name, dtype in precisions.items()}
         )

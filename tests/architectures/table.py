@@ -20,7 +20,7 @@ _OUTCOMES = {
     "general": "served generally",
     "refused": "refused",
     "unbuildable": "not built by transformers",
-    "fault": "FAULT",
+    "fault": "fault",
 }
 
 
@@ -60,8 +60,12 @@ preempted. All of these must give the same log-probabilities to the bit. They mu
 {NOISE_MAX:g} times the largest plus {FLOOR_MAX:g} (of models with experts, which another rounding sends elsewhere, all
 but one in a hundred). Or the model is refused when it is loaded, in one line. Anything else is a fault.
 
-Of {len(by_type)} architectures {_counted(counts)}. With their variants (as the class comes, and each type of rotation)
-they are {len(verdicts)} cases: {_counted(cases)}.
+Architectures, and cases: all their variants, which are the class as it comes, each type of rotation, and some more.
+
+| | {" | ".join(_OUTCOMES.values())} | all |
+|---|{"---|" * len(_OUTCOMES)}---|
+| architectures | {" | ".join(str(counts[outcome]) for outcome in _OUTCOMES)} | {len(by_type)} |
+| cases | {" | ".join(str(cases[outcome]) for outcome in _OUTCOMES)} | {len(verdicts)} |
 
 "Fast" is by the native layers, "generally" by transformers' modules with this engine's attention and cache; both with
 the traits above, in bfloat16. Deviations are the largest in nats: float32, then bfloat16 and in brackets transformers'
@@ -71,11 +75,6 @@ own in bfloat16.
 |---|---|---|---|---|
 {rows}
 """
-
-
-def _counted(counts: Counter[str]) -> str:
-    parts = [f"{counts[outcome]} are {text}" for outcome, text in _OUTCOMES.items() if counts[outcome]]
-    return ", ".join(parts[:-1]) + (f" and {parts[-1]}" if len(parts) > 1 else parts[0])
 
 
 def _row(found: list[Verdict]) -> str:
