@@ -92,8 +92,7 @@ class EngineCore:
             has_prefix_cache=has_prefix_cache,
             pace=None if max_step_stretch is None else Pace(max_step_stretch),
         )
-        pool = self._scheduler.pool
-        pool.high_water = high_water_pages(kv_cache_high_water, pool.num_pages, loaded.model.device)
+        self.page_pool.high_water = high_water_pages(kv_cache_high_water, self.runner.kv.num_pages, loaded.model.device)
         self._scores = Scores(self.lm_head, self.token_text)
         self._candidates = Candidates(
             self._scheduler,
