@@ -2,11 +2,9 @@
 
 engine.py      async face; owns the loop thread
 core.py        one step: schedule, forward, edit, sample, emit
-scheduler.py   which rows a step holds; slots
+scheduler.py   which rows a step holds; with shares.py, pace.py and prefix_cache.py
 sequence.py    one choice of one request, from waiting to finished
-runner.py      a transformers model over flattened rows
-attention.py   slot-based key-value cache and attention over it
 sampler.py     tokens from logits
 detokenizer.py text from tokens; stop strings
-loader.py      models from folders, hubs and the default's package
+model/         a transformers model over flattened rows, its pages of keys and values, its native layers
 """
