@@ -12,6 +12,7 @@ from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind
 from server.engines.embedded.sequence import Sequence
 from server.kernels import native
 from server.kernels.linear import Bits
@@ -249,14 +250,14 @@ def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:
 def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() -> None:
     rng = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(2, 8, 1024, 64, generator=rng) for _ in range(2))
-    query, how = torch.randn(2, 8, 4, 64, generator=rng), attention.AttentionKind(0.125)
+    query, how = torch.randn(2, 8, 4, 64, generator=rng), AttentionKind(0.125)
     last = torch.tensor([[299], [40]])
     results = [
         attention._attend(
             query,
             keys[:, :, :length],
             values[:, :, :length],
-            attention.ALL_BEFORE.visible(torch.arange(length), last)[:, None, None],
+            ALL_BEFORE.visible(torch.arange(length), last)[:, None, None],
             how,
         )
         for length in (320, 384, 448, 512, 640, 1024)

@@ -16,11 +16,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from server.engines.embedded.model import attention, llama, takeover
-from server.engines.embedded.model.attention import ALL_BEFORE, DecodeRow, Segment, Span
+from server.engines.embedded.model.attention import DecodeRow, Segment
 from server.engines.embedded.model.facts import ask
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.rotation import static_length
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 from server.engines.embedded.model.stand_in import short_spans
 from server.engines.embedded.model.steady import Steady
 from server.errors import ModelLoadError
@@ -111,12 +112,12 @@ def test_beyond_its_window_a_model_has_transformers_numbers(window: int, dtype: 
 
 @pytest.mark.parametrize("window", [16, 200])
 def test_attention_that_forgets_a_window_is_refused(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attention._attend_by_torch
+    plain = attention.attention_kind
 
-    def forgetful(rows: Any, keys: Any, values: Any, step: Any, how: Any, sinks: Any = None) -> torch.Tensor:
-        return plain(rows, keys, values, step, replace(how, span=ALL_BEFORE), sinks)
+    def forgetful(*arguments: Any) -> AttentionKind:
+        return replace(plain(*arguments), span=ALL_BEFORE)
 
-    monkeypatch.setattr(attention, "_attend_by_torch", forgetful)
+    monkeypatch.setattr(attention, "attention_kind", forgetful)
     with pytest.raises(ModelLoadError, match=r"would not be transformers' own \((the attention of )?layer \d"):
         create(tiny("Mistral", sliding_window=window))
 
@@ -136,7 +137,9 @@ def test_native_layers_that_do_something_else_are_not_used(
     monkeypatch.setattr(llama, "_layer", wrong)
     with caplog.at_level(logging.INFO):
         assert not create(tiny(name, torch.bfloat16, **traits)).is_native
-    assert re.search(r"through transformers' modules, since natively the (queries|keys) of layer 3 differs", caplog.text)
+    assert re.search(
+        r"through transformers' modules, since natively the (queries|keys) of layer 3 differs", caplog.text
+    )
 
 
 @needs_native

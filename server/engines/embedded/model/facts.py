@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from server.engines.embedded.model.attention import (
-    ALL_BEFORE,
-    AttentionKind,
-    Span,
     StepSlot,
     UnsupportedAttentionError,
     attention_kind,
     unknown_options,
 )
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3

@@ -23,12 +23,12 @@ from torch.nn import functional
 
 from server.engines.embedded.model.attention import (
     PROJECTIONS,
-    AttentionKind,
     StepLayout,
     attend_natively,
     can_attend_natively,
 )
 from server.engines.embedded.model.facts import LayerFacts
+from server.engines.embedded.model.spans import AttentionKind
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively
 
@@ -56,9 +56,7 @@ class _Layer:
 class NativeLlama(nn.Module):
     """Called as transformers' backbone is; the result has `last_hidden_state` [1, T, D]."""
 
-    def __init__(
-        self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16
-    ) -> None:
+    def __init__(self, backbone: Any, facts: Mapping[int, LayerFacts], *, max_len: int, bits: Bits = 16) -> None:
         """Of a backbone that `can_run`."""
         super().__init__()
         first = facts[0]
@@ -233,7 +231,8 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
     return (
         sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
-        and facts.kind.span.chunk is None
+        and weight.dtype == torch.bfloat16
+        and facts.key_size % (2 * _LANES) == 0
         and can_attend_natively(weight.dtype, weight.device, facts.key_size)
     )
 

@@ -28,9 +28,7 @@ class LMHead:
     `finish` adds what is not linear in h: a bias, and for some models a soft cap.
     """
 
-    def __init__(
-        self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None, bits: Bits = 16
-    ) -> None:
+    def __init__(self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None, bits: Bits = 16) -> None:
         """Logits z = scale x (W h + b); with a soft cap, softcap x tanh(z / softcap)."""
         self._linear = frozen_linear(linear.weight, bits=bits, out_dtype=torch.float32)
         self._bias = None if linear.bias is None else linear.bias.detach().float() * scale

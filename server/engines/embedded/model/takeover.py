@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from server.engines.embedded.model.attention import (
     DecodeRow,
     Segment,
-    Span,
     StepSlot,
     StepWatch,
     UnsupportedAttentionError,
@@ -36,6 +35,7 @@ from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.packing import check_quantizable, pack, weights_read
 from server.engines.embedded.model.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
 from server.engines.embedded.model.rotation import static_length
+from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.stand_in import short_sizes, short_spans
 from server.engines.embedded.model.steady import Steady
 from server.errors import ModelLoadError
