@@ -30,6 +30,7 @@ VARIABLE = "RECONTROL_KERNELS"
 """In the environment: `torch` to do without kernels, or the level to use."""
 _P, _I, _F, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 # As in the .cpp files, in the order of their parameters.
+_ATTENTION = (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I)
 _SIGNATURES = {
     "pack_f32": (_P, _I, _I, _P),
     "pack_bf16": (_P, _I, _I, _P),
@@ -40,7 +41,8 @@ _SIGNATURES = {
     "add_rms_norm_bf16": (_P, _P, _P, _P, _I, _I, _F),
     "silu_mul_bf16": (_P, _P, _I, _I),
     "rotate_bf16": (_P, _I, _P, _P, _P, _I, _I, _I),
-    "paged_attention_bf16": (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _I),
+    "paged_attention_bf16": _ATTENTION,
+    "paged_attention_f32": _ATTENTION,
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
     "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P, _P),
     "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _P, _INT),

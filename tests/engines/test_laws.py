@@ -11,8 +11,8 @@ import torch
 from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
-from server.engines.embedded.model.layout import ALL_BEFORE, AttentionKind
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind
 from server.engines.embedded.sequence import Sequence
 from server.kernels import native
 from server.kernels.linear import Bits

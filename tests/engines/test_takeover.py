@@ -16,9 +16,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from server.engines.embedded.model import attention, llama
-from server.engines.embedded.model.layout import ALL_BEFORE, DecodeRow, Segment, Span
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 from server.engines.embedded.model.steady import Steady
 from server.engines.embedded.model.takeover import takeover
 from server.engines.embedded.model.takeover.facts import ask
@@ -112,12 +113,12 @@ def test_beyond_its_window_a_model_has_transformers_numbers(window: int, dtype: 
 
 @pytest.mark.parametrize("window", [16, 200])
 def test_attention_that_forgets_a_window_is_refused(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attention._attend_by_torch
+    plain = attention.attention_kind
 
-    def forgetful(rows: Any, keys: Any, values: Any, step: Any, how: Any, sinks: Any = None) -> torch.Tensor:
-        return plain(rows, keys, values, step, replace(how, span=ALL_BEFORE), sinks)
+    def forgetful(*arguments: Any) -> AttentionKind:
+        return replace(plain(*arguments), span=ALL_BEFORE)
 
-    monkeypatch.setattr(attention, "_attend_by_torch", forgetful)
+    monkeypatch.setattr(attention, "attention_kind", forgetful)
     with pytest.raises(ModelLoadError, match=r"would not be transformers' own \((the attention of )?layer \d"):
         create(tiny("Mistral", sliding_window=window))
 

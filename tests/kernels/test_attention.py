@@ -10,25 +10,27 @@ import torch
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
-from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import AttentionKind, DecodeRow, Segment, Span, StepLayout
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.embedded.model.spans import AttentionKind
 from server.kernels import Kernels, native
+from tests.kernels.attended import (
+    KINDS,
+    PAGES,
+    STRANGERS,
+    Attended,
+    Shape,
+    each_case,
+    each_dtype,
+    part,
+)
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")
-PLAIN, WINDOW, CAPPED = AttentionKind(0.17), AttentionKind(0.17, Span(window=70)), AttentionKind(0.17, softcap=5.0)
-BOTH = AttentionKind(0.17, Span(window=33), softcap=5.0)
-KINDS = [PLAIN, WINDOW, CAPPED, BOTH]
-# Heads, key-value heads, head size.
-CASES = [
-    ((9, 3, 64), PLAIN), ((9, 3, 64), WINDOW), ((4, 4, 32), CAPPED), ((4, 4, 32), AttentionKind(0.17, Span(window=1))),
-    ((8, 1, 96), BOTH), ((28, 1, 32), WINDOW), ((32, 2, 128), CAPPED), ((2, 1, 256), BOTH),
-]  # fmt: skip
-Shape = tuple[int, int, int]
-each_case = pytest.mark.parametrize(("shape", "how"), CASES)
-PAGES = [3, 11, 7, 1, 9, 5]
-STRANGERS = [2, 4]
+PLAIN_SHAPE = Shape(9, 3, 64, 64)
+# Of a result, at most, as a share of the weighted magnitudes of values. Scores and sums are float32; in bfloat16
+# weights and results are rounded, by 2^-8 at most each.
+ERRORS = {torch.float32: 2**-17, torch.bfloat16: 2**-7 + 2**-14}
 
 
 @pytest.fixture(autouse=True)
@@ -43,93 +45,46 @@ def num_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-class Attended:
-    """A cache, and rows of it attended natively or by torch."""
-
-    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, *, stale: float = 0.0) -> None:
-        """`stale` is what a former owner left in every page."""
-        self.kv = KVCache(12)
-        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
-        for tensor in self.kv.layer(0, *self.rows(1, 0)[1:]):
-            tensor.fill_(stale)
-
-    def __call__(
-        self, rows: list[torch.Tensor], decode: list[DecodeRow], segments: list[Segment], how: AttentionKind, *,
-        natively: bool = True,
-    ) -> torch.Tensor:  # fmt: skip
-        step = StepLayout.of(self.kv, decode, segments, torch.device("cpu"))
-        keys, values = self.kv.layer(0, *rows[1:])
-        if not natively:
-            return attention._attend_by_torch(rows, keys, values, step, how)
-        out = torch.empty_like(rows[0])
-        addresses, strides = [row.data_ptr() for row in rows], [row.stride(0) for row in rows]
-        attention.attend_natively(addresses, strides, out.data_ptr(), keys, values, step, self.num_heads, how)
-        return out
-
-    def prompt(self, rows: list[torch.Tensor], how: AttentionKind, first: int = 0) -> torch.Tensor:
-        return self(rows, [], [Segment(PAGES, first, [0] * len(rows[0]))], how)
-
-    def rows(self, count: int, seed: int) -> list[torch.Tensor]:
-        """Queries, keys and values."""
-        rng = torch.Generator().manual_seed(seed)
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        return [torch.randn(count, n, self.head_size, generator=rng).bfloat16() for n in heads]
-
-
-def part(rows: list[torch.Tensor], first: int, last: int) -> list[torch.Tensor]:
-    return [row[first:last].contiguous() for row in rows]
-
-
-def truth(rows: list[torch.Tensor], how: AttentionKind) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64, of a whole prompt [T, heads, P]: the weighted values, and the weighted magnitudes of values."""
-    query, key, value = (row.double().transpose(0, 1) for row in rows)
-    key, value = (row.repeat_interleave(len(query) // len(key), dim=0) for row in (key, value))
-    scores = query @ key.transpose(1, 2) * how.scaling
-    if how.softcap is not None:
-        scores = how.softcap * torch.tanh(scores / how.softcap)
-    seen = how.span.visible(torch.arange(len(rows[0])), torch.arange(len(rows[0]))[:, None])
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ value).transpose(0, 1), (weights @ value.abs()).transpose(0, 1)
-
-
+@each_dtype
 @each_case
-def test_a_prompt_over_many_pages_is_the_truth_but_for_two_roundings_to_bfloat16(
-    shape: Shape, how: AttentionKind
+def test_a_prompt_over_many_pages_is_the_truth_but_for_rounding(
+    shape: Shape, how: AttentionKind, dtype: torch.dtype
 ) -> None:
-    attended = Attended(*shape)
+    attended = Attended(shape, dtype)
     rows = attended.rows(350, 1)
-    expected, magnitudes = truth(rows, how)
-    # Weights and results are rounded, by 2^-8 at most each; scores and sums are float32.
+    expected, magnitudes = attended.truth(rows, how)
     error = (attended.prompt(rows, how).double() - expected).abs()
-    assert bool((error <= (2**-7 + 2**-14) * magnitudes).all())
+    assert bool((error <= ERRORS[dtype] * magnitudes).all())
 
 
+@each_dtype
 @each_case
-def test_rows_of_prompts_and_of_decoding_are_torchs(shape: Shape, how: AttentionKind) -> None:
-    one, other = Attended(*shape), Attended(*shape)
+@pytest.mark.parametrize("way", ["plain", "batches"])
+def test_rows_of_prompts_and_of_decoding_are_torchs(
+    way: str, shape: Shape, how: AttentionKind, dtype: torch.dtype
+) -> None:
+    one, other = Attended(shape, dtype), Attended(shape, dtype, way=way)
     long, short = [3, 1, 7], [5]
     steps = [
         ([], [Segment(long, 0, [0] * 90), Segment(short, 0, [0] * 7)]),
-        ([], [Segment(long, 90, [0] * 61)]),
-        ([DecodeRow(short, 7, 0), DecodeRow(long, 151, 0)], []),
-        ([DecodeRow(long, 152, 0)], [Segment([9], 0, [0] * 33)]),
+        ([], [Segment(long, 90, [0] * 41)]),
+        ([DecodeRow(short, 7, 0), DecodeRow(long, 131, 0)], []),
+        ([DecodeRow(long, 132, 0)], [Segment([9], 0, [0] * 33)]),
     ]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
     for number, (decode, segments) in enumerate(steps):
         rows = one.rows(len(decode) + sum(len(segment.token_ids) for segment in segments), number)
-        torch.testing.assert_close(
-            one(rows, decode, segments, how).float(),
-            other(rows, decode, segments, how, natively=False).float(),
-            atol=2e-2,
-            rtol=2e-2,
-        )
+        got, expected = (attended(rows, decode, segments, how).float() for attended in (one, other))
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
+@each_dtype
 @each_case
 @pytest.mark.parametrize("cuts", [(0, 1, 64, 101, 350), (0, 17, 128, 129, 200, 263, 350), (0, 350)])
 def test_how_a_prompt_was_cut_and_what_else_a_step_holds_cannot_be_seen(
-    cuts: tuple[int, ...], shape: Shape, how: AttentionKind
+    cuts: tuple[int, ...], shape: Shape, how: AttentionKind, dtype: torch.dtype
 ) -> None:
-    whole, cut = Attended(*shape), Attended(*shape)
+    whole, cut = Attended(shape, dtype), Attended(shape, dtype)
     rows = whole.rows(350, 0)
     expected = whole.prompt(rows, how)
     for first, last in itertools.pairwise(cuts):
@@ -140,9 +95,12 @@ def test_how_a_prompt_was_cut_and_what_else_a_step_holds_cannot_be_seen(
         assert torch.equal(got[1 : 1 + last - first], expected[first:last])
 
 
+@each_dtype
 @each_case
-def test_a_decode_row_has_the_bits_of_the_same_row_of_a_prompt(shape: Shape, how: AttentionKind) -> None:
-    whole, decoded = Attended(*shape), Attended(*shape)
+def test_a_decode_row_has_the_bits_of_the_same_row_of_a_prompt(
+    shape: Shape, how: AttentionKind, dtype: torch.dtype
+) -> None:
+    whole, decoded = Attended(shape, dtype), Attended(shape, dtype)
     rows = whole.rows(200, 2)
     expected = whole.prompt(rows, how)
     decoded.prompt(part(rows, 0, 50), how)
@@ -151,64 +109,73 @@ def test_a_decode_row_has_the_bits_of_the_same_row_of_a_prompt(shape: Shape, how
         assert torch.equal(got[0], expected[position])
 
 
-def test_several_decode_rows_of_one_sequence_in_a_step_are_a_chunk_of_it() -> None:
-    whole, decoded = Attended(9, 3, 64), Attended(9, 3, 64)
+@each_dtype
+def test_several_decode_rows_of_one_sequence_in_a_step_are_a_chunk_of_it(dtype: torch.dtype) -> None:
+    whole, decoded = Attended(PLAIN_SHAPE, dtype), Attended(PLAIN_SHAPE, dtype)
     rows = whole.rows(80, 3)
     expected = whole.prompt(rows, KINDS[0])
     got = decoded(rows, [DecodeRow(PAGES, position, 0) for position in range(80)], [], KINDS[0])
     assert torch.equal(got, expected)
 
 
+@each_dtype
 @pytest.mark.parametrize("how", KINDS)
-def test_the_number_of_threads_cannot_be_seen(how: AttentionKind, num_threads: Callable[[int], None]) -> None:
+def test_the_number_of_threads_cannot_be_seen(
+    how: AttentionKind, dtype: torch.dtype, num_threads: Callable[[int], None]
+) -> None:
     results = []
     for count in (1, 2, 3):
         num_threads(count)
-        attended = Attended(9, 3, 64)
+        attended = Attended(PLAIN_SHAPE, dtype)
         rows = attended.rows(303, 4)
         decode = [DecodeRow([page], 20, 0) for page in STRANGERS]
         results.append(attended(rows, decode, [Segment(PAGES, 0, [0] * 301)], how))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", [PLAIN_SHAPE, Shape(4, 2, 40, 72, has_sinks=True)])
 @pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize("stale", [float("nan"), float("-inf"), 3e38])
-def test_what_a_former_owner_left_in_a_page_cannot_be_seen(stale: float, how: AttentionKind) -> None:
-    clean, used = Attended(9, 3, 64), Attended(9, 3, 64, stale=stale)
+@pytest.mark.parametrize("stale", [float("nan"), 3e38])
+def test_what_a_former_owner_left_in_a_page_cannot_be_seen(
+    stale: float, how: AttentionKind, shape: Shape, dtype: torch.dtype
+) -> None:
+    clean, used = Attended(shape, dtype), Attended(shape, dtype, stale=stale)
     rows = clean.rows(200, 5)
     for first, last in ((0, 7), (7, 70), (70, 71), (71, 200)):
         chunk = part(rows, first, last)
         assert torch.equal(used.prompt(chunk, how, first), clean.prompt(chunk, how, first))
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", [PLAIN_SHAPE, Shape(9, 3, 40, 72, has_sinks=True)])
 @pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize("broken", [0, 63, 100])
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("broken", "number"), [(0, float("inf")), (63, float("nan")), (100, float("inf"))])
 def test_a_token_that_is_not_finite_breaks_those_that_see_it_and_no_others(
-    number: float, broken: int, how: AttentionKind
+    number: float, broken: int, how: AttentionKind, shape: Shape, dtype: torch.dtype
 ) -> None:
-    attended = Attended(9, 3, 64)
+    attended = Attended(shape, dtype)
     rows = attended.rows(200, 6)
     expected = attended.prompt(rows, how)
     for tensor in rows[1:]:
         tensor[broken, 1, 5:9] = number
     got = attended.prompt(rows, how)[:, 3:6]
-    sees = range(broken, 200 if how.span.window is None else min(200, broken + how.span.window))
-    sane = [position for position in range(200) if position not in sees]
-    assert torch.equal(got[sane], expected[sane, 3:6])
-    assert not bool(got[list(sees)].isfinite().all(-1).any())
+    sees = how.span.visible(torch.tensor(broken), torch.arange(200))
+    assert torch.equal(got[~sees], expected[~sees, 3:6])
+    assert not bool(got[sees].isfinite().all(-1).any())
 
 
-def test_numbers_near_the_smallest_have_the_same_bits_in_a_prompt_and_in_decoding() -> None:
+@each_dtype
+def test_numbers_near_the_smallest_have_the_same_bits_in_a_prompt_and_in_decoding(dtype: torch.dtype) -> None:
     """Products on some levels take what is below the normal numbers for zero."""
-    whole, decoded = Attended(9, 3, 64), Attended(9, 3, 64)
+    whole, decoded = Attended(PLAIN_SHAPE, dtype), Attended(PLAIN_SHAPE, dtype)
     rows = whole.rows(150, 7)
     rows[2] *= 2.0**-126
     expected = whole.prompt(rows, KINDS[0])
     assert bool(expected.any())
     for position in range(150):
         got = decoded(part(rows, position, position + 1), [DecodeRow(PAGES, position, 0)], [], KINDS[0])
-        assert torch.equal(got[0].view(torch.int16), expected[position].view(torch.int16))
+        assert torch.equal(got[0].view(torch.uint8), expected[position].view(torch.uint8))
 
 
 @pytest.mark.parametrize("architecture", ["wide_llama", "wide_qwen2"])

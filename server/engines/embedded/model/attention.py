@@ -5,11 +5,11 @@ the model as one sequence of T tokens; only attention looks at whose pages they 
 a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
 was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
 
-Two ways, which tests hold against each other: the native kernel (server/kernels/attention.cpp), for which a decode row
-is a chunk of one token, and torch's products.
+Three ways, which tests hold against each other: the native kernel on a CPU (server/kernels/attention.cpp), for which a
+decode row is a chunk of one token; where it was not compiled, plain_attention.py; and torch's products on a GPU.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
-attention head, S attended positions, M pages of the longest sequence.
+attention head, V that of its values, S attended positions, M pages of the longest sequence.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engines.embedded.model.layout import AttentionKind, Span, StepLayout
+from server.engines.embedded.model.layout import StepLayout
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
+from server.engines.embedded.model.plain_attention import attend_plainly
+from server.engines.embedded.model.spans import AttentionKind, Span
 from server.kernels import native
 
 ATTENTION_NAME = "recontrol"
 PROJECTIONS = ("queries", "keys", "values")
+_KERNELS = {torch.float32: "paged_attention_f32", torch.bfloat16: "paged_attention_bf16"}
 HARMLESS_OPTIONS = frozenset(
     {"dropout", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "sliding_window", "use_cache"}
 )
@@ -56,7 +59,7 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Write this step's keys and values, then attend. query [1, heads, T, P]; returns [1, T, heads, P of the values].
+    """Write this step's keys and values, then attend. query [1, heads, T, P]; returns [1, T, heads, V].
 
     `s_aux` [heads] are sinks: logits of a place that takes a share of each head's attention and gives nothing.
     """
@@ -71,14 +74,15 @@ def paged_attention(
         for what, given in zip(PROJECTIONS, rows, strict=True):
             step.watch.saw(layer, what, given)
     keys, values = step.kv.layer(layer, *rows[1:])
-    is_plain = s_aux is None and how.span.chunk is None and key.shape == value.shape
-    if is_plain and can_attend_natively(query.dtype, query.device, key.shape[3]):
-        out_TNP = torch.empty_like(rows[0])
+    sinks = None if s_aux is None else s_aux.float().contiguous()
+    is_of_one_type = query.dtype == key.dtype == value.dtype
+    if is_of_one_type and can_attend_natively(query.dtype, query.device, key.shape[3]):
+        out_TNV = value.new_empty(query.shape[2], query.shape[1], value.shape[3])
         addresses = [row.data_ptr() for row in rows]
         strides = [row.stride(0) for row in rows]
-        attend_natively(addresses, strides, out_TNP.data_ptr(), keys, values, step, query.shape[1], how)
-        return out_TNP[None], None
-    return _attend_by_torch(rows, keys, values, step, how, s_aux)[None], None
+        attend_natively(addresses, strides, out_TNV.data_ptr(), keys, values, step, query.shape[1], how, sinks)
+        return out_TNV[None], None
+    return _attend_by_torch(rows, keys, values, step, how, sinks)[None], None
 
 
 def unknown_options(options: Mapping[str, Any]) -> set[str]:
@@ -92,8 +96,11 @@ def attention_kind(key: Tensor, scaling: float | None, softcap: float | None, sp
     return AttentionKind(key.shape[3] ** -0.5 if scaling is None else scaling, span, softcap)
 
 
-def can_attend_natively(dtype: torch.dtype, device: torch.device, head_size: int) -> bool:
-    return dtype == torch.bfloat16 and device.type == "cpu" and head_size % 32 == 0 and native() is not None
+def can_attend_natively(dtype: torch.dtype, device: torch.device, key_size: int) -> bool:
+    """Whether `attend_natively` takes queries and keys of this type and size, here."""
+    # In bfloat16 a key is read by pairs of numbers.
+    fits = dtype == torch.float32 or key_size % 2 == 0
+    return dtype in _KERNELS and fits and device.type == "cpu" and native() is not None
 
 
 def attend_natively(
@@ -105,14 +112,18 @@ def attend_natively(
     step: StepLayout,
     num_heads: int,
     how: AttentionKind,
+    sinks: Tensor | None = None,
 ) -> None:
-    """Queries, keys and values at three addresses, their rows `strides` elements apart; the result goes to `out`."""
-    library: Any = native()
-    _, num_kv_heads, _, head_size = keys.shape
-    library.paged_attention_bf16(
+    """Queries, keys and values at three addresses, their rows `strides` elements apart; the result goes to `out`.
+
+    Their type is that of the cache's `keys` and `values`; sinks [heads] are float32.
+    """
+    attend = getattr(native(), _KERNELS[keys.dtype])
+    attend(
         *addresses, *strides, keys.data_ptr(), values.data_ptr(), step.tables.data_ptr(), step.tables.shape[1],
-        step.sequences_T.data_ptr(), step.positions_T.data_ptr(), out, len(step.positions_T), num_heads, num_kv_heads,
-        head_size, how.scaling, how.softcap or 0.0, how.span.window or 0,
+        step.sequences_T.data_ptr(), step.positions_T.data_ptr(), None if sinks is None else sinks.data_ptr(), out,
+        len(step.positions_T), num_heads, keys.shape[1], keys.shape[3], values.shape[3], how.scaling,
+        how.softcap or 0.0, how.span.window or 0, how.span.chunk or 0,
     )  # fmt: skip
 
 
@@ -124,14 +135,29 @@ def _attend_by_torch(
     how: AttentionKind,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As above; rows are queries, keys and values [T, heads, P]."""
+    """As above, [T, heads, V]; rows are queries, keys and values [T, heads, P], sinks [heads] float32."""
     query_TNP, key_TNP, value_TNP = rows
     num_kv_heads = key_TNP.shape[1]
     pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
     keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
     values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
     query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
-    sinks_NQ = None if sinks is None else sinks.float().view(num_kv_heads, -1)
+    sinks_NQ = None if sinks is None else sinks.view(num_kv_heads, -1)
+    if keys.device.type == "cpu":
+        tables_TM = step.tables[step.sequences_T]
+        return attend_plainly(query_TNQP, keys, values, tables_TM, step.positions_T, how, sinks_NQ).flatten(1, 2)
+    return _attend_in_batches(query_TNQP, keys, values, step, how, sinks_NQ).flatten(1, 2)
+
+
+def _attend_in_batches(
+    query_TNQP: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: StepLayout,
+    how: AttentionKind,
+    sinks_NQ: Tensor | None,
+) -> Tensor:
+    """[T, N, Q, V], with the keys and values of the step in their pages."""
     outputs: list[Tensor] = []
     first = step.num_decode
     if first:
@@ -146,7 +172,7 @@ def _attend_by_torch(
             span = slice(first + start - segment.start, first + end - segment.start)
             outputs.append(_attend_page(query_TNQP[span], keys, values, table[: page + 1], start, how, sinks_NQ))
         first += len(segment.token_ids)
-    return torch.cat(outputs).flatten(1, 2)
+    return torch.cat(outputs)
 
 
 def _attend_page(

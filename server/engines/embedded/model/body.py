@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, Span, StepLayout, StepSlot, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, Segment, StepLayout, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
+from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
 from server.kernels.transfer import on_device
 

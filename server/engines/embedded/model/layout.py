@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
+from server.engines.embedded.model.spans import Span
 from server.kernels.transfer import on_device
 
 
@@ -39,39 +40,6 @@ class Segment:
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
-
-
-@dataclass(slots=True, frozen=True)
-class Span:
-    """Which positions up to its own a token sees in one layer; None is no limit.
-
-    With a window of w it sees the last w, its own among them; with chunks of c those of its own chunk, c positions from
-    a multiple of c.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-
-    def visible(self, positions: Tensor, last: Tensor) -> Tensor:
-        """Bool, broadcast: which `positions` a token at position `last` sees."""
-        visible = positions <= last
-        if self.window is not None:
-            visible &= positions > last - self.window
-        if self.chunk is not None:
-            visible &= positions // self.chunk == last // self.chunk
-        return visible
-
-
-ALL_BEFORE = Span()
-
-
-@dataclass(slots=True, frozen=True)
-class AttentionKind:
-    """How one layer attends; a soft cap of None is none."""
-
-    scaling: float
-    span: Span = ALL_BEFORE
-    softcap: float | None = None
 
 
 class StepWatch(Protocol):

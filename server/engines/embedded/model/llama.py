@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.engines.embedded.model.attention import PROJECTIONS, attend_natively, can_attend_natively
-from server.engines.embedded.model.layout import AttentionKind, StepLayout
+from server.engines.embedded.model.layout import StepLayout
+from server.engines.embedded.model.spans import AttentionKind
 from server.engines.embedded.model.takeover.facts import LayerFacts
 from server.kernels import native
 from server.kernels.linear import Bits, NativeLinear, can_run_natively
@@ -230,7 +231,7 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
         and widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
         and sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
         and not facts.has_sinks
-        and facts.kind.span.chunk is None
+        and facts.key_size % (2 * _LANES) == 0
         and can_attend_natively(weight.dtype, weight.device, facts.key_size)
     )
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from server.engines.embedded.model.attention import UnsupportedAttentionError, attention_kind, unknown_options
-from server.engines.embedded.model.layout import ALL_BEFORE, AttentionKind, Span, StepSlot
+from server.engines.embedded.model.layout import StepSlot
+from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from server.engines.embedded.model.attention import UnsupportedAttentionError, register_attention
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, Span, StepSlot, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, Segment, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
+from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
 from server.engines.embedded.model.takeover.facts import LayerFacts, ask, check_positions, one_line
 from server.engines.embedded.model.takeover.packing import check_quantizable, pack, weights_read
