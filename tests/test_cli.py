@@ -341,8 +341,8 @@ def test_print_config_says_what_memory_left_to_the_machine_comes_to(
         return json.loads(capsys.readouterr().out)["kv_cache_gib"]
 
     monkeypatch.setattr("server.cli.serve.memory_limit_bytes", lambda: 3 * 2**30)
-    assert shown("--device", "cpu") == "auto: 1.50 GiB, half of the 3.00 GiB that this process may have"
-    assert shown("--device", "cuda") == "auto: nine tenths of what the GPU has free"
+    assert shown("--device", "cpu") == "auto: at most 1.50 GiB, half of the 3.00 GiB that this process may have"
+    assert shown("--device", "cuda") == "auto: at most nine tenths of what the GPU has free"
     assert shown("--kv-cache-gib", "1") == 1.0
     assert shown("--engine", "fake") is None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server import cli
 from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.machine import limit_threads, memory_limit_bytes, usable_cores
 
@@ -120,6 +121,15 @@ def test_threads_follow_the_quota_unless_the_user_said_how_many(
     unlimited: dict[str, str] = {}
     limit_threads(unlimited, machine("/", {"cpu.max": "max 100000"}))
     assert (unlimited, told) == ({}, [3])
+
+
+def test_every_command_limits_its_threads_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(cli, "limit_threads", lambda: done.append("limited"))
+    command_class = cli.command_class
+    monkeypatch.setattr(cli, "command_class", lambda name: (done.append(name), command_class(name))[1])
+    assert cli.main(["serve", "--port", "99999"]) == 2
+    assert done == ["limited", "serve"]
 
 
 def test_keys_and_values_get_half_of_what_the_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,10 @@ if [ ! -e .venv-llama/.installed-$llama_build ]; then
     # GCC 12's _tile_loadconfig claims to read 8 of its 64 bytes. The elimination of dead stores then drops the tiles'
     # sizes, and the first AMX product, which only quantized weights come to, ends with SIGILL.
     if grep -qs amx_int8 /proc/cpuinfo; then amx="-fno-tree-dse -fno-dse"; else amx=""; fi
-    cmake -S .venv-llama/src/vendor/llama.cpp -B .venv-llama/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$amx" \
-        -DBUILD_SHARED_LIBS=ON -DGGML_CUDA=$gpu -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-        -DLLAMA_BUILD_APP=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+    cmake -S .venv-llama/src/vendor/llama.cpp -B .venv-llama/build -G Ninja \
+        -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$amx" -DBUILD_SHARED_LIBS=ON -DGGML_CUDA=$gpu \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+        -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
     cmake --build .venv-llama/build --target llama-server --parallel "${JOBS:-$(nproc)}"
     # the bindings alone: they take the libraries just built (LLAMA_CPP_LIB_PATH)
     $llama $pip --config-settings cmake.define.LLAMA_BUILD=OFF .venv-llama/src

@@ -47,11 +47,10 @@ def _resolved(settings: Settings) -> dict[str, str]:
     if settings.kv_cache_gib is not None or settings.engine != "embedded":
         return {}
     if settings.device == "cuda" or (settings.device == "auto" and _has_cuda()):
-        return {"kv_cache_gib": "auto: nine tenths of what the GPU has free"}
+        return {"kv_cache_gib": "auto: at most nine tenths of what the GPU has free"}
     limit_gib = memory_limit_bytes() / 2**30
-    return {
-        "kv_cache_gib": f"auto: {limit_gib / 2:.2f} GiB, half of the {limit_gib:.2f} GiB that this process may have"
-    }
+    half = f"{limit_gib / 2:.2f} GiB, half of the {limit_gib:.2f} GiB that this process may have"
+    return {"kv_cache_gib": f"auto: at most {half}"}
 
 
 def _has_cuda() -> bool:
