@@ -10,7 +10,7 @@ import torch
 
 from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model import attention
+from server.engines.embedded.model import attention, torch_attention
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence
 from server.kernels import native
@@ -252,7 +252,7 @@ def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() 
     query, how = torch.randn(2, 8, 4, 64, generator=rng), attention.AttentionKind(0.125)
     last = torch.tensor([[299], [40]])
     results = [
-        attention._attend(
+        torch_attention._attend(
             query,
             keys[:, :, :length],
             values[:, :, :length],

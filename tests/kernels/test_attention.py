@@ -14,6 +14,7 @@ from server.engines.embedded.model.attention import AttentionKind, DecodeRow, Se
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.embedded.model.torch_attention import attend_by_torch
 from server.kernels import Kernels, native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native kernels on this machine")
@@ -60,7 +61,7 @@ class Attended:
         step = StepLayout.of(self.kv, decode, segments, torch.device("cpu"))
         keys, values = self.kv.layer(0, *rows[1:])
         if not natively:
-            return attention._attend_by_torch(rows, keys, values, step, how)
+            return attend_by_torch(rows, keys, values, step, how)
         out = torch.empty_like(rows[0])
         addresses, strides = [row.data_ptr() for row in rows], [row.stride(0) for row in rows]
         attention.attend_natively(addresses, strides, out.data_ptr(), keys, values, step, self.num_heads, how)

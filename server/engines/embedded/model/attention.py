@@ -6,7 +6,7 @@ a prompt is attended on its own, so a sequence's numbers never depend on the ste
 was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
 
 Two ways, which tests hold against each other: the native kernel (server/kernels/attention.cpp), for which a decode row
-is a chunk of one token, and torch's products.
+is a chunk of one token, and torch's products (torch_attention.py).
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
 attention head, S attended positions, M pages of the longest sequence.
@@ -14,7 +14,6 @@ attention head, S attended positions, M pages of the longest sequence.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS, num_pages_for
+from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
+from server.engines.embedded.model.torch_attention import attend_by_torch
 from server.kernels import native
 from server.kernels.transfer import on_device
 
@@ -207,7 +207,7 @@ def paged_attention(
         strides = [row.stride(0) for row in rows]
         attend_natively(addresses, strides, out_TNP.data_ptr(), keys, values, step, query.shape[1], how)
         return out_TNP[None], None
-    return _attend_by_torch(rows, keys, values, step, how, s_aux)[None], None
+    return attend_by_torch(rows, keys, values, step, how, s_aux)[None], None
 
 
 def unknown_options(options: Mapping[str, Any]) -> set[str]:
@@ -243,103 +243,3 @@ def attend_natively(
         step.sequences_T.data_ptr(), step.positions_T.data_ptr(), out, len(step.positions_T), num_heads, num_kv_heads,
         head_size, how.scaling, how.softcap or 0.0, how.span.window or 0,
     )  # fmt: skip
-
-
-def _attend_by_torch(
-    rows: list[Tensor],
-    keys: Tensor,
-    values: Tensor,
-    step: StepLayout,
-    how: AttentionKind,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """As above; rows are queries, keys and values [T, heads, P]."""
-    query_TNP, key_TNP, value_TNP = rows
-    num_kv_heads = key_TNP.shape[1]
-    pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
-    keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
-    values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
-    query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
-    sinks_NQ = None if sinks is None else sinks.float().view(num_kv_heads, -1)
-    outputs: list[Tensor] = []
-    first = step.num_decode
-    if first:
-        tables = step.tables[:first]
-        mask = step.decode_mask(how.span)
-        keys_BNSP, values_BNSP = _gather(keys, tables), _gather(values, tables)
-        outputs.append(_attend(query_TNQP[:first], keys_BNSP, values_BNSP, mask, how, sinks_NQ))
-    for index, segment in enumerate(step.segments, start=first):
-        table = step.tables[index]
-        for page in range(segment.start // PAGE_TOKENS, num_pages_for(segment.end)):
-            start, end = max(segment.start, page * PAGE_TOKENS), min(segment.end, (page + 1) * PAGE_TOKENS)
-            span = slice(first + start - segment.start, first + end - segment.start)
-            outputs.append(_attend_page(query_TNQP[span], keys, values, table[: page + 1], start, how, sinks_NQ))
-        first += len(segment.token_ids)
-    return torch.cat(outputs).flatten(1, 2)
-
-
-def _attend_page(
-    query_TNQP: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pages: Tensor,
-    start: int,
-    how: AttentionKind,
-    sinks_NQ: Tensor | None,
-) -> Tensor:
-    """[T, N, Q, P]: those of a prompt's tokens from `start` on that lie in the last of its pages so far, causally.
-
-    They are computed in the place and among as many rows as if all of the page's were there, which a product's order of
-    summation can depend on.
-    """
-    num_tokens, num_kv_heads, queries_per_head, size = query_TNQP.shape
-    first = start % PAGE_TOKENS
-    rows_TNQP = query_TNQP.new_zeros(PAGE_TOKENS, num_kv_heads, queries_per_head, size)
-    rows_TNQP[first : first + num_tokens] = query_TNQP
-    positions = torch.arange(len(pages) * PAGE_TOKENS, device=keys.device)
-    mask_TS = how.span.visible(positions, positions[-PAGE_TOKENS:, None])
-    out_1NQP = _attend(
-        rows_TNQP.transpose(0, 1).flatten(1, 2)[None],
-        _gather(keys, pages[None]),
-        _gather(values, pages[None]),
-        mask_TS.repeat_interleave(queries_per_head, dim=0)[None, None],
-        how,
-        None if sinks_NQ is None else sinks_NQ.repeat(1, PAGE_TOKENS),
-    )
-    out_TNQP = out_1NQP[0].unflatten(1, (PAGE_TOKENS, queries_per_head)).transpose(0, 1)
-    return out_TNQP[first : first + num_tokens]
-
-
-def _gather(cache: Tensor, tables: Tensor) -> Tensor:
-    """[B, N, S, P] of the sequences with these tables [B, M]."""
-    return cache[tables].transpose(1, 2).flatten(2, 3)
-
-
-def _attend(
-    query_BNQP: Tensor,
-    keys_BNSP: Tensor,
-    values_BNSP: Tensor,
-    mask: Tensor,
-    how: AttentionKind,
-    sinks_NQ: Tensor | None = None,
-) -> Tensor:
-    """In float32 whatever the dtype, whose products in fewer bits can depend on the number of rows.
-
-    Plain products: unlike the fused kernel, these give a row the same bits in every batch.
-    """
-    scores_BNQS = query_BNQP.float() @ keys_BNSP.float().transpose(-1, -2) * how.scaling
-    if how.softcap is not None:
-        scores_BNQS = how.softcap * torch.tanh(scores_BNQS / how.softcap)
-    scores_BNQS = scores_BNQS.masked_fill(~mask, float("-inf"))
-    if sinks_NQ is None:
-        weights_BNQS = scores_BNQS.softmax(dim=-1)
-    else:
-        # First, so that its place in the sum does not depend on the length of the step's longest row.
-        sinks_BNQ1 = sinks_NQ[None, :, :, None].expand(*scores_BNQS.shape[:3], 1)
-        weights_BNQS = torch.cat([sinks_BNQ1, scores_BNQS], dim=-1).softmax(dim=-1)[..., 1:]
-    # A product's order of summation can depend on S, which the step's longest row decides: sum blocks of one size in
-    # order, of which those beyond a row's own length add exact zeros.
-    blocks = zip(
-        weights_BNQS.split(PAGE_TOKENS, dim=-1), values_BNSP.float().split(PAGE_TOKENS, dim=-2), strict=True
-    )
-    return functools.reduce(torch.add, (weights @ values for weights, values in blocks)).to(values_BNSP.dtype)
