@@ -7,7 +7,7 @@ numbers one by one, which have but one result, and sums are made by halves of fi
 page. Every row is attended as a decode row, whether it is of a prompt or not. Knows nothing of steps or models. Enter
 at `attend_plainly`.
 
-Shapes: T rows, R of them at a time, N key-value heads, Q queries that share a key-value head, P size of a key, V size of
+Shapes: T rows, R of them at a time, N key-value heads, Q queries that share one, P size of a key, V size of
 a value, S positions of a page, M pages of the longest sequence.
 """
 
