@@ -124,6 +124,23 @@ def test_attention_that_forgets_a_window_is_refused(window: int, monkeypatch: py
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "traits"),
+    [("GptOss", {"num_local_experts": 4}), ("Mistral", {"sliding_window": 16}), ("Gemma2", {"head_dim": 24}),
+     ("DeepseekV3", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                     "moe_intermediate_size": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+                     "v_head_dim": 32, "kv_lora_rank": 16, "q_lora_rank": 16, "head_dim": 16}),
+     ("Llama", {"head_dim": 10})],
+)  # fmt: skip
+def test_where_there_are_kernels_every_model_attends_by_them(
+    name: str, traits: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_attend_by_torch", lambda *_: pytest.fail("attended by torch"))
+    create(tiny(name, dtype, **traits))
+
+
+@needs_native
 @pytest.mark.parametrize(("name", "traits"), [("SmolLM3", {}), ("Mistral", {"sliding_window": 200}), ("Llama", {})])
 def test_native_layers_that_do_something_else_are_not_used(
     name: str, traits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -148,7 +165,7 @@ def test_native_layers_that_forget_a_window_are_not_used(monkeypatch: pytest.Mon
     plain = llama.attend_natively
 
     def forgetful(*arguments: Any) -> None:
-        plain(*arguments[:-1], replace(arguments[-1], span=ALL_BEFORE))
+        plain(*(*arguments[:-1], replace(arguments[-1], span=ALL_BEFORE)))
 
     monkeypatch.setattr(llama, "attend_natively", forgetful)
     assert not create(tiny("Mistral", torch.bfloat16, sliding_window=200)).is_native

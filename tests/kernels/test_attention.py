@@ -57,6 +57,17 @@ def test_a_prompt_over_many_pages_is_the_truth_but_for_rounding(
     assert bool((error <= ERRORS[dtype] * magnitudes).all())
 
 
+def test_keys_of_an_odd_size_are_attended_natively_in_float32_and_not_in_bfloat16() -> None:
+    cpu = torch.device("cpu")
+    assert attention.can_attend_natively(torch.float32, cpu, 7)
+    assert not attention.can_attend_natively(torch.bfloat16, cpu, 7)
+    attended = Attended(Shape(4, 2, 7, 9), torch.float32)
+    rows = attended.rows(150, 8)
+    expected, magnitudes = attended.truth(rows, KINDS[0])
+    error = (attended.prompt(rows, KINDS[0]).double() - expected).abs()
+    assert bool((error <= ERRORS[torch.float32] * magnitudes).all())
+
+
 @each_dtype
 @each_case
 @pytest.mark.parametrize("way", ["plain", "batches"])

@@ -4,8 +4,8 @@ torch sums its matrix products, and the rest of a vector, in an order that depen
 differ in the last bit between full vectors and what is left over. So a row's bits would depend on how many rows a step
 has and on how long the longest is. Here each number is made by additions, products, quotients and comparisons of
 numbers one by one, which have but one result, and sums are made by halves of fixed sizes: the size of a head, and a
-page. Every row is attended as a decode row, whether it is of a prompt or not. Knows nothing of steps or models. Enter
-at `attend_plainly`.
+page. Every row is attended as a decode row, whether it is of a prompt or not. That takes some thirty times as long as
+matrix products. Knows nothing of steps or models. Enter at `attend_plainly`.
 
 Shapes: T rows, R of them at a time, N key-value heads, Q queries that share one, P size of a key, V size of
 a value, S positions of a page, M pages of the longest sequence.
