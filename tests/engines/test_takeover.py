@@ -162,10 +162,10 @@ def test_native_layers_that_do_something_else_are_not_used(
 
 @needs_native
 def test_native_layers_that_forget_a_window_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = llama.attend_natively
+    plain: Any = llama.attend_natively
 
     def forgetful(*arguments: Any) -> None:
-        plain(*(*arguments[:-1], replace(arguments[-1], span=ALL_BEFORE)))
+        plain(*arguments[:-1], replace(arguments[-1], span=ALL_BEFORE))
 
     monkeypatch.setattr(llama, "attend_natively", forgetful)
     assert not create(tiny("Mistral", torch.bfloat16, sliding_window=200)).is_native
