@@ -86,7 +86,9 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
             f"its attention does not go through transformers' interface as this engine needs ({one_line(error)})"
         ) from error
     if not far:
-        raise UnsupportedAttentionError("none of its layers attends through transformers' interface")
+        raise UnsupportedAttentionError(
+            f"none of its layers attends through transformers' interface (a layer has {_parts(backbone)})"
+        )
     return {
         index: replace(facts, rotates=not torch.equal(facts.far_queries, near[index].far_queries))
         for index, facts in sorted(far.items())
@@ -197,6 +199,13 @@ def _guess(sees: Callable[[int], Tensor], max_len: int) -> Span:
     if size >= max_len:
         return ALL_BEFORE
     return Span(window=size) if size == 1 or bool(sees(size)[size - 1]) else Span(chunk=size)
+
+
+def _parts(backbone: nn.Module) -> str:
+    """What a layer consists of: a layer is an element of the longest list of modules."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    return ", ".join(dict.fromkeys(type(part).__name__ for layer in layers for part in layer.children())) or "no parts"
 
 
 def one_line(error: Exception) -> str:
