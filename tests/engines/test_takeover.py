@@ -138,9 +138,7 @@ def test_native_layers_that_do_something_else_are_not_used(
     monkeypatch.setattr(llama, "_layer", wrong)
     with caplog.at_level(logging.INFO):
         assert not create(tiny(name, torch.bfloat16, **traits)).is_native
-    assert re.search(
-        r"through transformers' modules, since natively the (queries|keys) of layer 3 differs", caplog.text
-    )
+    assert re.search(r"through transformers' modules, since natively the (queries|keys) of layer 3 ", caplog.text)
 
 
 @needs_native
