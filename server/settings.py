@@ -92,7 +92,9 @@ class Settings(BaseSettings):
     )
     max_waiting: Annotated[int, Field(ge=1, description="sequences that may wait; beyond it a 429")] = 1024
     prefill_chunk_tokens: Annotated[int, Field(ge=64, description="prompt tokens that a step computes at most")] = 256
-    max_step_stretch: Annotated[float, Field(gt=1, description="times that prompts may lengthen a decoding step")] = 2.0
+    max_step_stretch: Annotated[
+        float, Field(gt=1, allow_inf_nan=False, description="times as long as usual that prompts may make a step")
+    ] = 2.0
     kv_cache_gib: float | None = Field(None, gt=0, allow_inf_nan=False, description=KV_CACHE_GIB)
     kv_cache_high_water: float | None = Field(
         None,

@@ -155,9 +155,7 @@ def test_native_layers_that_do_something_else_are_not_used(
     monkeypatch.setattr(llama, "_layer", wrong)
     with caplog.at_level(logging.INFO):
         assert not create(tiny(name, torch.bfloat16, **traits)).is_native
-    assert re.search(
-        r"through transformers' modules, since natively the (queries|keys) of layer 3 differs", caplog.text
-    )
+    assert re.search(r"through transformers' modules, since natively the (queries|keys) of layer 3 ", caplog.text)
 
 
 @needs_native
@@ -209,7 +207,7 @@ def test_layers_that_carry_a_state_of_their_own_are_named() -> None:
     hybrid = tiny("Lfm2", layer_types=["conv", "full_attention"] * 2)
     with pytest.raises(ModelLoadError, match=r"2 of its 4 layers do not attend \(Lfm2ShortConv\)"):
         create(hybrid)
-    with pytest.raises(ModelLoadError, match="none of its layers attends through transformers' interface"):
+    with pytest.raises(ModelLoadError, match=r"none of its layers attends .* \(a layer has MambaRMSNorm, MambaMixer\)"):
         create(AutoModelForCausalLM.from_config(transformers.MambaConfig(vocab_size=258, hidden_size=32,
                                                                          num_hidden_layers=2)).eval())  # fmt: skip
 

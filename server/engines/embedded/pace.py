@@ -1,12 +1,12 @@
 """How much of prompts a step may hold, told by how long steps have taken.
 
-While rows decode, a step should take at most `max_stretch` times as long with prompts as without. To read prompts at all
+While rows decode, a step should take at most `max_stretch` times as long with prompts as without. To read any prompt
 may cost something: what came before has to be fetched, and on a GPU such steps take another way. Steps with a single
 token of a prompt tell how much; further tokens may add half as much again, even where that takes longer. What a token
 adds is measured by how many come before it, as attention reads all of those. All are medians of the last measurements,
-so one that a busy machine has spoilt changes little; and after a step that did not take what it should have, there is
-one without prompts and one with a single token. Without rows that decode, nobody waits for a step's end, and it holds as
-much as it may.
+so one that a busy machine has spoilt changes little; and after a step that did not take what it should have, there are
+one without prompts and one with a single token. Without rows that decode, nobody waits for a step's end, and it holds
+as much as it may.
 
 Knows nothing of sequences, and of time only what it is told. Enter at `Pace.budget` and `Pace.observe`.
 """

@@ -184,7 +184,8 @@ def test_settings_become_vllms_arguments(model_folder: Callable[..., Path], tmp_
 @pytest.mark.parametrize(
     "options",
     [{"engine": "vllm", "quantization": "int8"}, {"engine": "vllm", "prefill_chunk_tokens": 512},
-     {"tensor_parallel_size": 2}, {"vllm_options": {"a": 1}}, {"distributed_executor_backend": "ray"}],
+     {"engine": "vllm", "max_step_stretch": 3.0}, {"tensor_parallel_size": 2},
+     {"vllm_options": {"a": 1}}, {"distributed_executor_backend": "ray"}],
 )  # fmt: skip
 def test_a_setting_that_the_engine_does_not_have_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=list(options)[-1]):

@@ -127,9 +127,14 @@ def base_model_identity(
 ) -> dict[str, Any]:
     """Name, sizes, and a fingerprint: sha256 over the first values of every parameter, rounded to bfloat16.
 
-    A model without weights needs those values given.
+    A model without weights needs those values given. Raises ModelLoadError when its configuration lacks the sizes.
     """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    missing = [size for size in ("hidden_size", "vocab_size") if not isinstance(getattr(config, size, None), int)]
+    if missing:
+        raise ModelLoadError(
+            f"{type(model).__name__} cannot be served: its configuration has no {' and no '.join(missing)}"
+        )
     digest = hashlib.sha256()
     for parameter_name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten() if first_values is None else first_values[parameter_name]
@@ -139,8 +144,8 @@ def base_model_identity(
     return {
         "name": name,
         "architecture": type(model).__name__,
-        "hidden_size": int(config.hidden_size),
-        "vocab_size": int(config.vocab_size),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
         "fingerprint": digest.hexdigest()[:32],
     }
 

@@ -26,6 +26,8 @@ from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3
+# What a model raises that is called in a way that it does not know.
+_FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of transformers: batch index, head index, query positions, key positions -> whether the query sees the key."""
 
@@ -79,14 +81,16 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
     backbone.set_attn_implementation(NOTES_NAME)
     try:
         near, far = (_notes(backbone, max_len, start).layers for start in (0, max_len - _TOKENS))
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+    except _FAILURES as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
         raise UnsupportedAttentionError(
             f"its attention does not go through transformers' interface as this engine needs ({one_line(error)})"
         ) from error
     if not far:
-        raise UnsupportedAttentionError("none of its layers attends through transformers' interface")
+        raise UnsupportedAttentionError(
+            f"none of its layers attends through transformers' interface (a layer has {_parts(backbone)})"
+        )
     return {
         index: replace(facts, rotates=not torch.equal(facts.far_queries, near[index].far_queries))
         for index, facts in sorted(far.items())
@@ -111,10 +115,21 @@ def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int
     backbone.set_attn_implementation(NOTES_NAME)
     start = max_len - _TOKENS
     name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
-    with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
+    try:
+        with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
+    except _FAILURES as error:
+        if isinstance(error, UnsupportedAttentionError):
+            raise
+        raise UnsupportedAttentionError(
+            f"it cannot be seen whether it counts positions by a cache ({one_line(error)})"
+        ) from error
     for index, fact in facts.items():
         if not torch.equal(fact.far_queries, with_past.layers[index].far_queries):
-            raise UnsupportedAttentionError(f"layer {index} counts positions by the length of a cache")
+            raise CountsByCacheError(f"layer {index} counts positions by the length of a cache")
+
+
+class CountsByCacheError(UnsupportedAttentionError):
+    """The model takes positions from the length of transformers' cache, which this engine does not use."""
 
 
 class _Past(DynamicCache):
@@ -197,6 +212,13 @@ def _guess(sees: Callable[[int], Tensor], max_len: int) -> Span:
     if size >= max_len:
         return ALL_BEFORE
     return Span(window=size) if size == 1 or bool(sees(size)[size - 1]) else Span(chunk=size)
+
+
+def _parts(backbone: nn.Module) -> str:
+    """What a layer consists of: a layer is an element of the longest list of modules."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    return ", ".join(dict.fromkeys(type(part).__name__ for layer in layers for part in layer.children())) or "no parts"
 
 
 def one_line(error: Exception) -> str:

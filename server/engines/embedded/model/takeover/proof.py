@@ -205,11 +205,12 @@ class _Step:
 
 
 def _steps(long: int, short: int) -> list[_Step]:
-    """Two chunks beside each other; a chunk beside a decode row; a decode row alone."""
+    """Two chunks beside each other; a chunk beside a decode row; decode rows alone."""
     cut = (long - 1) // 2
     return [
         _Step([], [(0, 0, cut), (1, 0, short - 1)]),
-        _Step([(1, short - 1)], [(0, cut, long - 1)]),
+        _Step([(1, short - 1)], [(0, cut, long - 2)]),
+        _Step([(0, long - 2)], []),
         _Step([(0, long - 1)], []),
     ]
 
@@ -292,7 +293,7 @@ class Follower:
             self._projections[key] = rows.clone()
 
     def _compare(self, ours_TX: Tensor, theirs_TX: Tensor, where: str, entered_TX: Tensor | None = None) -> None:
-        """Keep each row's error as a share of what is allowed; decode rows of what attends apart from prompts'."""
+        """Keep each row's error as a share of what is allowed; decode rows apart, which a lost state alone may show."""
         ours_TX, theirs_TX = ours_TX.float(), theirs_TX.float()
         size_T = theirs_TX.norm(dim=1)
         allowed_T = self._allowed * size_T
@@ -300,7 +301,7 @@ class Follower:
             added_T = (theirs_TX - entered_TX.float()).norm(dim=1)
             allowed_T = self._allowed * added_T + self._rounded * size_T
         share_T = (ours_TX - theirs_TX).norm(dim=1) / allowed_T.clamp(min=_TINY)
-        num_decode = len(self._step.decode) if where.startswith("the attention") else 0
+        num_decode = len(self._step.decode)
         for place, part_T in ((f"{where} in decoding", share_T[:num_decode]), (where, share_T[num_decode:])):
             if len(part_T):
                 self._shares[place].append(part_T)

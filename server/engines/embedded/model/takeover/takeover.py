@@ -27,7 +27,7 @@ from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
-from server.engines.embedded.model.takeover.facts import LayerFacts, ask, check_positions, one_line
+from server.engines.embedded.model.takeover.facts import CountsByCacheError, LayerFacts, ask, check_positions, one_line
 from server.engines.embedded.model.takeover.packing import check_quantizable, pack, weights_read
 from server.engines.embedded.model.takeover.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
 from server.engines.embedded.model.takeover.rotation import static_length
@@ -178,9 +178,10 @@ class _Takeover:
             )
         try:
             check_positions(self._backbone, self._facts, self._max_len)
-        except Exception as error:
-            if isinstance(error, UnsupportedAttentionError):
-                return str(error)
+        except CountsByCacheError as error:
+            return str(error)
+        except UnsupportedAttentionError:
+            pass  # It says no more than the numbers do.
         return f"its numbers would not be transformers' own ({difference})"
 
     @property
