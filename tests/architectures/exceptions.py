@@ -75,6 +75,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": _CONVOLUTIONS},
     "longcat_flash": {**_ALL_HEADS, "qk_rope_head_dim": 32, "qk_head_dim": 48},
     "mellum": {"layer_types": _BOTH},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 3,
+        "index_block_size": 4,
+        "index_topk_blocks": 4,
+    },
     "ministral": {"layer_types": _BOTH},
     "modernbert-decoder": {"cls_token_id": 1, "sep_token_id": 2},
     "qwen4_exp": {"text_config": _INDEXER},
