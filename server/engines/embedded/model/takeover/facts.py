@@ -62,7 +62,9 @@ class _Notes:
         query, key, value = rows
         index: int = module.layer_idx  # type: ignore[assignment]
         if index in self.layers:
-            raise UnsupportedAttentionError(f"layer {index} attends more than once for a token")
+            # Layers that share one attention have no index of their own.
+            which = f"layer {index}" if index >= 0 else "what several layers share"
+            raise UnsupportedAttentionError(f"{which} attends more than once for a token")
         _, num_heads, num_tokens, key_size = query.shape
         if num_tokens != _TOKENS or key.shape[2] != _TOKENS:
             raise UnsupportedAttentionError(f"layer {index} attends to something else than the text")
@@ -173,9 +175,9 @@ def _note(
     return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
-def _mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, **_: Any) -> Tensor:
+def _mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, device: Any = None, **_: Any) -> Tensor:
     """A mask that carries its rule along; one that the model has worked on comes without."""
-    mask = torch.ones(1, 1, int(q_length), int(kv_length), dtype=torch.bool)
+    mask = torch.ones(1, 1, int(q_length), int(kv_length), dtype=torch.bool, device=device)
     mask.rule = mask_function  # type: ignore[attr-defined]
     return mask
 
@@ -189,19 +191,18 @@ def _span(module: nn.Module, mask: Tensor | None, max_len: int) -> Span:
     rule: MaskFunction | None = getattr(mask, "rule", None)
     if rule is None:
         raise UnsupportedAttentionError("its attention masks are of its own making")
-    device = torch.device("cpu")
-    positions = torch.arange(max_len, device=device)
+    positions = torch.arange(max_len, device=mask.device)
 
     def sees(last: int) -> Tensor:
-        zero = torch.zeros((), dtype=torch.long)
-        return torch.as_tensor(rule(zero, zero, torch.tensor([last]), positions)).expand(max_len)
+        zero = positions.new_zeros(())
+        return torch.as_tensor(rule(zero, zero, positions.new_tensor([last]), positions)).expand(max_len)
 
     span = _guess(sees, max_len)
     tried = {0, 1, 2, max_len // 3, max_len // 2, max_len - 2, max_len - 1}
     for size in (span.window, span.chunk):
         tried |= {size - 1, size, size + 1, 2 * size - 1, 2 * size} if size else set()
     for last in sorted(position for position in tried if 0 <= position < max_len):
-        if not torch.equal(sees(last), span.visible(positions, torch.tensor(last))):
+        if not torch.equal(sees(last), span.visible(positions, positions.new_tensor(last))):
             raise UnsupportedAttentionError("its attention mask is no window, no chunk and not all that comes before")
     return span
 
