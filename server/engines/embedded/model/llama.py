@@ -230,6 +230,7 @@ def _fits(facts: LayerFacts, first: LayerFacts) -> bool:
         weight.dtype == torch.bfloat16
         and widths == [facts.num_heads * size, facts.num_kv_heads * size, facts.num_kv_heads * size]
         and sizes == (first.num_heads, first.num_kv_heads, first.key_size, first.key_size)
+        and facts.only_turns
         and not facts.has_sinks
         and facts.key_size % (2 * _LANES) == 0
         and can_attend_natively(weight.dtype, weight.device, facts.key_size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,9 @@ from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 
 NOTES_NAME = "recontrol_notes"
 _TOKENS = 3
+_SAME_LENGTH = 5e-3
+"""Relative, of vectors that differ by a rotation and by rounding."""
+_EXPERTS_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # What a model raises that is called in a way that it does not know.
 _FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
@@ -43,10 +46,12 @@ class LayerFacts:
     key_size: int
     value_size: int
     has_sinks: bool
-    far_queries: Tensor
-    """Of the last positions of a text, [1, heads, tokens, P]."""
+    far: tuple[Tensor, Tensor]
+    """Queries and keys at the last positions of a text, [1, heads, tokens, P]."""
     rotates: bool = False
     """Whether its queries depend on their positions."""
+    only_turns: bool = True
+    """Whether queries and keys are as long at the end of a text as at its beginning, as rotation leaves them."""
 
 
 @dataclass(slots=True)
@@ -55,6 +60,8 @@ class _Notes:
 
     max_len: int
     layers: dict[int, LayerFacts] = field(default_factory=dict)
+    states_TD: Tensor | None = None
+    """Behind the last norm."""
 
     def take(
         self, module: nn.Module, rows: tuple[Tensor, Tensor, Tensor], kind: AttentionKind, *, has_sinks: bool
@@ -69,7 +76,7 @@ class _Notes:
         if num_tokens != _TOKENS or key.shape[2] != _TOKENS:
             raise UnsupportedAttentionError(f"layer {index} attends to something else than the text")
         self.layers[index] = LayerFacts(
-            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, query
+            module, kind, num_heads, key.shape[1], key_size, value.shape[3], has_sinks, (query, key)
         )
 
 
@@ -94,16 +101,56 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
             f"none of its layers attends through transformers' interface (a layer has {_parts(backbone)})"
         )
     return {
-        index: replace(facts, rotates=not torch.equal(facts.far_queries, near[index].far_queries))
+        index: replace(
+            facts,
+            rotates=not torch.equal(facts.far[0], near[index].far[0]),
+            only_turns=all(map(_are_as_long, facts.far, near[index].far)),
+        )
         for index, facts in sorted(far.items())
     }
 
 
-def _notes(backbone: Any, max_len: int, start: int, **options: Any) -> _Notes:
+def carrying_layer(backbone: Any, max_len: int) -> int | None:
+    """The first layer whose queries for a token depend on tokens before it although nothing was attended to.
+
+    What else is carried from token to token, by a convolution, a recurrence or a shift, this engine does not keep. The
+    backbone must have this file's attention. The number of layers stands for the state behind the last one.
+    """
+    one, other = (_notes(backbone, max_len, 0, ids=[*before, _TOKENS]) for before in ((1, 2), (4, 5)))
+    allowed = 0.0
+    if has_experts(backbone):
+        # Their products' sums depend on how many tokens choose which.
+        allowed = _EXPERTS_ROUNDING[one.layers[next(iter(one.layers))].far[0].dtype]
+    for index, fact in sorted(one.layers.items()):
+        mine, its = fact.far[0][:, :, -1], other.layers[index].far[0][:, :, -1]
+        if not (mine - its).norm() <= allowed * mine.norm():
+            return index
+    assert one.states_TD is not None
+    assert other.states_TD is not None
+    mine, its = one.states_TD[-1], other.states_TD[-1]
+    return None if (mine - its).norm() <= allowed * mine.norm() else len(one.layers)
+
+
+def has_experts(backbone: nn.Module) -> bool:
+    """Whether tokens choose among maps, so that rounding may send one another way."""
+    names = {type(module).__name__.lower() for module in backbone.modules()}
+    return any("expert" in name or "moe" in name or "router" in name for name in names)
+
+
+def _are_as_long(one: Tensor, other: Tensor) -> bool:
+    lengths = one.float().norm(dim=-1), other.float().norm(dim=-1)
+    return bool((lengths[0] - lengths[1]).norm() <= _SAME_LENGTH * lengths[1].norm())
+
+
+def _notes(
+    backbone: Any, max_len: int, start: int, ids: Sequence[int] = range(1, _TOKENS + 1), **options: Any
+) -> _Notes:
     notes = _Notes(max_len)
     StepSlot.of(backbone, notes)
-    ids = torch.arange(1, _TOKENS + 1, device=backbone.device)[None]
-    backbone(input_ids=ids, position_ids=ids - 1 + start, **{"use_cache": False, **options})
+    ids_T = torch.tensor(list(ids), device=backbone.device)
+    positions_T = torch.arange(start, start + _TOKENS, device=backbone.device)
+    output = backbone(input_ids=ids_T[None], position_ids=positions_T[None], **{"use_cache": False, **options})
+    notes.states_TD = output.last_hidden_state[0]
     return notes
 
 
@@ -126,7 +173,7 @@ def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int
             f"it cannot be seen whether it counts positions by a cache ({one_line(error)})"
         ) from error
     for index, fact in facts.items():
-        if not torch.equal(fact.far_queries, with_past.layers[index].far_queries):
+        if not torch.equal(fact.far[0], with_past.layers[index].far[0]):
             raise CountsByCacheError(f"layer {index} counts positions by the length of a cache")
 
 

@@ -27,7 +27,15 @@ from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
-from server.engines.embedded.model.takeover.facts import CountsByCacheError, LayerFacts, ask, check_positions, one_line
+from server.engines.embedded.model.takeover.facts import (
+    CountsByCacheError,
+    LayerFacts,
+    ask,
+    carrying_layer,
+    check_positions,
+    has_experts,
+    one_line,
+)
 from server.engines.embedded.model.takeover.packing import check_quantizable, pack, weights_read
 from server.engines.embedded.model.takeover.proof import LONGEST, PROOF_PAGES, Blocks, Difference, Follower, Reference
 from server.engines.embedded.model.takeover.rotation import static_length
@@ -67,12 +75,17 @@ class _Takeover:
         self._length = static_length(self._backbone, min(LONGEST, positions))
         """Of the longer text that the model is shown on."""
         self._max_len = max(max_len, self._length)
+        if hasattr(self._backbone, "set_experts_implementation"):
+            # Transformers' others ask for sizes in multiples of eight, for one thing.
+            self._backbone.set_experts_implementation("eager")
         self._facts = ask(self._backbone, self._max_len)
+        self._blocks = Blocks.of(self._backbone, self._facts)
         self._kv = KVCache(PROOF_PAGES)
 
     def run(self, bits: Bits) -> TakenOver:
         """The layers in their final form are shown too, unless they have fewer bits."""
         backbone = self._backbone
+        self._check_carries_nothing()
         sizes = short_sizes(self._facts, self._length // 2)
         with short_spans(self._model, sizes):
             shown = self._shown(sizes)
@@ -80,7 +93,7 @@ class _Takeover:
             reference = Reference.of(self._model, backbone, shown, self._length)
             head = self._lm_head(reference)
             backbone.set_attn_implementation(register_attention())
-            follower = Follower(reference, self._linear.weight.dtype)
+            follower = Follower(reference, self._linear.weight.dtype, has_experts=has_experts(backbone))
             with weights_read(backbone) as read:
                 difference = self._follow(follower, self._body(backbone, shown))
             self._check(difference)
@@ -163,19 +176,27 @@ class _Takeover:
             )
         return head
 
+    def _check_carries_nothing(self) -> None:
+        """Between tokens, that is, but what attention reads of the cache."""
+        blocks = self._blocks
+        layer = carrying_layer(self._backbone, self._max_len)
+        if others := blocks.without_attention:
+            kinds = ", ".join(blocks.kinds_without_attention)
+            what = (
+                f"{len(others)} of its {len(blocks.layers)} layers do not attend{f' ({kinds})' if kinds else ''}, and "
+            )
+        elif layer is not None:
+            what = f"before the attention of layer {layer} tokens meet in another way than by attention, and "
+        else:
+            return
+        raise UnsupportedAttentionError(f"{what}what they carry from token to token is not kept here")
+
     def _check(self, difference: Difference) -> None:
         if difference.is_too_large:
             raise ModelLoadError(f"{self._name} cannot be served: {self._reason(difference)}")
 
     def _reason(self, difference: Difference) -> str:
         """Why a model does not come out right, as far as it can be told."""
-        blocks = Blocks.of(self._backbone, self._facts)
-        if others := blocks.without_attention:
-            kinds = ", ".join(blocks.kinds_without_attention)
-            return (
-                f"{len(others)} of its {len(blocks.layers)} layers do not attend{f' ({kinds})' if kinds else ''}, and "
-                "what they carry from token to token is not kept here"
-            )
         try:
             check_positions(self._backbone, self._facts, self._max_len)
         except CountsByCacheError as error:
