@@ -44,12 +44,22 @@ class ModelCommand(Command):
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(None, description=KV_CACHE_GIB)
 
+    max_model_len: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="prompt and new tokens of one sequence; by default what the model has"
+    )
+
     def load(self) -> LoadedModel:
         return load_model(self.model, device=self.device, dtype=self.dtype, adapter=self.adapter)
 
     def core(self, loaded: LoadedModel, registry: HeadRegistry) -> EngineCore:
         """An engine to drive from this thread. Raises ModelLoadError, ConfigurationError."""
-        return EngineCore(loaded, registry, max_batch_size=self.max_batch_size, kv_cache_gib=self.kv_cache_gib)
+        return EngineCore(
+            loaded,
+            registry,
+            max_batch_size=self.max_batch_size,
+            max_model_len=self.max_model_len,
+            kv_cache_gib=self.kv_cache_gib,
+        )
 
 
 class HeadsModelCommand(ModelCommand):

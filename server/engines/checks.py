@@ -9,6 +9,15 @@ from server.errors import ContextLengthError, InvalidRequestError
 from server.types import GenerationRequest
 
 
+def check_is_text(request: GenerationRequest, placeholder_ids: Collection[int]) -> None:
+    """Raises InvalidRequestError for a token that stands for a picture or a sound, whose states are not its own."""
+    for token_id in placeholder_ids:
+        if token_id in request.prompt_token_ids:
+            raise InvalidRequestError(
+                f"prompt: token id {token_id} stands for what is no text, which is not served", param="prompt"
+            )
+
+
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
     check_heads(request, heads)

@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from server.engines.checks import check_is_text
 from server.engines.embedded.model import attention, llama
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.lm_head import LMHead
+from server.engines.embedded.model.loader import placeholder_ids
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 from server.engines.embedded.model.steady import Steady
@@ -25,8 +27,9 @@ from server.engines.embedded.model.takeover import takeover
 from server.engines.embedded.model.takeover.facts import ask
 from server.engines.embedded.model.takeover.rotation import static_length
 from server.engines.embedded.model.takeover.stand_in import short_spans
-from server.errors import ModelLoadError
+from server.errors import InvalidRequestError, ModelLoadError
 from server.kernels import native
+from server.types import GenerationRequest, SamplingParams
 
 _SIZES = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
@@ -295,3 +298,35 @@ def test_no_part_of_the_proof_is_left_on_the_model() -> None:
     create(model)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert takeover.register_attention() == model.config._attn_implementation
+
+
+@needs_native
+@pytest.mark.parametrize(("beta", "is_native"), [(0.0, True), (0.1, False)])
+def test_native_layers_are_not_used_where_queries_grow_with_their_position(beta: float, is_native: bool) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+            "llama_4_scaling_beta": beta}  # fmt: skip
+    assert create(tiny("Ministral3", torch.bfloat16, rope_parameters=rope)).is_native == is_native
+
+
+@pytest.mark.parametrize("name", ["FalconH1", "RecurrentGemma"])
+def test_a_layer_that_attends_and_carries_a_state_too_is_refused_however_little_it_carries(name: str) -> None:
+    torch.manual_seed(0)
+    small = {**_SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 16}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**small))
+    with pytest.raises(ModelLoadError, match="what they carry from token to token is not kept here"):
+        create(model.to(torch.bfloat16).eval().requires_grad_(False))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 0.0}, {"rope_type": "linear", "factor": 0.0}])
+def test_angles_that_are_no_numbers_are_refused(rope: dict[str, Any]) -> None:
+    model = tiny("Llama", rope_parameters={"rope_theta": 10_000.0, **rope})
+    with pytest.raises(ModelLoadError, match="gives angles that are not finite"):
+        static_length(model, 512)
+
+
+def test_a_placeholder_of_a_picture_is_refused_in_a_prompt() -> None:
+    whole = transformers.Gemma3Config(image_token_id=77)
+    assert placeholder_ids(whole) >= {77}
+    assert placeholder_ids(whole.get_text_config()) == frozenset()
+    with pytest.raises(InvalidRequestError, match="token id 77 stands for what is no text"):
+        check_is_text(GenerationRequest("r", (1, 77), SamplingParams()), placeholder_ids(whole))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
+from server.engines.checks import check_is_text
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.memory import log_memory
@@ -162,6 +163,8 @@ class EmbeddedEngine(Tokenization):
         if core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
         core.check(request)
+        if self._loaded is not None:
+            check_is_text(request, self._loaded.placeholder_ids)
         # A head that is being unloaded is still in the registry, for requests that have begun.
         check_heads(request, self.info.heads)
         capacity = self._settings.max_batch_size + self._settings.max_waiting

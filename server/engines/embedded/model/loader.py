@@ -28,6 +28,7 @@ from server.errors import ModelLoadError
 
 _log = logging.getLogger(__name__)
 FINGERPRINT_VALUES = 256
+_NO_TEXT = ("image", "audio", "video", "vision", "boi", "eoi", "boa", "eoa")
 DEFAULT_MAX_LEN = 2048
 
 
@@ -41,6 +42,8 @@ class LoadedModel:
     identity: dict[str, Any]
     eos_token_ids: frozenset[int]
     max_len: int
+    placeholder_ids: frozenset[int] = frozenset()
+    """Tokens that stand for a picture or a sound, of a model that takes those too."""
 
 
 def load_model(
@@ -71,6 +74,18 @@ def load_model(
         identity=identity,
         eos_token_ids=eos_token_ids(model.generation_config, tokenizer),
         max_len=max_len(folder, model.config),
+        placeholder_ids=placeholder_ids(model.config),
+    )
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Tokens that stand for what is no text, by the names that transformers gives them in a configuration."""
+    if config.get_text_config() is config:
+        return frozenset()
+    return frozenset(
+        value
+        for name, value in vars(config).items()
+        if type(value) is int and name.endswith(("_token_id", "_token_index")) and name.startswith(_NO_TEXT)
     )
 
 

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from server.engines.embedded.model.loader import LoadedModel
-from server.errors import ConfigurationError
+from server.errors import ConfigurationError, ModelLoadError
 
 _log = logging.getLogger(__name__)
 
 _FEW = 4
+_LEAST = 16
 
 
 def text_length(loaded: LoadedModel, asked: int | None) -> int:
     """The longest text, prompt and new tokens together. Raises ConfigurationError for more than the model can have."""
     longest = static_length(loaded.model, loaded.max_len)
+    if longest < _LEAST:
+        raise ModelLoadError(f"{loaded.name} has room for {longest} tokens, and {_LEAST} are needed to serve it")
     if longest < loaded.max_len and asked is None:
         _log.warning(
             "%s is served up to %d tokens of its %d: in longer texts its rotation turns all positions otherwise",
@@ -59,6 +62,11 @@ def _layer_types(module: nn.Module) -> list[str | None]:
 def _static_length(module: nn.Module, layer_type: str | None, max_len: int) -> int:
     few = torch.arange(min(_FEW, max_len), device=_device(module))
     short = _angles(module, layer_type, few)
+    if not short.isfinite().all():
+        raise ModelLoadError(
+            f"{type(module).__name__} gives angles that are not finite: rope_parameters in config.json must have a "
+            "rope_theta and factors above 0"
+        )
 
     def differs(length: int) -> bool:
         # The last position alone stands for a text of that length.
