@@ -164,8 +164,9 @@ def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int
     backbone.set_attn_implementation(NOTES_NAME)
     start = max_len - _TOKENS
     name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    past: dict[str, Any] = {name: _Past(start), "use_cache": True}
     try:
-        with_past = _notes(backbone, max_len, start, use_cache=True, **{name: _Past(start)})
+        with_past = _notes(backbone, max_len, start, **past)
     except _FAILURES as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
