@@ -24,10 +24,10 @@ _OUTCOMES = {
 }
 
 
-def write_json(verdicts: list[Verdict], path: Path) -> None:
-    """One line a case."""
+def write_json(verdicts: list[Verdict], path: Path, *, num_left_out: int) -> None:
+    """One line a case; of some that there are nothing may be known."""
     path.parent.mkdir(exist_ok=True)
-    head = {"transformers": transformers.__version__, "torch": torch.__version__}
+    head = {"transformers": transformers.__version__, "torch": torch.__version__, "num_left_out": num_left_out}
     rows = ",\n".join(json.dumps(verdict.to_json()) for verdict in verdicts)
     path.write_text(f'{json.dumps(head)[:-1]}, "cases": [\n{rows}\n]}}\n')
 
@@ -38,7 +38,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Verdict]]:
     return data, [Verdict.from_json(row) for row in data.pop("cases")]
 
 
-def render(versions: dict[str, Any], verdicts: list[Verdict]) -> str:
+def render(head: dict[str, Any], verdicts: list[Verdict]) -> str:
     by_type: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_type.setdefault(verdict.model_type, []).append(verdict)
@@ -48,8 +48,8 @@ def render(versions: dict[str, Any], verdicts: list[Verdict]) -> str:
     return f"""# Architectures
 
 Every causal language model class that transformers maps, as a tiny random model, and what becomes of it here. Rendered
-by `make architectures` (some twenty minutes on two cores) from `architectures.json`; transformers
-{versions["transformers"]}, torch {versions["torch"]}, CPU.
+by `make architectures` (an hour or less on two cores) from `architectures.json`; transformers
+{head["transformers"]}, torch {head["torch"]}, CPU.
 
 Each model has traits that matter: windows and chunks of 16 tokens, biases, soft caps, multipliers, sinks, experts of
 which two in four are taken, untied embeddings. It is saved and loaded as a user's folder is, and five texts of 5 to 230
@@ -60,8 +60,9 @@ preempted. All of these must give the same log-probabilities to the bit. They mu
 {NOISE_MAX:g} times the largest plus {FLOOR_MAX:g} (of models with experts, which another rounding sends elsewhere, all
 but one in a hundred). Or the model is refused when it is loaded, in one line. Anything else is a fault.
 
-Architectures, and cases: all their variants, which are the class as it comes, each type of rotation, and some more.
-
+Architectures, and cases: their variants, which are the class as it comes, each type of rotation, and some more. Of
+rotations less is judged: texts together and one alone, and in bfloat16 only what the native layers take.
+{_left_out(head["num_left_out"])}
 | | {" | ".join(_OUTCOMES.values())} | all |
 |---|{"---|" * len(_OUTCOMES)}---|
 | architectures | {" | ".join(str(counts[outcome]) for outcome in _OUTCOMES)} | {len(by_type)} |
@@ -75,6 +76,10 @@ own in bfloat16.
 |---|---|---|---|---|
 {rows}
 """
+
+
+def _left_out(count: int) -> str:
+    return f"In this run there was no time for {count} of the variants, of which nothing is known.\n" if count else ""
 
 
 def _row(found: list[Verdict]) -> str:
