@@ -29,8 +29,8 @@ _BESIDE = (
 _TEMPLATES = "additional_chat_templates"
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A fast one, of the library tokenizers. Raises ModelLoadError when there is none."""
+def load_tokenizer(folder: Path, config: Any) -> PreTrainedTokenizerBase:
+    """A fast one, for the folder's configuration. Raises ModelLoadError when there is none."""
     _refuse_stand_ins(folder)
     present = [name for name in (_FAST, *_OLDER) if (folder / name).is_file()]
     if not present:
@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model: {folder} has no tokenizer. Copy {_FAST} and tokenizer_config.json from the model."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise ModelLoadError(f"model: {folder}: its tokenizer cannot be read. {_reason(present, error)}") from error
     if not tokenizer.is_fast or not hasattr(tokenizer, "backend_tokenizer"):

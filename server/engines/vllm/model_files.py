@@ -51,7 +51,7 @@ class ModelFiles:
     @cached_property
     def tokenizer(self) -> Any:
         with quiet_transformers():
-            return load_tokenizer(self.folder)
+            return load_tokenizer(self.folder, self.config)
 
     @cached_property
     def max_len(self) -> int:

@@ -123,6 +123,10 @@ def pointer(name: str) -> Change:
     return change
 
 
+def folder_for(name: str) -> Change:
+    return lambda folder: ((folder.path / name).unlink(), (folder.path / name).mkdir())
+
+
 def rotated(**values: Any) -> Change:
     return config(rope_parameters=None, rope_scaling=values)
 
@@ -191,8 +195,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a config that leads nowhere": (dangling("config.json"), "link to a file that is not there"),
     **{f"a pointer for {name}": (pointer(name), rf"{name} is only a pointer") for name in TEXTS},
     **{f"{name} that leads nowhere": (dangling(name), rf"{name} is a link to a file") for name in TEXTS},
-    "a template that is a folder": (lambda f: (f.path / "chat_template.jinja").mkdir(), "jinja cannot be read"),
-    "a rotation that is not known": (rotated(type="su", factor=2.0), r"config\.json: rope_type 'su' .*knows default, li"),
+    "a template that is a folder": (folder_for("chat_template.jinja"), "jinja cannot be read"),
+    "a rotation that is not known": (rotated(type="su", factor=2.0), r"config\.json: rope_type 'su' .*knows default,"),
     "a rotation by 0": (rotated(type="linear", factor=0), "factor of its rotations is 0; it must be a positive number"),
     "a rotation by less": (rotated(type="linear", factor=-2.0), "factor of its rotations is -2"),
     "a rotation by text": (rotated(type="linear", factor="2"), "factor of its rotations is '2'"),
@@ -268,8 +272,9 @@ def test_what_does_not_matter_changes_nothing(copied: Callable[..., Folder], cas
 def test_a_model_that_asks_for_tuples_is_served_as_one_that_does_not(
     copied: Callable[..., Folder], key: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = copied("qwen2")
+    folder = copied("llama")
     folder.write_json("config.json", **{key: False})
+    capfd.readouterr()
     model = load_model(str(folder.path), device="cpu").model
     assert torch.is_tensor(model(torch.tensor([[1, 2]])).logits)
     assert model.name_or_path == str(folder.path)
@@ -280,8 +285,9 @@ def test_a_model_that_asks_for_tuples_is_served_as_one_that_does_not(
 def test_transformers_prints_no_configuration_beside_the_line_that_refuses_it(
     copied: Callable[..., Folder], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = copied("qwen2")
+    folder = copied("llama")
     folder.write_json("config.json", name_or_path=3, num_labels="x", use_return_dict=False)
+    capfd.readouterr()
     with contextlib.suppress(ModelLoadError):
         load_model(str(folder.path), device="cpu")
     assert capfd.readouterr().err == ""

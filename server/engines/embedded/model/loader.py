@@ -57,7 +57,7 @@ def load_model(
         checkpoint = find_checkpoint(name)
         folder = checkpoint.folder
         inspected = inspect(folder)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, inspected.config)
         model = _load_weights(folder, inspected, resolve_dtype(dtype, target))
         identity = base_model_identity(model, checkpoint.name)
         if lora is not None:
