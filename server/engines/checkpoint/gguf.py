@@ -39,7 +39,8 @@ from value_models.cache import cache_root
 
 _log = logging.getLogger(__name__)
 # Its bar is tqdm's own there, which transformers' switch for bars does not reach.
-vars(modeling_gguf_pytorch_utils)["tqdm"] = transformers.utils.logging.tqdm
+_reader: Any = modeling_gguf_pytorch_utils
+_reader.tqdm = transformers.utils.logging.tqdm
 _SOURCE = "source.json"
 _VERSION = 2
 """Of how files are converted; another number makes them anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import transformers
@@ -13,7 +14,7 @@ def quiet_transformers() -> Iterator[None]:
     """No tables of tensors, no bars, and no configurations by the page, which it logs as errors."""
     log = transformers.utils.logging
     verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
+    log.set_verbosity(logging.CRITICAL)
     log.disable_progress_bar()
     try:
         yield
