@@ -53,7 +53,7 @@ _WIDE_GEMMAS = {("gemma2", 46), ("gemma3", 62)}
 
 
 def refuse_numbers(header: GgufHeader) -> None:
-    """Raises ModelLoadError for sizes and bases of rotations with which nothing can be computed, naming the key."""
+    """Raises ModelLoadError for sizes and rotations with which nothing can be computed, naming the key."""
     mapping = GGUF_CONFIG_MAPPING.get(ALIASES.get(header.architecture, header.architecture), {})
     for key in (*_NEEDED, *_MAY_BE_LEFT_OUT):
         value = header.metadata.get(f"{header.architecture}.{key}")
@@ -71,6 +71,7 @@ def refuse_numbers(header: GgufHeader) -> None:
     for key in _BASES:
         if (value := header.metadata.get(f"{header.architecture}.{key}")) is not None:
             positive(header, key, value)
+    scaled_rotation(header, MIN_POSITIONS)
 
 
 def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | None) -> None:
@@ -91,7 +92,6 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
         for key, value in header.metadata.items()
         if key.startswith(prefix) and key.removeprefix(prefix) not in read
     }
-    scaling = {key.removeprefix(SCALING): value for key, value in left.items() if key.startswith(SCALING)}
     unknown = []
     for key, value in left.items():
         if key.startswith(SCALING):
@@ -103,7 +103,7 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
             f"model: {header.path} asks for {listed(unknown)}, which is not read from GGUF here. Use the model's "
             "safetensors."
         )
-    _set_rotation(header, config, scaling, left.get("rope.dimension_count"))
+    _set_rotation(header, config, left.get("rope.dimension_count"))
     if rope_factors is not None:
         _set_llama3(header, config, rope_factors)
     if header.architecture in ("gemma2", "gemma3"):
@@ -134,9 +134,9 @@ def _rotations(config: Any, *, sliding: bool = False) -> list[dict[str, Any]]:
     return [] if sliding else [parameters]
 
 
-def _set_rotation(header: GgufHeader, config: Any, scaling: dict[str, Any], width: int | None) -> None:
+def _set_rotation(header: GgufHeader, config: Any, width: int | None) -> None:
     for rotation in _rotations(config):
-        rotation.update(scaled_rotation(header, scaling, getattr(config, "max_position_embeddings", 0)))
+        rotation.update(scaled_rotation(header, getattr(config, "max_position_embeddings", 0)))
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if width is not None and width != int(head * rotation.get("partial_rotary_factor", 1.0)):
             rotation["partial_rotary_factor"] = width / head

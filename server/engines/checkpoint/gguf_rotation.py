@@ -23,11 +23,13 @@ _MIXED_IN = "yarn_ext_factor"
 _BETAS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def scaled_rotation(header: GgufHeader, scaling: Mapping[str, Any], max_len: int) -> dict[str, Any]:
+def scaled_rotation(header: GgufHeader, max_len: int) -> dict[str, Any]:
     """Parameters of transformers for the values of a file's keys under rope.scaling, none where nothing is scaled.
 
     `max_len` is the length that was trained on where the file does not say. Raises ModelLoadError, naming the key.
     """
+    prefix = f"{header.architecture}.{SCALING}"
+    scaling = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     kind = scaling.get("type", "linear" if "factor" in scaling else "none")
     if kind not in _TYPES:
         raise ModelLoadError(
@@ -39,7 +41,7 @@ def scaled_rotation(header: GgufHeader, scaling: Mapping[str, Any], max_len: int
         return {}
     if "factor" not in scaling:
         raise ModelLoadError(
-            f"model: {header.path} scales its rotations by {kind} and has no {header.architecture}.{SCALING}factor; it "
+            f"model: {header.path} scales its rotations by {kind} and has no {prefix}factor; it "
             "must be a positive number."
         )
     rotation = {"rope_type": kind, "factor": positive(header, f"{SCALING}factor", scaling["factor"])}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -178,10 +178,15 @@ def _read_config(folder: Path, raw: Mapping[str, Any]) -> Any:
             config.name_or_path = str(folder)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config.get_text_config()
     except Exception as error:
         raise ModelLoadError(f"model: {folder / 'config.json'} cannot be read: {one_line(error)}") from error
-    for part in (config, config.get_text_config()):
-        part.return_dict = True
+    if not isinstance(text_config, PreTrainedConfig):
+        raise ModelLoadError(
+            f"model: {folder / 'config.json'} has a part for the text, which a model of the model_type "
+            f"{raw['model_type']!r} does not have."
+        )
+    config.return_dict = text_config.return_dict = True
     return config
 
 

@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a base below 0": (config(rope_parameters=None, rope_theta=-1e4), "rope_theta of its rotations is -10000"),
     "a base of text": (config(rope_parameters=None, rope_theta="1e4"), "rope_theta of its rotations is '1e4'"),
     "an activation of no name": (config(hidden_act="foo"), "KeyError: 'foo'"),
+    "a part that the model has not": (config(text_config={"vocab_size": 9}), r"config\.json has a part for the text"),
     "no heads": (config(num_attention_heads=0), "ZeroDivisionError: "),
     **{f"{length} positions": (config(max_position_embeddings=length),
                                r"config\.json: max_position_embeddings is .*must be a whole number from 16 to \d+\.")

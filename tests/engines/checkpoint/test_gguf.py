@@ -241,13 +241,16 @@ NOT_COMPUTED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NOT_COMPUTED)
-def test_a_key_that_cannot_be_followed_is_named(case: str, tmp_path: Path) -> None:
+def test_a_key_that_cannot_be_followed_is_named_before_anything_is_converted(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     metadata, words = NOT_COMPUTED[case]
     model = AutoModelForCausalLM.from_config(tf.Qwen2Config(**ROPE))
     path = write_gguf(tmp_path / "model.gguf", "qwen2", model, metadata)
     with pytest.raises(ModelLoadError, match=words) as caught:
         loaded(path)
     assert str(path) in str(caught.value)
+    assert "Converting" not in caplog.text
 
 
 def test_a_conversion_draws_no_bars(llama: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
