@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoModelForCausalLM
 
 from server.engines.checkpoint.inspection import Inspected, inspect, one_line
+from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.source import find_checkpoint
 from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.errors import ModelLoadError
@@ -37,21 +35,6 @@ def check(model: str) -> Checked:
         if not inspected.is_quantized:
             _refuse_wrong_tensors(checkpoint.folder, inspected)
     return Checked(checkpoint.folder, checkpoint.name, inspected)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Neither tables of tensors nor bars: what is wrong is said in one line, by us."""
-    log = transformers.utils.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if had_bars:
-            log.enable_progress_bar()
 
 
 def _refuse_wrong_tensors(folder: Path, inspected: Inspected) -> None:

@@ -24,21 +24,25 @@ import torch
 import transformers
 from filelock import FileLock
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from server.engines.checkpoint.gguf_config import ALIASES, complete_config
+from server.engines.checkpoint.gguf_config import ALIASES, complete_config, refuse_numbers
 from server.engines.checkpoint.gguf_header import GgufHeader, read_header
 from server.engines.checkpoint.inspection import one_line, refuse_other_architectures
 from server.engines.checkpoint.json_files import listed
+from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.errors import ModelLoadError
 from value_models.cache import cache_root
 
 _log = logging.getLogger(__name__)
+# Its bar is tqdm's own there, which transformers' switch for bars does not reach.
+_reader: Any = modeling_gguf_pytorch_utils
+_reader.tqdm = transformers.utils.logging.tqdm
 _SOURCE = "source.json"
-_VERSION = 1
+_VERSION = 2
 """Of how files are converted; another number makes them anew."""
 
 _FLOATS = {
@@ -110,12 +114,19 @@ def refuse_gguf(header: GgufHeader) -> None:
             )
     if not header.metadata.get("tokenizer.ggml.model"):
         raise ModelLoadError(f"model: {header.path} has no tokenizer in it.")
+    refuse_numbers(header)
 
 
 def write_as_folder(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of a GGUF file as transformers saves them. Raises ModelLoadError."""
     header = read_header(file)
     refuse_gguf(header)
+    with quiet_transformers():
+        _write(header, folder)
+
+
+def _write(header: GgufHeader, folder: Path) -> None:
+    file = header.path
     location, name = str(file.parent), file.name
     try:
         config = AutoConfig.from_pretrained(location, gguf_file=name)

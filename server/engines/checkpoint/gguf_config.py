@@ -2,7 +2,7 @@
 
 transformers reads some keys of each architecture and takes its own defaults for the rest: another scaling of rotations
 or window would be served in silence. Here every key that is left is set, known to say nothing, or refused. Enter at
-`complete_config`.
+`refuse_numbers` and `complete_config`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from server.engines.checkpoint.gguf_header import GgufHeader
+from server.engines.checkpoint.gguf_rotation import SCALING, positive, scaled_rotation
 from server.engines.checkpoint.json_files import listed
+from server.engines.checkpoint.positions import MIN_POSITIONS
 from server.errors import ModelLoadError
 
 ALIASES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"}
@@ -40,11 +42,36 @@ _SAY_NOTHING = {
     "attention.head_count_kv", "use_parallel_residual", "attention.layer_norm_epsilon", "rope.dimension_count",
     "expert_group_count", "expert_group_used_count",
 }  # fmt: skip
-_SCALING = "rope.scaling."
+# Whole numbers that a file of an architecture that has them cannot do without, and those that it may leave out.
+_NEEDED = ("block_count", "embedding_length", "attention.head_count")
+_MAY_BE_LEFT_OUT = ("context_length", "attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+_BASES = ("rope.freq_base", "rope.freq_base_swa")
 # Llama 3.1's scaling of rotations, which GGUF keeps as one factor for each frequency.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # The sizes of Gemma whose queries are scaled by the width of the model over its heads, by architecture and layers.
 _WIDE_GEMMAS = {("gemma2", 46), ("gemma3", 62)}
+
+
+def refuse_numbers(header: GgufHeader) -> None:
+    """Raises ModelLoadError for sizes and rotations with which nothing can be computed, naming the key."""
+    mapping = GGUF_CONFIG_MAPPING.get(ALIASES.get(header.architecture, header.architecture), {})
+    for key in (*_NEEDED, *_MAY_BE_LEFT_OUT):
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if value is None:
+            if key in _NEEDED and key in mapping:
+                raise ModelLoadError(f"model: {header.path} has no {header.architecture}.{key}.")
+            continue
+        least = MIN_POSITIONS if key == "context_length" else 1
+        # A list has one for each layer.
+        if not isinstance(value, list) and (type(value) is not int or value < least):
+            raise ModelLoadError(
+                f"model: {header.path}: {header.architecture}.{key} is {value!r}; it must be a whole number from "
+                f"{least} up."
+            )
+    for key in _BASES:
+        if (value := header.metadata.get(f"{header.architecture}.{key}")) is not None:
+            positive(header, key, value)
+    scaled_rotation(header, MIN_POSITIONS)
 
 
 def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | None) -> None:
@@ -65,10 +92,9 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
         for key, value in header.metadata.items()
         if key.startswith(prefix) and key.removeprefix(prefix) not in read
     }
-    scaling = {key.removeprefix(_SCALING): value for key, value in left.items() if key.startswith(_SCALING)}
     unknown = []
     for key, value in left.items():
-        if key.startswith(_SCALING):
+        if key.startswith(SCALING):
             continue
         if not _set(config, key, value) and key not in _SAY_NOTHING:
             unknown.append(f"{prefix}{key} = {value}")
@@ -77,7 +103,7 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
             f"model: {header.path} asks for {listed(unknown)}, which is not read from GGUF here. Use the model's "
             "safetensors."
         )
-    _set_rotation(header, config, scaling, left.get("rope.dimension_count"))
+    _set_rotation(header, config, left.get("rope.dimension_count"))
     if rope_factors is not None:
         _set_llama3(header, config, rope_factors)
     if header.architecture in ("gemma2", "gemma3"):
@@ -88,7 +114,7 @@ def complete_config(header: GgufHeader, config: Any, rope_factors: np.ndarray | 
 
 def _set(config: Any, key: str, value: Any) -> bool:
     """Whether the configuration has what the key speaks of; it is set then."""
-    if key in ("rope.freq_base", "rope.freq_base_swa"):
+    if key in _BASES:
         for rotation in _rotations(config, sliding=key.endswith("_swa")):
             rotation["rope_theta"] = float(value)
         return True
@@ -108,21 +134,9 @@ def _rotations(config: Any, *, sliding: bool = False) -> list[dict[str, Any]]:
     return [] if sliding else [parameters]
 
 
-def _set_rotation(header: GgufHeader, config: Any, scaling: dict[str, Any], width: int | None) -> None:
-    kind = scaling.get("type", "none")
+def _set_rotation(header: GgufHeader, config: Any, width: int | None) -> None:
     for rotation in _rotations(config):
-        if kind == "linear":
-            rotation.update(rope_type="linear", factor=float(scaling["factor"]))
-        elif kind == "yarn" and not {"attn_factor", "yarn_log_multiplier"} & scaling.keys():
-            original = scaling.get("original_context_length") or config.max_position_embeddings
-            rotation.update(
-                rope_type="yarn", factor=float(scaling["factor"]), original_max_position_embeddings=int(original)
-            )
-        elif kind != "none":
-            raise ModelLoadError(
-                f"model: {header.path} scales its rotations by {kind} ({', '.join(scaling)}), which is not read from "
-                "GGUF here. Use the model's safetensors."
-            )
+        rotation.update(scaled_rotation(header, getattr(config, "max_position_embeddings", 0)))
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if width is not None and width != int(head * rotation.get("partial_rotary_factor", 1.0)):
             rotation["partial_rotary_factor"] = width / head

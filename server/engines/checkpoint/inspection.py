@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from server.engines.checkpoint.json_files import listed, read_object, refuse_dangling
+from server.engines.checkpoint.positions import refuse_lengths, refuse_rotations
 from server.engines.checkpoint.quantized import quantization_of, refuse_quantized
 from server.engines.checkpoint.weights import StoredTensor, read_tensors
 from server.errors import ModelLoadError
@@ -43,7 +46,9 @@ _OTHER_HEADS = {
     "WithValueHead": "a model with a value head of TRL around it",
     "Model": "a model without a language model's head, as embeddings use it",
 }
-_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+_TUPLES = "use_return_dict"
+# Errors that were meant for whoever wrote the code, and say no more than a key or two types.
+_BARE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, NotImplementedError)
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,7 +76,9 @@ def inspect(folder: Path) -> Inspected:
     refuse_other_architectures(folder, raw)
     tensors = read_tensors(folder)
     refuse_quantized(folder, raw, tensors)
-    config = _read_config(folder)
+    refuse_lengths(folder / "config.json", raw)
+    config = _read_config(folder, raw)
+    refuse_rotations(folder / "config.json", config)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(
             f"model: {folder} holds an encoder with a decoder ({raw['model_type']}); this server runs causal language "
@@ -84,13 +91,6 @@ def inspect(folder: Path) -> Inspected:
             "see what follows them; this server runs causal language models."
         )
     return Inspected(config, raw, tensors)
-
-
-def max_len_of(config: Any) -> int | None:
-    """The most tokens a model's configuration speaks of; None where it does not."""
-    text_config = config.get_text_config()
-    lengths = (getattr(text_config, name, None) for name in _LENGTHS)
-    return next((int(length) for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -113,12 +113,21 @@ def refuse_other_folders(folder: Path) -> None:
             f"model: {folder} holds a model in its maker's own format (params.json). Convert it to config.json and "
             "safetensors with transformers."
         )
+    if snapshot := _newest_snapshot(folder):
+        raise ModelLoadError(f"model: {folder} is a model's place in the hub's cache. Give {snapshot}.")
     if inner := sorted(path.parent.name for path in folder.glob("*/config.json")):
         raise ModelLoadError(f"model: {folder} has no config.json, but folders in it have: {listed(inner)}. Name one.")
     raise ModelLoadError(
         f"model: {folder} has no readable config.json. A model's folder has config.json, safetensors weights and a "
         "tokenizer, or one GGUF file."
     )
+
+
+def _newest_snapshot(folder: Path) -> Path | None:
+    """Of a folder in the hub's cache, or of its folder of snapshots."""
+    cached = folder.parent if folder.name == "snapshots" else folder
+    snapshots = [path.parent for path in cached.glob("snapshots/*/config.json")]
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _refuse_code(path: Path, content: Mapping[str, Any]) -> None:
@@ -158,14 +167,39 @@ def refuse_other_architectures(folder: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, raw: Mapping[str, Any]) -> Any:
+    """As transformers reads it. Outputs are always objects and no tuples, whatever it says: engines read them so."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        left = _without_tuples(raw)
+        if left != raw:
+            with tempfile.TemporaryDirectory() as scratch:
+                (Path(scratch) / "config.json").write_text(json.dumps(left))
+                config = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
+            config.name_or_path = str(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config.get_text_config()
     except Exception as error:
         raise ModelLoadError(f"model: {folder / 'config.json'} cannot be read: {one_line(error)}") from error
+    if not isinstance(text_config, PreTrainedConfig):
+        raise ModelLoadError(
+            f"model: {folder / 'config.json'} has a part for the text, which a model of the model_type "
+            f"{raw['model_type']!r} does not have."
+        )
+    config.return_dict = text_config.return_dict = True
+    return config
+
+
+def _without_tuples(content: Any) -> Any:
+    """Without a property of transformers' configurations that cannot be set, in every part."""
+    if not isinstance(content, Mapping):
+        return content
+    return {key: _without_tuples(value) for key, value in content.items() if key != _TUPLES}
 
 
 def one_line(error: BaseException, *, most: int = 300) -> str:
-    """The beginning of what an error of another library says, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The beginning of what an error of another library says, on one line, with its kind where the words need it."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, _BARE):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text[:most] + "..." if len(text) > most else text.rstrip(".") + "."

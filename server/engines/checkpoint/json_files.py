@@ -1,4 +1,4 @@
-"""JSON files of a model folder, and files that only stand in for another. Enter at `read_object`."""
+"""JSON and text files of a model folder, and files that only stand in for another. Enter at `read_object`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ def refuse_dangling(path: Path) -> None:
     """Raises ModelLoadError for a link that leads nowhere, which otherwise looks as if there were no such file."""
     if os.path.lexists(path) and not path.exists():
         raise ModelLoadError(f"model: {path} is a link to a file that is not there. Copy the file itself.")
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises ModelLoadError for a link to nowhere, a pointer, or what is there and is no file."""
+    refuse_dangling(path)
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as opened:
+            refuse_pointer(path, opened.read(POINTER_BYTES))
+    except OSError as error:
+        raise ModelLoadError(f"model: {path} cannot be read ({error.strerror}).") from error
 
 
 def listed(names: list[str], *, most: int = 3) -> str:

@@ -14,28 +14,31 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.engines.checkpoint.inspection import one_line
-from server.engines.checkpoint.json_files import POINTER_BYTES, listed, refuse_dangling, refuse_pointer
+from server.engines.checkpoint.json_files import listed, refuse_dangling, refuse_stand_in
 from server.errors import ModelLoadError
 
 _log = logging.getLogger(__name__)
 _FAST = "tokenizer.json"
 _OLDER = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tiktoken.model")
+# What else transformers reads of a tokenizer, where it is there.
+_BESIDE = (
+    "merges.txt", "spm.model", "sentencepiece.model", "spm_char.model", "bpe.codes", "byte_maps.json", "emoji.json",
+    "tekken.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "processor_config.json",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A fast one, of the library tokenizers. Raises ModelLoadError when there is none."""
-    for name in (_FAST, *_OLDER):
-        refuse_dangling(folder / name)
+def load_tokenizer(folder: Path, config: Any) -> PreTrainedTokenizerBase:
+    """A fast one, for the folder's configuration. Raises ModelLoadError when there is none."""
+    _refuse_stand_ins(folder)
     present = [name for name in (_FAST, *_OLDER) if (folder / name).is_file()]
     if not present:
         raise ModelLoadError(
             f"model: {folder} has no tokenizer. Copy {_FAST} and tokenizer_config.json from the model."
         )
-    for name in present:
-        with (folder / name).open("rb") as opened:
-            refuse_pointer(folder / name, opened.read(POINTER_BYTES))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise ModelLoadError(f"model: {folder}: its tokenizer cannot be read. {_reason(present, error)}") from error
     if not tokenizer.is_fast or not hasattr(tokenizer, "backend_tokenizer"):
@@ -45,6 +48,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     _warn_of_template(folder, tokenizer)
     return tokenizer
+
+
+def _refuse_stand_ins(folder: Path) -> None:
+    """transformers would read a pointer as if it were the text, and a link to nowhere as nothing."""
+    refuse_dangling(folder / _TEMPLATES)
+    for path in (
+        *(folder / name for name in (_FAST, *_OLDER, *_BESIDE)),
+        *sorted(folder.glob(f"{_TEMPLATES}/*.jinja")),
+    ):
+        refuse_stand_in(path)
 
 
 def _reason(present: list[str], error: Exception) -> str:

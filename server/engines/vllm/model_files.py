@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from server.engines.checkpoint.checked import check, quiet_transformers
+from server.engines.checkpoint.checked import check
 from server.engines.checkpoint.inspection import Inspected
+from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.tokenizer import eos_token_ids, load_tokenizer, warn_of_tokens_beyond
 from server.engines.embedded.model.loader import (
     FINGERPRINT_VALUES,
@@ -50,7 +51,7 @@ class ModelFiles:
     @cached_property
     def tokenizer(self) -> Any:
         with quiet_transformers():
-            return load_tokenizer(self.folder)
+            return load_tokenizer(self.folder, self.config)
 
     @cached_property
     def max_len(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,8 @@ import transformers
 
 from server.cli import main
 from server.control.registry import HeadRegistry
-from server.engines.checkpoint.inspection import inspect, max_len_of
+from server.engines.checkpoint.inspection import inspect
+from server.engines.checkpoint.positions import max_len_of
 from server.engines.checkpoint.source import find_checkpoint
 from server.engines.checkpoint.weights import StoredTensor, refuse_wrong_tensors
 from server.engines.embedded.core import EngineCore
@@ -102,7 +104,8 @@ def not_finite(folder: Folder) -> None:
 
 def dangling(name: str) -> Change:
     def change(folder: Folder) -> None:
-        (folder.path / name).unlink()
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).unlink(missing_ok=True)
         (folder.path / name).symlink_to("../blobs/gone")
 
     return change
@@ -112,7 +115,27 @@ def leftover_adapter(folder: Folder) -> None:
     folder.write_json("adapter_config.json", peft_type="LORA", base_model_name_or_path="base")
 
 
+def pointer(name: str) -> Change:
+    def change(folder: Folder) -> None:
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).write_text(POINTER)
+
+    return change
+
+
+def folder_for(name: str) -> Change:
+    return lambda folder: ((folder.path / name).unlink(), (folder.path / name).mkdir())
+
+
+def rotated(**values: Any) -> Change:
+    return config(rope_parameters=None, rope_scaling=values)
+
+
 LAYER = "model.layers.1"
+TEXTS = (
+    "chat_template.jinja", "additional_chat_templates/tools.jinja", "vocab.json", "merges.txt", "tokenizer.model",
+    "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json",
+)  # fmt: skip
 # What is done to a whole model's folder, and words of the line that refuses it.
 REFUSED: dict[str, tuple[Change, str]] = {
     "no lm_head": (drop("lm_head.weight"), r"lacks lm_head\.weight"),
@@ -170,6 +193,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "weights named by the config": (config(transformers_weights="other.safetensors"), "transformers_weights"),
     "a link to nowhere": (dangling("model.safetensors"), "link to a file that is not there"),
     "a config that leads nowhere": (dangling("config.json"), "link to a file that is not there"),
+    **{f"a pointer for {name}": (pointer(name), rf"{name} is only a pointer") for name in TEXTS},
+    **{f"{name} that leads nowhere": (dangling(name), rf"{name} is a link to a file") for name in TEXTS},
+    "a template that is a folder": (folder_for("chat_template.jinja"), "jinja cannot be read"),
+    "a rotation that is not known": (rotated(type="su", factor=2.0), r"config\.json: rope_type 'su' .*knows default,"),
+    "a rotation by 0": (rotated(type="linear", factor=0), "factor of its rotations is 0; it must be a positive number"),
+    "a rotation by less": (rotated(type="linear", factor=-2.0), "factor of its rotations is -2"),
+    "a rotation by text": (rotated(type="linear", factor="2"), "factor of its rotations is '2'"),
+    "a base of 0": (config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta of its rotations"),
+    "a base below 0": (config(rope_parameters=None, rope_theta=-1e4), "rope_theta of its rotations is -10000"),
+    "a base of text": (config(rope_parameters=None, rope_theta="1e4"), "rope_theta of its rotations is '1e4'"),
+    "an activation of no name": (config(hidden_act="foo"), "KeyError: 'foo'"),
+    "a part that the model has not": (config(text_config={"vocab_size": 9}), r"config\.json has a part for the text"),
+    "no heads": (config(num_attention_heads=0), "ZeroDivisionError: "),
+    **{f"{length} positions": (config(max_position_embeddings=length),
+                               r"config\.json: max_position_embeddings is .*must be a whole number from 16 to \d+\.")
+       for length in (1e30, 10**30, 0, -1, 1, 15, 1024.0, "1024", True)},
     "no tokenizer": (unlink("tokenizer.json"), "has no tokenizer"),
     "a broken tokenizer": (text("tokenizer.json", "{}"), "its tokenizer cannot be read"),
     "an adapter beside": (leftover_adapter, "both a model and an adapter"),
@@ -228,6 +267,41 @@ def test_what_does_not_matter_changes_nothing(copied: Callable[..., Folder], cas
     )
     assert served.keys() == wanted.keys()
     assert all(torch.allclose(served[name], wanted[name], atol=1e-3) for name in wanted)
+
+
+@pytest.mark.parametrize("key", ["return_dict", "use_return_dict"])
+def test_a_model_that_asks_for_tuples_is_served_as_one_that_does_not(
+    copied: Callable[..., Folder], key: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied("llama")
+    folder.write_json("config.json", **{key: False})
+    capfd.readouterr()
+    model = load_model(str(folder.path), device="cpu").model
+    assert torch.is_tensor(model(torch.tensor([[1, 2]])).logits)
+    assert model.name_or_path == str(folder.path)
+    assert ModelFiles.of(str(folder.path)).identity
+    assert capfd.readouterr().err == ""
+
+
+def test_transformers_prints_no_configuration_beside_the_line_that_refuses_it(
+    copied: Callable[..., Folder], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied("llama")
+    folder.write_json("config.json", name_or_path=3, num_labels="x", use_return_dict=False)
+    capfd.readouterr()
+    with contextlib.suppress(ModelLoadError):
+        load_model(str(folder.path), device="cpu")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_place_in_the_hubs_cache_names_its_newest_snapshot(copied: Callable[..., Folder], tmp_path: Path) -> None:
+    snapshots = tmp_path / "models--org--name" / "snapshots"
+    snapshots.mkdir(parents=True)
+    for time, name in ((200, "newer"), (100, "older")):
+        os.utime(copied("llama", name).path.rename(snapshots / name), (time, time))
+    for folder in (snapshots.parent, snapshots):
+        with pytest.raises(ModelLoadError, match=rf"hub's cache\. Give {re.escape(str(snapshots / 'newer'))}\.$"):
+            load_model(str(folder))
 
 
 def test_tied_embeddings_are_not_missing(copied: Callable[..., Folder]) -> None:

@@ -44,6 +44,16 @@ MODELS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "qwen2, yarn": ("qwen2", lambda: tf.Qwen2Config(**ROPE, rope_parameters=YARN),
                     {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
                      "rope.scaling.original_context_length": 64}),
+    "qwen2, yarn between other lengths": (
+        "qwen2", lambda: tf.Qwen2Config(**ROPE, rope_parameters={**YARN, "beta_fast": 16.0, "beta_slow": 2.0}),
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+         "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.yarn_ext_factor": 1.0,
+         "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0}),
+    "qwen2, a factor without a type": (
+        "qwen2", lambda: tf.Qwen2Config(**ROPE, rope_parameters={**LINEAR, "factor": 2.0}),
+        {"rope.scaling.factor": 2.0}),
+    "qwen2, a factor that is not used": (
+        "qwen2", lambda: tf.Qwen2Config(**ROPE), {"rope.scaling.type": "none", "rope.scaling.factor": 2.0}),
     "qwen3": ("qwen3", lambda: tf.Qwen3Config(**ROPE, head_dim=16), HEADS_OF_16),
     "qwen2moe": ("qwen2moe", lambda: tf.Qwen2MoeConfig(**ROPE, **EXPERTS, shared_expert_intermediate_size=40),
                  {**OF_EXPERTS, "expert_shared_feed_forward_length": 40}),
@@ -200,6 +210,54 @@ def test_what_is_not_followed_is_refused(case: str, llama: Any, tmp_path: Path) 
         loaded(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+YARN_OF_4 = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+LINEAR_OF_4 = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+NOT_COMPUTED: dict[str, tuple[dict[str, Any], str]] = {
+    "YaRN's factor of attention": ({**YARN_OF_4, "rope.scaling.yarn_attn_factor": 0.5}, "scaling.yarn_attn_factor = 0"),
+    "a factor of attention": ({**YARN_OF_4, "rope.scaling.attn_factor": 2.0}, r"qwen2\.rope\.scaling\.attn_factor = 2"),
+    "linear and attention": ({**LINEAR_OF_4, "rope.scaling.attn_factor": 2.0}, "scaling.attn_factor = 2.*linear"),
+    "attention and no scaling": ({"rope.scaling.attn_factor": 2.0}, "scaling.attn_factor = 2"),
+    "half of YaRN": ({**YARN_OF_4, "rope.scaling.yarn_ext_factor": 0.5}, "scaling.yarn_ext_factor = 0.5"),
+    "YaRN mixed into linear": ({**LINEAR_OF_4, "rope.scaling.yarn_ext_factor": 1.0}, "scaling.yarn_ext_factor = 1"),
+    "a logarithm": ({**YARN_OF_4, "rope.scaling.yarn_log_multiplier": 0.1}, "scaling.yarn_log_multiplier = 0.1"),
+    "a key that is not known": ({**LINEAR_OF_4, "rope.scaling.alpha": 3.0}, "scaling.alpha = 3"),
+    "linear by nothing": ({"rope.scaling.type": "linear"}, r"no qwen2\.rope\.scaling\.factor; it must be a positive"),
+    "YaRN by nothing": ({"rope.scaling.type": "yarn"}, r"no qwen2\.rope\.scaling\.factor"),
+    "linear by 0": ({**LINEAR_OF_4, "rope.scaling.factor": 0.0}, "scaling.factor is 0.0; it must be a positive number"),
+    "a factor that is text": ({**LINEAR_OF_4, "rope.scaling.factor": "x"}, "scaling.factor is 'x'; .* number\\.$"),
+    "a length that is text": ({**YARN_OF_4, "rope.scaling.original_context_length": "x"}, "original_context_length is"),
+    "a beta of 0": ({**YARN_OF_4, "rope.scaling.yarn_beta_fast": 0.0}, "yarn_beta_fast is 0.0"),
+    "no heads": ({"attention.head_count": 0}, r"qwen2\.attention\.head_count is 0; it must be a whole number from 1"),
+    "no heads of keys": ({"attention.head_count_kv": 0}, "attention.head_count_kv is 0"),
+    "no width": ({"embedding_length": 0}, "embedding_length is 0"),
+    "layers that are text": ({"block_count": "x"}, "block_count is 'x'"),
+    "three positions": ({"context_length": 3}, "context_length is 3; it must be a whole number from 16"),
+    "a length of text": ({"context_length": "x"}, "context_length is 'x'"),
+    "a base of 0": ({"rope.freq_base": 0.0}, "rope.freq_base is 0.0; it must be a positive number"),
+    "a base of text": ({"rope.freq_base": "x"}, "rope.freq_base is 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COMPUTED)
+def test_a_key_that_cannot_be_followed_is_named_before_anything_is_converted(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metadata, words = NOT_COMPUTED[case]
+    model = AutoModelForCausalLM.from_config(tf.Qwen2Config(**ROPE))
+    path = write_gguf(tmp_path / "model.gguf", "qwen2", model, metadata)
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        loaded(path)
+    assert str(path) in str(caught.value)
+    assert "Converting" not in caplog.text
+
+
+def test_a_conversion_draws_no_bars(llama: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", llama)
+    capfd.readouterr()
+    conversion.write_as_folder(path, tmp_path / "folder")
+    assert "%|" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("length", [0, 10, 100, 3000, 50_000])

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from server.engines.checkpoint.adapters import Adapter, read_adapter
-from server.engines.checkpoint.checked import quiet_transformers
-from server.engines.checkpoint.inspection import Inspected, inspect, max_len_of, one_line
+from server.engines.checkpoint.inspection import Inspected, inspect, one_line
 from server.engines.checkpoint.json_files import listed
+from server.engines.checkpoint.positions import max_len_of
+from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.source import find_checkpoint
 from server.engines.checkpoint.tokenizer import eos_token_ids, load_tokenizer, warn_of_tokens_beyond
 from server.engines.checkpoint.weights import refuse_wrong_tensors
@@ -59,7 +60,7 @@ def load_model(
         checkpoint = find_checkpoint(name)
         folder = checkpoint.folder
         inspected = inspect(folder)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, inspected.config)
         model = _load_weights(folder, inspected, resolve_dtype(dtype, target))
         identity = base_model_identity(model, checkpoint.name)
         if lora is not None:
