@@ -32,7 +32,7 @@ NOISE_MEAN, NOISE_MAX = 2.0, 3.0
 """In bfloat16 the mean deviation may be so many times transformers' own mean, the largest so many times its largest."""
 FLOOR_MEAN, FLOOR_MAX = 0.005, 0.05
 """Nats allowed on top, where transformers' own noise is small by luck."""
-_SHARE_WITH_EXPERTS = 0.99
+_SHARE_WITH_EXPERTS = 0.98
 """Of a model with experts in bfloat16: another rounding sends single tokens to other experts."""
 TEXTS = ((126, 10), (62, 10), (190, 8), (5, 16), (230, 6))
 """Prompt and new tokens: beyond windows, across them and ends of pages while decoding, the last beyond switches."""

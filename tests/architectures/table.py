@@ -58,7 +58,7 @@ preempted. All of these must give the same log-probabilities to the bit. They mu
 (eager attention, no cache, one text alone): in float32 within {FLOAT32_NATS:g} nats everywhere; in bfloat16 within
 {NOISE_MEAN:g} times the mean deviation that bfloat16 makes in transformers itself plus {FLOOR_MEAN:g}, and
 {NOISE_MAX:g} times the largest plus {FLOOR_MAX:g} (of models with experts, which another rounding sends elsewhere, all
-but one in a hundred). Or the model is refused when it is loaded, in one line. Anything else is a fault.
+but one in fifty). Or the model is refused when it is loaded, in one line. Anything else is a fault.
 
 Architectures, and cases: their variants, which are the class as it comes, each type of rotation, and some more. Of
 rotations less is judged: texts together and one alone, and in bfloat16 only what the native layers take.
