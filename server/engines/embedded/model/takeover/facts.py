@@ -29,8 +29,8 @@ _TOKENS = 3
 _SAME_LENGTH = 5e-3
 """Relative, of vectors that differ by a rotation and by rounding."""
 _EXPERTS_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# What a model raises that is called in a way that it does not know.
-_FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+"""What a model raises that is called in a way that it does not know."""
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """Of transformers: batch index, head index, query positions, key positions -> whether the query sees the key."""
 
@@ -90,7 +90,7 @@ def ask(backbone: Any, max_len: int) -> dict[int, LayerFacts]:
     backbone.set_attn_implementation(NOTES_NAME)
     try:
         near, far = (_notes(backbone, max_len, start).layers for start in (0, max_len - _TOKENS))
-    except _FAILURES as error:
+    except FAILURES as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
         raise UnsupportedAttentionError(
@@ -167,7 +167,7 @@ def check_positions(backbone: Any, facts: Mapping[int, LayerFacts], max_len: int
     past: dict[str, Any] = {name: _Past(start), "use_cache": True}
     try:
         with_past = _notes(backbone, max_len, start, **past)
-    except _FAILURES as error:
+    except FAILURES as error:
         if isinstance(error, UnsupportedAttentionError):
             raise
         raise UnsupportedAttentionError(

@@ -28,6 +28,7 @@ from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
 from server.engines.embedded.model.takeover.facts import (
+    FAILURES,
     CountsByCacheError,
     LayerFacts,
     ask,
@@ -158,7 +159,7 @@ class _Takeover:
             return follower.follow(forward, watch_modules=not body.is_native)
         except UnsupportedAttentionError:
             raise
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        except FAILURES as error:
             raise UnsupportedAttentionError(
                 f"it does not run over rows of several texts as this engine needs ({one_line(error)})"
             ) from error
@@ -179,13 +180,12 @@ class _Takeover:
     def _check_carries_nothing(self) -> None:
         """Between tokens, that is, but what attention reads of the cache."""
         blocks = self._blocks
-        layer = carrying_layer(self._backbone, self._max_len)
         if others := blocks.without_attention:
             kinds = ", ".join(blocks.kinds_without_attention)
             what = (
                 f"{len(others)} of its {len(blocks.layers)} layers do not attend{f' ({kinds})' if kinds else ''}, and "
             )
-        elif layer is not None:
+        elif (layer := carrying_layer(self._backbone, self._max_len)) is not None:
             what = f"before the attention of layer {layer} tokens meet in another way than by attention, and "
         else:
             return
