@@ -1,0 +1,43 @@
+"""A soak's figures as Markdown, from the JSON that `python -m benchmarks.speed --soak N --out` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_MIB = 2**20
+
+
+def soak_table(result: Mapping[str, Any]) -> str:
+    """What was sent, what was done to it, and what was lost; empty when there was no soak."""
+    soak = result.get("soak")
+    if not soak:
+        return ""
+    faults = soak["faults"]
+    kinds = soak["by_kind"]
+    bad = faults.get("bad input", 0)
+    series = [rss for _, rss in soak["rss_series"]] or [0]
+    growth, warm_up = soak["rss_growth_bytes"], soak["rss_warm_up_requests"]
+    grown = "" if growth is None else f", {growth / _MIB:+.0f} after the first {warm_up} requests"
+    rows = {
+        "requests": f"{soak['num_requests']}: "
+        + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "bad input"),
+        "bad input": f"{bad}, of {soak['bad_input_kinds']} kinds",
+        "clients that hung up": f"{faults.get('disconnect', 0)} in mid-stream, {faults.get('cancel', 0)} at any time",
+        "deadlines": f"{faults.get('deadline', 0)}, of which {soak['num_expired']} passed",
+        "answers 429, sent again": str(soak["num_429"]),
+        "sequences ended": ", ".join(f"{count} {reason}" for reason, count in soak["sequences_ended"].items() if count),
+        "**lost, ended twice or answered wrongly**": f"**{soak['num_lost']}**",
+        "**run again alone: other than before**": f"**{soak['num_mismatches']}** of {soak['num_compared']}",
+        "slots, waiting, keys and values at the end": ", ".join(f"{value:g}" for value in soak["at_end"].values()),
+        "memory of the server, MiB": f"{series[0] / _MIB:.0f} to {series[-1] / _MIB:.0f}{grown}",
+        "time, new tokens a second": f"{soak['seconds']:.0f} s, {soak['tokens_per_s']:.0f}",
+        "failures of any kind": str(soak["num_failures"]),
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    system = result["system"]
+    where = f"{system['cpu']}, {result['settings']['threads']} threads, {result['settings']['dtype']}"
+    return "\n".join(lines) + (
+        f"\n\n`{result['command']}`, {result['model']}, {where}, seed {result['settings']['seed']}, {system['date']}, "
+        f"commit {system['commit']}."
+    )
