@@ -106,6 +106,11 @@ def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) 
     return folder
 
 
+def text_config(folder: Path) -> Any:
+    """Of a model's language part, where it has others."""
+    return AutoConfig.from_pretrained(folder).get_text_config()
+
+
 def kv_cache_gib(config: Any, *, rows: int, length: int, dtype: str) -> int:
     """Whole GiB that hold the keys and values of so many rows."""
     return math.ceil(rows * length * kv_bytes_per_token(config, dtype=dtype) / _GIB)

@@ -15,9 +15,8 @@ from benchmarks.speed.figures import spread
 from benchmarks.speed.offline import Engines
 from benchmarks.speed.peers import ARMS, Found, objectives
 from benchmarks.speed.process import Child
-from benchmarks.speed.setup import Setup
+from benchmarks.speed.setup import Setup, Workload
 from benchmarks.speed.turns import Key
-from benchmarks.speed.workload import Workload
 
 ALONE, BUSY, TWO = "alone", "busy core", "two"
 CONDITIONS = (ALONE, BUSY, TWO)

@@ -9,9 +9,8 @@ from typing import Any
 from benchmarks.speed.figures import spread
 from benchmarks.speed.peers import ARMS, PEERS, Found, child_env, objectives, worker_command
 from benchmarks.speed.process import PeerError, Worker
-from benchmarks.speed.setup import Setup
+from benchmarks.speed.setup import Setup, Workload
 from benchmarks.speed.turns import Key, Turns
-from benchmarks.speed.workload import Workload
 
 _TIMEOUT_S = 3600.0
 """For one command: a large model may load for long, and a slow peer take long for its batch."""

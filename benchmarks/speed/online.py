@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,20 @@ import httpx
 
 from benchmarks.speed.figures import Outcome, spread, streams
 from benchmarks.speed.peers import ARMS, PEERS, Found, child_env, objectives
-from benchmarks.speed.servers import Server, free_port
-from benchmarks.speed.setup import Setup
+from benchmarks.speed.servers import END_S, Server, free_port
+from benchmarks.speed.setup import Setup, Workload
 from benchmarks.speed.turns import Key, Turns
-from benchmarks.speed.workload import Workload
 
 _TIMEOUT_S = 3600.0
 """Until a server is ready: a large model may load, and another compile, for long."""
-REQUEST_TIMEOUT_S = 600.0
+_REQUEST_TIMEOUT_S = 600.0
 _WARM_UP_REQUESTS = 8
-END_S = 2.0
-"""In which a process whose connection broke has ended, if it does."""
-NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+_NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 _TIMES = ("ttft_s", "itl_s", "e2e_s")
+
+
+class StreamError(Exception):
+    """Why a stream gave nothing that can be measured."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,9 +55,13 @@ def measure(
     return results
 
 
+def streaming_client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=_REQUEST_TIMEOUT_S, limits=_NO_LIMIT)
+
+
 async def drive(url: str, bodies: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float]) -> list[Outcome]:
     """Send each body at its time, whatever has become of the others, and read all streams to their end."""
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=NO_LIMIT) as client:
+    async with streaming_client(url) as client:
         started_s = time.perf_counter()
 
         async def send(body: Mapping[str, Any], arrival_s: float) -> Outcome:
@@ -72,32 +77,38 @@ async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], started_s: 
     sent_s = sent_at_s - started_s
     times_s: list[float] = []
     num_tokens = 0
-    error: str | None = None
+    try:
+        async for event in events(client, body):
+            if any(choice.get("text") for choice in event.get("choices", ())):
+                times_s.append(time.perf_counter() - sent_at_s)
+            if usage := event.get("usage"):
+                num_tokens = usage["completion_tokens"]
+        e2e_s = time.perf_counter() - sent_at_s
+        if not times_s:
+            raise StreamError("no text came")
+        if num_tokens != body["max_tokens"]:
+            raise StreamError(f"gave {num_tokens} tokens where {body['max_tokens']} were asked for")
+    except StreamError as error:
+        return Outcome(sent_s, sent_s - arrival_s, error=str(error))
+    gaps_s = tuple(later - earlier for earlier, later in itertools.pairwise(times_s))
+    return Outcome(sent_s, sent_s - arrival_s, times_s[0], e2e_s, gaps_s, num_tokens)
+
+
+async def events(client: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """Those of one streamed completion as they come. Raises StreamError when it is refused, fails or breaks off."""
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             if response.is_error:
-                error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
+                raise StreamError(f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}")
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    error = str(event["error"])
-                if any(choice.get("text") for choice in event.get("choices", ())):
-                    times_s.append(time.perf_counter() - sent_at_s)
-                if usage := event.get("usage"):
-                    num_tokens = usage["completion_tokens"]
+                    raise StreamError(str(event["error"]))
+                yield event
     except (httpx.HTTPError, ValueError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    e2e_s = time.perf_counter() - sent_at_s
-    if error is None and not times_s:
-        error = "no text came"
-    if error is None and num_tokens != body["max_tokens"]:
-        error = f"gave {num_tokens} tokens where {body['max_tokens']} were asked for"
-    if error is not None:
-        return Outcome(sent_s, sent_s - arrival_s, error=error)
-    gaps_s = tuple(later - earlier for earlier, later in itertools.pairwise(times_s))
-    return Outcome(sent_s, sent_s - arrival_s, times_s[0], e2e_s, gaps_s, num_tokens)
+        raise StreamError(f"{type(failure).__name__}: {failure}") from failure
 
 
 class Servers(Turns):

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Child:
             if time.monotonic() > deadline:
                 raise PeerError("it does not stop on SIGSTOP")
             # Each time, for what it may have started meanwhile.
-            self._signal(signal.SIGSTOP)
+            self._each(psutil.Process.suspend)
             time.sleep(0.005)
         self._frozen_cpu_s = self._cpu_s()
 
@@ -80,7 +80,7 @@ class Child:
             return
         self.idle_cpu_s += self._cpu_s() - self._frozen_cpu_s
         self._frozen_cpu_s = None
-        self._signal(signal.SIGCONT)
+        self._each(psutil.Process.resume)
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Child:
         """Ask it to end, then make it."""
         self.thaw()
         processes = self._tree()
-        self._signal(signal.SIGTERM)
+        self._each(psutil.Process.terminate)
         _, alive = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -127,10 +127,10 @@ class Child:
         except psutil.NoSuchProcess:
             return []
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _each(self, act: Callable[[psutil.Process], None]) -> None:
         for process in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+                act(process)
 
     def _cpu_s(self) -> float:
         total = 0.0

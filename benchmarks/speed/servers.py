@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import socket
@@ -19,6 +20,8 @@ HOST = "127.0.0.1"
 LLAMA_CPP_BUILD = ".venv-llama/build/bin"
 """Below --peers-dir: where `make peers` builds llama.cpp's libraries and server."""
 _POLL_S = 0.05
+END_S = 2.0
+"""In which a process whose connection broke has ended, if it does."""
 OUR_COMMAND = "from server.cli import main; raise SystemExit(main())"
 
 
@@ -79,24 +82,31 @@ class Server(Child):
 
     def wait_until_it_answers(self, request: Mapping[str, Any], *, timeout_s: float) -> str:
         """Until one completion of one token has come; the model's id there. Raises PeerError."""
-        deadline = time.monotonic() + timeout_s
         with httpx.Client(base_url=self.url, timeout=timeout_s) as client:
-            while time.monotonic() < deadline:
-                if not self.is_running:
-                    raise self.failure("the server ended before it answered")
-                try:
-                    if client.get("/health").is_success:
-                        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-                        body = {**request, "model": model, "max_tokens": 1}
-                        client.post("/v1/completions", json=body).raise_for_status()
-                        return model
-                except httpx.HTTPStatusError as error:
-                    raise self.failure(f"the server refused a completion: {error.response.text[:300]}") from error
-                except (ValueError, KeyError, IndexError) as error:
-                    raise self.failure(f"the server answers otherwise than OpenAI's: {error!r}") from error
-                except httpx.TransportError:
-                    pass
-                time.sleep(_POLL_S)
+            self.wait_until(client, "/health", timeout_s=timeout_s)
+            try:
+                model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+                body = {**request, "model": model, "max_tokens": 1}
+                client.post("/v1/completions", json=body).raise_for_status()
+            except httpx.HTTPStatusError as error:
+                raise self.failure(f"the server refused a completion: {error.response.text[:300]}") from error
+            except (ValueError, KeyError, IndexError) as error:
+                raise self.failure(f"the server answers otherwise than OpenAI's: {error!r}") from error
+            except httpx.TransportError as error:
+                self.ends_within(END_S)
+                raise self.failure(f"the server's connection broke: {error!r}") from error
+        return model
+
+    def wait_until(self, client: httpx.Client, path: str, *, timeout_s: float) -> None:
+        """Until this path answers with success. Raises PeerError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not self.is_running:
+                raise self.failure("the server ended before it answered")
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(path).is_success:
+                    return
+            time.sleep(_POLL_S)
         raise self.failure(f"the server did not answer within {timeout_s:.0f} s")
 
 

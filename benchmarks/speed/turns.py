@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.speed.peers import ARMS, Found
 from benchmarks.speed.process import Child, PeerError
-from benchmarks.speed.setup import Setup
-from benchmarks.speed.workload import Workload
+from benchmarks.speed.setup import Setup, Workload
 
 WARM_UP = -1
 """The repeat that is run but not kept."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.soak.bad_input import Refused, bad_input
-from tests.soak.controls import random_control
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _PROMPT_CHARS = 100
@@ -129,7 +128,7 @@ def _served(rng: random.Random, number: int, fault: str | None, world: World) ->
         if rng.random() < 0.15:
             body["model"] = f"{world.model}@{rng.choice(sorted(world.heads))}"
         else:
-            body["control"] = random_control(rng, world.heads)
+            body["control"] = _control(rng, world.heads)
     leave_after = 0.0
     if fault is not None:
         limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
@@ -193,6 +192,53 @@ def _sampling(rng: random.Random) -> dict[str, Any]:
         "repetition_penalty": (0.15, lambda: rng.uniform(0.5, 2)),
     }
     return {name: draw() for name, (share, draw) in fields.items() if rng.random() < share}
+
+
+def _control(rng: random.Random, heads: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """`control` of a body; levels lie about each head's mean, in units of its scale."""
+    names = rng.sample(sorted(heads), rng.randint(1, min(3, len(heads))))
+
+    def level(name: str) -> float:
+        mean, scale = heads[name]
+        return mean + scale * rng.uniform(-1.5, 1.5)
+
+    side = rng.choice(["below", "above"])
+    conditions: dict[str, tuple[float, Callable[[], Any]]] = {
+        "step_size": (0.5, lambda: rng.choice([0.0, 0.12, 1.0, 10.0])),
+        "steps": (0.4, lambda: rng.choice([0, 1, 10, 30])),
+        "max_kl": (0.5, lambda: rng.choice([0.01, 0.1, 0.3, 0.5])),
+        "max_shift": (0.2, lambda: rng.choice([0.05, 1.0, 2.0])),
+        "max_response_kl": (0.2, lambda: rng.choice([0.1, 2.0])),
+        "gate": (0.2, lambda: {"head": names[0], side: level(names[0]), "hysteresis": rng.choice([0.0, 0.1])}),
+        "window": (0.2, lambda: rng.choice([{"start": 2}, {"end": 5}, {"start": 1, "end": 9}])),
+        "schedule": (0.2, lambda: _schedule(rng)),
+        "stop_below": (0.1, lambda: {names[0]: level(names[0])}),
+        "trace": (0.15, lambda: True),
+    }
+    chosen = {name: draw() for name, (share, draw) in conditions.items() if rng.random() < share}
+    return {"objective": _objective(rng, names, level), **chosen}
+
+
+def _objective(rng: random.Random, names: list[str], level: Callable[[str], float]) -> dict[str, Any]:
+    weights = {name: rng.choice([-1.0, 0.5, 1.0, 3.0]) for name in names}
+    kinds = ["weighted_sum", "weighted_sum", "worst_case", "target", *(["floor"] if len(names) > 1 else [])]
+    kind = rng.choice(kinds)
+    if kind == "target":
+        return {"type": kind, "values": {name: level(name) for name in names}}
+    if kind == "floor":
+        return {"type": kind, "weights": {names[0]: 1.0}, "floors": {name: level(name) for name in names[1:]}}
+    return {"type": kind, "weights": weights}
+
+
+def _schedule(rng: random.Random) -> dict[str, Any]:
+    return rng.choice(
+        [
+            {"type": "constant"},
+            {"type": "linear", "tokens": 8},
+            {"type": "cosine", "tokens": 5, "to": 0.2},
+            {"type": "exponential", "half_life": 3.0},
+        ]
+    )
 
 
 def _text(rng: random.Random, world: World) -> str:

@@ -1,6 +1,6 @@
 """The soak itself: start the server, send the plan by many clients at once, and hold what came back against the law.
 
-Afterwards some of the requests are run again, each alone, and must give the same. Knows nothing of tables (report.py).
+Afterwards some of the requests are run again, each alone, and must give the same. Knows nothing of tables (command.py).
 Enter at `measure`.
 """
 
@@ -15,10 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig
-
-from benchmarks.speed.models import kv_bytes_per_token
-from benchmarks.speed.setup import Setup
+from benchmarks.speed.setup import ModelSetup
 from tests.soak import judge
 from tests.soak.client import Client, Seen
 from tests.soak.plan import Planned, World, make_plan
@@ -55,10 +52,9 @@ class _Load:
     num_expired: int = 0
 
 
-def measure(setup: Setup, *, count: int, texts: Sequence[str]) -> dict[str, Any]:
+def measure(setup: ModelSetup, *, count: int, texts: Sequence[str]) -> dict[str, Any]:
     """Figures, with `failures`: what was wrong in words, empty when nothing was. Raises PeerError."""
-    config = AutoConfig.from_pretrained(setup.folder).get_text_config()
-    server = SoakedServer(setup, kv_bytes_per_token(config, dtype=setup.dtype), config.max_position_embeddings)
+    server = SoakedServer(setup)
     try:
         world = _world(server.wait_until_ready(), texts)
         plan = make_plan(setup.seed, count, world)

@@ -12,11 +12,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from benchmarks.speed import COMMAND, PROGRAM
 from server.cli import run as run_command
 from tests.api.conftest import make_app  # noqa: F401
 from tests.engines.test_contract import write_heads
-from tests.soak import judge, watch
+from tests.soak import COMMAND, PROGRAM, judge, watch
 from tests.soak.bad_input import MAX_BODY_BYTES, Refused, bad_input
 from tests.soak.client import Seen
 from tests.soak.plan import Planned, World, make_plan
@@ -189,7 +188,7 @@ def test_a_soaked_server_loses_nothing(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- bench-soak: begin -->\nold\n<!-- bench-soak: end -->\n")
-    status = soak("--soak", "200", "--into", str(page))
+    status = soak("--num-requests", "200", "--into", str(page))
     result = json.loads((tmp_path / "out.json").read_text())["soak"]
     assert (status, result["failures"]) == (0, [])
     assert sum(result["by_kind"].values()) == result["num_requests"] == 200
@@ -215,7 +214,7 @@ def test_a_soak_that_finds_something_says_so_and_ends_with_1(
         return answers
 
     monkeypatch.setattr(judge, "answer_of", misread)
-    assert soak("--soak", "30") == 1
+    assert soak("--num-requests", "30") == 1
     said = capfd.readouterr().err
     assert "solo-" in said
     assert "and alone" in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.speed.models import kv_bytes_per_token, text_config
 from benchmarks.speed.servers import OUR_COMMAND, Server, free_port
-from benchmarks.speed.setup import Setup
+from benchmarks.speed.setup import ModelSetup
 from tests.soak.bad_input import MAX_BODY_BYTES
 
 KEY = "soak-key-of-no-secret"
 _READY_S = 600.0
-_POLL_S = 0.1
 _SAMPLE = re.compile(r"^recontrol_(\w+?)\{(.*)\} (\S+)$", re.MULTILINE)
 _ROWS, _WAITING = 16, 32
 _PAGES_A_ROW = 1.5
@@ -49,14 +48,15 @@ class Metrics:
 class SoakedServer(Server):
     """`recontrol serve` with a small cache, few rows and a short queue, so that all of them run out."""
 
-    def __init__(self, setup: Setup, kv_bytes_per_token: int, positions: int) -> None:
-        """`positions` are those that the model has."""
-        port, max_len = free_port(), min(_MAX_LEN, positions)
+    def __init__(self, setup: ModelSetup) -> None:
+        config = text_config(setup.folder)
+        port, max_len = free_port(), min(_MAX_LEN, config.max_position_embeddings)
         pages = max(_ROWS * _PAGES_A_ROW, max_len / _PAGE_TOKENS + 1)
+        cache_bytes = (pages + 1.5) * _PAGE_TOKENS * kv_bytes_per_token(config, dtype=setup.dtype)
         command = [sys.executable, "-c", OUR_COMMAND, "serve", "--model", setup.model, "--port", str(port)]
         command += ["--device", setup.device, "--dtype", setup.dtype, "--log-format", "json", "--log-level", "info"]
         command += ["--max-batch-size", str(_ROWS), "--max-waiting", str(_WAITING), "--max-model-len", str(max_len)]
-        command += ["--kv-cache-gib", f"{(pages + 1.5) * _PAGE_TOKENS * kv_bytes_per_token / 2**30:.6f}"]
+        command += ["--kv-cache-gib", f"{cache_bytes / 2**30:.6f}"]
         command += ["--max-body-bytes", str(MAX_BODY_BYTES)]
         command += ["--heads-dir", str(setup.heads_dir)] if setup.heads_dir else []
         threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_API_KEYS": KEY}
@@ -65,21 +65,9 @@ class SoakedServer(Server):
 
     def wait_until_ready(self) -> dict[str, Any]:
         """The answers of /v1/models and /v1/heads. Raises PeerError."""
-        deadline = time.monotonic() + _READY_S
         with httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=_READY_S) as client:
-            while time.monotonic() < deadline:
-                if not self.is_running:
-                    raise self.failure("the server ended before it was ready")
-                try:
-                    if client.get("/ready").is_success:
-                        return {
-                            name: client.get(f"/v1/{name}").raise_for_status().json()["data"]
-                            for name in ("models", "heads")
-                        }
-                except httpx.TransportError:
-                    pass
-                time.sleep(_POLL_S)
-        raise self.failure(f"the server was not ready within {_READY_S:.0f} s")
+            self.wait_until(client, "/ready", timeout_s=_READY_S)
+            return {name: client.get(f"/v1/{name}").raise_for_status().json()["data"] for name in ("models", "heads")}
 
     def rss_bytes(self) -> int:
         return self._process.memory_info().rss

@@ -115,13 +115,13 @@ def test_what_was_measured_is_written_even_if_a_look_into_our_own_engine_dies(
     bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def die(*_: Any, **__: Any) -> Any:
-        raise PeerError("profile_step.py failed: killed")
+        raise PeerError("the look at profile failed: killed")
 
-    monkeypatch.setattr("benchmarks.speed.steps.profile", die)
+    monkeypatch.setattr("benchmarks.speed.own_engine.profile", die)
     result = bench("--peers", "good", "--only", "offline,step", "--batch-sizes", "1", "--repeats", "1")
     assert result["offline"]["good"]["batches"]["1"]["tokens_per_s"]["median"] > 0
-    assert result["step"] == {"failed": "profile_step.py failed: killed"}
-    assert "(failed: profile_step.py failed: killed)" in capsys.readouterr().out
+    assert result["step"] == {"failed": "the look at profile failed: killed"}
+    assert "(failed: the look at profile failed: killed)" in capsys.readouterr().out
 
 
 def test_long_prompts_are_measured_alone_beside_streams_and_before_a_short_one(

@@ -23,13 +23,6 @@ from tests.test_architecture import FILES, imports_of
 PROMPTS = [[i, i + 1, i + 2, 9] for i in range(4)]
 
 
-@pytest.fixture(scope="module")
-def random_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
-    """Random weights by the shape of a folder with a config and a tokenizer."""
-    work = tmp_path_factory.mktemp("work")
-    return random_model(str(model_folder("llama")), work, dtype="float32", device="cpu", seed=1)
-
-
 @pytest.fixture
 def load(random_folder: Path) -> Iterator[Callable[[str], Any]]:
     options = {"model": str(random_folder), "folder": str(random_folder), "heads_dir": str(random_folder / "heads"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
-from benchmarks.speed import servers, steps
+from benchmarks.speed import servers
 from benchmarks.speed.models import LLAMA_CPP_SOURCE, converted_gguf
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.servers import Server, free_port
@@ -34,16 +33,6 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 MODELS = '{"data": [{"id": "m"}]}'
-
-
-@pytest.fixture
-def setup(model_folder: Callable[[str], Path], tmp_path: Path) -> Setup:
-    folder = model_folder("llama")
-    return Setup(
-        model=str(folder), folder=folder, heads_dir=None, heads=(), device="cpu", dtype="bfloat16", threads=3,
-        max_batch_size=5, max_len=384, kv_cache_gib=1, gpu_memory_share=0.5, seed=7, peers_dir=tmp_path,
-        work=tmp_path / "work",
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", get_args(Bits))
@@ -115,18 +104,3 @@ def test_a_model_is_converted_once_and_a_failed_conversion_leaves_nothing(setup:
     assert made.read_text().endswith("--outtype bf16")
     script.write_text("raise SystemExit('again')")
     assert converted_gguf(setup) == made
-
-
-def test_a_look_into_our_engine_is_told_in_full_or_fails_with_its_last_words(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {
-        "model": setup.model, "device": "cpu", "dtype": "float32", "max_len": 128, "rows": 2, "steps": 2,
-        "heads": [[]], "prompts": [[1, 2, 3]] * 2,
-    }  # fmt: skip
-    figures = steps._run(setup, "profile_step.py", options, "torch")
-    assert figures[""]["step"] > 0
-    (tmp_path / "broken.py").write_text("import sys; print('loading', file=sys.stderr); raise ValueError('no weights')")
-    monkeypatch.setattr(steps, "_SCRIPTS", tmp_path)
-    with pytest.raises(PeerError, match=r"broken\.py failed: .*ValueError: no weights"):
-        steps._run(setup, "broken.py", options, "torch")

@@ -1,18 +1,49 @@
-"""A soak's figures as Markdown, from the JSON that `python -m benchmarks.speed --soak N --out` wrote."""
+"""`python -m tests.soak`: many mixed requests and faults at a real server, told as a table."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import Field
+
+from benchmarks.speed import report
+from benchmarks.speed.measurement import Measurement, Positive
+from benchmarks.speed.setup import ModelSetup
+from server.cli.command import read_prompts
+from tests.soak import PROGRAM, run
 
 _MIB = 2**20
 
 
+class Soak(Measurement):
+    """Send many mixed requests and faults to a real server with a small cache; status 1 if any is lost."""
+
+    num_requests: Positive = Field(10_000, description="sent in all, by 24 clients at a time")
+
+    def cli_cmd(self) -> None:
+        if failures := self.carry_out()["soak"]["failures"]:
+            print("\n".join(failures), file=sys.stderr)
+            sys.exit(1)
+
+    def measure(self) -> dict[str, Any]:
+        setup = ModelSetup(**self.model_setup())
+        texts = [prompt.text for prompt in read_prompts(None)]
+        names = ("device", "dtype", "threads", "seed")
+        return {
+            **self.about(PROGRAM),
+            "settings": {"label": self.label, **{name: getattr(setup, name) for name in names}},
+            "soak": run.measure(setup, count=self.num_requests, texts=texts),
+        }
+
+    def sections(self, result: Mapping[str, Any]) -> dict[str, str]:
+        return report.named({"soak": soak_table(result)}, result)
+
+
 def soak_table(result: Mapping[str, Any]) -> str:
-    """What was sent, what was done to it, and what was lost; empty when there was no soak."""
-    soak = result.get("soak")
-    if not soak:
-        return ""
+    """What was sent, what was done to it, and what was lost."""
+    soak = result["soak"]
     faults = soak["faults"]
     kinds = soak["by_kind"]
     bad = faults.get("bad input", 0)

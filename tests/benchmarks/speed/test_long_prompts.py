@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed.gaps import beside
+from benchmarks.speed.long_prompts import gaps_beside
 from benchmarks.speed.process import PeerError
 from server.app import create_app
 from server.engines.fake import FakeEngine
@@ -43,7 +43,7 @@ def url(engine: FakeEngine) -> Iterator[str]:
 
 
 def test_the_longest_gap_is_that_of_the_stall_and_the_usual_one_that_before(url: str) -> None:
-    gaps = asyncio.run(beside(url, [body(3, 2000)] * 2, body(20, 4)))
+    gaps = asyncio.run(gaps_beside(url, [body(3, 2000)] * 2, body(20, 4)))
     assert USUAL_S * 0.9 <= gaps.usual_s < gaps.longest_s
     assert gaps.longest_s >= STALL_S * 0.9
     assert gaps.ttft_s >= STALL_S * 0.9
@@ -51,16 +51,16 @@ def test_the_longest_gap_is_that_of_the_stall_and_the_usual_one_that_before(url:
 
 def test_streams_that_are_too_short_are_named(url: str) -> None:
     with pytest.raises(PeerError, match="ended before the long prompt was sent"):
-        asyncio.run(beside(url, [body(3, 5)], body(20, 4)))
+        asyncio.run(gaps_beside(url, [body(3, 5)], body(20, 4)))
 
 
 @pytest.mark.parametrize(
     ("stream", "prompt", "what"),
     [
-        (body(3, 2000, model="other"), body(20, 4), "a stream was refused: .*Known models"),
+        (body(3, 2000, model="other"), body(20, 4), "a stream failed: 404: .*Known models"),
         (body(3, 2000), body(20, 4, model="other"), "the long prompt failed: 404"),
     ],
 )
 def test_what_is_refused_is_named(url: str, stream: dict[str, Any], prompt: dict[str, Any], what: str) -> None:
     with pytest.raises(PeerError, match=what):
-        asyncio.run(beside(url, [stream], prompt))
+        asyncio.run(gaps_beside(url, [stream], prompt))

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from benchmarks.speed.workload import Workload
+from benchmarks.speed.setup import Workload
 
 WORKLOAD = Workload(corpus=range(1000), prompt_tokens=32, new_tokens=8, seed=5)
 
