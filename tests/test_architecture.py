@@ -1,9 +1,11 @@
 """The direction of imports (lower never imports higher), read from the source; imports inside functions count too."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 # Each package or module, and what of this project it may import.
@@ -52,11 +54,11 @@ ALLOWED = {
                    "server.tracing", "server.types", "server.watch"),
     "server.watch": ("server.engines.base", "server.errors", "server.telemetry", "value_models.head_folder",
                      "value_models.store"),
-    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types",
-                     "server.errors", "server.machine", "server.settings", "value_models"),
     "server.cli": ("server", "value_models"),
+    "benchmarks": ("benchmarks", "server", "value_models"),
 }  # fmt: skip
-FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))
+PACKAGES = ("server", "value_models", "benchmarks")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -73,7 +75,7 @@ def imports_of(path: Path) -> set[str]:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             # `from server.api import chat` means the module server.api.chat, where there is one.
             found |= {name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in names}
-    return {name for name in found if name.split(".")[0] in ("server", "value_models")}
+    return {name for name in found if name.split(".")[0] in (*PACKAGES, "tests")}
 
 
 def is_within(name: str, scope: str) -> bool:
@@ -89,6 +91,12 @@ def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
     (scope,) = [scope for scope in ALLOWED if is_within(name, scope)]
     wrong = {used for used in imports_of(path) if not any(is_within(used, allowed) for allowed in ALLOWED[scope])}
     assert not wrong
+
+
+def test_only_what_serves_and_trains_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    installed = find_packages(str(ROOT), **settings)
+    assert {name.split(".")[0] for name in installed} == {"server", "value_models"}
 
 
 def test_only_telemetry_knows_prometheus() -> None:
