@@ -62,6 +62,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.telemetry = telemetry
     app.state.pinned = pinned
     app.state.request_timeout_s = settings.request_timeout_s
+    app.state.stream_ping_s = settings.stream_ping_s
     app.state.is_draining = False
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")

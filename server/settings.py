@@ -71,6 +71,14 @@ class Settings(BaseSettings):
     request_timeout_s: float | None = Field(
         None, gt=0, description="most time for a response, beyond it a 504; by default no limit"
     )
+    stream_ping_s: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),
+    ] = 15.0
+    send_timeout_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
+    ] = 60.0
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
