@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -110,6 +114,19 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_callers_place(make_app: C
         assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=short).status_code == 429)
         assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=short).status_code == 200, within_s=20)
         assert app.state.engine.num_open == 0
+
+
+def test_a_client_that_does_not_read_gets_no_longer_than_a_response_may_take() -> None:
+    main = "import sys; from server.cli import main; sys.exit(main())"
+    options = ["--engine", "fake", "--port", "0", "--request-timeout-s", "0.5", "--shutdown-grace-s", "0"]
+    command = [sys.executable, "-c", main, "serve", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        started = next(line for line in run.stderr if "http://127.0.0.1:" in line)
+        with connected(re.findall(r"http://[\d.:]+", started)[0], UNREAD):
+            assert next(line for line in run.stderr if "A client took nothing of the" in line)
+        run.send_signal(signal.SIGTERM)
+        run.stderr.read()
 
 
 def test_a_stream_that_is_read_slowly_goes_on_to_its_end(make_app: Callable[..., FastAPI]) -> None:
