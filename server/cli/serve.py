@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -68,9 +69,19 @@ async def _serve(settings: Settings) -> None:
         await engine.start()
         check_pinned(app)
     server = DrainingServer(
-        app, host=settings.host, port=settings.port, grace_s=settings.shutdown_grace_s, log_level=settings.log_level
+        app,
+        host=settings.host,
+        port=settings.port,
+        grace_s=settings.shutdown_grace_s,
+        send_timeout_s=_send_timeout_s(settings),
+        log_level=settings.log_level,
     )
     await server.serve()
+
+
+def _send_timeout_s(settings: Settings) -> float:
+    """For whoever does not read: no longer than a response may take."""
+    return min(settings.send_timeout_s, settings.request_timeout_s or math.inf)
 
 
 @contextlib.contextmanager
