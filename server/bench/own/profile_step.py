@@ -14,8 +14,8 @@ from typing import Any
 
 from server.engines.embedded import core as core_module
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
+from server.engines.heads import HeadSource
 from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
 
 _WARM_STEPS = 8
@@ -49,7 +49,7 @@ class _Clock:
 def profile(options: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By the heads that rows use in turns, joined by commas ("" for none): the median of each of PARTS."""
     loaded = load_model(options["model"], device=options["device"], dtype=options["dtype"])
-    registry = load_registry(None, loaded)
+    registry = HeadSource.of(None, loaded.identity).load(loaded.model.device)
     core = EngineCore(loaded, registry, max_batch_size=options["rows"], max_model_len=options["max_len"])
     result = {}
     for heads in options["heads"]:

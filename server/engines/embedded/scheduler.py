@@ -135,7 +135,7 @@ class Scheduler:
         else:
             # What did not end well may have left something non-finite.
             forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
-        sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        sequence.state = SequenceState.FINISHED
         return forgotten
 
     def _admit(self, now_s: float) -> None:
