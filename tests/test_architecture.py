@@ -1,6 +1,7 @@
 """The direction of imports (lower never imports higher), read from the source; imports inside functions count too."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,19 @@ def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
     (scope,) = [scope for scope in ALLOWED if is_within(name, scope)]
     wrong = {used for used in imports_of(path) if not any(is_within(used, allowed) for allowed in ALLOWED[scope])}
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module_name(path): imports_of(path) - {module_name(path)} for path in FILES}
+    TopologicalSorter(graph).prepare()  # Raises CycleError, which names the circle.
+
+
+@pytest.mark.parametrize("engine", ["embedded", "fake", "vllm"])
+def test_no_engine_imports_another(engine: str) -> None:
+    others = {f"server.engines.{name}" for name in ("embedded", "fake", "vllm") if name != engine}
+    mine = [path for path in FILES if is_within(module_name(path), f"server.engines.{engine}")]
+    assert mine
+    assert not {used for path in mine for used in imports_of(path) if any(is_within(used, other) for other in others)}
 
 
 def test_only_telemetry_knows_prometheus() -> None:

@@ -24,7 +24,7 @@ from server.bench.soak import run as soak
 from server.bench.workload import Workload
 from server.cli.command import Command, command_line, read_prompts
 from server.cli.report import replace_sections
-from server.engines.embedded.model.loader import resolve_device, resolve_dtype
+from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
 from value_models.store import shipped_heads_folder

@@ -111,8 +111,8 @@ class Choice:
             error=FAILED if reason is FinishReason.ERROR else None,
         )
 
-    def follow(self, other: Self) -> None:
-        """Go on from where another choice of the request stands, by itself."""
+    def follow(self, other: Choice) -> None:
+        """Take over text and totals of another choice of the request, in copies."""
         self.token_ids = list(other.token_ids)
         self.detokenizer, self.stop = other.detokenizer.copy(), copy.copy(other.stop)
         self.totals = None if other.totals is None else other.totals.copy()

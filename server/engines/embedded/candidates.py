@@ -127,7 +127,7 @@ class Candidates:
         for candidate in leader.candidates:
             trial = candidate.own_trial
             trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
-            candidate.follow(leader)
+            candidate.go_on_from(leader)
             candidate.states = None if leader.states is None else []
         return [(candidate, hidden_D) for candidate in leader.candidates]
 
@@ -138,7 +138,7 @@ class Candidates:
         if not leader.token_ids:
             leader.observe_first_token(time.monotonic())
             chunks[0] = replace(chunks[0], prompt_logprobs=self._take_scores(leader))
-        leader.follow(winner)
+        leader.go_on_from(winner)
         if leader.states is not None:
             leader.states += winner.states or []
         for candidate in leader.candidates:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Self
 
 from torch import Tensor
 
@@ -156,8 +155,9 @@ class Sequence(Choice):
         """Tokens of the prompt whose keys and values are in the cache."""
         return min(self.num_computed, self.prompt_len)
 
-    def follow(self, other: Self) -> None:
-        Choice.follow(self, other)
+    def go_on_from(self, other: Sequence) -> None:
+        """From where another choice or candidate of the request stands, by itself."""
+        self.follow(other)
         self.matcher = None if other.matcher is None else other.matcher.copy()
 
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:

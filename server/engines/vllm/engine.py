@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 from server.engines.base import ChunkStream, EngineObserver, EngineStatus, NullObserver
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checks import check_request
 from server.engines.heads import HeadSource, OfferedHead
 from server.engines.model_engine import ModelEngine
 from server.engines.streams import ChunkQueue
 from server.engines.text import Detokenizer
 from server.engines.vllm.launch import launch
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.outputs import OutputReader, VllmChoice
 from server.engines.vllm.sampling import check_served, vllm_sampling
 from server.engines.vllm.wire import REPORT_KEY, control_args

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from server.engines.base import EngineStatus
-from server.engines.embedded.model.loader import resolve_dtype
+from server.engines.checkpoint.model_files import ModelFiles
+from server.engines.devices import resolve_dtype
 from server.engines.heads import HeadSource
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
 from server.machine import memory_limit_bytes

@@ -14,9 +14,9 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group  # pyrigh
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from server.control.registry import HeadRegistry
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.heads import HeadSource, with_head, without_head
 from server.engines.vllm.limits import check_config, own_config
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.unembedding import VllmUnembedding

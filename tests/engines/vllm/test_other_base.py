@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from server.engines.base import EngineInfo
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.heads import HeadSource
 from server.engines.vllm import engine as engine_module
 from server.engines.vllm.delivery import Delivery
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, OTHER_BASE_VARIABLE, REPORT_KEY, control_args
 from server.errors import ConfigurationError, HeadMismatchError

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import EngineInfo, NullObserver
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.heads import HeadSource
 from server.engines.text import Detokenizer
@@ -22,7 +23,6 @@ from server.engines.vllm import sampling
 from server.engines.vllm.delivery import Delivery
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.outputs import VllmChoice
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
 from server.errors import (
