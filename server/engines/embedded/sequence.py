@@ -62,9 +62,6 @@ class Sequence(Choice):
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Positions whose keys and values are in the cache."""
-    num_cached: int = 0
-    """Prompt tokens that were there already when it was admitted."""
-    num_preemptions: int = 0
     num_passed: int = 0
     """Sequences that were admitted past it while it was next and lacked rows or pages."""
     trial: Trial | None = None
