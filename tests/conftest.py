@@ -26,6 +26,7 @@ from transformers import (
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.sequence import Sequence
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
@@ -240,6 +241,11 @@ def run(
             core.step()
             after_step(core)
     return results
+
+
+def waiting_again(core: EngineCore) -> list[Sequence]:
+    """Sequences that have run and given their pages up."""
+    return [sequence for sequence in core._scheduler.waiting if sequence.scheduled_s]
 
 
 def control(weights: dict[str, float], **options: Any) -> ControlParams:

@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,19 @@ def test_only_what_serves_and_trains_is_installed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     installed = find_packages(str(ROOT), **settings)
     assert {name.split(".")[0] for name in installed} == {"server", "value_models"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module_name(path): imports_of(path) - {module_name(path)} for path in FILES}
+    TopologicalSorter(graph).prepare()  # Raises CycleError, which names the circle.
+
+
+@pytest.mark.parametrize("engine", ["embedded", "fake", "vllm"])
+def test_no_engine_imports_another(engine: str) -> None:
+    others = {f"server.engines.{name}" for name in ("embedded", "fake", "vllm") if name != engine}
+    mine = [path for path in FILES if is_within(module_name(path), f"server.engines.{engine}")]
+    assert mine
+    assert not {used for path in mine for used in imports_of(path) if any(is_within(used, other) for other in others)}
 
 
 def test_only_telemetry_knows_prometheus() -> None:

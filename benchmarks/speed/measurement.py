@@ -21,7 +21,7 @@ from benchmarks.speed.models import model_folder
 from benchmarks.speed.report import section_prefix
 from server.cli.command import Command, command_line
 from server.cli.report import replace_sections
-from server.engines.embedded.model.loader import resolve_device, resolve_dtype
+from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
 from value_models.whole_files import write_text

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from benchmarks.speed import PROGRAM
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.setup import Setup
-from server.engines.checkpoint.checked import check
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.packaged import PACKAGED_MODELS, default_model_folder, packaged_model_folder
 from server.errors import ConfigurationError
 from value_models.heads import LinearHead
@@ -79,7 +79,7 @@ def model_folder(model: str) -> Path:
             f"model: {model!r} is no folder; give one, a GGUF file, one of {', '.join(PACKAGED_MODELS)}, or "
             "--random-weights"
         )
-    return check(model).folder
+    return ModelFiles.of(model).folder
 
 
 def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) -> Path:

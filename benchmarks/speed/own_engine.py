@@ -24,8 +24,8 @@ from benchmarks.speed.setup import Setup, Workload
 from server.control.registry import HeadRegistry
 from server.engines.embedded import core as core_module
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
+from server.engines.heads import HeadSource
 from server.kernels.linear import Bits
 from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
 
@@ -67,7 +67,7 @@ def step_parts_ms(options: dict[str, Any]) -> dict[str, dict[str, float]]:
     """
     loaded = load_model(options["model"], device=options["device"], dtype=options["dtype"])
     heads_dir = options["heads_dir"]
-    registry = load_registry(Path(heads_dir) if heads_dir else None, loaded)
+    registry = HeadSource.of(Path(heads_dir) if heads_dir else None, loaded.identity).load(loaded.model.device)
     core = EngineCore(loaded, registry, max_batch_size=options["rows"], max_model_len=options["max_len"])
     result = {}
     for heads in options["heads"]:

@@ -14,8 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.heads import HeadSource
 from server.errors import ConfigurationError
 from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB
 from value_models.rollouts import RolloutPrompt, load_prompts
@@ -70,7 +70,8 @@ class HeadsModelCommand(ModelCommand):
 
     def heads(self, loaded: LoadedModel) -> HeadRegistry:
         """Raises HeadMismatchError, ConfigurationError."""
-        return load_registry(self.heads_dir, loaded, allow_other_base=self.allow_other_base)
+        source = HeadSource.of(self.heads_dir, loaded.identity, allow_other_base=self.allow_other_base)
+        return source.load(loaded.model.device)
 
 
 def command_line(program: str = "recontrol") -> str:

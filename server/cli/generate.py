@@ -15,7 +15,7 @@ from server.cli.command import HeadsModelCommand, command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.tokenization import encode_chat
+from server.engines.text import encode_chat
 from server.errors import ConfigurationError, GenerationError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.whole_files import write_text

@@ -129,7 +129,7 @@ class StateEditor:
         edits, shared, _ = self._edits(hidden_BD, plan, is_moving=False)
         edited_BD = hidden_BD.clone()
         moves = [(edit.ascent.group.rows_R, edit.scale_R, edit.ascent.shift_RD) for edit in edits]
-        moves += [(edit.group.rows_R, edit.taken_R, edit.shift_D) for edit in shared]
+        moves += [(edit.group.rows_R[: len(edit.taken_R)], edit.taken_R, edit.shift_D) for edit in shared]
         for rows_R, scale_R, shift in moves:
             # Scale zero must not meet an infinite shift.
             moved_RD = torch.where(scale_R[:, None] > 0, scale_R[:, None] * shift, 0.0)
@@ -250,7 +250,9 @@ def _stats(edit: _Edit) -> GroupStats:
         is_open_R,
     ]
     values = [stack.rewards(before_RK), stack.rewards(after_RK)]
-    return GroupStats(ascent.group, torch.cat([*values, torch.stack(columns, dim=1)], dim=1))
+    numbers_RN = torch.cat([*values, torch.stack(columns, dim=1)], dim=1)
+    # A single row was computed twice.
+    return GroupStats(ascent.group, numbers_RN[: len(ascent.group.rows)])
 
 
 def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:

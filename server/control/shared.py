@@ -70,7 +70,7 @@ class SharedRows:
         self._num_heads = max(len(group.stack.names) for group in groups)
         self._entries_G5 = torch.tensor([shift.native.entry() for shift in shifts])
         self._shift_of_R = torch.repeat_interleave(torch.tensor(self._counts))
-        # A single row is held twice, but must move once.
+        # What a plan has of a single row twice is taken once.
         rows = [row for group in groups for row in group.rows]
         self._rows_B = torch.tensor([*rows, *sorted(set(range(num_rows)).difference(rows))])
         held = list(zip(groups, self._counts, strict=True))
@@ -104,6 +104,5 @@ class SharedRows:
         reports, taken = report_RN.split(self._counts), taken_R.split(self._counts)
         edits: list[SharedEdit] = []
         for group, shift, report, its in zip(self._groups, self._shifts, reports, taken, strict=True):
-            size, num_held = 2 * len(group.stack.names) + 5, len(group.controls)
-            edits.append(SharedEdit(group, report[:, :size].expand(num_held, -1), its.expand(num_held), shift.shift_D))
+            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + 5], its, shift.shift_D))
         return logits_BV, edits

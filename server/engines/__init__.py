@@ -1,4 +1,17 @@
-"""Engines turn requests into tokens. `base.py` is the seam; a new engine is a package here and a branch below."""
+"""Engines turn requests into tokens. A new engine is a package here and a branch below, and writes only its own.
+
+base.py          the seam: what an engine offers and reports
+model_engine.py  what every engine that serves a model inherits: facts, text, room for requests, heads
+choice.py        one choice of a request: its text, when it ends and why, its chunks, what observers hear
+edits.py         what control did to a token, and to a choice taken together
+text.py          text to tokens and back; stop strings
+heads.py         where heads come from; a registry with one more or less
+checks.py        what is refused before it is queued
+streams.py       chunks on their way to their reader
+devices.py       on what a model is computed, and in what numbers
+checkpoint/      what a model's files say of it
+embedded/, vllm/, fake.py   the engines; none imports another
+"""
 
 from __future__ import annotations
 

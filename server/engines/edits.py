@@ -1,15 +1,23 @@
-"""From the editor's numbers to what is told of a token. Knows no tensors. Enter at `token_edit`."""
+"""From the editor's numbers to what is told of a token and of a choice. Knows no tensors.
+
+A row of numbers is one of `GroupStats.numbers_RN`, for heads of the given names. Enter at `token_edit` and
+`EditTotals`.
+"""
 
 from __future__ import annotations
 
+import copy
+import operator
+from collections import Counter
 from collections.abc import Sequence
 
-from server.control.state import HELD_BY
-from server.types import TokenEdit
+from server.control.budget import ROUNDING_NATS
+from server.control.state import HELD_BY, ControlState
+from server.types import ControlSummary, TokenEdit
 
 
 def token_edit(names: Sequence[str], numbers: Sequence[float]) -> TokenEdit:
-    """From a row of the editor's `GroupStats.numbers_RN`, for heads of these names."""
+    """What a row of numbers says of its token."""
     size = len(names)
     kl, shift_ratio, held_by, is_nonfinite, is_gate_open = numbers[2 * size :]
     return TokenEdit(
@@ -21,3 +29,51 @@ def token_edit(names: Sequence[str], numbers: Sequence[float]) -> TokenEdit:
         is_nonfinite=bool(is_nonfinite),
         is_gate_open=bool(is_gate_open),
     )
+
+
+class EditTotals:
+    """Running sums over the edits of a choice's tokens, straight from their numbers: a step has a row of them."""
+
+    __slots__ = ("_held", "_is_gate_open", "_max_kl", "_num_moved", "_num_tokens", "_sums", "names")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._num_tokens, self._num_moved, self._max_kl, self._is_gate_open = 0, 0, 0.0, False
+        self._sums = [0.0] * (2 * len(names) + 5)
+        self._held: Counter[float] = Counter()
+
+    def add(self, numbers: Sequence[float]) -> None:
+        kl, shift_ratio, held_by, _, is_gate_open = numbers[-5:]
+        self._num_tokens += 1
+        self._num_moved += shift_ratio > 0
+        self._max_kl = max(self._max_kl, kl)
+        self._is_gate_open = bool(is_gate_open)
+        self._held[held_by] += 1
+        self._sums = list(map(operator.add, self._sums, numbers))
+
+    def copy(self) -> EditTotals:
+        other = copy.copy(self)
+        other._held = self._held.copy()
+        return other
+
+    @property
+    def state(self) -> ControlState:
+        """What control has to know of the choice for its next token."""
+        # Rounding is charged too, so that the true sum stays below what is spent.
+        return ControlState(self._num_tokens, self._sums[-5] + self._num_moved * ROUNDING_NATS, self._is_gate_open)
+
+    def summary(self) -> ControlSummary:
+        """Means over the tokens; of none there are no values."""
+        n, size = max(self._num_tokens, 1), len(self.names)
+        names = self.names if self._num_tokens else ()
+        held = {why.value: count for code, count in self._held.items() if (why := HELD_BY[int(code)]) is not None}
+        return ControlSummary(
+            value_before={name: total / n for name, total in zip(names, self._sums[:size], strict=False)},
+            value_after={name: total / n for name, total in zip(names, self._sums[size:], strict=False)},
+            mean_shift=self._sums[-4] / n,
+            mean_kl=self._sums[-5] / n,
+            max_kl=self._max_kl,
+            controlled_share=self._num_moved / n,
+            held_share={name: count / n for name, count in sorted(held.items())},
+            nonfinite_edits=round(self._sums[-2]),
+        )

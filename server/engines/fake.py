@@ -17,21 +17,27 @@ from typing import Any
 
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
-from server.engines.embedded.detokenizer import StopMatcher
+from server.engines.choice import Choice
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
-from server.types import (
-    ControlSummary,
-    FinishReason,
-    GenerationChunk,
-    GenerationRequest,
-    PromptValues,
-    TokenEdit,
-    TokenLogprob,
-)
+from server.types import FinishReason, GenerationChunk, GenerationRequest, PromptValues, TokenLogprob
 
 _LETTERS = b"etaoin shrdlu"
 _FAILED = "The fake engine failed as told."
 _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
+
+
+# The end of an edit's numbers that moved nothing: its gate was open.
+_UNMOVED = [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+class _Letters:
+    """A token's number is its letter's."""
+
+    def add(self, token_id: int) -> str:
+        return chr(token_id)
+
+    def copy(self) -> _Letters:
+        return self
 
 
 class FakeEngine:
@@ -122,72 +128,52 @@ class FakeEngine:
                 yield chunk
 
     async def _choice(self, request: GenerationRequest, index: int) -> AsyncIterator[GenerationChunk]:
-        sampling, started_s = request.sampling, time.monotonic()
-        matcher = StopMatcher(sampling.stop)
-        edit = None
-        if request.control is not None:
-            values = dict.fromkeys(request.control.head_names, 0.5)
-            edit = TokenEdit(values, values, kl=0.0, shift_ratio=0.0, held_by=None, is_nonfinite=False)
+        sampling, now_s = request.sampling, time.monotonic()
+        choice = Choice.of(
+            request, index, detokenizer=_Letters(), eos_token_ids=(), observer=self._observer, arrival_s=now_s,
+            scheduled_s=now_s,
+        )  # fmt: skip
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
-        reason = None
         if sampling.max_tokens == 0:
-            end = GenerationChunk(index, prompt_logprobs=scores if index == 0 else None, control=_summary(edit))
-            end = await self._prompt_end(request, end)
-            reason = end.finish_reason
-            yield end
-        num_tokens = 0
-        for position in range(sampling.max_tokens):
+            end = GenerationChunk(index, prompt_logprobs=scores if index == 0 else None)
+            yield await self._prompt_end(choice, end)
+        while not choice.is_finished:
             await asyncio.sleep(self._token_delay_s)
             if not self._is_running:
-                reason = FinishReason.ABORT
-                yield GenerationChunk(index=index, finish_reason=reason, control=_summary(edit))
+                yield choice.finish(FinishReason.ABORT)
                 break
-            num_tokens += 1
-            token_id = self._token(request, index, position)
-            is_end = token_id in sampling.stop_token_ids
-            text = matcher.flush() if is_end else matcher.add(chr(token_id))
-            if is_end or matcher.has_stopped:
-                reason = FinishReason.STOP
-            elif _breaks_guardrail(request, edit):
-                reason, text = FinishReason.GUARDRAIL, text + matcher.flush()
-            elif position + 1 == sampling.max_tokens:
-                reason, text = FinishReason.LENGTH, text + matcher.flush()
-            if position == self._fail_after:
-                reason, text = FinishReason.ERROR, ""
-            if position == 0:
-                self._observer.on_first_token(queue_s=0.0, prefill_s=0.0, ttft_s=time.monotonic() - started_s)
-            self._observer.on_token(inter_token_s=None if position == 0 else self._token_delay_s, edit=edit)
-            yield GenerationChunk(
-                index=index,
-                text=text,
-                token_ids=(token_id,),
-                logprobs=() if sampling.logprobs is None else (self._logprob(token_id, sampling.logprobs),),
-                edit=edit,
-                prompt_logprobs=scores if position == index == 0 else None,
-                finish_reason=reason,
-                control=None if reason is None else _summary(edit),
-                error=_FAILED if reason is FinishReason.ERROR else None,
-                num_drawn=_num_drawn(request, index),
-            )
-            if reason is not None:
-                break
-        assert reason is not None
-        self._observer.on_finish(
-            reason=reason,
-            e2e_s=time.monotonic() - started_s,
-            decode_s=0.0 if num_tokens else None,
-            prompt_tokens=len(request.prompt_token_ids),
-            generation_tokens=num_tokens,
-        )
+            yield self._grown(choice, scores if index == 0 else None)
+        assert choice.finish_reason is not None
+        choice.observe_finish(choice.finish_reason, time.monotonic(), prompt_tokens=len(request.prompt_token_ids))
 
-    async def _prompt_end(self, request: GenerationRequest, chunk: GenerationChunk) -> GenerationChunk:
-        if request.scoring is not None:
+    def _grown(self, choice: Choice, scores: tuple[TokenLogprob | None, ...] | None) -> GenerationChunk:
+        """The chunk of one more token; its heads' values are all the same."""
+        request, position = choice.request, len(choice.token_ids)
+        token_id, num_top = self._token(request, choice.index, position), request.sampling.logprobs
+        numbers = None if choice.totals is None else [0.5] * (2 * len(choice.totals.names)) + _UNMOVED
+        chunk = choice.grow(
+            token_id,
+            numbers,
+            logprob=None if num_top is None else self._logprob(token_id, num_top),
+            prompt_logprobs=scores if position == 0 else None,
+        )
+        chunk = replace(chunk, num_drawn=_num_drawn(request, choice.index))
+        choice.observe_token(chunk.edit, time.monotonic())
+        if position == self._fail_after:
+            return self._failed(choice, chunk)
+        return chunk if chunk.finish_reason is None else choice.finish(chunk.finish_reason, chunk)
+
+    def _failed(self, choice: Choice, chunk: GenerationChunk) -> GenerationChunk:
+        return replace(choice.finish(FinishReason.ERROR, chunk), text="", error=_FAILED)
+
+    async def _prompt_end(self, choice: Choice, chunk: GenerationChunk) -> GenerationChunk:
+        if choice.request.scoring is not None:
             await asyncio.sleep(self._token_delay_s)
         if not self._is_running:
-            return replace(chunk, finish_reason=FinishReason.ABORT)
+            return choice.finish(FinishReason.ABORT, chunk)
         if self._fail_after == 0:
-            return replace(chunk, finish_reason=FinishReason.ERROR, error=_FAILED)
-        return replace(chunk, finish_reason=FinishReason.LENGTH, prompt_values=_prompt_values(request))
+            return self._failed(choice, chunk)
+        return choice.finish(FinishReason.LENGTH, replace(chunk, prompt_values=_prompt_values(choice.request)))
 
     def _token(self, request: GenerationRequest, index: int, position: int) -> int:
         key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
@@ -202,10 +188,6 @@ def _num_drawn(request: GenerationRequest, index: int) -> int:
     """Tokens for each that is kept; its values are all the same, so the first candidates would be."""
     per_choice, rest = divmod(request.num_sequences, request.num_choices)
     return per_choice + rest * (index == 0)
-
-
-def _breaks_guardrail(request: GenerationRequest, edit: TokenEdit | None) -> bool:
-    return request.control is not None and edit is not None and request.control.breaks_guardrail(edit.value_after)
 
 
 def _prompt_values(request: GenerationRequest) -> PromptValues | None:
@@ -227,15 +209,6 @@ def _prompt_values(request: GenerationRequest) -> PromptValues | None:
         token_values=by_head if scoring.per_token else None,
         hidden_state=struct.pack("<4f", *state) if scoring.hidden_state else None,
     )
-
-
-def _summary(edit: TokenEdit | None) -> ControlSummary | None:
-    if edit is None:
-        return None
-    return ControlSummary(
-        edit.value_before, edit.value_after, mean_shift=0.0, mean_kl=0.0, max_kl=0.0, controlled_share=0.0,
-        held_share={}, nonfinite_edits=0,
-    )  # fmt: skip
 
 
 class _FakeStream:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from server.kernels import Kernels, native
+from server.kernels import native
 from value_models.linear import PackedLinear
 
 Bits = Literal[4, 8, 16]
@@ -31,7 +31,7 @@ class FrozenLinear(Protocol):
 class NativeLinear(nn.Module):
     """By the native kernels: W [out, in] in float32, bfloat16 or float16, or made of bfloat16 in 4 or 8 bits.
 
-    Sums are float32. Float16 is widened to float32, and takes its memory. `library` is for tests of a certain level.
+    Sums are float32. Float16 is widened to float32, and takes its memory.
     """
 
     def __init__(
@@ -41,10 +41,9 @@ class NativeLinear(nn.Module):
         *,
         bits: Bits = 16,
         out_dtype: torch.dtype | None = None,
-        library: Kernels | None = None,
     ) -> None:
         super().__init__()
-        kernels: Any = library or native()
+        kernels: Any = native()
         weight = weight.detach().contiguous()
         self.out_features, self.in_features = weight.shape
         self._dtype, self._out_dtype = weight.dtype, out_dtype or weight.dtype

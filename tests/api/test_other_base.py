@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
 from server.app import create_app
-from server.engines.embedded import heads as heads_module
+from server.engines import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.embedded.model.loader import load_model
 from server.errors import HeadMismatchError

@@ -24,7 +24,7 @@ from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.errors import RecontrolError
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.architectures.reference import Reference
-from tests.conftest import Collected, run
+from tests.conftest import Collected, run, waiting_again
 
 FLOAT32_NATS = 1e-3
 """Largest deviation of any log-probability in float32: sums in another order, and no more."""
@@ -137,7 +137,7 @@ class _Bench:
         preempted: set[str] = set()
 
         def watch(core: EngineCore) -> None:
-            preempted.update(s.request.request_id for s in core._scheduler.sequences() if s.num_preemptions)
+            preempted.update(s.request.request_id for s in waiting_again(core))
 
         results = run(core, [self._request(i) for i in indices], steps_between=steps_between, after_step=watch)
         assert preempted or not must_preempt, "nothing was preempted"

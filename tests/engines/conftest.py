@@ -1,4 +1,4 @@
-"""One real vLLM engine for all tests that share it, since starting its processes takes half a minute."""
+"""What tests of engines share: a count of what is read, and one real vLLM engine, whose start takes half a minute."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from torch import Tensor
 
+from server.engines.embedded.core import EngineCore
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.loader import load_model
 from server.engines.vllm.engine import VllmEngine
 from server.settings import Settings
 from tests.conftest import write_heads
 from value_models.heads import ValueHead
+
+
+def prompt_tokens_read(core: EngineCore) -> list[int]:
+    """How many tokens of prompts each step from now on reads; filled as the engine runs."""
+    read: list[int] = []
+    forward = core.runner.forward
+
+    def counting(decode: list[DecodeRow], segments: list[Segment]) -> Tensor:
+        read.append(sum(len(segment.token_ids) for segment in segments))
+        return forward(decode, segments)
+
+    core.runner.forward = counting  # type: ignore[method-assign]
+    return read
+
 
 VLLM_OPTIONS = {"enforce_eager": True, "block_size": 32}
 

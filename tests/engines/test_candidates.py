@@ -19,7 +19,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.sequence import Sequence
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams, TokenEdit
-from tests.conftest import Collected, Results, run
+from tests.conftest import Collected, Results, run, waiting_again
 from tests.engines.test_laws import requests
 from tests.engines.test_scheduler import MODELS, small_core
 
@@ -229,7 +229,7 @@ def test_a_search_that_loses_its_pages_draws_the_same_and_counts_it_once(
     preempted: set[str] = set()
 
     def watch(core: EngineCore) -> None:
-        preempted.update(s.request.request_id for s in core._scheduler.sequences() if s.num_preemptions)
+        preempted.update(s.request.request_id for s in waiting_again(core))
 
     expected, got = run(roomy, asked), run(tight, asked, after_step=watch)
     assert preempted & {"r0", "r1", "r2"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from server.engines import heads as heads_module
 from server.engines.base import Engine
-from server.engines.embedded import heads as heads_module
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.engines.checkpoint import gguf, packaged
 from server.engines.checkpoint.packaged import (
@@ -16,7 +17,7 @@ from server.engines.checkpoint.packaged import (
     default_model_folder,
     packaged_model_folder,
 )
-from server.engines.embedded.model import loader
+from server.engines.devices import resolve_device
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
@@ -49,9 +50,9 @@ def test_an_empty_folder_or_a_cuda_that_is_not_there_is_a_clear_error(tmp_path: 
         load_model(str(tmp_path))
     with pytest.raises(ModelLoadError, match="there is no such folder"):
         load_model(str(tmp_path / "missing"))
-    if not loader.torch.cuda.is_available():
+    if not torch.cuda.is_available():
         with pytest.raises(ModelLoadError, match="CUDA"):
-            loader.resolve_device("cuda")
+            resolve_device("cuda")
 
 
 def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(

@@ -19,7 +19,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler, SchemaMatcher, constrained
 from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
 from server.types import FinishReason, GenerationRequest, SamplingParams
-from tests.conftest import EOS, VOCAB, Collected, byte_tokenizer, control, run
+from tests.conftest import EOS, VOCAB, Collected, byte_tokenizer, control, run, waiting_again
 from tests.engines.test_scheduler import small_core
 
 # Torch's operations and the native ones.
@@ -183,7 +183,7 @@ def test_a_text_that_loses_its_pages_goes_on_where_its_schema_was(
     preempted: set[str] = set()
 
     def note(core: EngineCore) -> None:
-        preempted.update(s.request.request_id for s in core._scheduler.sequences() if s.num_preemptions and s.token_ids)
+        preempted.update(s.request.request_id for s in waiting_again(core) if s.token_ids)
 
     results, expected = run(core, asked, after_step=note), run(roomy, asked)
     assert preempted

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from server.engines.checkpoint.tokenizer import placeholder_ids
 from server.engines.checks import check_is_text
 from server.engines.embedded.model import attention, llama
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.model.loader import placeholder_ids
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
 from server.engines.embedded.model.steady import Steady

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
+from server.engines.heads import HeadSource
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 
 
@@ -17,7 +17,7 @@ class Engine:
     def __init__(self, options: dict[str, Any]) -> None:
         heads_dir = options["heads_dir"]
         loaded = load_model(options["model"], device=options["device"], dtype=options["dtype"])
-        registry = load_registry(Path(heads_dir) if heads_dir else None, loaded)
+        registry = HeadSource.of(Path(heads_dir) if heads_dir else None, loaded.identity).load(loaded.model.device)
         self._core = EngineCore(
             loaded,
             registry,

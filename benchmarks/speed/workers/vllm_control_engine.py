@@ -9,7 +9,7 @@ from typing import Any
 from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
 from benchmarks.speed.workers.vllm_engine import Engine as PlainEngine
-from server.engines.vllm.model_files import ModelFiles
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, SCHEDULER, WORKER
 from value_models.store import shipped_heads_folder
 

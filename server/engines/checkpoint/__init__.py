@@ -2,5 +2,5 @@
 
 A checkpoint is looked at before any weight is read: what this program cannot serve rightly raises ModelLoadError with
 one line that names the path, what is wrong with it and what is allowed. Knows nothing of engines. Enter at
-`source.find_checkpoint`.
+`model_files.ModelFiles`.
 """

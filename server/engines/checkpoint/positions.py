@@ -1,10 +1,11 @@
 """How many positions a configuration speaks of and how it rotates them, refused where nothing could be computed.
 
-Enter at `refuse_lengths` before transformers has read config.json, at `refuse_rotations` after, and at `max_len_of`.
+Enter at `refuse_lengths` before transformers has read config.json, at `refuse_rotations` after, and at `max_len`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,10 +16,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from server.errors import ModelLoadError
 
+_log = logging.getLogger(__name__)
 MIN_POSITIONS = 16
 """Whether a model can be served is seen by running it on a few tokens."""
 
 MAX_POSITIONS = 2**31 - 1
+_DEFAULT_MAX_LEN = 2048
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 _TEXT_PARTS = ("text_config", "llm_config")
 _UNSCALED = ("default", "axial")
@@ -35,6 +38,16 @@ def max_len_of(config: Any) -> int | None:
     text_config = config.get_text_config()
     lengths = (getattr(text_config, name, None) for name in _LENGTHS)
     return next((int(length) for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def max_len(folder: Path, config: Any) -> int:
+    """The most tokens of a sequence, by the model's configuration, or a default with a word in the log."""
+    if length := max_len_of(config):
+        return length
+    _log.warning(
+        "%s: config.json does not say how many tokens the model was trained on; %d are served", folder, _DEFAULT_MAX_LEN
+    )
+    return _DEFAULT_MAX_LEN
 
 
 def refuse_lengths(path: Path, raw: Mapping[str, Any]) -> None:

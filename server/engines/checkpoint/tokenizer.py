@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, as the detokenizer and the structure compiler need it, and the tokens that end a text.
+"""A model folder's tokenizer, as text and structure need it, and which of its tokens end a text or stand for none.
 
 Enter at `load_tokenizer`.
 """
@@ -26,6 +26,7 @@ _BESIDE = (
     "tekken.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "processor_config.json",
 )  # fmt: skip
+_NO_TEXT = ("image", "audio", "video", "vision", "boi", "eoi", "boa", "eoa")
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -94,3 +95,14 @@ def eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     eos = getattr(generation_config, "eos_token_id", None)
     listed_eos = eos if isinstance(eos, list) else [eos]
     return frozenset(int(token) for token in [*listed_eos, tokenizer.eos_token_id] if token is not None)
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Tokens that stand for what is no text, by the names that transformers gives them in a configuration."""
+    if config.get_text_config() is config:
+        return frozenset()
+    return frozenset(
+        value
+        for name, value in vars(config).items()
+        if type(value) is int and name.endswith(("_token_id", "_token_index")) and name.startswith(_NO_TEXT)
+    )

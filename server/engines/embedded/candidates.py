@@ -16,79 +16,23 @@ Shapes: C candidates, D hidden size.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from server.engines.base import EngineObserver
 from server.engines.embedded.model.pages import num_pages_for
-from server.engines.embedded.reports import observe_first_token
 from server.engines.embedded.scheduler import Scheduler
-from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
 
 _PARAM = "control.search.candidates"
-PromptScores = tuple[TokenLogprob | None, ...]
 Rows = list[tuple[Sequence, Tensor]]
 """Sequences, each with the state [D] behind its next token."""
-
-
-@dataclass(slots=True)
-class Trial:
-    """What a candidate has done since it began, and how it stands. Its sequence's chunks come here."""
-
-    emit: Callable[[GenerationChunk], None]
-    """To the client."""
-    index: int
-    chunks: list[GenerationChunk] = field(default_factory=list)
-    hidden_D: Tensor | None = None
-    """The state behind its last token; a token that ends the text does not count as the text's."""
-    has_arrived: bool = False
-    """Whether there is nothing left to do but to compare it."""
-    num_told: int = 0
-    """Tokens that have been told of; those drawn anew, after pages were lost, are not told again."""
-
-    @property
-    def reason(self) -> FinishReason | None:
-        return self.chunks[-1].finish_reason if self.chunks else None
-
-    def take(self, chunk: GenerationChunk) -> None:
-        """Keep a chunk, and tell only that a token was drawn."""
-        self.chunks.append(replace(chunk, num_drawn=0))
-        if chunk.num_drawn and len(self.chunks) > self.num_told:
-            self.num_told += 1
-            self.emit(GenerationChunk(index=self.index, num_drawn=1))
-
-
-@dataclass(slots=True, eq=False)
-class Rivals:
-    """The candidates for a request's choices, each a whole response. When one fails, all do."""
-
-    members: list[Sequence]
-    emit: Callable[[GenerationChunk], None]
-    is_over: bool = False
-
-    def take(self, member: Sequence, chunk: GenerationChunk) -> None:
-        if chunk.finish_reason not in {FinishReason.ABORT, FinishReason.ERROR}:
-            _trial(member).take(chunk)
-        elif not self.is_over:
-            self.is_over = True
-            for index in range(member.request.num_choices):
-                self.emit(replace(chunk, index=index))
-
-    def tell(self, order: list[int], scores: PromptScores | None) -> None:
-        """The first of them in this order are the choices; the prompt's scores go with the first."""
-        self.is_over = True
-        for index, chosen in enumerate(order[: self.members[0].request.num_choices]):
-            for chunk in _trial(self.members[chosen]).chunks:
-                self.emit(replace(chunk, index=index, prompt_logprobs=scores))
-                scores = None
 
 
 def with_candidates(choices: list[Sequence]) -> list[Sequence]:
@@ -132,7 +76,6 @@ class Candidates:
     def __init__(
         self,
         scheduler: Scheduler,
-        observer: EngineObserver,
         *,
         score: Callable[[Tensor, ControlParams], Tensor],
         take_scores: Callable[[Sequence], PromptScores | None],
@@ -140,7 +83,6 @@ class Candidates:
         failing_alone: Callable[[Sequence], AbstractContextManager[None]],
     ) -> None:
         self._scheduler = scheduler
-        self._observer = observer
         self._score = score
         self._take_scores = take_scores
         self._finish = finish
@@ -174,7 +116,7 @@ class Candidates:
         trial.has_arrived = True
         if leader is None:
             self._end(sequence, trial)
-        elif all(_trial(candidate).has_arrived for candidate in leader.candidates):
+        elif all(candidate.own_trial.has_arrived for candidate in leader.candidates):
             return self._keep_best(leader)
         return []
 
@@ -183,28 +125,24 @@ class Candidates:
         if not self._scheduler.spread(leader):
             return []
         for candidate in leader.candidates:
-            trial = _trial(candidate)
+            trial = candidate.own_trial
             trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
-            candidate.token_ids = list(leader.token_ids)
-            candidate.detokenizer, candidate.stop = leader.detokenizer.copy(), copy.copy(leader.stop)
-            candidate.matcher = None if leader.matcher is None else leader.matcher.copy()
-            candidate.edits = None if leader.edits is None else leader.edits.copy()
+            candidate.go_on_from(leader)
             candidate.states = None if leader.states is None else []
         return [(candidate, hidden_D) for candidate in leader.candidates]
 
     def _keep_best(self, leader: Sequence) -> Rows:
         winner = leader.candidates[self._order(leader.candidates)[0]]
-        trial = _trial(winner)
+        trial = winner.own_trial
         chunks = trial.chunks
         if not leader.token_ids:
-            observe_first_token(self._observer, leader, time.monotonic())
+            leader.observe_first_token(time.monotonic())
             chunks[0] = replace(chunks[0], prompt_logprobs=self._take_scores(leader))
-        leader.token_ids, leader.edits = winner.token_ids, winner.edits
-        leader.detokenizer, leader.stop, leader.matcher = winner.detokenizer, winner.stop, winner.matcher
+        leader.go_on_from(winner)
         if leader.states is not None:
             leader.states += winner.states or []
         for candidate in leader.candidates:
-            _trial(candidate).num_told = 0
+            candidate.own_trial.num_told = 0
         self._scheduler.gather(leader, winner)
         for chunk in chunks[:-1]:
             leader.emit(chunk)
@@ -229,13 +167,13 @@ class Candidates:
             return [0]
         control = candidates[0].request.control
         assert control is not None
-        states = [hidden_D for c in candidates if (hidden_D := _trial(c).hidden_D) is not None]
+        states = [hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None]
         scores = self._score(torch.stack(states), control).tolist()
 
         def rank(place: int) -> tuple[bool, bool, float]:
             is_nan = scores[place] != scores[place]
             return (
-                _trial(candidates[place]).reason is FinishReason.GUARDRAIL,
+                candidates[place].own_trial.reason is FinishReason.GUARDRAIL,
                 is_nan,
                 0.0 if is_nan else -scores[place],
             )
@@ -259,11 +197,6 @@ def _candidate(leader: Sequence, number: int) -> Sequence:
 
 def _taking(rivals: Rivals, member: Sequence) -> Callable[[GenerationChunk], None]:
     return lambda chunk: rivals.take(member, chunk)
-
-
-def _trial(candidate: Sequence) -> Trial:
-    assert candidate.trial is not None
-    return candidate.trial
 
 
 def _is_at_end(candidate: Sequence, trial: Trial) -> bool:

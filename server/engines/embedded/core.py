@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from server.control.scores import scores
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
-from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.layout import Segment
@@ -34,18 +32,18 @@ from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
-from server.engines.embedded.reports import Scores, observe_finish, observe_token, token_edits
+from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.step import Step
 from server.engines.embedded.structure import constrained
+from server.engines.text import Detokenizer
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 
 _log = logging.getLogger(__name__)
-_FAILED = "The request failed inside the engine."
 
 
 class EngineCore:
@@ -96,7 +94,6 @@ class EngineCore:
         self._scores = Scores(self.lm_head, self.token_text)
         self._candidates = Candidates(
             self._scheduler,
-            self._observer,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
             take_scores=self._scores.take_prompt,
             finish=self._finish,
@@ -149,7 +146,7 @@ class EngineCore:
             request,
             make_detokenizer=lambda: Detokenizer(backend, request.prompt_token_ids),
             emit=emit,
-            arrival_s=time.monotonic(),
+            observer=self._observer,
             eos_token_ids=self._eos_token_ids,
             keep_states=keep_states,
         )
@@ -242,7 +239,7 @@ class EngineCore:
         drawn_BV = constrained(drawn_BV, [s.matcher for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
-        edits = token_edits(stats)
+        numbers = edits_by_row(stats)
         now_s = time.monotonic()
         for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if sequence.owner.state is SequenceState.FINISHED:
@@ -252,7 +249,7 @@ class EngineCore:
             with self._failing_alone(sequence):
                 if token_id < 0:
                     raise FloatingPointError("no token has a finite logit")
-                self._grow(sequence, token_id, logprobs.get(i), edits.get(i), now_s)
+                self._grow(sequence, token_id, logprobs.get(i), numbers.get(i), now_s)
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         if rows != self._plan_rows:
@@ -267,25 +264,25 @@ class EngineCore:
         return logits_BV, stats
 
     def _grow(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, edit: TokenEdit | None, now_s: float
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, numbers: list[float] | None, now_s: float
     ) -> None:
-        """Append one token to a sequence and emit it; finish the sequence when it ends here."""
-        text, reason = sequence.grow(token_id, edit)
-        observe_token(self._observer, sequence, edit, now_s)
-        chunk = GenerationChunk(
-            index=sequence.index,
-            text=text,
-            token_ids=(token_id,),
-            logprobs=() if logprob is None else (self._scores.with_text(logprob),),
-            edit=edit,
+        """Append one token to a sequence and emit it; finish the sequence when it ends here.
+
+        Raises GenerationError for a token that its schema does not allow.
+        """
+        if sequence.matcher is not None:
+            sequence.matcher.advance(token_id)
+        chunk = sequence.grow(
+            token_id,
+            numbers,
+            logprob=None if logprob is None else self._scores.with_text(logprob),
             prompt_logprobs=self._scores.take_prompt(sequence) if sequence.trial is None else None,
-            finish_reason=reason,
-            num_drawn=1,
         )
-        if reason is None or sequence.trial is not None:
+        sequence.observe_token(chunk.edit, now_s)
+        if chunk.finish_reason is None or sequence.trial is not None:
             sequence.emit(chunk)
         else:
-            self._finish(sequence, reason, chunk)
+            self._finish(sequence, chunk.finish_reason, chunk)
 
     @contextmanager
     def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
@@ -305,15 +302,8 @@ class EngineCore:
         if sequence.state is SequenceState.FINISHED:
             return
         forgotten = self._scheduler.remove(sequence, reason)
-        sequence.emit(
-            replace(
-                chunk or GenerationChunk(index=sequence.index),
-                finish_reason=reason,
-                control=sequence.edits.summary() if sequence.edits is not None else None,
-                error=_FAILED if reason is FinishReason.ERROR else None,
-            )
-        )
-        observe_finish(self._observer, sequence, reason, time.monotonic())
+        sequence.emit(sequence.finish(reason, chunk))
+        sequence.observe_finish(reason, time.monotonic(), prompt_tokens=sequence.num_prompt_computed)
         self.runner.kv.clear(forgotten)
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):
             for rival in sequence.rivals.members:

@@ -15,21 +15,18 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, check_heads
+import torch
+
+from server.engines.base import ChunkStream, EngineObserver, EngineStatus, check_heads
 from server.engines.checks import check_is_text
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import heads_location, load_one_head, load_registry, with_head, without_head
 from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
+from server.engines.heads import HeadSource, OfferedHead, with_head, without_head
+from server.engines.model_engine import ModelEngine
 from server.engines.streams import ChunkQueue
-from server.engines.tokenization import Tokenization
-from server.errors import (
-    EngineStoppedError,
-    InvalidRequestError,
-    OverloadedError,
-    UnknownHeadError,
-)
+from server.errors import EngineStoppedError
 from server.kernels.linear import Bits
 from server.settings import Settings
 from server.types import FinishReason, GenerationRequest
@@ -41,31 +38,21 @@ _UNLOAD_POLL_S = 0.05
 _Result = TypeVar("_Result")
 
 
-class EmbeddedEngine(Tokenization):
+class EmbeddedEngine(ModelEngine):
     """One model and its heads in this process."""
 
     def __init__(self, settings: Settings, *, observer: EngineObserver | None = None) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
         self._observer = observer
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
         self._schemas: SchemaCompiler | None = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._info: EngineInfo | None = None
         self._gate = threading.Lock()
-        self._managing = asyncio.Lock()
         self._is_open = False
-        self._num_open = 0
         self._idle_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
         self._status = self._idle_status
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineStoppedError("The engine has not been started.")
-        return self._info
 
     async def start(self) -> None:
         """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError."""
@@ -111,32 +98,21 @@ class EmbeddedEngine(Tokenization):
         self._num_open += request.num_sequences
         return stream
 
-    async def load_head(self, name: str) -> None:
-        async with self._managing:
-            core, loaded = self._core, self._loaded
-            if core is None or loaded is None:
-                raise EngineStoppedError("The engine has not been started.")
-            location = heads_location(self._settings.heads_dir, loaded)
-            offered = await asyncio.to_thread(
-                load_one_head,
-                location,
-                name,
-                loaded.identity,
-                loaded.model.device,
-                allow_other_base=self._settings.allow_other_base,
-            )
-            await self._on_loop(lambda: core.use(with_head(core.registry, offered)))
-            self._info = self.info.with_head(name, offered.card.model_dump(mode="json"), offered.warning)
+    @property
+    def _heads_device(self) -> torch.device:
+        return self._model().model.device
 
-    async def unload_head(self, name: str) -> None:
-        async with self._managing:
-            core, info = self._core, self.info
-            if core is None or name not in info.heads:
-                raise UnknownHeadError(name, info.heads)
-            self._info = info.without_head(name)
-            while await self._on_loop(lambda: core.num_users(name)):
-                await asyncio.sleep(_UNLOAD_POLL_S)
-            await self._on_loop(lambda: core.use(without_head(core.registry, name)))
+    async def _use_head(self, offered: OfferedHead) -> None:
+        core = self._running_core()
+        await self._on_loop(lambda: core.use(with_head(core.registry, offered)))
+
+    async def _num_users(self, name: str) -> int:
+        core = self._running_core()
+        return await self._on_loop(lambda: core.num_users(name))
+
+    async def _drop_head(self, name: str) -> None:
+        core = self._running_core()
+        await self._on_loop(lambda: core.use(without_head(core.registry, name)))
 
     async def _on_loop(self, action: Callable[[], _Result]) -> _Result:
         """Run an action between two steps, and wait for what it gives. Raises EngineStoppedError."""
@@ -158,35 +134,36 @@ class EmbeddedEngine(Tokenization):
                 raise EngineStoppedError("The engine is not running.")
             self._inbox.put(action)
 
-    def _checked_core(self, request: GenerationRequest) -> EngineCore:
-        core = self._core
-        if core is None or not self._is_open:
+    def _running_core(self) -> EngineCore:
+        if self._core is None or not self._is_open:
             raise EngineStoppedError("The engine is not running.")
+        return self._core
+
+    def _checked_core(self, request: GenerationRequest) -> EngineCore:
+        core = self._running_core()
         core.check(request)
-        if self._loaded is not None:
-            check_is_text(request, self._loaded.placeholder_ids)
+        check_is_text(request, self._model().placeholder_ids)
         # A head that is being unloaded is still in the registry, for requests that have begun.
         check_heads(request, self.info.heads)
-        capacity = self._settings.max_batch_size + self._settings.max_waiting
-        if request.num_sequences > capacity:
-            param = request.sequences_param
-            raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)
-        if self._num_open + request.num_sequences > capacity:
-            raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
+        self._check_room(request)
         return core
 
     @property
     def _tokenizer(self) -> Any:
+        return self._model().tokenizer
+
+    def _model(self) -> LoadedModel:
         if self._loaded is None:
             raise EngineStoppedError("The engine has not been started.")
-        return self._loaded.tokenizer
+        return self._loaded
 
     def _build_core(self) -> EngineCore:
         settings = self._settings
         self._loaded = loaded = load_model(
             settings.model, device=settings.device, dtype=settings.dtype, adapter=settings.adapter
         )
-        registry = load_registry(settings.heads_dir, loaded, allow_other_base=settings.allow_other_base)
+        self._heads = HeadSource.of(settings.heads_dir, loaded.identity, allow_other_base=settings.allow_other_base)
+        registry = self._heads.load(loaded.model.device)
         # The first call settles truncation and padding; later ones only read, as the loop's detokenizers do.
         tokenizer: Any = loaded.tokenizer
         tokenizer(" ")
@@ -205,14 +182,7 @@ class EmbeddedEngine(Tokenization):
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)
         self._schemas = SchemaCompiler(tokenizer, vocab_size=core.vocab_size, eos_token_ids=loaded.eos_token_ids)
-        self._info = EngineInfo(
-            model_id=settings.served_model_name or loaded.name,
-            max_model_len=core.max_model_len,
-            vocab_size=core.vocab_size,
-            heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
-            head_warnings=registry.warnings(),
-            can_score=True,
-        )
+        self._offer(loaded.name, registry, max_model_len=core.max_model_len, vocab_size=core.vocab_size, can_score=True)
         return core
 
     def _run(self) -> None:

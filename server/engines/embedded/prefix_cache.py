@@ -21,7 +21,7 @@ class PrefixCache:
         """Keep what it has computed of its prompt for later ones."""
         if not self._is_on:
             return
-        num_full = min(sequence.num_computed, sequence.prompt_len) // PAGE_TOKENS
+        num_full = sequence.num_prompt_computed // PAGE_TOKENS
         for page, digest in zip(sequence.pages, _digests(sequence, num_full), strict=False):
             self._pool.remember(page, digest)
 

@@ -1,4 +1,4 @@
-"""What a step tells about its tokens: log-probabilities and edits, from tensors to plain data, and what observers hear.
+"""What a step tells about its tokens: log-probabilities and edits, from tensors to plain data.
 
 Each function moves what it needs to the host at once. Texts of tokens come last, for one sequence at a time, so that a
 tokenizer that fails ends nobody else's. Knows nothing of scheduling or models.
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from server.control.editor import GroupStats
-from server.engines.base import EngineObserver
-from server.engines.edits import token_edit
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.sequence import Sequence
-from server.types import FinishReason, TokenEdit, TokenLogprob
+from server.types import TokenLogprob
 
 TokenText = Callable[[int], str]
 
@@ -41,15 +39,13 @@ def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int) -> list
     ]
 
 
-def token_edits(stats: list[GroupStats]) -> dict[int, TokenEdit]:
-    """Row of the step -> what control did to it."""
-    edits: dict[int, TokenEdit] = {}
-    for group_stats in stats:
-        group = group_stats.group
-        # A group of one row is held twice.
-        for row, numbers in zip(group.rows, group_stats.numbers_RN.tolist(), strict=False):
-            edits[row] = token_edit(group.stack.names, numbers)
-    return edits
+def edits_by_row(stats: list[GroupStats]) -> dict[int, list[float]]:
+    """Row of the step -> the numbers of what control did to it."""
+    return {
+        row: numbers
+        for group in stats
+        for row, numbers in zip(group.group.rows, group.numbers_RN.tolist(), strict=True)
+    }
 
 
 class Scores:
@@ -95,34 +91,3 @@ class Scores:
         """Raises whatever the tokenizer raises, which concerns the score's own sequence alone."""
         text = self._token_text
         return replace(score, text=text(score.token_id), top=tuple((i, text(i), value) for i, _, value in score.top))
-
-
-def observe_first_token(observer: EngineObserver, sequence: Sequence, now_s: float) -> None:
-    sequence.first_token_s = now_s
-    observer.on_first_token(
-        queue_s=sequence.scheduled_s - sequence.arrival_s,
-        prefill_s=now_s - sequence.scheduled_s,
-        ttft_s=now_s - sequence.arrival_s,
-    )
-
-
-def observe_token(observer: EngineObserver, sequence: Sequence, edit: TokenEdit | None, now_s: float) -> None:
-    """A token that has been appended. A candidate's comes to the client later, with its block, so it has no pace."""
-    inter_token_s = None
-    if sequence.leader is None:
-        if len(sequence.token_ids) == 1:
-            observe_first_token(observer, sequence, now_s)
-        else:
-            inter_token_s = now_s - sequence.last_token_s
-    observer.on_token(inter_token_s=inter_token_s, edit=edit)
-    sequence.last_token_s = now_s
-
-
-def observe_finish(observer: EngineObserver, sequence: Sequence, reason: FinishReason, now_s: float) -> None:
-    observer.on_finish(
-        reason=reason,
-        e2e_s=now_s - sequence.arrival_s,
-        decode_s=now_s - sequence.first_token_s if sequence.token_ids else None,
-        prompt_tokens=min(sequence.num_computed, sequence.prompt_len),
-        generation_tokens=len(sequence.token_ids),
-    )

@@ -21,11 +21,10 @@ from server.engines.embedded.controlled_decoding import (
     DecodingResult,
 )
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
-from server.engines.tokenization import encode_chat
+from server.engines.text import Detokenizer, encode_chat
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.generations import EvalSample, best_of_kl_bound
@@ -79,7 +78,7 @@ class EngineRolloutSource:
         """
         bare = {prompt.id: prompt for prompt in prompts}
         for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
-            summary = sequence.edits.summary() if sequence.edits is not None else None
+            summary = None if sequence.totals is None else sequence.totals.summary()
             bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
             nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
             if instruction is not None:

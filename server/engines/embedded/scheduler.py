@@ -135,7 +135,7 @@ class Scheduler:
         else:
             # What did not end well may have left something non-finite.
             forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
-        sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        sequence.state = SequenceState.FINISHED
         return forgotten
 
     def _admit(self, now_s: float) -> None:
@@ -186,7 +186,6 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.pages = known + (self.pool.take(missing) or [])
         sequence.num_computed = len(known) * PAGE_TOKENS
-        sequence.num_cached = max(sequence.num_cached, sequence.num_computed)
         sequence.state, sequence.num_passed = SequenceState.PREFILLING, 0
         sequence.scheduled_s = sequence.scheduled_s or now_s
         sequence.group.residents.append(sequence)
@@ -272,7 +271,6 @@ class Scheduler:
             del sequence.group.prompt_logprobs[1:]
             sequence.group.token_values.clear()
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
-        sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _evict(self, sequence: Sequence, *, forget: bool = False) -> list[int]:

@@ -1,31 +1,30 @@
 """One choice of one request on its way from waiting to finished.
 
 Holds state only; the scheduler moves it and the core fills it. Choices of one request share a `PromptGroup`, so their
-prompt is computed once. Candidates for a choice are sequences too (candidates.py). Knows nothing of tensors' contents,
-threads or HTTP.
+prompt is computed once. Candidates for a choice are sequences too, each with a `Trial`, and those for a whole response
+are `Rivals`; candidates.py compares them. Knows nothing of tensors' contents, threads or HTTP.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from server.control.budget import ROUNDING_NATS
 from server.control.state import ControlState
-from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
+from server.engines.base import EngineObserver
+from server.engines.choice import Choice
 from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
 from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
-from server.types import ControlSummary, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+from server.engines.text import TextOfTokens
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
-if TYPE_CHECKING:
-    from server.engines.embedded.candidates import Rivals, Trial
+PromptScores = tuple[TokenLogprob | None, ...]
 
 
 class SequenceState(Enum):
@@ -50,18 +49,11 @@ class PromptGroup:
     """Of the prompt's full pages, as far as they have been asked for."""
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    request: GenerationRequest
-    index: int
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence(Choice):
     group: PromptGroup
     emit: Callable[[GenerationChunk], None]
-    detokenizer: Detokenizer
-    arrival_s: float
     row_sampling: RowSampling
-    stop: StopMatcher
-    end_token_ids: frozenset[int] = frozenset()
-    """Tokens that end the text."""
     logit_rules: LogitRules | None = None
     matcher: SchemaMatcher | None = None
     states: list[Tensor] | None = None
@@ -70,9 +62,6 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Positions whose keys and values are in the cache."""
-    num_cached: int = 0
-    """Prompt tokens that were there already when it was admitted."""
-    num_preemptions: int = 0
     num_passed: int = 0
     """Sequences that were admitted past it while it was next and lacked rows or pages."""
     trial: Trial | None = None
@@ -83,49 +72,41 @@ class Sequence:
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
-    token_ids: list[int] = field(default_factory=list)
-    edits: EditTotals | None = None
-    scheduled_s: float = 0.0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    finish_reason: FinishReason | None = None
 
     @classmethod
     def choices(
         cls,
         request: GenerationRequest,
         *,
-        make_detokenizer: Callable[[], Detokenizer],
+        make_detokenizer: Callable[[], TextOfTokens],
         emit: Callable[[GenerationChunk], None],
-        arrival_s: float,
+        observer: EngineObserver,
         eos_token_ids: frozenset[int],
         keep_states: bool = False,
     ) -> list[Sequence]:
         """The request's choices, or its candidates for them, all waiting. Without a seed, a fresh one is drawn."""
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        group = PromptGroup(list(request.prompt_token_ids))
+        group, arrival_s = PromptGroup(list(request.prompt_token_ids)), time.monotonic()
         rules = LogitRules.of(sampling, request.prompt_token_ids)
         structure = request.structure
         assert structure is None or isinstance(structure, CompiledSchema)
-        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_token_ids)
         return [
-            cls(
-                request=request,
-                index=index,
+            cls.of(
+                request,
+                index,
+                detokenizer=make_detokenizer(),
+                eos_token_ids=eos_token_ids,
+                observer=observer,
+                arrival_s=arrival_s,
                 group=group,
                 emit=emit,
-                detokenizer=make_detokenizer(),
-                arrival_s=arrival_s,
                 row_sampling=RowSampling(
                     sampling.temperature, sampling.top_p, sampling.top_k, (seed, index), sampling.min_p
                 ),
-                stop=StopMatcher(sampling.stop),
-                end_token_ids=ends,
                 logit_rules=rules,
                 matcher=None if structure is None else structure.start(),
                 states=[] if keep_states else None,
-                edits=EditTotals() if request.control is not None else None,
             )
             for index in range(request.best_of or request.num_choices)
         ]
@@ -156,83 +137,81 @@ class Sequence:
         return self if self.leader is None else self.leader
 
     @property
+    def own_trial(self) -> Trial:
+        """A candidate's."""
+        assert self.trial is not None
+        return self.trial
+
+    @property
     def control_state(self) -> ControlState:
         """What control has to know of it for its next token."""
-        return ControlState() if self.edits is None else self.edits.state
+        return ControlState() if self.totals is None else self.totals.state
 
-    def grow(self, token_id: int, edit: TokenEdit | None) -> tuple[str, FinishReason | None]:
-        """Append a token; the text that goes out with it, and why the sequence ends here, if it does.
+    @property
+    def num_prompt_computed(self) -> int:
+        """Tokens of the prompt whose keys and values are in the cache."""
+        return min(self.num_computed, self.prompt_len)
 
-        Raises GenerationError for a token that its schema does not allow.
-        """
-        if self.matcher is not None:
-            self.matcher.advance(token_id)
-        self.token_ids.append(token_id)
-        if edit is not None and self.edits is not None:
-            self.edits.add(edit)
-        if token_id in self.end_token_ids:
-            return self.stop.flush(), FinishReason.STOP
-        text = self.stop.add(self.detokenizer.add(token_id))
-        if self.stop.has_stopped:
-            return text, FinishReason.STOP
-        reason = None
-        if edit is not None and self._breaks_guardrail(edit):
-            reason = FinishReason.GUARDRAIL
-        elif len(self.token_ids) >= self.request.sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        return (text if reason is None else text + self.stop.flush()), reason
+    def go_on_from(self, other: Sequence) -> None:
+        """From where another choice or candidate of the request stands, by itself."""
+        self.follow(other)
+        self.matcher = None if other.matcher is None else other.matcher.copy()
 
-    def _breaks_guardrail(self, edit: TokenEdit) -> bool:
-        control = self.request.control
-        return control is not None and control.breaks_guardrail(edit.value_after)
+    def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
+        """A candidate's token comes to the client later, with its block, so it has no pace."""
+        if self.leader is None:
+            Choice.observe_token(self, edit, now_s)
+        else:
+            self.observer.on_token(inter_token_s=None, edit=edit)
 
 
 @dataclass(slots=True)
-class EditTotals:
-    """Running sums over a choice's token edits."""
+class Trial:
+    """What a candidate has done since it began, and how it stands. Its sequence's chunks come here."""
 
-    num_tokens: int = 0
-    num_moved: int = 0
-    num_nonfinite: int = 0
-    sum_kl: float = 0.0
-    max_kl: float = 0.0
-    sum_shift: float = 0.0
-    is_gate_open: bool = False
-    held: Counter[str] = field(default_factory=Counter)
-    sum_before: dict[str, float] = field(default_factory=dict)
-    sum_after: dict[str, float] = field(default_factory=dict)
-
-    def add(self, edit: TokenEdit) -> None:
-        self.num_tokens += 1
-        self.num_moved += edit.shift_ratio > 0
-        self.num_nonfinite += edit.is_nonfinite
-        self.sum_kl += edit.kl
-        self.max_kl = max(self.max_kl, edit.kl)
-        self.sum_shift += edit.shift_ratio
-        self.is_gate_open = edit.is_gate_open
-        if edit.held_by is not None:
-            self.held[edit.held_by.value] += 1
-        for sums, values in ((self.sum_before, edit.value_before), (self.sum_after, edit.value_after)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-
-    def copy(self) -> EditTotals:
-        return replace(self, held=self.held.copy(), sum_before=self.sum_before.copy(), sum_after=self.sum_after.copy())
+    emit: Callable[[GenerationChunk], None]
+    """To the client."""
+    index: int
+    chunks: list[GenerationChunk] = field(default_factory=list)
+    hidden_D: Tensor | None = None
+    """The state behind its last token; a token that ends the text does not count as the text's."""
+    has_arrived: bool = False
+    """Whether there is nothing left to do but to compare it."""
+    num_told: int = 0
+    """Tokens that have been told of; those drawn anew, after pages were lost, are not told again."""
 
     @property
-    def state(self) -> ControlState:
-        # Rounding is charged too, so that the true sum stays below what is spent.
-        return ControlState(self.num_tokens, self.sum_kl + self.num_moved * ROUNDING_NATS, self.is_gate_open)
+    def reason(self) -> FinishReason | None:
+        return self.chunks[-1].finish_reason if self.chunks else None
 
-    def summary(self) -> ControlSummary:
-        n = max(self.num_tokens, 1)
-        return ControlSummary(
-            value_before={name: total / n for name, total in self.sum_before.items()},
-            value_after={name: total / n for name, total in self.sum_after.items()},
-            mean_shift=self.sum_shift / n,
-            mean_kl=self.sum_kl / n,
-            max_kl=self.max_kl,
-            controlled_share=self.num_moved / n,
-            held_share={name: count / n for name, count in sorted(self.held.items())},
-            nonfinite_edits=self.num_nonfinite,
-        )
+    def take(self, chunk: GenerationChunk) -> None:
+        """Keep a chunk, and tell only that a token was drawn."""
+        self.chunks.append(replace(chunk, num_drawn=0))
+        if chunk.num_drawn and len(self.chunks) > self.num_told:
+            self.num_told += 1
+            self.emit(GenerationChunk(index=self.index, num_drawn=1))
+
+
+@dataclass(slots=True, eq=False)
+class Rivals:
+    """The candidates for a request's choices, each a whole response. When one fails, all do."""
+
+    members: list[Sequence]
+    emit: Callable[[GenerationChunk], None]
+    is_over: bool = False
+
+    def take(self, member: Sequence, chunk: GenerationChunk) -> None:
+        if chunk.finish_reason not in {FinishReason.ABORT, FinishReason.ERROR}:
+            member.own_trial.take(chunk)
+        elif not self.is_over:
+            self.is_over = True
+            for index in range(member.request.num_choices):
+                self.emit(replace(chunk, index=index))
+
+    def tell(self, order: list[int], scores: PromptScores | None) -> None:
+        """The first of them in this order are the choices; the prompt's scores go with the first."""
+        self.is_over = True
+        for index, chosen in enumerate(order[: self.members[0].request.num_choices]):
+            for chunk in self.members[chosen].own_trial.chunks:
+                self.emit(replace(chunk, index=index, prompt_logprobs=scores))
+                scores = None

@@ -3,10 +3,8 @@
 in this process
     engine.py       the engine's face: streams, and heads on every worker
     launch.py       vLLM as the settings ask for it
-    choices.py      one choice of a request: from tokens to chunks
-    outputs.py      vLLM's outputs, taken apart
+    outputs.py      vLLM's outputs, taken apart: from tokens to a choice's chunks
     sampling.py     a request in vLLM's terms, or why it cannot be one
-    model_files.py  what is known of a model without loading its weights
 in vLLM's processes, independent of this program's server
     worker.py       the worker class: installs control in whatever model runner vLLM made
     runners.py      one adapter for each of vLLM's model runners: which rows get a token

@@ -11,63 +11,42 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from server.control.registry import HeadRegistry
-from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
+from server.engines.base import ChunkStream, EngineObserver, EngineStatus, NullObserver
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checks import check_request
-from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
-from server.engines.embedded.heads import load_one_head
+from server.engines.heads import HeadSource, OfferedHead
+from server.engines.model_engine import ModelEngine
 from server.engines.streams import ChunkQueue
-from server.engines.tokenization import Tokenization
-from server.engines.vllm.choices import Choice
+from server.engines.text import Detokenizer
 from server.engines.vllm.launch import launch
-from server.engines.vllm.model_files import ModelFiles
-from server.engines.vllm.outputs import OutputReader
+from server.engines.vllm.outputs import OutputReader, VllmChoice
 from server.engines.vllm.sampling import check_served, vllm_sampling
-from server.engines.vllm.wire import REPORT_KEY, control_args, decode_edit
-from server.errors import (
-    EngineStoppedError,
-    HeadMismatchError,
-    InvalidRequestError,
-    OverloadedError,
-    UnknownHeadError,
-    UnsupportedFieldError,
-)
+from server.engines.vllm.wire import REPORT_KEY, control_args
+from server.errors import EngineStoppedError, HeadMismatchError, UnsupportedFieldError
 from server.settings import Settings
 from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.head_folder import absolute
-from value_models.store import shipped_heads_folder
 
 _log = logging.getLogger(__name__)
-_UNLOAD_POLL_S = 0.05
 
 
-class VllmEngine(Tokenization):
+class VllmEngine(ModelEngine):
     """One model in vLLM's processes, and its heads there. Used from one event loop."""
 
     def __init__(self, settings: Settings, *, observer: EngineObserver | None = None) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings)
         self._observer = observer or NullObserver()
         self._files: ModelFiles | None = None
-        self._heads_dir = ""
         self._llm: Any = None
-        self._info: EngineInfo | None = None
         self._reader = OutputReader(self.token_text)
         self._ids = itertools.count()
-        self._choices: dict[str, Choice] = {}
+        self._choices: dict[str, VllmChoice] = {}
         """Those that are not finished."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._num_open = 0
-        self._managing = asyncio.Lock()
         self._last_status = EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0)
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineStoppedError("The engine has not been started.")
-        return self._info
 
     async def start(self) -> None:
         """Start vLLM's processes, which load model and heads. Raises ConfigurationError."""
@@ -124,58 +103,41 @@ class VllmEngine(Tokenization):
         self._num_open += request.num_choices
         return stream
 
-    async def load_head(self, name: str) -> None:
-        async with self._managing:
-            files, info = self._files, self.info
-            assert files is not None
-            # Here first, for errors in good words and the card; workers read the same files.
-            offered = await asyncio.to_thread(
-                load_one_head,
-                self._heads_dir,
-                name,
-                files.identity,
-                "cpu",
-                allow_other_base=self._settings.allow_other_base,
-            )
-            llm = self._running_llm()
-            read = offered.card.model_dump(mode="json")
-            problems = await llm.collective_rpc("recontrol_read_head", args=(name, read))
-            if problem := next(filter(None, problems), None):
-                raise HeadMismatchError(problem)
-            # Only now, when all have it: ranks with different heads would go on from different tokens.
-            await llm.collective_rpc("recontrol_use_head")
-            self._info = info.with_head(name, read, offered.warning)
+    @property
+    def _heads_device(self) -> str:
+        """It is read here first, for errors in good words and the card; workers read the same files."""
+        return "cpu"
 
-    async def unload_head(self, name: str) -> None:
-        async with self._managing:
-            info = self.info
-            if name not in info.heads:
-                raise UnknownHeadError(name, info.heads)
-            self._info = info.without_head(name)
-            while any(_uses(choice, name) for choice in self._choices.values()):
-                await asyncio.sleep(_UNLOAD_POLL_S)
-            await self._running_llm().collective_rpc("recontrol_unload_head", args=(name,))
+    async def _use_head(self, offered: OfferedHead) -> None:
+        llm = self._running_llm()
+        problems = await llm.collective_rpc("recontrol_read_head", args=(offered.card.name, offered.facts))
+        if problem := next(filter(None, problems), None):
+            raise HeadMismatchError(problem)
+        # Only now, when all have it: ranks with different heads would go on from different tokens.
+        await llm.collective_rpc("recontrol_use_head")
+
+    async def _num_users(self, name: str) -> int:
+        return sum(name in choice.request.named_heads for choice in self._choices.values())
+
+    async def _drop_head(self, name: str) -> None:
+        await self._running_llm().collective_rpc("recontrol_unload_head", args=(name,))
 
     def _launch(self) -> Any:
         settings = self._settings
         self._files = files = ModelFiles.of(settings.model)
-        self._heads_dir = absolute(settings.heads_dir or shipped_heads_folder(files.name))
+        heads = HeadSource.of(settings.heads_dir, files.identity, allow_other_base=settings.allow_other_base)
+        # Workers may have other working folders.
+        self._heads = heads = replace(heads, location=absolute(heads.location))
         # The workers' own copies are what edits states; this one tells of mismatches in good words.
-        registry = HeadRegistry.load(
-            self._heads_dir,
-            files.identity,
-            skip_mismatched=settings.heads_dir is None,
-            allow_other_base=settings.allow_other_base,
-        )
+        registry = heads.load()
         # The first call settles truncation and padding; later ones only read.
         files.tokenizer(" ")
-        llm = launch(settings, files, self._heads_dir, self._hear_status)
-        self._info = EngineInfo(
-            model_id=settings.served_model_name or files.name,
+        llm = launch(settings, files, heads, self._hear_status)
+        self._offer(
+            files.name,
+            registry,
             max_model_len=min(settings.max_model_len or files.max_len, files.max_len),
             vocab_size=files.identity["vocab_size"],
-            heads={name: card.model_dump(mode="json") for name, card in registry.cards().items()},
-            head_warnings=registry.warnings(),
         )
         return llm
 
@@ -195,7 +157,7 @@ class VllmEngine(Tokenization):
     def _hear_edit(self, report: Mapping[str, Any]) -> None:
         choice = self._choices.get(report["id"])
         if choice is not None and choice.request.control is not None:
-            choice.edits.append(decode_edit(choice.request.control, report["edit"]))
+            choice.edits.append(report["edit"])
         if "edit_s" in report:
             self._observer.on_edit(duration_s=report["edit_s"])
 
@@ -209,11 +171,7 @@ class VllmEngine(Tokenization):
         info = self.info
         check_request(request, heads=info.heads, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
         check_served(request)
-        capacity = self._settings.max_batch_size + self._settings.max_waiting
-        if request.num_choices > capacity:
-            raise InvalidRequestError(f"n: this server holds {capacity} sequences at most", param="n")
-        if self._num_open + request.num_choices > capacity:
-            raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
+        self._check_room(request)
 
     def _running_llm(self) -> Any:
         if self._llm is None or self._llm.errored:
@@ -226,24 +184,21 @@ class VllmEngine(Tokenization):
             raise EngineStoppedError("The engine has not been started.")
         return self._files.tokenizer
 
-    def _new_choice(self, request: GenerationRequest, index: int) -> Choice:
+    def _new_choice(self, request: GenerationRequest, index: int) -> VllmChoice:
         assert self._files is not None
-        sampling = request.sampling
-        choice = Choice(
-            request=request,
-            index=index,
+        choice = VllmChoice.of(
+            request,
+            index,
+            detokenizer=Detokenizer(self._tokenizer.backend_tokenizer, request.prompt_token_ids),
+            eos_token_ids=self._files.eos_token_ids,
+            observer=self._observer,
             # Ids of requests come from clients, and two may be the same.
             choice_id=f"recontrol-{next(self._ids)}",
-            end_token_ids=frozenset(sampling.stop_token_ids)
-            | (frozenset() if sampling.ignore_eos else self._files.eos_token_ids),
-            detokenizer=Detokenizer(self._tokenizer.backend_tokenizer, request.prompt_token_ids),
-            stop=StopMatcher(sampling.stop),
-            observer=self._observer,
         )
         self._choices[choice.choice_id] = choice
         return choice
 
-    async def _run(self, choice: Choice, stream: ChunkQueue) -> None:
+    async def _run(self, choice: VllmChoice, stream: ChunkQueue) -> None:
         try:
             async for chunk in self._chunks(choice):
                 stream.put(chunk)
@@ -251,14 +206,14 @@ class VllmEngine(Tokenization):
             _log.exception("Request %s failed", choice.request.request_id)
             stream.put(choice.end(FinishReason.ERROR))
 
-    def _leave(self, choice: Choice, stream: ChunkQueue, task: asyncio.Task[None]) -> None:
+    def _leave(self, choice: VllmChoice, stream: ChunkQueue, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         del self._choices[choice.choice_id]
         if not choice.is_finished:
             stream.put(choice.end(FinishReason.ABORT))
         self._observer.on_step(self.status())
 
-    async def _chunks(self, choice: Choice) -> AsyncIterator[GenerationChunk]:
+    async def _chunks(self, choice: VllmChoice) -> AsyncIterator[GenerationChunk]:
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
             SamplingParams,
@@ -284,7 +239,3 @@ class VllmEngine(Tokenization):
         finally:
             # Aborts what vLLM has not finished: after a stop string, say, or when the reader has gone.
             await outputs.aclose()
-
-
-def _uses(choice: Choice, head: str) -> bool:
-    return choice.request.control is not None and head in choice.request.control.head_names

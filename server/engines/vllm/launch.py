@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from server.engines.base import EngineStatus
-from server.engines.embedded.model.loader import resolve_dtype
-from server.engines.vllm.model_files import ModelFiles
+from server.engines.checkpoint.model_files import ModelFiles
+from server.engines.devices import resolve_dtype
+from server.engines.heads import HeadSource
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
 from server.machine import memory_limit_bytes
@@ -22,7 +23,7 @@ from server.settings import Settings
 _DEFAULT_CPU_CACHE_GIB = 4.0
 
 
-def launch(settings: Settings, files: ModelFiles, heads_dir: str, on_status: Callable[[EngineStatus], None]) -> Any:
+def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: Callable[[EngineStatus], None]) -> Any:
     """A started AsyncLLM; takes a minute or more. Raises ConfigurationError, ModelLoadError."""
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
@@ -51,7 +52,7 @@ def launch(settings: Settings, files: ModelFiles, heads_dir: str, on_status: Cal
         def log_engine_initialized(self) -> None: ...
 
     device = torch.device("cpu" if is_cpu else "cuda")
-    arguments = engine_arguments(settings, files, heads_dir, device)
+    arguments = engine_arguments(settings, files, heads, device)
     try:
         config = AsyncEngineArgs(**arguments).create_engine_config()
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -64,7 +65,7 @@ def launch(settings: Settings, files: ModelFiles, heads_dir: str, on_status: Cal
         raise ModelLoadError(f"vLLM did not start: {error}") from error
 
 
-def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: str, device: torch.device) -> dict[str, Any]:
+def engine_arguments(settings: Settings, files: ModelFiles, heads: HeadSource, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs. Raises ConfigurationError."""
     kv_cache_gib = settings.kv_cache_gib
     if kv_cache_gib is None and device.type == "cpu" and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
@@ -90,10 +91,10 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads_dir: str, devi
         "scheduler_cls": SCHEDULER,
         "additional_config": {
             CONFIG_KEY: {
-                "heads_dir": heads_dir,
-                "identity": files.identity,
-                "skip_mismatched": settings.heads_dir is None,
-                "allow_other_base": settings.allow_other_base,
+                "heads_dir": str(heads.location),
+                "identity": heads.identity,
+                "skip_mismatched": heads.skip_mismatched,
+                "allow_other_base": heads.allow_other_base,
             }
         },
     }

@@ -5,30 +5,72 @@ Enter at `OutputReader.chunks`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from server.engines.vllm.choices import Choice, Timing
+from server.engines.choice import Choice
 from server.errors import GenerationError
 from server.types import FinishReason, GenerationChunk, TokenLogprob
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class VllmChoice(Choice):
+    choice_id: str
+    edits: deque[Sequence[float]] = field(default_factory=deque)
+    """The numbers of tokens that are on their way, in the tokens' order."""
+    measured_s: tuple[float, float] = (0.0, 0.0)
+    """How long it was queued and then read, as vLLM measures it."""
+
+    def waits_s(self, now_s: float) -> tuple[float, float]:
+        del now_s
+        return self.measured_s
+
+    def take(
+        self,
+        token_id: int,
+        logprob: TokenLogprob | None = None,
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
+    ) -> GenerationChunk:
+        """The chunk of one more token, the last one when the choice ends there."""
+        numbers = self.edits.popleft() if self.edits else None
+        chunk = self.grow(token_id, numbers, logprob=logprob, prompt_logprobs=prompt_logprobs)
+        self.observe_token(chunk.edit, time.monotonic())
+        return chunk if chunk.finish_reason is None else self._finished(chunk.finish_reason, chunk)
+
+    def end(
+        self, reason: FinishReason, prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    ) -> GenerationChunk:
+        """The last chunk, without a token."""
+        text = "" if reason is FinishReason.ERROR else self.stop.flush()
+        return self._finished(reason, GenerationChunk(index=self.index, text=text, prompt_logprobs=prompt_logprobs))
+
+    def _finished(self, reason: FinishReason, chunk: GenerationChunk) -> GenerationChunk:
+        assert not self.is_finished
+        prompt_tokens = len(self.request.prompt_token_ids) if self.token_ids else 0
+        self.observe_finish(reason, time.monotonic(), prompt_tokens=prompt_tokens)
+        return self.finish(reason, chunk)
 
 
 class OutputReader:
     def __init__(self, token_text: Callable[[int], str]) -> None:
         self._token_text = token_text
 
-    def chunks(self, choice: Choice, output: Any) -> Iterator[GenerationChunk]:
+    def chunks(self, choice: VllmChoice, output: Any) -> Iterator[GenerationChunk]:
         """Those of what vLLM says at once: a token, or more when this side is slow. Raises GenerationError."""
         (completion,) = output.outputs
         if completion.finish_reason == "error":
             raise GenerationError("vLLM ended the request with an error; its log says why")
         prompt_logprobs = self._prompt_logprobs(choice, output)
         num_top = choice.request.sampling.logprobs or 0
+        choice.measured_s = _measured_s(output)
         if choice.request.sampling.max_tokens > 0:
             logprobs = completion.logprobs or [None] * len(completion.token_ids)
             for token_id, scores in zip(completion.token_ids, logprobs, strict=True):
                 logprob = None if scores is None else self._logprob(token_id, scores, num_top)
-                yield choice.grow(token_id, logprob, _timing(output), prompt_logprobs)
+                yield choice.take(token_id, logprob, prompt_logprobs)
                 prompt_logprobs = None
                 if choice.is_finished:
                     return
@@ -37,7 +79,7 @@ class OutputReader:
             is_full = completion.finish_reason in ("length", "stop")
             yield choice.end(FinishReason.LENGTH if is_full else FinishReason.ABORT, prompt_logprobs)
 
-    def _prompt_logprobs(self, choice: Choice, output: Any) -> tuple[TokenLogprob | None, ...] | None:
+    def _prompt_logprobs(self, choice: VllmChoice, output: Any) -> tuple[TokenLogprob | None, ...] | None:
         if not choice.request.sampling.prompt_logprobs or choice.index or not output.prompt_logprobs:
             return None
         num_top = choice.request.sampling.logprobs or 0
@@ -50,8 +92,8 @@ class OutputReader:
         return TokenLogprob(token_id, self._token_text(token_id), scores[token_id].logprob, top)
 
 
-def _timing(output: Any) -> Timing:
+def _measured_s(output: Any) -> tuple[float, float]:
     stats = output.metrics
     if stats is None:
-        return Timing(0.0, 0.0)
-    return Timing(max(stats.scheduled_ts - stats.queued_ts, 0.0), max(stats.first_token_ts - stats.scheduled_ts, 0.0))
+        return 0.0, 0.0
+    return max(stats.scheduled_ts - stats.queued_ts, 0.0), max(stats.first_token_ts - stats.scheduled_ts, 0.0)

@@ -93,15 +93,14 @@ class StepReport:
             self._event.record()
 
     def resolve(self) -> dict[str, list[float]]:
-        """Request id -> the numbers of its edit, as `wire.decode_edit` reads them."""
+        """Request id -> the numbers of its edit."""
         with self._lock:
             if self._numbers is None:
                 if self._event is not None:
                     self._event.synchronize()
                 self._numbers = {}
                 for rows, numbers_RN in self._pending:
-                    # A group of one row is held twice.
-                    for row, numbers in zip(rows, numbers_RN.tolist(), strict=False):
+                    for row, numbers in zip(rows, numbers_RN.tolist(), strict=True):
                         its = self._rows[row]
                         assert its is not None
                         self._numbers[its.request_id] = numbers

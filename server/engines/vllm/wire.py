@@ -2,20 +2,19 @@
 
 A request carries its control as one JSON string, since vLLM's HTTP server takes flat values only. An edit travels as a
 flat list of numbers, a row of the editor's `GroupStats.numbers_RN`, whose heads are in the fixed order of
-`ControlParams.head_names`. Knows neither vLLM nor tensors. Enter at `parse_control` and `decode_edit`.
+`ControlParams.head_names`. Knows neither vLLM nor tensors. Enter at `parse_control`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from server.engines.edits import token_edit
 from server.errors import InvalidRequestError
-from server.types import ControlParams, TokenEdit
+from server.types import ControlParams
 
 CONTROL_KEY = "recontrol"
 """In a request's `extra_args`: the `control` of this program's own API, as a JSON string."""
@@ -52,8 +51,3 @@ def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:
 def control_args(control: ControlParams, choice_id: str) -> dict[str, Any]:
     """A choice's `extra_args`."""
     return {CONTROL_KEY: json.dumps(control.model_dump(mode="json", exclude_none=True)), ID_KEY: choice_id}
-
-
-def decode_edit(control: ControlParams, numbers: Sequence[float]) -> TokenEdit:
-    """What a worker reported for one token of a row under this control."""
-    return token_edit(control.head_names, numbers)

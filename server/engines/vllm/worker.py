@@ -14,9 +14,9 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group  # pyrigh
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from server.control.registry import HeadRegistry
-from server.engines.embedded.heads import load_one_head, with_head, without_head
+from server.engines.checkpoint.model_files import ModelFiles
+from server.engines.heads import HeadSource, with_head, without_head
 from server.engines.vllm.limits import check_config, own_config
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.unembedding import VllmUnembedding
@@ -45,17 +45,14 @@ class ControlWorker(_Worker):
             return
         config = own_config(self.vllm_config)
         model, model_config = self.model_runner.get_model(), self.vllm_config.model_config
-        self._recontrol_folder: str = config["heads_dir"]
-        self._recontrol_allows_other_base: bool = config.get("allow_other_base", False)
-        self._recontrol_identity = config.get("identity") or ModelFiles.of(model_config.model).identity
-        registry = HeadRegistry.load(
-            self._recontrol_folder,
-            self._recontrol_identity,
-            device=self.device,
+        self._recontrol_heads = HeadSource(
+            config["heads_dir"],
+            config.get("identity") or ModelFiles.of(model_config.model).identity,
             skip_mismatched=config.get("skip_mismatched", False),
-            allow_other_base=self._recontrol_allows_other_base,
+            allow_other_base=config.get("allow_other_base", False),
         )
-        _check_same_on_all_ranks(registry, self._recontrol_folder)
+        registry = self._recontrol_heads.load(self.device)
+        _check_same_on_all_ranks(registry, self._recontrol_heads)
         unembedding = VllmUnembedding.of(
             model.compute_logits, model, model_config.get_hidden_size(), model_config.dtype, self.device
         )
@@ -66,17 +63,11 @@ class ControlWorker(_Worker):
         if self.model_runner.row_control is None:
             return None
         try:
-            offered = load_one_head(
-                self._recontrol_folder,
-                name,
-                self._recontrol_identity,
-                self.device,
-                allow_other_base=self._recontrol_allows_other_base,
-            )
+            offered = self._recontrol_heads.load_one(name, self.device)
         except RecontrolError as error:
             return error.message
-        if offered.card.model_dump(mode="json") != expected_card:
-            return f"The value head {name!r} in {self._recontrol_folder} is not the same on every machine."
+        if offered.facts != expected_card:
+            return f"The value head {name!r} in {self._recontrol_heads.location} is not the same on every machine."
         self._recontrol_read = offered
         return None
 
@@ -92,7 +83,7 @@ class ControlWorker(_Worker):
             control.use(without_head(control.registry, name))
 
 
-def _check_same_on_all_ranks(registry: HeadRegistry, folder: str) -> None:
+def _check_same_on_all_ranks(registry: HeadRegistry, heads: HeadSource) -> None:
     """Ranks of a tensor-parallel group edit each for itself, and would go on from different tokens if heads differed.
 
     Raises HeadMismatchError.
@@ -103,4 +94,4 @@ def _check_same_on_all_ranks(registry: HeadRegistry, folder: str) -> None:
     found = [mine] * group.world_size
     torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
     if any(theirs != mine for theirs in found):
-        raise HeadMismatchError(f"The value heads in {folder} are not the same on every machine.")
+        raise HeadMismatchError(f"The value heads in {heads.location} are not the same on every machine.")

@@ -18,13 +18,13 @@ import transformers
 from server.cli import main
 from server.control.registry import HeadRegistry
 from server.engines.checkpoint.inspection import inspect
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.positions import max_len_of
 from server.engines.checkpoint.source import find_checkpoint
 from server.engines.checkpoint.weights import StoredTensor, refuse_wrong_tensors
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.structure import SchemaCompiler
-from server.engines.vllm.model_files import ModelFiles
 from server.errors import ModelLoadError
 from server.types import GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, byte_tokenizer, run
@@ -431,7 +431,7 @@ def test_a_length_is_taken_from_what_the_config_calls_it_or_said_to_be_unknown(
     assert max_len_of(transformers.GPT2Config(n_positions=99)) == 99
     assert max_len_of(transformers.BloomConfig(seq_length=77)) == 77
     folder = copied("llama")
-    monkeypatch.setattr("server.engines.embedded.model.loader.max_len_of", lambda _: None)
+    monkeypatch.setattr("server.engines.checkpoint.positions.max_len_of", lambda _: None)
     assert load_model(str(folder.path), device="cpu").max_len == 2048
     assert "2048 are served" in caplog.text
 

@@ -17,9 +17,9 @@ import transformers as tf
 from transformers import AutoModelForCausalLM
 
 from server.engines.checkpoint import gguf as conversion
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.packaged import PACKAGED_MODELS, packaged_model_folder
 from server.engines.embedded.model.loader import load_model
-from server.engines.vllm.model_files import ModelFiles
 from server.errors import ModelLoadError
 from tests.conftest import CONFIGS
 from tests.engines.checkpoint.gguf_files import TEMPLATE, random_model, write_gguf

@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.embedded.model.loader import load_model
-from server.engines.vllm.model_files import ModelFiles
 from server.errors import ModelLoadError
 from tests.conftest import byte_tokenizer
 from tests.engines.checkpoint.conftest import Folder, Tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from server.engines.base import EngineInfo
+from server.engines.checkpoint.model_files import ModelFiles
+from server.engines.heads import HeadSource
 from server.engines.vllm import engine as engine_module
 from server.engines.vllm.delivery import Delivery
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
-from server.engines.vllm.model_files import ModelFiles
 from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, OTHER_BASE_VARIABLE, REPORT_KEY, control_args
 from server.errors import ConfigurationError, HeadMismatchError
@@ -101,7 +103,8 @@ def start_worker(ours: dict[str, Any], files: ModelFiles) -> Callable[..., Any]:
 def test_this_program_tells_its_workers_what_its_settings_allow(files: ModelFiles) -> None:
     for allow in (False, True):
         settings = Settings(engine="vllm", model=str(files.folder), allow_other_base=allow)
-        arguments = engine_arguments(settings, files, "heads", torch.device("cpu"))
+        heads = HeadSource.of("heads", files.identity, allow_other_base=allow)
+        arguments = engine_arguments(settings, files, heads, torch.device("cpu"))
         assert arguments["additional_config"][CONFIG_KEY]["allow_other_base"] is allow
 
 
@@ -140,7 +143,7 @@ def test_a_head_that_a_worker_reads_later_follows_the_same_rule(
         assert worker.recontrol_read_head("good", card) is None
         worker.recontrol_use_head()
         assert worker.model_runner.row_control.registry.warnings().keys() == set(warned)
-    worker._recontrol_allows_other_base = False
+    worker._recontrol_heads = replace(worker._recontrol_heads, allow_other_base=False)
     assert "--allow-other-base" in worker.recontrol_read_head("good", card)
 
 
@@ -162,7 +165,7 @@ async def test_the_engine_in_front_of_the_workers_follows_the_same_rule(files: M
 
     for allow in (False, True):
         engine = VllmEngine(Settings(engine="vllm", allow_other_base=allow))
-        engine._files, engine._heads_dir = files, str(heads_dir)
+        engine._files, engine._heads = files, HeadSource.of(heads_dir, files.identity, allow_other_base=allow)
         engine._info = EngineInfo(model_id="tiny", max_model_len=256, vocab_size=258)
         engine._llm = SimpleNamespace(errored=False, collective_rpc=collective_rpc)
         if not allow:

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
+from server.engines.heads import HeadSource
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.wire import SCHEDULER, VALIDATOR, WORKER
 from server.errors import ConfigurationError
@@ -137,7 +137,7 @@ async def test_the_default_model_under_its_shipped_heads_answers_as_in_the_embed
     finally:
         await engine.stop()
     loaded = load_model(DEFAULT_MODEL, device="cpu", dtype="float32")
-    core = EngineCore(loaded, load_registry(None, loaded), max_batch_size=8, max_model_len=512)
+    core = EngineCore(loaded, HeadSource.of(None, loaded.identity).load(), max_batch_size=8, max_model_len=512)
     expected = run(core, asked)
     for one, ours in zip(asked, mine, strict=True):
         theirs = expected[one.request_id, 0]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from server.control.editor import StateEditor
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
+from server.engines.edits import token_edit
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import CONTROL_KEY, control_args, decode_edit
+from server.engines.vllm.wire import CONTROL_KEY, control_args
 from server.errors import ModelLoadError
 from server.types import ControlParams
 from tests.conftest import HIDDEN, VOCAB, control
@@ -129,7 +130,7 @@ def test_the_report_tells_each_controlled_rows_edit(registry: HeadRegistry) -> N
     assert data["edit_s"] > 0
     deep = CONTROLS[4]
     assert deep is not None
-    edit = decode_edit(deep, data["edits"]["r4"])
+    edit = token_edit(deep.head_names, data["edits"]["r4"])
     assert list(edit.value_before) == list(edit.value_after) == ["deep", "line"]
     assert edit.value_before != edit.value_after
     assert 0 < edit.kl <= deep.max_kl

@@ -15,14 +15,15 @@ from pydantic import ValidationError
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import EngineInfo, NullObserver
-from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
+from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.heads import HeadSource
+from server.engines.text import Detokenizer
 from server.engines.vllm import sampling
-from server.engines.vllm.choices import Choice, Timing
 from server.engines.vllm.delivery import Delivery
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
-from server.engines.vllm.model_files import ModelFiles
+from server.engines.vllm.outputs import VllmChoice
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
 from server.errors import (
     ConfigurationError,
@@ -125,8 +126,11 @@ def test_candidates_are_refused_by_name() -> None:
 def test_each_token_is_counted_once() -> None:
     tokenizer = byte_tokenizer().backend_tokenizer
     request = GenerationRequest("r", (1,), SamplingParams(max_tokens=2))
-    choice = Choice(request, 0, "c", frozenset(), Detokenizer(tokenizer, (1,)), StopMatcher(()), NullObserver())
-    chunks = [choice.grow(token, None, Timing(0.0, 0.0)) for token in (104, 105)]
+    detokenizer = Detokenizer(tokenizer, (1,))
+    choice = VllmChoice.of(
+        request, 0, detokenizer=detokenizer, eos_token_ids=(), observer=NullObserver(), choice_id="c"
+    )
+    chunks = [choice.take(token) for token in (104, 105)]
     assert [chunk.num_drawn for chunk in chunks] == [1, 1]
     assert chunks[-1].finish_reason is FinishReason.LENGTH
 
@@ -171,14 +175,15 @@ def test_settings_become_vllms_arguments(model_folder: Callable[..., Path], tmp_
         kv_cache_gib=2.0, vllm_options={"enforce_eager": True},
     )  # fmt: skip
     files = ModelFiles.of(settings.model)
-    arguments = engine_arguments(settings, files, tmp_path, torch.device("cpu"))
+    heads = HeadSource.of(tmp_path, files.identity)
+    arguments = engine_arguments(settings, files, heads, torch.device("cpu"))
     assert arguments["additional_config"][CONFIG_KEY]["identity"] == files.identity
     assert (arguments["tensor_parallel_size"], arguments["max_model_len"]) == (2, 256)
     assert (arguments["kv_cache_memory_bytes"], arguments["enforce_eager"]) == (2 * 2**30, True)
     assert (arguments["load_format"], arguments["trust_remote_code"]) == ("safetensors", False)
     bold = settings.model_copy(update={"vllm_options": {"trust_remote_code": True}})
     with pytest.raises(ConfigurationError, match="trust_remote_code"):
-        engine_arguments(bold, files, tmp_path, torch.device("cpu"))
+        engine_arguments(bold, files, heads, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,8 @@ async def test_a_head_is_used_by_all_workers_or_by_none(
 
     files = ModelFiles.of(str(model_folder()))
     engine = VllmEngine(Settings(engine="vllm"))
-    engine._files, engine._heads_dir = files, str(write_heads(tmp_path, {"good": heads["good"]}, files.identity))
+    folder = write_heads(tmp_path, {"good": heads["good"]}, files.identity)
+    engine._files, engine._heads = files, HeadSource.of(folder, files.identity)
     engine._info = EngineInfo(model_id="tiny", max_model_len=256, vocab_size=258, heads={})
     engine._llm = SimpleNamespace(errored=False, collective_rpc=collective_rpc)
     with pytest.raises(HeadMismatchError, match="the second"):

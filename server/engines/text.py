@@ -1,19 +1,84 @@
-"""Text from tokens as they come, and stop strings across their borders.
+"""Text to token ids and back, as every engine with a tokenizer of transformers does it.
 
-`Detokenizer` never gives out a part of a character: bytes wait until they complete one. `StopMatcher` holds back text
-that may be the beginning of a stop string. Neither knows of sequences or engines.
+`Tokenization` is what an engine offers of it. `Detokenizer` gives a choice's text as its tokens come, and never a part
+of a character: bytes wait until they complete one. `StopMatcher` holds back text that may be the beginning of a stop
+string. None of them knows of models, sequences or engines.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from server.errors import InvalidRequestError
+
 _CONTEXT_TOKENS = 6
 _REPLACEMENT = "\ufffd"
+
+
+class Tokenization(ABC):
+    """That part of an `Engine`; its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        # A call may change the tokenizer's truncation and padding, so one at a time.
+        self._encoding = threading.Lock()
+
+    @property
+    @abstractmethod
+    def _tokenizer(self) -> Any:
+        """Raises EngineStoppedError before the engine has been started."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        with self._encoding:
+            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
+        with self._encoding:
+            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids))
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id])
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
+) -> list[int]:
+    """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            return_dict=True,
+        )
+    except Exception as error:
+        raise InvalidRequestError(
+            f"messages: the model's chat template refuses them ({error})", param="messages"
+        ) from error
+    return list(encoded["input_ids"])
+
+
+class TextOfTokens(Protocol):
+    """A choice's text from its tokens, one after the other."""
+
+    def add(self, token_id: int) -> str:
+        """Text that the token completes."""
+        ...
+
+    def copy(self) -> TextOfTokens:
+        """Another that goes on from here by itself."""
+        ...
 
 
 class Detokenizer:

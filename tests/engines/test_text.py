@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from server.engines.embedded.detokenizer import Detokenizer, StopMatcher
+from server.engines.text import Detokenizer, StopMatcher
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -1,0 +1,161 @@
+"""One choice of a request, whatever engine draws its tokens: its text so far, when it ends and why, what is told of it.
+
+A token comes with the editor's numbers if the request has control. What it completes of the text goes out in a chunk,
+unless it may begin a stop string; the choice ends at an end-of-text token, a stop string, a broken guardrail or the
+last token asked for, in this order. Knows nothing of models, scheduling or threads. Enter at `Choice.grow`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from server.engines.base import EngineObserver
+from server.engines.edits import EditTotals, token_edit
+from server.engines.text import StopMatcher, TextOfTokens
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+
+FAILED = "The request failed inside the engine."
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Choice:
+    """Made by `of`; an engine that keeps more of a choice has a class of its own below this one."""
+
+    request: GenerationRequest
+    index: int
+    detokenizer: TextOfTokens
+    stop: StopMatcher
+    end_token_ids: frozenset[int]
+    """Tokens that end the text."""
+    totals: EditTotals | None
+    """Of a request with control."""
+    observer: EngineObserver
+    arrival_s: float = field(default_factory=time.monotonic)
+    scheduled_s: float = 0.0
+    """When the engine began with it."""
+    token_ids: list[int] = field(default_factory=list)
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: GenerationRequest,
+        index: int,
+        *,
+        detokenizer: TextOfTokens,
+        eos_token_ids: Collection[int],
+        observer: EngineObserver,
+        **own: Any,
+    ) -> Self:
+        """The request's choice of this index before its first token; `own` are fields of the engine's class."""
+        sampling, control = request.sampling, request.control
+        return cls(
+            request=request,
+            index=index,
+            detokenizer=detokenizer,
+            stop=StopMatcher(sampling.stop),
+            end_token_ids=frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else eos_token_ids),
+            totals=None if control is None else EditTotals(control.head_names),
+            observer=observer,
+            **own,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def grow(
+        self,
+        token_id: int,
+        numbers: Sequence[float] | None,
+        *,
+        logprob: TokenLogprob | None = None,
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
+    ) -> GenerationChunk:
+        """The chunk of one more token; where the choice ends with it, the reason is told and `finish` completes it.
+
+        `numbers` are those of the token's edit. Raises RuntimeError where a request with control lacks them.
+        """
+        edit = None
+        if self.totals is not None:
+            if numbers is None:
+                raise RuntimeError("a controlled token came without its edit")
+            self.totals.add(numbers)
+            edit = token_edit(self.totals.names, numbers)
+        self.token_ids.append(token_id)
+        text, reason = self._text_and_end(token_id, edit)
+        return GenerationChunk(
+            index=self.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=() if logprob is None else (logprob,),
+            edit=edit,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            num_drawn=1,
+        )
+
+    def finish(self, reason: FinishReason, chunk: GenerationChunk | None = None) -> GenerationChunk:
+        """The choice's last chunk, which may be one without a token."""
+        self.finish_reason = reason
+        return replace(
+            chunk or GenerationChunk(index=self.index),
+            finish_reason=reason,
+            control=None if self.totals is None else self.totals.summary(),
+            error=FAILED if reason is FinishReason.ERROR else None,
+        )
+
+    def follow(self, other: Choice) -> None:
+        """Take over text and totals of another choice of the request, in copies."""
+        self.token_ids = list(other.token_ids)
+        self.detokenizer, self.stop = other.detokenizer.copy(), copy.copy(other.stop)
+        self.totals = None if other.totals is None else other.totals.copy()
+
+    def waits_s(self, now_s: float) -> tuple[float, float]:
+        """How long it was queued, and then how long until the first token, which has come now."""
+        return self.scheduled_s - self.arrival_s, now_s - self.scheduled_s
+
+    def observe_first_token(self, now_s: float) -> None:
+        queue_s, prefill_s = self.waits_s(now_s)
+        self.first_token_s = now_s
+        self.observer.on_first_token(queue_s=queue_s, prefill_s=prefill_s, ttft_s=now_s - self.arrival_s)
+
+    def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
+        """A token that it has grown by."""
+        inter_token_s = None
+        if len(self.token_ids) == 1:
+            self.observe_first_token(now_s)
+        else:
+            inter_token_s = now_s - self.last_token_s
+        self.observer.on_token(inter_token_s=inter_token_s, edit=edit)
+        self.last_token_s = now_s
+
+    def observe_finish(self, reason: FinishReason, now_s: float, *, prompt_tokens: int) -> None:
+        """`prompt_tokens` is what was computed of the prompt."""
+        self.observer.on_finish(
+            reason=reason,
+            e2e_s=now_s - self.arrival_s,
+            decode_s=now_s - self.first_token_s if self.token_ids else None,
+            prompt_tokens=prompt_tokens,
+            generation_tokens=len(self.token_ids),
+        )
+
+    def _text_and_end(self, token_id: int, edit: TokenEdit | None) -> tuple[str, FinishReason | None]:
+        """The text that goes out with a token, and why the choice ends there, if it does."""
+        if token_id in self.end_token_ids:
+            return self.stop.flush(), FinishReason.STOP
+        text = self.stop.add(self.detokenizer.add(token_id))
+        if self.stop.has_stopped:
+            return text, FinishReason.STOP
+        reason, control = None, self.request.control
+        if edit is not None and control is not None and control.breaks_guardrail(edit.value_after):
+            reason = FinishReason.GUARDRAIL
+        elif len(self.token_ids) >= self.request.sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        return (text if reason is None else text + self.stop.flush()), reason

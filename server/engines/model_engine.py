@@ -1,0 +1,95 @@
+"""What is the same of every engine that serves a model, whatever runs it: facts, text, room for requests, heads.
+
+An engine of its own has `start`, which calls `_offer`, and `stop`, `status`, `compile_schema` and `generate`, and says
+how a head gets to where states are edited. Knows nothing of models or HTTP. Enter at `ModelEngine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from server.control.registry import HeadRegistry
+from server.engines.base import EngineInfo
+from server.engines.heads import HeadSource, OfferedHead, facts
+from server.engines.text import Tokenization
+from server.errors import EngineStoppedError, InvalidRequestError, OverloadedError, UnknownHeadError
+from server.settings import Settings
+from server.types import GenerationRequest
+
+_UNLOAD_POLL_S = 0.05
+
+
+class ModelEngine(Tokenization):
+    """The part of an `Engine` that its class inherits; used from one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._info: EngineInfo | None = None
+        self._heads: HeadSource | None = None
+        self._managing = asyncio.Lock()
+        self._num_open = 0
+        """Sequences of requests whose streams are open."""
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineStoppedError("The engine has not been started.")
+        return self._info
+
+    async def load_head(self, name: str) -> None:
+        async with self._managing:
+            if self._heads is None:
+                raise EngineStoppedError("The engine has not been started.")
+            offered = await asyncio.to_thread(self._heads.load_one, name, self._heads_device)
+            await self._use_head(offered)
+            self._info = self.info.with_head(name, offered.facts, offered.warning)
+
+    async def unload_head(self, name: str) -> None:
+        async with self._managing:
+            info = self.info
+            if name not in info.heads:
+                raise UnknownHeadError(name, info.heads)
+            self._info = info.without_head(name)
+            while await self._num_users(name):
+                await asyncio.sleep(_UNLOAD_POLL_S)
+            await self._drop_head(name)
+
+    @property
+    @abstractmethod
+    def _heads_device(self) -> torch.device | str:
+        """Where a head is read to that is loaded while the engine runs."""
+
+    @abstractmethod
+    async def _use_head(self, offered: OfferedHead) -> None:
+        """From the next step on. Raises HeadMismatchError, EngineStoppedError."""
+
+    @abstractmethod
+    async def _num_users(self, name: str) -> int:
+        """How many sequences run under the head. Raises EngineStoppedError."""
+
+    @abstractmethod
+    async def _drop_head(self, name: str) -> None:
+        """One that nobody uses any more. Raises EngineStoppedError."""
+
+    def _offer(self, model_id: str, registry: HeadRegistry, **sizes: Any) -> None:
+        """Fill `info` by what has been loaded; `sizes` are its other fields."""
+        self._info = EngineInfo(
+            model_id=self._settings.served_model_name or model_id,
+            heads=facts(registry),
+            head_warnings=registry.warnings(),
+            **sizes,
+        )
+
+    def _check_room(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequestError for a request that could never run, OverloadedError for one that must wait."""
+        capacity, wanted = self._settings.max_batch_size + self._settings.max_waiting, request.num_sequences
+        if wanted > capacity:
+            param = request.sequences_param
+            raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)
+        if self._num_open + wanted > capacity:
+            raise OverloadedError(f"{self._num_open} sequences run or wait already; try again later.")
