@@ -5,19 +5,14 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
-from server.control.search import Blocks
+from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy
-from server.errors import ConfigurationError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -28,15 +23,10 @@ MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_CHOICES = 128
-
-# Ranges within which no setting collapses the text; `recontrol eval --study stress` measures the corners (README).
-MAX_STEP_SIZE = 10.0
-MAX_STEPS = 100
-MAX_KL_NATS = 0.5
-MAX_SHIFT_RATIO = 2.0
-MAX_RESPONSE_KL_NATS = 10_000.0
-
-
+MaxTokens = Annotated[int, Field(ge=0)]
+Temperature = Annotated[FiniteFloat, Field(ge=0.0, le=2.0)]
+TopP = Annotated[FiniteFloat, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Bias = Annotated[FiniteFloat, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 Penalty = Annotated[FiniteFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
@@ -57,14 +47,14 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: Annotated[int, Field(ge=0)] = 16
-    temperature: Annotated[FiniteFloat, Field(ge=0.0, le=2.0)] = 1.0
-    top_p: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: MaxTokens = 16
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 keeps every token."""
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
@@ -82,89 +72,6 @@ class SamplingParams(BaseModel):
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False
     """Also report the prompt's own tokens (used by `echo`), always without control."""
-
-
-class ControlParams(BaseModel):
-    """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
-
-    An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
-    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
-    when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    objective: Objective
-    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.12
-    """Length of an ascent step."""
-    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
-    """Ascent steps a token."""
-    max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
-    """Nats a token: KL(controlled || base) at temperature 1, before sampling filters."""
-    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
-    """Length of the shift over the length of the hidden state."""
-    max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
-    """Nats a response: the sum of its tokens' KL."""
-    gate: Gate | None = None
-    window: Window | None = None
-    schedule: Schedule | None = None
-    stop_below: Levels | None = None
-    """End the response at the token whose state, after control, has a value below its head's bound."""
-    search: Blocks | None = None
-    """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
-    trace: bool = False
-    """Report what control did to each token, beside the summary of each choice."""
-
-    @model_validator(mode="after")
-    def _names_few_heads(self) -> ControlParams:
-        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
-            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
-        return self
-
-    @property
-    def named_heads(self) -> dict[str, str]:
-        """Every head that is named, with the field that names it."""
-        heads = {name: f"control.objective.{field}" for name, field in self.objective.named_heads.items()}
-        if self.gate is not None:
-            heads.setdefault(self.gate.head, "control.gate.head")
-        for name in self.stop_below or ():
-            heads.setdefault(name, "control.stop_below")
-        return heads
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        """In a fixed order."""
-        return tuple(sorted(self.named_heads))
-
-    def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
-        """Whether a head's value is below its bound, or is no number."""
-        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
-
-    @classmethod
-    def from_json(cls, text: str, setting: str) -> ControlParams:
-        """What a user's setting of this name holds, as in a request. Raises ConfigurationError, which names it."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            problems = (": ".join([".".join(map(str, e["loc"])), e["msg"]]).removeprefix(": ") for e in error.errors())
-            raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
-
-    @classmethod
-    def for_head(cls, name: str, *, weight: float = 1.0, **fields: Any) -> ControlParams:
-        """One head's ascent, by default as behind the model id `base@name`; `fields` are others of the request's."""
-        return cls(objective=WeightedSum(weights={name: weight}), **fields)
-
-    @classmethod
-    def without_limits(
-        cls, objective: Objective, *, step_size: float, steps: int, max_kl: float = math.inf
-    ) -> ControlParams:
-        """Control as first published, any size of step and no bound: for evaluation, which shows how it collapses.
-
-        Unchecked on purpose; a request cannot ask for it.
-        """
-        return cls.model_construct(
-            objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
-        )
 
 
 @dataclass(slots=True, frozen=True)

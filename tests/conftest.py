@@ -23,10 +23,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 

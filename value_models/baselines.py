@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from value_models.ascent import calibrated
+from value_models.errors import TrainingDataError
+from value_models.files import write_whole
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.rollouts import open_rollouts
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, TrainingDataError, load_training_data
-from value_models.whole_files import write_whole
+from value_models.training_data import TrainingData, load_training_data
 
 # Part of what makes a baseline: raise it when the way they are fitted changes.
 _VERSION = 1

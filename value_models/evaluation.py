@@ -17,8 +17,8 @@ import numpy as np
 
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.metrics import bootstrap_interval, load_metric
+from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
-from value_models.rollouts import RolloutPrompt
 
 TEXT_METRICS = ("diversity", "coherence")
 Comparisons = Mapping[str, Sequence[str]]

@@ -18,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from value_models.rollouts import RolloutPrompt
-from value_models.whole_files import write_text
+from value_models.files import write_text
+from value_models.prompt_sets import RolloutPrompt
 
 
 @dataclass(slots=True, frozen=True)

@@ -19,18 +19,10 @@ from typing import Any
 
 import torch
 
-from value_models.cache import cache_root
+from value_models.errors import HeadFileError
+from value_models.files import cache_root, write_bytes
 from value_models.heads import ValueHead
-from value_models.store import (
-    CARD_FILE,
-    HEAD_FILE,
-    NAME_PATTERN,
-    HeadCard,
-    HeadFileError,
-    head_from_bytes,
-    parse_card,
-)
-from value_models.whole_files import write_bytes
+from value_models.store import CARD_FILE, HEAD_FILE, NAME_PATTERN, HeadCard, head_from_bytes, parse_card
 
 _log = logging.getLogger(__name__)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:_-]*://")

@@ -25,16 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from value_models.errors import HeadShapeError
 from value_models.linear import PackedLinear
 
 MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 """From a weight [out, in] and a bias to the map, whose result for a row must not depend on other rows."""
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
-
-
-class HeadShapeError(ValueError):
-    """Tensors that do not make a head of the type they claim."""
 
 
 class ValueHead(nn.Module):

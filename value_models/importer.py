@@ -18,15 +18,12 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor
 
+from value_models.errors import ImportFileError
 from value_models.heads import LinearHead, MLPHead
 
 # In a control vector of repeng or llama.cpp, "direction." and the layer.
 _DIRECTION = "direction."
 _MAX_LISTED = 8
-
-
-class ImportFileError(ValueError):
-    """The file is neither a value function of the paper's kind nor a vector; the message says what was found."""
 
 
 @dataclass(slots=True, frozen=True)

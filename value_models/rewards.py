@@ -18,15 +18,12 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from value_models.embeddings import cosine
+from value_models.errors import RewardError
 from value_models.packages import library
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HF_BATCH = 16
 _HF_MAX_TOKENS = 512
-
-
-class RewardError(ValueError):
-    """An unknown reward, or one that does not return a finite number a response."""
 
 
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

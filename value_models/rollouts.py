@@ -19,37 +19,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from value_models.whole_files import SCRATCH_SUFFIX, write_text, write_whole
+from value_models.errors import RolloutError
+from value_models.files import SCRATCH_SUFFIX, write_text, write_whole
+from value_models.prompt_sets import RolloutPrompt
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
-
-
-class RolloutError(ValueError):
-    """A prompt file or a run's folder that cannot be used; the message says what to do."""
-
-
-class RolloutPrompt(BaseModel):
-    """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
-
-    `reference` is a response that people liked, for win rates; nothing is trained on it. SHP calls it `preferred`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    id: str = Field(min_length=1)
-    format: Literal["chat", "text"] = "chat"
-    kind: str = ""
-    text: str = Field(min_length=1, alias="prompt")
-    reference: str | None = Field(default=None, validation_alias=AliasChoices("reference", "preferred"))
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,44 +104,6 @@ class RolloutSet:
                 token_ids_N=tensors["token_ids_N"],
                 offsets=tensors["offsets"].tolist(),
             )
-
-
-def load_prompts(path: Path) -> list[RolloutPrompt]:
-    """Read JSON lines of {"id", "prompt", "format"?, "kind"?}. Raises RolloutError with the line's number."""
-    prompts: list[RolloutPrompt] = []
-    seen: set[str] = set()
-    try:
-        # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise RolloutError(f"prompts: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RolloutError(f"prompts: {path} is not UTF-8 ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = RolloutPrompt.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise RolloutError(f"prompts: {path}, line {number}: {where}: {first['msg']}") from error
-        if prompt.id in seen:
-            raise RolloutError(f"prompts: {path}, line {number}: the id {prompt.id!r} occurs twice")
-        seen.add(prompt.id)
-        prompts.append(prompt)
-    if not prompts:
-        raise RolloutError(f"prompts: {path} holds none")
-    return prompts
-
-
-def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:
-    """train, validation or test, by a hash of the id, so that a prompt keeps its side when the file grows."""
-    digest = hashlib.sha256(prompt_id.encode()).digest()
-    at = int.from_bytes(digest[:8], "big") / 2**64
-    if at < test_share:
-        return "test"
-    return "validation" if at < test_share + validation_share else "train"
 
 
 def collect_rollouts(

@@ -17,17 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from value_models.heads import UNIT_COST_NATS, HeadShapeError, MLPHead, ValueHead, head_from_tensors
-from value_models.whole_files import write_text, write_whole
+from value_models.errors import HeadFileError, HeadShapeError
+from value_models.files import write_text, write_whole
+from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
 """Figures of `recontrol eval` that are too long for a card; beside each lies its plot, an SVG."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class HeadFileError(ValueError):
-    """A head's folder is incomplete or wrong; the message names the file and the field."""
 
 
 class _Frozen(BaseModel):

@@ -11,9 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-class TargetShapeError(ValueError):
-    """Tensors whose shapes do not belong together."""
+from value_models.errors import TargetShapeError
 
 
 def last_valid_index(mask_BT: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.errors import TrainingDataError
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.targets import center_by_prompt
-from value_models.training_data import TrainingData, TrainingDataError
+from value_models.training_data import TrainingData
 
 _log = logging.getLogger(__name__)
 _MIN_REWARD_SCALE = 1e-5

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from value_models.errors import RolloutError, TrainingDataError
+from value_models.prompt_sets import split_of
 from value_models.rewards import load_reward
-from value_models.rollouts import RolloutError, open_rollouts, split_of
+from value_models.rollouts import open_rollouts
 from value_models.targets import lambda_returns, terminal_rewards
-
-
-class TrainingDataError(ValueError):
-    """Rollouts or rewards from which no head can be learnt; the message says what is missing."""
 
 
 @dataclass(slots=True)

@@ -27,8 +27,8 @@ from server.cli.report import replace_sections
 from server.engines.embedded.model.loader import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
+from value_models.files import write_text
 from value_models.store import shipped_heads_folder
-from value_models.whole_files import write_text
 
 _PAGE_TOKENS = 128
 Part = Literal["offline", "online", "step", "quantization", "long", "neighbours"]

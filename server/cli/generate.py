@@ -12,13 +12,14 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import HeadsModelCommand, command_line
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.tokenization import encode_chat
 from server.errors import ConfigurationError, GenerationError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.whole_files import write_text
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from value_models.files import write_text
 
 
 class _PromptCommand(HeadsModelCommand):

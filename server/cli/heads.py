@@ -10,16 +10,10 @@ from pydantic_settings import CliPositionalArg
 from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
+from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, LocalHeads, open_heads
 from value_models.importer import import_pth, import_vector
-from value_models.store import (
-    BaseModelCard,
-    HeadCard,
-    HeadFileError,
-    architecture_card,
-    save_head,
-    shipped_heads_folder,
-)
+from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head, shipped_heads_folder
 
 _VECTORS = (".gguf", ".safetensors")
 

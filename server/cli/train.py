@@ -18,6 +18,7 @@ from server.cli.command import (
 )
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
+from value_models.files import write_text
 from value_models.heads import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
@@ -32,7 +33,6 @@ from value_models.store import (
 )
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
-from value_models.whole_files import write_text
 
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 

@@ -1,8 +1,8 @@
-"""The objectives of a group's rows as one: each kind computes its own rows, all of them at once.
+"""Objectives of many rows at once: those of a step's group for its edit, and one objective's scores of whole texts.
 
-Knows nothing of hidden states. Enter at `ObjectiveRows.of`.
+Every row is computed alone. Knows nothing of requests or sampling. Enter at `ObjectiveRows.of` and `scores`.
 
-Shapes: R rows, K heads.
+Shapes: R rows, K heads, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from server.control.objectives import BaseObjective, Objective, Terms
+from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY
 
 
@@ -75,3 +76,18 @@ class ObjectiveRows:
             is_held_R = is_at_RK.any(dim=1) if is_outside_R is None else is_at_RK.any(dim=1) | is_outside_R[rows]
             held_R[rows] = HELD_BY.index(kind.held_by) * is_held_R
         return held_R
+
+
+def scores(hidden_RD: Tensor, objective: Objective, registry: HeadRegistry) -> Tensor:
+    """The objective [R] at states [R, D] of any float dtype, in standard deviations of the training rewards.
+
+    A value predicts how good the finished response will be; of a response that has ended it is the heads' verdict.
+
+    Highest is best for every objective: a weighted sum, the worst of several, closeness to targets, or a weighted sum
+    less the largest allowed weight for every standard deviation that a value lacks to its floor. Raises
+    UnknownHeadError.
+    """
+    stack = registry.stack(objective.head_names)
+    values_RK, _ = stack.readout(stack.inputs(hidden_RD.float()))
+    alike = [objective] * hidden_RD.shape[0]
+    return objective.score(values_RK, Terms.of(alike, stack.names, stack.reward_mean_K, stack.reward_scale_K))

@@ -12,42 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.control.conditions import Gate, Schedule, Window
 from server.control.objective_rows import ObjectiveRows
-from server.control.objectives import Objective, WeightedSum
+from server.control.objectives import WeightedSum
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.kernels.transfer import on_device
-
-
-class RowControl(Protocol):
-    """The part of `ControlParams` that the editor reads (types import objectives, so control cannot import types)."""
-
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def head_names(self) -> tuple[str, ...]: ...
-    @property
-    def step_size(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def max_kl(self) -> float: ...
-    @property
-    def max_shift(self) -> float: ...
-    @property
-    def max_response_kl(self) -> float | None: ...
-    @property
-    def gate(self) -> Gate | None: ...
-    @property
-    def window(self) -> Window | None: ...
-    @property
-    def schedule(self) -> Schedule | None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -79,7 +53,7 @@ class EditGroup:
     stack: HeadStack
     rows: tuple[int, ...]
     rows_R: Tensor
-    controls: tuple[RowControl, ...]
+    controls: tuple[ControlParams, ...]
     """Of the held rows."""
     weights_RK: Tensor
     """d objective / d standardised value of weighted sums; zero for other objectives."""
@@ -122,7 +96,7 @@ class EditPlan:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[RowControl | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
+        cls, rows: Sequence[ControlParams | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
     ) -> EditPlan:
         """One entry for each row of the step; None leaves the row alone. Raises UnknownHeadError."""
         device = torch.device(device)
@@ -142,11 +116,11 @@ class EditPlan:
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
 
-def _is_paced(control: RowControl) -> bool:
+def _is_paced(control: ControlParams) -> bool:
     return any(part is not None for part in (control.gate, control.window, control.schedule, control.max_response_kl))
 
 
-def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | None:
+def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
     """What the ascent rows are taken times, where neither state nor token changes it."""
     if not isinstance(control.objective, WeightedSum) or _is_paced(control):
         return None
@@ -154,33 +128,35 @@ def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | 
     return tuple((torch.tensor(size * steps) * torch.tensor(_weights(stack, control))).tolist())
 
 
-def _weights(stack: HeadStack, control: RowControl) -> list[float]:
+def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
     objective = control.objective
     weights = objective.weights if isinstance(objective, WeightedSum) else {}
     return [weights.get(name, 0.0) for name in stack.names]
 
 
-def _steps(stack: HeadStack, control: RowControl) -> tuple[int, float]:
+def _steps(stack: HeadStack, control: ControlParams) -> tuple[int, float]:
     """Number and size of the steps; where all heads are linear, n steps are one of n times the size."""
     # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
     steps = 0 if control.objective.is_null or control.step_size == 0 else control.steps
     return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
 
 
-def _strength(control: RowControl, token: int) -> tuple[float, HeldBy | None]:
+def _strength(control: ControlParams, token: int) -> tuple[float, HeldBy | None]:
     if control.window is not None and not control.window.holds(token):
         return 0.0, HeldBy.WINDOW
     strength = 1.0 if control.schedule is None else control.schedule.strength(token)
     return strength, HeldBy.SCHEDULE if strength == 0 else None
 
 
-def _max_kl(control: RowControl, state: ControlState) -> tuple[float, HeldBy]:
+def _max_kl(control: ControlParams, state: ControlState) -> tuple[float, HeldBy]:
     if control.max_response_kl is None or control.max_kl <= (left := control.max_response_kl - state.nats_spent):
         return control.max_kl, HeldBy.MAX_KL
     return left, HeldBy.MAX_RESPONSE_KL
 
 
-def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], device: torch.device) -> GateRows | None:
+def _gates(
+    stack: HeadStack, pairs: Sequence[tuple[ControlParams, ControlState]], device: torch.device
+) -> GateRows | None:
     gates = [control.gate for control, _ in pairs]
     if not any(gates):
         return None
@@ -200,7 +176,7 @@ def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], d
 def _group(
     key: tuple[HeadStack, tuple[float, ...] | None],
     indices: list[int],
-    rows: Sequence[RowControl | None],
+    rows: Sequence[ControlParams | None],
     device: torch.device,
 ) -> EditGroup:
     stack, coefficients = key

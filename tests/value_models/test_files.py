@@ -17,18 +17,11 @@ from torch import nn
 
 from tests.conftest import card_of, random_head, write_heads
 from value_models import store
-from value_models.importer import ImportFileError, import_pth
-from value_models.rollouts import (
-    Rollout,
-    RolloutError,
-    RolloutPrompt,
-    RolloutSettings,
-    collect_rollouts,
-    load_prompts,
-    open_rollouts,
-    split_of,
-)
-from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError, load_head
+from value_models.errors import HeadFileError, ImportFileError, RolloutError
+from value_models.importer import import_pth
+from value_models.prompt_sets import RolloutPrompt, load_prompts, split_of
+from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts, open_rollouts
+from value_models.store import CARD_FILE, HEAD_FILE, load_head
 
 IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests.conftest import random_head, random_linear_head
-from value_models.heads import HeadShapeError, LinearHead, MLPHead, ValueHead, head_from_tensors
+from value_models.errors import HeadShapeError
+from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 
 HEADS = [random_head(0), random_head(1, widths=(16, 12)), random_head(2, widths=(8, 8, 8)), random_linear_head(3)]
 

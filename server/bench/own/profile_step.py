@@ -12,11 +12,12 @@ import time
 from statistics import median
 from typing import Any
 
+from server.control.params import ControlParams
 from server.engines.embedded import core as core_module
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.heads import load_registry
 from server.engines.embedded.model.loader import load_model
-from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import GenerationChunk, GenerationRequest, SamplingParams
 
 _WARM_STEPS = 8
 PARTS = ("layers", "LM head", "edit", "draw", "rest", "step")

@@ -25,13 +25,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from server.control.params import ControlParams
 from server.engines.base import EngineObserver
 from server.engines.embedded.model.pages import num_pages_for
 from server.engines.embedded.reports import observe_first_token
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 
 _PARAM = "control.search.candidates"
 PromptScores = tuple[TokenLogprob | None, ...]

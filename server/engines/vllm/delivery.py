@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from server.control.params import ControlParams
 from server.control.state import HELD_BY
 from server.engines.embedded.sequence import EditTotals
 from server.engines.vllm.wire import ID_KEY, REPORT_KEY, parse_control
 from server.errors import InvalidRequestError
-from server.types import ControlParams
 
 
 class _Sums:

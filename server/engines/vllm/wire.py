@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.control.params import ControlParams
 from server.engines.edits import token_edit
 from server.errors import InvalidRequestError
-from server.types import ControlParams, TokenEdit
+from server.types import TokenEdit
 
 CONTROL_KEY = "recontrol"
 """In a request's `extra_args`: the `control` of this program's own API, as a JSON string."""

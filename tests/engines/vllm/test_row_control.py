@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from server.control.editor import StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.lm_head import LMHead
@@ -18,7 +19,6 @@ from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.unembedding import VllmUnembedding
 from server.engines.vllm.wire import CONTROL_KEY, control_args, decode_edit
 from server.errors import ModelLoadError
-from server.types import ControlParams
 from tests.conftest import HIDDEN, VOCAB, control
 from value_models.heads import ValueHead
 
