@@ -119,7 +119,7 @@ def _best_of(
     if group == 1:
         return samples
     rewards = scoring.reward(_texts(samples, prompts), [sample.response for sample in samples])
-    kept = []
+    kept: list[EvalSample] = []
     for first in range(0, len(samples), group):
         best = max(range(first, first + group), key=lambda i: rewards[i])
         kl = best_of_kl_bound(group) / max(samples[best].num_tokens, 1)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,14 @@ class StoredHeads(HeadFolder):
         super().__init__(url.rstrip("/"))
         self._cache = cache
         try:
-            import fsspec
-
-            filesystem, root = fsspec.core.url_to_fs(url)
+            # Imported so because it has no types, and here because only those who name a URL need it.
+            fsspec_core = importlib.import_module("fsspec.core")
+            filesystem, root = fsspec_core.url_to_fs(url)
         except Exception as error:
             raise HeadFileError(
                 f"{url} cannot be opened: {error} (S3 needs `pip install 'recontrol[object-store]'`, other stores "
                 "their own fsspec package)"
             ) from error
-        # Typed loosely: fsspec has no types.
         self._filesystem: Any = filesystem
         self._root: str = root.rstrip("/")
 
@@ -160,7 +160,7 @@ class StoredHeads(HeadFolder):
             self._filesystem.pipe_file(f"{self._root}/{name}/{file}", data)
 
     @contextlib.contextmanager
-    def _named_in_errors(self, done: str, where: str) -> Iterator[None]:
+    def _named_in_errors(self, done: str, where: str) -> Generator[None]:
         """Every store has errors of its own, and none may get past those who expect HeadFileError."""
         try:
             yield

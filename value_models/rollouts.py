@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ class RolloutSet:
                 states_ND=tensors["states_ND"],
                 logp_grads_ND=tensors["logp_grads_ND"],
                 token_ids_N=tensors["token_ids_N"],
-                offsets=tensors["offsets"].tolist(),
+                offsets=[int(offset) for offset in tensors["offsets"].unbind()],
             )
 
 
@@ -195,7 +195,8 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """{"settings": {"seed": 0}} as {"settings.seed": 0}, so that a difference is named exactly."""
     flat: dict[str, Any] = {}
     for key, value in manifest.items():
-        flat |= {f"{key}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {key: value}
+        nested = cast("dict[str, Any]", value) if isinstance(value, dict) else None
+        flat |= {key: value} if nested is None else {f"{key}.{inner}": x for inner, x in nested.items()}
     return flat
 
 

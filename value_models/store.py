@@ -10,15 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 from value_models.errors import HeadFileError, HeadShapeError
-from value_models.files import write_text, write_whole
+from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
@@ -65,6 +65,34 @@ class ArchitectureCard(_Frozen):
     num_parameters: int
 
 
+class _GainReport(BaseModel):
+    """The part of a card's `validation` and `data` that says what small edits along the head's ascent earned.
+
+    `ascent_gain` is what value_models/ascent.py calls so, over `tokens` tokens of `responses` by split.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    ascent_gain: FiniteFloat
+    tokens: int
+    responses: dict[str, int]
+
+    @property
+    def earned(self) -> float:
+        return self.ascent_gain * UNIT_COST_NATS**0.5 * self.tokens / max(sum(self.responses.values()), 1)
+
+
+def _earned(fields: dict[str, Any]) -> float | None:
+    """`HeadCard.earned` of a card's other fields. An imported head's card tells nothing of gains."""
+    validation, data = fields["validation"], fields["data"]
+    report = {"ascent_gain": validation.get("ascent_gain"), **{key: data.get(key) for key in ("tokens", "responses")}}
+    try:
+        earned = _GainReport.model_validate(report).earned
+    except ValidationError:
+        return None
+    return earned if earned > 0 else None
+
+
 class HeadCard(_Frozen):
     """Everything a user should know of a head before trusting it."""
 
@@ -95,19 +123,18 @@ class HeadCard(_Frozen):
     tensors_sha256: str = ""
     """Of the file beside the card; written with it."""
 
-    @property
-    def earned(self) -> float | None:
-        """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
-        deviations of the training reward; None where the card does not tell, or where it adds nothing.
+    earned: float | None = Field(default_factory=_earned, exclude=True)
+    """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
+    deviations of the training reward; None where the card does not tell, or where it adds nothing.
 
-        A response is as long as those that the head was trained on (see `ascent_gain` in value_models/ascent.py).
-        """
-        gain, tokens = self.validation.get("ascent_gain"), self.data.get("tokens")
-        responses = self.data.get("responses")
-        if not isinstance(gain, float) or not isinstance(tokens, int) or not isinstance(responses, dict):
-            return None
-        earned = gain * UNIT_COST_NATS**0.5 * tokens / max(sum(responses.values()), 1)
-        return earned if earned > 0 else None
+    A response is as long as those that the head was trained on. It follows from `validation` and `data`, so no file
+    holds it: it is worked out when a card is made or read.
+    """
+
+    @field_validator("earned", mode="before")
+    @classmethod
+    def _is_not_given(cls, _given: object) -> Never:
+        raise ValueError("follows from validation.ascent_gain and data; leave it out")
 
 
 def shipped_heads_folder(model_name: str) -> Path:
@@ -144,8 +171,9 @@ def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     for name in (CARD_FILE, SWEEP_FILE, MAP_FILE):
         for path in (folder / name, (folder / name).with_suffix(".svg")):
             path.unlink(missing_ok=True)
-    write_whole(folder / HEAD_FILE, lambda scratch: save_file(tensors, scratch))
-    save_card(folder, card.model_copy(update={"tensors_sha256": _digest(folder / HEAD_FILE)}))
+    data = save(tensors)
+    write_bytes(folder / HEAD_FILE, data)
+    save_card(folder, card.model_copy(update={"tensors_sha256": hashlib.sha256(data).hexdigest()}))
 
 
 def save_card(folder: Path, card: HeadCard) -> None:
@@ -200,7 +228,3 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
     return head
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

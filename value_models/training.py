@@ -7,13 +7,15 @@ or servers. Enter at `train_head`.
 Shapes: N tokens of all responses one after the other, B responses, D hidden size, H head width.
 """
 
+# torch leaves types out of `manual_seed`, `Tensor.backward` and an optimiser's `step`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,7 +41,7 @@ class TrainSettings(BaseModel):
     targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
     trace: float = Field(default=0.95, ge=0, le=1, description="lambda of td_lambda")
     center_by_prompt: bool = Field(default=True, description="subtract each prompt's mean reward")
-    hidden_widths: tuple[int, ...] = Field(
+    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="hidden layers beside the linear part; none by default"
     )
     has_linear_part: bool = Field(
@@ -73,10 +75,22 @@ class TrainSettings(BaseModel):
         return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
+class ValidationFigures:
+    """What a head does on validation prompts; a card keeps it as `HeadCard.validation`."""
+
+    ascent_gain: float
+    """As `ascent_gain` in value_models/ascent.py has it."""
+    r2: dict[str, float]
+    """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
+    num_train_tokens: int
+    num_validation_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
 class TrainedHead:
     head: ValueHead
-    figures: dict[str, Any]
+    figures: ValidationFigures
 
 
 def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
@@ -121,12 +135,12 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
         damping=settings.damping,
     )
     head = calibrated(head.with_ascent(rows_UD), data)
-    figures = {
-        "ascent_gain": round(ascent_gain(head, data, standard_B, validation_N), 4),
-        "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
-        "num_train_tokens": len(train_N),
-        "num_validation_tokens": len(validation_N),
-    }
+    figures = ValidationFigures(
+        ascent_gain=round(ascent_gain(head, data, standard_B, validation_N), 4),
+        r2=_r2_by_position(head, data, target_N * scale + mean, validation_N),
+        num_train_tokens=len(train_N),
+        num_validation_tokens=len(validation_N),
+    )
     return TrainedHead(head, figures)
 
 
@@ -199,7 +213,7 @@ def _fit(
         if waited >= settings.patience or epoch == settings.max_epochs:
             break
         targets_of = _targets(network, data, moments, reward_N, settings)
-        for batch in train_N[torch.randperm(len(train_N))].split(settings.batch_size):
+        for batch in torch.split(train_N[torch.randperm(len(train_N))], settings.batch_size):
             loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), targets_of(batch))
             optimiser.zero_grad()
             loss.backward()
@@ -234,12 +248,14 @@ def _targets(
 
 @torch.no_grad()
 def _values(network: _Network, data: TrainingData, moments: Moments, tokens_N: Tensor) -> Tensor:
-    return torch.cat([network(moments.normalise(data.states_ND[chunk])) for chunk in tokens_N.split(CHUNK_TOKENS)])
+    return torch.cat(
+        [network(moments.normalise(data.states_ND[chunk])) for chunk in torch.split(tokens_N, CHUNK_TOKENS)]
+    )
 
 
 def _r2_by_position(head: ValueHead, data: TrainingData, target_N: Tensor, tokens_N: Tensor) -> dict[str, float]:
     """Share of the reward's variance that the head explains on given tokens, overall and at some positions."""
-    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in tokens_N.split(CHUNK_TOKENS)])
+    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in torch.split(tokens_N, CHUNK_TOKENS)])
     position_N, truth_N = data.position_of_tokens()[tokens_N], target_N[tokens_N]
     figures = {"all": _r2(values_N, truth_N)}
     for position in (0, 10, 20, 40, 60):

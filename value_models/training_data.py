@@ -69,7 +69,9 @@ def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, s
     """Read a run of rollouts and score it; `prompt_texts` are by id. Raises RolloutError, RewardError."""
     rollouts = open_rollouts(folder)
     reward = load_reward(reward_name)
-    states, grads, offsets, prompt_ids, responses = [], [], [0], [], []
+    states: list[Tensor] = []
+    grads: list[Tensor] = []
+    offsets, prompt_ids, responses = [0], list[str](), list[str]()
     for shard in rollouts.shards():
         states.append(shard.states_ND)
         grads.append(shard.logp_grads_ND)

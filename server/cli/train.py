@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -95,14 +96,12 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
             reward_scale=trained.head.reward_scale,
             targets=_targets_text(settings),
             data=_data(data),
-            validation=trained.figures,
+            validation=asdict(trained.figures),
             command=command_line(),
         )
         save_head(folder, trained.head, card)
         figures = trained.figures
-        print(
-            f"{folder}: on validation prompts R2 {figures['r2']['all']:.3f}, ascent gain {figures['ascent_gain']:.3f}"
-        )
+        print(f"{folder}: on validation prompts R2 {figures.r2['all']:.3f}, ascent gain {figures.ascent_gain:.3f}")
 
 
 def _metric_text(settings: TrainSettings) -> str:

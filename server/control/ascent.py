@@ -19,6 +19,7 @@ from torch import Tensor
 from server.control.multipliers import predicted_change
 from server.control.objective_rows import ObjectiveRows
 from server.control.plan import EditGroup
+from value_models.linalg import vector_norm
 
 # In standard deviations of a head's training reward: rounding, and what is too little to matter.
 TOLERANCE = 1e-3
@@ -54,7 +55,7 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
         size_R = torch.where(is_open_R, size_R, 0.0)
     units_RU, coefficients_RU = _climb(start_RU, group, size_R)
     shift_RD = stack.ascent(coefficients_RU)
-    ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
+    ratio_R = vector_norm(shift_RD) / vector_norm(hidden_RD)
     share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
     keep_R1, share_R1 = ~is_nonfinite_R[:, None], share_R[:, None]
     kept_RU = torch.where(keep_R1, coefficients_RU * share_R1, 0.0)

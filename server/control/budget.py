@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import ops
+from value_models.linalg import vecdot
 
 # Aim a little below the budget, so that a good guess lands inside; wider at last, so that something always does.
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
@@ -59,12 +60,12 @@ class LinearDivergence:
     def __call__(self, scale_R: Tensor) -> Tensor:
         weights_RV = (scale_R[:, None] * self._delta_RV).exp_().mul_(self._base_probs_RV)
         total_R = weights_RV.sum(dim=-1)
-        return _divergence(scale_R * torch.linalg.vecdot(weights_RV, self._delta_RV), total_R, self._mass_R)
+        return _divergence(scale_R * vecdot(weights_RV, self._delta_RV), total_R, self._mass_R)
 
     def root_slope(self) -> Tensor:
         """KL(s) = s^2 Var_p0(d) / 2 + O(s^3)."""
         weighted_RV = self._base_probs_RV * self._delta_RV
-        variance_R = torch.linalg.vecdot(weighted_RV, self._delta_RV) - weighted_RV.sum(dim=-1).square()
+        variance_R = vecdot(weighted_RV, self._delta_RV) - weighted_RV.sum(dim=-1).square()
         return (0.5 * variance_R.clamp(min=0.0)).sqrt()
 
     def take(self, rows: Tensor) -> LinearDivergence:
@@ -118,7 +119,7 @@ def _by_rows(
     others; a copy, so that it lies in memory as it does alone."""
     if base_RV.device.type != "cpu" or not len(base_RV):
         return largest_scale(divergence(base_RV, delta_RV), max_kl_R)
-    rows = zip(base_RV.split(1), delta_RV.split(1), max_kl_R.split(1), strict=True)
+    rows = zip(torch.split(base_RV, 1), torch.split(delta_RV, 1), torch.split(max_kl_R, 1), strict=True)
     found = [largest_scale(divergence(base.clone(), delta.clone()), max_kl) for base, delta, max_kl in rows]
     return torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
 

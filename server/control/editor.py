@@ -154,7 +154,7 @@ class StateEditor:
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = iter(projected[num_rows:].float().split([shift.shape[0] for shift in shifts]))
+        deltas = iter(torch.split(projected[num_rows:].float(), [shift.shape[0] for shift in shifts]))
         base_BV = projected[:num_rows]
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)

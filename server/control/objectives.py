@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat
@@ -291,8 +291,10 @@ class Floor(BaseObjective):
         return torch.where(terms.has_level_K, values_RK.minimum(terms.levels_RK), low_RK), high_RK
 
 
-def _default_type(objective: Any) -> Any:
-    return {"type": "weighted_sum", **objective} if isinstance(objective, dict) else objective
+def _default_type(objective: object) -> object:
+    return (
+        {"type": "weighted_sum", **cast("dict[str, object]", objective)} if isinstance(objective, dict) else objective
+    )
 
 
 Objective = Annotated[WeightedSum | WorstCase | Target | Floor, Discriminator("type"), BeforeValidator(_default_type)]

@@ -125,7 +125,8 @@ def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...]
     if not isinstance(control.objective, WeightedSum) or _is_paced(control):
         return None
     steps, size = _steps(stack, control)
-    return tuple((torch.tensor(size * steps) * torch.tensor(_weights(stack, control))).tolist())
+    taken_K = torch.tensor(size * steps) * torch.tensor(_weights(stack, control))
+    return tuple(float(taken) for taken in taken_K.unbind())
 
 
 def _weights(stack: HeadStack, control: ControlParams) -> list[float]:

@@ -20,6 +20,7 @@ from server.control.plan import EditGroup
 from server.control.registry import HeadStack
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
+from value_models.linalg import vector_norm
 
 _HELD_BY_KL, _HELD_BY_CAP = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_SHIFT)
 
@@ -38,7 +39,7 @@ class Shift:
         shift_D, climb_K, delta_V = stack.ascent(row_1U)[0], stack.gram(row_1U)[0], row_logits(row_1U)[0]
         is_finite = bool(shift_D.isfinite().all() & climb_K.isfinite().all() & delta_V.isfinite().all())
         largest = delta_V.amax()
-        head = torch.stack([shift_D.norm(), largest if is_finite else torch.tensor(torch.nan)])
+        head = torch.stack([vector_norm(shift_D), largest if is_finite else torch.tensor(torch.nan)])
         each_K4 = torch.stack([stack.input_bias_U, climb_K, stack.reward_mean_K, stack.reward_scale_K], dim=1)
         native = ops.SharedShift(
             numbers=torch.cat([head, each_K4.flatten()]),
@@ -101,7 +102,7 @@ class SharedRows:
             held_by_cap=_HELD_BY_CAP,
             apply=apply,
         )
-        reports, taken = report_RN.split(self._counts), taken_R.split(self._counts)
+        reports, taken = torch.split(report_RN, self._counts), torch.split(taken_R, self._counts)
         edits: list[SharedEdit] = []
         for group, shift, report, its in zip(self._groups, self._shifts, reports, taken, strict=True):
             size, num_held = 2 * len(group.stack.names) + 5, len(group.controls)

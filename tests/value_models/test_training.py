@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 @pytest.mark.parametrize("targets", ["monte_carlo", "td_lambda", "td_one_step"])
 def test_every_kind_of_target_finds_the_reward(data: TrainingData, targets: str) -> None:
     settings = TrainSettings.model_validate({"targets": targets, "hidden_widths": (16,), **FAST})
-    assert train_head(data, settings).figures["r2"]["all"] > 0.5
+    assert train_head(data, settings).figures.r2["all"] > 0.5
 
 
 @pytest.mark.parametrize("widths", [(), (8,), (8, 6)])
