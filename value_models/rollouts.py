@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
@@ -53,7 +54,7 @@ class RolloutSettings(BaseModel):
 
     num_samples: int = Field(default=8, ge=1, description="responses for each prompt")
     max_tokens: int = Field(default=64, ge=1, description="new tokens of a response")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
     prompts_per_shard: int = Field(default=32, ge=1)
@@ -95,15 +96,9 @@ class RolloutSet:
         return self.manifest["base_model"]
 
     def shards(self) -> Iterator[RolloutShard]:
+        """One after the other, each read when it is its turn. Raises RolloutError where one is damaged."""
         for index in range(self.manifest["num_shards"]):
-            tensors = load_file(_shard(self.folder, index, ".safetensors"))
-            yield RolloutShard(
-                rows=[json.loads(line) for line in _shard(self.folder, index, ".jsonl").read_text().splitlines()],
-                states_ND=tensors["states_ND"],
-                logp_grads_ND=tensors["logp_grads_ND"],
-                token_ids_N=tensors["token_ids_N"],
-                offsets=[int(offset) for offset in tensors["offsets"].unbind()],
-            )
+            yield _read_shard(self.folder, index)
 
 
 def collect_rollouts(
@@ -154,10 +149,9 @@ def open_rollouts(folder: Path) -> RolloutSet:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
-    if manifest.get("format") != _FORMAT:
-        raise RolloutError(
-            f"{folder} has format {manifest.get('format')}, this version reads {_FORMAT}; sample them anew"
-        )
+    version = cast("dict[str, Any]", manifest).get("format") if isinstance(manifest, dict) else None
+    if version != _FORMAT:
+        raise RolloutError(f"{folder} has format {version}, this version reads {_FORMAT}; sample them anew")
     missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
@@ -216,6 +210,24 @@ def _write_shard(
     rows = [{field: getattr(rollout, field) for field in fields} for rollout in rollouts]
     write_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
+
+
+def _read_shard(folder: Path, index: int) -> RolloutShard:
+    rows, tensors = _shard(folder, index, ".jsonl"), _shard(folder, index, ".safetensors")
+    try:
+        read = load_file(tensors)
+        return RolloutShard(
+            rows=[json.loads(line) for line in rows.read_text().splitlines()],
+            states_ND=read["states_ND"],
+            logp_grads_ND=read["logp_grads_ND"],
+            token_ids_N=read["token_ids_N"],
+            offsets=[int(offset) for offset in read["offsets"].unbind()],
+        )
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RolloutError(
+            f"{tensors} or {rows.name} beside it is damaged ({error}); delete both, and `recontrol rollouts` samples "
+            "them anew"
+        ) from error
 
 
 def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from server.errors import RecontrolError
 from server.machine import limit_threads
+from value_models.errors import ValueModelError
 
 COMMANDS = {
     "serve": "server.cli.serve:Serve",
@@ -49,7 +50,11 @@ def command_class(name: str) -> type[BaseSettings]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it went well, 2 for a mistake of the user's, said in one line on stderr."""
+    """Run one command; 0 when it went well, 2 for a mistake of the user's, said in one line on stderr.
+
+    A mistake is a flag that is refused, what this program raises on purpose, or what the operating system refuses.
+    Anything else is a mistake of the program's own and is raised, for its traceback to be reported.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
@@ -65,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse has said what it had to say: help, or a flag that does not exist.
         return end.code if isinstance(end.code, int) else 1
     except ValidationError as error:
+        if error.title != command.__name__:
+            # Not the flags are wrong, but something that this program made.
+            raise
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (RecontrolError, SettingsError, ValueError, OSError) as error:
+    except (RecontrolError, ValueModelError, SettingsError, OSError) as error:
         print(f"recontrol {name}: {error}", file=sys.stderr)
         return 2
     return 0
