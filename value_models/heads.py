@@ -104,12 +104,6 @@ class ValueHead(nn.Module):
         """Predicted reward [B], float32, in reward units."""
         return self.reward[0] + self.reward[1] * self.readout(self.units(hidden_BD))[0]
 
-    def value_and_grad(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Value [B] in reward units and its plain gradient by the state, [B, D] in reward units per unit of h."""
-        standardised_B, slope_BU = self.readout(self.units(hidden_BD))
-        grad_BD = (slope_BU @ self.inputs_UD) / self.scale_D * self.reward[1]
-        return self.reward[0] + self.reward[1] * standardised_B, grad_BD
-
     def folded_inputs(self) -> tuple[Tensor, Tensor]:
         """First layer with the normalisation folded in: weights [U, D] and bias [U] with z = W' h + b'."""
         weight_UD = self.inputs_UD / self.scale_D
