@@ -34,7 +34,7 @@ RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1 / MAX_REPETITION_PENALTY, 
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """End-of-sequence token or a stop string."""
+    """An end-of-sequence token or a stop string ended the text."""
     LENGTH = "length"
     GUARDRAIL = "guardrail"
     """A head's value after control fell below its bound in `ControlParams.stop_below`."""
@@ -51,7 +51,7 @@ class SamplingParams(BaseModel):
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps every token."""
+    """Only so many most likely tokens are drawn from; 0 keeps every token."""
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
     seed: Seed | None = None
@@ -61,13 +61,13 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
     """Go on after end-of-sequence; `stop` and `stop_token_ids` still end the text."""
     logit_bias: Annotated[dict[int, Bias], Field(max_length=MAX_LOGIT_BIAS_TOKENS)] = {}
-    """Token id -> added to its logit, before the penalties."""
+    """What is added to a token's logit, by token id, before the penalties."""
     presence_penalty: Penalty = 0.0
-    """Taken from the logit of each token that the output holds."""
+    """It is taken from the logit of each token that the output holds."""
     frequency_penalty: Penalty = 0.0
-    """Taken from the logit of a token for each time that the output holds it."""
+    """It is taken from the logit of a token for each time that the output holds it."""
     repetition_penalty: RepetitionPenalty = 1.0
-    """Divides the logits (multiplies those below 0) of each token that prompt or output hold."""
+    """It divides the logits (multiplies those below 0) of each token that prompt or output hold."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False
@@ -84,7 +84,7 @@ class ScoringParams:
 
     heads: tuple[str, ...]
     per_token: bool = False
-    """Of every position as well, not of the last alone."""
+    """Report the values at every position as well, not at the last alone."""
     hidden_state: bool = False
     """Report the last position's state itself."""
 
@@ -107,7 +107,7 @@ class GenerationRequest:
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
     scoring: ScoringParams | None = None
-    """With it there is one choice, without control, and `max_tokens` is 0."""
+    """With this there is one choice, without control, and `max_tokens` is 0."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -131,7 +131,7 @@ class GenerationRequest:
 
     @property
     def sequences_param(self) -> str:
-        """The field that says how many."""
+        """The field that says how many sequences there are."""
         if self.best_of is not None:
             return "best_of"
         return "n" if self.search is None else "control.search.candidates"
@@ -139,8 +139,10 @@ class GenerationRequest:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1, before bias, penalties, mask and filters; `top` holds
-    (id, text, logprob)."""
+    """A token's log-probability in nats, after control, at temperature 1, before bias, penalties, mask and filters.
+
+    `top` holds (id, text, logprob) of the most likely tokens.
+    """
 
     token_id: int
     text: str
@@ -187,7 +189,7 @@ class PromptValues:
 
     values: dict[str, float]
     token_values: dict[str, tuple[float, ...]] | None = None
-    """By head, of the state at each token of the prompt; the last is that of `values`."""
+    """The values of the states at each token of the prompt, by head; the last is that of `values`."""
     hidden_state: bytes | None = None
     """The last state after the final norm, [D] little-endian float32; finite."""
 
@@ -208,11 +210,11 @@ class GenerationChunk:
     edit: TokenEdit | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     prompt_values: PromptValues | None = None
-    """With the last chunk of a request that has `scoring` and ended well."""
+    """It comes with the last chunk of a request that has `scoring` and ended well."""
     finish_reason: FinishReason | None = None
     control: ControlSummary | None = None
     error: str | None = None
-    """Set with FinishReason.ERROR: a sentence for the user, without inner details."""
+    """A sentence for the user, without inner details; it comes with FinishReason.ERROR."""
     num_drawn: int = 0
     """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, what was paid."""
 

@@ -103,5 +103,5 @@ def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_
 
 
 def _standardised_values(head: ValueHead, data: TrainingData) -> Tensor:
-    """[N], in standard deviations of the training reward."""
+    """Each token's value [N], in standard deviations of the training reward."""
     return torch.cat([head.readout(head.units(states))[0] for states in torch.split(data.states_ND, CHUNK_TOKENS)])

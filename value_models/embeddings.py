@@ -46,8 +46,8 @@ def embed(texts: Sequence[str]) -> Tensor:
 def static_embed(texts: Sequence[str]) -> Tensor:
     """Means of WordLlama's token vectors, of length one; word order does not matter. Zero for a text without tokens.
 
-    From the package's files alone: importing it reconfigures the root logger, and its loader does not find its own
-    tokenizer and downloads another. Returns [M, E] float32. Raises MissingPackageError.
+    The package's files are read without importing it: that would reconfigure the root logger, and its loader does not
+    find its own tokenizer and downloads another. Returns [M, E] float32. Raises MissingPackageError.
     """
     tokenizer, vectors_VE = _token_vectors(package_folder("wordllama"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -38,7 +38,7 @@ class HeadFolder(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Those that have a card, in order."""
+        """The names of the heads that have a card, in order."""
 
     def card(self, name: str) -> HeadCard:
         """A head's card; the folder must have the name that the card has."""
@@ -108,7 +108,7 @@ class StoredHeads(HeadFolder):
     """What fsspec reaches by a URL. Credentials and endpoints are its backends' own: environment variables, files."""
 
     def __init__(self, url: str, cache: Path) -> None:
-        """Raises HeadFileError for a kind of store that is not known, or whose package is not installed."""
+        """Open a store. Raises HeadFileError for an unknown kind of store, or one whose package is not installed."""
         super().__init__(url.rstrip("/"))
         self._cache = cache
         try:
@@ -132,7 +132,7 @@ class StoredHeads(HeadFolder):
         return sorted(path.split("/")[-2] for path in paths)
 
     def _tensors(self, name: str, card: HeadCard) -> bytes:
-        """From the cache, or from the store and into the cache, if they are the card's; else as the store has them."""
+        """Read them from the cache, or from the store, and keep them in the cache if they are the card's."""
         digest = card.tensors_sha256
         if not _DIGEST.fullmatch(digest):
             raise HeadFileError(f"{self.location}/{name}/{CARD_FILE} has no SHA-256 of the tensors")

@@ -29,7 +29,7 @@ from value_models.errors import HeadShapeError
 from value_models.linear import PackedLinear
 
 MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
-"""From a weight [out, in] and a bias to the map, whose result for a row must not depend on other rows."""
+"""It makes a map of a weight [out, in] and a bias. The map's result for a row must not depend on other rows."""
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
 
@@ -57,7 +57,7 @@ class ValueHead(nn.Module):
         reward_mean: float = 0.0,
         reward_scale: float = 1.0,
     ) -> None:
-        """`ascent_UD` None is the identity metric. Raises HeadShapeError."""
+        """Take a first layer; `ascent_UD` None is the identity metric. Raises HeadShapeError."""
         super().__init__()
         num_units, hidden_size = inputs_UD.shape
         ascent_UD = inputs_UD.clone() if ascent_UD is None else ascent_UD

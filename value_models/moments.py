@@ -51,5 +51,5 @@ class Moments:
         return solve(regularised_DD, product_D / len(tokens_N))
 
     def metric(self, shrinkage: float) -> Tensor:
-        """[D, D]: the correlation matrix, shrunk towards the identity."""
+        """The correlation matrix [D, D], shrunk towards the identity."""
         return (1 - shrinkage) * self.correlation_DD + shrinkage * torch.eye(len(self.mean_D))

@@ -191,7 +191,7 @@ def _load_classifier(folder: str) -> tuple[Any, Any]:
 
 
 def _label_column(config: Any, label: str) -> int | None:
-    """None for a model with a single output."""
+    """The column of the logits that a label names, or None for a model with a single output. Raises RewardError."""
     names = {str(name): index for index, name in config.id2label.items()}
     if config.num_labels == 1 and label in ("", "0", *names):
         return None

@@ -43,7 +43,7 @@ class Rollout:
     response: str
     token_ids: tuple[int, ...]
     is_finished: bool
-    """Ended by itself, not by the token limit."""
+    """Whether it ended by itself, not by the token limit."""
     states_TD: Tensor
     logp_grads_TD: Tensor
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
@@ -76,7 +76,7 @@ class RolloutSource(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class RolloutShard:
-    """Response i has the tokens and states offsets[i]..offsets[i+1]."""
+    """One shard in memory: response i has the tokens and states offsets[i]..offsets[i+1]."""
 
     rows: list[dict[str, Any]]
     """prompt_id, sample, response, is_finished of each response."""
@@ -96,7 +96,7 @@ class RolloutSet:
         return self.manifest["base_model"]
 
     def shards(self) -> Iterator[RolloutShard]:
-        """One after the other, each read when it is its turn. Raises RolloutError where one is damaged."""
+        """Read the shards, each when it is its turn. Raises RolloutError where one is damaged."""
         for index in range(self.manifest["num_shards"]):
             yield _read_shard(self.folder, index)
 
@@ -144,7 +144,7 @@ def collect_rollouts(
 
 
 def open_rollouts(folder: Path) -> RolloutSet:
-    """A run that is complete. Raises RolloutError."""
+    """Open a run that is complete. Raises RolloutError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -231,7 +231,10 @@ def _read_shard(folder: Path, index: int) -> RolloutShard:
 
 
 def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:
-    """In the prompts' order. Raises RolloutError unless each sample of each prompt is there once, a state a token."""
+    """The rollouts in the prompts' order.
+
+    Raises RolloutError unless each sample of each prompt is there once, with a state for each token.
+    """
     by_key = {(rollout.prompt_id, rollout.sample): rollout for rollout in rollouts}
     wanted = [(prompt.id, sample) for prompt in block for sample in range(settings.num_samples)]
     if len(by_key) != len(rollouts) or by_key.keys() != set(wanted):

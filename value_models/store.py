@@ -83,7 +83,7 @@ class _GainReport(BaseModel):
 
 
 def _earned(fields: dict[str, Any]) -> float | None:
-    """`HeadCard.earned` of a card's other fields. An imported head's card tells nothing of gains."""
+    """Work out `HeadCard.earned` from a card's other fields. An imported head's card tells nothing of gains."""
     validation, data = fields["validation"], fields["data"]
     report = {"ascent_gain": validation.get("ascent_gain"), **{key: data.get(key) for key in ("tokens", "responses")}}
     try:
@@ -113,7 +113,7 @@ class HeadCard(_Frozen):
     validation: dict[str, Any]
     """Figures on validation prompts, which training used to stop."""
     evaluation: dict[str, Any] | None = None
-    """By test set, figures on held-out prompts of every method; written by `recontrol eval`."""
+    """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
     """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --study stress`."""
     cost: dict[str, Any] | None = None
@@ -121,7 +121,7 @@ class HeadCard(_Frozen):
     command: str
     """What made this head."""
     tensors_sha256: str = ""
-    """Of the file beside the card; written with it."""
+    """The digest of the file beside the card, written with it."""
 
     earned: float | None = Field(default_factory=_earned, exclude=True)
     """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
@@ -143,12 +143,12 @@ def shipped_heads_folder(model_name: str) -> Path:
 
 
 def _short(model_name: str) -> str:
-    """A hub's id and a folder's path end in the model's name."""
+    """The model's name without what a hub's id or a folder's path puts before it."""
     return model_name.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
 def tensors_digest(head: ValueHead) -> str:
-    """Of what a head computes, wherever it came from."""
+    """A digest of what a head computes, wherever it came from."""
     digest = hashlib.sha256(head.type_name.encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode())
@@ -182,7 +182,7 @@ def save_card(folder: Path, card: HeadCard) -> None:
 
 
 def load_card(folder: Path) -> HeadCard:
-    """Raises HeadFileError."""
+    """Read a head's card. Raises HeadFileError."""
     path = folder / CARD_FILE
     try:
         return parse_card(path.read_bytes(), str(path))
@@ -191,7 +191,7 @@ def load_card(folder: Path) -> HeadCard:
 
 
 def parse_card(data: bytes, where: str) -> HeadCard:
-    """A card's file; `where` it lies goes into messages. Raises HeadFileError."""
+    """Parse a card's file; `where` it lies goes into messages. Raises HeadFileError."""
     try:
         return HeadCard.model_validate_json(data)
     except ValidationError as error:
@@ -201,7 +201,10 @@ def parse_card(data: bytes, where: str) -> HeadCard:
 
 
 def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:
-    """Raises HeadFileError when a file is missing, or the tensors are not what the card says."""
+    """Read a head and its card.
+
+    Raises HeadFileError when a file is missing, or when the tensors are not what the card says.
+    """
     card = load_card(folder)
     path = folder / HEAD_FILE
     try:
@@ -213,7 +216,10 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
 
 
 def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.device | str = "cpu") -> ValueHead:
-    """A file of tensors, which must be the card's own; `where` it lies goes into messages. Raises HeadFileError."""
+    """Make a head of a file of tensors, which must be the card's own; `where` it lies goes into messages.
+
+    Raises HeadFileError.
+    """
     if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
         raise HeadFileError(f"{where} is not the file that its card was written for (tensors_sha256 differs)")
     try:

@@ -80,7 +80,7 @@ class ValidationFigures:
     """What a head does on validation prompts; a card keeps it as `HeadCard.validation`."""
 
     ascent_gain: float
-    """As `ascent_gain` in value_models/ascent.py has it."""
+    """What small edits earn for what they cost; see `ascent_gain` in value_models/ascent.py."""
     r2: dict[str, float]
     """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
     num_train_tokens: int
@@ -94,7 +94,7 @@ class TrainedHead:
 
 
 def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
-    """Fit one head. Deterministic for a seed on one machine.
+    """Fit one head. The result is deterministic for a seed on one machine.
 
     Raises TrainingDataError when a split is empty, or when the rewards are all the same.
     """

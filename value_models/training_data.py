@@ -34,7 +34,7 @@ class TrainingData:
     manifest: dict[str, Any]
 
     def is_in(self, split: str) -> Tensor:
-        """[B] bool: whether a response is in a split. Raises TrainingDataError when none is."""
+        """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""
         is_in_B = torch.tensor([name == split for name in self.split])
         if not is_in_B.any():
             raise TrainingDataError(f"prompts: none is in the {split} split; it is chosen by the id, so add prompts")
@@ -45,16 +45,16 @@ class TrainingData:
         return self.is_in(split)[self.response_of_tokens()].nonzero()[:, 0]
 
     def response_of_tokens(self) -> Tensor:
-        """[N]: the response each token belongs to."""
+        """The response that each token belongs to, [N]."""
         lengths = self.offsets[1:] - self.offsets[:-1]
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def position_of_tokens(self) -> Tensor:
-        """[N]: each token's place in its response."""
+        """Each token's place in its response, [N]."""
         return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
 
     def lambda_returns(self, reward_B: Tensor, values_N: Tensor, *, trace: float) -> Tensor:
-        """`targets.lambda_returns` [N] of each response's terminal reward and its tokens' values."""
+        """The lambda-returns [N] of each response's terminal reward and its tokens' values; see targets.py."""
         response_N, position_N = self.response_of_tokens(), self.position_of_tokens()
         shape = (len(reward_B), int(position_N.max()) + 1)
         mask_BT = torch.zeros(shape, dtype=torch.bool)

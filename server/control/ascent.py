@@ -32,17 +32,17 @@ class Ascent:
     group: EditGroup
     units_RU: Tensor
     coefficients_RU: Tensor
-    """What the ascent rows were taken times."""
+    """The factors that the ascent rows were multiplied by."""
     climb_RU: Tensor
-    """Change of the units."""
+    """How the units change with them."""
     share_R: Tensor
-    """How much of the ascent the cap on the shift left."""
+    """The share of the ascent that the cap on the shift left."""
     shift_RD: Tensor
     shift_ratio_R: Tensor
     is_capped_R: Tensor
     is_nonfinite_R: Tensor
     is_gate_open_R: Tensor | None
-    """None where no row has a gate."""
+    """It is None where no row has a gate."""
 
 
 def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
@@ -74,7 +74,7 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
 
 
 def _share(ratio_R: Tensor, units_RU: Tensor, group: EditGroup) -> tuple[Tensor, Tensor]:
-    """What the cap on the shift leaves of an ascent, nothing where it is not finite; and where that is."""
+    """The share [R] of each ascent that the cap on the shift leaves, 0 where it is not finite, and where that is so."""
     is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
     cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
     return torch.where(is_nonfinite_R, 0.0, cap_R), is_nonfinite_R

@@ -206,7 +206,7 @@ def _rows_of(stack: HeadStack) -> Tensor:
 
 
 def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made]) -> Made:
-    """What was made for a key before, or is made now; the oldest goes when there are too many."""
+    """Return what was made for a key before, or make it now; the oldest goes when there are too many."""
     if key not in kept:
         if len(kept) >= at_most:
             del kept[next(iter(kept))]
@@ -237,7 +237,7 @@ def _stats(edit: _Edit) -> GroupStats:
 
 
 def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:
-    """Of all that holds a row, what comes first in HeldBy."""
+    """What holds each row [R], as a place in HELD_BY; where several things do, the one that comes first there."""
     group, ascent = edit.ascent.group, edit.ascent
     max_kl_R = HELD_BY.index(HeldBy.MAX_KL) if group.kl_held_R is None else group.kl_held_R
     held_by_R = torch.where(edit.scale_R < 1.0, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)

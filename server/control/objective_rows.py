@@ -48,13 +48,16 @@ class ObjectiveRows:
 
     @property
     def look_ahead(self) -> bool:
-        """Whether any kind is asked at rewards to be expected instead of values."""
+        """Whether an objective of any kind here is evaluated at expected rewards instead of at values."""
         return any(kind.looks_ahead for kind, _, _ in self.parts)
 
     def step_weights(
         self, values_RK: Tensor, effects_RKK: Tensor, size_R: Tensor, ahead: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """`ahead`, where it is known: the rewards to be expected [R, K], and how ascents change those [R, K, K]."""
+        """How much of each head's ascent [R, K] the next step takes.
+
+        `ahead`, where it is known, holds the expected rewards [R, K] and how ascents change those [R, K, K].
+        """
         weights_RK = torch.empty_like(values_RK)
         for kind, rows, terms in self.parts:
             now = ahead if ahead is not None and kind.looks_ahead else (values_RK, effects_RKK)
@@ -68,8 +71,8 @@ class ObjectiveRows:
         return low_RK, high_RK
 
     def levels_held(self, values_RK: Tensor, is_outside_R: Tensor | None, tolerance: float) -> Tensor:
-        """For rows with a value at its level, or outside of the bounds by their whole edit, the place in HELD_BY of
-        what set those; 0 for the others."""
+        """What holds each row [R], as a place in HELD_BY: the kind of objective whose level one of its values has
+        reached, or whose bounds its whole edit would leave; 0 where neither is so."""
         held_R = torch.zeros(values_RK.shape[0], dtype=torch.long, device=values_RK.device)
         for kind, rows, terms in self.parts:
             is_at_RK = terms.has_level_K & ((values_RK[rows] - terms.levels_RK).abs() <= tolerance)

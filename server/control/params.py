@@ -27,7 +27,7 @@ MAX_CANDIDATES = 32
 MAX_BLOCK_TOKENS = 4096
 
 TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
-"""Nats a token."""
+"""How much divergence is allowed, in nats a token."""
 
 
 class Blocks(BaseModel):
@@ -93,7 +93,7 @@ class ControlParams(BaseModel):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """In a fixed order."""
+        """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
 
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
@@ -102,7 +102,7 @@ class ControlParams(BaseModel):
 
     @classmethod
     def from_json(cls, text: str, setting: str) -> ControlParams:
-        """What a user's setting of this name holds, as in a request. Raises ConfigurationError, which names it."""
+        """Parse the JSON of a user's setting, as in a request. Raises ConfigurationError, which names the setting."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -120,7 +120,7 @@ class ControlParams(BaseModel):
     ) -> ControlParams:
         """Control as first published, any size of step and no bound: for evaluation, which shows how it collapses.
 
-        Unchecked on purpose; a request cannot ask for it.
+        It is unchecked on purpose; a request cannot ask for it.
         """
         return cls.model_construct(
             objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf

@@ -36,7 +36,7 @@ class GateRows:
     was_open_R: Tensor
 
     def is_open(self, rewards_RK: Tensor) -> Tensor:
-        """At values before the edit, in reward units."""
+        """Whether each gate [R] is open, given the values [R, K] before the edit, in reward units."""
         beyond_R = self.side_R * (rewards_RK.gather(1, self.head_R[:, None])[:, 0] - self.level_R)
         return ~self.is_gated_R | (beyond_R < 0) | (self.was_open_R & (beyond_R < self.hysteresis_R))
 
@@ -54,11 +54,11 @@ class EditGroup:
     rows: tuple[int, ...]
     rows_R: Tensor
     controls: tuple[ControlParams, ...]
-    """Of the held rows."""
+    """There is one for each held row."""
     weights_RK: Tensor
     """d objective / d standardised value of weighted sums; zero for other objectives."""
     objectives: ObjectiveRows | None
-    """None when all are weighted sums, whose slope is constant."""
+    """It is None when all are weighted sums, whose slope is constant."""
     step_size_R: Tensor
     steps_R: Tensor
     max_steps: int
@@ -69,12 +69,12 @@ class EditGroup:
     """Whether something of a row changes from token to token."""
     gates: GateRows | None = None
     held_R: Tensor | None = None
-    """What holds a row before its values are known, as a place in HELD_BY, 0 for nothing."""
+    """The place in HELD_BY of what holds a row before its values are known, 0 for nothing."""
     kl_held_R: Tensor | None = None
-    """Which budget `max_kl_R` is, likewise; None when each is the token's own."""
+    """The place in HELD_BY of the budget that `max_kl_R` is; None when each is the token's own."""
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
-        """The group with what the rows' states make of it."""
+        """The group for the token that comes next, given the rows' states."""
         device, held = self.rows_R.device, self.rows * (len(self.controls) // len(self.rows))
         pairs = [(control, state_of(row)) for control, row in zip(self.controls, held, strict=True)]
         strengths, reasons = zip(*(_strength(control, state.num_tokens) for control, state in pairs), strict=True)
@@ -98,7 +98,10 @@ class EditPlan:
     def from_rows(
         cls, rows: Sequence[ControlParams | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
     ) -> EditPlan:
-        """One entry for each row of the step; None leaves the row alone. Raises UnknownHeadError."""
+        """Plan a step: one entry of `rows` for each of its rows, None for one that is left alone.
+
+        Raises UnknownHeadError.
+        """
         device = torch.device(device)
         members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
         for index, control in enumerate(rows):
@@ -110,7 +113,7 @@ class EditPlan:
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
-        """The plan for the token that comes next, given the states of the step's rows; asks for those it needs."""
+        """The plan for the token that comes next; `state_of` is asked for the states of those rows that need one."""
         if not any(group.is_paced for group in self.groups):
             return self
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
@@ -121,7 +124,7 @@ def _is_paced(control: ControlParams) -> bool:
 
 
 def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
-    """What the ascent rows are taken times, where neither state nor token changes it."""
+    """What the ascent rows are multiplied by, where neither state nor token changes it."""
     if not isinstance(control.objective, WeightedSum) or _is_paced(control):
         return None
     steps, size = _steps(stack, control)

@@ -37,7 +37,7 @@ _LEAST_LENGTH = 1e-9
 
 @dataclass(slots=True, frozen=True, eq=False)
 class HeadStack:
-    """K heads as one; equal to itself alone.
+    """K heads seen as one. A stack is equal to itself alone.
 
     Shapes: U units of all heads together; `spans` are each head's units in that order.
     """
@@ -48,13 +48,13 @@ class HeadStack:
     inputs_UD: Tensor
     input_bias_U: Tensor
     inputs: FrozenLinear
-    """h [R, D] -> z [R, U], by the two above."""
+    """It maps h [R, D] to z [R, U] by the two above."""
     gram: FrozenLinear
-    """c [R, U] -> change of z [R, U] by a step of size one."""
+    """It maps c [R, U] to the change of z [R, U] by a step of size one."""
     ascent: FrozenLinear
-    """c [R, U] -> change of h [R, D] by a step of size one."""
+    """It maps c [R, U] to the change of h [R, D] by a step of size one."""
     ascent_gram: FrozenLinear
-    """c [R, U] -> inner products [R, U] of such a step with the ascent rows."""
+    """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
     earned_K: Tensor | None
@@ -115,7 +115,7 @@ class HeadRegistry:
         cards: Mapping[str, HeadCard] | None = None,
         warnings: Mapping[str, str] | None = None,
     ) -> None:
-        """`warnings` are of the heads that were made for another model, as `base_warning` has them."""
+        """`warnings` holds those of heads that were made for another model, as `base_warning` words them."""
         self._heads = dict(sorted(heads.items()))
         self._cards = dict(cards or {})
         self._warnings = dict(warnings or {})
@@ -178,7 +178,7 @@ class HeadRegistry:
         return dict(self._cards)
 
     def warnings(self) -> dict[str, str]:
-        """By name, of the heads that were made for another model."""
+        """The warnings, by name, about heads that were made for another model."""
         return dict(self._warnings)
 
     def with_head(self, name: str, head: ValueHead) -> HeadRegistry:
@@ -186,12 +186,12 @@ class HeadRegistry:
         return HeadRegistry({**self._heads, name: head}, self._cards, self._warnings)
 
     def head(self, name: str) -> ValueHead:
-        """Raises UnknownHeadError."""
+        """The head of that name. Raises UnknownHeadError."""
         self.check([name])
         return self._heads[name]
 
     def check(self, names: Sequence[str], *, param: str = "control.objective.weights") -> None:
-        """Raises UnknownHeadError, which names the field and lists the heads that exist."""
+        """Refuse names that there is no head of. Raises UnknownHeadError, which names the field and lists the heads."""
         for name in names:
             if name not in self._heads:
                 raise UnknownHeadError(name, self._heads, param=param)
@@ -207,7 +207,7 @@ class HeadRegistry:
         return self._stacks[names]
 
     def earned(self, names: Sequence[str]) -> list[float] | None:
-        """`HeadCard.earned` of each head; None unless all cards tell."""
+        """What each head's ascent adds to a response (`HeadCard.earned`); None unless all cards tell."""
         figures = [self._cards[name].earned if name in self._cards else None for name in names]
         known = [figure for figure in figures if figure is not None]
         return known if len(known) == len(figures) else None

@@ -73,7 +73,8 @@ class SharedRows:
         self._limit_R = torch.cat([group.max_kl_R[:count] for group, count in held]) - ROUNDING_NATS
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
-        """By identity: a plan keeps its groups while nothing changes."""
+        """Whether it was made for these groups. They are compared by identity: a plan keeps its groups while nothing
+        changes."""
         if (len(groups), num_rows) != (len(self._groups), self._num_rows):
             return False
         return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
