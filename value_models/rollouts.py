@@ -146,10 +146,11 @@ def collect_rollouts(
 def open_rollouts(folder: Path) -> RolloutSet:
     """Open a run that is complete. Raises RolloutError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        read: object = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
-    version = cast("dict[str, Any]", manifest).get("format") if isinstance(manifest, dict) else None
+    manifest = cast("dict[str, Any]", read) if isinstance(read, dict) else {}
+    version = manifest.get("format")
     if version != _FORMAT:
         raise RolloutError(f"{folder} has format {version}, this version reads {_FORMAT}; sample them anew")
     missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
