@@ -17,12 +17,12 @@ from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
+from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import Engine
 from server.errors import ConfigurationError
 from server.settings import Settings
 from server.telemetry import Telemetry
-from server.types import ControlParams
 from server.watch import HeadWatch
 
 if TYPE_CHECKING:

@@ -5,19 +5,14 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
-from server.control.search import Blocks
+from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy
-from server.errors import ConfigurationError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
@@ -28,15 +23,10 @@ MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_CHOICES = 128
-
-# Ranges within which no setting collapses the text; `recontrol eval --study stress` measures the corners (README).
-MAX_STEP_SIZE = 10.0
-MAX_STEPS = 100
-MAX_KL_NATS = 0.5
-MAX_SHIFT_RATIO = 2.0
-MAX_RESPONSE_KL_NATS = 10_000.0
-
-
+MaxTokens = Annotated[int, Field(ge=0)]
+Temperature = Annotated[FiniteFloat, Field(ge=0.0, le=2.0)]
+TopP = Annotated[FiniteFloat, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Bias = Annotated[FiniteFloat, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 Penalty = Annotated[FiniteFloat, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)]
@@ -44,7 +34,7 @@ RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1 / MAX_REPETITION_PENALTY, 
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """End-of-sequence token or a stop string."""
+    """An end-of-sequence token or a stop string ended the text."""
     LENGTH = "length"
     GUARDRAIL = "guardrail"
     """A head's value after control fell below its bound in `ControlParams.stop_below`."""
@@ -57,114 +47,31 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: Annotated[int, Field(ge=0)] = 16
-    temperature: Annotated[FiniteFloat, Field(ge=0.0, le=2.0)] = 1.0
-    top_p: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: MaxTokens = 16
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps every token."""
+    """Only so many most likely tokens are drawn from; 0 keeps every token."""
     min_p: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability, as a share of the most likely token's; 0 keeps every token."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: Annotated[tuple[str, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """End the text where one is drawn, as end-of-sequence does; its own text is left out."""
     ignore_eos: bool = False
     """Go on after end-of-sequence; `stop` and `stop_token_ids` still end the text."""
     logit_bias: Annotated[dict[int, Bias], Field(max_length=MAX_LOGIT_BIAS_TOKENS)] = {}
-    """Token id -> added to its logit, before the penalties."""
+    """What is added to a token's logit, by token id, before the penalties."""
     presence_penalty: Penalty = 0.0
-    """Taken from the logit of each token that the output holds."""
+    """It is taken from the logit of each token that the output holds."""
     frequency_penalty: Penalty = 0.0
-    """Taken from the logit of a token for each time that the output holds it."""
+    """It is taken from the logit of a token for each time that the output holds it."""
     repetition_penalty: RepetitionPenalty = 1.0
-    """Divides the logits (multiplies those below 0) of each token that prompt or output hold."""
+    """It divides the logits (multiplies those below 0) of each token that prompt or output hold."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False
     """Also report the prompt's own tokens (used by `echo`), always without control."""
-
-
-class ControlParams(BaseModel):
-    """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
-
-    An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
-    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
-    when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    objective: Objective
-    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.12
-    """Length of an ascent step."""
-    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
-    """Ascent steps a token."""
-    max_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)] = 0.3
-    """Nats a token: KL(controlled || base) at temperature 1, before sampling filters."""
-    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
-    """Length of the shift over the length of the hidden state."""
-    max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
-    """Nats a response: the sum of its tokens' KL."""
-    gate: Gate | None = None
-    window: Window | None = None
-    schedule: Schedule | None = None
-    stop_below: Levels | None = None
-    """End the response at the token whose state, after control, has a value below its head's bound."""
-    search: Blocks | None = None
-    """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
-    trace: bool = False
-    """Report what control did to each token, beside the summary of each choice."""
-
-    @model_validator(mode="after")
-    def _names_few_heads(self) -> ControlParams:
-        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
-            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
-        return self
-
-    @property
-    def named_heads(self) -> dict[str, str]:
-        """Every head that is named, with the field that names it."""
-        heads = {name: f"control.objective.{field}" for name, field in self.objective.named_heads.items()}
-        if self.gate is not None:
-            heads.setdefault(self.gate.head, "control.gate.head")
-        for name in self.stop_below or ():
-            heads.setdefault(name, "control.stop_below")
-        return heads
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        """In a fixed order."""
-        return tuple(sorted(self.named_heads))
-
-    def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
-        """Whether a head's value is below its bound, or is no number."""
-        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
-
-    @classmethod
-    def from_json(cls, text: str, setting: str) -> ControlParams:
-        """What a user's setting of this name holds, as in a request. Raises ConfigurationError, which names it."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            problems = (": ".join([".".join(map(str, e["loc"])), e["msg"]]).removeprefix(": ") for e in error.errors())
-            raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
-
-    @classmethod
-    def for_head(cls, name: str, *, weight: float = 1.0, **fields: Any) -> ControlParams:
-        """One head's ascent, by default as behind the model id `base@name`; `fields` are others of the request's."""
-        return cls(objective=WeightedSum(weights={name: weight}), **fields)
-
-    @classmethod
-    def without_limits(
-        cls, objective: Objective, *, step_size: float, steps: int, max_kl: float = math.inf
-    ) -> ControlParams:
-        """Control as first published, any size of step and no bound: for evaluation, which shows how it collapses.
-
-        Unchecked on purpose; a request cannot ask for it.
-        """
-        return cls.model_construct(
-            objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
-        )
 
 
 @dataclass(slots=True, frozen=True)
@@ -177,7 +84,7 @@ class ScoringParams:
 
     heads: tuple[str, ...]
     per_token: bool = False
-    """Of every position as well, not of the last alone."""
+    """Report the values at every position as well, not at the last alone."""
     hidden_state: bool = False
     """Report the last position's state itself."""
 
@@ -200,7 +107,7 @@ class GenerationRequest:
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
     scoring: ScoringParams | None = None
-    """With it there is one choice, without control, and `max_tokens` is 0."""
+    """With this there is one choice, without control, and `max_tokens` is 0."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -224,7 +131,7 @@ class GenerationRequest:
 
     @property
     def sequences_param(self) -> str:
-        """The field that says how many."""
+        """The field that says how many sequences there are."""
         if self.best_of is not None:
             return "best_of"
         return "n" if self.search is None else "control.search.candidates"
@@ -232,8 +139,10 @@ class GenerationRequest:
 
 @dataclass(slots=True, frozen=True)
 class TokenLogprob:
-    """`logprob` in nats after control, at temperature 1, before bias, penalties, mask and filters; `top` holds
-    (id, text, logprob)."""
+    """A token's log-probability in nats, after control, at temperature 1, before bias, penalties, mask and filters.
+
+    `top` holds (id, text, logprob) of the most likely tokens.
+    """
 
     token_id: int
     text: str
@@ -280,7 +189,7 @@ class PromptValues:
 
     values: dict[str, float]
     token_values: dict[str, tuple[float, ...]] | None = None
-    """By head, of the state at each token of the prompt; the last is that of `values`."""
+    """The values of the states at each token of the prompt, by head; the last is that of `values`."""
     hidden_state: bytes | None = None
     """The last state after the final norm, [D] little-endian float32; finite."""
 
@@ -301,11 +210,11 @@ class GenerationChunk:
     edit: TokenEdit | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     prompt_values: PromptValues | None = None
-    """With the last chunk of a request that has `scoring` and ended well."""
+    """It comes with the last chunk of a request that has `scoring` and ended well."""
     finish_reason: FinishReason | None = None
     control: ControlSummary | None = None
     error: str | None = None
-    """Set with FinishReason.ERROR: a sentence for the user, without inner details."""
+    """A sentence for the user, without inner details; it comes with FinishReason.ERROR."""
     num_drawn: int = 0
     """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, what was paid."""
 

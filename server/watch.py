@@ -15,8 +15,8 @@ from typing import Any
 from server.engines.base import Engine
 from server.errors import RecontrolError
 from server.telemetry import Telemetry
+from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, open_heads
-from value_models.store import HeadFileError
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,11 +24,14 @@ from transformers import (
     Qwen2Config,
 )
 
+from server.control.ascent import ascend
+from server.control.editor import GroupStats
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.sequence import Sequence
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
@@ -135,6 +139,23 @@ def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int 
         reward_mean=0.3,
         reward_scale=2.0,
     )
+
+
+def plain_gradient(head: ValueHead, hidden_BD: Tensor) -> Tensor:
+    """Of the value by the state, [B, D] in reward units: what a head's closed-form slopes come to."""
+    _, slope_BU = head.readout(head.units(hidden_BD))
+    return slope_BU @ head.folded_inputs()[0] * head.reward_scale
+
+
+def edited_states(hidden_BD: Tensor, stats: list[GroupStats]) -> Tensor:
+    """The states whose logits an editor gave: each row's ascent, as far as the editor reports that it went."""
+    edited_BD = hidden_BD.clone()
+    for group_stats in stats:
+        ascent, rows = ascend(hidden_BD, group_stats.group), list(group_stats.group.rows)
+        whole_R = ascent.shift_ratio_R[: len(rows)]
+        share_R = torch.where(whole_R > 0, group_stats.shift_ratio_R[: len(rows)] / whole_R, 0.0)
+        edited_BD[rows] += share_R[:, None] * ascent.shift_RD[: len(rows)]
+    return edited_BD
 
 
 def on_device(head: ValueHead, device: str) -> ValueHead:

@@ -11,15 +11,16 @@ import torch
 
 from server.cli.arms import ArmFactory, blockwise
 from server.control.objectives import WorstCase
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from server.types import ControlParams
 from tests.conftest import card_of, random_head
 from value_models.evaluation import Arm
 from value_models.heads import ValueHead
-from value_models.rollouts import RolloutPrompt, RolloutSettings
+from value_models.prompt_sets import RolloutPrompt
+from value_models.rollouts import RolloutSettings
 
 PROMPTS = [RolloutPrompt(id=f"p{i}", format="text", prompt="ab" * (i + 1)) for i in range(4)]
 SAMPLING = RolloutSettings(max_tokens=6, top_p=1.0)

@@ -19,12 +19,11 @@ from server.cli.report import SECTIONS, transcript
 from server.cli.strengths import Method
 from server.control.ascent import ascend
 from server.control.objectives import WeightedSum
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.types import ControlParams
-from value_models.prompt_sets import PROMPT_SETS
-from value_models.rollouts import load_prompts
+from value_models.prompt_sets import PROMPT_SETS, load_prompts
 
 
 @pytest.fixture(scope="module")

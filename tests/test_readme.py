@@ -15,15 +15,9 @@ from server.cli.objectives import OBJECTIVES_FILE
 from server.cli.objectives_report import objectives_tables
 from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.control.objectives import BaseObjective
+from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from server.engines.fake import FakeEngine
 from server.settings import DEFAULT_MODEL, Settings
-from server.types import (
-    MAX_KL_NATS,
-    MAX_SHIFT_RATIO,
-    MAX_STEP_SIZE,
-    MAX_STEPS,
-    ControlParams,
-)
 from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from server.control.params import MAX_KL_NATS
 from server.settings import DEFAULT_MODEL
-from server.types import MAX_KL_NATS
 from value_models.store import CARD_FILE, HEAD_FILE, MAP_FILE, HeadCard, load_card, load_head, shipped_heads_folder
 
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)

@@ -10,8 +10,8 @@ import pytest
 
 from server.cli.evaluate import Eval
 from server.cli.strengths import RIVALS, Method, StrengthSearch
+from server.control.params import MAX_STEP_SIZE, ControlParams
 from server.engines.embedded.controlled_decoding import ControlledDecoding
-from server.types import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from value_models.heads import UNIT_COST_NATS, ValueHead
+from value_models.linalg import solve, vecdot
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.training_data import TrainingData
 
@@ -64,21 +65,21 @@ def natural_direction(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor,
     """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad], over the given tokens."""
     size = data.states_ND.shape[1]
     fisher_DD, gain_D = torch.zeros(size, size), torch.zeros(size)
-    for chunk in tokens_N.split(CHUNK_TOKENS):
+    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
         grads = data.logp_grads_ND[chunk].float()
         fisher_DD += grads.T @ grads
         gain_D += advantage_N[chunk] @ grads
     damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(size)
-    return torch.linalg.solve(damped_DD, gain_D)
+    return solve(damped_DD, gain_D)
 
 
 def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
     """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a training token on average."""
     total_nats, tokens_N = 0.0, data.tokens_of("train")
-    for chunk in tokens_N.split(CHUNK_TOKENS):
+    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
         shift_D = slope_U @ head.folded_ascent()
-        change = torch.linalg.vecdot(shift_D, data.logp_grads_ND[chunk].float())
+        change = vecdot(shift_D, data.logp_grads_ND[chunk].float())
         total_nats += 0.5 * float(change.square().sum())
     cost_nats = max(total_nats / len(tokens_N), _MIN_COST_NATS)
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
@@ -93,14 +94,14 @@ def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_
     """
     earned, paid = 0.0, 0.0
     advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(head, data)
-    for chunk in tokens_N.split(CHUNK_TOKENS):
+    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
-        change = torch.linalg.vecdot(slope_U @ head.folded_ascent(), data.logp_grads_ND[chunk].float())
+        change = vecdot(slope_U @ head.folded_ascent(), data.logp_grads_ND[chunk].float())
         earned += float(advantage_N[chunk] @ change)
         paid += 0.5 * float(change.square().sum())
     return earned / len(tokens_N) / max(paid / len(tokens_N), _MIN_COST_NATS) ** 0.5
 
 
 def _standardised_values(head: ValueHead, data: TrainingData) -> Tensor:
-    """[N], in standard deviations of the training reward."""
-    return torch.cat([head.readout(head.units(states))[0] for states in data.states_ND.split(CHUNK_TOKENS)])
+    """Each token's value [N], in standard deviations of the training reward."""
+    return torch.cat([head.readout(head.units(states))[0] for states in torch.split(data.states_ND, CHUNK_TOKENS)])

@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from value_models.ascent import calibrated
+from value_models.errors import TrainingDataError
+from value_models.files import write_bytes
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
+from value_models.linalg import vector_norm
 from value_models.rollouts import open_rollouts
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, TrainingDataError, load_training_data
-from value_models.whole_files import write_whole
+from value_models.training_data import TrainingData, load_training_data
 
 # Part of what makes a baseline: raise it when the way they are fitted changes.
 _VERSION = 1
@@ -58,8 +60,8 @@ def load_baselines(
         data = load_training_data(rollouts, reward_name, prompt_texts)
         for name in (name for name in names if not paths[name].exists()):
             tensors = _BASELINES[name][1](data).state_dict()
-            write_whole(paths[name], lambda scratch, tensors=tensors: save_file(tensors, scratch))
-    return {name: head_from_tensors(_BASELINES[name][0], load_file(path)) for name, path in paths.items()}
+            write_bytes(paths[name], save(tensors))
+    return {name: head_from_tensors(_BASELINES[name][0], load(path.read_bytes())) for name, path in paths.items()}
 
 
 def re_control_head(data: TrainingData) -> ValueHead:
@@ -87,7 +89,7 @@ def static_vector_head(data: TrainingData) -> ValueHead:
     head = LinearHead(
         mean_D=data.states_ND[is_high_N | is_low_N].float().mean(0),
         scale_D=torch.ones_like(difference_D),
-        inputs_UD=(difference_D / difference_D.norm())[None],
+        inputs_UD=(difference_D / vector_norm(difference_D))[None],
         input_bias_U=torch.zeros(1),
         ascent_UD=difference_D[None],
     )

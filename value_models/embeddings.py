@@ -6,15 +6,17 @@ Enter at `cosine` and `static_cosine`.
 Shapes: M texts, E size of an embedding, N tokens of all texts one after the other, V vocabulary.
 """
 
+# transformers leaves types out of `from_pretrained`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
@@ -44,8 +46,8 @@ def embed(texts: Sequence[str]) -> Tensor:
 def static_embed(texts: Sequence[str]) -> Tensor:
     """Means of WordLlama's token vectors, of length one; word order does not matter. Zero for a text without tokens.
 
-    From the package's files alone: importing it reconfigures the root logger, and its loader does not find its own
-    tokenizer and downloads another. Returns [M, E] float32. Raises MissingPackageError.
+    The package's files are read without importing it: that would reconfigure the root logger, and its loader does not
+    find its own tokenizer and downloads another. Returns [M, E] float32. Raises MissingPackageError.
     """
     tokenizer, vectors_VE = _token_vectors(package_folder("wordllama"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -71,7 +73,7 @@ def static_cosine(prompts: Sequence[str], responses: Sequence[str]) -> list[floa
 def _cosine(embedding: Callable[[Sequence[str]], Tensor], a: Sequence[str], b: Sequence[str]) -> list[float]:
     assert len(a) == len(b)
     both = embedding([*a, *b])
-    return (both[: len(a)] * both[len(a) :]).sum(dim=-1).tolist()
+    return [float(product) for product in (both[: len(a)] * both[len(a) :]).sum(dim=-1).unbind()]
 
 
 @torch.inference_mode()
@@ -84,9 +86,12 @@ def _embed_batch(tokenizer: Any, model: Any, texts: list[str]) -> Tensor:
 
 @functools.cache
 def _encoder(folder: Path) -> tuple[Any, Any]:
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    model: Any = AutoModel.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    model = cast(
+        Any,
+        AutoModel.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        ),
     )
     return tokenizer, model.eval()
 
@@ -94,4 +99,6 @@ def _encoder(folder: Path) -> tuple[Any, Any]:
 @functools.cache
 def _token_vectors(folder: Path) -> tuple[Tokenizer, Tensor]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
-    return tokenizer, load_file(folder / "weights" / "l2_supercat_256.safetensors")["embedding.weight"].float()
+    return tokenizer, load((folder / "weights" / "l2_supercat_256.safetensors").read_bytes())[
+        "embedding.weight"
+    ].float()

@@ -17,8 +17,8 @@ import numpy as np
 
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.metrics import bootstrap_interval, load_metric
+from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
-from value_models.rollouts import RolloutPrompt
 
 TEXT_METRICS = ("diversity", "coherence")
 Comparisons = Mapping[str, Sequence[str]]
@@ -119,7 +119,7 @@ def _best_of(
     if group == 1:
         return samples
     rewards = scoring.reward(_texts(samples, prompts), [sample.response for sample in samples])
-    kept = []
+    kept: list[EvalSample] = []
     for first in range(0, len(samples), group):
         best = max(range(first, first + group), key=lambda i: rewards[i])
         kl = best_of_kl_bound(group) / max(samples[best].num_tokens, 1)

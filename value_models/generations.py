@@ -18,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from value_models.rollouts import RolloutPrompt
-from value_models.whole_files import write_text
+from value_models.files import write_text
+from value_models.prompt_sets import RolloutPrompt
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,9 +40,9 @@ class EvalSample:
     max_kl: float
     is_finished: bool
     wall_s: float = 0.0
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict[str, float])
     """By head, for those that were asked for: the value at the state behind its last token, in reward units."""
-    steered: dict[str, float] = field(default_factory=dict)
+    steered: dict[str, float] = field(default_factory=dict[str, float])
     """By head, for those that control names: the mean value after control of the states that tokens were drawn from."""
 
 

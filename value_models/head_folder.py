@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from value_models.cache import cache_root
+from value_models.errors import HeadFileError
+from value_models.files import cache_root, write_bytes
 from value_models.heads import ValueHead
-from value_models.store import (
-    CARD_FILE,
-    HEAD_FILE,
-    NAME_PATTERN,
-    HeadCard,
-    HeadFileError,
-    head_from_bytes,
-    parse_card,
-)
-from value_models.whole_files import write_bytes
+from value_models.store import CARD_FILE, HEAD_FILE, NAME_PATTERN, HeadCard, head_from_bytes, parse_card
 
 _log = logging.getLogger(__name__)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:_-]*://")
@@ -45,7 +38,7 @@ class HeadFolder(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Those that have a card, in order."""
+        """The names of the heads that have a card, in order."""
 
     def card(self, name: str) -> HeadCard:
         """A head's card; the folder must have the name that the card has."""
@@ -115,19 +108,18 @@ class StoredHeads(HeadFolder):
     """What fsspec reaches by a URL. Credentials and endpoints are its backends' own: environment variables, files."""
 
     def __init__(self, url: str, cache: Path) -> None:
-        """Raises HeadFileError for a kind of store that is not known, or whose package is not installed."""
+        """Open a store. Raises HeadFileError for an unknown kind of store, or one whose package is not installed."""
         super().__init__(url.rstrip("/"))
         self._cache = cache
         try:
-            import fsspec
-
-            filesystem, root = fsspec.core.url_to_fs(url)
+            # Imported so because it has no types, and here because only those who name a URL need it.
+            fsspec_core = importlib.import_module("fsspec.core")
+            filesystem, root = fsspec_core.url_to_fs(url)
         except Exception as error:
             raise HeadFileError(
                 f"{url} cannot be opened: {error} (S3 needs `pip install 'recontrol[object-store]'`, other stores "
                 "their own fsspec package)"
             ) from error
-        # Typed loosely: fsspec has no types.
         self._filesystem: Any = filesystem
         self._root: str = root.rstrip("/")
 
@@ -140,7 +132,7 @@ class StoredHeads(HeadFolder):
         return sorted(path.split("/")[-2] for path in paths)
 
     def _tensors(self, name: str, card: HeadCard) -> bytes:
-        """From the cache, or from the store and into the cache, if they are the card's; else as the store has them."""
+        """Read them from the cache, or from the store, and keep them in the cache if they are the card's."""
         digest = card.tensors_sha256
         if not _DIGEST.fullmatch(digest):
             raise HeadFileError(f"{self.location}/{name}/{CARD_FILE} has no SHA-256 of the tensors")
@@ -168,7 +160,7 @@ class StoredHeads(HeadFolder):
             self._filesystem.pipe_file(f"{self._root}/{name}/{file}", data)
 
     @contextlib.contextmanager
-    def _named_in_errors(self, done: str, where: str) -> Iterator[None]:
+    def _named_in_errors(self, done: str, where: str) -> Generator[None]:
         """Every store has errors of its own, and none may get past those who expect HeadFileError."""
         try:
             yield

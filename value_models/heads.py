@@ -25,16 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from value_models.errors import HeadShapeError
 from value_models.linear import PackedLinear
 
 MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
-"""From a weight [out, in] and a bias to the map, whose result for a row must not depend on other rows."""
+"""It makes a map of a weight [out, in] and a bias. The map's result for a row must not depend on other rows."""
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
-
-
-class HeadShapeError(ValueError):
-    """Tensors that do not make a head of the type they claim."""
 
 
 class ValueHead(nn.Module):
@@ -60,7 +57,7 @@ class ValueHead(nn.Module):
         reward_mean: float = 0.0,
         reward_scale: float = 1.0,
     ) -> None:
-        """`ascent_UD` None is the identity metric. Raises HeadShapeError."""
+        """Take a first layer; `ascent_UD` None is the identity metric. Raises HeadShapeError."""
         super().__init__()
         num_units, hidden_size = inputs_UD.shape
         ascent_UD = inputs_UD.clone() if ascent_UD is None else ascent_UD
@@ -106,12 +103,6 @@ class ValueHead(nn.Module):
     def value(self, hidden_BD: Tensor) -> Tensor:
         """Predicted reward [B], float32, in reward units."""
         return self.reward[0] + self.reward[1] * self.readout(self.units(hidden_BD))[0]
-
-    def value_and_grad(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Value [B] in reward units and its plain gradient by the state, [B, D] in reward units per unit of h."""
-        standardised_B, slope_BU = self.readout(self.units(hidden_BD))
-        grad_BD = (slope_BU @ self.inputs_UD) / self.scale_D * self.reward[1]
-        return self.reward[0] + self.reward[1] * standardised_B, grad_BD
 
     def folded_inputs(self) -> tuple[Tensor, Tensor]:
         """First layer with the normalisation folded in: weights [U, D] and bias [U] with z = W' h + b'."""

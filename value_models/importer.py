@@ -11,22 +11,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
+from value_models.errors import ImportFileError
 from value_models.heads import LinearHead, MLPHead
+from value_models.linalg import vector_norm
 
 # In a control vector of repeng or llama.cpp, "direction." and the layer.
 _DIRECTION = "direction."
 _MAX_LISTED = 8
-
-
-class ImportFileError(ValueError):
-    """The file is neither a value function of the paper's kind nor a vector; the message says what was found."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,7 +71,7 @@ class ImportedVector:
         return LinearHead(
             mean_D=torch.zeros(self.hidden_size),
             scale_D=torch.ones(self.hidden_size),
-            inputs_UD=(self.vector_D / self.vector_D.norm())[None],
+            inputs_UD=(self.vector_D / vector_norm(self.vector_D))[None],
             input_bias_U=torch.zeros(1),
             ascent_UD=scale * self.vector_D[None],
         )
@@ -86,7 +84,7 @@ def import_vector(path: Path, tensor: str | None = None) -> ImportedVector:
     here; those of earlier layers point elsewhere. Raises ImportFileError.
     """
     try:
-        tensors = _gguf_directions(path) if path.suffix == ".gguf" else load_file(path)
+        tensors = _gguf_directions(path) if path.suffix == ".gguf" else load(path.read_bytes())
     except OSError as error:
         raise ImportFileError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:
@@ -118,7 +116,7 @@ def _gguf_directions(path: Path) -> dict[str, Tensor]:
 def import_pth(path: Path) -> ImportedLayers:
     """Read two or three layers, whatever their keys' prefix is. Raises ImportFileError."""
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ImportFileError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:
@@ -127,9 +125,8 @@ def import_pth(path: Path) -> ImportedLayers:
             f"{path} is not a file of plain tensors ({type(error).__name__}); code in a pickle is never run. "
             "Write it with torch.save(model.state_dict(), path)"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    state = _state_dict(loaded)
+    if state is None:
         raise ImportFileError(f"{path} holds no state dict of tensors")
     names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     expected = {f"{name}{suffix}" for name in names for suffix in (".weight", ".bias")}
@@ -139,6 +136,18 @@ def import_pth(path: Path) -> ImportedLayers:
     biases = [state[f"{name}.bias"].float() for name in names]
     _check(path, weights, biases)
     return ImportedLayers(weights, biases)
+
+
+def _state_dict(loaded: object) -> dict[str, Tensor] | None:
+    """Tensors by name, also where they are kept below `state_dict`; None where the file holds something else."""
+    if not isinstance(loaded, dict):
+        return None
+    whole = cast("dict[object, object]", loaded)
+    inner = whole.get("state_dict")
+    state = cast("dict[object, object]", inner) if isinstance(inner, dict) else whole
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+        return None
+    return cast("dict[str, Tensor]", state)
 
 
 def _check(path: Path, weights: list[Tensor], biases: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from value_models.embeddings import cosine, static_cosine
+from value_models.errors import MetricError
 from value_models.packages import library
 
 EvalMetric = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -23,10 +24,6 @@ _HOSTILE = ("aggression", "hate", "kill", "rage", "ridicule", "sexual", "swearin
 _ORDINARY_ZIPF = 5.5
 """Words at least this frequent (about one in 3,000) say little of what a text is about."""
 _WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
-
-
-class MetricError(ValueError):
-    """A metric that is unknown, or that has nothing to measure."""
 
 
 def diversity(text: str) -> float:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from value_models.linalg import solve
+
 CHUNK_TOKENS = 65_536
 _MIN_SCALE = 1e-4
 
@@ -28,7 +30,7 @@ class Moments:
     def of(cls, states_ND: Tensor, tokens_N: Tensor) -> Moments:
         size = states_ND.shape[1]
         total_D, square_DD = torch.zeros(size), torch.zeros(size, size)
-        for chunk in tokens_N.split(CHUNK_TOKENS):
+        for chunk in torch.split(tokens_N, CHUNK_TOKENS):
             states = states_ND[chunk].float()
             total_D += states.sum(0)
             square_DD += states.T @ states
@@ -43,11 +45,11 @@ class Moments:
     def ridge(self, states_ND: Tensor, tokens_N: Tensor, target_N: Tensor, penalty: float) -> Tensor:
         """Coefficients [D] of the target on the normalised states."""
         product_D = torch.zeros_like(self.mean_D)
-        for chunk in tokens_N.split(CHUNK_TOKENS):
+        for chunk in torch.split(tokens_N, CHUNK_TOKENS):
             product_D += self.normalise(states_ND[chunk]).T @ target_N[chunk]
         regularised_DD = self.correlation_DD + penalty * torch.eye(len(product_D))
-        return torch.linalg.solve(regularised_DD, product_D / len(tokens_N))
+        return solve(regularised_DD, product_D / len(tokens_N))
 
     def metric(self, shrinkage: float) -> Tensor:
-        """[D, D]: the correlation matrix, shrunk towards the identity."""
+        """The correlation matrix [D, D], shrunk towards the identity."""
         return (1 - shrinkage) * self.correlation_DD + shrinkage * torch.eye(len(self.mean_D))

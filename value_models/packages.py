@@ -10,14 +10,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from value_models.errors import MissingPackageError
+
 _EXTRA = "recontrol[train]"
-
-
-class MissingPackageError(ValueError):
-    """A package is not installed; the message names the command that installs it."""
-
-    def __init__(self, name: str, to_install: str) -> None:
-        super().__init__(f"needs {name}; run `pip install {to_install}`")
 
 
 def library(name: str) -> Any:

@@ -5,28 +5,28 @@ the user's own callable. Knows nothing of heads or training. Enter at `load_rewa
 put it in REWARDS.
 """
 
+# transformers leaves types out of `from_pretrained`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from value_models.embeddings import cosine
+from value_models.errors import RewardError
 from value_models.packages import library
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 _HF_BATCH = 16
 _HF_MAX_TOKENS = 512
-
-
-class RewardError(ValueError):
-    """An unknown reward, or one that does not return a finite number a response."""
 
 
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -154,12 +154,12 @@ def _hugging_face_reward(source: str) -> Reward:
                 padding=True,
                 return_tensors="pt",
             )
-            logits = model(**batch).logits.float()
+            logits: Tensor = model(**batch).logits.float()
             if column is None:
-                scores += logits[:, 0].tolist()
+                scores += map(float, logits[:, 0].unbind())
             else:
-                log_probs = functional.logsigmoid(logits) if is_multi_label else logits.log_softmax(dim=-1)
-                scores += log_probs[:, column].tolist()
+                log_probs: Tensor = functional.logsigmoid(logits) if is_multi_label else logits.log_softmax(dim=-1)
+                scores += map(float, log_probs[:, column].unbind())
         return scores
 
     return reward
@@ -168,9 +168,12 @@ def _hugging_face_reward(source: str) -> Reward:
 def _load_classifier(folder: str) -> tuple[Any, Any]:
     """Tokenizer and model, able to pad. Raises RewardError, also for a model whose classifier is not in the file."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        loaded = cast(
+            Any,
+            AutoModelForSequenceClassification.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            ),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise RewardError(f"reward: cannot load the classifier {folder!r}: {error}") from error
@@ -188,7 +191,7 @@ def _load_classifier(folder: str) -> tuple[Any, Any]:
 
 
 def _label_column(config: Any, label: str) -> int | None:
-    """None for a model with a single output."""
+    """The column of the logits that a label names, or None for a model with a single output. Raises RewardError."""
     names = {str(name): index for index, name in config.id2label.items()}
     if config.num_labels == 1 and label in ("", "0", *names):
         return None

@@ -19,37 +19,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
 
-from value_models.whole_files import SCRATCH_SUFFIX, write_text, write_whole
+from value_models.errors import RolloutError
+from value_models.files import SCRATCH_SUFFIX, write_text, write_whole
+from value_models.prompt_sets import RolloutPrompt
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
-
-
-class RolloutError(ValueError):
-    """A prompt file or a run's folder that cannot be used; the message says what to do."""
-
-
-class RolloutPrompt(BaseModel):
-    """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
-
-    `reference` is a response that people liked, for win rates; nothing is trained on it. SHP calls it `preferred`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    id: str = Field(min_length=1)
-    format: Literal["chat", "text"] = "chat"
-    kind: str = ""
-    text: str = Field(min_length=1, alias="prompt")
-    reference: str | None = Field(default=None, validation_alias=AliasChoices("reference", "preferred"))
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,7 +43,7 @@ class Rollout:
     response: str
     token_ids: tuple[int, ...]
     is_finished: bool
-    """Ended by itself, not by the token limit."""
+    """Whether it ended by itself, not by the token limit."""
     states_TD: Tensor
     logp_grads_TD: Tensor
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
@@ -70,7 +54,7 @@ class RolloutSettings(BaseModel):
 
     num_samples: int = Field(default=8, ge=1, description="responses for each prompt")
     max_tokens: int = Field(default=64, ge=1, description="new tokens of a response")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
     prompts_per_shard: int = Field(default=32, ge=1)
@@ -92,7 +76,7 @@ class RolloutSource(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class RolloutShard:
-    """Response i has the tokens and states offsets[i]..offsets[i+1]."""
+    """One shard in memory: response i has the tokens and states offsets[i]..offsets[i+1]."""
 
     rows: list[dict[str, Any]]
     """prompt_id, sample, response, is_finished of each response."""
@@ -112,53 +96,9 @@ class RolloutSet:
         return self.manifest["base_model"]
 
     def shards(self) -> Iterator[RolloutShard]:
+        """Read the shards, each when it is its turn. Raises RolloutError where one is damaged."""
         for index in range(self.manifest["num_shards"]):
-            tensors = load_file(_shard(self.folder, index, ".safetensors"))
-            yield RolloutShard(
-                rows=[json.loads(line) for line in _shard(self.folder, index, ".jsonl").read_text().splitlines()],
-                states_ND=tensors["states_ND"],
-                logp_grads_ND=tensors["logp_grads_ND"],
-                token_ids_N=tensors["token_ids_N"],
-                offsets=tensors["offsets"].tolist(),
-            )
-
-
-def load_prompts(path: Path) -> list[RolloutPrompt]:
-    """Read JSON lines of {"id", "prompt", "format"?, "kind"?}. Raises RolloutError with the line's number."""
-    prompts: list[RolloutPrompt] = []
-    seen: set[str] = set()
-    try:
-        # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise RolloutError(f"prompts: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RolloutError(f"prompts: {path} is not UTF-8 ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = RolloutPrompt.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise RolloutError(f"prompts: {path}, line {number}: {where}: {first['msg']}") from error
-        if prompt.id in seen:
-            raise RolloutError(f"prompts: {path}, line {number}: the id {prompt.id!r} occurs twice")
-        seen.add(prompt.id)
-        prompts.append(prompt)
-    if not prompts:
-        raise RolloutError(f"prompts: {path} holds none")
-    return prompts
-
-
-def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:
-    """train, validation or test, by a hash of the id, so that a prompt keeps its side when the file grows."""
-    digest = hashlib.sha256(prompt_id.encode()).digest()
-    at = int.from_bytes(digest[:8], "big") / 2**64
-    if at < test_share:
-        return "test"
-    return "validation" if at < test_share + validation_share else "train"
+            yield _read_shard(self.folder, index)
 
 
 def collect_rollouts(
@@ -204,15 +144,15 @@ def collect_rollouts(
 
 
 def open_rollouts(folder: Path) -> RolloutSet:
-    """A run that is complete. Raises RolloutError."""
+    """Open a run that is complete. Raises RolloutError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        read: object = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
-    if manifest.get("format") != _FORMAT:
-        raise RolloutError(
-            f"{folder} has format {manifest.get('format')}, this version reads {_FORMAT}; sample them anew"
-        )
+    manifest = cast("dict[str, Any]", read) if isinstance(read, dict) else {}
+    version = manifest.get("format")
+    if version != _FORMAT:
+        raise RolloutError(f"{folder} has format {version}, this version reads {_FORMAT}; sample them anew")
     missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
@@ -250,7 +190,8 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     """{"settings": {"seed": 0}} as {"settings.seed": 0}, so that a difference is named exactly."""
     flat: dict[str, Any] = {}
     for key, value in manifest.items():
-        flat |= {f"{key}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {key: value}
+        nested = cast("dict[str, Any]", value) if isinstance(value, dict) else None
+        flat |= {key: value} if nested is None else {f"{key}.{inner}": x for inner, x in nested.items()}
     return flat
 
 
@@ -272,8 +213,29 @@ def _write_shard(
     return int(lengths.sum())
 
 
+def _read_shard(folder: Path, index: int) -> RolloutShard:
+    rows, tensors = _shard(folder, index, ".jsonl"), _shard(folder, index, ".safetensors")
+    try:
+        read = load_file(tensors)
+        return RolloutShard(
+            rows=[json.loads(line) for line in rows.read_text().splitlines()],
+            states_ND=read["states_ND"],
+            logp_grads_ND=read["logp_grads_ND"],
+            token_ids_N=read["token_ids_N"],
+            offsets=[int(offset) for offset in read["offsets"].unbind()],
+        )
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RolloutError(
+            f"{tensors} or {rows.name} beside it is damaged ({error}); delete both, and `recontrol rollouts` samples "
+            "them anew"
+        ) from error
+
+
 def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:
-    """In the prompts' order. Raises RolloutError unless each sample of each prompt is there once, a state a token."""
+    """The rollouts in the prompts' order.
+
+    Raises RolloutError unless each sample of each prompt is there once, with a state for each token.
+    """
     by_key = {(rollout.prompt_id, rollout.sample): rollout for rollout in rollouts}
     wanted = [(prompt.id, sample) for prompt in block for sample in range(settings.num_samples)]
     if len(by_key) != len(rollouts) or by_key.keys() != set(wanted):

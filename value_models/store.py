@@ -10,24 +10,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
-from value_models.heads import UNIT_COST_NATS, HeadShapeError, MLPHead, ValueHead, head_from_tensors
-from value_models.whole_files import write_text, write_whole
+from value_models.errors import HeadFileError, HeadShapeError
+from value_models.files import write_bytes, write_text
+from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
 """Figures of `recontrol eval` that are too long for a card; beside each lies its plot, an SVG."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class HeadFileError(ValueError):
-    """A head's folder is incomplete or wrong; the message names the file and the field."""
 
 
 class _Frozen(BaseModel):
@@ -68,6 +65,34 @@ class ArchitectureCard(_Frozen):
     num_parameters: int
 
 
+class _GainReport(BaseModel):
+    """The part of a card's `validation` and `data` that says what small edits along the head's ascent earned.
+
+    `ascent_gain` is what value_models/ascent.py calls so, over `tokens` tokens of `responses` by split.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    ascent_gain: FiniteFloat
+    tokens: int
+    responses: dict[str, int]
+
+    @property
+    def earned(self) -> float:
+        return self.ascent_gain * UNIT_COST_NATS**0.5 * self.tokens / max(sum(self.responses.values()), 1)
+
+
+def _earned(fields: dict[str, Any]) -> float | None:
+    """Work out `HeadCard.earned` from a card's other fields. An imported head's card tells nothing of gains."""
+    validation, data = fields["validation"], fields["data"]
+    report = {"ascent_gain": validation.get("ascent_gain"), **{key: data.get(key) for key in ("tokens", "responses")}}
+    try:
+        earned = _GainReport.model_validate(report).earned
+    except ValidationError:
+        return None
+    return earned if earned > 0 else None
+
+
 class HeadCard(_Frozen):
     """Everything a user should know of a head before trusting it."""
 
@@ -88,7 +113,7 @@ class HeadCard(_Frozen):
     validation: dict[str, Any]
     """Figures on validation prompts, which training used to stop."""
     evaluation: dict[str, Any] | None = None
-    """By test set, figures on held-out prompts of every method; written by `recontrol eval`."""
+    """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
     """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --study stress`."""
     cost: dict[str, Any] | None = None
@@ -96,21 +121,20 @@ class HeadCard(_Frozen):
     command: str
     """What made this head."""
     tensors_sha256: str = ""
-    """Of the file beside the card; written with it."""
+    """The digest of the file beside the card, written with it."""
 
-    @property
-    def earned(self) -> float | None:
-        """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
-        deviations of the training reward; None where the card does not tell, or where it adds nothing.
+    earned: float | None = Field(default_factory=_earned, exclude=True)
+    """What an ascent of length 1 at every token of a response adds to its reward, to first order, in standard
+    deviations of the training reward; None where the card does not tell, or where it adds nothing.
 
-        A response is as long as those that the head was trained on (see `ascent_gain` in value_models/ascent.py).
-        """
-        gain, tokens = self.validation.get("ascent_gain"), self.data.get("tokens")
-        responses = self.data.get("responses")
-        if not isinstance(gain, float) or not isinstance(tokens, int) or not isinstance(responses, dict):
-            return None
-        earned = gain * UNIT_COST_NATS**0.5 * tokens / max(sum(responses.values()), 1)
-        return earned if earned > 0 else None
+    A response is as long as those that the head was trained on. It follows from `validation` and `data`, so no file
+    holds it: it is worked out when a card is made or read.
+    """
+
+    @field_validator("earned", mode="before")
+    @classmethod
+    def _is_not_given(cls, _given: object) -> Never:
+        raise ValueError("follows from validation.ascent_gain and data; leave it out")
 
 
 def shipped_heads_folder(model_name: str) -> Path:
@@ -119,12 +143,12 @@ def shipped_heads_folder(model_name: str) -> Path:
 
 
 def _short(model_name: str) -> str:
-    """A hub's id and a folder's path end in the model's name."""
+    """The model's name without what a hub's id or a folder's path puts before it."""
     return model_name.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
 def tensors_digest(head: ValueHead) -> str:
-    """Of what a head computes, wherever it came from."""
+    """A digest of what a head computes, wherever it came from."""
     digest = hashlib.sha256(head.type_name.encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode())
@@ -147,8 +171,9 @@ def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     for name in (CARD_FILE, SWEEP_FILE, MAP_FILE):
         for path in (folder / name, (folder / name).with_suffix(".svg")):
             path.unlink(missing_ok=True)
-    write_whole(folder / HEAD_FILE, lambda scratch: save_file(tensors, scratch))
-    save_card(folder, card.model_copy(update={"tensors_sha256": _digest(folder / HEAD_FILE)}))
+    data = save(tensors)
+    write_bytes(folder / HEAD_FILE, data)
+    save_card(folder, card.model_copy(update={"tensors_sha256": hashlib.sha256(data).hexdigest()}))
 
 
 def save_card(folder: Path, card: HeadCard) -> None:
@@ -157,7 +182,7 @@ def save_card(folder: Path, card: HeadCard) -> None:
 
 
 def load_card(folder: Path) -> HeadCard:
-    """Raises HeadFileError."""
+    """Read a head's card. Raises HeadFileError."""
     path = folder / CARD_FILE
     try:
         return parse_card(path.read_bytes(), str(path))
@@ -166,7 +191,7 @@ def load_card(folder: Path) -> HeadCard:
 
 
 def parse_card(data: bytes, where: str) -> HeadCard:
-    """A card's file; `where` it lies goes into messages. Raises HeadFileError."""
+    """Parse a card's file; `where` it lies goes into messages. Raises HeadFileError."""
     try:
         return HeadCard.model_validate_json(data)
     except ValidationError as error:
@@ -176,7 +201,10 @@ def parse_card(data: bytes, where: str) -> HeadCard:
 
 
 def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:
-    """Raises HeadFileError when a file is missing, or the tensors are not what the card says."""
+    """Read a head and its card.
+
+    Raises HeadFileError when a file is missing, or when the tensors are not what the card says.
+    """
     card = load_card(folder)
     path = folder / HEAD_FILE
     try:
@@ -188,7 +216,10 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
 
 
 def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.device | str = "cpu") -> ValueHead:
-    """A file of tensors, which must be the card's own; `where` it lies goes into messages. Raises HeadFileError."""
+    """Make a head of a file of tensors, which must be the card's own; `where` it lies goes into messages.
+
+    Raises HeadFileError.
+    """
     if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
         raise HeadFileError(f"{where} is not the file that its card was written for (tensors_sha256 differs)")
     try:
@@ -203,7 +234,3 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
     return head
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

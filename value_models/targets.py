@@ -11,9 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-class TargetShapeError(ValueError):
-    """Tensors whose shapes do not belong together."""
+from value_models.errors import TargetShapeError
 
 
 def last_valid_index(mask_BT: Tensor) -> Tensor:
@@ -26,7 +24,7 @@ def last_valid_index(mask_BT: Tensor) -> Tensor:
 
 
 def terminal_rewards(reward_B: Tensor, mask_BT: Tensor) -> Tensor:
-    """[B, T]: the reward at each row's last token, zero elsewhere."""
+    """The reward at each row's last token, and zero elsewhere, [B, T]."""
     if reward_B.shape != mask_BT.shape[:1]:
         raise TargetShapeError(f"rewards {tuple(reward_B.shape)} do not fit a mask of {tuple(mask_BT.shape)}")
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)

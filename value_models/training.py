@@ -7,13 +7,15 @@ or servers. Enter at `train_head`.
 Shapes: N tokens of all responses one after the other, B responses, D hidden size, H head width.
 """
 
+# torch leaves types out of `manual_seed`, `Tensor.backward` and an optimiser's `step`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.errors import TrainingDataError
 from value_models.heads import LinearHead, MLPHead, ValueHead
 from value_models.moments import CHUNK_TOKENS, Moments
 from value_models.targets import center_by_prompt
-from value_models.training_data import TrainingData, TrainingDataError
+from value_models.training_data import TrainingData
 
 _log = logging.getLogger(__name__)
 _MIN_REWARD_SCALE = 1e-5
@@ -38,7 +41,7 @@ class TrainSettings(BaseModel):
     targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
     trace: float = Field(default=0.95, ge=0, le=1, description="lambda of td_lambda")
     center_by_prompt: bool = Field(default=True, description="subtract each prompt's mean reward")
-    hidden_widths: tuple[int, ...] = Field(
+    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="hidden layers beside the linear part; none by default"
     )
     has_linear_part: bool = Field(
@@ -72,14 +75,26 @@ class TrainSettings(BaseModel):
         return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
+class ValidationFigures:
+    """What a head does on validation prompts; a card keeps it as `HeadCard.validation`."""
+
+    ascent_gain: float
+    """What small edits earn for what they cost; see `ascent_gain` in value_models/ascent.py."""
+    r2: dict[str, float]
+    """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
+    num_train_tokens: int
+    num_validation_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
 class TrainedHead:
     head: ValueHead
-    figures: dict[str, Any]
+    figures: ValidationFigures
 
 
 def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
-    """Fit one head. Deterministic for a seed on one machine.
+    """Fit one head. The result is deterministic for a seed on one machine.
 
     Raises TrainingDataError when a split is empty, or when the rewards are all the same.
     """
@@ -120,12 +135,12 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
         damping=settings.damping,
     )
     head = calibrated(head.with_ascent(rows_UD), data)
-    figures = {
-        "ascent_gain": round(ascent_gain(head, data, standard_B, validation_N), 4),
-        "r2": _r2_by_position(head, data, target_N * scale + mean, validation_N),
-        "num_train_tokens": len(train_N),
-        "num_validation_tokens": len(validation_N),
-    }
+    figures = ValidationFigures(
+        ascent_gain=round(ascent_gain(head, data, standard_B, validation_N), 4),
+        r2=_r2_by_position(head, data, target_N * scale + mean, validation_N),
+        num_train_tokens=len(train_N),
+        num_validation_tokens=len(validation_N),
+    )
     return TrainedHead(head, figures)
 
 
@@ -198,7 +213,7 @@ def _fit(
         if waited >= settings.patience or epoch == settings.max_epochs:
             break
         targets_of = _targets(network, data, moments, reward_N, settings)
-        for batch in train_N[torch.randperm(len(train_N))].split(settings.batch_size):
+        for batch in torch.split(train_N[torch.randperm(len(train_N))], settings.batch_size):
             loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), targets_of(batch))
             optimiser.zero_grad()
             loss.backward()
@@ -233,12 +248,14 @@ def _targets(
 
 @torch.no_grad()
 def _values(network: _Network, data: TrainingData, moments: Moments, tokens_N: Tensor) -> Tensor:
-    return torch.cat([network(moments.normalise(data.states_ND[chunk])) for chunk in tokens_N.split(CHUNK_TOKENS)])
+    return torch.cat(
+        [network(moments.normalise(data.states_ND[chunk])) for chunk in torch.split(tokens_N, CHUNK_TOKENS)]
+    )
 
 
 def _r2_by_position(head: ValueHead, data: TrainingData, target_N: Tensor, tokens_N: Tensor) -> dict[str, float]:
     """Share of the reward's variance that the head explains on given tokens, overall and at some positions."""
-    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in tokens_N.split(CHUNK_TOKENS)])
+    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in torch.split(tokens_N, CHUNK_TOKENS)])
     position_N, truth_N = data.position_of_tokens()[tokens_N], target_N[tokens_N]
     figures = {"all": _r2(values_N, truth_N)}
     for position in (0, 10, 20, 40, 60):

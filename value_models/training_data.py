@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from value_models.errors import RolloutError, TrainingDataError
+from value_models.prompt_sets import split_of
 from value_models.rewards import load_reward
-from value_models.rollouts import RolloutError, open_rollouts, split_of
+from value_models.rollouts import open_rollouts
 from value_models.targets import lambda_returns, terminal_rewards
-
-
-class TrainingDataError(ValueError):
-    """Rollouts or rewards from which no head can be learnt; the message says what is missing."""
 
 
 @dataclass(slots=True)
@@ -36,7 +34,7 @@ class TrainingData:
     manifest: dict[str, Any]
 
     def is_in(self, split: str) -> Tensor:
-        """[B] bool: whether a response is in a split. Raises TrainingDataError when none is."""
+        """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""
         is_in_B = torch.tensor([name == split for name in self.split])
         if not is_in_B.any():
             raise TrainingDataError(f"prompts: none is in the {split} split; it is chosen by the id, so add prompts")
@@ -47,16 +45,16 @@ class TrainingData:
         return self.is_in(split)[self.response_of_tokens()].nonzero()[:, 0]
 
     def response_of_tokens(self) -> Tensor:
-        """[N]: the response each token belongs to."""
+        """The response that each token belongs to, [N]."""
         lengths = self.offsets[1:] - self.offsets[:-1]
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def position_of_tokens(self) -> Tensor:
-        """[N]: each token's place in its response."""
+        """Each token's place in its response, [N]."""
         return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
 
     def lambda_returns(self, reward_B: Tensor, values_N: Tensor, *, trace: float) -> Tensor:
-        """`targets.lambda_returns` [N] of each response's terminal reward and its tokens' values."""
+        """The lambda-returns [N] of each response's terminal reward and its tokens' values; see targets.py."""
         response_N, position_N = self.response_of_tokens(), self.position_of_tokens()
         shape = (len(reward_B), int(position_N.max()) + 1)
         mask_BT = torch.zeros(shape, dtype=torch.bool)
@@ -71,7 +69,9 @@ def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, s
     """Read a run of rollouts and score it; `prompt_texts` are by id. Raises RolloutError, RewardError."""
     rollouts = open_rollouts(folder)
     reward = load_reward(reward_name)
-    states, grads, offsets, prompt_ids, responses = [], [], [0], [], []
+    states: list[Tensor] = []
+    grads: list[Tensor] = []
+    offsets, prompt_ids, responses = [0], list[str](), list[str]()
     for shard in rollouts.shards():
         states.append(shard.states_ND)
         grads.append(shard.logp_grads_ND)

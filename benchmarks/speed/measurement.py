@@ -24,7 +24,7 @@ from server.cli.report import replace_sections
 from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
-from value_models.whole_files import write_text
+from value_models.files import write_text
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -21,13 +21,14 @@ from torch import Tensor
 from benchmarks.speed.peers import PEERS, child_env
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.setup import Setup, Workload
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded import core as core_module
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
 from server.engines.heads import HeadSource
 from server.kernels.linear import Bits
-from server.types import ControlParams, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import GenerationChunk, GenerationRequest, SamplingParams
 
 PARTS = ("layers", "LM head", "edit", "draw", "rest", "step")
 """Of a step. "edit" is the editor's time without the LM head's, "rest" what is left: scheduling, text, chunks."""

@@ -13,10 +13,10 @@ from fastapi import APIRouter, Depends, Request
 from server.api.gate.auth import MANAGEMENT_PREFIX
 from server.api.gate.context import context_of
 from server.api.models import warned
+from server.control.params import ControlParams
 from server.engines.base import Engine
 from server.errors import AuthenticationError, HeadConflictError, HeadMismatchError, UnknownHeadError
 from server.telemetry import Telemetry
-from server.types import ControlParams
 
 
 def _require_manager(request: Request) -> None:

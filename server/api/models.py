@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.api.resolution import head_of_model, model_ids
+from server.control.params import ControlParams
 from server.engines.base import Engine, EngineInfo
 from server.errors import UnknownHeadError, UnknownModelError
-from server.types import ControlParams
 
 router = APIRouter()
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
+from server.control.params import ControlParams
 from server.engines.base import EngineInfo, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
-from server.types import ControlParams, GenerationRequest, SamplingParams
+from server.types import GenerationRequest, SamplingParams
 
 MAX_SEQUENCES = 256
 MAX_NEW_TOKENS = 2**17

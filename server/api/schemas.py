@@ -23,7 +23,8 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, MAX_PROMPTS, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
 from server.api.structure import ResponseFormat
-from server.types import MAX_CHOICES, MAX_LOGPROBS, ControlParams, Penalty, RepetitionPenalty
+from server.control.params import ControlParams
+from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024

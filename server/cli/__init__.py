@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from server.errors import RecontrolError
 from server.machine import limit_threads
+from value_models.errors import ValueModelError
 
 COMMANDS = {
     "serve": "server.cli.serve:Serve",
@@ -47,7 +48,7 @@ def command_class(name: str) -> type[BaseSettings]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command of `recontrol`; its exit status, as `run` gives it."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(path: str, program: str, words: Sequence[str]) -> int:
     """Run the command whose class is at `path`, such as `server.cli.serve:Serve`, with these flags.
 
-    0 when it went well, 2 for a mistake of the user's, said in one line on stderr that begins with `program`.
+    0 when it went well, 2 for a mistake of the user's, said in one line on stderr that begins with `program`. A mistake
+    is a flag that is refused, what this program raises on purpose, or what the operating system refuses. Anything else
+    is a mistake of the program's own and is raised, for its traceback to be reported.
     """
     limit_threads()
     command = _command_at(path)
@@ -71,6 +74,9 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
         # argparse has printed the help that was asked for.
         return end.code if isinstance(end.code, int) else 1
     except ValidationError as error:
+        if error.title != command.__name__:
+            # Not the flags are wrong, but something that this program made.
+            raise
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
@@ -79,7 +85,7 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     except BrokenPipeError:
         # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (RecontrolError, SettingsError, ValueError, OSError) as error:
+    except (RecontrolError, ValueModelError, SettingsError, OSError) as error:
         # The prefix is pydantic-settings' own, of a flag that does not exist or lacks its value.
         print(f"{program}: {str(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
         return 2

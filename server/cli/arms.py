@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from server.control.objectives import WeightedSum
-from server.control.search import Blocks
+from server.control.params import Blocks, ControlParams
 from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.rollouts import EngineRolloutSource
-from server.types import ControlParams
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
-from value_models.rollouts import RolloutPrompt, RolloutSettings
+from value_models.prompt_sets import RolloutPrompt
+from value_models.rollouts import RolloutSettings
 from value_models.store import tensors_digest
 
 # Part of what decides a response: raise it when a change of the engine changes what is sampled.

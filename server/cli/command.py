@@ -18,7 +18,7 @@ from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.heads import HeadSource
 from server.errors import ConfigurationError
 from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB
-from value_models.rollouts import RolloutPrompt, load_prompts
+from value_models.prompt_sets import RolloutPrompt, load_prompts
 
 
 class Command(BaseSettings):

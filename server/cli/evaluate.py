@@ -30,18 +30,19 @@ from server.cli.objectives import ObjectivesSetup, ObjectivesStudy
 from server.cli.plots import require_matplotlib
 from server.cli.strengths import BASELINES, Method
 from server.cli.studies import CostStudy, EvalSetup, MapStudy, MethodsStudy, StressStudy
+from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.controlled_decoding import ControlledDecoding
 from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
-from server.types import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from value_models.baselines import load_baselines
 from value_models.evaluation import Scoring
+from value_models.files import write_text
 from value_models.generations import GenerationStore
 from value_models.metrics import EVAL_METRICS
-from value_models.rollouts import RolloutPrompt, RolloutSettings, open_rollouts, split_of
+from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, load_card, shipped_heads_folder
-from value_models.whole_files import write_text
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")

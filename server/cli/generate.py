@@ -12,23 +12,36 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import HeadsModelCommand, command_line
+from server.control.objectives import HeadName
+from server.control.params import ControlParams, TokenBudget
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.text import encode_chat
 from server.errors import ConfigurationError, GenerationError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
-from value_models.whole_files import write_text
+from server.types import (
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    MaxTokens,
+    SamplingParams,
+    Seed,
+    Temperature,
+    TopP,
+)
+from value_models.files import write_text
 
 
 class _PromptCommand(HeadsModelCommand):
     prompt: CliPositionalArg[str]
     chat: bool = Field(True, description="send the prompt through the model's chat template")
-    max_tokens: int = Field(64, description="new tokens of a response")
-    temperature: float = 1.0
-    top_p: float = 0.95
-    seed: int = 0
-    max_kl: float = Field(ControlParams.model_fields["max_kl"].default, description="budget of a head, nats a token")
+    max_tokens: MaxTokens = Field(64, description="new tokens of a response")
+    temperature: Temperature = 1.0
+    top_p: TopP = 0.95
+    seed: Seed = 0
+    max_kl: TokenBudget = Field(
+        ControlParams.model_fields["max_kl"].default, description="budget of a head, nats a token"
+    )
 
     def respond(
         self,
@@ -66,7 +79,7 @@ class _PromptCommand(HeadsModelCommand):
 class Generate(_PromptCommand):
     """Generate one response on the command line, with or without control."""
 
-    head: str | None = Field(None, description="steer by this head, as the model id base@head does")
+    head: HeadName | None = Field(None, description="steer by this head, as the model id base@head does")
     control: str | None = Field(None, description="instead: JSON as in a request's `control`, but for `search`")
 
     @model_validator(mode="after")

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from pydantic_settings import CliPositionalArg
 
 from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL
+from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, LocalHeads, open_heads
 from value_models.importer import import_pth, import_vector
-from value_models.store import (
-    BaseModelCard,
-    HeadCard,
-    HeadFileError,
-    architecture_card,
-    save_head,
-    shipped_heads_folder,
-)
+from value_models.store import NAME_PATTERN, BaseModelCard, HeadCard, architecture_card, save_head, shipped_heads_folder
 
 _VECTORS = (".gguf", ".safetensors")
 
@@ -92,7 +86,7 @@ class HeadsImport(HeadsCommand):
     """
 
     path: CliPositionalArg[Path]
-    name: str = Field(description="the head's name in requests")
+    name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
     base_model: str = Field(
         description="name of the language model that the head was trained on; models of other names refuse it"
     )
@@ -100,7 +94,9 @@ class HeadsImport(HeadsCommand):
     tensor: str | None = Field(
         None, description="which vector of the file; by default the only one, or the last layer's"
     )
-    scale: float | None = Field(None, gt=0, description="length of a step of size one over the vector's; by default 1")
+    scale: FiniteFloat | None = Field(
+        None, gt=0, description="length of a step of size one over the vector's; by default 1"
+    )
 
     def cli_cmd(self) -> None:
         if not isinstance(self.heads(), LocalHeads):

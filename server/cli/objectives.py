@@ -29,15 +29,14 @@ from tqdm import tqdm
 from server.cli.arms import ArmFactory, blockwise
 from server.cli.plots import plot_objectives
 from server.control.objectives import Floor, Objective, Target, WeightedSum, WorstCase
-from server.control.search import MAX_BLOCK_TOKENS
-from server.types import ControlParams
+from server.control.params import MAX_BLOCK_TOKENS, ControlParams
 from value_models.evaluation import Arm
+from value_models.files import write_text
 from value_models.generations import EvalSample, GenerationStore
 from value_models.metrics import bootstrap_interval, diversity
+from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
-from value_models.rollouts import RolloutPrompt
 from value_models.store import HeadCard
-from value_models.whole_files import write_text
 
 OBJECTIVES_FILE = "objectives.json"
 _STEP_SIZE = 0.3

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from server.cli.strengths import Method
 from server.errors import ConfigurationError
-from value_models.whole_files import write_text
+from value_models.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

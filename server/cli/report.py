@@ -18,8 +18,8 @@ from server.cli.objectives import OBJECTIVES_FILE
 from server.cli.objectives_report import objectives_tables
 from server.cli.tables import TITLES, interval, row, share
 from server.errors import ConfigurationError
+from value_models.files import write_text
 from value_models.store import HeadCard
-from value_models.whole_files import write_text
 
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the README shows."""

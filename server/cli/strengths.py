@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from server.cli.arms import ArmFactory, blockwise
+from server.control.params import MAX_STEP_SIZE, ControlParams
 from server.engines.embedded.controlled_decoding import ControlledDecoding
-from server.types import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
 
 

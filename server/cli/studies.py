@@ -19,13 +19,13 @@ from tqdm import tqdm
 from server.cli.arms import ArmFactory
 from server.cli.plots import plot_map, plot_pareto
 from server.cli.strengths import Method, StrengthSearch, Sweep
+from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from server.errors import ConfigurationError
-from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
+from value_models.files import write_text
 from value_models.generations import GenerationStore
-from value_models.rollouts import RolloutPrompt
+from value_models.prompt_sets import RolloutPrompt
 from value_models.store import MAP_FILE, SWEEP_FILE, HeadCard, load_card, save_card
-from value_models.whole_files import write_text
 
 _HEAD, _PROMPTING = Method.HEAD.label, Method.PROMPTING.label
 _WITH_PROMPTING = f"{_HEAD} + {_PROMPTING}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from server.cli.command import (
 )
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
+from value_models.files import write_text
 from value_models.heads import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
@@ -32,7 +34,6 @@ from value_models.store import (
 )
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
-from value_models.whole_files import write_text
 
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 
@@ -95,14 +96,12 @@ class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariab
             reward_scale=trained.head.reward_scale,
             targets=_targets_text(settings),
             data=_data(data),
-            validation=trained.figures,
+            validation=asdict(trained.figures),
             command=command_line(),
         )
         save_head(folder, trained.head, card)
         figures = trained.figures
-        print(
-            f"{folder}: on validation prompts R2 {figures['r2']['all']:.3f}, ascent gain {figures['ascent_gain']:.3f}"
-        )
+        print(f"{folder}: on validation prompts R2 {figures.r2['all']:.3f}, ascent gain {figures.ascent_gain:.3f}")
 
 
 def _metric_text(settings: TrainSettings) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from server.control.multipliers import predicted_change
 from server.control.objective_rows import ObjectiveRows
 from server.control.plan import EditGroup
+from value_models.linalg import vector_norm
 
 # In standard deviations of a head's training reward: rounding, and what is too little to matter.
 TOLERANCE = 1e-3
@@ -31,17 +32,17 @@ class Ascent:
     group: EditGroup
     units_RU: Tensor
     coefficients_RU: Tensor
-    """What the ascent rows were taken times."""
+    """The factors that the ascent rows were multiplied by."""
     climb_RU: Tensor
-    """Change of the units."""
+    """How the units change with them."""
     share_R: Tensor
-    """How much of the ascent the cap on the shift left."""
+    """The share of the ascent that the cap on the shift left."""
     shift_RD: Tensor
     shift_ratio_R: Tensor
     is_capped_R: Tensor
     is_nonfinite_R: Tensor
     is_gate_open_R: Tensor | None
-    """None where no row has a gate."""
+    """It is None where no row has a gate."""
 
 
 def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
@@ -54,7 +55,7 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
         size_R = torch.where(is_open_R, size_R, 0.0)
     units_RU, coefficients_RU = _climb(start_RU, group, size_R)
     shift_RD = stack.ascent(coefficients_RU)
-    ratio_R = shift_RD.norm(dim=-1) / hidden_RD.norm(dim=-1)
+    ratio_R = vector_norm(shift_RD) / vector_norm(hidden_RD)
     share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
     keep_R1, share_R1 = ~is_nonfinite_R[:, None], share_R[:, None]
     kept_RU = torch.where(keep_R1, coefficients_RU * share_R1, 0.0)
@@ -73,7 +74,7 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
 
 
 def _share(ratio_R: Tensor, units_RU: Tensor, group: EditGroup) -> tuple[Tensor, Tensor]:
-    """What the cap on the shift leaves of an ascent, nothing where it is not finite; and where that is."""
+    """The share [R] of each ascent that the cap on the shift leaves, 0 where it is not finite, and where that is so."""
     is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
     cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
     return torch.where(is_nonfinite_R, 0.0, cap_R), is_nonfinite_R

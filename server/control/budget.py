@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import ops
+from value_models.linalg import vecdot
 
 # Aim a little below the budget, so that a good guess lands inside; wider at last, so that something always does.
 _AIM = (0.985, 0.985, 0.985, 0.98, 0.95, 0.9, 0.7, 0.5)
@@ -40,12 +41,12 @@ class Divergence(Protocol):
         ...
 
     def take(self, rows: Tensor) -> Divergence:
-        """The same for some of the rows only."""
+        """Restrict the divergence to some of the rows."""
         ...
 
 
 class LinearDivergence:
-    """When the logits are base + s * delta exactly.
+    """The divergence when the logits are base + s * delta exactly.
 
     With p0 the base distribution and d = delta - max(delta): w = p0 exp(s d), KL = s E_w[d] - log (sum(w) / sum(p0)).
     """
@@ -59,12 +60,12 @@ class LinearDivergence:
     def __call__(self, scale_R: Tensor) -> Tensor:
         weights_RV = (scale_R[:, None] * self._delta_RV).exp_().mul_(self._base_probs_RV)
         total_R = weights_RV.sum(dim=-1)
-        return _divergence(scale_R * torch.linalg.vecdot(weights_RV, self._delta_RV), total_R, self._mass_R)
+        return _divergence(scale_R * vecdot(weights_RV, self._delta_RV), total_R, self._mass_R)
 
     def root_slope(self) -> Tensor:
         """KL(s) = s^2 Var_p0(d) / 2 + O(s^3)."""
         weighted_RV = self._base_probs_RV * self._delta_RV
-        variance_R = torch.linalg.vecdot(weighted_RV, self._delta_RV) - weighted_RV.sum(dim=-1).square()
+        variance_R = vecdot(weighted_RV, self._delta_RV) - weighted_RV.sum(dim=-1).square()
         return (0.5 * variance_R.clamp(min=0.0)).sqrt()
 
     def take(self, rows: Tensor) -> LinearDivergence:
@@ -80,7 +81,7 @@ def _divergence(weighted_R: Tensor, total_R: Tensor, mass_R: Tensor) -> Tensor:
 
 
 class GeneralDivergence:
-    """When the logits are finish(base + s * delta), as with a soft cap."""
+    """The divergence when the logits are finish(base + s * delta), as with a soft cap."""
 
     def __init__(self, base_RV: Tensor, delta_RV: Tensor, finish: Callable[[Tensor], Tensor]) -> None:
         self._base_RV, self._delta_RV, self._finish = base_RV, delta_RV, finish
@@ -98,7 +99,7 @@ class GeneralDivergence:
 
 
 def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
-    """`largest_scale` when the logits are base + s * delta exactly; natively where that can be."""
+    """Do what `largest_scale` does, for logits that are base + s * delta exactly; natively where that can be."""
     if ops.can_run_natively(base_RV):
         return ops.largest_scales(base_RV, delta_RV, max_kl_R - ROUNDING_NATS)
     return _by_rows(LinearDivergence, base_RV, delta_RV, max_kl_R)
@@ -107,18 +108,18 @@ def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) ->
 def largest_general_scale(
     base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`largest_scale` when the logits are finish(base + s * delta)."""
+    """Do what `largest_scale` does, for logits that are finish(base + s * delta)."""
     return _by_rows(lambda base, delta: GeneralDivergence(base, delta, finish), base_RV, delta_RV, max_kl_R)
 
 
 def _by_rows(
     divergence: Callable[[Tensor, Tensor], Divergence], base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """On a CPU each row by itself, since the bits of torch's sums and functions may depend on where a row lies among
-    others; a copy, so that it lies in memory as it does alone."""
+    """On a CPU each row is searched by itself, since the bits of torch's sums and functions may depend on where a row
+    lies among others; it is copied, so that it lies in memory as it does alone."""
     if base_RV.device.type != "cpu" or not len(base_RV):
         return largest_scale(divergence(base_RV, delta_RV), max_kl_R)
-    rows = zip(base_RV.split(1), delta_RV.split(1), max_kl_R.split(1), strict=True)
+    rows = zip(torch.split(base_RV, 1), torch.split(delta_RV, 1), torch.split(max_kl_R, 1), strict=True)
     found = [largest_scale(divergence(base.clone(), delta.clone()), max_kl) for base, delta, max_kl in rows]
     return torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
 

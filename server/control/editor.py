@@ -23,7 +23,7 @@ from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
 from server.control.budget import largest_general_scale, largest_linear_scale
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
-from server.control.shared import SharedEdit, SharedRows, Shift
+from server.control.shared import SharedEdit, SharedRows, shared_shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
 from server.kernels.linear import FrozenLinear, frozen_linear
@@ -108,12 +108,12 @@ class StateEditor:
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
         self._row_logits: dict[HeadStack, FrozenLinear] = {}
-        self._shifts: dict[tuple[HeadStack, tuple[float, ...]], Shift] = {}
+        self._shifts: dict[tuple[HeadStack, tuple[float, ...]], ops.SharedShift] = {}
         self._shared_rows: SharedRows | None = None
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
-        edits, shared, logits_BV = self._edits(hidden_BD, plan, is_moving=True)
+        edits, shared, logits_BV = self._edits(hidden_BD, plan)
         for edit in edits:
             rows_R = edit.ascent.group.rows_R
             logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
@@ -121,26 +121,9 @@ class StateEditor:
             logits_BV = self._unembedding.finish(logits_BV)
         return logits_BV, _all_stats(edits, shared)
 
-    def edit(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
-        """The edited states [B, D] themselves; rows outside the plan come back bit-identical.
-
-        Casting a state back to a narrow dtype rounds the edit, so an engine that samples here uses `logits`.
-        """
-        edits, shared, _ = self._edits(hidden_BD, plan, is_moving=False)
-        edited_BD = hidden_BD.clone()
-        moves = [(edit.ascent.group.rows_R, edit.scale_R, edit.ascent.shift_RD) for edit in edits]
-        moves += [(edit.group.rows_R[: len(edit.taken_R)], edit.taken_R, edit.shift_D) for edit in shared]
-        for rows_R, scale_R, shift in moves:
-            # Scale zero must not meet an infinite shift.
-            moved_RD = torch.where(scale_R[:, None] > 0, scale_R[:, None] * shift, 0.0)
-            edited_BD[rows_R] = (hidden_BD[rows_R].float() + moved_RD).to(hidden_BD.dtype)
-        return edited_BD, _all_stats(edits, shared)
-
-    def _edits(
-        self, hidden_BD: Tensor, plan: EditPlan, *, is_moving: bool
-    ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
+    def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
-        projection. `is_moving` moves these in place by the shared ones."""
+        projection. These have been moved by the shared edits already."""
         can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
         sharing: list[EditGroup] = []
         ascents: list[Ascent] = []
@@ -154,11 +137,11 @@ class StateEditor:
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = iter(projected[num_rows:].float().split([shift.shape[0] for shift in shifts]))
+        deltas = iter(torch.split(projected[num_rows:].float(), [shift.shape[0] for shift in shifts]))
         base_BV = projected[:num_rows]
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
-        base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV, is_moving=is_moving)
+        base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV)
         edits: list[_Edit] = []
         for ascent in ascents:
             stack = ascent.group.stack
@@ -168,15 +151,15 @@ class StateEditor:
         return edits, shared, base_BV
 
     def _shared_edits(
-        self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor, *, is_moving: bool
+        self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor
     ) -> tuple[Tensor, list[SharedEdit]]:
-        """Logits in float32, moved by the edits of these groups if allowed, and the edits."""
+        """Logits in float32, moved by the edits of these groups, and the edits."""
         if not groups:
             return logits_BV.float(), []
         num_rows = len(logits_BV)
         if self._shared_rows is None or not self._shared_rows.are_for(groups, num_rows):
             self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
-        return self._shared_rows.edit(hidden_BD, logits_BV, apply=is_moving)
+        return self._shared_rows.edit(hidden_BD, logits_BV)
 
     def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
@@ -187,14 +170,14 @@ class StateEditor:
             lambda: frozen_linear(self._unembedding.project(_rows_of(stack)).float().t()),
         )
 
-    def _shift_of(self, group: EditGroup) -> Shift:
+    def _shift_of(self, group: EditGroup) -> ops.SharedShift:
         stack, coefficients = group.stack, group.coefficients
         assert coefficients is not None
         return _kept(
             self._shifts,
             _MAX_SHARED,
             (stack, coefficients),
-            lambda: Shift.of(stack, coefficients, self._row_logits_of(stack)),
+            lambda: shared_shift(stack, coefficients, self._row_logits_of(stack)),
         )
 
     def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
@@ -223,7 +206,7 @@ def _rows_of(stack: HeadStack) -> Tensor:
 
 
 def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made]) -> Made:
-    """What was made for a key before, or is made now; the oldest goes when there are too many."""
+    """Return what was made for a key before, or make it now; the oldest goes when there are too many."""
     if key not in kept:
         if len(kept) >= at_most:
             del kept[next(iter(kept))]
@@ -256,7 +239,7 @@ def _stats(edit: _Edit) -> GroupStats:
 
 
 def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:
-    """Of all that holds a row, what comes first in HeldBy."""
+    """What holds each row [R], as a place in HELD_BY; where several things do, the one that comes first there."""
     group, ascent = edit.ascent.group, edit.ascent
     max_kl_R = HELD_BY.index(HeldBy.MAX_KL) if group.kl_held_R is None else group.kl_held_R
     held_by_R = torch.where(edit.scale_R < 1.0, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)

@@ -21,7 +21,7 @@ _LEAST_GAIN = 1e-9
 
 
 def predicted_change(effects_RKK: Tensor, size_R: Tensor, weights_RK: Tensor) -> Tensor:
-    """Change of the values [R, K] by a step, as effects tell."""
+    """How the values [R, K] change by a step, as far as effects tell."""
     terms = [weights_RK[:, k, None] * effects_RKK[:, k] for k in range(weights_RK.shape[1])]
     return size_R[:, None] * sum(terms[1:], terms[0])
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat
@@ -57,7 +57,7 @@ class Terms:
 
     weights_RK: Tensor
     levels_RK: Tensor
-    """In standard deviations; 0 where there is none."""
+    """They are in standard deviations, and 0 where there is none."""
     has_level_K: Tensor
     weighted: tuple[int, ...]
     """The heads that have a weight."""
@@ -66,7 +66,7 @@ class Terms:
 
     @classmethod
     def of(cls, objectives: Sequence[Objective], names: Sequence[str], mean_K: Tensor, scale_K: Tensor) -> Terms:
-        """Heads in the order of `names`; mean and scale of their training rewards."""
+        """The terms for heads in the order of `names`, whose training rewards have these means and scales."""
         device = mean_K.device
         weights = [[objective.head_weights.get(name, 0.0) for name in names] for objective in objectives]
         levels = [[objective.head_levels.get(name, 0.0) for name in names] for objective in objectives]
@@ -85,7 +85,7 @@ class Terms:
 class BaseObjective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     held_by: ClassVar[HeldBy | None] = None
-    """What to say of a value that rests on a level."""
+    """The reason that is reported for a value that rests on a level."""
     looks_ahead: ClassVar[bool] = False
     """Whether steps are weighed by the rewards they lead to (`HeadStack.earnings`) instead of by the values."""
 
@@ -95,7 +95,7 @@ class BaseObjective(BaseModel):
 
     @property
     def head_levels(self) -> dict[str, float]:
-        """In reward units."""
+        """Each head's level, in reward units."""
         return {}
 
     @property
@@ -105,7 +105,7 @@ class BaseObjective(BaseModel):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """In a fixed order."""
+        """The heads that it names, in a fixed order."""
         return tuple(sorted(self.named_heads))
 
     @property
@@ -291,8 +291,10 @@ class Floor(BaseObjective):
         return torch.where(terms.has_level_K, values_RK.minimum(terms.levels_RK), low_RK), high_RK
 
 
-def _default_type(objective: Any) -> Any:
-    return {"type": "weighted_sum", **objective} if isinstance(objective, dict) else objective
+def _default_type(objective: object) -> object:
+    return (
+        {"type": "weighted_sum", **cast("dict[str, object]", objective)} if isinstance(objective, dict) else objective
+    )
 
 
 Objective = Annotated[WeightedSum | WorstCase | Target | Floor, Discriminator("type"), BeforeValidator(_default_type)]

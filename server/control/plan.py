@@ -12,42 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.control.conditions import Gate, Schedule, Window
 from server.control.objective_rows import ObjectiveRows
-from server.control.objectives import Objective, WeightedSum
+from server.control.objectives import WeightedSum
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.kernels.transfer import on_device
-
-
-class RowControl(Protocol):
-    """The part of `ControlParams` that the editor reads (types import objectives, so control cannot import types)."""
-
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def head_names(self) -> tuple[str, ...]: ...
-    @property
-    def step_size(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def max_kl(self) -> float: ...
-    @property
-    def max_shift(self) -> float: ...
-    @property
-    def max_response_kl(self) -> float | None: ...
-    @property
-    def gate(self) -> Gate | None: ...
-    @property
-    def window(self) -> Window | None: ...
-    @property
-    def schedule(self) -> Schedule | None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -62,7 +36,7 @@ class GateRows:
     was_open_R: Tensor
 
     def is_open(self, rewards_RK: Tensor) -> Tensor:
-        """At values before the edit, in reward units."""
+        """Whether each gate [R] is open, given the values [R, K] before the edit, in reward units."""
         beyond_R = self.side_R * (rewards_RK.gather(1, self.head_R[:, None])[:, 0] - self.level_R)
         return ~self.is_gated_R | (beyond_R < 0) | (self.was_open_R & (beyond_R < self.hysteresis_R))
 
@@ -79,12 +53,12 @@ class EditGroup:
     stack: HeadStack
     rows: tuple[int, ...]
     rows_R: Tensor
-    controls: tuple[RowControl, ...]
-    """Of the held rows."""
+    controls: tuple[ControlParams, ...]
+    """There is one for each held row."""
     weights_RK: Tensor
     """d objective / d standardised value of weighted sums; zero for other objectives."""
     objectives: ObjectiveRows | None
-    """None when all are weighted sums, whose slope is constant."""
+    """It is None when all are weighted sums, whose slope is constant."""
     step_size_R: Tensor
     steps_R: Tensor
     max_steps: int
@@ -95,12 +69,12 @@ class EditGroup:
     """Whether something of a row changes from token to token."""
     gates: GateRows | None = None
     held_R: Tensor | None = None
-    """What holds a row before its values are known, as a place in HELD_BY, 0 for nothing."""
+    """The place in HELD_BY of what holds a row before its values are known, 0 for nothing."""
     kl_held_R: Tensor | None = None
-    """Which budget `max_kl_R` is, likewise; None when each is the token's own."""
+    """The place in HELD_BY of the budget that `max_kl_R` is; None when each is the token's own."""
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
-        """The group with what the rows' states make of it."""
+        """The group for the token that comes next, given the rows' states."""
         device, held = self.rows_R.device, self.rows * (len(self.controls) // len(self.rows))
         pairs = [(control, state_of(row)) for control, row in zip(self.controls, held, strict=True)]
         strengths, reasons = zip(*(_strength(control, state.num_tokens) for control, state in pairs), strict=True)
@@ -122,9 +96,12 @@ class EditPlan:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[RowControl | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
+        cls, rows: Sequence[ControlParams | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
     ) -> EditPlan:
-        """One entry for each row of the step; None leaves the row alone. Raises UnknownHeadError."""
+        """Plan a step: one entry of `rows` for each of its rows, None for one that is left alone.
+
+        Raises UnknownHeadError.
+        """
         device = torch.device(device)
         members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
         for index, control in enumerate(rows):
@@ -136,51 +113,54 @@ class EditPlan:
         return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
-        """The plan for the token that comes next, given the states of the step's rows; asks for those it needs."""
+        """The plan for the token that comes next; `state_of` is asked for the states of those rows that need one."""
         if not any(group.is_paced for group in self.groups):
             return self
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
 
-def _is_paced(control: RowControl) -> bool:
+def _is_paced(control: ControlParams) -> bool:
     return any(part is not None for part in (control.gate, control.window, control.schedule, control.max_response_kl))
 
 
-def _coefficients(stack: HeadStack, control: RowControl) -> tuple[float, ...] | None:
-    """What the ascent rows are taken times, where neither state nor token changes it."""
+def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
+    """What the ascent rows are multiplied by, where neither state nor token changes it."""
     if not isinstance(control.objective, WeightedSum) or _is_paced(control):
         return None
     steps, size = _steps(stack, control)
-    return tuple((torch.tensor(size * steps) * torch.tensor(_weights(stack, control))).tolist())
+    taken_K = torch.tensor(size * steps) * torch.tensor(_weights(stack, control))
+    return tuple(float(taken) for taken in taken_K.unbind())
 
 
-def _weights(stack: HeadStack, control: RowControl) -> list[float]:
+def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
     objective = control.objective
     weights = objective.weights if isinstance(objective, WeightedSum) else {}
     return [weights.get(name, 0.0) for name in stack.names]
 
 
-def _steps(stack: HeadStack, control: RowControl) -> tuple[int, float]:
+def _steps(stack: HeadStack, control: ControlParams) -> tuple[int, float]:
     """Number and size of the steps; where all heads are linear, n steps are one of n times the size."""
     # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
     steps = 0 if control.objective.is_null or control.step_size == 0 else control.steps
     return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
 
 
-def _strength(control: RowControl, token: int) -> tuple[float, HeldBy | None]:
+def _strength(control: ControlParams, token: int) -> tuple[float, HeldBy | None]:
     if control.window is not None and not control.window.holds(token):
         return 0.0, HeldBy.WINDOW
     strength = 1.0 if control.schedule is None else control.schedule.strength(token)
     return strength, HeldBy.SCHEDULE if strength == 0 else None
 
 
-def _max_kl(control: RowControl, state: ControlState) -> tuple[float, HeldBy]:
+def _max_kl(control: ControlParams, state: ControlState) -> tuple[float, HeldBy]:
     if control.max_response_kl is None or control.max_kl <= (left := control.max_response_kl - state.nats_spent):
         return control.max_kl, HeldBy.MAX_KL
     return left, HeldBy.MAX_RESPONSE_KL
 
 
-def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], device: torch.device) -> GateRows | None:
+def _gates(
+    stack: HeadStack, pairs: Sequence[tuple[ControlParams, ControlState]], device: torch.device
+) -> GateRows | None:
     gates = [control.gate for control, _ in pairs]
     if not any(gates):
         return None
@@ -200,7 +180,7 @@ def _gates(stack: HeadStack, pairs: Sequence[tuple[RowControl, ControlState]], d
 def _group(
     key: tuple[HeadStack, tuple[float, ...] | None],
     indices: list[int],
-    rows: Sequence[RowControl | None],
+    rows: Sequence[ControlParams | None],
     device: torch.device,
 ) -> EditGroup:
     stack, coefficients = key

@@ -1,4 +1,9 @@
-"""The heads a server offers: loaded once from a folder, checked against the model, stacked for the editor.
+"""The heads a server offers: loaded from a folder or a store, checked against the model, stacked for the editor.
+
+A head computes with states of its own size, so the hidden size must be the model's. Another vocabulary or architecture,
+or other weights, keep nothing from being computed, and KL is always that of the model that is served; but what a head
+has learnt, and what its card tells, is of the model that it was made for. So such a head is refused unless whoever runs
+the server has allowed it: one rule in one set of words, at start, over management, in every worker (`base_warning`).
 
 A stack is a set of heads seen as one: their first layers under each other with the normalisation folded in, and the
 Gram matrix between all their ascent and input rows, so that one matrix product a step serves every head of the set.
@@ -17,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.control.base_match import base_warning
 from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
 from server.kernels.linear import FrozenLinear, frozen_linear
+from value_models.errors import HeadFileError
 from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
-from value_models.store import HeadCard, HeadFileError
+from value_models.store import HeadCard
 
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
@@ -32,7 +37,7 @@ _LEAST_LENGTH = 1e-9
 
 @dataclass(slots=True, frozen=True, eq=False)
 class HeadStack:
-    """K heads as one; equal to itself alone.
+    """K heads seen as one. A stack is equal to itself alone.
 
     Shapes: U units of all heads together; `spans` are each head's units in that order.
     """
@@ -43,13 +48,13 @@ class HeadStack:
     inputs_UD: Tensor
     input_bias_U: Tensor
     inputs: FrozenLinear
-    """h [R, D] -> z [R, U], by the two above."""
+    """It maps h [R, D] to z [R, U] by the two above."""
     gram: FrozenLinear
-    """c [R, U] -> change of z [R, U] by a step of size one."""
+    """It maps c [R, U] to the change of z [R, U] by a step of size one."""
     ascent: FrozenLinear
-    """c [R, U] -> change of h [R, D] by a step of size one."""
+    """It maps c [R, U] to the change of h [R, D] by a step of size one."""
     ascent_gram: FrozenLinear
-    """c [R, U] -> inner products [R, U] of such a step with the ascent rows."""
+    """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
     earned_K: Tensor | None
@@ -110,7 +115,7 @@ class HeadRegistry:
         cards: Mapping[str, HeadCard] | None = None,
         warnings: Mapping[str, str] | None = None,
     ) -> None:
-        """`warnings` are of the heads that were made for another model, as `base_warning` has them."""
+        """`warnings` holds those of heads that were made for another model, as `base_warning` words them."""
         self._heads = dict(sorted(heads.items()))
         self._cards = dict(cards or {})
         self._warnings = dict(warnings or {})
@@ -173,7 +178,7 @@ class HeadRegistry:
         return dict(self._cards)
 
     def warnings(self) -> dict[str, str]:
-        """By name, of the heads that were made for another model."""
+        """The warnings, by name, about heads that were made for another model."""
         return dict(self._warnings)
 
     def with_head(self, name: str, head: ValueHead) -> HeadRegistry:
@@ -181,12 +186,12 @@ class HeadRegistry:
         return HeadRegistry({**self._heads, name: head}, self._cards, self._warnings)
 
     def head(self, name: str) -> ValueHead:
-        """Raises UnknownHeadError."""
+        """The head of that name. Raises UnknownHeadError."""
         self.check([name])
         return self._heads[name]
 
     def check(self, names: Sequence[str], *, param: str = "control.objective.weights") -> None:
-        """Raises UnknownHeadError, which names the field and lists the heads that exist."""
+        """Refuse names that there is no head of. Raises UnknownHeadError, which names the field and lists the heads."""
         for name in names:
             if name not in self._heads:
                 raise UnknownHeadError(name, self._heads, param=param)
@@ -202,10 +207,37 @@ class HeadRegistry:
         return self._stacks[names]
 
     def earned(self, names: Sequence[str]) -> list[float] | None:
-        """`HeadCard.earned` of each head; None unless all cards tell."""
+        """What each head's ascent adds to a response (`HeadCard.earned`); None unless all cards tell."""
         figures = [self._cards[name].earned if name in self._cards else None for name in names]
         known = [figure for figure in figures if figure is not None]
         return known if len(known) == len(figures) else None
+
+
+def base_warning(
+    card: HeadCard, identity: Mapping[str, Any], location: str | Path, *, allow_other_base: bool
+) -> str | None:
+    """What users of the head must know when it was made for another model than the one with this identity.
+
+    None when it was made for this one. Raises HeadMismatchError, which says what differs and what to do, when the head
+    cannot be served, or is not allowed to be.
+    """
+    differences = card.base_model.differences(identity)
+    if not differences:
+        return None
+    told = "; ".join(differences)
+    refusal = (
+        f"The value head {card.name!r} in {location} was not made for the model {identity.get('name')!r}: {told}. "
+        "Train it for this model (`recontrol rollouts`, `recontrol train`), or serve from another --heads-dir"
+    )
+    if card.base_model.hidden_size != identity.get("hidden_size"):
+        raise HeadMismatchError(f"{refusal}; states of another size cannot be read, whatever is allowed.")
+    if not allow_other_base:
+        raise HeadMismatchError(f"{refusal}, or serve it all the same with --allow-other-base.")
+    return (
+        f"The value head {card.name!r} was made for the model {card.base_model.name!r}, not for the "
+        f"{identity.get('name')!r} that is served: {told}. Its values and its card's figures may not hold here, nor "
+        "targets, floors, gates and bounds by them; budgets of KL do."
+    )
 
 
 def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[float] | None) -> HeadStack:

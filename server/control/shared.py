@@ -20,55 +20,50 @@ from server.control.plan import EditGroup
 from server.control.registry import HeadStack
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
+from value_models.linalg import vector_norm
 
 _HELD_BY_KL, _HELD_BY_CAP = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_SHIFT)
 
 
-@dataclass(slots=True, frozen=True)
-class Shift:
-    """A group's shift, as it moves states and as the native kernel knows it."""
+def shared_shift(
+    stack: HeadStack, coefficients: Sequence[float], row_logits: Callable[[Tensor], Tensor]
+) -> ops.SharedShift:
+    """A group's shift as the native kernel knows it.
 
-    shift_D: Tensor
-    native: ops.SharedShift
-
-    @classmethod
-    def of(cls, stack: HeadStack, coefficients: Sequence[float], row_logits: Callable[[Tensor], Tensor]) -> Shift:
-        """`row_logits`: c [R, U] -> the logits [R, V] of the stack's ascent rows taken c times."""
-        row_1U = torch.tensor([coefficients])
-        shift_D, climb_K, delta_V = stack.ascent(row_1U)[0], stack.gram(row_1U)[0], row_logits(row_1U)[0]
-        is_finite = bool(shift_D.isfinite().all() & climb_K.isfinite().all() & delta_V.isfinite().all())
-        largest = delta_V.amax()
-        head = torch.stack([shift_D.norm(), largest if is_finite else torch.tensor(torch.nan)])
-        each_K4 = torch.stack([stack.input_bias_U, climb_K, stack.reward_mean_K, stack.reward_scale_K], dim=1)
-        native = ops.SharedShift(
-            numbers=torch.cat([head, each_K4.flatten()]),
-            weight_KD=stack.inputs_UD,
-            delta_V=delta_V.contiguous(),
-            tilts_V=(delta_V - largest).exp(),
-        )
-        return cls(shift_D, native)
+    `row_logits`: c [R, U] -> the logits [R, V] of the stack's ascent rows taken c times.
+    """
+    row_1U = torch.tensor([coefficients])
+    shift_D, climb_K, delta_V = stack.ascent(row_1U)[0], stack.gram(row_1U)[0], row_logits(row_1U)[0]
+    is_finite = bool(shift_D.isfinite().all() & climb_K.isfinite().all() & delta_V.isfinite().all())
+    largest = delta_V.amax()
+    head = torch.stack([vector_norm(shift_D), largest if is_finite else torch.tensor(torch.nan)])
+    each_K4 = torch.stack([stack.input_bias_U, climb_K, stack.reward_mean_K, stack.reward_scale_K], dim=1)
+    return ops.SharedShift(
+        numbers=torch.cat([head, each_K4.flatten()]),
+        weight_KD=stack.inputs_UD,
+        delta_V=delta_V.contiguous(),
+        tilts_V=(delta_V - largest).exp(),
+    )
 
 
 @dataclass(slots=True, frozen=True)
 class SharedEdit:
-    """A group's edit. `report_RN` is as `GroupStats.numbers_RN`; the states moved by taken_R x shift_D."""
+    """A group's edit. `report_RN` is as `GroupStats.numbers_RN`."""
 
     group: EditGroup
     report_RN: Tensor
-    taken_R: Tensor
-    shift_D: Tensor
 
 
 class SharedRows:
     """The rows of groups with a shift each, among all of a step, laid out for the native kernel."""
 
-    def __init__(self, groups: Sequence[EditGroup], shifts: Sequence[Shift], num_rows: int) -> None:
+    def __init__(self, groups: Sequence[EditGroup], shifts: Sequence[ops.SharedShift], num_rows: int) -> None:
         self._groups = groups
         self._shifts = shifts
         self._num_rows = num_rows
         self._counts = [len(group.rows) for group in groups]
         self._num_heads = max(len(group.stack.names) for group in groups)
-        self._entries_G5 = torch.tensor([shift.native.entry() for shift in shifts])
+        self._entries_G5 = torch.tensor([shift.entry() for shift in shifts])
         self._shift_of_R = torch.repeat_interleave(torch.tensor(self._counts))
         # What a plan has of a single row twice is taken once.
         rows = [row for group in groups for row in group.rows]
@@ -78,17 +73,18 @@ class SharedRows:
         self._limit_R = torch.cat([group.max_kl_R[:count] for group, count in held]) - ROUNDING_NATS
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
-        """By identity: a plan keeps its groups while nothing changes."""
+        """Whether it was made for these groups. They are compared by identity: a plan keeps its groups while nothing
+        changes."""
         if (len(groups), num_rows) != (len(self._groups), self._num_rows):
             return False
         return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
 
-    def edit(self, hidden_BD: Tensor, logits_BV: Tensor, *, apply: bool) -> tuple[Tensor, list[SharedEdit]]:
-        """Logits [B, V] in float32, with `apply` moved by each group's edit, and the edits.
+    def edit(self, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
+        """Logits [B, V] in float32, moved by each group's edit, and the edits.
 
         Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
         """
-        logits_BV, taken_R, report_RN = ops.edit_shared(
+        logits_BV, _, report_RN = ops.edit_shared(
             hidden_BD,
             logits_BV,
             self._entries_G5,
@@ -99,10 +95,9 @@ class SharedRows:
             num_heads=self._num_heads,
             held_by_kl=_HELD_BY_KL,
             held_by_cap=_HELD_BY_CAP,
-            apply=apply,
+            apply=True,
         )
-        reports, taken = report_RN.split(self._counts), taken_R.split(self._counts)
         edits: list[SharedEdit] = []
-        for group, shift, report, its in zip(self._groups, self._shifts, reports, taken, strict=True):
-            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + 5], its, shift.shift_D))
+        for group, report in zip(self._groups, torch.split(report_RN, self._counts), strict=True):
+            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + 5]))
         return logits_BV, edits

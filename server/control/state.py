@@ -14,7 +14,7 @@ class HeldBy(StrEnum):
 
     WINDOW = "window"
     SCHEDULE = "schedule"
-    """Its strength is zero."""
+    """The schedule's strength is zero."""
     GATE = "gate"
     MAX_KL = "max_kl"
     MAX_RESPONSE_KL = "max_response_kl"

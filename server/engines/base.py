@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
 
 
 @dataclass(slots=True, frozen=True)

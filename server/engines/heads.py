@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from server.control.base_match import base_warning
-from server.control.registry import HeadRegistry
+from server.control.registry import HeadRegistry, base_warning
 from server.errors import HeadMismatchError, UnknownHeadError
+from value_models.errors import HeadFileError
 from value_models.head_folder import open_heads
 from value_models.heads import ValueHead
-from value_models.store import HeadCard, HeadFileError, shipped_heads_folder
+from value_models.store import HeadCard, shipped_heads_folder
 
 _log = logging.getLogger(__name__)
 

@@ -23,13 +23,14 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.api.schemas import ChatBody, CompletionBody
+from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import loader
 from server.engines.text import StopMatcher, encode_chat
 from server.errors import InvalidRequestError, ModelLoadError
 from server.logs import JsonFormatter, TextFormatter
 from server.settings import Settings
-from server.types import ControlParams, GenerationRequest, SamplingParams
+from server.types import GenerationRequest, SamplingParams
 from tests.api.conftest import chat, complete, serving
 from tests.conftest import byte_tokenizer, run
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from server.api.resolution import with_pinned
+from server.control.params import ControlParams
 from server.errors import ConfigurationError, InvalidRequestError
-from server.types import ControlParams, GenerationRequest
+from server.types import GenerationRequest
 from tests.api.conftest import chat, complete
 from tests.conftest import control
 

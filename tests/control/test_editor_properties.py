@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.control.editor import StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from server.types import ControlParams
 from tests.conftest import HIDDEN, control, random_head, random_linear_head
 from tests.control.test_editor import LinearUnembedding
 

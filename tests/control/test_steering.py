@@ -14,10 +14,10 @@ from torch import Tensor
 
 from server.control.ascent import TOLERANCE, ascend
 from server.control.editor import GroupStats, StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY, ControlState
-from server.types import ControlParams
 from tests.conftest import HIDDEN, card_of, random_head, random_linear_head
 from tests.control.test_editor import EDITOR, UNEMBEDDING, LinearUnembedding
 from value_models.linear import PackedLinear

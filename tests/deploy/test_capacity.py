@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.control.editor import StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.lm_head import LMHead
-from server.types import ControlParams
 from tests.deploy.conftest import DEPLOY
 from value_models.heads import LinearHead, MLPHead, ValueHead
 

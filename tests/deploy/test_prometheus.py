@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.control.params import MAX_KL_NATS
 from server.telemetry import Telemetry
-from server.types import MAX_KL_NATS
 from tests.deploy.conftest import (
     DEPLOY,
     check,

@@ -13,12 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.control.scores import scores
+from server.control.objective_rows import scores
+from server.control.params import ControlParams
 from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.sequence import Sequence
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams, TokenEdit
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams, TokenEdit
 from tests.conftest import Collected, Results, run, waiting_again
 from tests.engines.test_laws import requests
 from tests.engines.test_scheduler import MODELS, small_core

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from server.control.objectives import WeightedSum
+from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import NullObserver
 from server.engines.fake import FakeEngine
 from server.settings import Settings
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 
 
 class Ends(NullObserver):

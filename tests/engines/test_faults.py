@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.sequence import Sequence
 from server.settings import Settings
-from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import Collected, Results, control, random_linear_head, run
 from value_models.heads import ValueHead
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from server.control.params import ControlParams
 from server.engines.base import Engine
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.errors import HeadMismatchError, UnknownHeadError
 from server.settings import Settings
-from server.types import ControlParams, FinishReason
+from server.types import FinishReason
 from tests.conftest import control, random_head, write_heads
 from tests.engines.test_contract import ask, everything
 from value_models.heads import ValueHead

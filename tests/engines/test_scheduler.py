@@ -4,9 +4,10 @@ from typing import Any
 import psutil
 import pytest
 
+from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
 from server.errors import ConfigurationError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from tests.conftest import control, run, waiting_again
 from tests.engines.conftest import prompt_tokens_read
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
-from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams, TokenEdit
+from server.types import FinishReason, GenerationRequest, SamplingParams, TokenEdit
 from tests.conftest import Collected, run
 from tests.engines.test_laws import CONTROLS, requests
 

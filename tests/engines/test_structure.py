@@ -14,7 +14,7 @@ import pytest
 import torch
 from llguidance import LLMatcher
 
-from server.control.search import Blocks
+from server.control.params import Blocks
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler, SchemaMatcher, constrained
 from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from value_models import embeddings, packages
 from value_models.embeddings import cosine, embed, static_cosine, static_embed
-from value_models.packages import MissingPackageError
+from value_models.errors import MissingPackageError
 
 Embedding = Callable[[Sequence[str]], Tensor]
 TEXTS = ["A cat.", "The trains to the coast leave at noon, and again at four if it is not a Sunday.", "", "Bread " * 40]

@@ -9,7 +9,7 @@ import pytest
 
 from value_models.evaluation import Arm, Scoring, evaluate_arms
 from value_models.generations import EvalSample
-from value_models.rollouts import RolloutPrompt
+from value_models.prompt_sets import RolloutPrompt
 
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}", reference="a word") for i in range(6)]
 

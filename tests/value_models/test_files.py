@@ -15,20 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import card_of, random_head, write_heads
+from tests.conftest import card_of, plain_gradient, random_head, write_heads
 from value_models import store
-from value_models.importer import ImportFileError, import_pth
-from value_models.rollouts import (
-    Rollout,
-    RolloutError,
-    RolloutPrompt,
-    RolloutSettings,
-    collect_rollouts,
-    load_prompts,
-    open_rollouts,
-    split_of,
-)
-from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError, load_head
+from value_models.errors import HeadFileError, ImportFileError, RolloutError
+from value_models.importer import import_pth
+from value_models.prompt_sets import RolloutPrompt, load_prompts, split_of
+from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts, open_rollouts
+from value_models.store import CARD_FILE, HEAD_FILE, load_head
 
 IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]
@@ -211,10 +204,10 @@ def test_the_papers_value_functions_are_imported_exactly(tmp_path: Path, widths:
     network = nn.Sequential(*layers[:-1])
     torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "value.pth")
     x = torch.randn(3, 6, requires_grad=True)
-    values_B, grad_BD = import_pth(tmp_path / "value.pth").head().value_and_grad(x.detach())
+    head = import_pth(tmp_path / "value.pth").head()
     expected_B = network(x)[:, 0]
-    torch.testing.assert_close(values_B, expected_B)
-    torch.testing.assert_close(grad_BD, torch.autograd.grad(expected_B.sum(), x)[0])
+    torch.testing.assert_close(head.value(x.detach()), expected_B)
+    torch.testing.assert_close(plain_gradient(head, x.detach()), torch.autograd.grad(expected_B.sum(), x)[0])
 
 
 def _layer(name: str, size_in: int, size_out: int) -> dict[str, torch.Tensor]:

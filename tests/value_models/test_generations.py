@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from value_models.generations import EvalSample, GenerationStore
-from value_models.rollouts import RolloutPrompt
+from value_models.prompt_sets import RolloutPrompt
 
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(4)]
 SPEC = {"model": "m", "sampling": {"seed": 1}}

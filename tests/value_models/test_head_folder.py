@@ -13,8 +13,9 @@ import torch
 
 from tests.conftest import random_head, write_heads
 from value_models import cache
+from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, StoredHeads, open_heads
-from value_models.store import CARD_FILE, HEAD_FILE, HeadFileError
+from value_models.store import CARD_FILE, HEAD_FILE
 
 IDENTITY = {"name": "tiny", "hidden_size": 32}
 NAMES = itertools.count()

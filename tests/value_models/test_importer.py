@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from value_models.importer import ImportFileError, import_pth, import_vector
+from value_models.errors import ImportFileError
+from value_models.importer import import_pth, import_vector
 
 
 def layer(name: str, size_in: int, size_out: int) -> dict[str, torch.Tensor]:

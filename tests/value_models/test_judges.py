@@ -2,8 +2,8 @@
 
 import pytest
 
+from value_models.errors import MetricError
 from value_models.metrics import (
-    MetricError,
     bootstrap_interval,
     clean_words,
     dale_chall_easy,

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from value_models import packages
-from value_models.packages import MissingPackageError
+from value_models.errors import MissingPackageError, RolloutError
 from value_models.prompt_sets import PROMPT_SETS, real_toxicity_prompts
-from value_models.rollouts import RolloutError
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from transformers import (
 
 from tests.conftest import byte_tokenizer
 from value_models import metrics, packages
+from value_models.errors import MissingPackageError, RewardError
 from value_models.metrics import load_metric
-from value_models.packages import MissingPackageError
-from value_models.rewards import RewardError, load_reward
+from value_models.rewards import load_reward
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "vocab_size": 258, "pad_token_id": None, "bos_token_id": 257, "eos_token_id": 256}  # fmt: skip

@@ -6,8 +6,9 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import byte_tokenizer
-from value_models.metrics import EVAL_METRICS, MetricError, bootstrap_interval, load_metric
-from value_models.rewards import REWARDS, RewardError, load_reward
+from value_models.errors import MetricError, RewardError
+from value_models.metrics import EVAL_METRICS, bootstrap_interval, load_metric
+from value_models.rewards import REWARDS, load_reward
 
 SCORES = {**REWARDS, **EVAL_METRICS}
 GOOD, BAD = "What a wonderful, happy day! I love it.", "This is terrible. I hate this awful mess."

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from value_models.rollouts import (
-    MANIFEST,
-    Rollout,
-    RolloutError,
-    RolloutPrompt,
-    RolloutSettings,
-    collect_rollouts,
-    load_prompts,
-    open_rollouts,
-)
+from value_models.errors import RolloutError
+from value_models.prompt_sets import RolloutPrompt, load_prompts
+from value_models.rollouts import MANIFEST, Rollout, RolloutSettings, collect_rollouts, open_rollouts
 
 PROMPTS = [RolloutPrompt(id="p", prompt="hello")]
 SETTINGS = RolloutSettings(num_samples=2)

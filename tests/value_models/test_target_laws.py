@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from value_models.targets import (
-    TargetShapeError,
-    center_by_prompt,
-    lambda_returns,
-    last_valid_index,
-    terminal_rewards,
-)
+from value_models.errors import TargetShapeError
+from value_models.targets import center_by_prompt, lambda_returns, last_valid_index, terminal_rewards
 
 LENGTHS = torch.tensor([1, 7, 4, 0])
 MASK = torch.arange(7) < LENGTHS[:, None]

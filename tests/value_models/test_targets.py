@@ -1,13 +1,8 @@
 import pytest
 import torch
 
-from value_models.targets import (
-    TargetShapeError,
-    center_by_prompt,
-    lambda_returns,
-    last_valid_index,
-    terminal_rewards,
-)
+from value_models.errors import TargetShapeError
+from value_models.targets import center_by_prompt, lambda_returns, last_valid_index, terminal_rewards
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
 REWARD = torch.tensor([2.0, -1.0, 0.5])

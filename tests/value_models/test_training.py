@@ -12,11 +12,13 @@ from pydantic import ValidationError
 
 from tests.conftest import write_heads
 from value_models.baselines import static_vector_head
+from value_models.errors import RolloutError, TrainingDataError
 from value_models.heads import LinearHead, MLPHead
-from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings, collect_rollouts
+from value_models.prompt_sets import RolloutPrompt
+from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts
 from value_models.store import load_head
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, TrainingDataError, load_training_data
+from value_models.training_data import TrainingData, load_training_data
 
 SIZE = 12
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(60)]
@@ -50,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 @pytest.mark.parametrize("targets", ["monte_carlo", "td_lambda", "td_one_step"])
 def test_every_kind_of_target_finds_the_reward(data: TrainingData, targets: str) -> None:
     settings = TrainSettings.model_validate({"targets": targets, "hidden_widths": (16,), **FAST})
-    assert train_head(data, settings).figures["r2"]["all"] > 0.5
+    assert train_head(data, settings).figures.r2["all"] > 0.5
 
 
 @pytest.mark.parametrize("widths", [(), (8,), (8, 6)])

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
 from server.engines.heads import HeadSource
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 
 
 class Engine:

@@ -35,7 +35,7 @@ from server.engines.checkpoint.json_files import listed
 from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.errors import ModelLoadError
-from value_models.cache import cache_root
+from value_models.files import cache_root
 
 _log = logging.getLogger(__name__)
 # Its bar is tqdm's own there, which transformers' switch for bars does not reach.

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
-from value_models.cache import cache_root
+from value_models.files import cache_root
 
 _log = logging.getLogger(__name__)
 _COPY_BYTES = 2**20

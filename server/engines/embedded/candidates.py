@@ -24,11 +24,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from server.control.params import ControlParams
 from server.engines.embedded.model.pages import num_pages_for
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationChunk, GenerationRequest
 
 _PARAM = "control.search.candidates"
 Rows = list[tuple[Sequence, Tensor]]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from server.control.editor import GroupStats, StateEditor
+from server.control.objective_rows import scores
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from server.control.scores import scores
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.control.params import ControlParams
 from server.engines.embedded.controlled_decoding import (
     ControlledDecoder,
     ControlledDecoding,
@@ -26,10 +27,12 @@ from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
 from server.engines.text import Detokenizer, encode_chat
 from server.errors import InvalidRequestError
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from value_models.errors import RolloutError
 from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.heads import ValueHead
-from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
+from value_models.prompt_sets import RolloutPrompt
+from value_models.rollouts import Rollout, RolloutSettings
 
 
 class EngineRolloutSource:

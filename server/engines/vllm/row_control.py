@@ -21,13 +21,13 @@ from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
 from server.control.editor import GroupStats, StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import ControlState
 from server.engines.vllm.unembedding import VllmUnembedding
 from server.engines.vllm.wire import parse_control
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ControlParams
 
 _log = logging.getLogger(__name__)
 _FAILED = "control failed inside the worker"

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.control.params import ControlParams
 from server.errors import InvalidRequestError
-from server.types import ControlParams
 
 CONTROL_KEY = "recontrol"
 """In a request's `extra_args`: the `control` of this program's own API, as a JSON string."""

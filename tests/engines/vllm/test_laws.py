@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
@@ -25,7 +26,7 @@ from server.engines.vllm.sampling import vllm_sampling
 from server.engines.vllm.wire import CONTROL_KEY
 from server.errors import UnknownHeadError, UnsupportedFieldError
 from server.settings import Settings
-from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from tests.conftest import Collected, control, run
 from value_models.heads import ValueHead
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from server.control.editor import StateEditor
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.edits import token_edit
@@ -19,8 +20,7 @@ from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.unembedding import VllmUnembedding
 from server.engines.vllm.wire import CONTROL_KEY, control_args
 from server.errors import ModelLoadError
-from server.types import ControlParams
-from tests.conftest import HIDDEN, VOCAB, control
+from tests.conftest import HIDDEN, VOCAB, control, edited_states
 from value_models.heads import ValueHead
 
 GOOD = control({"good": 1.0}, step_size=2.0)
@@ -99,7 +99,8 @@ def test_a_controlled_rows_logits_are_those_of_its_edited_state_within_its_budge
     unembedding = unembedding_of(model)
     row_control = RowControl(registry, unembedding)
     logits_BV = row_control.logits(hidden_BD, rows_for(row_control, CONTROLS))
-    edited_BD, _ = StateEditor(unembedding).edit(hidden_BD.float(), EditPlan.from_rows(CONTROLS, registry))
+    _, stats = StateEditor(unembedding).logits(hidden_BD.float(), EditPlan.from_rows(CONTROLS, registry))
+    edited_BD = edited_states(hidden_BD.float(), stats)
     expected_BV = model.compute_logits(edited_BD.to(hidden_BD.dtype)).float()
     tolerance = 1e-4 if hidden_BD.dtype == torch.float32 else 0.2
     torch.testing.assert_close(logits_BV, expected_BV, atol=tolerance, rtol=tolerance / 4)

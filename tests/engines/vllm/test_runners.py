@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.wire import REPORT_KEY, control_args
-from server.types import ControlParams
 from tests.conftest import HIDDEN, VOCAB, control
 from tests.engines.vllm.test_row_control import Model, unembedding_of
 from value_models.heads import ValueHead

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from server.control.params import ControlParams
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import EngineInfo, NullObserver
@@ -33,7 +34,7 @@ from server.errors import (
     UnsupportedFieldError,
 )
 from server.settings import Settings
-from server.types import ControlParams, FinishReason, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, byte_tokenizer, control, write_heads
 from value_models.heads import ValueHead
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from value_models.whole_files import write_text, write_whole
+from value_models.files import write_text, write_whole
 
 
 def test_a_file_is_replaced_in_a_folder_that_is_made(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all: written into a scratch file beside, which is then renamed.
+"""Files that this program writes: whole or not at all, and the folder for those that it could make or fetch again.
 
-Enter at `write_whole`, `write_bytes` and `write_text`.
+A file is written into a scratch file beside it, which is then renamed. Enter at `write_whole`, `write_bytes`,
+`write_text` and `cache_root`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 SCRATCH_SUFFIX = ".part"
 """What a killed process may leave behind ends in this."""
@@ -38,6 +41,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
+
+
+def cache_root() -> Path:
+    """The user's cache folder, or what RECONTROL_CACHE_DIR names; it need not exist."""
+    return Path(os.environ.get("RECONTROL_CACHE_DIR") or user_cache_path("recontrol"))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,0 +1,127 @@
+"""What a request asks of control: an objective, how far to ascend it, its budgets, when it acts, and search by value.
+
+Only the wire format, whose texts /openapi.json shows; what control does with it is in plan.py and editor.py, and the
+engine searches (`server/engines/embedded/candidates.py`). Knows nothing of models, hidden states or HTTP. Enter at
+`ControlParams`; to add a way to search, write one class beside `Blocks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from server.control.conditions import Gate, Schedule, Window
+from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.errors import ConfigurationError
+
+# Ranges within which no setting collapses the text: the stress study of the shipped heads measures their corners.
+MAX_STEP_SIZE = 10.0
+MAX_STEPS = 100
+MAX_KL_NATS = 0.5
+MAX_SHIFT_RATIO = 2.0
+MAX_RESPONSE_KL_NATS = 10_000.0
+MAX_CANDIDATES = 32
+MAX_BLOCK_TOKENS = 4096
+
+TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
+"""How much divergence is allowed, in nats a token."""
+
+
+class Blocks(BaseModel):
+    """Sample so many continuations of `block_tokens` tokens, keep the best by the objective, and go on from there.
+
+    Candidate 0 of every block draws from the choice's own stream, candidate j from the one keyed by seed, choice and j;
+    a number of a stream is keyed by the token's place in the response, so one candidate gives what no search gives.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    type: Literal["blocks"]
+    candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 4
+    block_tokens: Annotated[int, Field(ge=1, le=MAX_BLOCK_TOKENS)] = 8
+
+
+class ControlParams(BaseModel):
+    """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
+
+    An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
+    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
+    when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    objective: Objective
+    step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.12
+    """Length of an ascent step."""
+    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 10
+    """Ascent steps a token."""
+    max_kl: TokenBudget = 0.3
+    """Nats a token: KL(controlled || base) at temperature 1, before sampling filters."""
+    max_shift: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SHIFT_RATIO)] = 1.0
+    """Length of the shift over the length of the hidden state."""
+    max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
+    """Nats a response: the sum of its tokens' KL."""
+    gate: Gate | None = None
+    window: Window | None = None
+    schedule: Schedule | None = None
+    stop_below: Levels | None = None
+    """End the response at the token whose state, after control, has a value below its head's bound."""
+    search: Blocks | None = None
+    """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
+    trace: bool = False
+    """Report what control did to each token, beside the summary of each choice."""
+
+    @model_validator(mode="after")
+    def _names_few_heads(self) -> ControlParams:
+        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
+            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
+        return self
+
+    @property
+    def named_heads(self) -> dict[str, str]:
+        """Every head that is named, with the field that names it."""
+        heads = {name: f"control.objective.{field}" for name, field in self.objective.named_heads.items()}
+        if self.gate is not None:
+            heads.setdefault(self.gate.head, "control.gate.head")
+        for name in self.stop_below or ():
+            heads.setdefault(name, "control.stop_below")
+        return heads
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The heads that are named anywhere in it, in a fixed order."""
+        return tuple(sorted(self.named_heads))
+
+    def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
+        """Whether a head's value is below its bound, or is no number."""
+        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
+
+    @classmethod
+    def from_json(cls, text: str, setting: str) -> ControlParams:
+        """Parse the JSON of a user's setting, as in a request. Raises ConfigurationError, which names the setting."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = (": ".join([".".join(map(str, e["loc"])), e["msg"]]).removeprefix(": ") for e in error.errors())
+            raise ConfigurationError(f"{setting}: {'; '.join(problems)}") from error
+
+    @classmethod
+    def for_head(cls, name: str, *, weight: float = 1.0, **fields: Any) -> ControlParams:
+        """One head's ascent, by default as behind the model id `base@name`; `fields` are others of the request's."""
+        return cls(objective=WeightedSum(weights={name: weight}), **fields)
+
+    @classmethod
+    def without_limits(
+        cls, objective: Objective, *, step_size: float, steps: int, max_kl: float = math.inf
+    ) -> ControlParams:
+        """Control as first published, any size of step and no bound: for evaluation, which shows how it collapses.
+
+        It is unchecked on purpose; a request cannot ask for it.
+        """
+        return cls.model_construct(
+            objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
+        )
