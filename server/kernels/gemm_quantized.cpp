@@ -11,6 +11,7 @@
 
 #include "amx.h"
 #include "gemm.h"
+#include "pool.h"
 
 namespace recontrol {
 namespace {
@@ -100,8 +101,7 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
     const int64_t panels = panels_of(outputs), groups = inputs / kGroup;
     const int64_t tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
     const std::vector<float> sums = sums_of_groups<Format>(x, rows * groups);
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
+    share_each(panels, 1, [&](int64_t p) {
         const uint8_t* panel = packed + p * groups * kGroupPairs * Format::kPairBytes;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
@@ -115,7 +115,7 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
                                       bias, is_f32);
             }
         }
-    }
+    });
 }
 
 #ifdef __AMX_BF16__
@@ -155,14 +155,12 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
     const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
     const int64_t panels = panels_of(outputs), groups = tiled.groups();
     const std::vector<float> sums_of_x = sums_of_groups<Format>(x, rows * groups);
-#pragma omp parallel
-    {
+    share(panels, [&](Pieces& pieces) {
         const Tiles tiles(blocks.size);
         alignas(64) float sums[kBlockRows * kPanel];
         alignas(64) bf16 weights[kGroup * kPanel];
         std::vector<float> totals(rows * kPanel);
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; ++p) {
+        for (const int64_t p : pieces) {
             std::fill(totals.begin(), totals.end(), 0.0f);
             for (int64_t g = 0, of_panel = p * groups; g < groups; ++g) {
                 widen<Format>(packed + (of_panel + g) * kGroupPairs * Format::kPairBytes, weights);
@@ -176,7 +174,7 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
             }
             store_panel(totals.data(), rows, y, 0, p, outputs, bias, is_f32);
         }
-    }
+    });
 }
 #endif
 
@@ -197,13 +195,17 @@ using namespace recontrol;
 
 // As linear_bf16 (gemm.h); inputs must be a multiple of 32. packed [panels, inputs / 2, 32 bytes], scales
 // [panels, inputs / 32, 2, 32] float16.
-EXPORT void linear_int4(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
-                        int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    map<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+EXPORT int linear_int4(int64_t threads, const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias,
+                       void* y, int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
+        map<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    });
 }
 
 // packed [panels, inputs / 2, 64 bytes], scales [panels, inputs / 32, 32] float16.
-EXPORT void linear_int8(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
-                        int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    map<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+EXPORT int linear_int8(int64_t threads, const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias,
+                       void* y, int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
+        map<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    });
 }
