@@ -37,15 +37,15 @@ bool spin_until(const Condition& holds) {
 class Pool {
    public:
     // False, and nothing done, if they are at another's call.
-    bool run(int64_t threads, Pieces& pieces, Work& work) {
+    bool run(int64_t threads, Stretches& stretches, Work& work) {
         if (is_taken_.exchange(true, std::memory_order_acquire)) return false;
         const uint64_t places = helpers(std::min(threads - 1, (int64_t)kPlaces));
-        pieces_ = &pieces, work_ = &work, error_ = nullptr;
+        stretches_ = &stretches, work_ = &work, error_ = nullptr, places_ = places;
         num_left_.store(0, std::memory_order_relaxed);
         const uint64_t call = (offer_.load(std::memory_order_relaxed) / (kPlaces + 1) + 1) * (kPlaces + 1);
         offer_.store(call + places);
         wake(places);
-        take_part();
+        take_part(0);
         const uint64_t left = offer_.exchange(call) - call;
         wait_for(places - left);
         const std::exception_ptr error = error_;
@@ -84,7 +84,7 @@ class Pool {
             uint64_t offer = wait_for_offer();
             // The call is over only when all who joined have left it, and the number tells calls apart.
             if (!offer_.compare_exchange_strong(offer, offer - 1)) continue;
-            if (!pieces_->are_taken()) take_part();
+            if (!stretches_->are_taken()) take_part((int64_t)(places_ + 1 - (offer & kPlaces)));
             num_left_.fetch_add(1);
             if (is_caller_asleep_.load()) {
                 { const std::lock_guard lock(mutex_); }
@@ -93,11 +93,12 @@ class Pool {
         }
     }
 
-    void take_part() {
+    void take_part(int64_t thread) {
         try {
-            work_->run(*pieces_);
+            Pieces pieces(*stretches_, thread);
+            work_->run(pieces);
         } catch (...) {
-            pieces_->abandon();
+            stretches_->abandon();
             const std::lock_guard lock(mutex_);
             if (!error_) error_ = std::current_exception();
         }
@@ -132,7 +133,8 @@ class Pool {
 
     std::atomic<bool> is_taken_{false};
     int64_t num_helpers_ = 0;
-    Pieces* pieces_ = nullptr;
+    uint64_t places_ = 0;
+    Stretches* stretches_ = nullptr;
     Work* work_ = nullptr;
     std::exception_ptr error_;
     alignas(64) std::atomic<uint64_t> offer_{0};
@@ -164,9 +166,40 @@ thread_local int64_t threads_of_call = 1;
 Threads::Threads(int64_t count) : before_(threads_of_call) { threads_of_call = count; }
 Threads::~Threads() { threads_of_call = before_; }
 
-void share(Pieces& pieces, Work& work) {
-    const int64_t threads = std::min(threads_of_call, pieces.count());
-    if (threads < 2 || !pool().run(threads, pieces, work)) work.run(pieces);
+Stretches::Stretches(int64_t count, int64_t threads)
+    : count_(count), num_(std::max<int64_t>(std::min(threads, kMost), 1)) {
+    for (int64_t s = 0; s < num_; ++s) {
+        stretches_[s].next.store(count * s / num_, std::memory_order_relaxed);
+        stretches_[s].end = count * (s + 1) / num_;
+    }
+}
+
+int64_t Stretches::take(int64_t& at) {
+    for (int64_t tried = 0; tried < num_; ++tried, ++at) {
+        Stretch& stretch = stretches_[at % num_];
+        if (stretch.next.load(std::memory_order_relaxed) >= stretch.end) continue;
+        const int64_t piece = stretch.next.fetch_add(1, std::memory_order_relaxed);
+        if (piece < stretch.end) return piece;
+    }
+    return -1;
+}
+
+bool Stretches::are_taken() const {
+    for (int64_t s = 0; s < num_; ++s)
+        if (stretches_[s].next.load(std::memory_order_relaxed) < stretches_[s].end) return false;
+    return true;
+}
+
+void Stretches::abandon() {
+    for (int64_t s = 0; s < num_; ++s) stretches_[s].next.store(stretches_[s].end, std::memory_order_relaxed);
+}
+
+void share_work(int64_t count, Work& work) {
+    const int64_t threads = std::min(threads_of_call, count);
+    Stretches stretches(count, threads);
+    if (threads > 1 && pool().run(threads, stretches, work)) return;
+    Pieces pieces(stretches, 0);
+    work.run(pieces);
 }
 
 }  // namespace recontrol

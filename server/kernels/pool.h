@@ -12,39 +12,57 @@
 
 namespace recontrol {
 
-// The pieces [0, count) of one call, for `for (const int64_t piece : pieces)`: those that this thread takes.
+// The pieces [0, count) of one call, in a stretch for each thread that may take part.
+class Stretches {
+   public:
+    Stretches(int64_t count, int64_t threads);
+    Stretches(const Stretches&) = delete;
+
+    // The next piece of the stretch `at`, or, when it has none left, of those behind it, and then `at` is that; or -1.
+    int64_t take(int64_t& at);
+    bool are_taken() const;
+    // No more of them are handed out.
+    void abandon();
+    int64_t count() const { return count_; }
+
+   private:
+    static constexpr int64_t kMost = 64;
+    struct alignas(64) Stretch {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+
+    const int64_t count_, num_;
+    Stretch stretches_[kMost];
+};
+
+// Those that one thread takes, as `for (const int64_t piece : pieces)`: of its own stretch, one behind the other, then
+// what others have left.
 class Pieces {
    public:
-    explicit Pieces(int64_t count) : count_(count) {}
+    Pieces(Stretches& of, int64_t thread) : of_(of), at_(thread) {}
     Pieces(const Pieces&) = delete;
 
+    struct End {};
     class Taking {
        public:
-        Taking(Pieces& pieces, bool is_end) : pieces_(pieces), piece_(is_end ? pieces.count_ : pieces.take()) {}
+        explicit Taking(Pieces& pieces) : pieces_(pieces), piece_(pieces.take()) {}
         int64_t operator*() const { return piece_; }
-        Taking& operator++() {
-            piece_ = pieces_.take();
-            return *this;
-        }
-        bool operator!=(const Taking&) const { return piece_ < pieces_.count_; }
+        void operator++() { piece_ = pieces_.take(); }
+        bool operator!=(End) const { return piece_ >= 0; }
 
        private:
         Pieces& pieces_;
         int64_t piece_;
     };
-    Taking begin() { return {*this, false}; }
-    Taking end() { return {*this, true}; }
-
-    int64_t count() const { return count_; }
-    bool are_taken() const { return next_.load(std::memory_order_relaxed) >= count_; }
-    // No more of them are handed out.
-    void abandon() { next_.store(count_, std::memory_order_relaxed); }
+    Taking begin() { return Taking(*this); }
+    End end() { return {}; }
 
    private:
-    int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+    int64_t take() { return of_.take(at_); }
 
-    const int64_t count_;
-    alignas(64) std::atomic<int64_t> next_{0};
+    Stretches& of_;
+    int64_t at_;
 };
 
 // What threads do with the pieces of a call.
@@ -59,7 +77,7 @@ class Work {
 // Runs `work` on this thread and the others of its call at once, and returns when all pieces are done; what the first to
 // fail threw is thrown here, once nobody works any longer, and pieces may then be left. Where the others are busy with
 // another call, or this is called within a piece, this thread does all by itself.
-void share(Pieces& pieces, Work& work);
+void share_work(int64_t count, Work& work);
 
 // `run(pieces)` on each thread that takes part, which takes its pieces from there.
 template <class Run>
@@ -69,9 +87,8 @@ void share(int64_t count, const Run& run) {
         explicit Of(const Run& run) : run_(run) {}
         void run(Pieces& pieces) override { run_(pieces); }
     };
-    Pieces pieces(count);
     Of work(run);
-    share(pieces, work);
+    share_work(count, work);
 }
 
 // `each(i)` for i in [0, count), `size` in a row to a piece.
