@@ -76,38 +76,55 @@ inline void add_tiles(const TileInputs& x, int64_t row, int64_t group, const bf1
     }
 }
 
+// The sums of 32 columns so far, from memory, or none.
 template <bool kHasLower>
-inline void clear_sums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kHasLower) {
-        _tile_zero(2);
-        _tile_zero(3);
+inline void begin_sums(const float* sums, bool adds) {
+    if (!adds) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (kHasLower) _tile_zero(2);
+        if constexpr (kHasLower) _tile_zero(3);
+        return;
     }
+    _tile_loadd(0, sums, 2 * kTileBytes);
+    _tile_loadd(1, sums + kLanes, 2 * kTileBytes);
+    if constexpr (kHasLower) _tile_loadd(2, sums + kTileRows * kPanel, 2 * kTileBytes);
+    if constexpr (kHasLower) _tile_loadd(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
 }
 
-// sums [rows, 32].
 template <bool kHasLower>
 inline void take_sums(float* sums) {
     _tile_stored(0, sums, 2 * kTileBytes);
     _tile_stored(1, sums + kLanes, 2 * kTileBytes);
-    if constexpr (kHasLower) {
-        _tile_stored(2, sums + kTileRows * kPanel, 2 * kTileBytes);
-        _tile_stored(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
-    }
+    if constexpr (kHasLower) _tile_stored(2, sums + kTileRows * kPanel, 2 * kTileBytes);
+    if constexpr (kHasLower) _tile_stored(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
     settle(sums);
 }
 
-// Sums [block's rows, 32] over the groups [begin, end), whose weights are at `weights`.
+// A part of the groups of inputs of a block of rows, by the weights of a panel.
+struct Part {
+    int64_t row, begin, end;
+    const bf16* weights;  // of the first group
+    bool adds;            // to the sums so far
+    // Fetched meanwhile, since it is wanted soon: of each group so many bytes of weights, so many behind it.
+    int64_t ahead_bytes, ahead;
+};
+
+// Sums [block's rows, 32].
 template <bool kHasLower>
-void block_sums(const TileInputs& x, int64_t row, int64_t begin, int64_t end, const bf16* weights, float* sums) {
-    settle(weights);
-    clear_sums<kHasLower>();
-    for (int64_t g = begin; g < end; ++g, weights += kGroup * kPanel) add_tiles<kHasLower>(x, row, g, weights);
+void block_sums(const TileInputs& x, const Part& part, float* sums) {
+    settle(part.weights);
+    begin_sums<kHasLower>(sums, part.adds);
+    const bf16* weights = part.weights;
+    for (int64_t g = part.begin; g < part.end; ++g, weights += kGroup * kPanel) {
+        for (int64_t i = 0; i < part.ahead_bytes; i += 64)
+            _mm_prefetch((const char*)weights + part.ahead + i, _MM_HINT_T1);
+        add_tiles<kHasLower>(x, part.row, g, weights);
+    }
     take_sums<kHasLower>(sums);
 }
 
-using BlockSums = void (*)(const TileInputs&, int64_t, int64_t, int64_t, const bf16*, float*);
+using BlockSums = void (*)(const TileInputs&, const Part&, float*);
 
 }  // namespace
 }  // namespace recontrol
