@@ -29,12 +29,18 @@ struct Int4 {
         load_int4_pairs(p, low, high);
         return half ? high : low;
     }
+#ifdef __AVX512F__
+    static FloatPairs floats(const uint8_t* p, int half) { return load_int4_floats(p, half); }
+#endif
 };
 
 struct Int8 {
     static constexpr int64_t kPairBytes = 64, kScales = kPanel;
     static constexpr bool kHasLeast = false;
     static Pairs weights(const uint8_t* p, int half) { return load_int8_pairs(p + half * kPairBytes / 2); }
+#ifdef __AVX512F__
+    static FloatPairs floats(const uint8_t* p, int half) { return load_int8_floats(p + half * kPairBytes / 2); }
+#endif
 };
 
 // For the halves of a panel from `first_half` on; sums [M][groups] as sums_of_groups has them.
@@ -119,6 +125,61 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
 }
 
 #ifdef __AMX_BF16__
+// While it lives, this thread's vectors take and give zero in place of what is below the normal numbers, as tiles do.
+class WithoutSubnormals {
+   public:
+    WithoutSubnormals() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+    ~WithoutSubnormals() { _mm_setcsr(before_); }
+    WithoutSubnormals(const WithoutSubnormals&) = delete;
+
+   private:
+    const unsigned before_ = _mm_getcsr();
+};
+
+// A row alone, in vectors: to fill tiles for it takes longer than the products. This is what the architecture defines
+// TDPBF16PS to do, to the bit: first and second numbers of the pairs are summed apart by fused products, in order, then
+// together, and that is added to what was there. x is widened; `totals` [32].
+template <class Format>
+void quantized_row(const float* x, const uint8_t* numbers, const uint16_t* scales, const float* sums_of_x,
+                   int64_t groups, float* totals) {
+    Floats total[2] = {zeros(), zeros()};
+    for (int64_t g = 0; g < groups; ++g, scales += Format::kScales) {
+        Floats first[2] = {zeros(), zeros()}, second[2] = {zeros(), zeros()};
+        for (int64_t k = 0; k < kGroupPairs; ++k, numbers += Format::kPairBytes, x += 2) {
+            _mm_prefetch((const char*)numbers + 2048, _MM_HINT_T0);
+            for (int h = 0; h < 2; ++h) {
+                const FloatPairs weights = Format::floats(numbers, h);
+                first[h] = fma(weights.first, all(x[0]), first[h]);
+                second[h] = fma(weights.second, all(x[1]), second[h]);
+            }
+        }
+        for (int h = 0; h < 2; ++h) {
+            const uint16_t* of_half = scales + h * kLanes;
+            total[h] = fma(load_half(of_half), add(zeros(), add(first[h], second[h])), total[h]);
+            if constexpr (Format::kHasLeast) total[h] = fma(load_half(of_half + kPanel), all(sums_of_x[g]), total[h]);
+        }
+    }
+    for (int h = 0; h < 2; ++h) store(totals + h * kLanes, total[h]);
+}
+
+template <class Format>
+void quantized_alone(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
+                     int64_t inputs, int64_t outputs, bool is_f32) {
+    const int64_t groups = inputs / kGroup;
+    const std::vector<float> sums_of_x = sums_of_groups<Format>(x, groups);
+    std::vector<float> wide(inputs);
+    for (int64_t i = 0; i < inputs; i += kLanes) store(wide.data() + i, load_bf16(x + i));
+    share(panels_of(outputs), [&](Pieces& pieces) {
+        const WithoutSubnormals as_tiles;
+        alignas(64) float totals[kPanel];
+        for (const int64_t p : pieces) {
+            quantized_row<Format>(wide.data(), packed + p * groups * kGroupPairs * Format::kPairBytes,
+                                  scales + p * groups * Format::kScales, sums_of_x.data(), groups, totals);
+            store_panel(totals, 1, y, 0, p, outputs, bias, is_f32);
+        }
+    });
+}
+
 // A panel's numbers of one group as bfloat16 [16, 32, 2].
 template <class Format>
 void widen(const uint8_t* numbers, bf16* weights) {
@@ -157,6 +218,7 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
     const std::vector<float> sums_of_x = sums_of_groups<Format>(x, rows * groups);
     share(panels, [&](Pieces& pieces) {
         const Tiles tiles(blocks.size);
+        const WithoutSubnormals as_tiles;
         alignas(64) float sums[kBlockRows * kPanel];
         alignas(64) bf16 weights[kGroup * kPanel];
         std::vector<float> totals(rows * kPanel);
@@ -182,6 +244,7 @@ template <class Format>
 void map(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
          int64_t inputs, int64_t outputs, bool is_f32) {
 #ifdef __AMX_BF16__
+    if (rows == 1) return quantized_alone<Format>(x, packed, scales, bias, y, inputs, outputs, is_f32);
     quantized_on_tiles<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
 #else
     quantized<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
