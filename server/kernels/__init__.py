@@ -3,7 +3,8 @@
 Setuptools compiles the C++ beside this file, once for each level of processor, when the package is installed
 (setup.py). `native()` gives the functions of the highest level that this machine has, or None where there are none:
 then every caller has a path through torch, which tests hold against this one. The functions take addresses and sizes,
-check nothing, and release the interpreter's lock; `linear.py` and `ops.py` are their face for tensors.
+check nothing, and release the interpreter's lock; `linear.py` and `ops.py` are their face for tensors. They compute on
+threads of their own (pool.h), as many as torch is set to.
 
 On every level, and in torch's place too, a row's numbers depend on that row alone. Between levels they differ in their
 last bits. Knows nothing of models, requests or control.

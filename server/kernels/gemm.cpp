@@ -93,8 +93,8 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
 }
 
 #ifdef __AMX_BF16__
-// Weights that stay in the nearest cache, 18 KiB, while blocks of rows pass over them, and the blocks that do at a time.
-// Sums so far are kept in memory, which does not change them.
+// So many groups of weights stay in the nearest cache, 18 KiB, while so many blocks of rows pass over them. Sums so far
+// are kept in memory, which does not change them.
 constexpr int64_t kSliceGroups = 9, kSliceBlocks = 8;
 constexpr int64_t kGroupBytes = kGroup * kPanel * sizeof(bf16), kLine = 64;
 

@@ -9,7 +9,6 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace recontrol {
@@ -39,7 +38,7 @@ class Pool {
     // False, and nothing done, if they are at another's call.
     bool run(int64_t threads, Stretches& stretches, Work& work) {
         if (is_taken_.exchange(true, std::memory_order_acquire)) return false;
-        const uint64_t places = helpers(std::min(threads - 1, (int64_t)kPlaces));
+        const uint64_t places = helpers(threads - 1);
         stretches_ = &stretches, work_ = &work, error_ = nullptr, places_ = places;
         num_left_.store(0, std::memory_order_relaxed);
         const uint64_t call = (offer_.load(std::memory_order_relaxed) / (kPlaces + 1) + 1) * (kPlaces + 1);
@@ -60,23 +59,23 @@ class Pool {
 
     // How many there are, of those that are wanted.
     int64_t helpers(int64_t wanted) {
-        while (num_helpers_ < wanted && start()) ++num_helpers_;
+        while (num_helpers_ < std::min(wanted, most_helpers_)) start();
         return std::min(num_helpers_, wanted);
     }
 
-    // Signals are for the program's own threads.
-    bool start() {
+    // One more, or, where no more are allowed here, it is done with those that there are. Signals are for the program's
+    // own threads.
+    void start() {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-        bool has_started = true;
         try {
             std::thread([this] { help(); }).detach();
-        } catch (const std::system_error&) {
-            has_started = false;  // no more are allowed here
+            ++num_helpers_;
+        } catch (const std::exception&) {
+            most_helpers_ = num_helpers_;
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        return has_started;
     }
 
     void help() {
@@ -132,7 +131,7 @@ class Pool {
     }
 
     std::atomic<bool> is_taken_{false};
-    int64_t num_helpers_ = 0;
+    int64_t num_helpers_ = 0, most_helpers_ = kPlaces;
     uint64_t places_ = 0;
     Stretches* stretches_ = nullptr;
     Work* work_ = nullptr;
@@ -147,7 +146,7 @@ class Pool {
 // Never destroyed, since its threads outlive whatever else ends at exit.
 std::atomic<Pool*> the_pool{nullptr};
 
-// A forked process has none of its parent's threads, and their locks as they happened to be: it gets a pool of its own.
+// A forked process has none of its parent's threads, and their locks as they happened to be: it gets its own pool.
 [[maybe_unused]] const int is_registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
 
 Pool& pool() {

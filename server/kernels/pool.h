@@ -1,9 +1,9 @@
 // Threads that compute a kernel's pieces: whoever is free takes the next one, the caller too.
 //
 // A piece is some of the kernel's results, each computed whole and in one order, so that no number depends on who took
-// which piece, or on how many threads there are. One that is stopped by a busy neighbour holds up no more than the piece
-// in its hand. Threads wait by spinning for microseconds and then sleep; they start when first needed, and last as long as
-// the process.
+// which piece, or on how many threads there are. One that is stopped by a busy neighbour holds up no more than the
+// piece in its hand. Threads wait by spinning for microseconds and then sleep; they start when first needed, and last
+// as long as the process.
 #pragma once
 
 #include <atomic>
@@ -74,9 +74,9 @@ class Work {
     ~Work() = default;
 };
 
-// Runs `work` on this thread and the others of its call at once, and returns when all pieces are done; what the first to
-// fail threw is thrown here, once nobody works any longer, and pieces may then be left. Where the others are busy with
-// another call, or this is called within a piece, this thread does all by itself.
+// Runs `work` on this thread and the others of its call at once, and returns when all pieces are done; what the first
+// to fail threw is thrown here, once nobody works any longer, and pieces may then be left. Where the others are busy
+// with another call, or this is called within a piece, this thread does all by itself.
 void share_work(int64_t count, Work& work);
 
 // `run(pieces)` on each thread that takes part, which takes its pieces from there.
