@@ -1,4 +1,4 @@
-"""The threads that kernels share their pieces among: none is lost or done twice, whoever calls, forks, fails or ends."""
+"""The threads that share kernels' pieces: none is lost or done twice, whoever calls, forks, fails or ends."""
 
 from __future__ import annotations
 
