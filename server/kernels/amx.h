@@ -76,55 +76,55 @@ inline void add_tiles(const TileInputs& x, int64_t row, int64_t group, const bf1
     }
 }
 
-// The sums of 32 columns so far, from memory, or none.
 template <bool kHasLower>
-inline void begin_sums(const float* sums, bool adds) {
-    if (!adds) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (kHasLower) _tile_zero(2);
-        if constexpr (kHasLower) _tile_zero(3);
-        return;
+inline void clear_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kHasLower) {
+        _tile_zero(2);
+        _tile_zero(3);
     }
-    _tile_loadd(0, sums, 2 * kTileBytes);
-    _tile_loadd(1, sums + kLanes, 2 * kTileBytes);
-    if constexpr (kHasLower) _tile_loadd(2, sums + kTileRows * kPanel, 2 * kTileBytes);
-    if constexpr (kHasLower) _tile_loadd(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
 }
 
+// sums [rows, 32].
 template <bool kHasLower>
 inline void take_sums(float* sums) {
     _tile_stored(0, sums, 2 * kTileBytes);
     _tile_stored(1, sums + kLanes, 2 * kTileBytes);
-    if constexpr (kHasLower) _tile_stored(2, sums + kTileRows * kPanel, 2 * kTileBytes);
-    if constexpr (kHasLower) _tile_stored(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
+    if constexpr (kHasLower) {
+        _tile_stored(2, sums + kTileRows * kPanel, 2 * kTileBytes);
+        _tile_stored(3, sums + kTileRows * kPanel + kLanes, 2 * kTileBytes);
+    }
     settle(sums);
 }
 
-// A part of the groups of inputs of a block of rows, by the weights of a panel.
-struct Part {
-    int64_t row, begin, end;
-    const bf16* weights;  // of the first group
-    bool adds;            // to the sums so far
-    // Fetched meanwhile, since it is wanted soon: of each group so many bytes of weights, so many behind it.
-    int64_t ahead_bytes, ahead;
+// What is fetched into the cache with each group of weights, since it is wanted next: `bytes` from `offset` bytes behind.
+struct Ahead {
+    int64_t offset = 0, bytes = 0;
 };
 
-// Sums [block's rows, 32].
+// A block's part, of so many, of the weights that lie `size` numbers behind.
+inline Ahead fetch_ahead(int64_t size, int64_t block, int64_t blocks) {
+    constexpr int64_t kLines = kGroup * kPanel * sizeof(bf16) / kTileBytes;
+    const int64_t begin = kLines * block / blocks, end = kLines * (block + 1) / blocks;
+    return {size * (int64_t)sizeof(bf16) + begin * kTileBytes, (end - begin) * kTileBytes};
+}
+
+// Sums [block's rows, 32] over the groups [begin, end), whose weights are at `weights`.
 template <bool kHasLower>
-void block_sums(const TileInputs& x, const Part& part, float* sums) {
-    settle(part.weights);
-    begin_sums<kHasLower>(sums, part.adds);
-    const bf16* weights = part.weights;
-    for (int64_t g = part.begin; g < part.end; ++g, weights += kGroup * kPanel) {
-        for (int64_t i = 0; i < part.ahead_bytes; i += 64)
-            _mm_prefetch((const char*)weights + part.ahead + i, _MM_HINT_T1);
-        add_tiles<kHasLower>(x, part.row, g, weights);
+void block_sums(const TileInputs& x, int64_t row, int64_t begin, int64_t end, const bf16* weights, const Ahead& ahead,
+                float* sums) {
+    settle(weights);
+    clear_sums<kHasLower>();
+    for (int64_t g = begin; g < end; ++g, weights += kGroup * kPanel) {
+        for (int64_t i = 0; i < ahead.bytes; i += kTileBytes)
+            _mm_prefetch((const char*)weights + ahead.offset + i, _MM_HINT_T1);
+        add_tiles<kHasLower>(x, row, g, weights);
     }
     take_sums<kHasLower>(sums);
 }
 
-using BlockSums = void (*)(const TileInputs&, const Part&, float*);
+using BlockSums = void (*)(const TileInputs&, int64_t, int64_t, int64_t, const bf16*, const Ahead&, float*);
 
 }  // namespace
 }  // namespace recontrol

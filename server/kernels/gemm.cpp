@@ -7,7 +7,6 @@
 #include "amx.h"
 #include "gemm.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace recontrol {
 namespace {
@@ -93,42 +92,22 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
 }
 
 #ifdef __AMX_BF16__
-// So many groups of weights stay in the nearest cache, 18 KiB, while so many blocks of rows pass over them. Sums so far
-// are kept in memory, which does not change them.
-constexpr int64_t kSliceGroups = 9, kSliceBlocks = 8;
-constexpr int64_t kGroupBytes = kGroup * kPanel * sizeof(bf16), kLine = 64;
-
-// One panel for the blocks [begin, end), at most kSliceBlocks; sums hold theirs. The next panel's weights are fetched
-// meanwhile: they lie behind these, and each block fetches a part of each group.
-void sum_panel(const TileInputs& x, const Blocks& blocks, int64_t begin, int64_t end, const bf16* panel, int64_t size,
-               float (*sums)[kBlockRows * kPanel]) {
-    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
-    const int64_t slice = blocks.count == 1 ? x.groups() : kSliceGroups;
-    const int64_t fetched = parts(kGroupBytes / kLine, blocks.count) * kLine;
-    for (int64_t g = 0; g < x.groups(); g += slice)
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t offset = b * fetched;
-            sum(x, {blocks.begin(b), g, std::min(g + slice, x.groups()), panel + g * kGroup * kPanel, g > 0,
-                    offset < kGroupBytes ? fetched : 0, size * (int64_t)sizeof(bf16) + offset}, sums[b - begin]);
-        }
-}
-
 void linear_on_tiles(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
                      int64_t outputs, bool is_f32) {
     if (rows == 0) return;
     const TileInputs tiled(x, rows, inputs);
     const Blocks blocks(rows);
+    const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
     const int64_t size = Bfloat16::panel_size(inputs);
     share(panels_of(outputs), [&](Pieces& pieces) {
         const Tiles tiles(blocks.size);
-        alignas(64) float sums[kSliceBlocks][kBlockRows * kPanel];
+        alignas(64) float sums[kBlockRows * kPanel];
         for (const int64_t p : pieces)
-            for (int64_t begin = 0; begin < blocks.count; begin += kSliceBlocks) {
-                const int64_t end = std::min(begin + kSliceBlocks, blocks.count);
-                sum_panel(tiled, blocks, begin, end, packed + p * size, size, sums);
-                for (int64_t b = begin; b < end; ++b)
-                    store_panel(sums[b - begin], blocks.begin(b + 1) - blocks.begin(b), y, blocks.begin(b), p, outputs,
-                                bias, is_f32);
+            for (int64_t b = 0; b < blocks.count; ++b) {
+                const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
+                // The next panel lies behind this one; each block has a part of it fetched.
+                sum(tiled, first, 0, tiled.groups(), packed + p * size, fetch_ahead(size, b, blocks.count), sums);
+                store_panel(sums, count, y, first, p, outputs, bias, is_f32);
             }
     });
 }

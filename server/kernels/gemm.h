@@ -33,17 +33,6 @@ inline void store_outputs(Floats sums, void* y, int64_t row, int64_t column, int
 // A panel's outputs of `count` rows from `first` on, of their sums [count, 32].
 inline void store_panel(const float* sums, int64_t count, void* y, int64_t first, int64_t panel, int64_t outputs,
                         const float* bias, bool is_f32) {
-#ifdef __AVX512BF16__
-    if (!is_f32 && !bias && (panel + 1) * kPanel <= outputs) {
-        // Whole lines of the cache, of numbers rounded as store_outputs does.
-        for (int64_t m = 0; m < count; ++m) {
-            const Floats low = load(sums + m * kPanel), high = load(sums + m * kPanel + kLanes);
-            bf16* line = (bf16*)y + (first + m) * outputs + panel * kPanel;
-            _mm512_storeu_si512(line, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-        return;
-    }
-#endif
     for (int64_t m = 0; m < count; ++m)
         for (int h = 0; h < 2; ++h)
             store_outputs(load(sums + m * kPanel + h * kLanes), y, (first + m) * outputs, panel * kPanel + h * kLanes,

@@ -228,7 +228,7 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
                 widen<Format>(packed + (of_panel + g) * kGroupPairs * Format::kPairBytes, weights);
                 for (int64_t b = 0; b < blocks.count; ++b) {
                     const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
-                    sum(tiled, {first, g, g + 1, weights, false, 0, 0}, sums);
+                    sum(tiled, first, g, g + 1, weights, {}, sums);
                     add_scaled<Format>(sums, scales + (of_panel + g) * Format::kScales,
                                        sums_of_x.data() + first * groups + g, groups, count,
                                        totals.data() + first * kPanel);
