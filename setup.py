@@ -16,7 +16,7 @@ _LEVELS = {
     "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # Products and sums are fused where the source says so and nowhere else, so that no two ways through it differ.
-_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-pthread", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 _FOLDER = Path("server/kernels")
 
 setup(
@@ -26,7 +26,7 @@ setup(
             sources=sorted(map(str, _FOLDER.glob("*.cpp"))),
             depends=sorted(map(str, _FOLDER.glob("*.h"))),
             extra_compile_args=[*_FLAGS, *flags],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-pthread"],
             optional=True,
         )
         for level, flags in _LEVELS.items()

@@ -3,7 +3,8 @@
 Setuptools compiles the C++ beside this file, once for each level of processor, when the package is installed
 (setup.py). `native()` gives the functions of the highest level that this machine has, or None where there are none:
 then every caller has a path through torch, which tests hold against this one. The functions take addresses and sizes,
-check nothing, and release the interpreter's lock; `linear.py` and `ops.py` are their face for tensors.
+check nothing, and release the interpreter's lock; `linear.py` and `ops.py` are their face for tensors. They compute on
+threads of their own (pool.h), as many as torch is set to.
 
 On every level, and in torch's place too, a row's numbers depend on that row alone. Between levels they differ in their
 last bits. Knows nothing of models, requests or control.
@@ -17,7 +18,9 @@ import importlib.machinery
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +32,7 @@ LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 VARIABLE = "RECONTROL_KERNELS"
 """In the environment: `torch` to do without kernels, or the level to use."""
 _P, _I, _F, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-# As in the .cpp files, in the order of their parameters.
+# As in the .cpp files, in the order of their parameters after the number of threads.
 _ATTENTION = (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I)
 _SIGNATURES = {
     "pack_f32": (_P, _I, _I, _P),
@@ -44,8 +47,8 @@ _SIGNATURES = {
     "paged_attention_bf16": _ATTENTION,
     "paged_attention_f32": _ATTENTION,
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
-    "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P, _P),
-    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _P, _INT),
+    "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P),
+    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _INT),
 }
 
 
@@ -99,10 +102,20 @@ def kernels_of(level: str) -> Kernels | None:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None
-    # torch is loaded by now, and with it the OpenMP runtime whose threads both use.
     library = Kernels(str(file))
     library.level = level
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = (_I, *arguments), _INT
+        setattr(library, name, _by_threads(function))
     return library
+
+
+def _by_threads(function: Callable[..., int]) -> Callable[..., None]:
+    """The function on as many threads as torch computes with, as the calling thread has them when it calls."""
+
+    def call(*arguments: Any) -> None:
+        if function(torch.get_num_threads(), *arguments) != 0:
+            raise MemoryError("There was not enough memory for a native kernel's own work.")
+
+    return call

@@ -98,16 +98,33 @@ inline void take_sums(float* sums) {
     settle(sums);
 }
 
+// What is fetched into the cache with each group of weights, since it is wanted next: `bytes` from `offset` bytes behind.
+struct Ahead {
+    int64_t offset = 0, bytes = 0;
+};
+
+// A block's part, of so many, of the weights that lie `size` numbers behind.
+inline Ahead fetch_ahead(int64_t size, int64_t block, int64_t blocks) {
+    constexpr int64_t kLines = kGroup * kPanel * sizeof(bf16) / kTileBytes;
+    const int64_t begin = kLines * block / blocks, end = kLines * (block + 1) / blocks;
+    return {size * (int64_t)sizeof(bf16) + begin * kTileBytes, (end - begin) * kTileBytes};
+}
+
 // Sums [block's rows, 32] over the groups [begin, end), whose weights are at `weights`.
 template <bool kHasLower>
-void block_sums(const TileInputs& x, int64_t row, int64_t begin, int64_t end, const bf16* weights, float* sums) {
+void block_sums(const TileInputs& x, int64_t row, int64_t begin, int64_t end, const bf16* weights, const Ahead& ahead,
+                float* sums) {
     settle(weights);
     clear_sums<kHasLower>();
-    for (int64_t g = begin; g < end; ++g, weights += kGroup * kPanel) add_tiles<kHasLower>(x, row, g, weights);
+    for (int64_t g = begin; g < end; ++g, weights += kGroup * kPanel) {
+        for (int64_t i = 0; i < ahead.bytes; i += kTileBytes)
+            _mm_prefetch((const char*)weights + ahead.offset + i, _MM_HINT_T1);
+        add_tiles<kHasLower>(x, row, g, weights);
+    }
     take_sums<kHasLower>(sums);
 }
 
-using BlockSums = void (*)(const TileInputs&, int64_t, int64_t, int64_t, const bf16*, float*);
+using BlockSums = void (*)(const TileInputs&, int64_t, int64_t, int64_t, const bf16*, const Ahead&, float*);
 
 }  // namespace
 }  // namespace recontrol

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "pages.h"
+#include "pool.h"
 #include "product.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -198,22 +199,19 @@ void attend(const Step<T>& step, const std::vector<Block>& blocks) {
         has_parts |= !block.is_alone;
         most = std::max(most, block.rows);
     }
-#pragma omp parallel
-    {
-        // A block whose sequence has others must find their keys written; one that is alone writes its own.
-        if (has_parts) {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < tasks; ++task)
-                if (!blocks[task / kv_heads].is_alone) write_block(step, blocks[task / kv_heads], task % kv_heads);
-        }
+    // A block whose sequence has others must find their keys written; one that is alone writes its own.
+    if (has_parts)
+        share_each(tasks, 1, [&](int64_t task) {
+            if (!blocks[task / kv_heads].is_alone) write_block(step, blocks[task / kv_heads], task % kv_heads);
+        });
+    share(tasks, [&](Pieces& pieces) {
         Scratch<T> scratch(most * step.group, step.cache.key_size, step.cache.value_size);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < tasks; ++task) {
+        for (const int64_t task : pieces) {
             const Block& block = blocks[task / kv_heads];
             if (block.is_alone) write_block(step, block, task % kv_heads);
             Attention(step, block, task % kv_heads, scratch).run();
         }
-    }
+    });
 }
 
 template <typename T>
@@ -243,21 +241,25 @@ using namespace recontrol;
 // A row at position p sees those up to its own: the last `window` of them, and those from p / chunk * chunk on. A window
 // or chunk of 0 is none, a softcap of 0 caps nothing. `sinks` [heads], or null, are logits that take a share of their
 // head's attention and give nothing.
-EXPORT void paged_attention_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t q_stride, int64_t k_stride,
-                                 int64_t v_stride, bf16* keys, bf16* values, const int32_t* tables,
-                                 int64_t table_stride, const int64_t* sequences, const int64_t* positions,
-                                 const float* sinks, bf16* out, int64_t rows, int64_t heads, int64_t kv_heads,
-                                 int64_t key_size, int64_t value_size, float scaling, float softcap, int64_t window,
-                                 int64_t chunk) {
-    paged_attention(q, k, v, q_stride, k_stride, v_stride, keys, values, tables, table_stride, sequences, positions,
-                    sinks, out, rows, heads, kv_heads, key_size, value_size, scaling, softcap, window, chunk);
-}
-EXPORT void paged_attention_f32(const float* q, const float* k, const float* v, int64_t q_stride, int64_t k_stride,
-                                int64_t v_stride, float* keys, float* values, const int32_t* tables,
+EXPORT int paged_attention_bf16(int64_t threads, const bf16* q, const bf16* k, const bf16* v, int64_t q_stride,
+                                int64_t k_stride, int64_t v_stride, bf16* keys, bf16* values, const int32_t* tables,
                                 int64_t table_stride, const int64_t* sequences, const int64_t* positions,
-                                const float* sinks, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
+                                const float* sinks, bf16* out, int64_t rows, int64_t heads, int64_t kv_heads,
                                 int64_t key_size, int64_t value_size, float scaling, float softcap, int64_t window,
                                 int64_t chunk) {
-    paged_attention(q, k, v, q_stride, k_stride, v_stride, keys, values, tables, table_stride, sequences, positions,
-                    sinks, out, rows, heads, kv_heads, key_size, value_size, scaling, softcap, window, chunk);
+    return called(threads, [&] {
+        paged_attention(q, k, v, q_stride, k_stride, v_stride, keys, values, tables, table_stride, sequences, positions,
+                        sinks, out, rows, heads, kv_heads, key_size, value_size, scaling, softcap, window, chunk);
+    });
+}
+EXPORT int paged_attention_f32(int64_t threads, const float* q, const float* k, const float* v, int64_t q_stride,
+                               int64_t k_stride, int64_t v_stride, float* keys, float* values, const int32_t* tables,
+                               int64_t table_stride, const int64_t* sequences, const int64_t* positions,
+                               const float* sinks, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
+                               int64_t key_size, int64_t value_size, float scaling, float softcap, int64_t window,
+                               int64_t chunk) {
+    return called(threads, [&] {
+        paged_attention(q, k, v, q_stride, k_stride, v_stride, keys, values, tables, table_stride, sequences, positions,
+                        sinks, out, rows, heads, kv_heads, key_size, value_size, scaling, softcap, window, chunk);
+    });
 }

@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
+#include "pool.h"
 #include "simd.h"
 
 namespace recontrol {
@@ -185,16 +187,20 @@ void move(float* logits, const float* delta, float scale, int64_t size) {
 using namespace recontrol;
 
 // For rows r of logits [num_rows, vocabulary]: scales[r] in [0, 1] and divergences[r], within limits[r], of moving by
-// scales[r] * delta, delta [num_rows, vocabulary]. scratch [threads, vocabulary].
-EXPORT void largest_scales_f32(const float* logits, int64_t vocabulary, int64_t num_rows, const float* delta,
-                               const float* limits, float* scales, float* divergences, float* scratch) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t r = 0; r < num_rows; ++r) {
-        const float* change = delta + r * vocabulary;
-        const Row row(logits + r * vocabulary, change, largest(change, vocabulary), 1.0f, nullptr, vocabulary,
-                      scratch + omp_get_thread_num() * vocabulary);
-        search(row, limits[r], scales + r, divergences + r);
-    }
+// scales[r] * delta, delta [num_rows, vocabulary].
+EXPORT int largest_scales_f32(int64_t threads, const float* logits, int64_t vocabulary, int64_t num_rows,
+                              const float* delta, const float* limits, float* scales, float* divergences) {
+    return called(threads, [&] {
+        share(num_rows, [&](Pieces& pieces) {
+            const std::unique_ptr<float[]> probs(new float[vocabulary]);
+            for (const int64_t r : pieces) {
+                const float* change = delta + r * vocabulary;
+                const Row row(logits + r * vocabulary, change, largest(change, vocabulary), 1.0f, nullptr, vocabulary,
+                              probs.get());
+                search(row, limits[r], scales + r, divergences + r);
+            }
+        });
+    });
 }
 
 // Edits rows[r] of logits [.., vocabulary] by the shift shifts[shift_of[r]], for r < num_edited, as far as it is within
@@ -202,42 +208,46 @@ EXPORT void largest_scales_f32(const float* logits, int64_t vocabulary, int64_t 
 // there is a `source`, in bfloat16 with rows source_stride apart, each row of logits is first made of that; this is all
 // that is done for rows from num_edited on. taken[r] is what was taken of the shift. report [num_edited, width]: a
 // head's values before, values after, divergence, length of the shift relative to the state, what held it (`held_by_kl`,
-// `held_by_cap` or 0), and whether it was not finite. scratch [threads, vocabulary].
-EXPORT void edit_shared(const void* hidden, int is_f32, int64_t size, const bf16* source, int64_t source_stride,
-                        float* logits, int64_t vocabulary, const Shift* shifts, const int64_t* shift_of,
-                        const int64_t* rows, int64_t num_rows, int64_t num_edited, const float* caps,
-                        const float* limits, float* taken, float* report, int64_t width, float held_by_kl,
-                        float held_by_cap, float* scratch, int apply) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t r = 0; r < num_rows; ++r) {
-        float* row_logits = logits + rows[r] * vocabulary;
-        if (source) widen(source + rows[r] * source_stride, row_logits, vocabulary);
-        if (r >= num_edited) continue;
-        const Shift& shift = shifts[shift_of[r]];
-        float *before = report + r * width, *after = before + shift.heads, *rest = after + shift.heads;
-        const float length = is_f32 ? read((const float*)hidden + rows[r] * size, size, shift, before)
-                                    : read((const bf16*)hidden + rows[r] * size, size, shift, before);
-        const float ratio = shift.length() / length;
-        bool is_finite = std::isfinite(ratio) && std::isfinite(shift.peak());
-        for (int64_t k = 0; k < shift.heads; ++k) is_finite &= std::isfinite(before[k]);
-        const float share = ratio > caps[r] ? caps[r] / ratio : 1.0f;
-        float scale = 0, divergence = 0;
-        if (is_finite) {
-            const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
-                          scratch + omp_get_thread_num() * vocabulary);
-            search(row, limits[r], &scale, &divergence);
-            if (apply && scale * share * ratio > 0) move(row_logits, shift.delta, scale * share, vocabulary);
-        }
-        taken[r] = scale * share;
-        for (int64_t k = 0; k < shift.heads; ++k) {
-            const float *head = shift.each(k), unit = before[k];
-            before[k] = head[2] + head[3] * unit;
-            after[k] = taken[r] > 0 ? head[2] + head[3] * (unit + taken[r] * head[1]) : before[k];
-        }
-        // No shift, no divergence: what is left of it would be rounding.
-        rest[0] = ratio * share > 0 && is_finite ? divergence : 0.0f;
-        rest[1] = is_finite ? ratio * taken[r] : 0.0f;
-        rest[2] = !is_finite ? 0.0f : scale < 1 ? held_by_kl : share < 1 ? held_by_cap : 0.0f;
-        rest[3] = is_finite ? 0.0f : 1.0f;
-    }
+// `held_by_cap` or 0), and whether it was not finite.
+EXPORT int edit_shared(int64_t threads, const void* hidden, int is_f32, int64_t size, const bf16* source,
+                       int64_t source_stride, float* logits, int64_t vocabulary, const Shift* shifts,
+                       const int64_t* shift_of, const int64_t* rows, int64_t num_rows, int64_t num_edited,
+                       const float* caps, const float* limits, float* taken, float* report, int64_t width,
+                       float held_by_kl, float held_by_cap, int apply) {
+    return called(threads, [&] {
+        share(num_rows, [&](Pieces& pieces) {
+            const std::unique_ptr<float[]> probs(new float[vocabulary]);
+            for (const int64_t r : pieces) {
+                float* row_logits = logits + rows[r] * vocabulary;
+                if (source) widen(source + rows[r] * source_stride, row_logits, vocabulary);
+                if (r >= num_edited) continue;
+                const Shift& shift = shifts[shift_of[r]];
+                float *before = report + r * width, *after = before + shift.heads, *rest = after + shift.heads;
+                const float length = is_f32 ? read((const float*)hidden + rows[r] * size, size, shift, before)
+                                            : read((const bf16*)hidden + rows[r] * size, size, shift, before);
+                const float ratio = shift.length() / length;
+                bool is_finite = std::isfinite(ratio) && std::isfinite(shift.peak());
+                for (int64_t k = 0; k < shift.heads; ++k) is_finite &= std::isfinite(before[k]);
+                const float share = ratio > caps[r] ? caps[r] / ratio : 1.0f;
+                float scale = 0, divergence = 0;
+                if (is_finite) {
+                    const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
+                                  probs.get());
+                    search(row, limits[r], &scale, &divergence);
+                    if (apply && scale * share * ratio > 0) move(row_logits, shift.delta, scale * share, vocabulary);
+                }
+                taken[r] = scale * share;
+                for (int64_t k = 0; k < shift.heads; ++k) {
+                    const float *head = shift.each(k), unit = before[k];
+                    before[k] = head[2] + head[3] * unit;
+                    after[k] = taken[r] > 0 ? head[2] + head[3] * (unit + taken[r] * head[1]) : before[k];
+                }
+                // No shift, no divergence: what is left of it would be rounding.
+                rest[0] = ratio * share > 0 && is_finite ? divergence : 0.0f;
+                rest[1] = is_finite ? ratio * taken[r] : 0.0f;
+                rest[2] = !is_finite ? 0.0f : scale < 1 ? held_by_kl : share < 1 ? held_by_cap : 0.0f;
+                rest[3] = is_finite ? 0.0f : 1.0f;
+            }
+        });
+    });
 }

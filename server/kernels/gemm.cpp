@@ -6,6 +6,7 @@
 // number of rows.
 #include "amx.h"
 #include "gemm.h"
+#include "pool.h"
 
 namespace recontrol {
 namespace {
@@ -73,8 +74,7 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
 #endif
     };
     const int64_t panels = panels_of(outputs), tiles = (rows + kMaxTile - 1) / kMaxTile;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
+    share_each(panels, 1, [&](int64_t p) {
         for (int64_t t = 0; t < tiles; ++t) {
             // Tiles of nearly equal size.
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
@@ -88,6 +88,7 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
                                       bias, is_f32);
             }
         }
+    });
 }
 
 #ifdef __AMX_BF16__
@@ -97,19 +98,18 @@ void linear_on_tiles(const bf16* x, const bf16* packed, const float* bias, void*
     const TileInputs tiled(x, rows, inputs);
     const Blocks blocks(rows);
     const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
-    const int64_t panels = panels_of(outputs);
-#pragma omp parallel
-    {
+    const int64_t size = Bfloat16::panel_size(inputs);
+    share(panels_of(outputs), [&](Pieces& pieces) {
         const Tiles tiles(blocks.size);
         alignas(64) float sums[kBlockRows * kPanel];
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; ++p)
+        for (const int64_t p : pieces)
             for (int64_t b = 0; b < blocks.count; ++b) {
                 const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
-                sum(tiled, first, 0, tiled.groups(), packed + p * Bfloat16::panel_size(inputs), sums);
+                // The next panel lies behind this one; each block has a part of it fetched.
+                sum(tiled, first, 0, tiled.groups(), packed + p * size, fetch_ahead(size, b, blocks.count), sums);
                 store_panel(sums, count, y, first, p, outputs, bias, is_f32);
             }
-    }
+    });
 }
 #endif
 
@@ -118,12 +118,12 @@ template <class Format>
 void pack(const typename Format::Number* weight, int64_t outputs, int64_t inputs, typename Format::Number* packed) {
     constexpr int kStep = Format::kStep;
     const int64_t panels = panels_of(outputs), size = Format::panel_size(inputs);
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
+    share_each(panels, 1, [&](int64_t p) {
         for (int64_t i = 0; i < size; ++i) {
             const int64_t row = p * kPanel + i / kStep % kPanel, k = i / (kStep * kPanel) * kStep + i % kStep;
             packed[p * size + i] = row < outputs && k < inputs ? weight[row * inputs + k] : 0;
         }
+    });
 }
 
 }  // namespace
@@ -132,27 +132,35 @@ void pack(const typename Format::Number* weight, int64_t outputs, int64_t inputs
 using namespace recontrol;
 
 // weight [outputs, inputs] -> packed [ceil(outputs / 32), inputs, 32].
-EXPORT void pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed) {
-    pack<Float32>(weight, outputs, inputs, packed);
+EXPORT int pack_f32(int64_t threads, const float* weight, int64_t outputs, int64_t inputs, float* packed) {
+    return called(threads, [&] {
+        pack<Float32>(weight, outputs, inputs, packed);
+    });
 }
 
 // weight [outputs, inputs] -> packed [ceil(outputs / 32), ceil(inputs / 32) * 16, 32, 2].
-EXPORT void pack_bf16(const bf16* weight, int64_t outputs, int64_t inputs, bf16* packed) {
-    pack<Bfloat16>(weight, outputs, inputs, packed);
+EXPORT int pack_bf16(int64_t threads, const bf16* weight, int64_t outputs, int64_t inputs, bf16* packed) {
+    return called(threads, [&] {
+        pack<Bfloat16>(weight, outputs, inputs, packed);
+    });
 }
 
 // x [rows, inputs], bias [outputs] float32 or null, y [rows, outputs] float32 if out_f32, else bfloat16.
-EXPORT void linear_f32(const float* x, const float* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
-                       int64_t outputs, int out_f32) {
-    linear<Float32>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+EXPORT int linear_f32(int64_t threads, const float* x, const float* packed, const float* bias, void* y, int64_t rows,
+                      int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
+        linear<Float32>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+    });
 }
 
 // As above.
-EXPORT void linear_bf16(const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows, int64_t inputs,
-                        int64_t outputs, int out_f32) {
+EXPORT int linear_bf16(int64_t threads, const bf16* x, const bf16* packed, const float* bias, void* y, int64_t rows,
+                       int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
 #ifdef __AMX_BF16__
-    linear_on_tiles(x, packed, bias, y, rows, inputs, outputs, out_f32);
+        linear_on_tiles(x, packed, bias, y, rows, inputs, outputs, out_f32);
 #else
-    linear<Bfloat16>(x, packed, bias, y, rows, inputs, outputs, out_f32);
+        linear<Bfloat16>(x, packed, bias, y, rows, inputs, outputs, out_f32);
 #endif
+    });
 }

@@ -11,6 +11,7 @@
 
 #include "amx.h"
 #include "gemm.h"
+#include "pool.h"
 
 namespace recontrol {
 namespace {
@@ -28,12 +29,18 @@ struct Int4 {
         load_int4_pairs(p, low, high);
         return half ? high : low;
     }
+#ifdef __AVX512F__
+    static FloatPairs floats(const uint8_t* p, int half) { return load_int4_floats(p, half); }
+#endif
 };
 
 struct Int8 {
     static constexpr int64_t kPairBytes = 64, kScales = kPanel;
     static constexpr bool kHasLeast = false;
     static Pairs weights(const uint8_t* p, int half) { return load_int8_pairs(p + half * kPairBytes / 2); }
+#ifdef __AVX512F__
+    static FloatPairs floats(const uint8_t* p, int half) { return load_int8_floats(p + half * kPairBytes / 2); }
+#endif
 };
 
 // For the halves of a panel from `first_half` on; sums [M][groups] as sums_of_groups has them.
@@ -100,8 +107,7 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
     const int64_t panels = panels_of(outputs), groups = inputs / kGroup;
     const int64_t tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
     const std::vector<float> sums = sums_of_groups<Format>(x, rows * groups);
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
+    share_each(panels, 1, [&](int64_t p) {
         const uint8_t* panel = packed + p * groups * kGroupPairs * Format::kPairBytes;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
@@ -115,10 +121,65 @@ void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, con
                                       bias, is_f32);
             }
         }
-    }
+    });
 }
 
 #ifdef __AMX_BF16__
+// While it lives, this thread's vectors take and give zero in place of what is below the normal numbers, as tiles do.
+class WithoutSubnormals {
+   public:
+    WithoutSubnormals() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+    ~WithoutSubnormals() { _mm_setcsr(before_); }
+    WithoutSubnormals(const WithoutSubnormals&) = delete;
+
+   private:
+    const unsigned before_ = _mm_getcsr();
+};
+
+// A row alone, in vectors: to fill tiles for it takes longer than the products. This is what the architecture defines
+// TDPBF16PS to do, to the bit: first and second numbers of the pairs are summed apart by fused products, in order, then
+// together, and that is added to what was there. x is widened; `totals` [32].
+template <class Format>
+void quantized_row(const float* x, const uint8_t* numbers, const uint16_t* scales, const float* sums_of_x,
+                   int64_t groups, float* totals) {
+    Floats total[2] = {zeros(), zeros()};
+    for (int64_t g = 0; g < groups; ++g, scales += Format::kScales) {
+        Floats first[2] = {zeros(), zeros()}, second[2] = {zeros(), zeros()};
+        for (int64_t k = 0; k < kGroupPairs; ++k, numbers += Format::kPairBytes, x += 2) {
+            _mm_prefetch((const char*)numbers + 2048, _MM_HINT_T0);
+            for (int h = 0; h < 2; ++h) {
+                const FloatPairs weights = Format::floats(numbers, h);
+                first[h] = fma(weights.first, all(x[0]), first[h]);
+                second[h] = fma(weights.second, all(x[1]), second[h]);
+            }
+        }
+        for (int h = 0; h < 2; ++h) {
+            const uint16_t* of_half = scales + h * kLanes;
+            total[h] = fma(load_half(of_half), add(zeros(), add(first[h], second[h])), total[h]);
+            if constexpr (Format::kHasLeast) total[h] = fma(load_half(of_half + kPanel), all(sums_of_x[g]), total[h]);
+        }
+    }
+    for (int h = 0; h < 2; ++h) store(totals + h * kLanes, total[h]);
+}
+
+template <class Format>
+void quantized_alone(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
+                     int64_t inputs, int64_t outputs, bool is_f32) {
+    const int64_t groups = inputs / kGroup;
+    const std::vector<float> sums_of_x = sums_of_groups<Format>(x, groups);
+    std::vector<float> wide(inputs);
+    for (int64_t i = 0; i < inputs; i += kLanes) store(wide.data() + i, load_bf16(x + i));
+    share(panels_of(outputs), [&](Pieces& pieces) {
+        const WithoutSubnormals as_tiles;
+        alignas(64) float totals[kPanel];
+        for (const int64_t p : pieces) {
+            quantized_row<Format>(wide.data(), packed + p * groups * kGroupPairs * Format::kPairBytes,
+                                  scales + p * groups * Format::kScales, sums_of_x.data(), groups, totals);
+            store_panel(totals, 1, y, 0, p, outputs, bias, is_f32);
+        }
+    });
+}
+
 // A panel's numbers of one group as bfloat16 [16, 32, 2].
 template <class Format>
 void widen(const uint8_t* numbers, bf16* weights) {
@@ -155,20 +216,19 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
     const BlockSums sum = blocks.has_lower() ? block_sums<true> : block_sums<false>;
     const int64_t panels = panels_of(outputs), groups = tiled.groups();
     const std::vector<float> sums_of_x = sums_of_groups<Format>(x, rows * groups);
-#pragma omp parallel
-    {
+    share(panels, [&](Pieces& pieces) {
         const Tiles tiles(blocks.size);
+        const WithoutSubnormals as_tiles;
         alignas(64) float sums[kBlockRows * kPanel];
         alignas(64) bf16 weights[kGroup * kPanel];
         std::vector<float> totals(rows * kPanel);
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < panels; ++p) {
+        for (const int64_t p : pieces) {
             std::fill(totals.begin(), totals.end(), 0.0f);
             for (int64_t g = 0, of_panel = p * groups; g < groups; ++g) {
                 widen<Format>(packed + (of_panel + g) * kGroupPairs * Format::kPairBytes, weights);
                 for (int64_t b = 0; b < blocks.count; ++b) {
                     const int64_t first = blocks.begin(b), count = blocks.begin(b + 1) - first;
-                    sum(tiled, first, g, g + 1, weights, sums);
+                    sum(tiled, first, g, g + 1, weights, {}, sums);
                     add_scaled<Format>(sums, scales + (of_panel + g) * Format::kScales,
                                        sums_of_x.data() + first * groups + g, groups, count,
                                        totals.data() + first * kPanel);
@@ -176,7 +236,7 @@ void quantized_on_tiles(const bf16* x, const uint8_t* packed, const uint16_t* sc
             }
             store_panel(totals.data(), rows, y, 0, p, outputs, bias, is_f32);
         }
-    }
+    });
 }
 #endif
 
@@ -184,6 +244,7 @@ template <class Format>
 void map(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
          int64_t inputs, int64_t outputs, bool is_f32) {
 #ifdef __AMX_BF16__
+    if (rows == 1) return quantized_alone<Format>(x, packed, scales, bias, y, inputs, outputs, is_f32);
     quantized_on_tiles<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
 #else
     quantized<Format>(x, packed, scales, bias, y, rows, inputs, outputs, is_f32);
@@ -197,13 +258,17 @@ using namespace recontrol;
 
 // As linear_bf16 (gemm.h); inputs must be a multiple of 32. packed [panels, inputs / 2, 32 bytes], scales
 // [panels, inputs / 32, 2, 32] float16.
-EXPORT void linear_int4(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
-                        int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    map<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+EXPORT int linear_int4(int64_t threads, const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias,
+                       void* y, int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
+        map<Int4>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    });
 }
 
 // packed [panels, inputs / 2, 64 bytes], scales [panels, inputs / 32, 32] float16.
-EXPORT void linear_int8(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
-                        int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
-    map<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+EXPORT int linear_int8(int64_t threads, const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias,
+                       void* y, int64_t rows, int64_t inputs, int64_t outputs, int out_f32) {
+    return called(threads, [&] {
+        map<Int8>(x, packed, scales, bias, y, rows, inputs, outputs, out_f32);
+    });
 }

@@ -52,10 +52,9 @@ def largest_scales(base_RV: Tensor, delta_RV: Tensor, limit_R: Tensor) -> tuple[
     base_RV, delta_RV, limit_R = base_RV.contiguous(), delta_RV.contiguous(), limit_R.contiguous()
     num_rows, size = base_RV.shape
     scale_R, kl_R = torch.empty(num_rows), torch.empty(num_rows)
-    scratch = torch.empty(torch.get_num_threads(), size)
     library.largest_scales_f32(
         base_RV.data_ptr(), size, num_rows, delta_RV.data_ptr(), limit_R.data_ptr(), scale_R.data_ptr(),
-        kl_R.data_ptr(), scratch.data_ptr(),
+        kl_R.data_ptr(),
     )  # fmt: skip
     return scale_R, kl_R
 
@@ -114,12 +113,10 @@ def edit_shared(
         source, logits_BV = logits_BV.data_ptr(), torch.empty(num_rows, size)
     assert logits_BV.is_contiguous()
     taken_R, report_RN = torch.empty(num_edited), torch.ones(num_edited, 2 * num_heads + 5)
-    scratch = torch.empty(torch.get_num_threads(), size)
     library.edit_shared(
         hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], source, from_BV.stride(0),
         logits_BV.data_ptr(), size, entries_G5.data_ptr(), shift_of_R.data_ptr(), rows_B.data_ptr(),
         num_edited if source is None else num_rows, num_edited, max_shift_R.data_ptr(), limit_R.data_ptr(),
-        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap, scratch.data_ptr(),
-        apply,
+        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap, apply,
     )  # fmt: skip
     return logits_BV, taken_R, report_RN

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "pool.h"
 #include "simd.h"
 
 namespace recontrol {
@@ -149,34 +150,34 @@ using namespace recontrol;
 // Token ids [rows] from logits [rows, vocabulary]: the inverse of the cumulative distribution at uniforms[r], after
 // min-p, top-k and top-p (of what those left). A temperature of 0 takes the largest logit, a top_k of 0 keeps all. A row
 // whose largest logit is not finite gets token -1.
-EXPORT void sample_f32(const float* logits, int64_t rows, int64_t vocabulary, const float* temperatures,
-                       const int64_t* top_k, const double* top_p, const float* min_p, const double* uniforms,
-                       int64_t* tokens) {
-#pragma omp parallel
-    {
-        std::vector<float> weights(vocabulary), scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t r = 0; r < rows; ++r) {
-            const float* row = logits + r * vocabulary;
-            const float top = highest(row, vocabulary);
-            if (!std::isfinite(top)) {
-                tokens[r] = -1;
-                continue;
+EXPORT int sample_f32(int64_t threads, const float* logits, int64_t rows, int64_t vocabulary, const float* temperatures,
+                      const int64_t* top_k, const double* top_p, const float* min_p, const double* uniforms,
+                      int64_t* tokens) {
+    return called(threads, [&] {
+        share(rows, [&](Pieces& pieces) {
+            std::vector<float> weights(vocabulary), scratch;
+            for (const int64_t r : pieces) {
+                const float* row = logits + r * vocabulary;
+                const float top = highest(row, vocabulary);
+                if (!std::isfinite(top)) {
+                    tokens[r] = -1;
+                    continue;
+                }
+                if (temperatures[r] == 0) {
+                    tokens[r] = std::find(row, row + vocabulary, top) - row;
+                    continue;
+                }
+                double total = exponentials(row, weights.data(), vocabulary, top, 1.0f / temperatures[r]);
+                float least = min_p[r];
+                if (0 < top_k[r] && top_k[r] < vocabulary)
+                    least = std::max(least, kth_largest(weights.data(), vocabulary, top_k[r], scratch));
+                if (least > 0) total = sum_from(weights.data(), vocabulary, least);
+                if (top_p[r] < 1) {
+                    least = nucleus_threshold(weights.data(), vocabulary, top_p[r] * total, least, scratch);
+                    total = sum_from(weights.data(), vocabulary, least);
+                }
+                tokens[r] = draw(weights.data(), vocabulary, least, uniforms[r] * total);
             }
-            if (temperatures[r] == 0) {
-                tokens[r] = std::find(row, row + vocabulary, top) - row;
-                continue;
-            }
-            double total = exponentials(row, weights.data(), vocabulary, top, 1.0f / temperatures[r]);
-            float least = min_p[r];
-            if (0 < top_k[r] && top_k[r] < vocabulary)
-                least = std::max(least, kth_largest(weights.data(), vocabulary, top_k[r], scratch));
-            if (least > 0) total = sum_from(weights.data(), vocabulary, least);
-            if (top_p[r] < 1) {
-                least = nucleus_threshold(weights.data(), vocabulary, top_p[r] * total, least, scratch);
-                total = sum_from(weights.data(), vocabulary, least);
-            }
-            tokens[r] = draw(weights.data(), vocabulary, least, uniforms[r] * total);
-        }
-    }
+        });
+    });
 }

@@ -1,26 +1,14 @@
 // What a thread works in while it attends: a block's queries, scores, weights and sums, and of each page what is padded.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "product.h"
+#include "rows.h"
 #include "softmax.h"
 
 namespace recontrol {
 namespace {
-
-inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Rows of `width` numbers; unlike a vector's, they begin a line of the cache and are not set.
-template <typename T>
-using Rows = std::unique_ptr<T[], void (*)(void*)>;
-
-template <typename T>
-Rows<T> make_rows(int64_t rows, int64_t width) {
-    return {(T*)std::aligned_alloc(64, parts(rows * width * sizeof(T), 64) * 64), std::free};
-}
 
 // A size of heads as products take it: whole steps, and what is left over, which is padded to one more.
 struct Size {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <cmath>
 #include <cstdint>

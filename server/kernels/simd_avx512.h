@@ -104,5 +104,26 @@ inline void load_int4_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
     high = as_pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
 }
 
+// 16 pairs, their first numbers and their second.
+struct FloatPairs {
+    Floats first, second;
+};
+// Of signed bytes.
+inline FloatPairs load_int8_floats(const uint8_t* p) {
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    const auto number = [&](int left) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, left), 24));
+    };
+    return {number(24), number(16)};
+}
+// Of numbers of 4 bits, the lower ones of bytes or the higher. The look-up reads four bits.
+inline FloatPairs load_int4_floats(const uint8_t* p, int is_high) {
+    alignas(64) static constexpr float kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    const Floats table = load(kNumbers);
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4 * is_high), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4 * is_high + 8), table)};
+}
+
 }  // namespace
 }  // namespace recontrol

@@ -71,6 +71,18 @@ def test_a_row_has_the_same_bits_in_every_batch_in_fewer_bits_too(outputs: int, 
     assert_rows_are_as_alone(NativeLinear(weight, bias, bits=bits), x)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1e-39, 1e-37, 1.0])
+@each_level
+def test_a_row_alone_has_the_same_bits_as_in_a_batch_down_to_the_least_of_numbers(bits: Bits, size: float) -> None:
+    """One row may go another way, on which sums that cancel to less than the normal numbers must not differ."""
+    weight, _, x = weights(64, 640)
+    x = (x[:12].double() * size).to(torch.bfloat16)
+    linear = NativeLinear(weight, bits=bits, out_dtype=torch.float32)
+    whole = linear(x)
+    assert all(torch.equal(linear(row[None])[0], of_whole) for row, of_whole in zip(x, whole, strict=True))
+
+
 @each_level
 def test_a_row_that_is_not_finite_stays_by_itself() -> None:
     for dtype in (torch.float32, torch.bfloat16):
