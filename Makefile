@@ -75,7 +75,7 @@ lint: setup
 	$(BIN)/pyright
 
 heads: data
-	sh value_models/make_heads.sh $(BIN)/recontrol
+	sh benchmarks/quality/make_heads.sh $(BIN)/python
 
 peers: setup
 	sh server/bench/make_peers.sh $(PYTHON)

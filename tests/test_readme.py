@@ -9,11 +9,11 @@ from typing import Any, get_args
 import pytest
 from starlette.testclient import TestClient
 
+from benchmarks.quality.objectives import OBJECTIVES_FILE
+from benchmarks.quality.objectives_report import objectives_tables
+from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.app import create_app
 from server.cli import COMMANDS, command_class
-from server.cli.objectives import OBJECTIVES_FILE
-from server.cli.objectives_report import objectives_tables
-from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.control.objectives import BaseObjective
 from server.engines.fake import FakeEngine
 from server.settings import DEFAULT_MODEL, Settings
@@ -89,12 +89,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
-    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*recontrol (.+?)(?:  +#.*)?$", page.read_text())
-    for line in lines:
+    programs = {**{f"recontrol {name}": command_class(name) for name in COMMANDS}, PROGRAM: Quality}
+    programs[f"{PROGRAM}.report"] = Report
+    for line in re.findall(r"(?m)^    (?:\w+=\S+ )*((?:recontrol|python -m) .+?)(?:  +#.*)?$", page.read_text()):
         words = shlex.split(line)
-        name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
-        fields = command_class(name).model_fields
-        for word in words:
+        name = next(name for number in (3, 2) if (name := " ".join(words[:number])) in programs)
+        fields = programs[name].model_fields
+        for word in words[len(name.split()) :]:
             if word.startswith("--"):
                 field = word[2:].replace("-", "_")
                 assert field in fields or field.removeprefix("no_") in fields, line

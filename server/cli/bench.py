@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer
 
+from benchmarks.sections import replace_sections
 from server.bench import long_prompts, neighbours, offline, online, steps, system
 from server.bench.models import head_names, kv_cache_gib, model_folder, random_model
 from server.bench.peers import ARMS, BESIDE_VLLM, PEERS, Found, find, missing
@@ -23,7 +24,6 @@ from server.bench.setup import Setup
 from server.bench.soak import run as soak
 from server.bench.workload import Workload
 from server.cli.command import Command, command_line, read_prompts
-from server.cli.report import replace_sections
 from server.engines.embedded.model.loader import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
