@@ -53,8 +53,6 @@ ALLOWED = {
                    "server.tracing", "server.types", "server.watch"),
     "server.watch": ("server.engines.base", "server.errors", "server.telemetry", "value_models.head_folder",
                      "value_models.store"),
-    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types",
-                     "server.errors", "server.machine", "server.settings", "value_models"),
     "server.cli": ("server", "value_models"),
     "benchmarks": ("benchmarks", "server", "value_models"),
 }  # fmt: skip

@@ -346,7 +346,7 @@ def test_the_help_of_a_command_tells_what_every_flag_without_a_default_does(caps
     for name in COMMANDS:
         for field, info in command_class(name).model_fields.items():
             assert info.description or info.default is not None, (name, field)
-    assert main(["bench", "--help"]) == 0
+    assert main(["rollouts", "--help"]) == 0
     help_text = capsys.readouterr().out
     assert "null" not in help_text
     assert "factory" not in help_text
@@ -374,7 +374,7 @@ def test_a_command_imports_only_what_it_needs() -> None:
 import sys
 from server.cli import main
 assert main(["serve", "--print-config", "--engine", "fake"]) == 0
-needless = {"transformers", "httpx", "matplotlib", "psutil", "server.bench", "server.engines.embedded"}
+needless = {"transformers", "httpx", "matplotlib", "psutil", "server.engines.embedded"}
 raise SystemExit(", ".join(needless & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval, bench.
+"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
 package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
@@ -36,7 +36,6 @@ COMMANDS = {
     "rollouts": "server.cli.train:Rollouts",
     "train": "server.cli.train:Train",
     "eval": "server.cli.evaluate:Eval",
-    "bench": "server.cli.bench:Bench",
 }
 """Where each class is. Only that of the command that runs is imported, so that a server starts without the others'
 libraries."""
