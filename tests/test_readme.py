@@ -9,9 +9,11 @@ from typing import Any, get_args
 import pytest
 from starlette.testclient import TestClient
 
+from benchmarks.quality import PROGRAM
+from benchmarks.quality.command import Quality
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
-from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
+from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, Report, transcript
 from server.app import create_app
 from server.cli import COMMANDS, command_class
 from server.control.objectives import BaseObjective
