@@ -76,7 +76,7 @@ lint: setup
 	$(BIN)/pyright
 
 heads: data
-	sh value_models/make_heads.sh $(BIN)/recontrol
+	sh benchmarks/quality/make_heads.sh $(BIN)/python
 
 peers: setup
 	sh benchmarks/speed/make_peers.sh $(PYTHON)

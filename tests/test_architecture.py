@@ -21,6 +21,7 @@ ALLOWED = {
     "value_models.embeddings": ("value_models.packages",),
     "value_models.rewards": ("value_models.embeddings", "value_models.errors", "value_models.packages"),
     "value_models.metrics": ("value_models.embeddings", "value_models.errors", "value_models.packages"),
+    "value_models.intervals": (),
     "value_models.importer": ("value_models.errors", "value_models.heads", "value_models.linalg"),
     "value_models.files": (),
     "value_models.head_folder": ("value_models.errors", "value_models.files", "value_models.heads",

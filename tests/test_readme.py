@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from pydantic_settings import BaseSettings
 from starlette.testclient import TestClient
 
+from benchmarks.quality.command import Quality
+from benchmarks.quality.objectives import OBJECTIVES_FILE
+from benchmarks.quality.objectives_report import objectives_tables
+from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, Report, transcript
+from benchmarks.speed.command import Speed
 from server.app import create_app
 from server.cli import COMMANDS, command_class
-from server.cli.objectives import OBJECTIVES_FILE
-from server.cli.objectives_report import objectives_tables
-from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.control.objectives import BaseObjective
 from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from server.engines.fake import FakeEngine
@@ -21,6 +24,11 @@ from server.settings import DEFAULT_MODEL, Settings
 from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
 FOLDER = shipped_heads_folder(DEFAULT_MODEL)
+BENCHMARKS: dict[str, type[BaseSettings]] = {
+    "python -m benchmarks.quality": Quality,
+    "python -m benchmarks.quality.report": Report,
+    "python -m benchmarks.speed": Speed,
+}
 PAGES = [Path("README.md").read_text(), (FOLDER / "README.md").read_text()]
 README = PAGES[0]
 API_PAGE = Path("server/api/README.md")
@@ -83,12 +91,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
-    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*recontrol (.+?)(?:  +#.*)?$", page.read_text())
-    for line in lines:
+    programs = {f"recontrol {name}": command_class(name) for name in COMMANDS} | BENCHMARKS
+    for line in re.findall(r"(?m)^    (?:\w+=\S+ )*((?:recontrol|python -m) .+?)(?:  +#.*)?$", page.read_text()):
         words = shlex.split(line)
-        name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
-        fields = command_class(name).model_fields
-        for word in words:
+        name = next(name for number in (3, 2) if (name := " ".join(words[:number])) in programs)
+        fields = programs[name].model_fields
+        for word in words[len(name.split()) :]:
             if word.startswith("--"):
                 field = word[2:].replace("-", "_")
                 assert field in fields or field.removeprefix("no_") in fields, line

@@ -16,11 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from benchmarks.sections import replace_sections
 from benchmarks.speed import system
 from benchmarks.speed.models import model_folder
 from benchmarks.speed.report import section_prefix
 from server.cli.command import Command, command_line
-from server.cli.report import replace_sections
 from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL

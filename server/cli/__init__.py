@@ -33,7 +33,6 @@ COMMANDS = {
     "heads show": "server.cli.heads:HeadsShow",
     "heads import": "server.cli.heads:HeadsImport",
     "heads publish": "server.cli.heads:HeadsPublish",
-    "heads report": "server.cli.report:HeadsReport",
     "prompts": "server.cli.train:Prompts",
     "rollouts": "server.cli.train:Rollouts",
     "train": "server.cli.train:Train",

@@ -1,4 +1,4 @@
-"""What each objective and each search does to real text: the study behind `recontrol eval HEADS --study objectives`.
+"""What each objective and each search does to real text: the study behind `--study objectives`.
 
     floor        the first head is raised, and the second one stays at a level while it is
     search       the first head: by gradient, by the best of several continuations, and by both, with what each takes
@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from server.cli.arms import ArmFactory, blockwise
-from server.cli.plots import plot_objectives
+from benchmarks.quality.plots import plot_objectives
+from benchmarks.quality.rivals import blockwise
+from server.cli.arms import ArmFactory
 from server.control.objectives import Floor, Objective, Target, WeightedSum, WorstCase
 from server.control.params import MAX_BLOCK_TOKENS, ControlParams
 from value_models.evaluation import Arm
 from value_models.files import write_text
 from value_models.generations import EvalSample, GenerationStore
-from value_models.metrics import bootstrap_interval, diversity
+from value_models.intervals import bootstrap, mean_interval
+from value_models.metrics import diversity
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
 from value_models.store import HeadCard
@@ -49,13 +51,14 @@ _TARGETS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 """In standard deviations of the head's training reward from its mean; values, being predictions, spread less."""
 _BASE = "base"
 _CANDIDATES, _BLOCK_TOKENS = 4, 8
-_NUM_RESAMPLES = 2000
 
 
 @dataclass(slots=True, frozen=True)
 class ObjectivesSetup:
     """Heads with everything they are measured with."""
 
+    folder: Path
+    """Of all heads."""
     cards: Mapping[str, HeadCard]
     heads: Sequence[str]
     """In the order that says who plays what."""
@@ -117,10 +120,11 @@ class ObjectivesStudy:
             "num_prompts": len(self._setup.prompts),
         }
 
-    def save(self, folder: Path, result: dict[str, Any]) -> None:
+    def save(self, result: dict[str, Any]) -> None:
         """Figures and plot beside the heads."""
-        write_text(folder / OBJECTIVES_FILE, json.dumps(result, indent=1) + "\n")
-        plot_objectives(result, folder / OBJECTIVES_FILE.replace(".json", ".svg"))
+        path = self._setup.folder / OBJECTIVES_FILE
+        write_text(path, json.dumps(result, indent=1) + "\n")
+        plot_objectives(result, path.with_suffix(".svg"))
 
     def show(self, result: dict[str, Any]) -> None:
         for name, arm in result["arms"].items():
@@ -207,12 +211,14 @@ class ObjectivesStudy:
             "tokens": [float(s.num_tokens) for s in samples],
         }
         measured.figures.update(
-            rewards={name: _interval(table) for name, table in rewards.items()},
-            standardised={name: _interval(table) for name, table in standardised.items()},
-            values={name: _interval(self._table([s.values[name] for s in samples])) for name in self._heads},
-            steered={name: _interval(self._table([s.steered[name] for s in samples])) for name in samples[0].steered},
+            rewards={name: mean_interval(table) for name, table in rewards.items()},
+            standardised={name: mean_interval(table) for name, table in standardised.items()},
+            values={name: mean_interval(self._table([s.values[name] for s in samples])) for name in self._heads},
+            steered={
+                name: mean_interval(self._table([s.steered[name] for s in samples])) for name in samples[0].steered
+            },
             response_s=round(sum(s.wall_s for s in samples) / len(samples), 4),
-            **{name: _interval(self._table(values)) for name, values in plain.items()},
+            **{name: mean_interval(self._table(values)) for name, values in plain.items()},
         )
         return measured
 
@@ -224,10 +230,10 @@ class ObjectivesStudy:
         gains = {name: table - means[_BASE] for name, table in means.items()}
         part["of_the_gains"] = {name: _lowest(table) for name, table in gains.items()}
         part["of_the_means"] = {name: _lowest(table) for name, table in means.items()}
-        part["of_a_response"] = {name: _interval(table) for name, table in tables.items()}
+        part["of_a_response"] = {name: mean_interval(table) for name, table in tables.items()}
         part["gain_of_the_gains"] = _lowest(gains[worst], gains[equal])
         part["gain_of_the_means"] = _lowest(means[worst], means[equal])
-        part["gain_of_a_response"] = _interval(tables[worst] - tables[equal])
+        part["gain_of_a_response"] = mean_interval(tables[worst] - tables[equal])
 
     def _compare(self, parts: dict[str, dict[str, Any]], measured: Mapping[str, _Measured]) -> None:
         """What the study is asked: differences prompt by prompt, errors and orders."""
@@ -237,7 +243,7 @@ class ObjectivesStudy:
             name: self._table([abs(s.steered[head] - level) / scale for s in measured[name].samples])
             for name, level in target["levels"].items()
         }
-        target["missed_by"] = {name: _interval(table) for name, table in missed.items()}
+        target["missed_by"] = {name: mean_interval(table) for name, table in missed.items()}
         for what in ("steered", "rewards"):
             means = [measured[name].figures[what][head]["mean"] for name in target["levels"]]
             target[f"is_monotone_{what}"] = all(low < high for low, high in pairwise(means))
@@ -257,16 +263,9 @@ class ObjectivesStudy:
         return np.asarray(values).reshape(len(self._setup.prompts), -1)
 
 
-def _interval(table: np.ndarray) -> dict[str, float]:
-    """Of the mean over prompts of [P, S] figures."""
-    means = table.mean(axis=1)
-    low, high = bootstrap_interval(means.tolist())
-    return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
-
-
 def _difference(table: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Of the means over prompts of [P, S] figures; S may differ."""
-    return _interval((table.mean(axis=1) - other.mean(axis=1))[:, None])
+    return mean_interval((table.mean(axis=1) - other.mean(axis=1))[:, None])
 
 
 def _lowest(means_PK: np.ndarray, others_PK: np.ndarray | None = None) -> dict[str, float]:
@@ -276,8 +275,4 @@ def _lowest(means_PK: np.ndarray, others_PK: np.ndarray | None = None) -> dict[s
         lowest = means_PK[rows].mean(axis=-2).min(axis=-1)
         return lowest if others_PK is None else lowest - others_PK[rows].mean(axis=-2).min(axis=-1)
 
-    num_prompts = len(means_PK)
-    rows = np.random.default_rng(0).integers(0, num_prompts, (_NUM_RESAMPLES, num_prompts))
-    low, high = np.quantile(figure(rows), [0.025, 0.975])
-    mean = float(figure(np.arange(num_prompts)))
-    return {"mean": round(mean, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return bootstrap(figure, len(means_PK))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from server.cli.tables import TITLES, interval, row, signed
+from benchmarks.quality.tables import TITLES, command, interval, row, signed
 
 _COSTS = ("diversity", "nll", "kl")
 Cell = Callable[[str], str]
@@ -21,7 +21,7 @@ def objectives_tables(result: dict[str, Any]) -> str:
         *_floor(result["floor"], arms),
         *_search(result["search"], arms),
         "![What each objective did, and reward against time for each search](objectives.svg)",
-        f"`{result['command']}`, {result['num_prompts']} prompts x {result['sampling']['num_samples']}, "
+        f"`{command(result)}`, {result['num_prompts']} prompts x {result['sampling']['num_samples']}, "
         f"{result['hardware']}, {result['dtype']}",
     ]
     return "\n\n".join(tables)

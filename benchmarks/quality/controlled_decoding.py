@@ -2,8 +2,8 @@
 
 The K most likely tokens are tried; one is drawn by p(token) exp(w V(state after it)). A lane holds one response: K
 candidates, whose pages of the key-value cache share all but the last. When one is chosen, the others go on from its
-pages. A token costs K rows of a step. Knows nothing of requests or scheduling; evaluation drives it while the engine
-rests, and no request can ask for it. Enter at `ControlledDecoder.run`.
+pages. A token costs K rows of a step. Knows nothing of requests or scheduling; a study drives it while the engine
+rests, and no request can ask for it. Enter at `controlled_decoding`.
 
 Shapes: K candidates of a lane, M lanes, B rows of a step, D hidden size, V vocabulary.
 
@@ -15,19 +15,26 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from server.cli.arms import ArmFactory
 from server.engines.embedded.model.kv_cache import fork_pages
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
 from server.engines.embedded.sampler import uniform
+from server.engines.text import Detokenizer
+from value_models.evaluation import Arm
+from value_models.generations import EvalSample
 from value_models.heads import ValueHead
+from value_models.rollouts import RolloutPrompt, RolloutSettings
 
 _PREFILL_CHUNK_TOKENS = 256
 _NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
@@ -40,6 +47,17 @@ class ControlledDecoding(BaseModel):
 
     num_candidates: int = Field(default=8, ge=2)
     value_weight: float = 4.0
+
+
+def controlled_decoding(factory: ArmFactory, head: str, params: ControlledDecoding) -> Arm:
+    """Tokens tried and drawn by a head's value; at temperature 1, whatever the factory's sampling says."""
+    value_head = factory.registry.head(head)
+
+    def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[EvalSample]:
+        return _sample(factory.source, prompts, settings, value_head, params)
+
+    search = {"type": "controlled_decoding", **params.model_dump()}
+    return factory.arm({"search": search, "heads": factory.digests([head])}, sample)
 
 
 @dataclass(slots=True, frozen=True)
@@ -200,6 +218,43 @@ class ControlledDecoder:
     def _values(self, hidden_BD: Tensor) -> list[float]:
         """In standard deviations of the training reward."""
         return self._head.readout(self._head.units(hidden_BD))[0].tolist()
+
+
+def _sample(
+    source: EngineRolloutSource,
+    prompts: Sequence[RolloutPrompt],
+    settings: RolloutSettings,
+    head: ValueHead,
+    params: ControlledDecoding,
+) -> Iterator[EvalSample]:
+    core, eos_token_ids = source.core, source.loaded.eos_token_ids
+    decoder = ControlledDecoder(core.runner, core.page_pool, head, eos_token_ids, max_rows=core.max_batch_size)
+    jobs = [
+        DecodingJob(
+            prompt_id=prompt.id,
+            index=index,
+            prompt_token_ids=tuple(source.encode(prompt)),
+            seed=response_seed(settings.seed, prompt.id),
+            max_tokens=settings.max_tokens,
+        )
+        for prompt in prompts
+        for index in range(settings.num_samples)
+    ]
+    tokenizer: Any = source.loaded.tokenizer
+    for result in decoder.run(jobs, params):
+        detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
+        shown = (token_id for token_id in result.token_ids if token_id not in eos_token_ids)
+        yield EvalSample(
+            prompt_id=result.job.prompt_id,
+            sample=result.job.index,
+            response="".join(map(detokenizer.add, shown)),
+            num_tokens=len(result.token_ids),
+            nll=source.nll(torch.stack(result.states), result.token_ids),
+            mean_kl=sum(result.kl) / len(result.kl),
+            max_kl=max(result.kl),
+            is_finished=result.is_finished,
+            wall_s=result.wall_s,
+        )
 
 
 def _draw(lane: _Lane, value_weight: float) -> tuple[int, float]:

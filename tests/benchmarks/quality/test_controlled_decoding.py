@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engines.embedded.controlled_decoding import ControlledDecoder, ControlledDecoding, DecodingJob
+from benchmarks.quality.controlled_decoding import ControlledDecoder, ControlledDecoding, DecodingJob
 from server.engines.embedded.core import EngineCore
 from server.types import GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, random_head, run

@@ -1,4 +1,4 @@
-"""The pictures of `recontrol eval`: well-formed, complete, and the same for the same figures."""
+"""The pictures that studies keep: well-formed, complete, and the same for the same figures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from server.cli.plots import plot_map, plot_pareto
-from server.cli.strengths import Method
+from benchmarks.quality.plots import plot_map, plot_pareto
+from benchmarks.quality.rivals import RE_CONTROL, RIVALS
+from server.cli.methods import HEAD
 from server.errors import ConfigurationError
 
-METHODS = ("base", *Method)
+METHODS = ("base", *RIVALS, HEAD.name)
 JUDGES = ["afinn", "textblob_polarity"]
 STEP_SIZES, STEPS = [0.017, 0.17, 1.7], [3, 10, 30, 100]
 MAP_METRICS = ("reward", "diversity", "kl", "coherence", "nll")
@@ -42,7 +43,10 @@ def map_result() -> dict[str, Any]:
 
 
 def label(method: str) -> str:
-    return method.label if isinstance(method, Method) else method
+    """What a legend begins with."""
+    return {"best-of": "best of N", "blockwise-best-of": "blockwise best of N", "re-control": "RE-Control"}.get(
+        method, method.replace("-", " ")
+    )
 
 
 def texts_of(path: Path) -> list[str]:
@@ -59,7 +63,7 @@ def test_the_picture_of_a_sweep_names_every_method_and_metric(tmp_path: Path) ->
     assert (tmp_path / "sweep.svg").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("methods", [(), ("base",), ("base", Method.HEAD), (Method.RE_CONTROL,)])
+@pytest.mark.parametrize("methods", [(), ("base",), ("base", HEAD.name), (RE_CONTROL.name,)])
 def test_methods_that_were_not_swept_are_not_shown(tmp_path: Path, methods: tuple[str, ...]) -> None:
     plot_pareto(methods_result(methods) | {"judges": []}, tmp_path / "sweep.svg", title="cheerful")
     texts = texts_of(tmp_path / "sweep.svg")
@@ -90,6 +94,6 @@ def test_the_same_figures_give_the_same_bytes_whatever_the_settings(
 
 def test_without_matplotlib_the_extra_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigurationError, match=r"needs matplotlib; run `pip install recontrol\[train\]`"):
+    with pytest.raises(ConfigurationError, match=r"needs matplotlib; run `pip install recontrol\[benchmarks\]`"):
         plot_map(map_result(), tmp_path / "map.svg", title="cheerful")
     assert not list(tmp_path.iterdir())

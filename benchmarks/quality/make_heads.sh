@@ -4,7 +4,8 @@
 # but for the training, which takes half a minute a head. SHP names the prompts of the RE-Control paper's second test
 # set (JSON lines with `preferred` responses), which this project may not ship; without it that set is left out.
 set -eu
-recontrol="$1"
+python="$1"
+recontrol="$(dirname "$python")/recontrol"
 SHP="${SHP:-../shared/data/shp_prompts.jsonl}"
 own=value_models/prompts/prompts.jsonl
 
@@ -28,7 +29,7 @@ train nontoxic 'Text without insults, threats or swear words (the classifier of 
     --rollouts runs/rtp --prompts runs/rtp.jsonl
 train plain "$plain" --rollouts runs/gemma --damping 1
 
-measure() { "$recontrol" eval "$@" --update-card; }
+measure() { "$python" -m benchmarks.quality "$@" --update-card; }
 few='--methods prompting,static-vector'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
 stress='--study stress --max-prompts 16 --num-samples 2'
@@ -50,6 +51,6 @@ if [ -f "$SHP" ]; then
     measure brevity --rollouts runs/long --max-tokens 96 $shp $few
 fi
 
-"$recontrol" heads report --into README.md
-"$recontrol" heads report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
-"$recontrol" heads report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md
+"$python" -m benchmarks.quality.report --into README.md
+"$python" -m benchmarks.quality.report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
+"$python" -m benchmarks.quality.report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from benchmarks.quality import PROGRAM
 
 TITLES = {
     "win_over_base": "wins over base",
@@ -32,3 +35,8 @@ def interval(figure: Mapping[str, Any]) -> str:
 def signed(figure: Mapping[str, Any]) -> str:
     """Of a difference."""
     return f"{figure['mean']:+.2f} [{figure['low']:+.2f}, {figure['high']:+.2f}]"
+
+
+def command(result: Mapping[str, Any]) -> str:
+    """What measured it, by its name of today: results that are older than this package say `recontrol eval`."""
+    return re.sub(r"^recontrol eval\b", PROGRAM, result["command"])

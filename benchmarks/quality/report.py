@@ -1,31 +1,32 @@
-"""`recontrol heads report`: the heads' cards as the Markdown that the README and the heads' own page show.
+"""`python -m benchmarks.quality.report`: heads' cards as the Markdown that the README and the heads' own page show.
 
-A section of a Markdown file is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at SECTIONS.
+Enter at SECTIONS.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from benchmarks.quality import PROGRAM
+from benchmarks.quality.objectives import OBJECTIVES_FILE
+from benchmarks.quality.objectives_report import objectives_tables
+from benchmarks.quality.tables import TITLES, command, interval, row, share
+from benchmarks.sections import replace_sections
+from server.cli import run
 from server.cli.heads import HeadsCommand
-from server.cli.objectives import OBJECTIVES_FILE
-from server.cli.objectives_report import objectives_tables
-from server.cli.tables import TITLES, interval, row, share
-from server.errors import ConfigurationError
-from value_models.files import write_text
 from value_models.store import HeadCard
 
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the README shows."""
 
 
-class HeadsReport(HeadsCommand):
+class Report(HeadsCommand):
     """Print the heads' figures and an example as Markdown, or bring a file's sections up to date."""
 
     into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
@@ -40,18 +41,6 @@ class HeadsReport(HeadsCommand):
             print("\n\n".join(sections.values()))
             return
         replace_sections(self.into, sections)
-
-
-def replace_sections(page: Path, sections: Mapping[str, str]) -> None:
-    """Put each body between its markers, where the page has them. Raises ConfigurationError when it has none."""
-    text = page.read_text()
-    found = [name for name in sections if _section(name).search(text)]
-    if not found:
-        known = ", ".join(f"`<!-- {name}: begin -->`" for name in sections)
-        raise ConfigurationError(f"into: {page} has no section; there are {known}")
-    for name in found:
-        text = _section(name).sub(lambda _, body=sections[name]: f"{body}\n", text)
-    write_text(page, text)
 
 
 def summary_table(cards: Sequence[HeadCard]) -> str:
@@ -99,7 +88,7 @@ def cost_table(cards: Sequence[HeadCard]) -> str:
                 row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
                 for name, figures in card.cost["arms"].items()
             ]
-            tables.append("\n".join([*lines, "", f"`{card.cost['command']}`, {card.cost['hardware']}"]))
+            tables.append("\n".join([*lines, "", f"`{command(card.cost)}`, {card.cost['hardware']}"]))
     return "\n\n".join(tables)
 
 
@@ -108,7 +97,7 @@ def commands(cards: Sequence[HeadCard]) -> str:
     lines: list[str] = []
     for card in cards:
         results = [*(card.evaluation or {}).values(), *(result for result in (card.stress, card.cost) if result)]
-        lines += [card.command, *(result["command"] for result in results)]
+        lines += [card.command, *(command(result) for result in results)]
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -149,5 +138,5 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _section(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
+if __name__ == "__main__":
+    raise SystemExit(run("benchmarks.quality.report:Report", f"{PROGRAM}.report", sys.argv[1:]))

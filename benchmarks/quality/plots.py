@@ -1,7 +1,7 @@
-"""The pictures that `recontrol eval` keeps beside a head: reward against divergence, and step size by steps.
+"""The pictures that studies keep beside a head: reward against divergence, and step size by steps.
 
 SVG files from plain data. The same data gives the same bytes with one release of matplotlib, which is imported when a
-picture is drawn, since only the `train` extra has it. Knows nothing of models, heads or how a figure was measured.
+picture is drawn, since only the `benchmarks` extra has it. Knows nothing of models, heads or how a figure was measured.
 Enter at `plot_pareto` and `plot_map`.
 """
 
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from server.cli.strengths import Method
+from benchmarks.quality.rivals import BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL
+from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR
 from server.errors import ConfigurationError
 from value_models.files import write_text
 
@@ -36,23 +37,23 @@ _GREY = "#666666"
 _PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 # Later methods are drawn over earlier ones.
 _LOOKS = {
-    Method.BEST_OF: _Look("best of N (KL bound)", "#CC79A7", "v"),
-    Method.BLOCKWISE: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
-    Method.CONTROLLED_DECODING: _Look("controlled decoding", "#009E73", "^"),
-    Method.STATIC_VECTOR: _Look("static vector", "#E69F00", "s"),
-    Method.RE_CONTROL: _Look("RE-Control", "#D55E00", "P"),
-    Method.HEAD: _Look("head", "#0072B2", "o"),
-    Method.PROMPTING: _Look("prompting", "#000000", "X"),
+    BEST_OF.name: _Look("best of N (KL bound)", "#CC79A7", "v"),
+    BLOCKWISE.name: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
+    CONTROLLED_DECODING.name: _Look("controlled decoding", "#009E73", "^"),
+    STATIC_VECTOR.name: _Look("static vector", "#E69F00", "s"),
+    RE_CONTROL.name: _Look("RE-Control", "#D55E00", "P"),
+    HEAD.name: _Look("head", "#0072B2", "o"),
+    PROMPTING.name: _Look("prompting", "#000000", "X"),
 }
 _LEGEND_ORDER = (
     _BASE,
-    Method.HEAD,
-    Method.STATIC_VECTOR,
-    Method.RE_CONTROL,
-    Method.CONTROLLED_DECODING,
-    Method.BLOCKWISE,
-    Method.BEST_OF,
-    Method.PROMPTING,
+    HEAD.name,
+    STATIC_VECTOR.name,
+    RE_CONTROL.name,
+    CONTROLLED_DECODING.name,
+    BLOCKWISE.name,
+    BEST_OF.name,
+    PROMPTING.name,
 )
 # Divergences up to the largest budget that is a goal lie on a linear scale, those beyond it on a logarithmic one.
 _GOAL_KL = 0.3
@@ -149,7 +150,7 @@ def require_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise ConfigurationError("plots: needs matplotlib; run `pip install recontrol[train]`") from error
+        raise ConfigurationError("plots: needs matplotlib; run `pip install recontrol[benchmarks]`") from error
 
 
 @contextmanager
