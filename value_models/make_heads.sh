@@ -50,6 +50,6 @@ if [ -f "$SHP" ]; then
     measure brevity --rollouts runs/long --max-tokens 96 $shp $few
 fi
 
-"$recontrol" heads report --into README.md
+"$recontrol" heads report --into docs/quality.md
 "$recontrol" heads report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
 "$recontrol" heads report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md
