@@ -1,124 +1,92 @@
-"""The README shows what the cards and the code say, no more."""
+"""Links, commands and places that the pages name exist, and the pages are as long as a reader bears."""
 
-import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
-from starlette.testclient import TestClient
 
-from server.app import create_app
 from server.cli import COMMANDS, command_class
-from server.cli.objectives import OBJECTIVES_FILE
-from server.cli.objectives_report import objectives_tables
-from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
-from server.control.objectives import BaseObjective
-from server.engines.fake import FakeEngine
-from server.settings import DEFAULT_MODEL, Settings
-from server.types import (
-    MAX_KL_NATS,
-    MAX_SHIFT_RATIO,
-    MAX_STEP_SIZE,
-    MAX_STEPS,
-    ControlParams,
-)
-from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
+from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from tests.pages.pages import PAGES, anchors, text_of
 
-FOLDER = shipped_heads_folder(DEFAULT_MODEL)
-PAGES = [Path("README.md").read_text(), (FOLDER / "README.md").read_text()]
-README = PAGES[0]
-API_PAGE = Path("server/api/README.md")
-WITH_LINKS = [
-    Path("README.md"),
-    API_PAGE,
-    Path("deploy/README.md"),
-    Path("value_models/README.md"),
-    FOLDER / "README.md",
-]
+API_PAGE = text_of("docs/http-api.md")
 
 
-def section(page: str, name: str) -> str | None:
-    """What stands between its markers, if the page has them."""
-    _, found, rest = page.partition(f"<!-- {name}: begin -->")
-    return rest.split(f"<!-- {name}: end -->")[0].strip() if found else None
-
-
-def cards(folder: Path) -> list[HeadCard]:
-    return [load_card(path.parent) for path in sorted(folder.glob(f"*/{CARD_FILE}"))]
-
-
-@pytest.mark.parametrize("name", SECTIONS)
-def test_what_the_pages_show_of_the_heads_is_rendered_from_their_cards(name: str) -> None:
-    shown = [text for page in PAGES if (text := section(page, name)) is not None]
-    assert shown == [SECTIONS[name](cards(FOLDER)).strip()]
-
-
-def test_the_second_models_page_is_rendered_from_its_card() -> None:
-    folder = shipped_heads_folder("gemma-3-270m")
-    page = (folder / "README.md").read_text()
-    for name in ("heads", "commands"):
-        assert section(page, name) == SECTIONS[name](cards(folder)).strip()
-
-
-def test_what_objectives_do_is_what_the_study_found() -> None:
-    found = FOLDER / OBJECTIVES_FILE
-    rendered = objectives_tables(json.loads(found.read_text())) if found.exists() else ""
-    assert section(PAGES[1], "objectives") == rendered
-
-
-def test_the_transcript_is_what_compare_wrote() -> None:
-    assert section(README, "transcript") == transcript(FOLDER / TRANSCRIPT_FILE)
-
-
-def anchor(heading: str) -> str:
-    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-
-
-@pytest.mark.parametrize("page", WITH_LINKS, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", page.read_text())
-    assert links
-    for link, part in links:
+    for link, part in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
         place = page.parent / link if link else page
         assert place.exists(), link
         if part:
-            assert part in {anchor(h) for h in re.findall(r"(?m)^#+ (.+)$", place.read_text())}, (link, part)
+            assert part in anchors(place.read_text()), (link, part)
 
 
-@pytest.mark.parametrize("page", WITH_LINKS, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
-    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*recontrol (.+?)(?:  +#.*)?$", page.read_text())
+    shown = page.read_text()
+    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?recontrol (.+?)(?:  +#.*)?$", shown)
+    lines += re.findall(r"`recontrol ([a-z][^`]*)`", shown)
     for line in lines:
         words = shlex.split(line)
-        name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+        if words == ["--help"] or words == ["--version"]:
+            continue
+        name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+        assert name, line
         fields = command_class(name).model_fields
         for word in words:
-            if word.startswith("--"):
+            if word.startswith("--") and word != "--help":
                 field = word[2:].replace("-", "_")
                 assert field in fields or field.removeprefix("no_") in fields, line
 
 
-def test_every_place_to_add_things_exists() -> None:
-    rows = [line for line in README.partition("| to add | touch |")[2].splitlines() if line.startswith("| ")]
-    assert len(rows) > 20
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_target_of_make_that_a_page_names_exists(page: Path) -> None:
+    targets = set(re.findall(r"(?m)^([\w-]+):", Path("Makefile").read_text()))
+    named = re.findall(r"`make ([\w-]+)|^    make ([\w-]+)", page.read_text(), re.MULTILINE)
+    assert {first or second for first, second in named} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_module_that_a_page_tells_to_run_exists(page: Path) -> None:
+    for module in set(re.findall(r"python -m ((?:tests|benchmarks)[\w.]*)", page.read_text())):
+        place = Path(module.replace(".", "/"))
+        assert (place / "__main__.py").exists() or place.with_suffix(".py").exists(), module
+
+
+def test_every_file_that_the_pages_name_in_code_exists() -> None:
+    for page in (path for path in PAGES if path.parent.name == "docs"):
+        for name in re.findall(r"`((?:server|value_models|tests|deploy)/[\w./-]+)`", page.read_text()):
+            assert Path(name).exists(), (page, name)
+
+
+def test_the_readme_fits_on_a_few_screens_and_its_tables_on_one() -> None:
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 200
+    assert max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 6
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=str)
+def test_every_page_opens_with_what_it_is_for_and_is_part_of_the_site(page: Path) -> None:
+    if page.name != "architectures.md":
+        assert text_of(page).split("\n\n")[1].startswith("This page ")
+    assert f"\n   {page.stem}\n" in text_of("docs/index.rst")
+
+
+def test_every_place_to_add_things_exists_and_is_at_most_two_files() -> None:
+    table = text_of("docs/architecture.md").partition("| to add | touch |")[2].partition("\n\n")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 15
     for row in rows:
-        places = re.findall(r"`([\w./*]+/[\w.*]*)`", row)
+        places = re.findall(r"`([\w./*]+/[\w.*]*)`", row.partition(";")[0] if "contract" in row else row)
         sources = "".join(found.read_text() for place in places for found in Path().glob(place) if found.is_file())
+        assert 1 <= len(places) <= 2, row
         assert all(any(Path().glob(place)) for place in places), row
         assert all(name in sources for name in re.findall(r"`(_?[A-Z][A-Z_]+)`", row)), row
 
 
-def test_the_reward_that_it_shows_is_one() -> None:
-    (code,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL)
-    module: dict[str, Any] = {}
-    exec(code, module)
-    assert module["kindness"](["hi", "hi"], ["Thank you, I am glad.", "No."]) == [2.0, 0.0]
-
-
 def test_every_fault_has_tests_that_exist() -> None:
-    faults = (API_PAGE.read_text()).partition("\n## Faults\n")[2].partition("\n## ")[0]
+    faults = API_PAGE.partition("\n## Faults\n")[2].partition("\n## ")[0]
     rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 10
     source = "".join(path.read_text() for path in Path("tests").rglob("test_*.py"))
@@ -139,29 +107,6 @@ def test_every_fault_has_tests_that_exist() -> None:
 )
 def test_the_table_of_control_fields_tells_defaults_and_ranges(field: str, default: float, largest: float) -> None:
     assert ControlParams.model_fields[field].default == default
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{field}`")]
+    (row,) = [line for line in text_of("docs/control.md").splitlines() if line.startswith(f"| `{field}`")]
     assert f"| {default} |" in row
     assert f"{largest:g} |" in row
-
-
-EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
-
-
-@pytest.mark.parametrize(
-    "control", EXAMPLES, ids=lambda control: "-".join([control["objective"].get("type", ""), *control])
-)
-async def test_every_example_of_control_is_accepted_as_it_is_written(control: dict[str, Any]) -> None:
-    heads = [path.parent.name for path in FOLDER.glob(f"*/{CARD_FILE}")]
-    app = create_app(Settings(), engine=FakeEngine(heads=heads))
-    body = {"model": "fake", "prompt": "hi", "max_tokens": 2, "control": control}
-    with TestClient(app) as client:
-        response = client.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    assert set(response.json()["choices"][0]["control"]["value_after"]) == set(ControlParams(**control).head_names)
-
-
-def test_every_objective_and_every_condition_has_an_example() -> None:
-    types = {get_args(model.model_fields["type"].annotation)[0] for model in BaseObjective.__subclasses__()}
-    assert {control["objective"].get("type", "weighted_sum") for control in EXAMPLES} == types
-    conditions = set(ControlParams.model_fields) - {"objective", "max_shift", "trace"}
-    assert {field for control in EXAMPLES for field in control} - {"objective"} == conditions
