@@ -64,7 +64,9 @@ def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
     url: str, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "http://127.0.0.1:8000" in code
-    exec(code.replace("http://127.0.0.1:8000", url), {})
+    exec(
+        compile(code.replace("http://127.0.0.1:8000", url), "sample", "exec", dont_inherit=True), {"__name__": "sample"}
+    )
     assert capsys.readouterr().out.strip()
 
 

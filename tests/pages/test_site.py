@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 RESOURCE = re.compile(
     r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* href=\"(?:https?:)?//|url\(['\"]?https?:"
 )
+    r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* href=\"(?:https?:)?//|url\(['\"]?https?:"
+)
 
 
 @pytest.fixture(scope="module")
