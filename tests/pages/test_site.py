@@ -14,8 +14,6 @@ ROOT = Path(__file__).parent.parent.parent
 RESOURCE = re.compile(
     r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* href=\"(?:https?:)?//|url\(['\"]?https?:"
 )
-    r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link[^>]* href=\"(?:https?:)?//|url\(['\"]?https?:"
-)
 
 
 @pytest.fixture(scope="module")
