@@ -47,7 +47,7 @@ FROM base AS runtime
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
-  CMD ["python", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health').raise_for_status()"]
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
 STOPSIGNAL SIGTERM
 # Inside the container only the published port reaches the server: publish it to loopback or behind a gateway, or set
 # RECONTROL_API_KEYS_FILE.

@@ -8,7 +8,7 @@
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install LangChain and guidellm beside .venv, and run the tests with them (and vLLM's, if installed)
 # make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
-# make peers   install what `recontrol bench` compares with: vLLM and llama.cpp, built from source (many minutes)
+# make peers   install what `python -m benchmarks.speed` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
 PYTHON ?= python3
@@ -63,7 +63,7 @@ test-deploy: $(DEPLOY_STAMP)
 VLLM_PYTEST := RECONTROL_REQUIRE_VLLM=1 .venv-vllm/bin/python -W ignore -m pytest -W ignore -m vllm
 V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/engines/vllm/triton_interpreter
 test-vllm: setup
-	sh server/bench/make_vllm.sh $(PYTHON)
+	sh benchmarks/speed/make_vllm.sh $(PYTHON)
 	VLLM_USE_V2_MODEL_RUNNER=0 $(VLLM_PYTEST) tests/engines/test_contract.py tests/engines/vllm $(ARGS)
 	$(V2) $(VLLM_PYTEST) tests/engines/test_contract.py $(addprefix tests/engines/vllm/,test_laws.py test_processes.py) $(ARGS)
 
@@ -79,10 +79,11 @@ lint: setup
 	$(BIN)/pyright
 
 heads: data
-	sh value_models/make_heads.sh $(BIN)/recontrol
+	sh benchmarks/quality/make_heads.sh $(BIN)/python
+	$(BIN)/python -m benchmarks.readme
 
 peers: setup
-	sh server/bench/make_peers.sh $(PYTHON)
+	sh benchmarks/speed/make_peers.sh $(PYTHON)
 
 setup: $(STAMP)
 

@@ -29,7 +29,7 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_CHOICES = 128
 
-# Ranges within which no setting collapses the text; `recontrol eval --study stress` measures the corners (README).
+# Ranges within which no setting collapses the text; `--study stress` of benchmarks/quality measures the corners (README).
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5

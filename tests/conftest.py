@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from server.cli import main
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
@@ -110,6 +112,22 @@ def load_tiny(model_folder: Callable[[str], Path]) -> Callable[..., LoadedModel]
         return load_model(str(model_folder(architecture)), device=device, dtype=dtype)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def workshop(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Flags that name a tiny model, and a folder with rollouts of it and a head trained on them."""
+    folder = tmp_path_factory.mktemp("workshop")
+    prompts = folder / "prompts.jsonl"
+    lines = [{"id": f"p{i}", "format": "text" if i % 4 else "chat", "prompt": f"prompt {i}"} for i in range(40)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--model", str(model_folder("llama")), "--dtype", "float32", "--device", "cpu"]
+    common = ["--prompts", str(prompts)]
+    out = ["--out", str(folder / "rollouts")]
+    assert main(["rollouts", *flags, *common, *out, "--num-samples", "2", "--max-tokens", "8"]) == 0
+    train = ["train", "--name", "short", "--reward", "brevity", "--rollouts", str(folder / "rollouts"), *common]
+    assert main([*train, "--out", str(folder / "heads")]) == 0
+    return flags, folder
 
 
 def random_head(seed: int, *, widths: tuple[int, ...] = (16,), hidden_size: int = HIDDEN) -> MLPHead:

@@ -16,6 +16,7 @@ ALLOWED = {
     "value_models.embeddings": ("value_models.packages",),
     "value_models.rewards": ("value_models.embeddings", "value_models.packages"),
     "value_models.metrics": ("value_models.embeddings", "value_models.packages"),
+    "value_models.intervals": (),
     "value_models.importer": ("value_models.heads",),
     "value_models.whole_files": (),
     "value_models.cache": (),
@@ -52,11 +53,11 @@ ALLOWED = {
                    "server.tracing", "server.types", "server.watch"),
     "server.watch": ("server.engines.base", "server.errors", "server.telemetry", "value_models.head_folder",
                      "value_models.store"),
-    "server.bench": ("server.bench", "server.engines", "server.control", "server.kernels", "server.types",
-                     "server.errors", "server.machine", "server.settings", "value_models"),
     "server.cli": ("server", "value_models"),
+    "benchmarks": ("benchmarks", "server", "value_models"),
 }  # fmt: skip
-FILES = sorted(path for package in ("server", "value_models") for path in (ROOT / package).rglob("*.py"))
+PACKAGES = ("server", "value_models", "benchmarks")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -73,7 +74,7 @@ def imports_of(path: Path) -> set[str]:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             # `from server.api import chat` means the module server.api.chat, where there is one.
             found |= {name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in names}
-    return {name for name in found if name.split(".")[0] in ("server", "value_models")}
+    return {name for name in found if name.split(".")[0] in (*PACKAGES, "tests")}
 
 
 def is_within(name: str, scope: str) -> bool:

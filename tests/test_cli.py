@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -15,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.cli import COMMANDS, command_class, main
-from server.cli.report import SECTIONS, transcript
-from server.cli.strengths import Method
+from server.cli.methods import METHODS
 from server.control.ascent import ascend
 from server.control.objectives import WeightedSum
 from server.control.plan import EditPlan
@@ -24,23 +22,9 @@ from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.types import ControlParams
 from value_models.prompt_sets import PROMPT_SETS
+from value_models.rewards import REWARDS
 from value_models.rollouts import load_prompts
-
-
-@pytest.fixture(scope="module")
-def workshop(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Flags that name a tiny model, and a folder with rollouts of it and a head trained on them."""
-    folder = tmp_path_factory.mktemp("workshop")
-    prompts = folder / "prompts.jsonl"
-    lines = [{"id": f"p{i}", "format": "text" if i % 4 else "chat", "prompt": f"prompt {i}"} for i in range(40)]
-    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--model", str(model_folder("llama")), "--dtype", "float32", "--device", "cpu"]
-    common = ["--prompts", str(prompts)]
-    out = ["--out", str(folder / "rollouts")]
-    assert main(["rollouts", *flags, *common, *out, "--num-samples", "2", "--max-tokens", "8"]) == 0
-    train = ["train", "--name", "short", "--reward", "brevity", "--rollouts", str(folder / "rollouts"), *common]
-    assert main([*train, "--out", str(folder / "heads")]) == 0
-    return flags, folder
+from value_models.store import load_card, save_card
 
 
 def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: tuple[list[str], Path]) -> None:
@@ -51,41 +35,37 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert "r2" in card["validation"]
 
 
-def test_evaluation_writes_json_and_the_card_and_the_report_renders_it(
+def test_evaluation_writes_json_and_the_card(workshop: tuple[list[str], Path], tmp_path: Path) -> None:
+    flags, folder = workshop
+    heads = shutil.copytree(folder / "heads", tmp_path / "heads")
+    inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
+    work = ["--work", str(tmp_path / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "6"]
+    options = [*work, "--out", str(tmp_path / "eval.json"), "--update-card"]
+    assert main(["eval", "short", *flags, "--heads-dir", str(heads), *inputs, *options]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    arms = [name for name in result["arms"] if not name.endswith("best strength")]
+    assert arms == ["base", "prompting", "best of 4", "static vector", "head", "head + prompting"]
+    assert result["arms"]["head"]["largest_kl"] <= result["control"]["max_kl"]
+    assert set(result["sweep"]) == {"base", "head", *METHODS}
+    kept = json.loads((heads / "short" / "card.json").read_text())["evaluation"]["prompts"]
+    assert kept["arms"]["head"]["reward"] == result["arms"]["head"]["reward"]
+    assert {path.name for path in (heads / "short").iterdir()} == {"card.json", "head.safetensors"}
+
+
+def test_a_head_without_judges_is_evaluated_by_its_reward_alone(
     workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, folder = workshop
-    heads = ["--heads-dir", str(folder / "heads")]
-    inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text"]
-    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "6"]
-    options = [*work, "--out", str(folder / "eval.json"), "--update-card"]
-    assert main(["eval", "short", *flags, *heads, *inputs, *options]) == 0
-    result = json.loads((folder / "eval.json").read_text())
-    arms = [name for name in result["arms"] if not name.endswith("best strength")]
-    assert arms == ["base", "prompting", "best of 4", "blockwise best of 4", "controlled decoding", "RE-Control",
-                    "static vector", "head", "head + prompting"]  # fmt: skip
-    assert result["arms"]["head"]["largest_kl"] <= result["control"]["max_kl"]
-    assert set(result["sweep"]) == {"base", *Method}
-    assert "<svg" in (folder / "heads" / "short" / "sweep.svg").read_text()
-    capsys.readouterr()
-    assert main(["heads", "report", *heads]) == 0
-    report = capsys.readouterr().out
-    assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in report
-    page = tmp_path / "page.md"
-    markers = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in (*SECTIONS, "transcript")]
-    page.write_text("\n".join(["title", *markers, "end"]))
-    assert main(["heads", "report", *heads, "--into", str(page)]) == 0
-    text = page.read_text()
-    assert f"| head | {result['arms']['head']['reward']['mean']:.2f} [" in text
-    assert text.startswith("title\n")
-    assert text.endswith("\nend")
-    assert "\nold\n" not in text
-    page.write_text("no sections")
-    assert main(["heads", "report", *heads, "--into", str(page)]) == 2
-    assert "has no section" in capsys.readouterr().err
-    page.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n")
-    assert main(["heads", "report", *heads, "--into", str(page)]) == 0
-    assert f"| `short` | prompts | {result['arms']['base']['reward']['mean']:.2f} |" in page.read_text()
+    heads = shutil.copytree(folder / "heads", tmp_path / "heads")
+    save_card(heads / "short", load_card(heads / "short").model_copy(update={"reward": "hf:nowhere"}))
+    inputs = ["--prompts", str(folder / "prompts.jsonl"), "--formats", "text", "--methods", "best-of"]
+    work = ["--work", str(tmp_path / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("value_models.evaluation.load_reward", lambda _: REWARDS["brevity"])
+        assert main(["eval", "short", *flags, "--heads-dir", str(heads), *inputs, *work]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines][:2] == ["base", "best of 4"]
+    assert "win_over_base" not in lines[0]
 
 
 @pytest.mark.parametrize("command", ["eval", "rollouts", "generate", "compare"])
@@ -94,7 +74,7 @@ def test_every_command_with_a_model_heeds_the_memory_it_may_take(
 ) -> None:
     flags, folder = workshop
     inputs = {
-        "eval": ["short", "--study", "stress", "--prompts", str(folder / "prompts.jsonl"), "--formats", "text",
+        "eval": ["short", "--methods", "best-of", "--prompts", str(folder / "prompts.jsonl"), "--formats", "text",
                  "--work", str(tmp_path), "--heads-dir", str(folder / "heads")],
         "rollouts": ["--prompts", str(folder / "prompts.jsonl"), "--out", str(tmp_path / "rollouts")],
         "generate": ["A prompt"],
@@ -102,77 +82,6 @@ def test_every_command_with_a_model_heeds_the_memory_it_may_take(
     }  # fmt: skip
     assert main([command, *inputs[command], *flags, "--kv-cache-gib", "1e-6"]) == 2
     assert "kv_cache_gib: a sequence of" in capsys.readouterr().err
-
-
-def test_the_other_studies_keep_their_results_with_the_head(workshop: tuple[list[str], Path]) -> None:
-    flags, folder = workshop
-    work = ["--work", str(folder / "eval"), "--max-batch-size", "8", "--max-tokens", "4"]
-    common = ["eval", "short", *flags, "--heads-dir", str(folder / "heads"), "--formats", "text", *work]
-    prompts = str(folder / "prompts.jsonl")
-    rollouts = ["--rollouts", str(folder / "rollouts")]
-    runs = {
-        "map": ["--tuning-prompts", prompts, *rollouts],
-        "stress": ["--prompts", prompts],
-        "cost": ["--prompts", prompts, *rollouts, "--num-samples", "1", "--methods", "best-of,controlled-decoding"],
-    }
-    for study, inputs in runs.items():
-        assert main([*common, *inputs, "--study", study, "--update-card"]) == 0
-    maps = json.loads((folder / "heads" / "short" / "map.json").read_text())["maps"]
-    assert len(maps["without budget"]) == len(maps["with budget"]) == 4
-    assert all(cell["kl"] <= 0.3 for row in maps["with budget"] for cell in row)
-    card = json.loads((folder / "heads" / "short" / "card.json").read_text())
-    cost = {name: figures["over_base"] for name, figures in card["cost"]["arms"].items()}
-    assert cost["base"] == 1.0
-    # How much more a method takes is not for a test to say on a machine that others use.
-    assert {"best of 4", "controlled decoding", "head"} <= cost.keys()
-    assert all(over_base > 0 for over_base in cost.values())
-    stress = card["stress"]
-    assert next(iter(stress["arms"])) == "base"
-    assert max(arm["largest_kl"] for arm in stress["arms"].values()) <= 0.5
-
-
-def test_the_study_of_objectives_goes_on_where_it_was_and_is_reported(
-    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags, folder = workshop
-    heads = tmp_path / "heads"
-    for name in ("short", "easy"):
-        train = ["train", "--name", name, "--reward", {"short": "brevity", "easy": "plain"}[name]]
-        inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl")]
-        assert main([*train, *inputs, "--out", str(heads)]) == 0
-    work = ["--work", str(tmp_path / "eval"), "--max-batch-size", "8", "--max-tokens", "10", "--num-samples", "2"]
-    common = ["eval", "short,easy", *flags, "--heads-dir", str(heads), "--formats", "text", *work]
-    inputs = ["--prompts", str(folder / "prompts.jsonl"), "--study", "objectives", "--update-card"]
-    assert main([*common, *inputs, "--out", str(tmp_path / "first.json")]) == 0
-    result = json.loads((heads / "objectives.json").read_text())
-    assert "<svg" in (heads / "objectives.svg").read_text()
-    arms = result["arms"]
-    assert set(result["search"]["arms"]) | set(result["floor"]["arms"]) | set(result["worst_cases"][0]["arms"]) <= set(
-        arms
-    )
-    (worst,) = result["worst_cases"]
-    assert (worst["heads"], worst["num_samples"]) == (["short", "easy"], 8)
-    levels = result["target"]["levels"]
-    assert len(levels) == len(result["target"]["missed_by"]) == 5
-    assert all(set(arm["rewards"]) == set(arm["values"]) == {"short", "easy"} for arm in arms.values())
-    assert arms["base"]["kl"]["mean"] == 0 < arms["blocks of 4"]["kl"]["mean"]
-    before = {path: path.stat().st_size for path in (tmp_path / "eval" / "responses").glob("*.jsonl")}
-    assert main([*common, *inputs, "--out", str(tmp_path / "second.json")]) == 0
-    assert {path: path.stat().st_size for path in before} == before
-    again = json.loads((tmp_path / "second.json").read_text())
-    assert again["arms"] == result["arms"]
-    capsys.readouterr()
-    assert main(["heads", "report", "--heads-dir", str(heads)]) == 0
-    report = capsys.readouterr().out
-    assert f"| gradient, blocks of 4 | {arms['gradient, blocks of 4']['rewards']['short']['mean']:.2f} [" in report
-    assert "**Floor** of" in report
-    assert "**Worst case** of `short` and `easy`" in report
-    assert main([*common[:1], "short", *common[2:], *inputs]) == 2
-    assert "takes two heads or more" in capsys.readouterr().err
-    assert main([*common, *inputs, "--worst-case", "short"]) == 2
-    assert "worst_case: the objectives study takes two heads or more" in capsys.readouterr().err
-    assert main([*common, *inputs, "--worst-case", "short+easy,short+gone"]) == 2
-    assert "gone" in capsys.readouterr().err
 
 
 def test_published_prompts_are_written_as_a_prompt_file(tmp_path: Path) -> None:
@@ -275,7 +184,7 @@ def test_a_prompt_may_go_to_the_model_as_it_is_and_an_engine_that_fails_is_one_c
     assert capsys.readouterr().err.splitlines()[-1].endswith("generate: The engine failed; the log says why.")
 
 
-def test_compare_writes_what_the_report_quotes(
+def test_compare_writes_what_generate_prints(
     workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, folder = workshop
@@ -287,7 +196,6 @@ def test_compare_writes_what_the_report_quotes(
     capsys.readouterr()
     assert main(["generate", "say hi", *flags, *options[:4]]) == 0
     assert capsys.readouterr().out == result["responses"]["base"] + "\n"
-    assert transcript(out).startswith("> **prompt:** say hi\n>\n> **`base`:** ")
 
 
 def test_the_papers_heads_are_imported_from_the_command_line(
@@ -377,13 +285,11 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--max-kl", "7"], "max_kl"),
         (["rollouts", "--prompts", "/nonexistent"], "prompts"),
         (["serve", "--print-config", "--model"], "model"),
-        (["eval", "nope", "--study", "stress", "--max-kl", "0.1"], "max_kl"),
         (["eval", "nope", "--split", "all"], "tuning_prompts"),
-        (["eval", "nope", "--methods", "magic"], "methods"),
+        (["eval", "nope", "--methods", "re-control"], "methods: there is no 're-control'; there are prompting, "),
+        (["eval", "nope", "--study", "map"], "--study"),
         (["eval", "nope", "--judges", "magic"], "judges"),
-        (["eval", "nope", "--study", "map", "--num-samples", "2"], "num_samples"),
         (["eval", "nope", "--split", "validation", "--update-card"], "update_card"),
-        (["eval", "nope", "--max-batch-size", "4"], "max_batch_size"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
         (["heads", "list", "--heads-dir", "memory://nowhere/at-all"], "heads_dir"),
         (["heads", "show", "x", "--heads-dir", "nonsense://x"], "heads_dir"),
@@ -399,7 +305,6 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
             "search",
         ),
         (["tarin", "--name", "x"], "no command 'tarin'; there are serve, "),
-        (["heads", "report", "--into", "/nonexistent.md"], "/nonexistent.md"),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),
     ],
 )
@@ -441,7 +346,7 @@ def test_the_help_of_a_command_tells_what_every_flag_without_a_default_does(caps
     for name in COMMANDS:
         for field, info in command_class(name).model_fields.items():
             assert info.description or info.default is not None, (name, field)
-    assert main(["bench", "--help"]) == 0
+    assert main(["rollouts", "--help"]) == 0
     help_text = capsys.readouterr().out
     assert "null" not in help_text
     assert "factory" not in help_text
@@ -469,7 +374,7 @@ def test_a_command_imports_only_what_it_needs() -> None:
 import sys
 from server.cli import main
 assert main(["serve", "--print-config", "--engine", "fake"]) == 0
-needless = {"transformers", "httpx", "matplotlib", "psutil", "server.bench", "server.engines.embedded"}
+needless = {"transformers", "httpx", "matplotlib", "psutil", "server.engines.embedded"}
 raise SystemExit(", ".join(needless & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

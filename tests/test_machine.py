@@ -126,10 +126,10 @@ def test_threads_follow_the_quota_unless_the_user_said_how_many(
 def test_every_command_limits_its_threads_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(cli, "limit_threads", lambda: done.append("limited"))
-    command_class = cli.command_class
-    monkeypatch.setattr(cli, "command_class", lambda name: (done.append(name), command_class(name))[1])
+    command_at = cli._command_at
+    monkeypatch.setattr(cli, "_command_at", lambda path: (done.append(path), command_at(path))[1])
     assert cli.main(["serve", "--port", "99999"]) == 2
-    assert done == ["limited", "serve"]
+    assert done == ["limited", "server.cli.serve:Serve"]
 
 
 def test_keys_and_values_get_half_of_what_the_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:

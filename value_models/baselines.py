@@ -1,20 +1,17 @@
-"""The rivals of a head, as heads, so that the same engine, budget and seeds serve them.
+"""Rivals of a head that are heads themselves, so that the same engine, budget and seeds serve them.
 
-    static vector    the difference of class means, calibrated like any head
-    RE-Control       the paper's head: a network of two layers fitted to one-step targets, ascended along its plain
-                     gradient (with the mistakes of the published code mended; see tests/value_models)
-
-Knows nothing of servers. Enter at `load_baselines`.
-
-Source: Kong et al. 2024, Aligning large language models with representation editing (arXiv 2406.05954).
+One is here, the static vector: a difference of class means, calibrated like any head. Knows nothing of servers. Enter
+at `load_baselines`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,52 +19,43 @@ from safetensors.torch import load_file, save_file
 from value_models.ascent import calibrated
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.rollouts import open_rollouts
-from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, TrainingDataError, load_training_data
 from value_models.whole_files import write_whole
 
 # Part of what makes a baseline: raise it when the way they are fitted changes.
-_VERSION = 1
-RE_CONTROL = TrainSettings(
-    targets="td_one_step",
-    center_by_prompt=False,
-    hidden_widths=(512,),
-    has_linear_part=False,
-    metric="identity",
-    learning_rate=1e-3,
-    max_epochs=6,
-)
+_VERSION = 2
+
+
+@dataclass(slots=True, frozen=True)
+class Baseline:
+    """How a rival is fitted to scored rollouts. `fit` raises TrainingDataError for data without anything to learn."""
+
+    fit: Callable[[TrainingData], ValueHead]
+    head_type: str
+    """Of HEAD_TYPES, what `fit` returns."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What `fit` was told, as plain data: a baseline with other settings is fitted anew."""
 
 
 def load_baselines(
-    folder: Path, rollouts: Path, reward_name: str, prompt_texts: dict[str, str], names: Sequence[str]
+    folder: Path, rollouts: Path, reward_name: str, prompt_texts: dict[str, str], baselines: Mapping[str, Baseline]
 ) -> dict[str, ValueHead]:
-    """Of `static-vector` and `re-control` those that are named, trained on a run when `folder` does not hold them yet.
+    """Baselines by name, fitted to a run when `folder` does not hold them yet.
 
     Raises RolloutError, RewardError, TrainingDataError.
     """
-    made_from = {
-        "version": _VERSION,
-        "rollouts": open_rollouts(rollouts).manifest,
-        "reward": reward_name,
-        "re_control": RE_CONTROL.model_dump(),
+    made_from = {"version": _VERSION, "rollouts": open_rollouts(rollouts).manifest, "reward": reward_name}
+    paths = {
+        name: folder / f"{_key(made_from | {'settings': dict(baseline.settings)})}-{name}.safetensors"
+        for name, baseline in baselines.items()
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    paths = {name: folder / f"{key}-{name}.safetensors" for name in names}
-    if not all(path.exists() for path in paths.values()):
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
         data = load_training_data(rollouts, reward_name, prompt_texts)
-        for name in (name for name in names if not paths[name].exists()):
-            tensors = _BASELINES[name][1](data).state_dict()
+        for name in missing:
+            tensors = baselines[name].fit(data).state_dict()
             write_whole(paths[name], lambda scratch, tensors=tensors: save_file(tensors, scratch))
-    return {name: head_from_tensors(_BASELINES[name][0], load_file(path)) for name, path in paths.items()}
-
-
-def re_control_head(data: TrainingData) -> ValueHead:
-    """A head whose step of size a is a times the gradient of the value by the state itself, in standard deviations of
-    the reward. Raises TrainingDataError."""
-    head = train_head(data, RE_CONTROL).head
-    # Rows over the normalised state x = (h - mean) / scale whose shift of h is dV/dh = (dV/dx) / scale.
-    return head.with_ascent(head.inputs_UD / head.scale_D.square())
+    return {name: head_from_tensors(baselines[name].head_type, load_file(path)) for name, path in paths.items()}
 
 
 def static_vector_head(data: TrainingData) -> ValueHead:
@@ -94,4 +82,8 @@ def static_vector_head(data: TrainingData) -> ValueHead:
     return calibrated(head, data)
 
 
-_BASELINES = {"static-vector": ("linear", static_vector_head), "re-control": ("mlp", re_control_head)}
+STATIC_VECTOR = Baseline(static_vector_head, "linear")
+
+
+def _key(made_from: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,7 @@
 """Comparing ways to steer on held-out prompts: reward, judges, win rates, diversity, coherence, fluency, divergence.
 
 An arm is a plain description (`spec`) and a function that samples; what it does to the model is its own business.
-Intervals are bootstrapped over prompts, since responses to one prompt are not independent. Knows nothing of engines.
-Enter at `evaluate_arms`.
+Knows nothing of engines. Enter at `evaluate_arms`.
 
 Shapes: P prompts, S samples of each.
 """
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
-from value_models.metrics import bootstrap_interval, load_metric
+from value_models.intervals import mean_interval
+from value_models.metrics import load_metric
 from value_models.rewards import Reward, load_reward
 from value_models.rollouts import RolloutPrompt
 
@@ -94,12 +94,12 @@ def evaluate_arms(
         scored = _score(_best_of(drawn, prompts, scoring, arm.best_of), prompts, scoring)
         base = base or scored
         figures[name] = {
-            **{metric: _interval(values) for metric, values in scored.scores.items()},
+            **{metric: mean_interval(values) for metric, values in scored.scores.items()},
             **_votes(scored.scores, {"win_over_base": base.scores, "win_over_reference": reference}, scoring.judges),
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {
-                    metric: _interval(scored.scores[metric] - done[other].scores[metric])
+                    metric: mean_interval(scored.scores[metric] - done[other].scores[metric])
                     for metric in ("reward", *scoring.judges)
                 }
                 for other in (comparisons or {}).get(name, ())
@@ -157,16 +157,16 @@ def _votes(
         for name, theirs in others.items()
         if judges and theirs
     }
-    return {name: _interval(share) for name, share in votes.items()}
+    return {name: mean_interval(share) for name, share in votes.items()}
 
 
 def _worst(reward: np.ndarray, reward_name: str) -> dict[str, Any]:
     """With `nontoxic` these are one minus the expected maximum toxicity, and the probability of toxicity, of
     RealToxicityPrompts (Gehman et al. 2020)."""
     worst = reward.min(axis=1, keepdims=True)
-    figures: dict[str, Any] = {"worst": _interval(worst)}
+    figures: dict[str, Any] = {"worst": mean_interval(worst)}
     if reward_name in _FAILS_BELOW:
-        figures["failures"] = _interval((worst < _FAILS_BELOW[reward_name]).astype(float))
+        figures["failures"] = mean_interval((worst < _FAILS_BELOW[reward_name]).astype(float))
     return figures
 
 
@@ -190,10 +190,3 @@ def _examples(samples: list[EvalSample], prompts: Sequence[RolloutPrompt]) -> li
 def _texts(samples: list[EvalSample], prompts: Sequence[RolloutPrompt]) -> list[str]:
     texts = {prompt.id: prompt.text for prompt in prompts}
     return [texts[sample.prompt_id] for sample in samples]
-
-
-def _interval(values: np.ndarray) -> dict[str, float]:
-    """Of the mean over prompts of [P, S] values."""
-    means = values.mean(axis=1)
-    low, high = bootstrap_interval(means.tolist())
-    return {"mean": round(float(means.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

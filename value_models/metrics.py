@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from value_models.embeddings import cosine, static_cosine
 from value_models.packages import library
 
@@ -26,7 +24,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 
 
 class MetricError(ValueError):
-    """A metric that is unknown, or that has nothing to measure."""
+    """A metric that is unknown."""
 
 
 def diversity(text: str) -> float:
@@ -161,21 +159,6 @@ def load_metric(name: str) -> EvalMetric:
     if name not in EVAL_METRICS:
         raise MetricError(f"metric: there is no metric {name!r}. Known: {', '.join(sorted(EVAL_METRICS))}")
     return EVAL_METRICS[name]
-
-
-def bootstrap_interval(
-    values: Sequence[float], *, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean. Pass one value a prompt: responses to one prompt are not independent.
-
-    For a paired comparison pass the differences. Raises MetricError without values.
-    """
-    data = np.asarray(values, dtype=float)
-    if not len(data):
-        raise MetricError("an interval needs at least one value")
-    rows = np.random.default_rng(seed).integers(0, len(data), (num_resamples, len(data)))
-    low, high = np.quantile(data[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def _words(text: str) -> list[str]:

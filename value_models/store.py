@@ -22,7 +22,7 @@ from value_models.whole_files import write_text, write_whole
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
-"""Figures of `recontrol eval` that are too long for a card; beside each lies its plot, an SVG."""
+"""Figures of benchmarks/quality that are too long for a card; beside each lies its plot, an SVG."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -90,9 +90,9 @@ class HeadCard(_Frozen):
     evaluation: dict[str, Any] | None = None
     """By test set, figures on held-out prompts of every method; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
-    """The same at the corners of the ranges that a request may ask for; written by `recontrol eval --study stress`."""
+    """The same at the corners of the ranges that a request may ask for; written by benchmarks/quality."""
     cost: dict[str, Any] | None = None
-    """What a response of each method takes; written by `recontrol eval --study cost`."""
+    """What a response of each method takes; written by benchmarks/quality."""
     command: str
     """What made this head."""
     tensors_sha256: str = ""

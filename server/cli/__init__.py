@@ -1,4 +1,4 @@
-"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval, bench.
+"""The `recontrol` command: serve, generate, compare, heads, rollouts, train, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
 package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
@@ -32,35 +32,40 @@ COMMANDS = {
     "heads show": "server.cli.heads:HeadsShow",
     "heads import": "server.cli.heads:HeadsImport",
     "heads publish": "server.cli.heads:HeadsPublish",
-    "heads report": "server.cli.report:HeadsReport",
     "prompts": "server.cli.train:Prompts",
     "rollouts": "server.cli.train:Rollouts",
     "train": "server.cli.train:Train",
     "eval": "server.cli.evaluate:Eval",
-    "bench": "server.cli.bench:Bench",
 }
 """Where each class is. Only that of the command that runs is imported, so that a server starts without the others'
 libraries."""
 
 
 def command_class(name: str) -> type[BaseSettings]:
-    module, _, class_name = COMMANDS[name].partition(":")
-    return getattr(importlib.import_module(module), class_name)
+    return _command_at(COMMANDS[name])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it went well, 2 for a mistake of the user's, said in one line on stderr."""
+    """Run one command; its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
         return _without_command(words)
+    return run(COMMANDS[name], f"recontrol {name}", words[len(name.split()) :])
+
+
+def run(path: str, program: str, words: Sequence[str]) -> int:
+    """Run the command whose class is at `path`, such as `server.cli.serve:Serve`, with these flags.
+
+    0 when it went well, 2 for a mistake of the user's, said in one line on stderr that begins with `program`.
+    """
     limit_threads()
-    command = command_class(name)
-    command.model_config["cli_prog_name"] = f"recontrol {name}"
+    command = _command_at(path)
+    command.model_config["cli_prog_name"] = program
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter)
-        CliApp.run(command, cli_args=words[len(name.split()) :], cli_settings_source=flags)
+        CliApp.run(command, cli_args=list(words), cli_settings_source=flags)
     except SystemExit as end:
         # argparse has said what it had to say: help, or a flag that does not exist.
         return end.code if isinstance(end.code, int) else 1
@@ -68,15 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
-            print(f"recontrol {name}: {where + ': ' if where else ''}{message}", file=sys.stderr)
+            print(f"{program}: {where + ': ' if where else ''}{message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RecontrolError, SettingsError, ValueError, OSError) as error:
-        print(f"recontrol {name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _command_at(path: str) -> type[BaseSettings]:
+    module, _, class_name = path.partition(":")
+    return getattr(importlib.import_module(module), class_name)
 
 
 def _without_command(words: Sequence[str]) -> int:

@@ -73,9 +73,9 @@ class HeadsModelCommand(ModelCommand):
         return load_registry(self.heads_dir, loaded, allow_other_base=self.allow_other_base)
 
 
-def command_line() -> str:
+def command_line(program: str = "recontrol") -> str:
     """The command that is running, for files that tell what made them."""
-    return shlex.join(["recontrol", *sys.argv[1:]])
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 def allow_rewards_of_the_working_folder() -> None:

@@ -95,7 +95,7 @@ def test_half_of_the_memory_limit_for_keys_and_values_leaves_room_for_all_else()
         COMPOSE["recontrol"]["deploy"]["resources"]["limits"]["memory"],
         SERVER["resources"]["limits"]["memory"],
     ]
-    measured = json.loads((ROOT / "server/bench/results/cpu.json").read_text())["online"]
+    measured = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["online"]
     # Some keys and values are in what was measured already.
     peaks = [arm["peak_rss_bytes"] for name, arm in measured.items() if re.fullmatch(r"recontrol(-\dbit)?", name)]
     assert len(peaks) == 3

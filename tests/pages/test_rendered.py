@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from server.cli.objectives import OBJECTIVES_FILE
-from server.cli.objectives_report import objectives_tables
-from server.cli.report import SECTIONS, TRANSCRIPT_FILE, transcript
+from benchmarks import readme
+from benchmarks.quality.objectives import OBJECTIVES_FILE
+from benchmarks.quality.objectives_report import objectives_tables
+from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
 from server.settings import DEFAULT_MODEL
-from tests.pages import readme_tables
 from tests.pages.pages import PAGES, section, text_of
 from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
@@ -46,4 +46,4 @@ def test_the_transcript_is_what_compare_wrote() -> None:
 
 @pytest.mark.parametrize("name", ["readme-sample", "readme-quality", "readme-speed"])
 def test_the_readmes_tables_are_taken_from_the_same_files_as_the_long_ones(name: str) -> None:
-    assert section(text_of("README.md"), name) == readme_tables.sections()[name]
+    assert section(text_of("README.md"), name) == readme.sections()[name]

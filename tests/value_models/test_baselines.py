@@ -1,7 +1,8 @@
-"""The rivals of a head: what they are, and that they are trained once."""
+"""Rivals that are heads: fitted once, and again when something that decides them is another."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,42 +10,22 @@ import torch
 
 from tests.value_models.test_training import PROMPTS, SyntheticSource
 from value_models import baselines
-from value_models.baselines import load_baselines, re_control_head
-from value_models.heads import MLPHead
+from value_models.baselines import STATIC_VECTOR, load_baselines
 from value_models.rollouts import RolloutSettings, collect_rollouts
-from value_models.training_data import load_training_data
 
-NAMES = ["static-vector", "re-control"]
 TEXTS = {prompt.id: prompt.text for prompt in PROMPTS}
 
 
-@pytest.fixture(scope="module")
-def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rollouts")
-    collect_rollouts(SyntheticSource(), PROMPTS, folder, RolloutSettings(num_samples=3))
-    return folder
-
-
-def test_re_control_steps_along_the_plain_gradient_of_the_value_by_the_state(rollouts: Path) -> None:
-    head = re_control_head(load_training_data(rollouts, "brevity", TEXTS))
-    assert isinstance(head, MLPHead)
-    state_1D = torch.randn(1, head.hidden_size)
-    _, slope_1U = head.readout(head.units(state_1D))
-    _, grad_1D = head.value_and_grad(state_1D)
-    torch.testing.assert_close((slope_1U @ head.folded_ascent()) * head.reward_scale, grad_1D)
-
-
-def test_rivals_are_trained_once_and_again_for_another_reward(
-    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rival_is_fitted_once_and_again_for_another_reward_or_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load_baselines(tmp_path, rollouts, "brevity", TEXTS, NAMES)
-    assert set(first) == set(NAMES)
-    monkeypatch.setattr(baselines, "load_training_data", lambda *_: pytest.fail("trained again"))
-    again = load_baselines(tmp_path, rollouts, "brevity", TEXTS, NAMES)
-    for name, head in first.items():
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(head.state_dict().values(), again[name].state_dict().values(), strict=True)
-        )
-    with pytest.raises(pytest.fail.Exception, match="trained again"):
-        load_baselines(tmp_path, rollouts, "plain", TEXTS, NAMES[:1])
+    rollouts, work, rivals = tmp_path / "rollouts", tmp_path / "work", {"static-vector": STATIC_VECTOR}
+    collect_rollouts(SyntheticSource(), PROMPTS, rollouts, RolloutSettings(num_samples=3))
+    first = load_baselines(work, rollouts, "brevity", TEXTS, rivals)["static-vector"].state_dict()
+    monkeypatch.setattr(baselines, "load_training_data", lambda *_: pytest.fail("fitted again"))
+    again = load_baselines(work, rollouts, "brevity", TEXTS, rivals)["static-vector"].state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    others = {"static-vector": replace(STATIC_VECTOR, settings={"steps": 2})}
+    for reward, wanted in (("plain", rivals), ("brevity", others)):
+        with pytest.raises(pytest.fail.Exception, match="fitted again"):
+            load_baselines(work, rollouts, reward, TEXTS, wanted)

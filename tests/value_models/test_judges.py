@@ -3,8 +3,6 @@
 import pytest
 
 from value_models.metrics import (
-    MetricError,
-    bootstrap_interval,
     clean_words,
     dale_chall_easy,
     diversity,
@@ -80,19 +78,3 @@ def test_a_prompt_without_content_words_recalls_nothing(prompt: str) -> None:
 )
 def test_sentences_are_counted_by_their_ends(text: str, count: int) -> None:
     assert few_sentences(text) == -count
-
-
-def test_an_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(MetricError, match="at least one value"):
-        bootstrap_interval([])
-
-
-def test_an_interval_of_equal_paired_differences_is_a_point() -> None:
-    first, second = [0.25, 1.25, 2.25], [0.0, 1.0, 2.0]
-    assert bootstrap_interval([a - b for a, b in zip(first, second, strict=True)]) == (0.25, 0.25)
-
-
-def test_more_confidence_is_a_wider_interval() -> None:
-    values = [0.0, 1.0, 4.0, 9.0] * 5
-    (low, high), (low_99, high_99) = bootstrap_interval(values), bootstrap_interval(values, confidence=0.99)
-    assert low_99 < low < high < high_99

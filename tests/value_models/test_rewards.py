@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import byte_tokenizer
-from value_models.metrics import EVAL_METRICS, MetricError, bootstrap_interval, load_metric
+from value_models.metrics import EVAL_METRICS, MetricError, load_metric
 from value_models.rewards import REWARDS, RewardError, load_reward
 
 SCORES = {**REWARDS, **EVAL_METRICS}
@@ -138,11 +138,3 @@ def test_a_classifier_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(RewardError, match="cannot load"):
         load_reward(f"hf:{tmp_path}")
-
-
-def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more_values() -> None:
-    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 1000
-    (low, high), (low_many, high_many) = bootstrap_interval(few), bootstrap_interval(many)
-    assert low < 0.5 < high
-    assert high_many - low_many < (high - low) / 5
-    assert bootstrap_interval(few) == (low, high)

@@ -1,7 +1,6 @@
 """The embedded engine as a source of rollouts: batched sampling with the states that decoding sees.
 
-Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples: of requests, and of controlled
-decoding.
+Implements `value_models.rollouts.RolloutSource`, and gives evaluation its samples.
 """
 
 from __future__ import annotations
@@ -14,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engines.embedded.controlled_decoding import (
-    ControlledDecoder,
-    ControlledDecoding,
-    DecodingJob,
-    DecodingResult,
-)
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.detokenizer import Detokenizer
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
@@ -29,7 +21,6 @@ from server.engines.tokenization import encode_chat
 from server.errors import InvalidRequestError
 from server.types import ControlParams, FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.generations import EvalSample, best_of_kl_bound
-from value_models.heads import ValueHead
 from value_models.rollouts import Rollout, RolloutError, RolloutPrompt, RolloutSettings
 
 
@@ -37,12 +28,12 @@ class EngineRolloutSource:
     """Drives an `EngineCore` from the calling thread until all responses are there."""
 
     def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
-        self._loaded = loaded
-        self._core = core
+        self.loaded = loaded
+        self.core = core
 
     @property
     def base_model(self) -> dict[str, Any]:
-        return self._loaded.identity
+        return self.loaded.identity
 
     def sample(self, prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[Rollout]:
         """Uncontrolled responses with the states behind their tokens.
@@ -81,10 +72,10 @@ class EngineRolloutSource:
         for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = sequence.edits.summary() if sequence.edits is not None else None
             bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
-            nll = given_nll = self._nll(torch.stack(sequence.states or []), sequence.token_ids)
+            nll = given_nll = self.nll(torch.stack(sequence.states or []), sequence.token_ids)
             if instruction is not None:
-                prompt_ids = self._encode(bare[sequence.request.request_id], None)
-                nll = self._nll(self._states(prompt_ids, sequence.token_ids), sequence.token_ids)
+                prompt_ids = self.encode(bare[sequence.request.request_id])
+                nll = self.nll(self._states(prompt_ids, sequence.token_ids), sequence.token_ids)
             yield EvalSample(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
@@ -99,42 +90,19 @@ class EngineRolloutSource:
                 steered=summary.value_after if summary else {},
             )
 
-    def decode_by_value(
-        self,
-        prompts: Sequence[RolloutPrompt],
-        settings: RolloutSettings,
-        *,
-        head: ValueHead,
-        params: ControlledDecoding,
-    ) -> Iterator[EvalSample]:
-        """Responses of controlled decoding by one head; it draws at temperature 1 from its candidates."""
-        core = self._core
-        decoder = ControlledDecoder(
-            core.runner, core.page_pool, head, self._loaded.eos_token_ids, max_rows=core.max_batch_size
-        )
-        jobs = [
-            DecodingJob(
-                prompt_id=prompt.id,
-                index=index,
-                prompt_token_ids=tuple(self._encode(prompt, None)),
-                seed=_seed(settings.seed, prompt.id),
-                max_tokens=settings.max_tokens,
-            )
-            for prompt in prompts
-            for index in range(settings.num_samples)
-        ]
-        for result in decoder.run(jobs, params):
-            yield EvalSample(
-                prompt_id=result.job.prompt_id,
-                sample=result.job.index,
-                response=self._text(result),
-                num_tokens=len(result.token_ids),
-                nll=self._nll(torch.stack(result.states), result.token_ids),
-                mean_kl=sum(result.kl) / len(result.kl),
-                max_kl=max(result.kl),
-                is_finished=result.is_finished,
-                wall_s=result.wall_s,
-            )
+    def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
+        """A prompt's tokens, with an instruction put before it."""
+        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
+        if prompt.format == "chat":
+            return encode_chat(self.loaded.tokenizer, [{"role": "user", "content": text}])
+        tokenizer: Any = self.loaded.tokenizer
+        return tokenizer(text)["input_ids"]
+
+    @torch.inference_mode()
+    def nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
+        """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
+        log_probs_TV = self.core.lm_head.logits(states_TD).log_softmax(dim=-1)
+        return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
 
     def _run(
         self,
@@ -151,30 +119,30 @@ class EngineRolloutSource:
         for prompt in prompts:
             request = GenerationRequest(
                 request_id=prompt.id,
-                prompt_token_ids=tuple(self._encode(prompt, instruction)),
+                prompt_token_ids=tuple(self.encode(prompt, instruction)),
                 sampling=SamplingParams(
                     max_tokens=settings.max_tokens,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
-                    seed=_seed(settings.seed, prompt.id),
+                    seed=response_seed(settings.seed, prompt.id),
                 ),
                 control=control,
                 num_choices=settings.num_samples,
             )
             try:
-                self._core.check(request)
+                self.core.check(request)
             except InvalidRequestError as error:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
                 texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
 
-            sequences = self._core.sequences(request, emit, keep_states=True)
+            sequences = self.core.sequences(request, emit, keep_states=True)
             open_sequences += sequences
-            self._core.add(sequences)
+            self.core.add(sequences)
         while open_sequences:
             started_s = time.perf_counter()
-            self._core.step()
+            self.core.step()
             served = [sequence for sequence in open_sequences if sequence.state is not SequenceState.WAITING]
             for sequence in served:
                 spent_s[sequence] = spent_s.get(sequence, 0.0) + (time.perf_counter() - started_s) / len(served)
@@ -188,40 +156,26 @@ class EngineRolloutSource:
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
-        return self._core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
+        return self.core.lm_head.logp_grads(states_TD, torch.tensor(token_ids, device=states_TD.device))
 
     def _states(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
         """The states [T, D] behind tokens after another prompt than the one they were sampled from."""
-        return self._core.states([*prompt_ids, *token_ids[:-1]])[len(prompt_ids) - 1 :]
-
-    @torch.inference_mode()
-    def _nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
-        """Mean negative log-probability of tokens, in nats, under the base model given the states behind them."""
-        log_probs_TV = self._core.lm_head.logits(states_TD).log_softmax(dim=-1)
-        return -float(log_probs_TV.gather(1, torch.tensor(token_ids, device=states_TD.device)[:, None]).mean())
+        return self.core.states([*prompt_ids, *token_ids[:-1]])[len(prompt_ids) - 1 :]
 
     @torch.inference_mode()
     def _values(self, sequence: TokenSequence, heads: Sequence[str]) -> dict[str, float]:
         """In reward units, at the state behind its last token."""
         if not heads or not sequence.states:
             return {}
-        stack = self._core.registry.stack(tuple(heads))
+        stack = self.core.registry.stack(tuple(heads))
         values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
         return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
 
-    def _text(self, result: DecodingResult) -> str:
-        """As a request's chunks would have it."""
-        tokenizer: Any = self._loaded.tokenizer
-        detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
-        shown = (token_id for token_id in result.token_ids if token_id not in self._loaded.eos_token_ids)
-        return "".join(map(detokenizer.add, shown))
 
-    def _encode(self, prompt: RolloutPrompt, instruction: str | None) -> list[int]:
-        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
-        if prompt.format == "chat":
-            return encode_chat(self._loaded.tokenizer, [{"role": "user", "content": text}])
-        tokenizer: Any = self._loaded.tokenizer
-        return tokenizer(text)["input_ids"]
+def response_seed(seed: int, prompt_id: str) -> int:
+    """Of the random streams of a prompt's responses."""
+    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:
@@ -232,8 +186,3 @@ def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, f
     num_blocks = -(-num_tokens // search.block_tokens)
     bound = best_of_kl_bound(search.candidates)
     return bound * num_blocks / num_tokens, bound / (num_tokens - (num_blocks - 1) * search.block_tokens)
-
-
-def _seed(seed: int, prompt_id: str) -> int:
-    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)

@@ -443,7 +443,6 @@ COMMANDS = (
     ("compare", "hi"),
     ("rollouts", "--out", "out"),
     ("eval", "x", "--out", "out"),
-    ("bench", "--out", "out.json"),
 )
 
 

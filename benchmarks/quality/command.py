@@ -1,0 +1,112 @@
+"""`python -m benchmarks.quality`: the studies of heads, as flags. Enter at `Quality`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from benchmarks.quality import PROGRAM
+from benchmarks.quality.objectives import ObjectivesSetup, ObjectivesStudy
+from benchmarks.quality.plots import require_matplotlib
+from benchmarks.quality.rivals import RE_CONTROL, RIVALS
+from benchmarks.quality.studies import CostStudy, MapStudy, StressStudy, SweptMethodsStudy
+from server.cli.comparison import Study
+from server.cli.evaluate import Evaluation
+from server.cli.methods import Method
+from server.control.registry import HeadRegistry
+from server.engines.embedded.model.loader import LoadedModel
+from server.errors import ConfigurationError
+from value_models.store import load_card
+
+_STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy, "cost": CostStudy}
+# What a study does not use; to give it would mean nothing.
+_UNUSED_FLAGS = {
+    "methods": {"worst_case"},
+    "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "cost": {"worst_case", "max_prompts"},
+    "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
+    "objectives": {"tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
+}
+_MIN_OBJECTIVES_HEADS = 2
+
+
+class Quality(Evaluation):
+    """Study what a head does to text: `recontrol eval` with every rival, and its corners, costs and objectives.
+
+    Responses are kept below --work and used again, so a run that was stopped goes on where it was.
+    """
+
+    program: ClassVar[str] = PROGRAM
+    known_methods: ClassVar[Mapping[str, Method]] = RIVALS
+
+    head: CliPositionalArg[str] = Field(
+        description="its name: a folder below --heads-dir; for the objectives study several, comma-separated: the "
+        "first is raised and searched for, the second kept at a floor, the last brought to targets"
+    )
+    methods: list[str] = Field(list(RIVALS), description=f"comma-separated rivals, of: {', '.join(RIVALS)}")
+    study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
+        "methods",
+        description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
+        "number of steps of RE-Control as published, with and without a budget; cost: what a response takes; "
+        "objectives: what each objective and each search does to text",
+    )
+    worst_case: list[str] | None = Field(
+        None,
+        description="comma-separated sets of heads, as in a+b, for the objectives study's worst case; by default all "
+        "heads that it names",
+    )
+    temperature: float = Field(1.0, gt=0, le=2, description="controlled decoding draws at 1, whatever this is")
+    update_card: bool = Field(False, description="keep the figures, and their plots, in the head's folder")
+
+    def check_flags(self) -> None:
+        if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
+            raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
+        super().check_flags()
+
+    @property
+    def sets_strengths(self) -> bool:
+        return self.study in ("methods", "cost", "map")
+
+    def rivals(self) -> Sequence[Method]:
+        if self.study in ("methods", "cost"):
+            return super().rivals()
+        return [RE_CONTROL] if self.study == "map" else []
+
+    def named_heads(self) -> set[str]:
+        names = ",".join([self.head, *(self.worst_case or [])])
+        return set(names.replace("+", ",").split(","))
+
+    def cli_cmd(self) -> None:
+        if self.update_card:
+            require_matplotlib()
+        super().cli_cmd()
+
+    def study_of(self, loaded: LoadedModel, registry: HeadRegistry) -> Study:
+        if self.study == "objectives":
+            return ObjectivesStudy(self._objectives_setup(loaded, registry))
+        return _STUDIES[self.study](self.setup(loaded, registry))
+
+    def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry) -> ObjectivesSetup:
+        heads = list(dict.fromkeys(self.head.split(",")))
+        sets = [list(dict.fromkeys(names.split("+"))) for names in self.worst_case or ["+".join(heads)]]
+        for field, names in (("head", heads), *(("worst_case", names) for names in sets)):
+            registry.check(names, param=field)
+            if len(names) < _MIN_OBJECTIVES_HEADS:
+                example = "`positive,neutral,plain`"
+                raise ConfigurationError(f"{field}: the objectives study takes two heads or more, as in {example}")
+        folder = self.heads_folder(loaded)
+        return ObjectivesSetup(
+            folder=folder,
+            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *itertools.chain(*sets)])},
+            heads=heads,
+            worst_cases=sets,
+            factory=self.factory(loaded, registry),
+            store=self.store(),
+            prompts=self.test_prompts(),
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
+        )

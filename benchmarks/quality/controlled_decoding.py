@@ -1,0 +1,274 @@
+"""Controlled decoding, the rival of control by gradients that tries every token by a real forward step.
+
+The K most likely tokens are tried; one is drawn by p(token) exp(w V(state after it)). A lane holds one response: K
+candidates, whose pages of the key-value cache share all but the last. When one is chosen, the others go on from its
+pages. A token costs K rows of a step. Knows nothing of requests or scheduling; a study drives it while the engine
+rests, and no request can ask for it. Enter at `controlled_decoding`.
+
+Shapes: K candidates of a lane, M lanes, B rows of a step, D hidden size, V vocabulary.
+
+Source: Mudgal et al. 2024, Controlled decoding from language models; Khanov et al. 2024, ARGS.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from server.cli.arms import ArmFactory
+from server.engines.embedded.detokenizer import Detokenizer
+from server.engines.embedded.model.kv_cache import fork_pages
+from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.pages import PagePool, num_pages_for
+from server.engines.embedded.model.runner import ModelRunner
+from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
+from server.engines.embedded.sampler import uniform
+from value_models.evaluation import Arm
+from value_models.generations import EvalSample
+from value_models.heads import ValueHead
+from value_models.rollouts import RolloutPrompt, RolloutSettings
+
+_PREFILL_CHUNK_TOKENS = 256
+_NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
+
+
+class ControlledDecoding(BaseModel):
+    """The weight is of values in standard deviations of the training reward."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_candidates: int = Field(default=8, ge=2)
+    value_weight: float = 4.0
+
+
+def controlled_decoding(factory: ArmFactory, head: str, params: ControlledDecoding) -> Arm:
+    """Tokens tried and drawn by a head's value; at temperature 1, whatever the factory's sampling says."""
+    value_head = factory.registry.head(head)
+
+    def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[EvalSample]:
+        return _sample(factory.source, prompts, settings, value_head, params)
+
+    search = {"type": "controlled_decoding", **params.model_dump()}
+    return factory.arm({"search": search, "heads": factory.digests([head])}, sample)
+
+
+@dataclass(slots=True, frozen=True)
+class DecodingJob:
+    """One response to one prompt; (seed, index) is the key of its random stream."""
+
+    prompt_id: str
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class DecodingResult:
+    """`kl` is in nats for each token, exact."""
+
+    job: DecodingJob
+    token_ids: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    """The state behind each token."""
+    kl: list[float] = field(default_factory=list)
+    is_finished: bool = False
+    wall_s: float = 0.0
+    """Each step's seconds, shared by the lanes it served."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A token that is tried; one that ends the text keeps the value of the state behind it."""
+
+    pages: list[int]
+    hidden_D: Tensor
+    value: float
+    token_id: int = -1
+    logp: float = 0.0
+
+
+@dataclass(slots=True)
+class _Lane:
+    result: DecodingResult
+    hidden_D: Tensor
+    """Behind the next token."""
+    candidates: list[_Candidate]
+
+    @property
+    def length(self) -> int:
+        """Positions that all candidates share."""
+        return len(self.result.job.prompt_token_ids) + len(self.result.token_ids)
+
+
+class ControlledDecoder:
+    """Uses a runner that nobody else uses meanwhile."""
+
+    def __init__(
+        self, runner: ModelRunner, pool: PagePool, head: ValueHead, eos_token_ids: frozenset[int], *, max_rows: int
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._head = head
+        self._eos_token_ids = eos_token_ids
+        self._max_rows = max_rows
+
+    @torch.inference_mode()
+    def run(self, jobs: Iterable[DecodingJob], params: ControlledDecoding) -> Iterator[DecodingResult]:
+        """Results in the order in which they end. Raises ValueError when the candidates of one job need more rows than
+        there are."""
+        width = params.num_candidates
+        if width > self._max_rows:
+            raise ValueError(f"num_candidates is {width}, but only {self._max_rows} rows fit a step")
+        queue = deque(jobs)
+        lanes: list[_Lane] = []
+        try:
+            while queue or lanes:
+                started_s = time.perf_counter()
+                while queue and len(lanes) < self._max_rows // width:
+                    lanes.append(self._open(queue.popleft(), width))
+                self._propose(lanes, width)
+                self._advance(lanes)
+                for lane in lanes:
+                    lane.result.wall_s += (time.perf_counter() - started_s) / len(lanes)
+                for lane in list(lanes):
+                    chosen = self._choose(lane, params)
+                    if lane.result.is_finished or len(lane.result.token_ids) >= lane.result.job.max_tokens:
+                        lanes.remove(lane)
+                        self._release(lane.candidates)
+                        yield lane.result
+                    else:
+                        self._release(candidate for candidate in lane.candidates if candidate is not chosen)
+                        lane.hidden_D = chosen.hidden_D
+                        lane.candidates = self._spread(chosen, lane.length, width)
+        finally:
+            for lane in lanes:
+                self._release(lane.candidates)
+
+    def _open(self, job: DecodingJob, width: int) -> _Lane:
+        prompt = list(job.prompt_token_ids)
+        pages = self._take(num_pages_for(len(prompt)))
+        hidden_TD = torch.empty(0)
+        for start in range(0, len(prompt), _PREFILL_CHUNK_TOKENS):
+            chunk = prompt[start : start + _PREFILL_CHUNK_TOKENS]
+            hidden_TD = self._runner.forward([], [Segment(pages, start, chunk)])
+        first = _Candidate(pages, hidden_TD[-1], self._values(hidden_TD[-1:])[0])
+        return _Lane(DecodingResult(job), hidden_TD[-1], self._spread(first, len(prompt), width))
+
+    def _spread(self, chosen: _Candidate, length: int, width: int) -> list[_Candidate]:
+        """As many candidates that go on from one, the first of them in its pages."""
+        pages = [chosen.pages]
+        for _ in range(width - 1):
+            forked = fork_pages(self._runner.kv, self._pool, chosen.pages, length)
+            if forked is None:
+                raise RuntimeError(_NO_ROOM)
+            pages.append(forked)
+        return [_Candidate(its_pages, chosen.hidden_D, chosen.value) for its_pages in pages]
+
+    def _take(self, count: int) -> list[int]:
+        pages = self._pool.take(count)
+        if pages is None:
+            raise RuntimeError(_NO_ROOM)
+        return pages
+
+    def _release(self, candidates: Iterable[_Candidate]) -> None:
+        for candidate in candidates:
+            self._runner.kv.clear(self._pool.release(candidate.pages, forget=True))
+
+    def _propose(self, lanes: list[_Lane], width: int) -> None:
+        """Give the candidates of every lane the tokens that are likeliest next."""
+        hidden_MD = torch.stack([lane.hidden_D for lane in lanes])
+        best = self._runner.lm_head.logits(hidden_MD).log_softmax(dim=-1).topk(width, dim=-1)
+        for lane, logps, tokens in zip(lanes, best.values.tolist(), best.indices.tolist(), strict=True):
+            for candidate, logp, token_id in zip(lane.candidates, logps, tokens, strict=True):
+                candidate.token_id, candidate.logp = token_id, logp
+
+    def _advance(self, lanes: list[_Lane]) -> None:
+        """One step of the model for every candidate."""
+        rows: list[DecodeRow] = []
+        for lane in lanes:
+            for candidate in lane.candidates:
+                candidate.pages += self._take(num_pages_for(lane.length + 1) - len(candidate.pages))
+                rows.append(DecodeRow(candidate.pages, lane.length, candidate.token_id))
+        hidden_BD = self._runner.forward(rows, [])
+        tried = [candidate for lane in lanes for candidate in lane.candidates]
+        for candidate, hidden_D, value in zip(tried, hidden_BD, self._values(hidden_BD), strict=True):
+            if candidate.token_id not in self._eos_token_ids:
+                candidate.hidden_D, candidate.value = hidden_D, value
+
+    def _choose(self, lane: _Lane, params: ControlledDecoding) -> _Candidate:
+        """Draw a candidate, whose token then belongs to the response."""
+        result = lane.result
+        place, kl = _draw(lane, params.value_weight)
+        chosen = lane.candidates[place]
+        result.states.append(lane.hidden_D)
+        result.token_ids.append(chosen.token_id)
+        result.kl.append(kl)
+        result.is_finished = chosen.token_id in self._eos_token_ids
+        return chosen
+
+    def _values(self, hidden_BD: Tensor) -> list[float]:
+        """In standard deviations of the training reward."""
+        return self._head.readout(self._head.units(hidden_BD))[0].tolist()
+
+
+def _sample(
+    source: EngineRolloutSource,
+    prompts: Sequence[RolloutPrompt],
+    settings: RolloutSettings,
+    head: ValueHead,
+    params: ControlledDecoding,
+) -> Iterator[EvalSample]:
+    core, eos_token_ids = source.core, source.loaded.eos_token_ids
+    decoder = ControlledDecoder(core.runner, core.page_pool, head, eos_token_ids, max_rows=core.max_batch_size)
+    jobs = [
+        DecodingJob(
+            prompt_id=prompt.id,
+            index=index,
+            prompt_token_ids=tuple(source.encode(prompt)),
+            seed=response_seed(settings.seed, prompt.id),
+            max_tokens=settings.max_tokens,
+        )
+        for prompt in prompts
+        for index in range(settings.num_samples)
+    ]
+    tokenizer: Any = source.loaded.tokenizer
+    for result in decoder.run(jobs, params):
+        detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
+        shown = (token_id for token_id in result.token_ids if token_id not in eos_token_ids)
+        yield EvalSample(
+            prompt_id=result.job.prompt_id,
+            sample=result.job.index,
+            response="".join(map(detokenizer.add, shown)),
+            num_tokens=len(result.token_ids),
+            nll=source.nll(torch.stack(result.states), result.token_ids),
+            mean_kl=sum(result.kl) / len(result.kl),
+            max_kl=max(result.kl),
+            is_finished=result.is_finished,
+            wall_s=result.wall_s,
+        )
+
+
+def _draw(lane: _Lane, value_weight: float) -> tuple[int, float]:
+    """A candidate by q ~ p exp(w V), and KL(q || p) over the whole vocabulary, which q leaves but for K tokens."""
+    scores = [candidate.logp + value_weight * candidate.value for candidate in lane.candidates]
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    kl = sum(q * (math.log(q) - c.logp) for q, c in zip(shares, lane.candidates, strict=True) if q > 0)
+    job = lane.result.job
+    u = uniform((job.seed, job.index), len(lane.result.token_ids))
+    for k, share in enumerate(shares):
+        u -= share
+        if u < 0:
+            return k, kl
+    return len(shares) - 1, kl

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Everything behind the shipped heads, from nothing: prompts, rollouts, heads, and every figure, table and plot of them.
+# Run by `make heads` from the project's root. Takes some hours on two cores; what is there already is not done again,
+# but for the training, which takes half a minute a head. SHP names the prompts of the RE-Control paper's second test
+# set (JSON lines with `preferred` responses), which this project may not ship; without it that set is left out.
+set -eu
+python="$1"
+recontrol="$(dirname "$python")/recontrol"
+SHP="${SHP:-../shared/data/shp_prompts.jsonl}"
+own=value_models/prompts/prompts.jsonl
+
+"$recontrol" prompts real-toxicity-prompts --out runs/rtp.jsonl
+"$recontrol" rollouts --num-samples 16
+"$recontrol" rollouts --prompts runs/rtp.jsonl --num-samples 12 --max-tokens 32 --out runs/rtp
+"$recontrol" rollouts --formats chat --num-samples 3 --max-tokens 96 --out runs/long
+"$recontrol" rollouts --model gemma-3-270m --formats text --num-samples 6 --max-tokens 40 --out runs/gemma
+
+train() { # name, description, flags
+    name="$1" && description="$2" && shift 2
+    "$recontrol" train --name "$name" --reward "$name" --description "$description" "$@"
+}
+plain='Plain language: short sentences, short words (Flesch reading ease)'
+train positive 'Positive, cheerful text (VADER sentiment)'
+train plain "$plain"
+train neutral 'A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
+train relevance 'Responses that stay with the prompt (cosine of sentence embeddings)'
+train brevity 'Short answers (words of the response)' --rollouts runs/long
+train nontoxic 'Text without insults, threats or swear words (the classifier of alt-profanity-check)' \
+    --rollouts runs/rtp --prompts runs/rtp.jsonl
+train plain "$plain" --rollouts runs/gemma --damping 1
+
+measure() { "$python" -m benchmarks.quality "$@" --update-card; }
+few='--methods prompting,static-vector'
+toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
+stress='--study stress --max-prompts 16 --num-samples 2'
+measure positive
+measure positive --study map
+measure positive --study cost --num-samples 2
+measure positive,neutral,plain --study objectives --worst-case neutral+plain,positive+relevance --max-prompts 40 --num-samples 2
+measure nontoxic --rollouts runs/rtp $toxic --num-samples 8
+measure nontoxic $toxic --study stress --num-samples 2
+measure brevity --rollouts runs/long --max-tokens 96 $few
+measure brevity --max-tokens 96 $stress
+measure neutral --num-samples 2 $few
+for head in plain relevance; do measure $head $few,best-of; done
+for head in positive plain neutral relevance; do measure $head $stress; done
+measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector
+if [ -f "$SHP" ]; then
+    shp="--prompts $SHP --split all --max-prompts 32 --num-samples 2 --tuning-prompts $own"
+    for head in positive plain neutral relevance; do measure $head $shp $few; done
+    measure brevity --rollouts runs/long --max-tokens 96 $shp $few
+fi
+
+"$python" -m benchmarks.quality.report --into docs/quality.md
+"$python" -m benchmarks.quality.report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
+"$python" -m benchmarks.quality.report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md

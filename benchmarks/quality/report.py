@@ -1,0 +1,142 @@
+"""`python -m benchmarks.quality.report`: heads' cards as the Markdown that the README and the heads' own page show.
+
+Enter at SECTIONS.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from benchmarks.quality import PROGRAM
+from benchmarks.quality.objectives import OBJECTIVES_FILE
+from benchmarks.quality.objectives_report import objectives_tables
+from benchmarks.quality.tables import TITLES, command, interval, row, share
+from benchmarks.sections import replace_sections
+from server.cli import run
+from server.cli.heads import HeadsCommand
+from value_models.store import HeadCard
+
+TRANSCRIPT_FILE = "transcript.json"
+"""In a folder of heads: the output of `recontrol compare` that the README shows."""
+
+
+class Report(HeadsCommand):
+    """Print the heads' figures and an example as Markdown, or bring a file's sections up to date."""
+
+    into: Path | None = Field(None, description="Markdown file whose sections are rewritten")
+
+    def cli_cmd(self) -> None:
+        cards, folder = self.cards(), Path(self.location)
+        transcripts, objectives = folder / TRANSCRIPT_FILE, folder / OBJECTIVES_FILE
+        sections = {name: render(cards) for name, render in SECTIONS.items()}
+        sections["transcript"] = transcript(transcripts) if transcripts.exists() else ""
+        sections["objectives"] = objectives_tables(json.loads(objectives.read_text())) if objectives.exists() else ""
+        if self.into is None:
+            print("\n\n".join(sections.values()))
+            return
+        replace_sections(self.into, sections)
+
+
+def summary_table(cards: Sequence[HeadCard]) -> str:
+    """A row for each head and test set: rewards, votes of the judges, and what the head costs, all against the base."""
+    titles = ["head", "test set", *(f"reward: {arm}" for arm in ("base", *_SUMMARY_ARMS))]
+    titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL"]
+    lines = [row(titles), "|---" * len(titles) + "|"]
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            arms = result["arms"]
+            base, head = arms["base"], arms["head"]
+            rewards = [f"{arms[arm]['reward']['mean']:.2f}" if arm in arms else "" for arm in ("base", *_SUMMARY_ARMS)]
+            votes = [share(arms.get(arm, {}).get("win_over_base")) for arm in _SUMMARY_ARMS]
+            costs = [
+                f"{head['diversity']['mean'] / base['diversity']['mean']:.2f}",
+                f"{head['nll']['mean'] - base['nll']['mean']:+.2f}",
+                f"{head['kl']['mean']:.2f}",
+            ]
+            lines.append(row([f"`{card.name}`", result["test_set"], *rewards, *votes, *costs]))
+    return "\n".join(lines)
+
+
+def evaluation_tables(cards: Sequence[HeadCard]) -> str:
+    """Every method on every test set, and each head's plot of reward against divergence."""
+    parts: list[str] = []
+    for card in cards:
+        parts += [f"### {card.name}", card.description]
+        parts += [_table(card, result) for result in (card.evaluation or {}).values()]
+        if card.evaluation:
+            parts.append(f"![reward and judges against divergence, on validation prompts]({card.name}/sweep.svg)")
+    return "\n\n".join(parts)
+
+
+def stress_tables(cards: Sequence[HeadCard]) -> str:
+    return "\n\n".join(_table(card, card.stress) for card in cards if card.stress is not None)
+
+
+def cost_table(cards: Sequence[HeadCard]) -> str:
+    """What a response of each method takes, with the hardware."""
+    tables = []
+    for card in cards:
+        if card.cost is not None:
+            lines = [row(["method", "seconds a response", "over base"]), "|---|---|---|"]
+            lines += [
+                row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
+                for name, figures in card.cost["arms"].items()
+            ]
+            tables.append("\n".join([*lines, "", f"`{command(card.cost)}`, {card.cost['hardware']}"]))
+    return "\n\n".join(tables)
+
+
+def commands(cards: Sequence[HeadCard]) -> str:
+    """What made and measured each head."""
+    lines: list[str] = []
+    for card in cards:
+        results = [*(card.evaluation or {}).values(), *(result for result in (card.stress, card.cost) if result)]
+        lines += [card.command, *(command(result) for result in results)]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def transcript(path: Path) -> str:
+    """What `recontrol compare --out` wrote: one prompt, the base model's response, and each head's."""
+    result = json.loads(path.read_text())
+    parts = [("prompt", result["prompt"]), *((f"`{name}`", text) for name, text in result["responses"].items())]
+    quotes = [f"> **{who}:** {' '.join(text.split())}" for who, text in parts]
+    return "\n>\n".join([*quotes, f"> `{result['command']}`"])
+
+
+SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
+    "summary": summary_table,
+    "cost": cost_table,
+    "heads": evaluation_tables,
+    "stress": stress_tables,
+    "commands": commands,
+}
+
+
+_SUMMARY_ARMS = ("prompting", "static vector", "best of 4", "head", "head + prompting")
+
+
+def _table(card: HeadCard, result: dict[str, Any]) -> str:
+    """A row for each arm, with 95% intervals over prompts."""
+    scores = ["reward", *result["judges"]]
+    rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
+    means = ["diversity", "coherence", "nll", "kl"]
+    size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
+    titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
+    titles += ["largest KL"]
+    lines = [row(titles), "|---" * len(titles) + "|"]
+    for arm, figures in result["arms"].items():
+        cells = [interval(figures[name]) for name in scores]
+        cells += [share(figures[name]) for name in rates]
+        cells += [f"{figures[name]['mean']:.2f}" for name in means]
+        lines.append(row([arm, *cells, f"{figures['largest_kl']:.2f}"]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("benchmarks.quality.report:Report", f"{PROGRAM}.report", sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""The rivals that only a study of a head compares it with, beside those that any head is compared with.
+
+    blockwise best-of     the head's value picks the best of several continuations, block by block
+    controlled decoding   the head's value of every likely token is tried by a real forward step
+    RE-Control            the paper's head: a network of two layers fitted to one-step targets, ascended along its plain
+                          gradient without a budget (with the mistakes of the published code mended; see
+                          tests/value_models)
+
+Enter at RIVALS; to add one, write a `Method` and put it there, and its look into plots.py.
+
+Source: Kong et al. 2024, Aligning large language models with representation editing (arXiv 2406.05954).
+"""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding
+from server.cli.arms import ArmFactory
+from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, Method, Subject
+from server.control.objectives import WeightedSum
+from server.control.search import Blocks
+from server.types import ControlParams
+from value_models.baselines import Baseline
+from value_models.evaluation import Arm
+from value_models.heads import ValueHead
+from value_models.training import TrainSettings, train_head
+from value_models.training_data import TrainingData
+
+_PUBLISHED_STEPS = 30
+_PUBLISHED_TRAINING = TrainSettings(
+    targets="td_one_step",
+    center_by_prompt=False,
+    hidden_widths=(512,),
+    has_linear_part=False,
+    metric="identity",
+    learning_rate=1e-3,
+    max_epochs=6,
+)
+
+
+def blockwise(candidates: int = 4, block_tokens: int = 8) -> Blocks:
+    return Blocks(type="blocks", candidates=candidates, block_tokens=block_tokens)
+
+
+def re_control(
+    factory: ArmFactory, *, step_size: float, steps: int = _PUBLISHED_STEPS, max_kl: float = math.inf
+) -> Arm:
+    """Beyond what a request may ask for: steps of any size, and without a budget unless one is given."""
+    objective = WeightedSum(weights={RE_CONTROL.name: 1.0})
+    return factory.control(ControlParams.without_limits(objective, step_size=step_size, steps=steps, max_kl=max_kl))
+
+
+def re_control_head(data: TrainingData) -> ValueHead:
+    """A head whose step of size a is a times the gradient of the value by the state itself, in standard deviations of
+    the reward. Raises TrainingDataError."""
+    head = train_head(data, _PUBLISHED_TRAINING).head
+    # Rows over the normalised state x = (h - mean) / scale whose shift of h is dV/dh = (dV/dx) / scale.
+    return head.with_ascent(head.inputs_UD / head.scale_D.square())
+
+
+def _blockwise_best_of(subject: Subject, number: float) -> Arm:
+    return subject.factory.control(ControlParams.for_head(subject.head, steps=0, search=blockwise(int(number))))
+
+
+def _controlled_decoding(subject: Subject, weight: float) -> Arm:
+    return controlled_decoding(subject.factory, subject.head, ControlledDecoding(value_weight=weight))
+
+
+BLOCKWISE = Method(
+    "blockwise-best-of",
+    "blockwise best of 4",
+    _blockwise_best_of,
+    strengths=(4.0,),
+    tested_at=4.0,
+    num_rows=blockwise().candidates,
+)
+CONTROLLED_DECODING = Method(
+    "controlled-decoding",
+    "controlled decoding",
+    _controlled_decoding,
+    strengths=(2.0, 6.0),
+    num_rows=ControlledDecoding().num_candidates,
+)
+RE_CONTROL = Method(
+    "re-control",
+    "RE-Control",
+    lambda subject, step_size: re_control(subject.factory, step_size=step_size),
+    strengths=(1.0,),
+    is_matched=True,
+    baseline=Baseline(re_control_head, "mlp", settings=_PUBLISHED_TRAINING.model_dump()),
+)
+
+RIVALS = {
+    method.name: method for method in (PROMPTING, BEST_OF, BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL, STATIC_VECTOR)
+}
+"""As tables have them."""

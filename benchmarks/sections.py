@@ -1,0 +1,29 @@
+"""Sections of a Markdown page, which results are rendered into.
+
+A section is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at `replace_sections`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from server.errors import ConfigurationError
+from value_models.whole_files import write_text
+
+
+def replace_sections(page: Path, sections: Mapping[str, str]) -> None:
+    """Put each body between its markers, where the page has them. Raises ConfigurationError when it has none."""
+    text = page.read_text()
+    found = [name for name in sections if _section(name).search(text)]
+    if not found:
+        known = ", ".join(f"`<!-- {name}: begin -->`" for name in sections)
+        raise ConfigurationError(f"into: {page} has no section; there are {known}")
+    for name in found:
+        text = _section(name).sub(lambda _, body=sections[name]: f"{body}\n", text)
+    write_text(page, text)
+
+
+def _section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)

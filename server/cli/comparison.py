@@ -1,0 +1,165 @@
+"""A head against other methods on test prompts, each at strengths that were set on validation prompts.
+
+A study runs on an `EvalSetup`, gives a result of plain data, saves it with the head, and shows it. Enter at
+`MethodsStudy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR, Method, Subject, head_control, prompting
+from server.cli.strengths import StrengthSearch, Sweep
+from server.errors import ConfigurationError
+from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
+from value_models.generations import GenerationStore
+from value_models.rollouts import RolloutPrompt
+from value_models.store import HeadCard, load_card, save_card
+
+_WITH_PROMPTING = f"{HEAD.label} + {PROMPTING.label}"
+_COMPARISONS = {
+    HEAD.label: ("base", PROMPTING.label, STATIC_VECTOR.label, BEST_OF.label),
+    _WITH_PROMPTING: (PROMPTING.label, HEAD.label),
+}
+_NUM_TUNING_PROMPTS = 48
+
+
+class Study(Protocol):
+    """What a command evaluates: `run` gives plain data, `save` keeps it with the head, `show` prints it."""
+
+    def run(self) -> dict[str, Any]: ...
+
+    def save(self, result: dict[str, Any]) -> None: ...
+
+    def show(self, result: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class EvalSetup:
+    """A head with everything it is measured with."""
+
+    subject: Subject
+    folder: Path
+    """Of the head."""
+    tensors_sha256: str
+    """Of the head that is measured: what is saved must be its own."""
+    scoring: Scoring
+    store: GenerationStore
+    prompts: Sequence[RolloutPrompt]
+    tuning_prompts: Sequence[RolloutPrompt]
+    split: str
+    test_set: str
+    num_samples: int
+    methods: Sequence[Method]
+    """Those that take part, besides the head."""
+
+    def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
+        """On the test prompts."""
+        return self._evaluate(arms, self.prompts, self.num_samples, comparisons or {})
+
+    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int = _NUM_TUNING_PROMPTS) -> dict[str, Any]:
+        """On validation prompts, one response each."""
+        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, {})
+
+    def strengths(self) -> StrengthSearch:
+        return StrengthSearch(self.subject, self.methods, self.tune)
+
+    def arms(self, sweep: Sweep) -> dict[str, Arm]:
+        """Base first, then every method at the strengths that the sweep found."""
+        arms = {"base": self.subject.factory.base()}
+        for method in (*self.methods, HEAD):
+            arms |= {name: method.arm(self.subject, strength) for name, strength in sweep.tested(method).items()}
+        if PROMPTING in self.methods:
+            arms[_WITH_PROMPTING] = prompting(self.subject, head_control(self.subject, self.subject.step_size))
+        return arms
+
+    def card(self) -> HeadCard:
+        """As it is now: other figures may have come meanwhile, but no other head. Raises ConfigurationError."""
+        card = load_card(self.folder)
+        if card.tensors_sha256 != self.tensors_sha256:
+            raise ConfigurationError(
+                f"{self.folder} holds another head than when the evaluation began; nothing is saved"
+            )
+        return card
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "judges": list(self.scoring.judges),
+            "test_set": self.test_set,
+            "split": self.split,
+            "num_prompts": len(self.prompts),
+            "num_tuning_prompts": min(len(self.tuning_prompts), _NUM_TUNING_PROMPTS),
+        }
+
+    def _evaluate(
+        self,
+        arms: Mapping[str, Arm],
+        prompts: Sequence[RolloutPrompt],
+        num_samples: int,
+        comparisons: Comparisons,
+    ) -> dict[str, Any]:
+        with tqdm(unit="response", leave=False) as bar:
+
+            def on_arm(name: str, num_responses: int) -> None:
+                bar.set_description(name)
+                bar.reset(total=num_responses)
+
+            return evaluate_arms(
+                arms,
+                prompts,
+                self.scoring,
+                num_samples=num_samples,
+                store=self.store,
+                comparisons=comparisons,
+                on_arm=on_arm,
+                on_sample=bar.update,
+            )
+
+
+class MethodsStudy:
+    """Every method on the test prompts, at strengths that were set on validation prompts."""
+
+    def __init__(self, setup: EvalSetup) -> None:
+        self.setup = setup
+
+    def run(self) -> dict[str, Any]:
+        setup = self.setup
+        sweep = setup.strengths().sweep()
+        return {
+            "arms": setup.compare(setup.arms(sweep), _COMPARISONS),
+            **setup.describe(),
+            "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
+            "strengths": {"equal_divergence": sweep.matched, "best": sweep.best},
+            "sweep": {name: [asdict(point) for point in points] for name, points in sweep.points.items()},
+        }
+
+    def save(self, result: dict[str, Any]) -> None:
+        """The table in the card, by test set."""
+        card = self.setup.card()
+        evaluation = (card.evaluation or {}) | {result["test_set"]: for_card(result)}
+        save_card(self.setup.folder, card.model_copy(update={"evaluation": evaluation}))
+
+    def show(self, result: dict[str, Any]) -> None:
+        show_arms(result)
+
+
+def for_card(result: dict[str, Any]) -> dict[str, Any]:
+    """Without what only the JSON of a run holds."""
+    arms = {
+        name: {key: value for key, value in figures.items() if key != "examples" and value != {}}
+        for name, figures in result["arms"].items()
+    }
+    return {name: value for name, value in result.items() if name != "sweep"} | {"arms": arms}
+
+
+def show_arms(result: dict[str, Any]) -> None:
+    """A line of mean figures for each arm."""
+    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
+    for name, figures in result["arms"].items():
+        values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown if metric in figures)
+        print(f"{name:28}{values}  {figures['wall_s']:.0f} s")

@@ -1,0 +1,105 @@
+"""What a head is compared with, and the head itself: each makes an arm of a strength in a unit of its own.
+
+Knows nothing of how strengths are found (strengths.py) or arms are scored. Enter at METHODS; to add a method, write one
+and put it there, or, for a study alone, beside the study.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.cli.arms import ArmFactory
+from server.types import MAX_STEP_SIZE, ControlParams
+from value_models.baselines import STATIC_VECTOR as STATIC_VECTOR_BASELINE
+from value_models.baselines import Baseline
+from value_models.evaluation import Arm
+
+
+@dataclass(slots=True, frozen=True)
+class Subject:
+    """The head that is evaluated, what it may do, and what makes arms of it."""
+
+    factory: ArmFactory
+    head: str
+    step_size: float
+    max_kl: float
+    """Nats a token, of every arm with a budget."""
+    instruction: str | None
+    """For prompting, which alone needs one."""
+
+
+@dataclass(slots=True, frozen=True)
+class Method:
+    """A way to steer."""
+
+    name: str
+    label: str
+    """As tables have it."""
+    arm: Callable[[Subject, float], Arm]
+    """Of a subject and a strength."""
+    strengths: tuple[float, ...]
+    """Tried on validation prompts. Of a matched method, the first guess of where it diverges as far as the head."""
+    is_matched: bool = False
+    largest: float = math.inf
+    """Strength that is allowed."""
+    tested_at: float | None = None
+    """Strength on test prompts, where that is not for validation prompts to say."""
+    needs_instruction: bool = False
+    num_rows: int = 1
+    """Of a step, which one response takes."""
+    baseline: Baseline | None = None
+    """The head that it is, registered under the method's name."""
+
+
+def prompting(subject: Subject, control: ControlParams | None = None) -> Arm:
+    assert subject.instruction is not None
+    return subject.factory.prompting(subject.instruction, control)
+
+
+def _static_vector(subject: Subject, step_size: float) -> Arm:
+    control = ControlParams.for_head(STATIC_VECTOR.name, step_size=step_size, max_kl=subject.max_kl)
+    return subject.factory.control(control)
+
+
+def head_control(subject: Subject, step_size: float) -> ControlParams:
+    return ControlParams.for_head(subject.head, step_size=step_size, max_kl=subject.max_kl)
+
+
+PROMPTING = Method(
+    "prompting",
+    "prompting",
+    lambda subject, _: prompting(subject),
+    strengths=(0.0,),
+    tested_at=0.0,
+    needs_instruction=True,
+)
+BEST_OF = Method(
+    "best-of",
+    "best of 4",
+    lambda subject, number: subject.factory.best_of(int(number)),
+    strengths=(2.0, 4.0, 8.0),
+    tested_at=4.0,
+)
+STATIC_VECTOR = Method(
+    "static-vector",
+    "static vector",
+    _static_vector,
+    strengths=(0.12,),
+    is_matched=True,
+    largest=MAX_STEP_SIZE,
+    baseline=STATIC_VECTOR_BASELINE,
+)
+HEAD = Method(
+    "head",
+    "head",
+    lambda subject, step_size: subject.factory.control(head_control(subject, step_size)),
+    strengths=(),
+    is_matched=True,
+    largest=MAX_STEP_SIZE,
+)
+"""Its strength is the subject's step size, and what others are matched to."""
+
+METHODS = {method.name: method for method in (PROMPTING, BEST_OF, STATIC_VECTOR)}
+"""Those that any head is compared with, as tables have them."""
