@@ -5,12 +5,24 @@ import shlex
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from benchmarks.quality.command import Quality
+from benchmarks.quality.report import Report
+from benchmarks.speed.command import Speed
 from server.cli import COMMANDS, command_class
 from server.types import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from tests.pages.pages import PAGES, anchors, text_of
+from tests.soak.command import Soak
 
 API_PAGE = text_of("docs/http-api.md")
+PROGRAMS: dict[str, type[BaseModel]] = {
+    **{f"recontrol {name}": command_class(name) for name in COMMANDS},
+    "python -m benchmarks.quality": Quality,
+    "python -m benchmarks.quality.report": Report,
+    "python -m benchmarks.speed": Speed,
+    "python -m tests.soak": Soak,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -22,19 +34,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert part in anchors(place.read_text()), (link, part)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
     shown = page.read_text()
-    lines = re.findall(r"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?recontrol (.+?)(?:  +#.*)?$", shown)
-    lines += re.findall(r"`recontrol ([a-z][^`]*)`", shown)
+    ours = r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality)|tests\.soak))"
+    lines = re.findall(rf"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?({ours} .+?)(?:  +#.*)?$", shown)
+    lines += re.findall(rf"`({ours} [^`]+)`", shown)
     for line in lines:
-        words = shlex.split(line)
-        if words == ["--help"] or words == ["--version"]:
+        if (words := shlex.split(line))[1:] in (["--help"], ["--version"]):
             continue
-        name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+        name = next((name for number in (3, 2) if (name := " ".join(words[:number])) in PROGRAMS), None)
         assert name, line
-        fields = command_class(name).model_fields
-        for word in words:
+        fields = PROGRAMS[name].model_fields
+        for word in words[len(name.split()) :]:
             if word.startswith("--") and word != "--help":
                 field = word[2:].replace("-", "_")
                 assert field in fields or field.removeprefix("no_") in fields, line
