@@ -37,7 +37,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
     shown = page.read_text()
-    ours = r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality)|tests\.soak))"
+    ours = r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)|tests\.soak))"
     lines = re.findall(rf"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?({ours} .+?)(?:  +#.*)?$", shown)
     lines += re.findall(rf"`({ours} [^`]+)`", shown)
     for line in lines:
