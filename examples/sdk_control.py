@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from openai import OpenAI
 
@@ -29,7 +30,7 @@ def main() -> None:
             seed=1,
             extra_body={"control": {"objective": objective, "max_kl": 0.3}} if objective else None,
         )
-        choice = response.choices[0]
+        choice: Any = response.choices[0]  # `control` is no field of OpenAI's
         print(f"{name}: {choice.message.content}")
         if objective:
             # What the edits did: values before and after, KL in nats a token, and what held edits back.

@@ -29,7 +29,7 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_CHOICES = 128
 
-# Ranges within which no setting collapses the text; `--study stress` of benchmarks/quality measures the corners (README).
+# Ranges within which no setting collapses the text; `--study stress` of benchmarks/quality measures the corners.
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5
@@ -88,7 +88,7 @@ class ControlParams(BaseModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
 
     An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
-    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
+    (value_models/ascent.py). The defaults were measured (docs/tried.md). `gate`, `window` and `schedule` say
     when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
     """
 
