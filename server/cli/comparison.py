@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR, Method, Subject, head_control, prompting
+from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR, Method, Subject
 from server.cli.strengths import StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
@@ -75,7 +75,7 @@ class EvalSetup:
         for method in (*self.methods, HEAD):
             arms |= {name: method.arm(self.subject, strength) for name, strength in sweep.tested(method).items()}
         if PROMPTING in self.methods:
-            arms[_WITH_PROMPTING] = prompting(self.subject, head_control(self.subject, self.subject.step_size))
+            arms[_WITH_PROMPTING] = self.subject.prompting(self.subject.control(self.subject.step_size))
         return arms
 
     def card(self) -> HeadCard:

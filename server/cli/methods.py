@@ -29,6 +29,14 @@ class Subject:
     instruction: str | None
     """For prompting, which alone needs one."""
 
+    def control(self, step_size: float, *, by: str | None = None) -> ControlParams:
+        """By its head, or by another one under the same budget."""
+        return ControlParams.for_head(by or self.head, step_size=step_size, max_kl=self.max_kl)
+
+    def prompting(self, control: ControlParams | None = None) -> Arm:
+        assert self.instruction is not None
+        return self.factory.prompting(self.instruction, control)
+
 
 @dataclass(slots=True, frozen=True)
 class Method:
@@ -53,24 +61,10 @@ class Method:
     """The head that it is, registered under the method's name."""
 
 
-def prompting(subject: Subject, control: ControlParams | None = None) -> Arm:
-    assert subject.instruction is not None
-    return subject.factory.prompting(subject.instruction, control)
-
-
-def _static_vector(subject: Subject, step_size: float) -> Arm:
-    control = ControlParams.for_head(STATIC_VECTOR.name, step_size=step_size, max_kl=subject.max_kl)
-    return subject.factory.control(control)
-
-
-def head_control(subject: Subject, step_size: float) -> ControlParams:
-    return ControlParams.for_head(subject.head, step_size=step_size, max_kl=subject.max_kl)
-
-
 PROMPTING = Method(
     "prompting",
     "prompting",
-    lambda subject, _: prompting(subject),
+    lambda subject, _: subject.prompting(),
     strengths=(0.0,),
     tested_at=0.0,
     needs_instruction=True,
@@ -85,7 +79,7 @@ BEST_OF = Method(
 STATIC_VECTOR = Method(
     "static-vector",
     "static vector",
-    _static_vector,
+    lambda subject, step_size: subject.factory.control(subject.control(step_size, by=STATIC_VECTOR.name)),
     strengths=(0.12,),
     is_matched=True,
     largest=MAX_STEP_SIZE,
@@ -94,7 +88,7 @@ STATIC_VECTOR = Method(
 HEAD = Method(
     "head",
     "head",
-    lambda subject, step_size: subject.factory.control(head_control(subject, step_size)),
+    lambda subject, step_size: subject.factory.control(subject.control(step_size)),
     strengths=(),
     is_matched=True,
     largest=MAX_STEP_SIZE,
