@@ -33,7 +33,8 @@ DEPLOY_STAMP := $(STAMP)-deploy
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed-$(shell cksum <Makefile | cut -d' ' -f1)
 # Debian package and its command.
-DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:buildah mmdebstrap:mmdebstrap
+DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:buildah mmdebstrap:mmdebstrap \
+                redis-server:redis-server
 
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)

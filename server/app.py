@@ -14,7 +14,7 @@ from server.api import chat, completions, handlers, management, models, playgrou
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.identity import Identity
 from server.api.gate.keys import KeyRing
-from server.api.gate.limits import Callers, Limits
+from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
 from server.engines import create_engine
@@ -28,6 +28,8 @@ from server.watch import HeadWatch
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+    from server.api.gate.shared_rates import SharedRates
+
 
 def create_app(settings: Settings, engine: Engine | None = None, telemetry: Telemetry | None = None) -> FastAPI:
     """An ASGI app whose lifespan starts and stops the engine; by default the one that the settings name.
@@ -39,12 +41,15 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     engine = engine or create_engine(settings, observer=telemetry)
     pinned = _pinned_control(settings)
     provider = _trace_provider(settings.otlp_endpoint)
+    shared_rates = _shared_rates(settings.rate_limit_storage)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         telemetry.bind(engine.info.model_id, engine.info.heads)
         check_pinned(app)
+        if shared_rates is not None:
+            await shared_rates.check()
         watch = _start_watch(settings, engine, telemetry)
         try:
             yield
@@ -52,6 +57,8 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             if watch is not None:
                 watch.cancel()
             await engine.stop()
+            if shared_rates is not None:
+                await shared_rates.close()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
 
@@ -62,10 +69,11 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.telemetry = telemetry
     app.state.pinned = pinned
     app.state.request_timeout_s = settings.request_timeout_s
+    app.state.stream_ping_s = settings.stream_ping_s
     app.state.is_draining = False
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")
-    _install_gate(app, settings, management_keys)
+    _install_gate(app, settings, management_keys, shared_rates)
     if provider is not None:
         from server.tracing import Tracing
 
@@ -84,7 +92,7 @@ def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> as
     return asyncio.create_task(HeadWatch(engine, telemetry, settings.heads_dir, settings.heads_poll_s).run())
 
 
-def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) -> None:
+def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, shared_rates: SharedRates | None) -> None:
     """The last one added is the outermost."""
     keys = _keys(settings.api_keys, settings, "api_keys")
     if keys & management_keys:
@@ -99,7 +107,7 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) ->
         Gatekeeper,
         keys=keys,
         management_keys=management_keys,
-        callers=Callers(limits),
+        callers=Callers(limits, shared_rates or LocalRates()),
         public_paths=PUBLIC_PATHS
         | ({"/metrics"} if settings.public_metrics else set())
         | (playground.PATHS if settings.playground else set()),
@@ -110,6 +118,17 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing) ->
 def _keys(listed: SecretStr | None, settings: Settings, setting: str) -> KeyRing:
     file = getattr(settings, f"{setting}_file")
     return KeyRing.load(None if listed is None else listed.get_secret_value(), file, setting=setting)
+
+
+def _shared_rates(storage: SecretStr | None) -> SharedRates | None:
+    """Raises ConfigurationError."""
+    if storage is None:
+        return None
+    try:
+        from server.api.gate.shared_rates import SharedRates
+    except ImportError as error:
+        raise ConfigurationError("rate_limit_storage: Redis needs `pip install 'recontrol[redis]'`") from error
+    return SharedRates(storage.get_secret_value())
 
 
 def _trace_provider(endpoint: str | None) -> TracerProvider | None:

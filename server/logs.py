@@ -26,10 +26,15 @@ def configure(log_format: LogFormat, level: str) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Control characters are escaped, and a traceback's lines stand behind a bar, where they pass for no record."""
+    """Control characters are escaped, and a traceback's lines stand behind a bar, where they pass for no record.
+
+    A record of a request ends with its id, as its access line has it.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line = f"{record.levelname} {record.name}: {record.getMessage()}".translate(_ESCAPES)
+        if not hasattr(record, "fields") and (request_id := request_id_var.get()):
+            line += f" request_id={json.dumps(request_id)}"
         if record.exc_info:
             trace = self.formatException(record.exc_info).splitlines()
             line += "".join(f"\n  | {part.translate(_ESCAPES)}" for part in trace)

@@ -71,6 +71,14 @@ class Settings(BaseSettings):
     request_timeout_s: float | None = Field(
         None, gt=0, description="most time for a response, beyond it a 504; by default no limit"
     )
+    stream_ping_s: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),
+    ] = 15.0
+    send_timeout_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
+    ] = 60.0
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
@@ -84,6 +92,10 @@ class Settings(BaseSettings):
         None, ge=1, description="of each key, prompt and new tokens; by default no limit"
     )
     concurrent_requests: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
+    rate_limit_storage: SecretStr | None = Field(
+        None,
+        description="redis:// URL where servers count the two rates together (extra redis); by default each for itself",
+    )
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
@@ -131,6 +143,13 @@ class Settings(BaseSettings):
     def _poll_a_folder_that_may_change(self) -> Self:
         if self.heads_poll_s is not None and self.heads_dir is None:
             raise ValueError("heads_poll_s: set heads_dir too; the heads that are shipped do not change")
+        return self
+
+    @model_validator(mode="after")
+    def _share_rates_that_there_are(self) -> Self:
+        has_rate = self.requests_per_minute is not None or self.tokens_per_minute is not None
+        if self.rate_limit_storage is not None and not has_rate:
+            raise ValueError("rate_limit_storage: set requests_per_minute or tokens_per_minute, which it is to hold")
         return self
 
     @model_validator(mode="after")

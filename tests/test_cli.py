@@ -304,15 +304,18 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
             ["generate", "hi", "--control", '{"objective": {"weights": {"x": 1}}, "search": {"type": "blocks"}}'],
             "search",
         ),
+        (["serve", "--prot", "8000"], "serve: unrecognized arguments: --prot 8000"),
+        (["serve", "--port"], "serve: argument --port: expected one argument"),
+        (["generate"], "the following arguments are required: PROMPT"),
+        (["heads", "show", "a", "b"], "heads show: unrecognized arguments: b"),
         (["tarin", "--name", "x"], "no command 'tarin'; there are serve, "),
         (["train", "--name", "x", "--reward", "brevity", "--targets", "td_one_step"], "targets"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
     assert what in error
-    assert "Traceback" not in error
 
 
 def test_a_head_is_published_by_its_url_and_listed_from_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ class Generation:
     prompts: list[list[int]]
     num_choices: int
     streams: list[ChunkStream]
-    charge: Charge
+    charge: Charge | None
     timeout_s: float | None
     is_traced: bool
     heads: Sequence[str]
@@ -121,7 +121,8 @@ class Generation:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
         await _close(self.streams)
         usage = self.usage
-        self.charge.settle(usage.total_tokens)
+        if self.charge is not None:
+            self.charge.settle(usage.total_tokens)
         self.facts |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
 
     async def _end_in(self, timeout_s: float, queue: _Queue) -> None:
@@ -225,14 +226,15 @@ async def queue(
     if state.is_draining:
         raise ShuttingDownError("The server is shutting down; it takes no new requests.")
     most_tokens = sum(len(one.prompt_token_ids) + one.num_sequences * one.sampling.max_tokens for one in requests)
-    charge = Charge(context.caller, most_tokens, field=size_field)
+    charge = None if context.caller is None else await context.caller.pay(most_tokens, field=size_field)
     streams: list[ChunkStream] = []
     try:
         for generation_request in requests:
             streams.append(engine.generate(generation_request))
     except BaseException:
         await _close(streams)
-        charge.settle(0)
+        if charge is not None:
+            charge.settle(0)
         raise
     heads = sorted(requests[0].named_heads)
     timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]

@@ -57,7 +57,12 @@ class ResponseWriter(ABC):
     async def respond(self) -> Response:
         """Answer, and abort what is unfinished when the client goes."""
         if self._is_streamed:
-            return EventStream(self._events(), on_end=self._generation.close, request_id=self._request_id)
+            return EventStream(
+                self._events(),
+                on_end=self._generation.close,
+                request_id=self._request_id,
+                ping_s=self._request.app.state.stream_ping_s,
+            )
         return await whole_response(self._request, self._generation, self._whole())
 
     async def _whole(self) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""Server-sent events: JSON objects out, errors in mid-stream as an event, `[DONE]` last."""
+"""Server-sent events: JSON objects out, errors in mid-stream as an event, `[DONE]` last, comments while nothing comes.
+
+Who does not read what is sent is let go by the connection (`server.cli.http`), for all responses alike.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -9,15 +13,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.handlers import error_body, generic_error
 from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
+_PING = b": ping\n\n"
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 """Not line ends in an event stream, but many clients cut lines as Python's `splitlines` does. JSON may escape them."""
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""No cache keeps a stream, and nginx passes events on, which it would otherwise hold back until they fill a buffer."""
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 """What the OpenAPI document says of a route that answers as a whole or as events."""
 
@@ -25,7 +32,9 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json
 class EventStream(StreamingResponse):
     """A response that ends with `[DONE]`, after an error event if the stream fails.
 
-    `on_end` runs when the response is over, however it ends: sent, refused by the client, or never begun.
+    Whenever nothing was sent for `ping_s` seconds a comment goes out, which clients ignore, so that nothing on the way
+    takes the connection for dead while a request waits or its prompt is computed; 0 sends none. `on_end` runs when the
+    response is over, however it ends: sent, refused by the client, or never begun.
     """
 
     def __init__(
@@ -34,17 +43,42 @@ class EventStream(StreamingResponse):
         *,
         on_end: Callable[[], Awaitable[None]],
         request_id: str,
+        ping_s: float,
     ) -> None:
-        super().__init__(
-            _encoded(events, request_id), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        super().__init__(_encoded(events, request_id), media_type="text/event-stream", headers=_HEADERS)
         self._on_end = on_end
+        self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._on_end()
+
+    async def stream_response(self, send: Send) -> None:
+        """What the base class calls to send headers and events."""
+        if not self._ping_s:
+            await super().stream_response(send)
+            return
+        now_s = asyncio.get_running_loop().time
+        last_sent_s = now_s()
+
+        async def send_noting(message: Message) -> None:
+            nonlocal last_sent_s
+            await send(message)
+            last_sent_s = now_s()
+
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(last_sent_s + self._ping_s - now_s())
+                if now_s() >= last_sent_s + self._ping_s:
+                    await send_noting({"type": "http.response.body", "body": _PING, "more_body": True})
+
+        pinging = asyncio.create_task(ping())
+        try:
+            await super().stream_response(send_noting)
+        finally:
+            pinging.cancel()
 
 
 async def _encoded(events: AsyncGenerator[dict[str, Any], None], request_id: str) -> AsyncIterator[bytes]:

@@ -64,10 +64,10 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     command.model_config["cli_prog_name"] = program
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter)
+        flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter, cli_exit_on_error=False)
         CliApp.run(command, cli_args=list(words), cli_settings_source=flags)
     except SystemExit as end:
-        # argparse has said what it had to say: help, or a flag that does not exist.
+        # argparse has printed the help that was asked for.
         return end.code if isinstance(end.code, int) else 1
     except ValidationError as error:
         for problem in error.errors():
@@ -79,7 +79,8 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
         # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RecontrolError, SettingsError, ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        # The prefix is pydantic-settings' own, of a flag that does not exist or lacks its value.
+        print(f"{program}: {str(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
         return 2
     return 0
 

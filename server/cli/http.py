@@ -1,4 +1,4 @@
-"""How uvicorn serves the app: its protocol's own errors in our form, and an end that drains.
+"""How uvicorn serves the app: its protocol's own errors in our form, readers that do not read, and an end that drains.
 
 Told to stop, the server stays reachable while what runs finishes: /ready answers 503 and new generations are refused.
 After the grace period the engine stops, so that every stream that is left ends with an error event. Enter at
@@ -8,10 +8,13 @@ After the grace period the engine stops, so that every stream that is left ends 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import logging
 import socket
 import sys
+import termios
 from http import HTTPStatus
 
 import h11
@@ -26,8 +29,57 @@ _ENDING_S = 2
 _POLL_S = 0.05
 
 
+class _Config(uvicorn.Config):
+    """uvicorn's own, with what our protocol has to know beside it."""
+
+    send_timeout_s: float
+
+
 class Protocol(H11Protocol):
-    """Answers what is no HTTP, or has too large headers, with the same body as everything else."""
+    """Answers what is no HTTP, or has too large headers, with the same body as everything else.
+
+    A client that takes nothing of what waits for it, for the time there is for that, loses its connection. The app sees
+    that as it sees any client leave, so a response that nobody reads holds neither memory nor a slot for longer.
+    """
+
+    _send_timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Called by the transport when more is written than the client takes."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """Called by the transport when the client has taken most of it."""
+        super().resume_writing()
+        self._stop_watching()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_reader(self) -> None:
+        assert isinstance(self.config, _Config)
+        timeout_s, unread_bytes = self.config.send_timeout_s, self._unread_bytes()
+        self._send_timer = self.loop.call_later(timeout_s, self._end_if_unread, unread_bytes)
+
+    def _unread_bytes(self) -> int:
+        """What the client has not acknowledged, here and in the kernel, which takes more of it only in leaps."""
+        in_kernel = bytes(4)
+        with contextlib.suppress(OSError):  # Not every system tells.
+            in_kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
+        return self.transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
+
+    def _stop_watching(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+
+    def _end_if_unread(self, unread_bytes: int) -> None:
+        if self._unread_bytes() < unread_bytes:
+            self._watch_reader()
+            return
+        _log.info("A client took nothing of the %d bytes that waited for it; its connection is closed", unread_bytes)
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn while it handles h11's error, which knows the better status."""
@@ -53,10 +105,16 @@ class Protocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves `app` on an address; `grace_s` is what running requests get when it is told to stop."""
+    """Serves `app` on an address.
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, grace_s: float, log_level: str) -> None:
-        config = uvicorn.Config(
+    `grace_s` is what running requests get when it is told to stop, and `send_timeout_s` what a client gets to take
+    something of what waits for it.
+    """
+
+    def __init__(
+        self, app: FastAPI, *, host: str, port: int, grace_s: float, send_timeout_s: float, log_level: str
+    ) -> None:
+        config = _Config(
             app,
             host=host,
             port=port,
@@ -68,6 +126,7 @@ class DrainingServer(uvicorn.Server):
             access_log=False,
             log_level=log_level,
         )
+        config.send_timeout_s = send_timeout_s
         super().__init__(config)
         self._app = app
         self._grace_s = grace_s

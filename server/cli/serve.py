@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -68,7 +69,13 @@ async def _serve(settings: Settings) -> None:
         await engine.start()
         check_pinned(app)
     server = DrainingServer(
-        app, host=settings.host, port=settings.port, grace_s=settings.shutdown_grace_s, log_level=settings.log_level
+        app,
+        host=settings.host,
+        port=settings.port,
+        grace_s=settings.shutdown_grace_s,
+        # A response that has no more time is not worth more of it to whoever does not read it.
+        send_timeout_s=min(settings.send_timeout_s, settings.request_timeout_s or math.inf),
+        log_level=settings.log_level,
     )
     await server.serve()
 

@@ -60,9 +60,11 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI, *, grace_s: float = 0.5) -> Iterator[str]:
+def serving(app: FastAPI, *, grace_s: float = 0.5, send_timeout_s: float = 60) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
-    server = DrainingServer(app, host="127.0.0.1", port=0, grace_s=grace_s, log_level="warning")
+    server = DrainingServer(
+        app, host="127.0.0.1", port=0, grace_s=grace_s, send_timeout_s=send_timeout_s, log_level="warning"
+    )
     app.state.tell_to_stop = lambda: setattr(server, "should_exit", True)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -14,9 +14,8 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from server.api.gate import limits
 from server.api.gate.keys import KeyRing
-from server.api.gate.limits import Caller, Limits
+from server.api.gate.limits import Caller, Limits, LocalRates
 from server.errors import ConfigurationError, InvalidRequestError, RateLimitError
 from server.settings import Settings
 from tests.api.conftest import complete, eventually, serving
@@ -130,35 +129,35 @@ class Clock:
         return self.now_s
 
 
-def test_a_rate_is_a_minutes_worth_at_once_and_then_as_it_fills() -> None:
+async def test_a_rate_is_a_minutes_worth_at_once_and_then_as_it_fills() -> None:
     clock = Clock()
-    caller = Caller("k", Limits(requests_per_minute=2), clock)
+    caller = Caller("k", Limits(requests_per_minute=2), LocalRates(clock))
     for _ in range(2):
-        caller.begin()
+        await caller.begin()
     with pytest.raises(RateLimitError) as caught:
-        caller.begin()
+        await caller.begin()
     assert caught.value.retry_after_s == 30
     clock.now_s += 29
     with pytest.raises(RateLimitError):
-        caller.begin()
+        await caller.begin()
     clock.now_s += 1
-    caller.begin()
+    await caller.begin()
     assert caller.num_running == 3
 
 
-def test_tokens_that_were_paid_for_and_not_used_are_given_back_once() -> None:
-    caller = Caller("k", Limits(tokens_per_minute=100), Clock())
-    charge = limits.Charge(caller, 90)
+async def test_tokens_that_were_paid_for_and_not_used_are_given_back_once() -> None:
+    caller = Caller("k", Limits(tokens_per_minute=100), LocalRates(Clock()))
+    charge = await caller.pay(90)
     with pytest.raises(RateLimitError) as caught:
-        limits.Charge(caller, 40)
+        await caller.pay(40)
     assert caught.value.retry_after_s == 18
     charge.settle(10)
     charge.settle(10)
-    limits.Charge(caller, 90)
+    await caller.pay(90)
     with pytest.raises(RateLimitError):
-        limits.Charge(caller, 1)
+        await caller.pay(1)
     with pytest.raises(InvalidRequestError, match="101"):
-        limits.Charge(caller, 101)
+        await caller.pay(101)
 
 
 def test_each_key_has_its_own_rate(keyed: Callable[..., TestClient]) -> None:

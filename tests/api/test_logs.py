@@ -39,6 +39,16 @@ def test_a_json_record_says_when_how_grave_where_and_what_and_for_which_request(
     assert entry == {"level": "warning", "logger": "a.b", "message": "cannot do it", "request_id": "r-1"}
 
 
+def test_a_record_as_text_says_for_which_request_and_an_access_line_says_it_once() -> None:
+    token = request_id_var.set("r-1")
+    try:
+        assert TextFormatter().format(record("cannot do it")) == 'WARNING a.b: cannot do it request_id="r-1"'
+        assert TextFormatter().format(record("path", fields={"path": "/x"})) == "WARNING a.b: path"
+    finally:
+        request_id_var.reset(token)
+    assert TextFormatter().format(record("cannot do it")) == "WARNING a.b: cannot do it"
+
+
 def test_fields_of_a_record_become_fields_of_the_object() -> None:
     entry = json.loads(JsonFormatter().format(record("text", fields={"path": "/x\n", "status": 200})))
     assert (entry["path"], entry["status"]) == ("/x\n", 200)

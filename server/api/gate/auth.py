@@ -39,7 +39,7 @@ class Gatekeeper:
             return
         context = context_of(scope)
         try:
-            context.caller = self._admitted(scope)
+            context.caller = await self._admitted(scope)
         except RecontrolError as error:
             await error_response(error, context.request_id)(scope, receive, send)
             return
@@ -49,7 +49,7 @@ class Gatekeeper:
             if context.caller is not None:
                 context.caller.end()
 
-    def _admitted(self, scope: Scope) -> Caller | None:
+    async def _admitted(self, scope: Scope) -> Caller | None:
         """The caller, counted in; None where nothing is limited. Raises AuthenticationError, RateLimitError."""
         context = context_of(scope)
         context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
@@ -58,7 +58,7 @@ class Gatekeeper:
         if context.is_manager or scope["method"] != "POST":
             return None
         caller = self._callers.get(key_id)
-        caller.begin()
+        await caller.begin()
         return caller
 
     def _key_id(self, scope: Scope, ring: KeyRing) -> str:

@@ -1,7 +1,8 @@
 """What one caller may ask for: requests and tokens a minute, and requests at once.
 
 Rates are token buckets that hold a minute's worth, so a caller may use it at once and then waits. A request pays for
-its prompt and for all the tokens it may ask for, and gets back what it did not use. Knows no HTTP. Enter at `Callers`.
+its prompt and for all the tokens it may ask for, and gets back what it did not use. Buckets are this process's own, or
+shared with other servers (`shared_rates.py`). Knows no HTTP. Enter at `Callers`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.errors import InvalidRequestError, RateLimitError
 
-_MINUTE_S = 60.0
+MINUTE_S = 60.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,8 +27,26 @@ class Limits:
     concurrent_requests: int | None = None
 
 
-class Bucket:
-    """Fills up to `capacity` in a minute. Without a capacity it never runs out."""
+@dataclass(slots=True, frozen=True)
+class Taken:
+    """What came of asking a bucket."""
+
+    wait_s: float
+    """0 when the amount was there and is taken; else the seconds until it will be there."""
+    put_back: Callable[[float], None]
+    """Gives some of it back to where it came from; returns at once."""
+
+
+class Bucket(Protocol):
+    """Fills up to `capacity` in a minute."""
+
+    capacity: float
+
+    async def take(self, amount: float) -> Taken: ...
+
+
+class LocalBucket:
+    """A bucket of this process. Without a capacity it never runs out."""
 
     def __init__(self, capacity: int | None, now_s: Callable[[], float]) -> None:
         self.capacity = math.inf if capacity is None else capacity
@@ -34,48 +54,71 @@ class Bucket:
         self._now_s = now_s
         self._updated_s = now_s()
 
-    def take(self, amount: float) -> float:
-        """0 when the amount was there and is taken; else the seconds until it will be there."""
-        if math.isinf(self.capacity):
-            return 0.0
-        self._refill()
-        if amount <= self._level:
-            self._level -= amount
-            return 0.0
-        return (amount - self._level) * _MINUTE_S / self.capacity
+    async def take(self, amount: float) -> Taken:
+        wait_s = 0.0
+        if not math.isinf(self.capacity):
+            self._refill()
+            if amount <= self._level:
+                self._level -= amount
+            else:
+                wait_s = (amount - self._level) * MINUTE_S / self.capacity
+        return Taken(wait_s, self._put_back)
 
-    def put_back(self, amount: float) -> None:
+    def _put_back(self, amount: float) -> None:
         self._level = min(self._level + amount, self.capacity)
 
     def _refill(self) -> None:
         now_s = self._now_s()
-        self.put_back((now_s - self._updated_s) * self.capacity / _MINUTE_S)
+        self._put_back((now_s - self._updated_s) * self.capacity / MINUTE_S)
         self._updated_s = now_s
+
+
+class Rates(Protocol):
+    """Where buckets are kept."""
+
+    def bucket(self, name: str, capacity: int | None) -> Bucket: ...
+
+
+class LocalRates:
+    """Buckets of this process."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+
+    def bucket(self, name: str, capacity: int | None) -> LocalBucket:
+        del name
+        return LocalBucket(capacity, self._now_s)
 
 
 class Caller:
     """One key's use of the server."""
 
-    def __init__(self, key_id: str, limits: Limits, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, key_id: str, limits: Limits, rates: Rates) -> None:
         self.key_id = key_id
         self.num_running = 0
         self._limits = limits
-        self._requests = Bucket(limits.requests_per_minute, now_s)
-        self._tokens = Bucket(limits.tokens_per_minute, now_s)
+        self._requests = rates.bucket(f"{key_id}:requests", limits.requests_per_minute)
+        self._tokens = rates.bucket(f"{key_id}:tokens", limits.tokens_per_minute)
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
         """Count a request in; `end` must follow. Raises RateLimitError, which counts nothing."""
         most = self._limits.concurrent_requests
         if most is not None and self.num_running >= most:
             raise RateLimitError(f"{self.num_running} requests of this key run already; at most {most} may at once.")
-        if wait_s := self._requests.take(1):
-            raise _rate_error(f"{self._requests.capacity} requests a minute", wait_s)
+        # Counted before the rate is asked for, which takes time: others must not pass meanwhile.
         self.num_running += 1
+        try:
+            taken = await self._requests.take(1)
+            if taken.wait_s:
+                raise _rate_error(f"{self._requests.capacity} requests a minute", taken.wait_s)
+        except BaseException:
+            self.num_running -= 1
+            raise
 
     def end(self) -> None:
         self.num_running -= 1
 
-    def charge(self, tokens: int, *, field: str = "max_tokens") -> None:
+    async def pay(self, tokens: int, *, field: str = "max_tokens") -> Charge:
         """Pay for tokens in advance.
 
         Raises RateLimitError, or for more than a minute's worth InvalidRequestError, which names `field`.
@@ -85,40 +128,38 @@ class Caller:
                 f"{field}: prompt and new tokens are {tokens}; this key may use {self._tokens.capacity} a minute",
                 param=field,
             )
-        if wait_s := self._tokens.take(tokens):
-            raise _rate_error(f"{self._tokens.capacity} tokens a minute", wait_s)
-
-    def refund(self, tokens: int) -> None:
-        self._tokens.put_back(tokens)
+        taken = await self._tokens.take(tokens)
+        if taken.wait_s:
+            raise _rate_error(f"{self._tokens.capacity} tokens a minute", taken.wait_s)
+        return Charge(tokens, taken.put_back)
 
 
 class Charge:
     """Tokens that a request has paid for in advance, until it is settled once."""
 
-    def __init__(self, caller: Caller | None, tokens: int, *, field: str = "max_tokens") -> None:
-        """Raises what `Caller.charge` does."""
-        if caller is not None:
-            caller.charge(tokens, field=field)
-        self._caller = caller
+    def __init__(self, tokens: int, put_back: Callable[[float], None]) -> None:
         self._tokens = tokens
+        self._put_back = put_back
+        self._is_settled = False
 
     def settle(self, used: int) -> None:
         """Give back what was not used; nothing happens when it is repeated."""
-        caller, self._caller = self._caller, None
-        if caller is not None:
-            caller.refund(self._tokens - used)
+        if not self._is_settled:
+            self._is_settled = True
+            self._put_back(self._tokens - used)
 
 
 class Callers:
     """All callers by the id of their key. The ids come from the configured keys, so there is a bounded number."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, rates: Rates) -> None:
         self._limits = limits
+        self._rates = rates
         self._callers: dict[str, Caller] = {}
 
     def get(self, key_id: str) -> Caller:
         if key_id not in self._callers:
-            self._callers[key_id] = Caller(key_id, self._limits)
+            self._callers[key_id] = Caller(key_id, self._limits, self._rates)
         return self._callers[key_id]
 
 
