@@ -1,9 +1,11 @@
 """The direction of imports (lower never imports higher), read from the source; imports inside functions count too."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 # Each package or module, and what of this project it may import.
@@ -90,6 +92,12 @@ def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
     (scope,) = [scope for scope in ALLOWED if is_within(name, scope)]
     wrong = {used for used in imports_of(path) if not any(is_within(used, allowed) for allowed in ALLOWED[scope])}
     assert not wrong
+
+
+def test_only_what_serves_and_trains_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    installed = find_packages(str(ROOT), **settings)
+    assert {name.split(".")[0] for name in installed} == {"server", "value_models"}
 
 
 def test_only_telemetry_knows_prometheus() -> None:

@@ -12,7 +12,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,9 @@ Positive = Annotated[int, Field(ge=1)]
 
 class Measurement(Command):
     """What such commands share."""
+
+    section: ClassVar[str] = ""
+    """How the names of its sections go on after the prefix."""
 
     model: str = Field(DEFAULT_MODEL, description="packaged model or local folder")
     heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
@@ -66,13 +69,11 @@ class Measurement(Command):
 
     def carry_out(self) -> dict[str, Any]:
         """Measure, or read what was measured, and show it. Raises as `measure` does."""
-        if self.into is not None and f"<!-- {(prefix := self._section_prefix())}-" not in self.into.read_text():
-            # Said now, and not after an hour.
-            raise ConfigurationError(f"into: {self.into} has no section `<!-- {prefix}-...: begin -->`")
         if self.render:
             assert self.out is not None
             result = json.loads(self.out.read_text())
         else:
+            self._check_page()
             # A line for each request would take time from what is measured.
             logging.getLogger("httpx").setLevel(logging.WARNING)
             # Children must not outlive this command, however it is ended.
@@ -108,6 +109,8 @@ class Measurement(Command):
         del device, dtype
         return {"model": self.model, "folder": model_folder(self.model).resolve(), "heads_dir": self.heads_dir}
 
-    def _section_prefix(self) -> str:
-        """That of the sections to come; `bench` for a file that is rendered again, whose label it holds itself."""
-        return "bench" if self.render else section_prefix(self.label, resolve_device(self.device).type)
+    def _check_page(self) -> None:
+        """So that a page without the sections is named now, and not after an hour. Raises ConfigurationError."""
+        begin = f"{section_prefix(self.label, resolve_device(self.device).type)}-{self.section}"
+        if self.into is not None and f"<!-- {begin}" not in self.into.read_text():
+            raise ConfigurationError(f"into: {self.into} has no section `<!-- {begin}...: begin -->`")

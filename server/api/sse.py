@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -61,22 +62,24 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
             return
         now_s = asyncio.get_running_loop().time
-        last_sent_s = now_s()
+        silent_since_s = now_s()
+        """Infinite while something is being sent, and once the last event was."""
 
-        async def send_noting(message: Message) -> None:
-            nonlocal last_sent_s
+        async def send_event(message: Message) -> None:
+            nonlocal silent_since_s
+            silent_since_s = math.inf
             await send(message)
-            last_sent_s = now_s()
+            silent_since_s = math.inf if message.get("body") is _DONE else now_s()
 
         async def ping() -> None:
             while True:
-                await asyncio.sleep(last_sent_s + self._ping_s - now_s())
-                if now_s() >= last_sent_s + self._ping_s:
-                    await send_noting({"type": "http.response.body", "body": _PING, "more_body": True})
+                await asyncio.sleep(min(silent_since_s - now_s(), 0) + self._ping_s)
+                if now_s() >= silent_since_s + self._ping_s:
+                    await send_event({"type": "http.response.body", "body": _PING, "more_body": True})
 
         pinging = asyncio.create_task(ping())
         try:
-            await super().stream_response(send_noting)
+            await super().stream_response(send_event)
         finally:
             pinging.cancel()
 

@@ -73,11 +73,15 @@ async def _serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         grace_s=settings.shutdown_grace_s,
-        # A response that has no more time is not worth more of it to whoever does not read it.
-        send_timeout_s=min(settings.send_timeout_s, settings.request_timeout_s or math.inf),
+        send_timeout_s=_send_timeout_s(settings),
         log_level=settings.log_level,
     )
     await server.serve()
+
+
+def _send_timeout_s(settings: Settings) -> float:
+    """For whoever does not read: no longer than a response may take."""
+    return min(settings.send_timeout_s, settings.request_timeout_s or math.inf)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,8 +15,11 @@ import openai
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from server.api.sse import _event
+from server.api.sse import EventStream, _event
+from server.cli.serve import _send_timeout_s
+from server.settings import Settings
 from tests.api.conftest import chat, complete, eventually, serving
 
 UNREAD = {"model": "fake", "prompt": "hi", "max_tokens": 1000, "logprobs": 20, "stream": True}
@@ -76,6 +77,28 @@ def test_a_stream_that_ends_in_an_error_has_no_comment_behind_its_end(make_app: 
         assert lines[-2:] == ["data: [DONE]", ""]
 
 
+async def test_nothing_follows_the_last_event_however_long_its_generation_takes_to_close() -> None:
+    async def events() -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            yield {}
+        finally:
+            await asyncio.sleep(0.1)
+
+    async def nothing() -> None:
+        await asyncio.sleep(0.1)
+
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b"start"))
+        await asyncio.sleep(0.05)  # nor while it is being sent
+
+    stream = EventStream(events(), on_end=nothing, request_id="r", ping_s=0.02)
+    await stream.stream_response(send)
+    assert sent == [b"start", b"data: {}\n\n", *[b": ping\n\n"] * (len(sent) - 4), b"data: [DONE]\n\n", b""]
+    assert len(sent) > 4
+
+
 def test_the_openai_sdk_does_not_see_the_comments(make_app: Callable[..., FastAPI]) -> None:
     app = make_app(settings={"stream_ping_s": 0.02}, token_delay_s=0.1)
     with serving(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as sdk:
@@ -116,17 +139,11 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_callers_place(make_app: C
         assert app.state.engine.num_open == 0
 
 
-def test_a_client_that_does_not_read_gets_no_longer_than_a_response_may_take() -> None:
-    main = "import sys; from server.cli import main; sys.exit(main())"
-    options = ["--engine", "fake", "--port", "0", "--request-timeout-s", "0.5", "--shutdown-grace-s", "0"]
-    command = [sys.executable, "-c", main, "serve", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        started = next(line for line in run.stderr if "http://127.0.0.1:" in line)
-        with connected(re.findall(r"http://[\d.:]+", started)[0], UNREAD):
-            assert next(line for line in run.stderr if "A client took nothing of the" in line)
-        run.send_signal(signal.SIGTERM)
-        run.stderr.read()
+@pytest.mark.parametrize(("request_timeout_s", "right_s"), [(None, 60), (8, 8), (900, 60)])
+def test_a_client_that_does_not_read_gets_no_longer_than_a_response_may_take(
+    request_timeout_s: float | None, right_s: float
+) -> None:
+    assert _send_timeout_s(Settings(request_timeout_s=request_timeout_s)) == right_s
 
 
 def test_a_stream_that_is_read_slowly_goes_on_to_its_end(make_app: Callable[..., FastAPI]) -> None:

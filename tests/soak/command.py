@@ -20,6 +20,8 @@ _MIB = 2**20
 class Soak(Measurement):
     """Send many mixed requests and faults to a real server with a small cache; status 1 if any is lost."""
 
+    section = "soak"
+
     num_requests: Positive = Field(10_000, description="sent in all, by 24 clients at a time")
 
     def cli_cmd(self) -> None:

@@ -201,6 +201,16 @@ def test_a_soaked_server_loses_nothing(
     assert "**0** of" in capfd.readouterr().out
 
 
+def test_a_page_without_the_soaks_section_is_named_before_anything_is_sent(
+    soak: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench-offline: begin -->\nold\n<!-- bench-offline: end -->\n")
+    assert soak("--into", str(page)) == 2
+    said = capsys.readouterr().err
+    assert said == f"{PROGRAM}: into: {page} has no section `<!-- bench-soak...: begin -->`\n"
+
+
 def test_a_soak_that_finds_something_says_so_and_ends_with_1(
     soak: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

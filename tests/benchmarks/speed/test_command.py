@@ -162,6 +162,21 @@ def test_neighbours_are_measured_alone_beside_a_busy_core_and_two_at_once(
     assert "two at once, together" in capsys.readouterr().out
 
 
+def test_the_help_tells_what_every_flag_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(COMMAND, PROGRAM, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {PROGRAM} ")
+    assert "null" not in text
+    assert "factory" not in text
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert run_command(COMMAND, PROGRAM, ["--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{PROGRAM}: model: {tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [

@@ -236,10 +236,16 @@ def _span(module: nn.Module, mask: Tensor | None, max_len: int) -> Span:
         if not getattr(module, "is_causal", True):
             raise UnsupportedAttentionError("its attention looks ahead")
         return ALL_BEFORE
-    rule: MaskFunction | None = getattr(mask, "rule", None)
-    if rule is None:
+    if not hasattr(mask, "rule"):
         raise UnsupportedAttentionError("its attention masks are of its own making")
-    positions = torch.arange(max_len, device=mask.device)
+    # Layers of one kind are given one mask.
+    if not hasattr(mask, "span"):
+        mask.span = _span_of_rule(mask.rule, max_len, mask.device)  # type: ignore[attr-defined]
+    return mask.span  # type: ignore[attr-defined]
+
+
+def _span_of_rule(rule: MaskFunction, max_len: int, device: torch.device) -> Span:
+    positions = torch.arange(max_len, device=device)
 
     def sees(last: int) -> Tensor:
         zero = positions.new_zeros(())

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from server.engines.embedded.model.attention import PROJECTIONS
 from server.engines.embedded.model.layout import DecodeRow, Segment, StepWatch
 from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
 from server.engines.embedded.model.takeover.facts import LayerFacts
 
+WATCHED_NAME = "recontrol_watched"
 _STRIDE = 7919
 _TINY = 1e-20
 LONGEST = PAGE_TOKENS + 15
@@ -95,33 +97,45 @@ class Reference:
     """By text and layer."""
     axes: dict[tuple[int, str], int]
     """Which axis holds the tokens of what a layer gets and gives."""
+    projections: dict[tuple[int, str], list[Tensor]]
+    """Queries, keys and values by layer and kind, of each text [T, X]; none unless attention was watched."""
     states: list[Tensor]
-    logits: list[Tensor]
+    """By text, [T, D], behind the last norm."""
+    logits: Tensor
+    """[T, V] of `shown_states`."""
 
     @classmethod
-    def of(cls, model: Any, backbone: nn.Module, facts: Mapping[int, LayerFacts], length: int) -> Reference:
-        """With the attention that the model is set to; `length` of the longer text."""
+    def of(
+        cls, model: Any, backbone: nn.Module, facts: Mapping[int, LayerFacts], length: int, *, watch_attention: bool
+    ) -> Reference:
+        """With the attention that the model is set to; `length` of the longer text.
+
+        To watch it takes another name for it, which some models with code for a certain attention would not know.
+        """
         vocab_size = model.config.get_text_config().vocab_size
         ids = [(number + 1) * _STRIDE % vocab_size for number in range(length + length // 4)]
-        reference = cls(Blocks.of(backbone, facts), [ids[:length], ids[length:]], [], {}, [], [])
-        for text in reference.texts:
-            reference._read(model, backbone, text)
+        reference = cls(Blocks.of(backbone, facts), [ids[:length], ids[length:]], [], {}, {}, [], torch.empty(0))
+        with _attention_watched(backbone, reference._saw_projection) if watch_attention else nullcontext():
+            for text in reference.texts:
+                reference._read(model, backbone, text)
         return reference
+
+    @property
+    def shown_states(self) -> Tensor:
+        """[T, D] of the shorter text, whose logits the LM head is shown on."""
+        return self.states[-1]
 
     def rows(self, layer: int, what: str, tokens: Sequence[tuple[int, int]]) -> Tensor | None:
         """[T, X] of these (text, position); None where the layer did not run."""
         held = [getattr(text[layer], what) for text in self.layers]
-        if any(rows is None for rows in held):
-            return None
-        return torch.stack([held[text][position] for text, position in tokens])
+        return None if any(rows is None for rows in held) else torch.stack([held[text][at] for text, at in tokens])
 
     def logits_difference(self, logits: Callable[[Tensor], Tensor]) -> Difference:
         """Between the model's logits and those [T, V] that a function gives of its states [T, D]."""
+        states_TD, logits_TV = self.shown_states, self.logits
+        allowed_T = _ALLOWED[states_TD.dtype] * logits_TV.norm(dim=1)
         difference = Difference()
-        for states_TD, logits_TV in zip(self.states, self.logits, strict=True):
-            allowed_T = _ALLOWED[states_TD.dtype] * logits_TV.norm(dim=1)
-            share_T = (logits(states_TD) - logits_TV).norm(dim=1) / allowed_T
-            difference.add(float(share_T.max()), "the logits")
+        difference.add(float(((logits(states_TD) - logits_TV).norm(dim=1) / allowed_T).max()), "the logits")
         return difference
 
     def _read(self, model: Any, backbone: nn.Module, text: list[int]) -> None:
@@ -142,7 +156,37 @@ class Reference:
             handle.remove()
         self.layers.append(layers)
         self.states.append(states[0])
-        self.logits.append(output.logits[0].float())
+        self.logits = output.logits[0].float()
+
+    def _saw_projection(self, layer: int, what: str, rows_TX: Tensor) -> None:
+        self.projections.setdefault((layer, what), []).append(rows_TX)
+
+
+@contextmanager
+def _attention_watched(backbone: Any, watch: Callable[[int, str, Tensor], None]) -> Iterator[None]:
+    """Tell `watch` the rows [T, X] of queries, keys and values of each layer, whose attention computes as before.
+
+    Nothing is told of attention that does not go through transformers' interface.
+    """
+    own: str = backbone.config._attn_implementation
+    attention = AttentionInterface().get(own)
+    if attention is None:
+        yield
+        return
+
+    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        for what, given in zip(PROJECTIONS, args, strict=False):
+            watch(layer, what, given[0].transpose(0, 1).flatten(1).clone())
+        return attention(module, *args, **kwargs)
+
+    AttentionInterface.register(WATCHED_NAME, watched)
+    AttentionMaskInterface.register(WATCHED_NAME, AttentionMaskInterface()[own])
+    backbone.set_attn_implementation(WATCHED_NAME)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(own)
 
 
 @contextmanager
@@ -286,12 +330,13 @@ class Follower:
         return self.saw(layer, what, given.movedim(axis, 0)).movedim(0, axis)
 
     def _saw_projection(self, layer: int, what: str, rows: Tensor) -> None:
-        """Nothing of transformers' own is known of these: the engine that runs first is what the next is held to."""
+        """Where nothing is known of transformers' own, the engine that runs first is what the next is held to."""
         key = (self._number, layer, what)
-        if key in self._projections:
-            self._compare(rows, self._projections[key], f"the {what} of layer {layer}")
-        else:
-            self._projections[key] = rows.clone()
+        if key not in self._projections:
+            known = self._reference.projections.get((layer, what))
+            expected = [known[text][position] for text, position in self._step.tokens] if known else list(rows)
+            self._projections[key] = torch.stack(expected).clone()
+        self._compare(rows, self._projections[key], f"the {what} of layer {layer}")
 
     def _compare(self, ours_TX: Tensor, theirs_TX: Tensor, where: str, entered_TX: Tensor | None = None) -> None:
         """Keep each row's error as a share of what is allowed; decode rows apart, which a lost state alone may show."""

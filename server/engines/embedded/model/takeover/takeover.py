@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -86,23 +85,18 @@ class _Takeover:
     def run(self, bits: Bits) -> TakenOver:
         """The layers in their final form are shown too, unless they have fewer bits."""
         backbone = self._backbone
-        self._check_carries_nothing()
+        # Of layers all of whose parts are known, nothing else needs to be asked.
+        is_llamas = NativeLlama.can_run(backbone, self._config, self._facts)
+        if not is_llamas:
+            self._check_carries_nothing()
         sizes = short_sizes(self._facts, self._length // 2)
         with short_spans(self._model, sizes):
             shown = self._shown(sizes)
             backbone.set_attn_implementation(self._own_attention)
-            reference = Reference.of(self._model, backbone, shown, self._length)
+            reference = Reference.of(self._model, backbone, shown, self._length, watch_attention=is_llamas)
             head = self._lm_head(reference)
-            backbone.set_attn_implementation(register_attention())
             follower = Follower(reference, self._linear.weight.dtype, has_experts=has_experts(backbone))
-            with weights_read(backbone) as read:
-                difference = self._follow(follower, self._body(backbone, shown))
-            self._check(difference)
-            check_positions(backbone, self._facts, self._max_len)
-            backbone.set_attn_implementation(register_attention())
-            if bits != 16:
-                check_quantizable(backbone, self._linear, bits)
-            body = self._native(follower, shown, bits) or self._packed(follower, shown, bits, read)
+            body = (self._native(follower, shown, bits) if is_llamas else None) or self._general(follower, shown, bits)
         return TakenOver(
             replace(body, spans=_spans(self._facts)),
             head if bits == 16 else head.quantized(self._linear, bits),
@@ -124,9 +118,9 @@ class _Takeover:
         return shown
 
     def _native(self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits) -> Body | None:
-        """By the native layers, if the model is built for them and they prove right."""
-        if not NativeLlama.can_run(self._backbone, self._config, self._facts):
-            return None
+        """By the native layers, if they prove right."""
+        if bits != 16:
+            check_quantizable(self._backbone, self._linear, bits)
         native = NativeLlama(self._backbone, self._facts, max_len=self._max_len)
         difference = self._follow(follower, self._body(native.attending(shown), shown))
         if difference.is_too_large:
@@ -137,6 +131,19 @@ class _Takeover:
         # The weights are in the native form now.
         del self._backbone.layers
         return self._body(native, self._facts)
+
+    def _general(self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits) -> Body:
+        """By transformers' modules with this engine's attention, as they are and then with packed maps."""
+        backbone = self._backbone
+        backbone.set_attn_implementation(register_attention())
+        with weights_read(backbone) as read:
+            difference = self._follow(follower, self._body(backbone, shown))
+        self._check(difference)
+        check_positions(backbone, self._facts, self._max_len)
+        backbone.set_attn_implementation(register_attention())
+        if bits != 16:
+            check_quantizable(backbone, self._linear, bits)
+        return self._packed(follower, shown, bits, read)
 
     def _packed(
         self, follower: Follower, shown: Mapping[int, LayerFacts], bits: Bits, read: Collection[nn.Module]
@@ -168,7 +175,7 @@ class _Takeover:
         return Body(backbone, _spans(facts), self._model.device, StepSlot.of(backbone))
 
     def _lm_head(self, reference: Reference) -> LMHead:
-        head = LMHead.like(self._linear, self._config, torch.cat(reference.states), torch.cat(reference.logits))
+        head = LMHead.like(self._linear, self._config, reference.shown_states, reference.logits)
         difference = reference.logits_difference(head.logits)
         if difference.is_too_large:
             raise ModelLoadError(
