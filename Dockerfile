@@ -17,7 +17,7 @@ FROM base AS wheel
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY value_models value_models
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

@@ -1,8 +1,9 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make test    set everything up, then lint, types and tests
 # make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
+# make docs    the documentation site, in build/docs; a broken link fails
 # make architectures  judge a tiny model of every architecture of transformers, and write docs/architectures.md
-# make heads   train and measure the shipped heads anew, and with them the README's tables and plots (some hours)
+# make heads   train and measure the shipped heads anew, and with them the tables and plots of the pages (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install LangChain and guidellm beside .venv, and run the tests with them (and vLLM's, if installed)
@@ -38,7 +39,7 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve test docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -48,6 +49,9 @@ test: data lint
 
 coverage: data
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+docs: setup
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -b html . build/docs $(ARGS)
 
 architectures: setup
 	$(BIN)/python -m tests.architectures $(ARGS)
@@ -77,6 +81,7 @@ lint: setup
 
 heads: data
 	sh benchmarks/quality/make_heads.sh $(BIN)/python
+	$(BIN)/python -m benchmarks.readme
 
 peers: setup
 	sh benchmarks/speed/make_peers.sh $(PYTHON)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from server.settings import DEFAULT_MODEL, Settings
 from server.types import GenerationRequest, SamplingParams
 from tests.api.conftest import serving
 from tests.conftest import run
+from tests.pages.pages import PAGES, blocks, curl_bodies, text_of
 from value_models.rewards import positive
 
 pytestmark = pytest.mark.slow
 HEADS = {"brevity", "neutral", "nontoxic", "plain", "positive", "relevance"}
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
 PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge stand?", "Write a note to my boss."]
 CONTROLS: list[dict[str, Any] | None] = [
     None,
@@ -46,6 +49,40 @@ CONTROLS: list[dict[str, Any] | None] = [
 def url() -> Iterator[str]:
     with serving(create_app(Settings(max_batch_size=32))) as url:
         yield url
+
+
+SDK_SAMPLES = [
+    pytest.param(code, id=f"{page}-{index}")
+    for page in PAGES
+    for index, code in enumerate(blocks(text_of(page), "python"))
+    if "import OpenAI" in code
+]
+
+
+@pytest.mark.parametrize("code", SDK_SAMPLES)
+def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
+    url: str, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "http://127.0.0.1:8000" in code
+    exec(
+        compile(code.replace("http://127.0.0.1:8000", url), "sample", "exec", dont_inherit=True), {"__name__": "sample"}
+    )
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "shown"),
+    [
+        ("sdk_control", [], "positive and plain: "),
+        ("guardrail", ["--bound", "1.5"], "finish reason: guardrail"),
+        ("best_of_value", ["--candidates", "3"], "+0."),
+        ("watch_metrics", ["--seconds", "0"], "No tokens were drawn under control."),
+    ],
+)
+def test_an_example_runs_as_it_is_written(url: str, program: str, flags: list[str], shown: str) -> None:
+    command = [sys.executable, ROOT / f"examples/{program}.py", "--url", url, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown in done.stdout, done.stdout
 
 
 def ask(index: int, *, n: int = 1) -> dict[str, Any]:
@@ -102,8 +139,8 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
 
 
 def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
-    """By what README's example sends, too."""
-    example = README.partition("/v1/value -H")[2].partition("-d '")[2].partition("'\n")[0]
+    """By what the example on the page sends, too."""
+    (example,) = [body for path, body in curl_bodies(text_of(ROOT / "docs/http-api.md")) if path == "/v1/value"]
     texts = ["What a wonderful day, I love all of it!", "This is horrible. I hate every minute of it."]
     question = {"role": "user", "content": "What do you think of the film?"}
     answers = ["It is a delight from beginning to end.", "It is a stupid and ugly mess."]

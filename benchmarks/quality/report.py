@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.report`: heads' cards as the Markdown that the README and the heads' own page show.
+"""`python -m benchmarks.quality.report`: heads' cards as the Markdown that the pages show.
 
 Enter at SECTIONS.
 """
@@ -23,7 +23,7 @@ from server.cli.heads import HeadsCommand
 from value_models.store import HeadCard
 
 TRANSCRIPT_FILE = "transcript.json"
-"""In a folder of heads: the output of `recontrol compare` that the README shows."""
+"""In a folder of heads: the output of `recontrol compare` that the pages show."""
 
 
 class Report(HeadsCommand):

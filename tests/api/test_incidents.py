@@ -1,4 +1,4 @@
-"""What happened to servers like this one, each held here. The table in server/api/README.md names these tests."""
+"""What happened to servers like this one, each held here. The table in docs/http-api.md names these tests."""
 
 from __future__ import annotations
 

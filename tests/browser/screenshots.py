@@ -1,4 +1,4 @@
-"""The pictures of README.md, from a running server: python -m tests.browser.screenshots http://127.0.0.1:8000"""
+"""The pictures of the pages, from a running server: python -m tests.browser.screenshots http://127.0.0.1:8000"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from server import kernels
-from server.kernels import Kernels, machine_levels
+from server.kernels import Kernels, linear, machine_levels
 from server.kernels.linear import Bits, NativeLinear
 from server.kernels.ops import sample
 
@@ -180,13 +180,14 @@ assert are_counted(3, 100)
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_a_maps_bits_do_not_depend_on_the_number_of_threads(library: Kernels, bits: Bits, rows: int) -> None:
+def test_a_maps_bits_do_not_depend_on_the_number_of_threads(
+    library: Kernels, monkeypatch: pytest.MonkeyPatch, bits: Bits, rows: int
+) -> None:
+    monkeypatch.setattr(linear, "native", lambda: library)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(200, 96, generator=generator).bfloat16()
     x = torch.randn(rows, 96, generator=generator).bfloat16()
-    results = [
-        on_threads(threads, lambda: NativeLinear(weight, bits=bits, library=library)(x)) for threads in (1, 2, 5)
-    ]
+    results = [on_threads(threads, lambda: NativeLinear(weight, bits=bits)(x)) for threads in (1, 2, 5)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import random_head, write_heads
-from value_models import cache
+from value_models import files
 from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, StoredHeads, open_heads
 from value_models.store import CARD_FILE, HEAD_FILE
@@ -24,7 +24,7 @@ NAMES = itertools.count()
 @pytest.fixture(autouse=True)
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path / "cache"))
-    return cache.cache_root() / "heads"
+    return files.cache_root() / "heads"
 
 
 @pytest.fixture

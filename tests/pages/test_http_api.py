@@ -1,4 +1,4 @@
-"""The API's page shows fields, settings and incidents that exist, and all of them."""
+"""The page on the HTTP API shows fields, settings and incidents that exist, and all of them."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.settings import Settings
 
 TESTS = Path("tests/api/test_incidents.py")
-PAGE = Path("server/api/README.md").read_text()
+PAGE = Path("docs/http-api.md").read_text()
 SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")}
 INCIDENTS = [line for line in SECTIONS["Known incidents"].splitlines() if line.startswith("| ")][1:]
 

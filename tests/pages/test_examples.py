@@ -1,0 +1,59 @@
+"""The programs in examples/; tests/test_real_model.py runs those that ask a server of the real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.engines.fake import FakeEngine
+from server.settings import Settings
+from server.telemetry import Telemetry
+from tests.api.conftest import serving
+from tests.pages.pages import text_of
+
+CONTROLLED = {"model": "fake", "prompt": "hi", "max_tokens": 4, "control": {"objective": {"weights": {"plain": 1}}}}
+
+
+def module_of(program: str) -> ModuleType:
+    module = ModuleType(program)
+    exec(compile(text_of(f"examples/{program}.py"), program, "exec"), module.__dict__)
+    return module
+
+
+def test_every_example_is_described_on_the_page_and_short() -> None:
+    programs = sorted(path.name for path in Path("examples").glob("*.py"))
+    assert len(programs) == 5
+    assert all(f"]({name})" in text_of("examples/README.md") for name in programs)
+    assert all(len(text_of(f"examples/{name}").splitlines()) < 120 for name in programs)
+
+
+@pytest.mark.parametrize(("share", "status"), [("0.9", 0), ("-1", 1)])
+def test_the_watcher_fires_when_budgets_hold_back_more_than_the_share(
+    monkeypatch: pytest.MonkeyPatch, share: str, status: int
+) -> None:
+    watcher = module_of("watch_metrics")
+    telemetry = Telemetry()
+    with serving(create_app(Settings(), FakeEngine(observer=telemetry), telemetry)) as url:
+        monkeypatch.setattr(time, "sleep", lambda _s: httpx.post(f"{url}/v1/completions", json=CONTROLLED))
+        monkeypatch.setattr(sys, "argv", ["watch_metrics", "--url", url, "--share", share])
+        assert watcher.main() == status
+
+
+@pytest.mark.slow
+def test_a_reward_of_ones_own_becomes_a_served_head(tmp_path: Path) -> None:
+    """By the commands that a user would run, on fewer and shorter responses."""
+    flags = ["--out", str(tmp_path), "--num-samples", "4", "--max-tokens", "16"]
+    command = [sys.executable, "examples/own_reward.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "heads/kind/card.json").read_text())["reward"] == "own_reward:kindness"
+    assert "base: " in done.stdout
+    assert "with the head: " in done.stdout
