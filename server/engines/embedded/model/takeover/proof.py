@@ -42,15 +42,6 @@ _ROUNDED_RESIDUAL = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16
 
 
 @dataclass(slots=True)
-class _Layer:
-    """Rows [T, X] of one decoder layer in one forward pass over a text."""
-
-    entered: Tensor | None = None
-    attended: Tensor | None = None
-    left: Tensor | None = None
-
-
-@dataclass(slots=True)
 class Blocks:
     """The decoder layers of a backbone, each with its attention if it has one that goes through the interface."""
 
@@ -93,12 +84,11 @@ class Reference:
 
     blocks: Blocks
     texts: list[list[int]]
-    layers: list[list[_Layer]]
-    """By text and layer."""
+    seen: dict[tuple[int, int, str], Tensor]
+    """By text, layer and what it is, rows [T, X]: what a layer `entered` got, what its attention and it itself gave
+    (`attended`, `left`), and, if attention was watched, its PROJECTIONS."""
     axes: dict[tuple[int, str], int]
     """Which axis holds the tokens of what a layer gets and gives."""
-    projections: dict[tuple[int, str], list[Tensor]]
-    """Queries, keys and values by layer and kind, of each text [T, X]; none unless attention was watched."""
     states: list[Tensor]
     """By text, [T, D], behind the last norm."""
     logits: Tensor
@@ -114,8 +104,8 @@ class Reference:
         """
         vocab_size = model.config.get_text_config().vocab_size
         ids = [(number + 1) * _STRIDE % vocab_size for number in range(length + length // 4)]
-        reference = cls(Blocks.of(backbone, facts), [ids[:length], ids[length:]], [], {}, {}, [], torch.empty(0))
-        with _attention_watched(backbone, reference._saw_projection) if watch_attention else nullcontext():
+        reference = cls(Blocks.of(backbone, facts), [ids[:length], ids[length:]], {}, {}, [], torch.empty(0))
+        with _attention_watched(backbone, reference._keep) if watch_attention else nullcontext():
             for text in reference.texts:
                 reference._read(model, backbone, text)
         return reference
@@ -126,9 +116,13 @@ class Reference:
         return self.states[-1]
 
     def rows(self, layer: int, what: str, tokens: Sequence[tuple[int, int]]) -> Tensor | None:
-        """[T, X] of these (text, position); None where the layer did not run."""
-        held = [getattr(text[layer], what) for text in self.layers]
-        return None if any(rows is None for rows in held) else torch.stack([held[text][at] for text, at in tokens])
+        """[T, X] of these (text, position); None where nothing of it was seen."""
+        held = [self.seen.get((text, layer, what)) for text in range(len(self.texts))]
+        known = [rows_TX for rows_TX in held if rows_TX is not None]
+        if len(known) < len(held):
+            return None
+        starts = (0, len(known[0]))
+        return torch.cat(known)[[starts[text] + position for text, position in tokens]]
 
     def logits_difference(self, logits: Callable[[Tensor], Tensor]) -> Difference:
         """Between the model's logits and those [T, V] that a function gives of its states [T, D]."""
@@ -139,12 +133,10 @@ class Reference:
         return difference
 
     def _read(self, model: Any, backbone: nn.Module, text: list[int]) -> None:
-        layers = [_Layer() for _ in self.blocks.layers]
-
         def keep(layer: int, what: str, given: Tensor) -> Tensor:
             axis = next(axis for axis, size in enumerate(given.shape) if size == len(text))
             self.axes[layer, what] = axis
-            setattr(layers[layer], what, given.detach().movedim(axis, 0).flatten(1).clone())
+            self._keep(layer, what, given.movedim(axis, 0))
             return given
 
         states: list[Tensor] = []
@@ -154,17 +146,17 @@ class Reference:
                 output = model(torch.tensor([text], device=model.device), use_cache=False)
         finally:
             handle.remove()
-        self.layers.append(layers)
         self.states.append(states[0])
         self.logits = output.logits[0].float()
 
-    def _saw_projection(self, layer: int, what: str, rows_TX: Tensor) -> None:
-        self.projections.setdefault((layer, what), []).append(rows_TX)
+    def _keep(self, layer: int, what: str, given: Tensor) -> None:
+        """Of the text that is being read, whose states come last; tokens are on the first axis."""
+        self.seen[len(self.states), layer, what] = given.detach().flatten(1).clone()
 
 
 @contextmanager
 def _attention_watched(backbone: Any, watch: Callable[[int, str, Tensor], None]) -> Iterator[None]:
-    """Tell `watch` the rows [T, X] of queries, keys and values of each layer, whose attention computes as before.
+    """Tell `watch` of the queries, keys and values [T, ...] of each layer, whose attention computes as before.
 
     Nothing is told of attention that does not go through transformers' interface.
     """
@@ -177,7 +169,7 @@ def _attention_watched(backbone: Any, watch: Callable[[int, str, Tensor], None])
     def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer: int = module.layer_idx  # type: ignore[assignment]
         for what, given in zip(PROJECTIONS, args, strict=False):
-            watch(layer, what, given[0].transpose(0, 1).flatten(1).clone())
+            watch(layer, what, given[0].transpose(0, 1))
         return attention(module, *args, **kwargs)
 
     AttentionInterface.register(WATCHED_NAME, watched)
@@ -333,9 +325,8 @@ class Follower:
         """Where nothing is known of transformers' own, the engine that runs first is what the next is held to."""
         key = (self._number, layer, what)
         if key not in self._projections:
-            known = self._reference.projections.get((layer, what))
-            expected = [known[text][position] for text, position in self._step.tokens] if known else list(rows)
-            self._projections[key] = torch.stack(expected).clone()
+            expected = self._reference.rows(layer, what, self._step.tokens)
+            self._projections[key] = rows.clone() if expected is None else expected
         self._compare(rows, self._projections[key], f"the {what} of layer {layer}")
 
     def _compare(self, ours_TX: Tensor, theirs_TX: Tensor, where: str, entered_TX: Tensor | None = None) -> None:
