@@ -84,7 +84,7 @@ def _kept(code: str) -> dict[str, Verdict]:
 def _code() -> str:
     """A digest of what a verdict depends on."""
     digest = hashlib.sha256(transformers.__version__.encode())
-    for folder in (_ROOT / "server", Path(__file__).parent):
+    for folder in (*(_ROOT / "server" / name for name in ("control", "engines", "kernels")), Path(__file__).parent):
         for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in folder.rglob(kind)):
             if path.name not in _TELLING or path.parent != Path(__file__).parent:
                 digest.update(path.read_bytes())
