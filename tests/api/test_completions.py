@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.engines.choice import Choice
+from server.types import TokenEdit
 from tests.api.conftest import chat, complete
 
 CONTROL = {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3}
