@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.cli import COMMANDS, command_class, main
+from server.cli import main
+from server.cli.program import COMMANDS, command_class
 from server.cli.methods import METHODS
 from server.control.ascent import ascend
 from server.control.objectives import WeightedSum

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
-import os
 import signal
-from collections.abc import Iterator
 
 from pydantic import Field
 
@@ -38,9 +35,7 @@ class Serve(Settings):
 
             # A bar is no record; and one that cannot be written, on a full disk, hangs in its own end for ever.
             disable_progress_bar()
-        # uvicorn shuts down cleanly on Ctrl-C and then raises it again.
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings))
 
 
 def _resolved(settings: Settings) -> dict[str, str]:
@@ -61,13 +56,12 @@ def _has_cuda() -> bool:
 
 
 async def _serve(settings: Settings) -> None:
-    with _sigterm_ends():
-        telemetry = Telemetry(vllm_names=settings.vllm_metrics)
-        engine = create_engine(settings, observer=telemetry)
-        app = create_app(settings, engine, telemetry)
-        # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
-        await engine.start()
-        check_pinned(app)
+    telemetry = Telemetry(vllm_names=settings.vllm_metrics)
+    engine = create_engine(settings, observer=telemetry)
+    app = create_app(settings, engine, telemetry)
+    # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
+    await engine.start()
+    check_pinned(app)
     server = DrainingServer(
         app,
         host=settings.host,
@@ -76,23 +70,11 @@ async def _serve(settings: Settings) -> None:
         send_timeout_s=_send_timeout_s(settings),
         log_level=settings.log_level,
     )
+    # uvicorn raises it anew when the server has ended, which then ends as any process does that was told to.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     await server.serve()
 
 
 def _send_timeout_s(settings: Settings) -> float:
     """For whoever does not read: no longer than a response may take."""
     return min(settings.send_timeout_s, settings.request_timeout_s or math.inf)
-
-
-@contextlib.contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """SIGTERM ends the process at once while it starts, where nothing runs yet that would have to finish.
-
-    Elsewhere that is the default, but the first process of a container ignores what it has no handler for: it would
-    load its model to the end, for minutes if need be, or until it is killed.
-    """
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
