@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from server.cli import main
-from server.cli.program import COMMANDS, command_class
 from server.cli.methods import METHODS
+from server.cli.program import COMMANDS, command_class
 from server.control.ascent import ascend
 from server.control.objectives import WeightedSum
 from server.control.params import ControlParams
