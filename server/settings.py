@@ -14,11 +14,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
+
+from server.environment import service_links
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 KV_CACHE_GIB = (
@@ -178,6 +181,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)
+        links = {name.lower() for name in service_links(os.environ)}
+        env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name not in links}
         file = os.environ.get("RECONTROL_CONFIG")
         if file and not Path(file).is_file():
             raise SettingsError(f"RECONTROL_CONFIG: there is no file {file}")

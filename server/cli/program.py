@@ -21,8 +21,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
 
-from server.errors import RecontrolError
+from server.environment import no_such_setting, no_such_variable, unknown_variable
+from server.errors import ConfigurationError, RecontrolError
 from server.machine import limit_threads
+from server.settings import Settings
 from value_models.errors import ValueModelError
 
 COMMANDS = {
@@ -67,6 +69,7 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     command.model_config["cli_prog_name"] = program
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
+        _check_environment(command)
         flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter, cli_exit_on_error=False)
         CliApp.run(command, cli_args=list(words), cli_settings_source=flags)
     except SystemExit as end:
@@ -79,6 +82,8 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                message = no_such_setting(where, command.model_fields)
             print(f"{program}: {where + ': ' if where else ''}{message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -94,6 +99,19 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
 def _command_at(path: str) -> type[BaseSettings]:
     module, _, class_name = path.partition(":")
     return getattr(importlib.import_module(module), class_name)
+
+
+def _check_environment(command: type[BaseSettings]) -> None:
+    """Raises ConfigurationError for a RECONTROL_* variable that no command reads, which is most likely a typing error.
+
+    One environment may serve several commands, but the others are looked at only when this one does not know a name.
+    """
+    own = {*command.model_fields, *Settings.model_fields}
+    if unknown_variable(os.environ, own) is None:
+        return
+    fields = own.union(*(command_class(name).model_fields for name in COMMANDS))
+    if unknown := unknown_variable(os.environ, fields):
+        raise ConfigurationError(no_such_variable(unknown, own))
 
 
 def _without_command(words: Sequence[str]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
+import os
 import signal
 
 from pydantic import Field
@@ -12,10 +14,13 @@ from pydantic import Field
 from server.app import check_pinned, create_app
 from server.cli.http import DrainingServer
 from server.engines import create_engine
+from server.environment import service_links
 from server.logs import configure
 from server.machine import memory_limit_bytes
 from server.settings import Settings
 from server.telemetry import Telemetry
+
+_log = logging.getLogger(__name__)
 
 
 class Serve(Settings):
@@ -29,6 +34,11 @@ class Serve(Settings):
             print(json.dumps({**settings.model_dump(mode="json"), **_resolved(settings)}, indent=2))
             return
         configure(self.log_format, self.log_level)
+        if links := service_links(os.environ):
+            _log.warning(
+                "Ignored, since Kubernetes makes them of a Service: %s. With `enableServiceLinks: false` it does not",
+                ", ".join(links),
+            )
         if self.engine != "fake":
             # Not needed for --print-config, and slow to import.
             from transformers.utils.logging import disable_progress_bar
