@@ -38,6 +38,10 @@ def _as_text(location: Any) -> Any:
     return str(location) if isinstance(location, Path) else location
 
 
+HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+"""A folder of value heads or the URL of one."""
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="RECONTROL_",
@@ -52,8 +56,8 @@ class Settings(BaseSettings):
     model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
     adapter: Path | None = Field(None, description="folder of a PEFT LoRA adapter to merge in (extra adapters)")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
-    heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
-        None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
+    heads_dir: HeadsLocation | None = Field(
+        None, description="folder of value heads, or a URL of fsspec; by default those of the model"
     )
     allow_other_base: bool = Field(False, description=ALLOW_OTHER_BASE)
     heads_poll_s: float | None = Field(
@@ -82,6 +86,12 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
     ] = 60.0
+    keep_alive_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="time that a connection without a request stays open"),
+    ] = 75.0
+    """Above the 60 s of nginx and of clouds' load balancers: who closes first must not be the server, or a request that
+    comes at that moment is lost."""
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")

@@ -12,9 +12,11 @@ import signal
 from pydantic import Field
 
 from server.app import check_pinned, create_app
+from server.cli import address
 from server.cli.http import DrainingServer
 from server.engines import create_engine
 from server.environment import service_links
+from server.errors import ConfigurationError
 from server.logs import configure
 from server.machine import memory_limit_bytes
 from server.settings import Settings
@@ -66,23 +68,29 @@ def _has_cuda() -> bool:
 
 
 async def _serve(settings: Settings) -> None:
+    # First, so that a port in use is told before a model is loaded.
+    sockets = address.bind(settings.host, settings.port)
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)
     # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
     await engine.start()
-    check_pinned(app)
+    try:
+        check_pinned(app)
+        address.listen(sockets, settings.host)
+    except ConfigurationError:
+        await engine.stop()
+        raise
     server = DrainingServer(
         app,
-        host=settings.host,
-        port=settings.port,
         grace_s=settings.shutdown_grace_s,
         send_timeout_s=_send_timeout_s(settings),
+        keep_alive_s=settings.keep_alive_s,
         log_level=settings.log_level,
     )
     # uvicorn raises it anew when the server has ended, which then ends as any process does that was told to.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    await server.serve()
+    await server.serve(sockets)
 
 
 def _send_timeout_s(settings: Settings) -> float:
