@@ -72,6 +72,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.pinned = pinned
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
+    app.state.guardrail_finish_reason = settings.guardrail_finish_reason
     app.state.is_draining = False
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")

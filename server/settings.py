@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     request_timeout_s: float | None = Field(
         None, gt=0, description="most time for a response, beyond it a 504; by default no limit"
     )
+    guardrail_finish_reason: Literal["content_filter", "guardrail"] = Field(
+        "content_filter", description="of what a guardrail ends; clients that know OpenAI's alone refuse the other"
+    )
     stream_ping_s: Annotated[
         float,
         Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),

@@ -76,6 +76,8 @@ class Generation:
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
         summary = shown(asdict(control))
+        if control.stopped_by is None:
+            del summary["stopped_by"]
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
