@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import os
 import signal
+import socket
 
 from pydantic import Field
 
@@ -47,7 +49,10 @@ class Serve(Settings):
 
             # A bar is no record; and one that cannot be written, on a full disk, hangs in its own end for ever.
             disable_progress_bar()
-        asyncio.run(_serve(settings))
+        # First, so that a port in use is told before a model is loaded.
+        with contextlib.ExitStack() as held:
+            sockets = [held.enter_context(bound) for bound in address.bind(self.host, self.port)]
+            asyncio.run(_serve(settings, sockets))
 
 
 def _resolved(settings: Settings) -> dict[str, str]:
@@ -67,9 +72,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-async def _serve(settings: Settings) -> None:
-    # First, so that a port in use is told before a model is loaded.
-    sockets = address.bind(settings.host, settings.port)
+async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)
