@@ -31,7 +31,7 @@ def main() -> None:
         extra_body={"control": control},
     )
     choice = response.choices[0]
-    was_ended = choice.finish_reason == "guardrail"
+    was_ended = choice.finish_reason == "content_filter"
     print(APOLOGY if was_ended else choice.message.content)
     print(f"finish reason: {choice.finish_reason}")
 

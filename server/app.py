@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from pydantic import SecretStr
+from starlette.middleware.cors import CORSMiddleware
 
 from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
-from server.api.gate.identity import Identity
+from server.api.gate.head import HeadAsGet
+from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.sizes import BodyLimit, HeaderLimit
@@ -70,6 +72,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.pinned = pinned
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
+    app.state.guardrail_finish_reason = settings.guardrail_finish_reason
     app.state.is_draining = False
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")
@@ -78,12 +81,31 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         from server.tracing import Tracing
 
         app.add_middleware(Tracing, provider=provider)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Identity)
+    _allow_origins(app, settings)
     routers = [module.router for module in (completions, chat, value, models, tokens, system)]
     routers += [management.router] if management_keys else []
     for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _allow_origins(app: FastAPI, settings: Settings) -> None:
+    """The outermost layer, since browsers show a page no answer without these headers, an error of ours neither.
+
+    Keys come in a header that a page sets itself, and never from what a browser keeps, so credentials in the sense of
+    CORS are not allowed, and any header may be sent: SDKs have their own.
+    """
+    if not settings.allowed_origins:
+        return
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID_HEADER, "Retry-After", "x-should-retry"],
+    )
 
 
 def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> asyncio.Task[None] | None:

@@ -11,6 +11,7 @@
     |-- HeadConflictError        409   a head that is loaded already, or pinned
     |-- BodyTooLargeError        413
     |-- MediaTypeError           415   a body that is not JSON
+    |-- ContentEncodingError     415   a body that is compressed in a way this server does not know
     |-- HeadersTooLargeError     431
     |-- OverloadedError          429   the waiting queue is full
     |   `-- RateLimitError       429   the caller's own limit is reached
@@ -93,6 +94,11 @@ class BodyTooLargeError(RecontrolError):
 
 class MediaTypeError(RecontrolError):
     code = "unsupported_media_type"
+    status = 415
+
+
+class ContentEncodingError(RecontrolError):
+    code = "unsupported_content_encoding"
     status = 415
 
 

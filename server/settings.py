@@ -7,18 +7,23 @@ names mean the same; a flag wins over the environment, and that over the file. R
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
+
+from server.environment import service_links
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 KV_CACHE_GIB = (
@@ -27,12 +32,31 @@ KV_CACHE_GIB = (
 )
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
 
 def _as_text(location: Any) -> Any:
     return str(location) if isinstance(location, Path) else location
+
+
+HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+"""A folder of value heads or the URL of one."""
+
+
+def _split(listed: Any) -> Any:
+    return [part.strip() for part in listed.split(",") if part.strip()] if isinstance(listed, str) else listed
+
+
+def _origin(given: str) -> str:
+    """As browsers send it. Raises ValueError for what none would send."""
+    if given != "*" and not _ORIGIN.fullmatch(given):
+        raise ValueError(f"{given!r} is no origin; allowed are https://host, http://host:port and *, without a path")
+    return given
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Settings(BaseSettings):
@@ -49,8 +73,8 @@ class Settings(BaseSettings):
     model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
     adapter: Path | None = Field(None, description="folder of a PEFT LoRA to merge in; needs recontrol[adapters]")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
-    heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
-        None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
+    heads_dir: HeadsLocation | None = Field(
+        None, description="folder of value heads, or a URL of fsspec; by default those of the model"
     )
     allow_other_base: bool = Field(False, description=ALLOW_OTHER_BASE)
     heads_poll_s: float | None = Field(
@@ -67,10 +91,16 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
+    allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="comma-separated origins whose pages may use the server from a browser, or *; by default none"
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
     request_timeout_s: float | None = Field(
         None, gt=0, description="most time for a response, beyond it a 504; by default no limit"
+    )
+    guardrail_finish_reason: Literal["content_filter", "guardrail"] = Field(
+        "content_filter", description="of what a guardrail ends; clients that know OpenAI's alone refuse the other"
     )
     stream_ping_s: Annotated[
         float,
@@ -80,6 +110,12 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
     ] = 60.0
+    keep_alive_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="time that a connection without a request stays open"),
+    ] = 75.0
+    """Above the 60 s of nginx and of clouds' load balancers: who closes first must not be the server, or a request that
+    comes at that moment is lost."""
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
@@ -180,6 +216,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)
+        links = {name.lower() for name in service_links(os.environ)}
+        env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name not in links}
         file = os.environ.get("RECONTROL_CONFIG")
         if file and not Path(file).is_file():
             raise SettingsError(f"RECONTROL_CONFIG: there is no file {file}")

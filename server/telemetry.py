@@ -65,8 +65,8 @@ class Telemetry:
         self._decode = self._histogram("request_decode_time_seconds", "First token to last", _SECONDS)
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt tokens of a sequence", _TOKENS)
         self._generation_sizes = self._histogram("request_generation_tokens", "New tokens of a sequence", _TOKENS)
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished sequences")
-        self._generation_tokens = self._counter("generation_tokens", "New tokens")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as usage has them")
+        self._generation_tokens = self._counter("generation_tokens", "New tokens, as usage has them")
         self._success = self._counter("request_success", "Finished sequences by reason", "finished_reason")
         self._running = self._gauge("num_requests_running", "Sequences that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for a slot")
@@ -106,13 +106,18 @@ class Telemetry:
         text = generate_latest(self._registry)
         return text + generate_latest(_VllmNames(self._registry)) if self._has_vllm_names else text
 
+    def count_usage(self, *, prompt_tokens: int = 0, generation_tokens: int = 0) -> None:
+        """What requests are told and charged as their `usage`. Not for engines to say: they also compute prompts once
+        for each choice, and draw tokens that nobody hears of."""
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        self._generation_tokens.labels(self._model).inc(generation_tokens)
+
     def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None:
         self._queue.labels(self._model).observe(queue_s)
         self._prefill.labels(self._model).observe(prefill_s)
         self._ttft.labels(self._model).observe(ttft_s)
 
     def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None:
-        self._generation_tokens.labels(self._model).inc()
         if inter_token_s is not None:
             self._inter_token.labels(self._model).observe(inter_token_s)
         if edit is None:
@@ -134,7 +139,6 @@ class Telemetry:
     ) -> None:
         self._success.labels(self._model, reason.value).inc()
         self._e2e.labels(self._model).observe(e2e_s)
-        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         if decode_s is not None:
             self._decode.labels(self._model).observe(decode_s)
             self._prompt_sizes.labels(self._model).observe(prompt_tokens)

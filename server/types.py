@@ -167,6 +167,14 @@ class TokenEdit:
 
 
 @dataclass(slots=True, frozen=True)
+class BrokenBound:
+    """A head's value at the token that ended a response, and the bound in `ControlParams.stop_below` that it broke."""
+
+    value: float
+    bound: float
+
+
+@dataclass(slots=True, frozen=True)
 class ControlSummary:
     """A choice's edits taken together: means over its tokens, and the largest KL."""
 
@@ -180,6 +188,8 @@ class ControlSummary:
     held_share: dict[str, float]
     """Share of tokens that each thing held back, for what held any back; names as in HeldBy."""
     nonfinite_edits: int
+    stopped_by: dict[str, BrokenBound] | None = None
+    """By head, where the guardrail ended the choice."""
 
 
 @dataclass(slots=True, frozen=True)

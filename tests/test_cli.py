@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.cli import COMMANDS, command_class, main
+from server.cli import main
 from server.cli.methods import METHODS
+from server.cli.program import COMMANDS, command_class
 from server.control.ascent import ascend
 from server.control.objectives import WeightedSum
 from server.control.params import ControlParams
@@ -328,6 +329,42 @@ def test_a_head_is_published_by_its_url_and_listed_from_there(capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
     fsspec.filesystem("memory").rm("/published", recursive=True)
+
+
+def test_a_model_is_steered_by_heads_of_a_url_as_by_those_of_a_folder(
+    workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    store = "memory://steered/heads"
+    assert main(["heads", "publish", "short", "--to", store, "--heads-dir", str(folder / "heads")]) == 0
+    capsys.readouterr()
+    outputs = []
+    for heads_dir in (str(folder / "heads"), store):
+        words = ["hi", *flags, "--heads-dir", heads_dir, "--max-tokens", "9", "--head", "short"]
+        assert main(["generate", *words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    fsspec.filesystem("memory").rm("/steered", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["train", "--name", "x", "--reward", "brevity", "--out", "s3://bucket/heads"], "out"),
+        (["rollouts", "--out", "s3://bucket/run"], "out"),
+        (["compare", "hi", "--out", "https://host/x.json"], "out"),
+        (["eval", "positive", "--work", "gs://bucket/x"], "work"),
+        (["eval", "positive", "--heads-dir", "s3://bucket/heads", "--update-card"], "update_card"),
+        (["heads", "import", "s3://bucket/x.pth", "--name", "x", "--base-model", "m"], "path"),
+    ],
+)
+def test_a_url_where_a_path_is_meant_is_one_clear_line(
+    words: list[str], field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{field}: " in error
+    assert "on this machine" in error
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server import cli
+from server.cli import program
 from server.engines.embedded.model.kv_cache import default_kv_bytes
 from server.machine import limit_threads, memory_limit_bytes, usable_cores
 
@@ -125,10 +125,10 @@ def test_threads_follow_the_quota_unless_the_user_said_how_many(
 
 def test_every_command_limits_its_threads_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(cli, "limit_threads", lambda: done.append("limited"))
-    command_at = cli._command_at
-    monkeypatch.setattr(cli, "_command_at", lambda path: (done.append(path), command_at(path))[1])
-    assert cli.main(["serve", "--port", "99999"]) == 2
+    monkeypatch.setattr(program, "limit_threads", lambda: done.append("limited"))
+    command_at = program._command_at
+    monkeypatch.setattr(program, "_command_at", lambda path: (done.append(path), command_at(path))[1])
+    assert program.main(["serve", "--port", "99999"]) == 2
     assert done == ["limited", "server.cli.serve:Serve"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +21,7 @@ from server.cli.methods import Method
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
-from value_models.store import load_card
+from value_models.head_folder import open_heads
 
 _STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy, "cost": CostStudy}
 # What a study does not use; to give it would mean nothing.
@@ -98,10 +99,10 @@ class Quality(Evaluation):
             if len(names) < _MIN_OBJECTIVES_HEADS:
                 example = "`positive,neutral,plain`"
                 raise ConfigurationError(f"{field}: the objectives study takes two heads or more, as in {example}")
-        folder = self.heads_folder(loaded)
+        location = self.heads_location(loaded)
         return ObjectivesSetup(
-            folder=folder,
-            cards={name: load_card(folder / name) for name in dict.fromkeys([*heads, *itertools.chain(*sets)])},
+            folder=Path(location),
+            cards={name: open_heads(location).card(name) for name in dict.fromkeys([*heads, *itertools.chain(*sets)])},
             heads=heads,
             worst_cases=sets,
             factory=self.factory(loaded, registry),

@@ -29,6 +29,7 @@ from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
+from server.telemetry import Telemetry
 from server.types import (
     ControlSummary,
     FinishReason,
@@ -39,6 +40,8 @@ from server.types import (
     Usage,
 )
 
+LEAST_NEW_TOKENS = 16
+"""Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
 _MIN_LOGPROB = -9999.0
 _Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
 
@@ -58,6 +61,7 @@ class Generation:
     """Those that it runs under."""
     first_warnings: list[str]
     """Of its heads, when it was queued."""
+    telemetry: Telemetry
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
@@ -76,6 +80,8 @@ class Generation:
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
         summary = shown(asdict(control))
+        if control.stopped_by is None:
+            del summary["stopped_by"]
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
@@ -99,6 +105,7 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
+                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
                 if not (chunk.token_ids or chunk.text or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
@@ -195,7 +202,7 @@ async def start(
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
-    return await queue(request, requests, timeout_s=body.timeout_s)
+    return await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
@@ -214,19 +221,29 @@ def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRe
 
 
 async def queue(
-    request: Request, requests: list[GenerationRequest], *, timeout_s: float | None, size_field: str = "max_tokens"
+    request: Request,
+    requests: list[GenerationRequest],
+    *,
+    timeout_s: float | None,
+    size_field: str = "max_tokens",
+    takes_less: bool = False,
 ) -> Generation:
     """Queue requests that differ in their prompts alone; everything but the caller's limits must have been checked.
 
-    `size_field` is the one that is named when a body is larger than a minute's worth of tokens. Raises a RecontrolError
-    with nothing left queued.
+    `size_field` is the one that is named when a body is larger than a minute's worth of tokens. With `takes_less` the
+    caller has not said how many new tokens, so there are as many as the minute has left. Raises a RecontrolError with
+    nothing left queued.
     """
     state, context = request.app.state, context_of(request)
     engine: Engine = state.engine
     if state.is_draining:
         raise ShuttingDownError("The server is shutting down; it takes no new requests.")
-    most_tokens = sum(len(one.prompt_token_ids) + one.num_sequences * one.sampling.max_tokens for one in requests)
-    charge = None if context.caller is None else await context.caller.pay(most_tokens, field=size_field)
+    charge = None
+    if context.caller is not None:
+        max_tokens = requests[0].sampling.max_tokens
+        least = _num_tokens(requests, min(max_tokens, LEAST_NEW_TOKENS)) if takes_less else None
+        charge = await context.caller.pay(_num_tokens(requests, max_tokens), least=least, field=size_field)
+        requests = _within(requests, charge.tokens)
     streams: list[ChunkStream] = []
     try:
         for generation_request in requests:
@@ -238,7 +255,7 @@ async def queue(
         raise
     heads = sorted(requests[0].named_heads)
     timeouts = [most_s for most_s in (timeout_s, state.request_timeout_s) if most_s is not None]
-    return Generation(
+    generation = Generation(
         engine=engine,
         prompts=[list(one.prompt_token_ids) for one in requests],
         num_choices=requests[0].num_choices,
@@ -248,8 +265,26 @@ async def queue(
         is_traced=any(one.control is not None and one.control.trace for one in requests),
         heads=heads,
         first_warnings=engine.info.warnings(heads),
+        telemetry=state.telemetry,
         facts=context.facts,
     )
+    generation.telemetry.count_usage(prompt_tokens=generation.usage.prompt_tokens)
+    return generation
+
+
+def _num_tokens(requests: Sequence[GenerationRequest], max_tokens: int) -> int:
+    """Of the prompts, and new ones where each text gets so many."""
+    return sum(len(one.prompt_token_ids) + one.num_sequences * max_tokens for one in requests)
+
+
+def _within(requests: list[GenerationRequest], num_tokens: int) -> list[GenerationRequest]:
+    """With so many new tokens that all of them, and the prompts, are what was paid for."""
+    max_tokens = requests[0].sampling.max_tokens
+    if num_tokens >= _num_tokens(requests, max_tokens):
+        return requests
+    max_tokens = (num_tokens - _num_tokens(requests, 0)) // sum(one.num_sequences for one in requests)
+    sampling = requests[0].sampling.model_copy(update={"max_tokens": max_tokens})
+    return [replace(one, sampling=sampling) for one in requests]
 
 
 def shown(value: Any) -> Any:

@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api.gate.context import request_id_of
+from server.api.gate.encodings import ENCODINGS
 from server.api.schemas import REFUSED, locate
 from server.errors import (
     AuthenticationError,
+    ContentEncodingError,
     DeadlineExceededError,
     OverloadedError,
     RecontrolError,
@@ -64,6 +66,8 @@ def _headers(error: RecontrolError) -> dict[str, str] | None:
     if isinstance(error, DeadlineExceededError):
         # OpenAI's clients would otherwise repeat what was too slow.
         return {"x-should-retry": "false"}
+    if isinstance(error, ContentEncodingError):
+        return {"Accept-Encoding": ", ".join(ENCODINGS)}
     if isinstance(error, AuthenticationError):
         return {"WWW-Authenticate": "Bearer"}
     return None

@@ -99,10 +99,12 @@ class ResponseWriter(ABC):
         self,
         index: int,
         content: dict[str, Any],
-        finish_reason: FinishReason | None,
+        finish_reason: str | None,
         control: ControlSummary | None,
         trace: list[dict[str, Any]],
     ) -> dict[str, Any]:
+        if finish_reason is FinishReason.GUARDRAIL:
+            finish_reason = self._request.app.state.guardrail_finish_reason
         choice = {"index": index, **content, "finish_reason": finish_reason}
         if control is not None:
             choice["control"] = self._generation.control_shown(control)

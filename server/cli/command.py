@@ -6,9 +6,9 @@ import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import value_models
@@ -17,7 +17,8 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.heads import HeadSource
 from server.errors import ConfigurationError
-from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB
+from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB, HeadsLocation
+from value_models.head_folder import is_url
 from value_models.prompt_sets import RolloutPrompt, load_prompts
 
 
@@ -32,6 +33,19 @@ class Command(BaseSettings):
         cli_hide_none_type=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_url_for_a_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """A path made of a URL would be a folder called `s3:`."""
+        assert info.field_name is not None
+        if is_url(value) and Path in _alternatives(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"{value!r} is a URL; name a path on this machine")
+        return value
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
 
 
 class ModelCommand(Command):
@@ -65,7 +79,9 @@ class ModelCommand(Command):
 class HeadsModelCommand(ModelCommand):
     """A command that runs the model with value heads."""
 
-    heads_dir: Path | None = Field(None, description="folder of value heads; by default those shipped for the model")
+    heads_dir: HeadsLocation | None = Field(
+        None, description="folder of value heads, or a URL of fsspec; by default those shipped for the model"
+    )
     allow_other_base: bool = Field(False, description=ALLOW_OTHER_BASE)
 
     def heads(self, loaded: LoadedModel) -> HeadRegistry:

@@ -31,10 +31,11 @@ from value_models.baselines import load_baselines
 from value_models.evaluation import Scoring
 from value_models.files import write_text
 from value_models.generations import GenerationStore
+from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, split_of
 from value_models.rollouts import RolloutSettings, open_rollouts
-from value_models.store import HeadCard, load_card, shipped_heads_folder
+from value_models.store import HeadCard, shipped_heads_folder
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
@@ -105,6 +106,8 @@ class Evaluation(HeadsModelCommand):
 
     def check_flags(self) -> None:
         """Raises ValueError for what does not go together."""
+        if self.update_card and self.heads_dir is not None and is_url(self.heads_dir):
+            raise ValueError("update_card: only in a heads_dir on this machine; publish it afterwards")
         if unknown := set(self.methods) - self.known_methods.keys():
             raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(self.known_methods)}")
         if self.sets_strengths and self.split == "all" and self.tuning_prompts is None:
@@ -157,8 +160,7 @@ class Evaluation(HeadsModelCommand):
     def setup(self, loaded: LoadedModel, registry: HeadRegistry) -> EvalSetup:
         """Of one head. What can be wrong with names, or is missing, is said before minutes of sampling."""
         registry.check([self.head], param="head")
-        folder = self.heads_folder(loaded) / self.head
-        card = load_card(folder)
+        card = open_heads(self.heads_location(loaded)).card(self.head)
         scoring = Scoring.load(card.reward, self.judges or _JUDGES.get(card.reward, []))
         instruction = self.instruction or _INSTRUCTIONS.get(card.reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
@@ -169,7 +171,7 @@ class Evaluation(HeadsModelCommand):
         factory = self.factory(loaded, self._with_baselines(loaded, registry, card))
         return EvalSetup(
             subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction),
-            folder=folder,
+            folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,
             store=self.store(),
@@ -181,7 +183,7 @@ class Evaluation(HeadsModelCommand):
             methods=self.rivals(),
         )
 
-    def heads_folder(self, loaded: LoadedModel) -> Path:
+    def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)
 
     def factory(self, loaded: LoadedModel, registry: HeadRegistry) -> ArmFactory:

@@ -9,7 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.command import Command, command_line
 from server.errors import ConfigurationError, UnknownHeadError
-from server.settings import DEFAULT_MODEL
+from server.settings import DEFAULT_MODEL, HeadsLocation
 from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, LocalHeads, open_heads
 from value_models.importer import import_pth, import_vector
@@ -19,7 +19,7 @@ _VECTORS = (".gguf", ".safetensors")
 
 
 class HeadsCommand(Command):
-    heads_dir: str | None = Field(
+    heads_dir: HeadsLocation | None = Field(
         None, description=f"folder of heads, or a URL of fsspec; by default those shipped for {DEFAULT_MODEL}"
     )
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import termios
 from http import HTTPStatus
+from typing import cast
 
 import h11
 import uvicorn
@@ -105,20 +106,20 @@ class Protocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves `app` on an address.
+    """Serves `app` on the sockets that `serve` is given (`address.py`).
 
-    `grace_s` is what running requests get when it is told to stop, and `send_timeout_s` what a client gets to take
-    something of what waits for it.
+    `grace_s` is what running requests get when it is told to stop, `send_timeout_s` what a client gets to take
+    something of what waits for it, and `keep_alive_s` how long a connection without a request stays open.
     """
 
     def __init__(
-        self, app: FastAPI, *, host: str, port: int, grace_s: float, send_timeout_s: float, log_level: str
+        self, app: FastAPI, *, grace_s: float, send_timeout_s: float, keep_alive_s: float, log_level: str
     ) -> None:
         config = _Config(
             app,
-            host=host,
-            port=port,
             http=Protocol,
+            # uvicorn hands it to the event loop, which takes fractions.
+            timeout_keep_alive=cast(int, keep_alive_s),
             h11_max_incomplete_event_size=_MAX_EVENT_BYTES,
             timeout_graceful_shutdown=_ENDING_S,
             # Our own lines are written by server.api.gate.identity, in the format that server.logs was told.
@@ -131,6 +132,11 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._grace_s = grace_s
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        urls = ", ".join(sorted({_url(bound) for bound in sockets or []}))
+        _log.info("Uvicorn running on %s (Press CTRL+C to quit)", urls)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.is_draining = True
         loop = asyncio.get_running_loop()
@@ -141,3 +147,8 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(_POLL_S)
         await self._app.state.engine.stop()
         await super().shutdown(sockets)
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
+import socket
 
 from pydantic import Field
 
 from server.app import check_pinned, create_app
+from server.cli import address
 from server.cli.http import DrainingServer
 from server.engines import create_engine
+from server.environment import service_links
+from server.errors import ConfigurationError
 from server.logs import configure
 from server.machine import memory_limit_bytes
 from server.settings import Settings
 from server.telemetry import Telemetry
+
+_log = logging.getLogger(__name__)
 
 
 class Serve(Settings):
@@ -32,15 +38,21 @@ class Serve(Settings):
             print(json.dumps({**settings.model_dump(mode="json"), **_resolved(settings)}, indent=2))
             return
         configure(self.log_format, self.log_level)
+        if links := service_links(os.environ):
+            _log.warning(
+                "Ignored, since Kubernetes makes them of a Service: %s. With `enableServiceLinks: false` it does not",
+                ", ".join(links),
+            )
         if self.engine != "fake":
             # Not needed for --print-config, and slow to import.
             from transformers.utils.logging import disable_progress_bar
 
             # A bar is no record; and one that cannot be written, on a full disk, hangs in its own end for ever.
             disable_progress_bar()
-        # uvicorn shuts down cleanly on Ctrl-C and then raises it again.
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(settings))
+        # First, so that a port in use is told before a model is loaded.
+        with contextlib.ExitStack() as held:
+            sockets = [held.enter_context(bound) for bound in address.bind(self.host, self.port)]
+            asyncio.run(_serve(settings, sockets))
 
 
 def _resolved(settings: Settings) -> dict[str, str]:
@@ -60,39 +72,30 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-async def _serve(settings: Settings) -> None:
-    with _sigterm_ends():
-        telemetry = Telemetry(vllm_names=settings.vllm_metrics)
-        engine = create_engine(settings, observer=telemetry)
-        app = create_app(settings, engine, telemetry)
-        # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
-        await engine.start()
+async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    telemetry = Telemetry(vllm_names=settings.vllm_metrics)
+    engine = create_engine(settings, observer=telemetry)
+    app = create_app(settings, engine, telemetry)
+    # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
+    await engine.start()
+    try:
         check_pinned(app)
+        address.listen(sockets, settings.host)
+    except ConfigurationError:
+        await engine.stop()
+        raise
     server = DrainingServer(
         app,
-        host=settings.host,
-        port=settings.port,
         grace_s=settings.shutdown_grace_s,
         send_timeout_s=_send_timeout_s(settings),
+        keep_alive_s=settings.keep_alive_s,
         log_level=settings.log_level,
     )
-    await server.serve()
+    # uvicorn raises it anew when the server has ended, which then ends as any process does that was told to.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    await server.serve(sockets)
 
 
 def _send_timeout_s(settings: Settings) -> float:
     """For whoever does not read: no longer than a response may take."""
     return min(settings.send_timeout_s, settings.request_timeout_s or math.inf)
-
-
-@contextlib.contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """SIGTERM ends the process at once while it starts, where nothing runs yet that would have to finish.
-
-    Elsewhere that is the default, but the first process of a container ignores what it has no handler for: it would
-    load its model to the end, for minutes if need be, or until it is killed.
-    """
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

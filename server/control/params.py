@@ -97,8 +97,11 @@ class ControlParams(BaseModel):
         return tuple(sorted(self.named_heads))
 
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
-        """Whether a head's value is below its bound, or is no number."""
-        return any(not value_after[name] >= bound for name, bound in (self.stop_below or {}).items())
+        return bool(self.broken_bounds(value_after))
+
+    def broken_bounds(self, value_after: Mapping[str, float]) -> dict[str, float]:
+        """The bounds of the heads whose value is below them, or is no number."""
+        return {name: bound for name, bound in (self.stop_below or {}).items() if not value_after[name] >= bound}
 
     @classmethod
     def from_json(cls, text: str, setting: str) -> ControlParams:

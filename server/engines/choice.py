@@ -16,7 +16,15 @@ from typing import Any, Self
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
 from server.engines.text import StopMatcher, TextOfTokens
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+from server.types import (
+    BrokenBound,
+    ControlSummary,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    TokenEdit,
+    TokenLogprob,
+)
 
 FAILED = "The request failed inside the engine."
 
@@ -107,9 +115,19 @@ class Choice:
         return replace(
             chunk or GenerationChunk(index=self.index),
             finish_reason=reason,
-            control=None if self.totals is None else self.totals.summary(),
+            control=self._summary(reason),
             error=FAILED if reason is FinishReason.ERROR else None,
         )
+
+    def _summary(self, reason: FinishReason) -> ControlSummary | None:
+        if self.totals is None:
+            return None
+        summary, control = self.totals.summary(), self.request.control
+        if reason is not FinishReason.GUARDRAIL or control is None:
+            return summary
+        values = self.totals.last_values_after
+        stopped_by = {name: BrokenBound(values[name], bound) for name, bound in control.broken_bounds(values).items()}
+        return replace(summary, stopped_by=stopped_by)
 
     def follow(self, other: Choice) -> None:
         """Take over text and totals of another choice of the request, in copies."""

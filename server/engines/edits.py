@@ -34,13 +34,14 @@ def token_edit(names: Sequence[str], numbers: Sequence[float]) -> TokenEdit:
 class EditTotals:
     """Running sums over the edits of a choice's tokens, straight from their numbers: a step has a row of them."""
 
-    __slots__ = ("_held", "_is_gate_open", "_max_kl", "_num_moved", "_num_tokens", "_sums", "names")
+    __slots__ = ("_held", "_is_gate_open", "_last", "_max_kl", "_num_moved", "_num_tokens", "_sums", "names")
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._num_tokens, self._num_moved, self._max_kl, self._is_gate_open = 0, 0, 0.0, False
         self._sums = [0.0] * (2 * len(names) + 5)
         self._held: Counter[float] = Counter()
+        self._last: Sequence[float] = ()
 
     def add(self, numbers: Sequence[float]) -> None:
         kl, shift_ratio, held_by, _, is_gate_open = numbers[-5:]
@@ -49,6 +50,7 @@ class EditTotals:
         self._max_kl = max(self._max_kl, kl)
         self._is_gate_open = bool(is_gate_open)
         self._held[held_by] += 1
+        self._last = numbers
         self._sums = list(map(operator.add, self._sums, numbers))
 
     def copy(self) -> EditTotals:
@@ -61,6 +63,12 @@ class EditTotals:
         """What control has to know of the choice for its next token."""
         # Rounding is charged too, so that the true sum stays below what is spent.
         return ControlState(self._num_tokens, self._sums[-5] + self._num_moved * ROUNDING_NATS, self._is_gate_open)
+
+    @property
+    def last_values_after(self) -> dict[str, float]:
+        """Those of the last token's edit."""
+        size = len(self.names)
+        return dict(zip(self.names, self._last[size : 2 * size], strict=True))
 
     def summary(self) -> ControlSummary:
         """Means over the tokens; of none there are no values."""

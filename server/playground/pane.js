@@ -6,6 +6,7 @@ import { heldBy } from "./trace.js";
 const ENDINGS = {
   length: "at max tokens",
   stop: "by itself",
+  content_filter: "by the guardrail",
   guardrail: "by the guardrail",
 };
 const STOPPED = "by you";

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from server.cli.address import bind, port_of
 from server.cli.http import DrainingServer
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
@@ -60,20 +61,22 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI, *, grace_s: float = 0.5, send_timeout_s: float = 60) -> Iterator[str]:
+def serving(
+    app: FastAPI, *, grace_s: float = 0.5, send_timeout_s: float = 60, keep_alive_s: float = 75
+) -> Iterator[str]:
     """The app on a free port of this machine; its base URL."""
     server = DrainingServer(
-        app, host="127.0.0.1", port=0, grace_s=grace_s, send_timeout_s=send_timeout_s, log_level="warning"
+        app, grace_s=grace_s, send_timeout_s=send_timeout_s, keep_alive_s=keep_alive_s, log_level="warning"
     )
+    sockets = bind("127.0.0.1", 0)
     app.state.tell_to_stop = lambda: setattr(server, "should_exit", True)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=(sockets,))
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        host, port = server.servers[0].sockets[0].getsockname()
-        yield f"http://{host}:{port}"
+        yield f"http://127.0.0.1:{port_of(sockets)}"
     finally:
         server.should_exit = True
         thread.join()

@@ -18,7 +18,7 @@ from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Caller, Limits, LocalRates
 from server.errors import ConfigurationError, InvalidRequestError, RateLimitError
 from server.settings import Settings
-from tests.api.conftest import complete, eventually, serving
+from tests.api.conftest import chat, complete, eventually, serving
 
 KEY, OTHER, MANAGER = "k-first-0123456789", "k-second-0123456789", "k-manager-0123456789"
 
@@ -160,6 +160,20 @@ async def test_tokens_that_were_paid_for_and_not_used_are_given_back_once() -> N
         await caller.pay(101)
 
 
+async def test_who_left_open_how_many_tokens_gets_what_the_minute_has_left() -> None:
+    caller = Caller("k", Limits(tokens_per_minute=100), LocalRates(Clock()))
+    first = await caller.pay(8000, least=20)
+    assert first.tokens == 100
+    first.settle(70)
+    assert (await caller.pay(8000, least=20)).tokens == 30
+    with pytest.raises(RateLimitError) as caught:
+        await caller.pay(8000, least=20)
+    assert caught.value.retry_after_s == 12
+    with pytest.raises(InvalidRequestError, match="101"):
+        await caller.pay(8000, least=101)
+    assert (await Caller("k", Limits(), LocalRates(Clock())).pay(8000, least=20)).tokens == 8000
+
+
 def test_each_key_has_its_own_rate(keyed: Callable[..., TestClient]) -> None:
     with keyed(requests_per_minute=2) as client:
         assert [complete(client).status_code for _ in range(3)] == [200, 200, 429]
@@ -177,6 +191,17 @@ def test_tokens_are_counted_as_they_are_used_whatever_was_asked_for(keyed: Calla
         # 35 of 70 are used; each of these must be able to pay for 25, but uses 6.
         assert [complete(client, **stopped).status_code for _ in range(3)] == [200, 200, 429]
         assert complete(client, max_tokens=70).status_code == 400
+
+
+def test_a_chat_that_leaves_its_length_open_gets_what_the_minute_has_left(keyed: Callable[..., TestClient]) -> None:
+    with keyed(tokens_per_minute=300) as client:
+        assert complete(client, max_tokens=95).json()["usage"]["total_tokens"] == 100
+        done = chat(client, n=2)
+        usage = done.json()["usage"]
+        assert {choice["finish_reason"] for choice in done.json()["choices"]} == {"length"}
+        assert usage["completion_tokens"] == (200 - usage["prompt_tokens"]) // 2 * 2
+        assert chat(client).status_code == 429
+        assert complete(client, max_tokens=300).status_code == 400
 
 
 def test_requests_at_once_are_limited_for_each_key_and_counted_out_when_they_end(

@@ -1,9 +1,11 @@
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.engines.choice import Choice
@@ -183,12 +185,22 @@ def test_figures_that_are_not_finite_are_null(client: TestClient, monkeypatch: p
 
 
 @pytest.mark.parametrize("send", [complete, chat])
-def test_a_guardrail_ends_a_response_with_its_own_reason_which_is_counted(client: TestClient, send: Any) -> None:
+def test_a_guardrail_ends_a_response_with_a_reason_that_clients_know_and_the_detail_in_control(
+    client: TestClient, send: Any
+) -> None:
     guarded = {"control": {**CONTROL, "stop_below": {"plain": 0.6}}, "max_tokens": 4}
     whole = send(client, **guarded).json()
-    assert [choice["finish_reason"] for choice in whole["choices"]] == ["guardrail"]
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["content_filter"]
+    assert whole["choices"][0]["control"]["stopped_by"] == {"plain": {"value": 0.5, "bound": 0.6}}
     assert whole["usage"]["completion_tokens"] == 1
     assert set(whole["choices"][0]["control"]["value_after"]) == {"positive", "plain"}
     streamed = events(send(client, stream=True, **guarded))
-    assert [c["finish_reason"] for e in streamed for c in e["choices"] if c["finish_reason"]] == ["guardrail"]
+    assert [c["finish_reason"] for e in streamed for c in e["choices"] if c["finish_reason"]] == ["content_filter"]
     assert 'finished_reason="guardrail",model_name="fake"} 2.0' in client.get("/metrics").text
+    assert "stopped_by" not in send(client, control=CONTROL, max_tokens=1).json()["choices"][0]["control"]
+
+
+def test_a_guardrail_has_a_reason_of_its_own_where_a_setting_says_so(make_app: Callable[..., FastAPI]) -> None:
+    guarded = {"control": {**CONTROL, "stop_below": {"plain": 0.6}}, "max_tokens": 4}
+    with TestClient(make_app(settings={"guardrail_finish_reason": "guardrail"})) as client:
+        assert complete(client, **guarded).json()["choices"][0]["finish_reason"] == "guardrail"

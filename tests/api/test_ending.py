@@ -95,7 +95,8 @@ def test_after_the_grace_period_the_rest_ends_with_an_error_event(make_app: Call
     assert ending.events[-1] == "data: [DONE]"
 
 
-def test_sigterm_ends_the_command_cleanly_and_at_once_when_nothing_runs() -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_server_cleanly_and_at_once_when_nothing_runs(number: signal.Signals, status: int) -> None:
     main = "import sys; from server.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "serve", "--engine", "fake", "--port", "0", "--log-format", "json"]
     with subprocess.Popen(
@@ -109,9 +110,10 @@ def test_sigterm_ends_the_command_cleanly_and_at_once_when_nothing_runs() -> Non
                 break
         assert found
         assert httpx.get(f"{found[0]}/ready").status_code == 200
-        run.send_signal(signal.SIGTERM)
+        told_s = time.monotonic()
+        run.send_signal(number)
         logged += run.stderr.read().splitlines()
-        assert run.wait(10) in (0, -signal.SIGTERM)
+        assert (run.wait(10), time.monotonic() - told_s < 1) == (status, True)
     assert all(isinstance(json.loads(line), dict) for line in logged)
     assert any(json.loads(line).get("path") == "/ready" for line in logged)
 
@@ -134,22 +136,61 @@ def test_a_loop_that_has_died_turns_health_and_ready_to_503(
         assert client.get("/metrics").status_code == 200
 
 
-def test_sigterm_ends_the_command_at_once_while_its_engine_starts() -> None:
-    """By a handler and not by the default, which the first process of a container does not have."""
-    code = """
-import asyncio, sys
+STARTING = """
+import asyncio, time
 from server.cli import main
 from server.engines.fake import FakeEngine
 
 async def start(self):
     print("starting", flush=True)
-    await asyncio.sleep(60)
+    await asyncio.to_thread(time.sleep, 60)
 
 FakeEngine.start = start
-sys.exit(main(["serve", "--engine", "fake", "--port", "0"]))
+main(["serve", "--engine", "fake", "--port", "0"])
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+LOADING = """
+import time
+from server.cli import main
+from server.cli.command import ModelCommand
+
+def load(self):
+    print("loading", flush=True)
+    time.sleep(60)
+
+ModelCommand.load = load
+main(["generate", "hi"])
+"""
+IMPORTING = """
+import sys, time
+from server.cli import main
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "server.engines.embedded":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+main(["generate", "hi"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("code", [STARTING, LOADING, IMPORTING])
+def test_a_signal_ends_a_command_at_once_and_in_silence_whatever_it_does(code: str, number: signal.Signals) -> None:
+    """By a handler and not by the default, which the first process of a container does not have."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
-        assert run.stdout.readline() == "starting\n"
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(10) == 128 + signal.SIGTERM
+        assert run.stderr is not None
+        assert run.stdout.readline().endswith("ing\n")
+        told_s = time.monotonic()
+        run.send_signal(number)
+        assert (run.wait(10), time.monotonic() - told_s < 1) == (128 + number, True)
+        assert run.stderr.read() == ""
+
+
+def test_nothing_that_takes_long_is_imported_before_signals_are_handled() -> None:
+    code = "import sys; before = set(sys.modules); import server.cli; print(*(set(sys.modules) - before))"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.partition(".")[0] for name in imported} <= {"server", *sys.stdlib_module_names}

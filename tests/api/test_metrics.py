@@ -1,11 +1,13 @@
+import logging
 from collections.abc import Callable
 
+import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.telemetry import VLLM_METRICS, Telemetry
-from tests.api.conftest import complete
+from tests.api.conftest import chat, complete
 
 NAMES = {
     "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
@@ -90,3 +92,40 @@ def test_two_telemetries_do_not_share_anything() -> None:
     first.bind("m", ["h"])
     assert b'head="h"' in first.render()
     assert b'head="h"' not in second.render()
+
+
+SEARCHED = {"objective": {"weights": {"positive": 1.0}}, "search": {"type": "blocks", "candidates": 3}}
+BODIES = [
+    {"prompt": ["hello", "hi"], "n": 3, "max_tokens": 5},
+    {
+        "prompt": "hello",
+        "n": 2,
+        "best_of": 4,
+        "max_tokens": 6,
+        "control": {"objective": {"weights": {"positive": 1.0}}},
+    },
+    {"prompt": "hello", "control": SEARCHED, "max_tokens": 9},
+    {"prompt": "hello", "echo": True, "logprobs": 0, "max_tokens": 0},
+    {"prompt": "hello", "n": 2, "stream": True, "max_tokens": 7},
+    {"prompt": "hello", "n": 2, "max_tokens": 200, "timeout_s": 0.001},
+    {"prompt": "hello", "max_tokens": 10**6},
+]
+
+
+@pytest.mark.parametrize("engine", ["fake", "embedded"])
+def test_the_counters_are_the_sums_of_usage_whatever_was_asked_for(
+    engine: str, make_app: Callable[..., FastAPI], make_embedded_app: Callable[..., FastAPI],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, "recontrol.access")
+    app, model = (make_app(), "fake") if engine == "fake" else (make_embedded_app(), "tiny")
+    with TestClient(app) as client:
+        answers = [complete(client, model=model, **body) for body in BODIES] + [chat(client, model=model, max_tokens=4)]
+        counts = scrape(client)
+    facts = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
+    told = [answer.json()["usage"] for answer in answers if answer.status_code == 200 and answer.text[0] == "{"]
+    assert len(told) == 5
+    for kind, counter in (("prompt_tokens", "prompt_tokens"), ("completion_tokens", "generation_tokens")):
+        logged = [one[kind] for one in facts if kind in one]
+        assert counts[f"recontrol_{counter}_total", ""] == sum(logged) > 0
+        assert {usage[kind] for usage in told} <= set(logged)

@@ -313,8 +313,10 @@ def test_a_candidate_that_breaks_the_guardrail_is_kept_only_when_all_do(core: En
         singles = [solo(core, replace(request, control=replace_search(guarded)), j) for j in range(4)]
         assert singles[0].token_ids == tried["r", 0].token_ids
         broken = [single.finish_reasons[0] is FinishReason.GUARDRAIL for single in singles]
-        (reason,) = run(core, [request])["r", 0].finish_reasons
+        chunks = run(core, [request])["r", 0].chunks
+        reason = chunks[-1].finish_reason
         assert (reason is FinishReason.GUARDRAIL) == all(broken)
+        assert bool(chunks[-1].control.stopped_by) == all(broken)
         reasons.add((any(broken), reason))
     assert (True, FinishReason.LENGTH) in reasons
 

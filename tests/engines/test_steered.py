@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
-from server.types import FinishReason, GenerationRequest, SamplingParams, TokenEdit
+from server.types import BrokenBound, FinishReason, GenerationRequest, SamplingParams, TokenEdit
 from tests.conftest import Collected, run
 from tests.engines.test_laws import CONTROLS, requests
 
@@ -107,6 +107,8 @@ def test_a_guardrail_ends_the_response_at_the_first_value_below_its_bound(core: 
     last = next(i for i, value in enumerate(values) if value < bound)
     assert guarded.token_ids == free.token_ids[: last + 1]
     assert guarded.finish_reasons == [FinishReason.GUARDRAIL]
+    summaries = [one.chunks[-1].control for one in (guarded, free)]
+    assert [summary.stopped_by for summary in summaries] == [{"line": BrokenBound(values[last], bound)}, None]
     assert free.finish_reasons != guarded.finish_reasons
     assert free.text.startswith(guarded.text)
     assert core.status().kv_cache_usage == 0

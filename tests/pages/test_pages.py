@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from benchmarks.quality.command import Quality
 from benchmarks.quality.report import Report
 from benchmarks.speed.command import Speed
-from server.cli import COMMANDS, command_class
+from server.cli.program import COMMANDS, command_class
 from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from tests.pages.pages import PAGES, anchors, text_of
 from tests.soak.command import Soak

@@ -151,7 +151,7 @@ def _check_stream(planned: Planned, seen: Seen) -> None:
 
 
 def _check_choices(planned: Planned, answers: list[Answer]) -> None:
-    reasons = {"stop", "length"} | ({"guardrail"} if planned.body.get("control", {}).get("stop_below") else set())
+    reasons = {"stop", "length"} | ({"content_filter"} if planned.body.get("control", {}).get("stop_below") else set())
     for index, answer in enumerate(answers):
         _need(answer.num_ends == 1, f"choice {index} ended {answer.num_ends} times")
         _need(answer.finish_reason in reasons, f"choice {index} ended with {answer.finish_reason!r}")

@@ -1,8 +1,9 @@
 """What one caller may ask for: requests and tokens a minute, and requests at once.
 
 Rates are token buckets that hold a minute's worth, so a caller may use it at once and then waits. A request pays for
-its prompt and for all the tokens it may ask for, and gets back what it did not use. Buckets are this process's own, or
-shared with other servers (`shared_rates.py`). Knows no HTTP. Enter at `Callers`.
+its prompt and for all the tokens it may ask for, and gets back what it did not use; one that left open how many gets
+what there is. Buckets are this process's own, or shared with other servers (`shared_rates.py`). Knows no HTTP. Enter at
+`Callers`.
 """
 
 from __future__ import annotations
@@ -118,27 +119,31 @@ class Caller:
     def end(self) -> None:
         self.num_running -= 1
 
-    async def pay(self, tokens: int, *, field: str = "max_tokens") -> Charge:
-        """Pay for tokens in advance.
+    async def pay(self, tokens: int, *, least: int | None = None, field: str = "max_tokens") -> Charge:
+        """Pay for tokens in advance, or, down to `least`, for as many as there are.
 
         Raises RateLimitError, or for more than a minute's worth InvalidRequestError, which names `field`.
         """
-        if tokens > self._tokens.capacity:
+        capacity, least = self._tokens.capacity, tokens if least is None else least
+        if least > capacity:
             raise InvalidRequestError(
-                f"{field}: prompt and new tokens are {tokens}; this key may use {self._tokens.capacity} a minute",
-                param=field,
+                f"{field}: prompt and new tokens are {least}; this key may use {capacity} a minute", param=field
             )
-        taken = await self._tokens.take(tokens)
+        amount = math.floor(min(tokens, capacity))
+        taken = await self._tokens.take(amount)
+        if taken.wait_s and least < amount:
+            amount = max(math.floor(amount - taken.wait_s * capacity / MINUTE_S), least)
+            taken = await self._tokens.take(amount)
         if taken.wait_s:
-            raise _rate_error(f"{self._tokens.capacity} tokens a minute", taken.wait_s)
-        return Charge(tokens, taken.put_back)
+            raise _rate_error(f"{capacity} tokens a minute", taken.wait_s)
+        return Charge(amount, taken.put_back)
 
 
 class Charge:
     """Tokens that a request has paid for in advance, until it is settled once."""
 
     def __init__(self, tokens: int, put_back: Callable[[float], None]) -> None:
-        self._tokens = tokens
+        self.tokens = tokens
         self._put_back = put_back
         self._is_settled = False
 
@@ -146,7 +151,7 @@ class Charge:
         """Give back what was not used; nothing happens when it is repeated."""
         if not self._is_settled:
             self._is_settled = True
-            self._put_back(self._tokens - used)
+            self._put_back(self.tokens - used)
 
 
 class Callers:

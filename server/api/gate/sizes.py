@@ -1,7 +1,9 @@
-"""Limits on what a request brings: 431 for its headers, 413 for its body, 415 for a body that is not JSON."""
+"""Limits on what a request brings: 431 for its headers, 413 for its body, 415 for a body that is not JSON
+or in an encoding that is not known."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.gate.context import context_of
+from server.api.gate.encodings import decoded
 from server.api.handlers import error_response
 from server.errors import BodyTooLargeError, HeadersTooLargeError, MediaTypeError, RecontrolError
 
@@ -37,7 +40,7 @@ class HeaderLimit:
 
 
 class BodyLimit:
-    """Answers 413 before a large body is read, or while it is; hands a whole body on."""
+    """Answers 413 before a large body is read, or while it is or is decoded; hands a whole, decoded body on."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -56,7 +59,10 @@ class BodyLimit:
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None when the client has gone. Raises BodyTooLargeError, MediaTypeError."""
+        """None when the client has gone.
+
+        Raises BodyTooLargeError, MediaTypeError, and what `decoded` raises.
+        """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > _MAX_LENGTH_DIGITS or int(length) > self._max_body_bytes:
@@ -74,6 +80,9 @@ class BodyLimit:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and media_type != "application/json":
             raise MediaTypeError("The body must be JSON, with the header `Content-Type: application/json`.")
+        if body and (encoding := ",".join(headers.getlist("content-encoding"))):
+            # In a thread, since it takes as long as the body is large.
+            return await asyncio.to_thread(decoded, bytes(body), encoding, self._max_body_bytes)
         return bytes(body)
 
     def _too_large(self) -> BodyTooLargeError:

@@ -61,6 +61,7 @@ class Delivery:
     def _summary(self, totals: EditTotals) -> dict[str, Any]:
         """As this program's own API has it."""
         summary = asdict(totals.summary())
+        del summary["stopped_by"]  # Guardrails are refused here.
         warnings = [self._warnings[name] for name in totals.names if name in self._warnings]
         return {**summary, "warnings": warnings} if warnings else summary
 

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, CliApp
 from benchmarks.quality import PROGRAM
 from benchmarks.quality.command import Quality
 from benchmarks.quality.report import Report
-from server.cli import COMMANDS, command_class
+from server.cli.program import COMMANDS, command_class
 
 
 @pytest.fixture
