@@ -70,7 +70,7 @@ def test_an_answer_that_the_sdk_parsed_is_taken_back(told: tuple[TestClient, Tol
     ids=str,
 )
 def test_what_says_nothing_to_the_model_changes_nothing(told: tuple[TestClient, Told], more: dict[str, Any]) -> None:
-    client, seen = told
+    _, seen = told
     assert text_of(told, {"role": "assistant", "content": "yes", **more}) == "yes"
     assert seen[-1][0][1] == {"role": "assistant", "content": "yes"}
 

@@ -1,4 +1,4 @@
-"""Fields of OpenAI's and vLLM's that are not served: what asks for nothing is taken, and the rest is refused by name."""
+"""Fields of OpenAI's and vLLM's that are not served: what asks for nothing is taken, the rest is refused by name."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ from server.types import ChatRendering
 from tests.conftest import byte_tokenizer
 
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 QWEN = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 EFFORT = "{{ reasoning_effort }}" + CHATML
 ONE_SYSTEM = (
