@@ -43,6 +43,8 @@ class TextPart(BaseModel):
 
     type: Literal["text"]
     text: Text
+    id: Text | None = None
+    index: int | Text | None = None
     annotations: Annotated[list[Any], _MARKS] | None = None
     cache_control: Annotated[dict[str, Any], _MARKS] | None = None
     prompt_cache_breakpoint: Annotated[dict[str, Any], _MARKS] | None = None
@@ -86,6 +88,8 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
     """An assistant's may be null, absent or empty, as SDKs give back an answer without text."""
+    id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
+    """Of clients that store messages; the model is not told."""
     name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
     """The template gets it, as in vLLM; most have no place for it."""
     refusal: Text | None = None

@@ -14,13 +14,11 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
 from server.api.structure import ResponseFormat
-from server.api.unserved import CHAT, COMPLETION, GENERATION, Unserved, without_unserved
+from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, without_unserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
 MAX_USER_CHARS = 256
-
-
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -31,6 +29,11 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, options: Any) -> Any:
+        return without_unserved(options, STREAM_OPTIONS)
 
 
 class GenerationBody(BaseModel):

@@ -97,6 +97,11 @@ MESSAGE: dict[str, Unserved] = {
     "tool_call_id": Unserved(_NO_TOOLS),
     "function_call": Unserved(_NO_TOOLS),
     "audio": Unserved(_NO_AUDIO),
+    # LiteLLM's, in answers that came through it.
+    "images": Unserved("only text is served", ([],)),
+    "thinking_blocks": Unserved("past reasoning goes into reasoning_content", ([],)),
+    "provider_specific_fields": Unserved("they say nothing here", ({}, {"refusal": None})),
 }
+STREAM_OPTIONS: dict[str, Unserved] = {"include_obfuscation": Unserved("events are not padded", (False,))}
 ROLE = Unserved(_NO_TOOLS, ("system", "developer", "user", "assistant"))
 """Of a message, for the roles that answer a tool's call."""

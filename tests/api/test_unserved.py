@@ -110,3 +110,10 @@ def test_a_value_of_another_kind_is_refused_by_name(client: TestClient, name: st
 def test_what_the_sdks_add_changes_no_text(client: TestClient, fields: dict[str, Any]) -> None:
     plain = chat(client, seed=1, max_tokens=3).json()["choices"]
     assert chat(client, seed=1, max_tokens=3, **fields).json()["choices"] == plain
+
+
+def test_events_are_not_padded(client: TestClient) -> None:
+    whole = chat(client, stream=True, max_tokens=2, stream_options={"include_obfuscation": False})
+    assert whole.status_code == 200
+    error = chat(client, stream=True, stream_options={"include_obfuscation": True}).json()["error"]
+    assert error["param"] == "stream_options.include_obfuscation"

@@ -28,7 +28,7 @@ ONE_SYSTEM = (
 def rendered(template: str, *messages: dict[str, str], **rendering: Any) -> str:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return tokenizer.decode(encode_chat(tokenizer, messages, ChatRendering(**rendering)))
+    return str(tokenizer.decode(encode_chat(tokenizer, messages, ChatRendering(**rendering))))
 
 
 def test_a_prompt_ends_where_it_is_told_to() -> None:
