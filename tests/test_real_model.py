@@ -260,6 +260,12 @@ def test_a_chat_with_every_role_is_rendered_and_continued_in_the_models_template
     assert as_chat["choices"][0]["message"]["content"] == as_text["choices"][0]["text"]
 
 
+def test_seed_minus_one_gives_another_text_each_time(url: str) -> None:
+    body = {"model": DEFAULT_MODEL, "prompt": "The film was", "max_tokens": 16, "temperature": 1.5, "seed": -1}
+    texts = [httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()["choices"][0]["text"] for _ in range(2)]
+    assert texts[0] != texts[1]
+
+
 def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
     folder = default_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
