@@ -1,4 +1,4 @@
-"""Request bodies. An unknown field is refused by name; a known one that is not served is refused with the reason.
+"""Request bodies. An unknown field is refused by name; one that is not served with the reason (`unserved.py`).
 
 Knows nothing of engines. Enter at `CompletionBody` and `ChatBody`.
 """

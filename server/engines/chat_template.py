@@ -49,7 +49,7 @@ def encode_chat(
 
 def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:
     """A developer's message is a system message, unless the template knows developers."""
-    knows_developers = "developer" in template
+    knows_developers = any(f"{quote}developer{quote}" in template for quote in "'\"")
     for message in messages:
         is_renamed = message["role"] == "developer" and not knows_developers
         yield {**message, "role": "system"} if is_renamed else dict(message)

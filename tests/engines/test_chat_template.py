@@ -37,12 +37,16 @@ def test_a_prompt_ends_where_it_is_told_to() -> None:
     goes_on = {"add_generation_prompt": False, "continue_final_message": True}
     assert rendered(CHATML, HI, HELLO, **goes_on) == "<user>hi</><assistant>hello"
     assert rendered(CHATML, HI, {**HELLO, "content": ""}, **goes_on) == "<user>hi</><assistant>"
+    assert rendered(CHATML, HI, {**HELLO, "content": "hello "}, **goes_on) == "<user>hi</><assistant>hello "
+    trimming = CHATML.replace("m.content", "m.content | trim")
+    assert rendered(trimming, HI, {**HELLO, "content": "hello "}, **goes_on) == "<user>hi</><assistant>hello"
 
 
 def test_a_developer_is_a_system_where_the_template_knows_none() -> None:
     message = {"role": "developer", "content": "be brief"}
     assert rendered(CHATML, message) == "<system>be brief</><assistant>"
-    assert rendered(CHATML + "{# developer #}", message) == "<developer>be brief</><assistant>"
+    assert rendered("Made by a developer." + CHATML, message).endswith("<system>be brief</><assistant>")
+    assert rendered("{% set roles = ['developer'] %}" + CHATML, message) == "<developer>be brief</><assistant>"
 
 
 def test_several_system_messages_are_served_or_refused_in_the_templates_words() -> None:
