@@ -25,8 +25,9 @@ def main() -> None:
         response = client.chat.completions.create(
             model=args.model,
             messages=[{"role": "user", "content": args.prompt}],
-            max_tokens=48,
+            max_tokens=64,
             temperature=0.7,
+            top_p=0.95,
             seed=1,
             extra_body={"control": {"objective": objective, "max_kl": 0.3}} if objective else None,
         )

@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     )
 
     model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
-    adapter: Path | None = Field(None, description="folder of a PEFT LoRA adapter to merge in (extra adapters)")
+    adapter: Path | None = Field(None, description="folder of a PEFT LoRA to merge in; needs recontrol[adapters]")
     served_model_name: str | None = Field(None, description="id in /v1/models; by default the model's last path part")
     heads_dir: Annotated[str, BeforeValidator(_as_text)] | None = Field(
         None, min_length=1, description="folder of value heads, or a URL of fsspec; by default those of the model"
@@ -57,7 +57,8 @@ class Settings(BaseSettings):
         None, ge=1, description="look for changed heads in heads_dir every so many seconds; by default never"
     )
     engine: Literal["embedded", "vllm", "fake"] = Field(
-        "embedded", description="vllm is for scale (extra vllm); fake answers without a model, for client tests"
+        "embedded",
+        description="vllm is for scale, needs recontrol[vllm]; fake answers without a model, for client tests",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
@@ -94,7 +95,8 @@ class Settings(BaseSettings):
     concurrent_requests: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
     rate_limit_storage: SecretStr | None = Field(
         None,
-        description="redis:// URL where servers count the two rates together (extra redis); by default each for itself",
+        description="redis:// URL where servers count the two rates together, by default each for itself; "
+        "needs recontrol[redis]",
     )
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
 

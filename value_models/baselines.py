@@ -35,7 +35,7 @@ class Baseline:
     fit: Callable[[TrainingData], ValueHead]
     head_type: str
     """Of HEAD_TYPES, what `fit` returns."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What `fit` was told, as plain data: a baseline with other settings is fitted anew."""
 
 

@@ -38,7 +38,7 @@ class ModelCommand(Command):
     """A command that runs the model in this process."""
 
     model: str = Field(DEFAULT_MODEL, description="folder, GGUF file or hub id of a causal language model")
-    adapter: Path | None = Field(None, description="folder of a PEFT LoRA adapter to merge in (extra adapters)")
+    adapter: Path | None = Field(None, description="folder of a PEFT LoRA to merge in; needs recontrol[adapters]")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_batch_size: Annotated[int, Field(ge=1, le=512)] = 64

@@ -17,7 +17,7 @@ from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.errors import ConfigurationError
 
-# Ranges within which no setting collapses the text: the stress study of the shipped heads measures their corners.
+# Ranges whose corners the stress study of the shipped heads measures: the text keeps most of its diversity there.
 MAX_STEP_SIZE = 10.0
 MAX_STEPS = 100
 MAX_KL_NATS = 0.5
@@ -48,7 +48,7 @@ class ControlParams(BaseModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
 
     An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
-    (value_models/ascent.py). The defaults were measured (value_models/README.md). `gate`, `window` and `schedule` say
+    (value_models/ascent.py). The defaults were measured (docs/tried.md). `gate`, `window` and `schedule` say
     when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
     """
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from server.engines import fake
+from server.engines.choice import Choice
 from server.types import TokenEdit
 from tests.api.conftest import chat, complete
 
@@ -173,8 +173,8 @@ def test_a_trace_tells_what_control_did_to_each_token_streamed_and_not(client: T
 
 
 def test_figures_that_are_not_finite_are_null(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = TokenEdit({"positive": math.nan}, {"positive": math.inf}, math.nan, math.inf, None, is_nonfinite=True)
-    monkeypatch.setattr(fake, "TokenEdit", lambda *_, **__: broken)
+    grow, broken = Choice.grow, [math.nan, math.inf, math.nan, math.inf, 0.0, 1.0, 1.0]
+    monkeypatch.setattr(Choice, "grow", lambda choice, token_id, _, **more: grow(choice, token_id, broken, **more))
     for stream in (False, True):
         response = complete(client, control={**CONTROL, "trace": True}, max_tokens=2, stream=stream)
         assert response.status_code == 200

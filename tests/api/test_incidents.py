@@ -107,7 +107,7 @@ def test_the_number_of_choices_is_bounded_alone_and_together(client: TestClient,
 def test_an_empty_prompt_is_refused_and_the_next_request_works(
     make_embedded_app: Callable[..., FastAPI], prompt: Any
 ) -> None:
-    """vLLM 5.4: an empty prompt ended the server."""
+    """vLLM #7283: an empty prompt ended the server."""
     with TestClient(make_embedded_app()) as client:
         assert complete(client, model="tiny", prompt=prompt).status_code == 400
         assert complete(client, model="tiny").status_code == 200

@@ -84,7 +84,7 @@ def test_the_worst_case_is_the_quadratic_program_over_the_simplex() -> None:
             signed = (values[i] * signs).double().numpy()
             matrix = (signs[:, None] * moves[i] * signs[None, :]).double().numpy()
 
-            def dual(v, signed=signed, matrix=matrix, size=size):  # noqa: ANN
+            def dual(v, signed=signed, matrix=matrix, size=size):
                 return v @ signed + size / 2 * v @ matrix @ v
 
             best = minimize(dual, [1 / 3] * 3, bounds=[(0, 1)] * 3, method="SLSQP", options={"ftol": 1e-14},

@@ -34,9 +34,8 @@ from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
-from server.engines.embedded.scheduler import Scheduler
+from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.step import Step
 from server.engines.embedded.structure import constrained
 from server.engines.text import Detokenizer
 from server.errors import ContextLengthError

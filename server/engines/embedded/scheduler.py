@@ -13,19 +13,38 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
-from server.engines.embedded.model.layout import DecodeRow
+from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prefix_cache import PrefixCache
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.shares import Budget, share_out
-from server.engines.embedded.step import Step, next_chunk
 from server.types import FinishReason
 
 _MAX_REPLAYED_TOKENS = 64
 """Tokens that a resumed sequence feeds again in one step at most."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward pass computes: rows of decoding sequences, then prompt chunks."""
+
+    decoding: list[tuple[Sequence, list[DecodeRow]]] = field(default_factory=list)
+    """A sequence's rows; several while it feeds again what it had before it lost its pages, for which it comes last."""
+    chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
+    complete: list[Sequence] = field(default_factory=list)
+    """Those whose prompt is computed after this step."""
+    num_usual: int = 0
+    """Of the decoding sequences, those that feed one token as at every step; all that others feed is for pace.py."""
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """What comes beside the usual rows: (position, tokens)."""
+        fed_again = [(rows[0].position, len(rows)) for _, rows in self.decoding[self.num_usual :]]
+        return fed_again + [(segment.start, len(segment.token_ids)) for _, segment in self.chunks]
 
 
 class Scheduler:
@@ -228,7 +247,7 @@ class Scheduler:
                 if rows := self._decode_rows(sequence, min(count, _MAX_REPLAYED_TOKENS)):
                     step.decoding.append((sequence, rows))
             elif count and self._find_pages(sequence, sequence.prompt_len):
-                segment = next_chunk(sequence, count)
+                segment = _next_chunk(sequence, count)
                 step.chunks.append((sequence, segment))
                 if segment.end == sequence.prompt_len:
                     computed.add(id(sequence.group))
@@ -292,3 +311,14 @@ class Scheduler:
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
         return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+
+
+def _next_chunk(sequence: Sequence, count: int) -> Segment:
+    """About so many of the prompt's next tokens: to a page's end where that leaves out a quarter at most, since pages
+    are attended one by one."""
+    start = sequence.num_computed
+    end = start + count
+    paged = end // PAGE_TOKENS * PAGE_TOKENS
+    if end < sequence.prompt_len and 4 * (end - paged) <= count:
+        end = paged
+    return Segment(sequence.pages, start, sequence.group.token_ids[start:end])

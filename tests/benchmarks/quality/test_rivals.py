@@ -16,7 +16,7 @@ from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from tests.conftest import random_head
+from tests.conftest import plain_gradient, random_head
 from tests.value_models.test_training import PROMPTS as TRAINING_PROMPTS
 from tests.value_models.test_training import SyntheticSource
 from value_models.evaluation import Arm
@@ -67,5 +67,5 @@ def test_re_control_steps_along_the_plain_gradient_of_the_value_by_the_state(tmp
     assert isinstance(head, MLPHead)
     state_1D = torch.randn(1, head.hidden_size)
     _, slope_1U = head.readout(head.units(state_1D))
-    _, grad_1D = head.value_and_grad(state_1D)
+    grad_1D = plain_gradient(head, state_1D)
     torch.testing.assert_close((slope_1U @ head.folded_ascent()) * head.reward_scale, grad_1D)
