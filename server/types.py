@@ -5,6 +5,7 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy
 
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
@@ -72,6 +73,22 @@ class SamplingParams(BaseModel):
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False
     """Also report the prompt's own tokens (used by `echo`), always without control."""
+
+
+@dataclass(slots=True, frozen=True)
+class ChatRendering:
+    """How a conversation becomes a prompt: where it ends, and what the chat template is told beside messages."""
+
+    add_generation_prompt: bool = True
+    """It ends where the model's answer begins."""
+    continue_final_message: bool = False
+    """It ends right behind the last message's text; then there is no generation prompt."""
+    add_special_tokens: bool = False
+    """The tokenizer adds its own to those that the template brings."""
+    variables: Mapping[str, bool | int | str] = field(default_factory=dict)
+    """The template's own, by name; one that it does not read is refused."""
+    reasoning_effort: str | None = None
+    """How much the model is to reason, for templates that have a setting for it."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -237,6 +237,35 @@ def test_metrics_are_read_by_prometheus_clients_parser(url: str) -> None:
     assert families["recontrol_time_to_first_token_seconds"].type == "histogram"
 
 
+def test_a_chat_with_every_role_is_rendered_and_continued_in_the_models_template(url: str) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []},
+        {"role": "system", "content": "Count.", "name": "me"},
+        {"role": "assistant", "content": "One, two, three, "},
+    ]
+    goes_on = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    with httpx.Client(base_url=url, timeout=300) as client:
+        tokens = client.post("/tokenize", json=goes_on).raise_for_status().json()["tokens"]
+        text = client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+        limits = {"model": DEFAULT_MODEL, "max_tokens": 8, "temperature": 0}
+        as_chat = client.post("/v1/chat/completions", json={**goes_on, **limits}).json()
+        as_text = client.post("/v1/completions", json={"prompt": text, "add_special_tokens": False, **limits}).json()
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne\ntwo<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>assistant\nOne, two, three, "
+    )
+    assert as_chat["choices"][0]["message"]["content"] == as_text["choices"][0]["text"]
+
+
+def test_seed_minus_one_gives_another_text_each_time(url: str) -> None:
+    body = {"model": DEFAULT_MODEL, "prompt": "The film was", "max_tokens": 16, "temperature": 1.5, "seed": -1}
+    texts = [httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()["choices"][0]["text"] for _ in range(2)]
+    assert texts[0] != texts[1]
+
+
 def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
     folder = default_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)

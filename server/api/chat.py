@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.messages import ChatMessage
 from server.api.responses import ResponseWriter
-from server.api.schemas import ChatBody, ChatMessage
+from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.engines.base import Engine
 from server.types import GenerationChunk, TokenLogprob
@@ -23,7 +24,8 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
     # A long conversation takes long, which must not stop the other requests.
-    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages))
+    rendering = body.rendering(reasoning_effort=body.reasoning_effort)
+    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
     generation = await start(
         request,
         body,

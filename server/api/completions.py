@@ -44,7 +44,8 @@ def _prompts(engine: Engine, body: CompletionBody) -> tuple[list[str] | None, li
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
     if isinstance(prompt[0], str):
-        return prompt, [engine.encode(text) for text in prompt]
+        adds = body.add_special_tokens is not False
+        return prompt, [engine.encode(text, add_special_tokens=adds) for text in prompt]
     check_token_ids(itertools.chain.from_iterable(prompt), engine.info.vocab_size, param="prompt")
     return ([engine.decode(ids) for ids in prompt] if body.echo else None), prompt
 

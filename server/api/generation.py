@@ -201,7 +201,8 @@ async def start(
     check_size(requests, info)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
-    context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": body.user}
+    user = body.safety_identifier if body.user is None else body.user
+    context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": user}
     return await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
 
 

@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 
 from server.api.gate.context import request_id_of
 from server.api.gate.encodings import ENCODINGS
-from server.api.schemas import REFUSED, locate
+from server.api.schemas import locate
+from server.api.unserved import REFUSED
 from server.errors import (
     AuthenticationError,
     ContentEncodingError,
@@ -82,10 +83,12 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     context = first.get("ctx") or {}
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path = [*path, context["discriminator"].strip("'")]
-    if first["type"] in (REFUSED, "field"):
-        return JSONResponse(_body(400, first["msg"], context["name"], _code(first["type"])), 400)
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
+    if first["type"] in (REFUSED, "field"):
+        holder = f"{where}." if where else ""
+        content = _body(400, f"{holder}{first['msg']}", f"{holder}{context['name']}", _code(first["type"]))
+        return JSONResponse(content, 400)
     if first["type"] == "string_pattern_mismatch" and path[0] in ("control", "heads"):
         # No head has such a name: a path, a URL, or code is never more than a name that is not known.
         field = path[:-2] if path[-1] == "[key]" else [part for part in path if isinstance(part, str)]

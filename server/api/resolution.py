@@ -16,6 +16,8 @@ from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadEr
 from server.types import GenerationRequest, SamplingParams
 
 MAX_SEQUENCES = 256
+FRESH_SEED = -1
+"""What clients send for a random one, as vLLM takes it."""
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 _WEIGHTS = "control.objective.weights"
@@ -29,16 +31,22 @@ def sampling_params(
     """The body's sampling, null being the default. Raises InvalidRequestError for ids outside the vocabulary."""
     given = {
         name: value
-        for name in ("temperature", "top_p", "min_p", "seed", "ignore_eos", "presence_penalty", "frequency_penalty",
+        for name in ("temperature", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty",
                      "repetition_penalty", "logit_bias")
         if (value := getattr(body, name)) is not None
     }  # fmt: skip
+    # The limit of a small top_p is the most likely token, which temperature 0 draws.
+    if body.top_p == 0:
+        given["temperature"] = 0.0
+    elif body.top_p is not None:
+        given["top_p"] = body.top_p
     check_token_ids(body.stop_token_ids or (), info.vocab_size, param="stop_token_ids")
     check_token_ids(body.logit_bias or (), info.vocab_size, param="logit_bias")
     return SamplingParams(
         **given,
         max_tokens=max_tokens,
         top_k=max(body.top_k or 0, 0),
+        seed=None if body.seed == FRESH_SEED else body.seed,
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,

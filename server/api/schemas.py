@@ -1,35 +1,27 @@
-"""Request bodies. An unknown field is refused by name; a known one that is not served is refused with the reason.
+"""Request bodies. An unknown field is refused by name; one that is not served with the reason (`unserved.py`).
 
 Knows nothing of engines. Enter at `CompletionBody` and `ChatBody`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    FiniteFloat,
-    Tag,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_INTEGER, MAX_PROMPTS, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
+from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
+from server.api.messages import CHAT_FORMS, Messages, TemplateFields
 from server.api.structure import ResponseFormat
+from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, without_unserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
-MAX_MESSAGES = 1024
-MAX_PARTS = 1024
 MAX_USER_CHARS = 256
-REFUSED = "unsupported_field"
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 
 
 class StreamOptions(BaseModel):
@@ -38,22 +30,29 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, options: Any) -> Any:
+        return without_unserved(options, STREAM_OPTIONS)
+
 
 class GenerationBody(BaseModel):
     """What completions and chat share. null means the default everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-    refused: ClassVar[dict[str, str]] = {}
+    unserved: ClassVar[Mapping[str, Unserved]] = GENERATION
 
     model: str = Field(min_length=1, max_length=256)
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    """At 0 the most likely token alone is left, as at temperature 0."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     """-1 and 0 keep every token."""
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """-1 asks for a fresh one, as null does."""
     stop: Stop = None
     stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
@@ -65,6 +64,12 @@ class GenerationBody(BaseModel):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     """Goes into the access log."""
+    safety_identifier: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    """OpenAI's newer name of `user`."""
+    metadata: Metadata | None = None
+    """Labels for stored responses, of which there are none."""
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    """Says which prompts begin alike; the cache sees that by itself."""
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
     response_format: ResponseFormat | None = None
@@ -72,14 +77,8 @@ class GenerationBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_known(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            for name, reason in cls.refused.items():
-                if body.get(name) is not None:
-                    raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": name, "reason": reason})
-            # A refused field that is null asks for nothing.
-            return {name: value for name, value in body.items() if name not in cls.refused}
-        return body
+    def _refuse_unserved(cls, body: Any) -> Any:
+        return without_unserved(body, cls.unserved)
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> GenerationBody:
@@ -91,14 +90,13 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    refused: ClassVar[dict[str, str]] = {
-        "suffix": "not supported; the served models continue text and do not fill in",
-        "messages": "chats have them, at /v1/chat/completions; a completion has a prompt",
-    }
+    unserved: ClassVar[Mapping[str, Unserved]] = COMPLETION
 
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its own to a text, such as BOS; true by default."""
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     """Sample so many and return the n that the objective of control scores highest, best first."""
 
@@ -106,6 +104,17 @@ class CompletionBody(GenerationBody):
     def _nothing_needs_echo(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("field", "max_tokens: 0 is only allowed with echo: true", {"name": "max_tokens"})
+        return self
+
+    @model_validator(mode="after")
+    def _special_tokens_need_a_text(self) -> CompletionBody:
+        is_text = isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
+        if self.add_special_tokens and not is_text:
+            raise PydanticCustomError(
+                "field",
+                "{name}: token ids are taken as they are; true is only allowed with text",
+                {"name": "add_special_tokens"},
+            )
         return self
 
     @model_validator(mode="after")
@@ -125,90 +134,22 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: Annotated[str, AfterValidator(check_text)]
-
-
-def _as_parts(content: Any) -> Any:
-    """A string becomes one part, so that errors name one form instead of each that a union allows."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise ValueError("must be a string or a list of text parts")
-    for part in content:
-        if isinstance(part, dict) and part.get("type") != "text":
-            raise ValueError(f"parts of type {str(part.get('type'))[:32]!r} are not supported; only text is")
-    return content
-
-
-Content = Annotated[
-    list[TextPart],
-    Field(min_length=1, max_length=MAX_PARTS),
-    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-]
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: Content
-    name: None = None
-    """Only null: chat templates have no place for it."""
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.content)
-
-    @staticmethod
-    def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-        """Messages as an engine takes them."""
-        return [{"role": message.role, "content": message.text} for message in messages]
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-
-_ONE_CHAT, _CHATS = CHAT_FORMS = ("[chat]", "[chats]")
-
-
-def _chat_form(messages: Any) -> str:
-    return _CHATS if isinstance(messages, list) and messages and isinstance(messages[0], list) else _ONE_CHAT
-
-
-Chats = Annotated[
-    Annotated[Messages, Tag(_ONE_CHAT)]
-    | Annotated[list[Messages], Field(min_length=1, max_length=MAX_PROMPTS), Tag(_CHATS)],
-    Discriminator(_chat_form),
-]
-"""One conversation, or a list of them."""
-
-_NO_TOOLS = "tools are not supported"
-
-
-class ChatBody(GenerationBody):
-    refused: ClassVar[dict[str, str]] = {
-        "tools": _NO_TOOLS,
-        "tool_choice": _NO_TOOLS,
-        "functions": _NO_TOOLS,
-        "function_call": _NO_TOOLS,
-        "prompt": "completions have it, at /v1/completions; a chat has messages",
-        "best_of": "completions alone have it; in a chat, control.search keeps the best",
-        "echo": "completions alone have it",
-        "chat_template": "a template from a request is never rendered; the model's own is used",
-        "chat_template_kwargs": "the model's own template is used as it is",
-    }
+class ChatBody(GenerationBody, TemplateFields):
+    unserved: ClassVar[Mapping[str, Unserved]] = CHAT
 
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    parallel_tool_calls: bool | None = None
+    """Either way there are none without tools."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:
+        self.check_rendering(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError(
                 "field", "top_logprobs: only allowed with logprobs: true", {"name": "top_logprobs"}

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_PROMPT_TOKENS, TokenId, check_text
+from server.api.messages import ChatMessage, Messages, TemplateFields
 from server.api.resolution import model_ids
-from server.api.schemas import ChatMessage, Messages
 from server.engines.base import Engine, check_token_ids
 from server.errors import UnknownModelError
 
@@ -25,23 +25,26 @@ class _TokenBody(BaseModel):
     """Any id of /v1/models: all have the same tokens."""
 
 
-class TokenizeBody(_TokenBody):
-    """A plain prompt, or messages in the model's own chat template."""
+class TokenizeBody(_TokenBody, TemplateFields):
+    """A plain prompt, or messages in the model's own chat template, rendered as a chat's are.
+
+    `add_special_tokens` is true by default of a prompt and false of messages.
+    """
 
     prompt: Annotated[str, AfterValidator(check_text)] | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = None
-    """Of a prompt, true by default; a chat template brings its own."""
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("field", "prompt: give either prompt or messages", {"name": "prompt"})
-        if self.messages is not None and self.add_special_tokens is not None:
-            raise PydanticCustomError(
-                "field", "add_special_tokens: only allowed with prompt", {"name": "add_special_tokens"}
-            )
+        if self.messages is not None:
+            self.check_rendering(self.messages)
+            return self
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(self, name) is not None:
+                raise PydanticCustomError("field", "{name}: only allowed with messages", {"name": name})
         return self
 
 
@@ -53,7 +56,7 @@ class DetokenizeBody(_TokenBody):
 async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
     engine = _engine(request, body)
     if body.messages is not None:
-        tokens = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages))
+        tokens = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), body.rendering())
     else:
         adds = body.add_special_tokens is not False
         tokens = await asyncio.to_thread(engine.encode, body.prompt or "", add_special_tokens=adds)

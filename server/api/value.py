@@ -12,6 +12,7 @@ import asyncio
 import base64
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -21,13 +22,14 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
 from server.api.generation import Choice, Generation, collect, queue, requests_for, shown
+from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
 from server.api.responses import whole_response
-from server.api.schemas import MAX_USER_CHARS, ChatMessage, Chats
+from server.api.schemas import MAX_USER_CHARS
 from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName
 from server.engines.base import Engine, EngineInfo, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
-from server.types import GenerationRequest, SamplingParams, ScoringParams
+from server.types import ChatRendering, GenerationRequest, SamplingParams, ScoringParams
 
 MAX_READ_TOKENS = 2**17
 router = APIRouter()
@@ -111,10 +113,7 @@ def _scoring(body: ValueBody, info: EngineInfo) -> ScoringParams:
 def _prompts(engine: Engine, body: ValueBody) -> list[list[int]]:
     if body.messages is not None:
         chats: Any = body.messages if isinstance(body.messages[0], list) else [body.messages]
-        return [
-            engine.encode_chat(ChatMessage.plain(chat), continue_final_message=chat[-1].role == "assistant")
-            for chat in chats
-        ]
+        return [engine.encode_chat(ChatMessage.plain(chat), _rendering(chat)) for chat in chats]
     given: Any = body.input
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
@@ -122,6 +121,12 @@ def _prompts(engine: Engine, body: ValueBody) -> list[list[int]]:
         return [engine.encode(text) for text in given]
     check_token_ids(itertools.chain.from_iterable(given), engine.info.vocab_size, param="input")
     return given
+
+
+def _rendering(chat: Sequence[ChatMessage]) -> ChatRendering:
+    """An answer is read right behind its text; without one, the chat is read where it would begin."""
+    is_answered = chat[-1].role == "assistant"
+    return ChatRendering(add_generation_prompt=not is_answered, continue_final_message=is_answered)
 
 
 def _check_size(prompts: list[list[int]], scoring: ScoringParams, info: EngineInfo, field: str) -> None:

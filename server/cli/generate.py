@@ -15,9 +15,9 @@ from server.cli.command import HeadsModelCommand, command_line
 from server.control.objectives import HeadName
 from server.control.params import ControlParams, TokenBudget
 from server.control.registry import HeadRegistry
+from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from server.engines.text import encode_chat
 from server.errors import ConfigurationError, GenerationError
 from server.types import (
     FinishReason,

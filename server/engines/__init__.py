@@ -5,6 +5,7 @@ model_engine.py  what every engine that serves a model inherits: facts, text, ro
 choice.py        one choice of a request: its text, when it ends and why, its chunks, what observers hear
 edits.py         what control did to a token, and to a choice taken together
 text.py          text to tokens and back; stop strings
+chat_template.py a conversation to tokens
 heads.py         where heads come from; a registry with one more or less
 checks.py        what is refused before it is queued
 streams.py       chunks on their way to their reader

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,11 +111,10 @@ class Engine(Protocol):
         """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
-        """Token ids of role/content messages in the model's own chat template. From any thread.
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+        """Token ids of messages in the model's own chat template. From any thread.
 
-        They end where the model's answer begins or, if told to continue it, right behind the last message's text.
-        Raises InvalidRequestError.
+        A message has a role and content, and may have a name and reasoning_content. Raises InvalidRequestError.
         """
         ...
 

@@ -19,7 +19,7 @@ from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineS
 from server.engines.checks import check_request
 from server.engines.choice import Choice
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, PromptValues, TokenLogprob
+from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, PromptValues, TokenLogprob
 
 _LETTERS = b"etaoin shrdlu"
 _FAILED = "The fake engine failed as told."
@@ -77,9 +77,10 @@ class FakeEngine:
         del add_special_tokens
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return self.encode(text.removesuffix("\n") if continue_final_message else text)
+        continues = rendering is not None and rendering.continue_final_message
+        return self.encode(text.removesuffix("\n") if continues else text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")

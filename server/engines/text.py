@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from server.errors import InvalidRequestError
+from server.engines.chat_template import encode_chat
+from server.types import ChatRendering
 
 _CONTEXT_TOKENS = 6
 _REPLACEMENT = "\ufffd"
@@ -38,35 +39,15 @@ class Tokenization(ABC):
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages, continue_final_message=continue_final_message)
+            return encode_chat(self._tokenizer, messages, rendering)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
-
-
-def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, continue_final_message: bool = False
-) -> list[int]:
-    """Token ids in the model's own template (transformers renders it in a sandbox). Raises InvalidRequestError."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=not continue_final_message,
-            continue_final_message=continue_final_message,
-            return_dict=True,
-        )
-    except Exception as error:
-        raise InvalidRequestError(
-            f"messages: the model's chat template refuses them ({error})", param="messages"
-        ) from error
-    return list(encoded["input_ids"])
 
 
 class TextOfTokens(Protocol):

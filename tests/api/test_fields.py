@@ -29,7 +29,9 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "repetition_penalty": (1.2, 1.2),
 }
 NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_logprobs", "stream", "stream_options",
-                "user", "timeout_s", "control", "max_completion_tokens", "response_format", "best_of"}  # fmt: skip
+                "user", "safety_identifier", "metadata", "prompt_cache_key", "parallel_tool_calls", "reasoning_effort",
+                "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs",
+                "timeout_s", "control", "max_completion_tokens", "response_format", "best_of"}  # fmt: skip
 
 
 @pytest.fixture
@@ -92,6 +94,55 @@ def test_echo_logprobs_penalties_and_usage_agree_with_each_other(client: TestCli
         assert choice["text"].startswith("hi" if choice["index"] < 2 else "hello")
 
 
+@pytest.mark.parametrize("send", [complete, chat])
+def test_seed_minus_one_asks_for_a_fresh_seed(
+    seen: tuple[TestClient, list[GenerationRequest]], send: Callable[..., Any]
+) -> None:
+    client, requests = seen
+    send(client, seed=-1, max_tokens=2)
+    assert requests[0].sampling.seed is None
+
+
+@pytest.mark.parametrize("temperature", [None, 0, 1.5])
+def test_top_p_of_zero_draws_the_most_likely_token(
+    seen: tuple[TestClient, list[GenerationRequest]], temperature: float | None
+) -> None:
+    client, requests = seen
+    assert complete(client, top_p=0, temperature=temperature, max_tokens=2).status_code == 200
+    assert (requests[0].sampling.temperature, requests[0].sampling.top_p) == (0.0, 1.0)
+
+
+def test_any_of_64_stop_strings_ends_the_text(client: TestClient) -> None:
+    whole = complete(client, max_tokens=20, seed=1).json()["choices"][0]["text"]
+    stop = [*(f"never {i}" for i in range(63)), whole[9:12]]
+    ended = complete(client, max_tokens=20, seed=1, stop=stop).json()["choices"][0]
+    assert (ended["text"], ended["finish_reason"]) == (whole[: whole.index(stop[-1])], "stop")
+
+
+@pytest.mark.parametrize(("value", "adds"), [(None, True), (True, True), (False, False)])
+def test_a_completion_says_whether_the_tokenizer_adds_its_own_tokens(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, value: bool | None, adds: bool
+) -> None:
+    seen: list[bool] = []
+    app: Any = client.app
+    engine = app.state.engine
+    encode = engine.encode
+
+    def record(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        seen.append(add_special_tokens)
+        return encode(text)
+
+    monkeypatch.setattr(engine, "encode", record)
+    assert complete(client, prompt=["a", "b"], max_tokens=1, add_special_tokens=value).status_code == 200
+    assert seen == [adds, adds]
+
+
+def test_nothing_is_added_to_token_ids(client: TestClient) -> None:
+    assert complete(client, prompt=[104], max_tokens=1, add_special_tokens=False).status_code == 200
+    error = complete(client, prompt=[104], add_special_tokens=True).json()["error"]
+    assert error["param"] == "add_special_tokens"
+
+
 def test_a_stop_token_ends_the_text(client: TestClient) -> None:
     whole = complete(client, max_tokens=20, seed=1).json()["choices"][0]["text"]
     ended = complete(client, max_tokens=20, seed=1, stop_token_ids=[ord(whole[4])]).json()["choices"][0]
@@ -125,11 +176,13 @@ def test_tokenize_and_detokenize_are_each_others_inverse(client: TestClient) -> 
     [
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "x"}]}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, 400, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {}}, 400, "chat_template_kwargs"),
         (
             "/tokenize",
-            {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": False},
+            {"messages": [{"role": "user", "content": "x"}], "continue_final_message": True},
             400,
-            "add_special",
+            "continue_final_message",
         ),
         ("/tokenize", {"prompt": ["a"]}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "nope"}, 404, "model"),

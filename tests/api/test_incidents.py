@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.api.schemas import ChatBody, CompletionBody
 from server.control.params import ControlParams
+from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import loader
-from server.engines.text import StopMatcher, encode_chat
+from server.engines.text import StopMatcher
 from server.errors import InvalidRequestError, ModelLoadError
 from server.logs import JsonFormatter, TextFormatter
 from server.settings import Settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -95,3 +96,12 @@ def test_the_access_line_says_who_asked_for_what_and_what_it_took(
     ]  # fmt: skip
     assert second["status"] == 400
     assert "model" not in second
+
+
+@pytest.mark.parametrize(("fields", "user"), [({}, "new"), ({"user": "old"}, "old"), ({"user": None}, "new")])
+def test_the_access_line_takes_openais_newer_name_of_the_user(
+    client: TestClient, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], user: str
+) -> None:
+    with caplog.at_level("INFO", logger="recontrol.access"):
+        complete(client, max_tokens=1, safety_identifier="new", **fields)
+    assert json.loads(JsonFormatter().format(caplog.records[0]))["user"] == user

@@ -28,6 +28,7 @@ from server.errors import (
 )
 from server.settings import Settings
 from server.types import (
+    ChatRendering,
     FinishReason,
     GenerationChunk,
     GenerationRequest,
@@ -349,7 +350,8 @@ async def test_a_prompt_is_not_read_by_a_head_that_is_unknown(engine: Engine) ->
 async def test_a_chat_that_goes_on_ends_behind_its_last_messages_text(engine: Engine) -> None:
     asked = [{"role": "user", "content": "hello"}]
     answered = [*asked, {"role": "assistant", "content": "good day"}]
-    text = engine.decode(engine.encode_chat(answered, continue_final_message=True))
+    goes_on = ChatRendering(add_generation_prompt=False, continue_final_message=True)
+    text = engine.decode(engine.encode_chat(answered, goes_on))
     assert text.endswith("assistant: good day")
     assert engine.decode(engine.encode_chat(answered)).startswith(f"{text}\n")
 

@@ -1,16 +1,20 @@
 """The page on the HTTP API shows fields, settings and incidents that exist, and all of them."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from server.api.messages import VARIABLES
 from server.api.resolution import MAX_PROMPT_SCORES
 from server.api.schemas import ChatBody, CompletionBody
+from server.api.unserved import CHAT, COMPLETION
 from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.settings import Settings
 
+BOTH = COMPLETION | CHAT
 TESTS = Path("tests/api/test_incidents.py")
 PAGE = Path("docs/http-api.md").read_text()
 SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")}
@@ -46,6 +50,18 @@ def test_the_table_of_fields_has_every_field_and_no_other() -> None:
     rows = [line for line in SECTIONS["Fields"].splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
+
+
+def test_the_table_of_fields_that_are_not_served_is_that_of_the_code() -> None:
+    rows = [line for line in SECTIONS["Fields that are not served"].splitlines() if line.startswith("| `")]
+    taken = {
+        name: ", ".join(f"`{json.dumps(value)}`" for value in field.harmless) or "-" for name, field in BOTH.items()
+    }
+    assert rows == [f"| `{name}` | {taken[name]} | {field.reason} |" for name, field in BOTH.items()]
+
+
+def test_every_variable_that_a_template_may_be_told_is_listed() -> None:
+    assert all(f"`{name}`" in SECTIONS["Messages"] for name in VARIABLES)
 
 
 def test_the_table_of_scoring_has_every_field_and_no_other() -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from server.control.params import ControlParams
+from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
-from server.engines.text import encode_chat
 from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.errors import RolloutError

@@ -1,0 +1,119 @@
+"""Fields of OpenAI's and vLLM's that are not served: what asks for nothing is taken, the rest is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.api.unserved import CHAT, COMPLETION, GENERATION
+from tests.api.conftest import chat, complete
+
+HARMLESS = {name: [None, *field.harmless] for name, field in (COMPLETION | CHAT).items()}
+ASKING: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "store": True,
+    "service_tier": "priority",
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy"},
+    "prediction": {"type": "content", "content": "x"},
+    "verbosity": "low",
+    "web_search_options": {},
+    "moderation": {"model": "x"},
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {"mode": "explicit"},
+    "include_reasoning": False,
+    "documents": [{"text": "x"}],
+    "use_beam_search": True,
+    "length_penalty": 1.5,
+    "min_tokens": 1,
+    "bad_words": ["x"],
+    "allowed_token_ids": [],
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": 1,
+    "truncate_prompt_tokens": 5,
+    "prompt_logprobs": 0,
+    "return_tokens_as_token_ids": True,
+    "return_token_ids": True,
+    "priority": 1,
+    "suffix": "x",
+    "messages": [],
+    "prompt": "x",
+    "best_of": 2,
+    "echo": True,
+    "chat_template": "",
+}
+
+
+def senders(name: str) -> list[Callable[..., Any]]:
+    return [*([complete] if name in COMPLETION else []), *([chat] if name in CHAT else [])]
+
+
+def test_every_field_is_asked_for_here() -> None:
+    assert ASKING.keys() == (COMPLETION | CHAT).keys()
+    assert GENERATION.keys() == COMPLETION.keys() & CHAT.keys()
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_value_that_asks_for_nothing_changes_nothing(client: TestClient, name: str) -> None:
+    for send in senders(name):
+        plain = send(client, seed=1, max_tokens=3).json()["choices"]
+        for value in HARMLESS[name]:
+            assert send(client, seed=1, max_tokens=3, **{name: value}).json().get("choices") == plain, value
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_value_that_asks_for_something_is_refused_with_the_reason(client: TestClient, name: str) -> None:
+    for send in senders(name):
+        response = send(client, **{name: ASKING[name]})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == (name, "unsupported_field")
+        assert error["message"].startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("store", 0, "store"),
+        ("priority", False, "priority"),
+        ("parallel_tool_calls", 1, "parallel_tool_calls"),
+        ("metadata", {str(i): "x" for i in range(17)}, "metadata"),
+        ("metadata", {"k": 3}, "metadata.k"),
+        ("metadata", {"k": "x" * 513}, "metadata.k"),
+        ("safety_identifier", "x" * 257, "safety_identifier"),
+        ("prompt_cache_key", 3, "prompt_cache_key"),
+        ("reasoning_effort", "extreme", "reasoning_effort"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(client: TestClient, name: str, value: Any, field: str) -> None:
+    response = chat(client, **{name: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parallel_tool_calls": True},
+        {"parallel_tool_calls": False},
+        {"metadata": {"project": "x"}, "store": False},
+        {"safety_identifier": "someone", "prompt_cache_key": "a"},
+    ],
+    ids=str,
+)
+def test_what_the_sdks_add_changes_no_text(client: TestClient, fields: dict[str, Any]) -> None:
+    plain = chat(client, seed=1, max_tokens=3).json()["choices"]
+    assert chat(client, seed=1, max_tokens=3, **fields).json()["choices"] == plain
+
+
+def test_events_are_not_padded(client: TestClient) -> None:
+    whole = chat(client, stream=True, max_tokens=2, stream_options={"include_obfuscation": False})
+    assert whole.status_code == 200
+    error = chat(client, stream=True, stream_options={"include_obfuscation": True}).json()["error"]
+    assert error["param"] == "stream_options.include_obfuscation"
