@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
 
 
 @dataclass(slots=True, frozen=True)
@@ -124,7 +124,11 @@ class Engine(Protocol):
         ...
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
+        """Text of one token on its own; a part of a character shows as U+FFFD."""
+        ...
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
+        """What each token is in a text of them all, which begins with the first. From any thread."""
         ...
 
     async def compile_schema(self, schema: str) -> object:
