@@ -45,7 +45,7 @@ class _Letters:
         return TokenText(chr(token_id), chr(token_id).encode())
 
     def peek(self, token_id: int) -> TokenText:
-        return self.add(token_id)
+        return replace(self.add(token_id), text="")
 
     def flush(self) -> str:
         return ""

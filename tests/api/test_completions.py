@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.engines import choice as engine_choice
+from server.engines.edits import EditTotals
 from server.types import TokenEdit
 from tests.api.conftest import chat, complete
 
@@ -182,6 +183,8 @@ def test_a_trace_tells_what_control_did_to_each_token_streamed_and_not(client: T
 def test_figures_that_are_not_finite_are_null(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = TokenEdit({"positive": math.nan}, {"positive": math.inf}, math.nan, math.inf, None, is_nonfinite=True)
     monkeypatch.setattr(engine_choice, "token_edit", lambda *_: broken)
+    add = EditTotals.add
+    monkeypatch.setattr(EditTotals, "add", lambda self, numbers: add(self, [math.nan] * 2 + numbers[2:]))
     for stream in (False, True):
         response = complete(client, control={**CONTROL, "trace": True}, max_tokens=2, stream=stream)
         assert response.status_code == 200

@@ -126,7 +126,7 @@ FIELD = "response_format.json_schema.schema"
         (held_to({"const": ["x" * (MAX_LITERAL_CHARS + 1)]}), FIELD, f"{MAX_LITERAL_CHARS} characters"),
         (held_to({"properties": {"x" * (MAX_LITERAL_CHARS + 1): {}}}), FIELD, f"{MAX_LITERAL_CHARS} characters"),
         (held_to({"type": "strin"}), FIELD, "Invalid type"),
-        (held_to({"not": {}}), FIELD, "Unimplemented keys"),
+        (held_to({"not": {}}), FIELD, "#/not: this keyword"),
         (held_to({"const": "\\ud800"}), FIELD, ""),
     ],
     ids=lambda value: str(value)[:40],
