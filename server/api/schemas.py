@@ -22,7 +22,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, MAX_PROMPTS, LogitBias, Prompt, Seconds, Stop, StopTokenIds, check_text
-from server.api.structure import ResponseFormat
+from server.api.structure import (
+    NO_GRAMMAR,
+    NO_REGEX,
+    AnySchema,
+    ResponseFormat,
+    StructuredOutputs,
+    TextChoices,
+    TextFormat,
+)
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
@@ -68,6 +76,10 @@ class GenerationBody(BaseModel):
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: AnySchema | None = None
+    """vLLM's older names for two of `structured_outputs`."""
+    guided_choice: TextChoices | None = None
     control: ControlParams | None = None
 
     @model_validator(mode="before")
@@ -89,9 +101,28 @@ class GenerationBody(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_one_structure(self) -> GenerationBody:
+        fields = {
+            "response_format": not isinstance(self.response_format, TextFormat | None),
+            "structured_outputs": self.structured_outputs is not None,
+            "guided_json": self.guided_json is not None,
+            "guided_choice": self.guided_choice is not None,
+        }
+        given = [name for name, is_given in fields.items() if is_given]
+        if len(given) > 1:
+            raise PydanticCustomError(
+                "field", "{name}: {other} says already what the text has to hold", {"name": given[1], "other": given[0]}
+            )
+        return self
+
+
+_UNBOUNDED = {"guided_regex": NO_REGEX, "guided_grammar": NO_GRAMMAR}
+
 
 class CompletionBody(GenerationBody):
     refused: ClassVar[dict[str, str]] = {
+        **_UNBOUNDED,
         "suffix": "not supported; the served models continue text and do not fill in",
         "messages": "chats have them, at /v1/chat/completions; a completion has a prompt",
     }
@@ -190,6 +221,7 @@ _NO_TOOLS = "tools are not supported"
 
 class ChatBody(GenerationBody):
     refused: ClassVar[dict[str, str]] = {
+        **_UNBOUNDED,
         "tools": _NO_TOOLS,
         "tool_choice": _NO_TOOLS,
         "functions": _NO_TOOLS,

@@ -139,6 +139,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        """The same for texts that are one of these. Raises as `compile_schema` does."""
+        ...
+
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """Check and queue the request at once, then yield its chunks; closing the stream aborts it.
 

@@ -111,6 +111,10 @@ class FakeEngine:
         del schema
         raise UnsupportedFieldError("the fake engine has no structured output")
 
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        del choices
+        raise UnsupportedFieldError("the fake engine has no structured output")
+
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:
             raise EngineStoppedError("The engine is not running.")

@@ -67,6 +67,19 @@ class SchemaCompiler:
         except ValueError as error:
             raise InvalidRequestError(explained(str(error), schema)[:_MAX_MESSAGE_CHARS]) from error
         matcher = LLMatcher(tables, _without_forcing(grammar), log_level=0, limits=LLParserLimits(**_LIMITS))
+        return self._checked(matcher, tables, schema)
+
+    def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
+        """Texts that are one of these, to the letter. Raises as `compile` does."""
+        tables = self._made_tables()
+        from llguidance import LLMatcher, LLParserLimits
+
+        literals = " | ".join(json.dumps(choice) for choice in choices)
+        grammar = f'%llguidance {{"no_forcing": true}}\nstart: {literals}'
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        return self._checked(matcher, tables, "{}")
+
+    def _checked(self, matcher: LLMatcher, tables: LLTokenizer, schema: str) -> CompiledSchema:
         # What goes wrong with the first tokens goes wrong here, where it can still be told.
         trial = matcher.deep_copy()
         for token_id in [None, *tables.tokenize_str('{"')]:

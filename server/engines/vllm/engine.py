@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +80,11 @@ class VllmEngine(ModelEngine):
         """Refuses every schema."""
         del schema
         raise UnsupportedFieldError("the vLLM engine does not hold texts to a schema")
+
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        """Refuses all."""
+        del choices
+        raise UnsupportedFieldError("the vLLM engine does not hold texts to choices")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
