@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
@@ -154,17 +154,44 @@ class GenerationRequest:
         return "n" if self.search is None else "control.search.candidates"
 
 
-@dataclass(slots=True, frozen=True)
-class TokenLogprob:
-    """A token's log-probability in nats, after control, at temperature 1, before bias, penalties, mask and filters.
-
-    `top` holds (id, text, logprob) of the most likely tokens.
-    """
+class TopLogprob(NamedTuple):
+    """One of the most likely tokens at a place, whether it was drawn or not."""
 
     token_id: int
     text: str
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    data: bytes = b""
+    """The token's own bytes."""
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """A token's log-probability in nats, after control, at temperature 1, before bias, penalties, mask and filters."""
+
+    token_id: int
+    text: str
+    """What the token completes of the text: a character of several tokens is the last one's. A special one's name."""
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+    data: bytes = b""
+    """The token's own bytes; those of all tokens that are not special join to the text's."""
+    num_chars: int = 0
+    """Characters that it adds to the text."""
+
+
+@dataclass(slots=True, frozen=True)
+class TokenText:
+    """What a token is in a text."""
+
+    text: str
+    """What it completes: nothing of a special token, or while a character is open."""
+    data: bytes
+    """Its own bytes; of a special token those of its name."""
+    is_special: bool = False
+
+    @property
+    def shown(self) -> str:
+        return self.data.decode() if self.is_special else self.text
 
 
 @dataclass(slots=True, frozen=True)

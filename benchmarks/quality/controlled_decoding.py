@@ -31,6 +31,7 @@ from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
 from server.engines.embedded.sampler import uniform
 from server.engines.text import Detokenizer
+from server.engines.vocabulary import Vocabulary
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
 from value_models.heads import ValueHead
@@ -241,13 +242,14 @@ def _sample(
         for index in range(settings.num_samples)
     ]
     tokenizer: Any = source.loaded.tokenizer
+    vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     for result in decoder.run(jobs, params):
-        detokenizer = Detokenizer(tokenizer.backend_tokenizer, result.job.prompt_token_ids)
+        detokenizer = Detokenizer(vocabulary, result.job.prompt_token_ids)
         shown = (token_id for token_id in result.token_ids if token_id not in eos_token_ids)
         yield EvalSample(
             prompt_id=result.job.prompt_id,
             sample=result.job.index,
-            response="".join(map(detokenizer.add, shown)),
+            response="".join(detokenizer.add(token_id).text for token_id in shown) + detokenizer.flush(),
             num_tokens=len(result.token_ids),
             nll=source.nll(torch.stack(result.states), result.token_ids),
             mean_kl=sum(result.kl) / len(result.kl),

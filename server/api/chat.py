@@ -14,7 +14,7 @@ from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.engines.base import Engine
-from server.types import GenerationChunk, TokenLogprob
+from server.types import GenerationChunk, TokenLogprob, TopLogprob
 
 router = APIRouter()
 
@@ -62,10 +62,10 @@ class _ChatWriter(ResponseWriter):
 
 def _chat_logprob(score: TokenLogprob) -> dict[str, Any]:
     return {
-        **_scored(score.text, score.logprob),
-        "top_logprobs": [_scored(text, logprob) for _, text, logprob in score.top],
+        **_scored(score),
+        "top_logprobs": [_scored(other) for other in score.top],
     }
 
 
-def _scored(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": shown_logprob(logprob), "bytes": list(text.encode())}
+def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,7 +14,7 @@ from server.api.responses import ResponseWriter
 from server.api.schemas import CompletionBody
 from server.api.sse import STREAMED
 from server.engines.base import Engine, check_token_ids
-from server.types import GenerationChunk, TokenLogprob
+from server.types import GenerationChunk, TokenLogprob, TokenText
 
 DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
@@ -26,6 +26,10 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     engine: Engine = request.app.state.engine
     # A long text takes long, which must not stop the other requests.
     texts, prompts = await asyncio.to_thread(_prompts, engine, body)
+    echoed = None
+    if texts is not None:
+        has_logprobs = body.logprobs is not None
+        echoed = await asyncio.to_thread(_echoed, engine, texts, prompts, has_logprobs=has_logprobs)
     generation = await start(
         request,
         body,
@@ -35,79 +39,123 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         best_of=body.best_of,
     )
-    return await _CompletionWriter(request, body, generation, texts if body.echo else None).respond()
+    return await _CompletionWriter(request, body, generation, echoed).respond()
 
 
 def _prompts(engine: Engine, body: CompletionBody) -> tuple[list[str] | None, list[list[int]]]:
-    """Each prompt's text, which only echo needs for token ids, and its token ids."""
+    """Each prompt's text, if it is echoed, and its token ids."""
     prompt: Any = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
     if isinstance(prompt[0], str):
         adds = body.add_special_tokens is not False
-        return prompt, [engine.encode(text, add_special_tokens=adds) for text in prompt]
+        return (prompt if body.echo else None), [engine.encode(text, add_special_tokens=adds) for text in prompt]
     check_token_ids(itertools.chain.from_iterable(prompt), engine.info.vocab_size, param="prompt")
     return ([engine.decode(ids) for ids in prompt] if body.echo else None), prompt
+
+
+def _echoed(
+    engine: Engine, texts: list[str], prompts: list[list[int]], *, has_logprobs: bool
+) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Each prompt's text and, for log-probabilities, what `placed` makes of its tokens."""
+    tokens = [engine.token_texts(prompt) if has_logprobs else [] for prompt in prompts]
+    return [(text, placed(its_tokens, text)) for text, its_tokens in zip(texts, tokens, strict=True)]
+
+
+def placed(tokens: Sequence[TokenText], text: str) -> list[tuple[str, int]]:
+    """Each token's string and the number of characters that are its share of a text, which was made into the tokens.
+
+    The text may lack special tokens, which the tokenizer has added, or a space at the beginning, and the tokenizer may
+    have changed its letters.
+    """
+    shares: list[tuple[str, int]] = []
+    start = 0
+    for token in tokens:
+        shown, size = token.shown, len(token.shown)
+        if not text.startswith(shown, start):
+            if token.is_special:
+                size = 0
+            elif shown.startswith(" ") and text.startswith(shown[1:], start):
+                shown, size = shown[1:], size - 1
+            elif text.startswith(f" {shown}", start):
+                shown, size = f" {shown}", size + 1
+        size = min(size, len(text) - start)
+        shares.append((shown, size))
+        start += size
+    return shares
 
 
 class _CompletionWriter(ResponseWriter):
     id_prefix, object_name, event_object_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request: Request, body: CompletionBody, generation: Generation, echo: list[str] | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        body: CompletionBody,
+        generation: Generation,
+        echoed: list[tuple[str, list[tuple[str, int]]]] | None,
+    ) -> None:
         super().__init__(request, body, generation)
         self._has_logprobs = body.logprobs is not None
-        self._echo = echo
+        self._echoed = echoed
         self._offsets: dict[int, int] = {}
 
     def choice_content(self, index: int, choice: Choice) -> dict[str, Any]:
-        scores = [*self._prompt_entries(index), *choice.logprobs]
-        return {
-            "text": self._echoed(index) + choice.text,
-            "logprobs": legacy_logprobs(scores, 0) if self._has_logprobs else None,
-        }
+        text, entries = self._prompt_of(index)
+        logprobs, _ = legacy_logprobs([*entries, *map(LegacyEntry.of, choice.logprobs)], 0)
+        return {"text": text + choice.text, "logprobs": logprobs if self._has_logprobs else None}
 
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
-        text, scores = chunk.text, list(chunk.logprobs)
-        if is_first:
-            text, scores = self._echoed(index) + text, [*self._prompt_entries(index), *scores]
-        if not text and not scores and chunk.finish_reason is None:
+        text, entries = self._prompt_of(index) if is_first else ("", [])
+        text, entries = text + chunk.text, [*entries, *map(LegacyEntry.of, chunk.logprobs)]
+        if not text and not entries and chunk.finish_reason is None:
             return None
         logprobs = None
         if self._has_logprobs:
-            offset = self._offsets.get(index, 0)
-            logprobs = legacy_logprobs(scores, offset)
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
+            logprobs, self._offsets[index] = legacy_logprobs(entries, self._offsets.get(index, 0))
         return {"text": text, "logprobs": logprobs}
 
-    def _echoed(self, index: int) -> str:
-        return "" if self._echo is None else self._echo[index // self._generation.num_choices]
-
-    def _prompt_entries(self, index: int) -> Sequence[TokenLogprob | tuple[str, None]]:
-        """The scored tokens of a choice's prompt, if echoed; nothing predicts the first, so it has a text only."""
+    def _prompt_of(self, index: int) -> tuple[str, list[LegacyEntry]]:
+        """What is echoed before a choice: the prompt's text and its scored tokens; nothing predicts the first one."""
+        if self._echoed is None:
+            return "", []
         prompt_index = index // self._generation.num_choices
-        if self._echo is None or not self._has_logprobs:
-            return []
-        scores = self._generation.prompt_logprobs.get(prompt_index, ())
-        text = self._generation.engine.token_text(self._generation.prompts[prompt_index][0])
-        return [(text, None), *(score for score in scores if score is not None)]
+        text, shares = self._echoed[prompt_index]
+        scores = self._generation.prompt_logprobs.get(prompt_index, (None,) * len(shares))
+        return text, [LegacyEntry(*share, score) for share, score in zip(shares, scores, strict=True)]
 
 
-def legacy_logprobs(scores: Sequence[TokenLogprob | tuple[str, None]], offset: int) -> dict[str, Any]:
-    """OpenAI's legacy format: four lists of equal length."""
-    tokens = [score.text if isinstance(score, TokenLogprob) else score[0] for score in scores]
-    offsets = [offset]
-    for token in tokens[:-1]:
-        offsets.append(offsets[-1] + len(token))
+class LegacyEntry(NamedTuple):
+    token: str
+    num_chars: int
+    """Of the text that is returned."""
+    score: TokenLogprob | None
+
+    @classmethod
+    def of(cls, score: TokenLogprob) -> LegacyEntry:
+        return cls(score.text, score.num_chars, score)
+
+
+def legacy_logprobs(entries: Sequence[LegacyEntry], offset: int) -> tuple[dict[str, Any], int]:
+    """OpenAI's legacy format, four lists of equal length, and the offset behind them."""
+    offsets = list(itertools.accumulate((entry.num_chars for entry in entries), initial=offset))
+    scored = [(entry.token, entry.score) for entry in entries]
     return {
-        "tokens": tokens,
-        "token_logprobs": [
-            shown_logprob(score.logprob) if isinstance(score, TokenLogprob) else None for score in scores
-        ],
-        "top_logprobs": [
-            {text: shown_logprob(value) for _, text, value in reversed(score.top)}
-            if isinstance(score, TokenLogprob)
-            else None
-            for score in scores
-        ],
-        "text_offset": offsets[: len(tokens)],
-    }
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [None if score is None else shown_logprob(score.logprob) for _, score in scored],
+        "top_logprobs": [None if score is None else _top(token, score) for token, score in scored],
+        "text_offset": offsets[:-1],
+    }, offsets[-1]
+
+
+def _top(token: str, score: TokenLogprob) -> dict[str, float | None]:
+    """The most likely tokens and, always, the one that is there; of two with the same text, the later one's id."""
+    top = {other.token_id: (other.text, other.logprob) for other in score.top}
+    top[score.token_id] = (token, score.logprob)
+    shown = {token}
+    named: dict[str, float | None] = {}
+    for token_id, (text, logprob) in top.items():
+        is_taken = text in shown and token_id != score.token_id
+        named[f"token_id:{token_id}" if is_taken else text] = shown_logprob(logprob)
+        shown.add(text)
+    return named

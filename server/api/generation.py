@@ -192,7 +192,7 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body.response_format, engine),
+        structure=await structure_of(body, engine),
         best_of=resolve_best_of(best_of, num_choices, control),
     )
     if max_tokens is None:

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
-from server.api.structure import ResponseFormat
+from server.api.structure import AnySchema, ResponseFormat, StructuredOutputs, TextChoices, TextFormat
 from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, without_unserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
@@ -73,6 +73,10 @@ class GenerationBody(BaseModel):
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: AnySchema | None = None
+    """vLLM's older names for two of `structured_outputs`."""
+    guided_choice: TextChoices | None = None
     control: ControlParams | None = None
 
     @model_validator(mode="before")
@@ -85,6 +89,21 @@ class GenerationBody(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "field", "stream_options: only allowed with stream: true", {"name": "stream_options"}
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_structure(self) -> GenerationBody:
+        fields = {
+            "response_format": not isinstance(self.response_format, TextFormat | None),
+            "structured_outputs": self.structured_outputs is not None,
+            "guided_json": self.guided_json is not None,
+            "guided_choice": self.guided_choice is not None,
+        }
+        given = [name for name, is_given in fields.items() if is_given]
+        if len(given) > 1:
+            raise PydanticCustomError(
+                "field", "{name}: {other} says already what the text has to hold", {"name": given[1], "other": given[0]}
             )
         return self
 

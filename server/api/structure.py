@@ -1,4 +1,5 @@
-"""`response_format`: plain text, any JSON object, or JSON that holds a schema; what a schema may look like.
+"""`response_format`: plain text, any JSON object, or JSON that holds a schema; what a schema may look like. The same
+under vLLM's names (`structured_outputs`, `guided_json`), and texts that are one of a few choices.
 
 A schema of strangers is bounded here in size, depth and the length of its literal strings, and some keywords are
 refused: those that hold regular expressions, since no request gets to run one, and `multipleOf`, whose automaton grows
@@ -9,16 +10,21 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from server.api.fields import check_text
 from server.engines.base import Engine
 from server.errors import InvalidRequestError
 
 MAX_SCHEMA_CHARS = 32_768
 MAX_SCHEMA_DEPTH = 64
 MAX_LITERAL_CHARS = 512
+MAX_TEXT_CHOICES = 1024
+NO_REGEX = "regular expressions from requests are not run; use json or choice"
+NO_GRAMMAR = "grammars from requests are not run; use json or choice"
 _REGEX = "regular expressions from requests are not run; use enum, format, minLength or maxLength"
 _REFUSED = {
     "pattern": _REGEX,
@@ -108,14 +114,104 @@ class JsonSchemaFormat(BaseModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-async def structure_of(response_format: ResponseFormat | None, engine: Engine) -> object | None:
-    """What the engine has to hold a text to; None for plain text. Raises InvalidRequestError, which names the field."""
-    if response_format is None or isinstance(response_format, TextFormat):
-        return None
-    schema, field = {"type": "object"}, "response_format"
-    if isinstance(response_format, JsonSchemaFormat):
-        schema, field = response_format.json_schema.schema_, "response_format.json_schema.schema"
+def _parsed(schema: Any) -> Any:
+    """vLLM's clients may send a schema as a string."""
+    if not isinstance(schema, str):
+        return schema
+    if len(schema) > MAX_SCHEMA_CHARS:
+        raise ValueError(f"has {len(schema)} characters; at most {MAX_SCHEMA_CHARS} are allowed")
     try:
-        return await engine.compile_schema(json.dumps(schema))
+        return json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("must be a JSON schema, as an object or as a string that holds one") from error
+
+
+def _check_choices(choices: list[str]) -> list[str]:
+    num_chars = sum(map(len, choices))
+    if num_chars > MAX_SCHEMA_CHARS:
+        raise ValueError(f"have {num_chars} characters together; at most {MAX_SCHEMA_CHARS} are allowed")
+    return [check_text(choice) for choice in choices]
+
+
+AnySchema = Annotated[
+    dict[str, Any],
+    BeforeValidator(_parsed, json_schema_input_type=dict[str, Any] | str),
+    AfterValidator(check_schema),
+]
+TextChoices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_LITERAL_CHARS)]],
+    Field(min_length=1, max_length=MAX_TEXT_CHOICES),
+    AfterValidator(_check_choices),
+]
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's field: one of these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    json_: Annotated[AnySchema | None, Field(alias="json")] = None
+    choice: TextChoices | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_grammars(cls, fields: Any) -> Any:
+        refused = {"regex": NO_REGEX, "grammar": NO_GRAMMAR, "structural_tag": NO_GRAMMAR}
+        if isinstance(fields, dict):
+            for name, reason in refused.items():
+                if fields.get(name) is not None:
+                    raise PydanticCustomError(
+                        "unsupported_field",
+                        "structured_outputs.{name}: {reason}",
+                        {"name": f"structured_outputs.{name}", "reason": reason},
+                    )
+            return {name: value for name, value in fields.items() if name not in refused}
+        return fields
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        if sum((self.json_ is not None, self.choice is not None, bool(self.json_object))) != 1:
+            raise ValueError("give one of json, choice, json_object")
+        return self
+
+
+class StructureFields(Protocol):
+    """Those of a body that say what a text has to hold; one of them at most is given."""
+
+    @property
+    def response_format(self) -> ResponseFormat | None: ...
+    @property
+    def structured_outputs(self) -> StructuredOutputs | None: ...
+    @property
+    def guided_json(self) -> dict[str, Any] | None: ...
+    @property
+    def guided_choice(self) -> list[str] | None: ...
+
+
+async def structure_of(body: StructureFields, engine: Engine) -> object | None:
+    """What the engine has to hold a text to; None for plain text. Raises InvalidRequestError, which names the field."""
+    field, wanted = _wanted(body)
+    try:
+        if isinstance(wanted, list):
+            return await engine.compile_choices(wanted)
+        return None if wanted is None else await engine.compile_schema(json.dumps(wanted))
     except InvalidRequestError as error:
         raise type(error)(f"{field}: {error.message}", param=field) from error
+
+
+def _wanted(body: StructureFields) -> tuple[str, dict[str, Any] | list[str] | None]:
+    """The field that asks for something, and the schema or the choices that it names."""
+    chosen, named, any_object = body.response_format, body.structured_outputs, {"type": "object"}
+    is_object = isinstance(chosen, JsonObjectFormat)
+    schema = chosen.json_schema.schema_ if isinstance(chosen, JsonSchemaFormat) else None
+    fields: dict[str, dict[str, Any] | list[str] | None] = {
+        "response_format": any_object if is_object else None,
+        "response_format.json_schema.schema": schema,
+        "structured_outputs": any_object if named and named.json_object else None,
+        "structured_outputs.json": named and named.json_,
+        "structured_outputs.choice": named and named.choice,
+        "guided_json": body.guided_json,
+        "guided_choice": body.guided_choice,
+    }
+    return next(((field, wanted) for field, wanted in fields.items() if wanted is not None), ("", None))

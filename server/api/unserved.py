@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from server.api.structure import NO_GRAMMAR, NO_REGEX
+
 REFUSED = "unsupported_field"
 
 
@@ -61,6 +63,8 @@ GENERATION: dict[str, Unserved] = {
     "prompt_logprobs": Unserved("not supported by this name; completions have echo with logprobs"),
     "return_tokens_as_token_ids": Unserved("not supported", (False,)),
     "return_token_ids": Unserved("not supported; /tokenize gives those of a text", (False,)),
+    "guided_regex": Unserved(NO_REGEX),
+    "guided_grammar": Unserved(NO_GRAMMAR),
     "priority": Unserved("requests are served in the order in which they come", (0,)),
 }
 """Of completions and chats."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit
+from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
 
 
 @dataclass(slots=True, frozen=True)
@@ -123,7 +123,11 @@ class Engine(Protocol):
         ...
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token on its own (for log-probabilities); a part of a character shows as U+FFFD."""
+        """Text of one token on its own; a part of a character shows as U+FFFD."""
+        ...
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
+        """What each token is in a text of them all, which begins with the first. From any thread."""
         ...
 
     async def compile_schema(self, schema: str) -> object:
@@ -132,6 +136,10 @@ class Engine(Protocol):
         Raises UnsupportedFieldError where this engine has no structured output, InvalidRequestError for a schema that
         is malformed, not supported or too complex; the messages name no field.
         """
+        ...
+
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        """The same for texts that are one of these. Raises as `compile_schema` does."""
         ...
 
     def generate(self, request: GenerationRequest) -> ChunkStream:

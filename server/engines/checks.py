@@ -30,7 +30,7 @@ def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_s
         check_token_ids(prompt if field == "prompt" else getattr(sampling, field), vocab_size, param=field)
     if request.structure is not None and sampling.ignore_eos:
         raise InvalidRequestError(
-            "ignore_eos: not allowed with response_format, whose schema says where the text ends", param="ignore_eos"
+            "ignore_eos: not allowed with structured output, which says where the text ends", param="ignore_eos"
         )
     if len(prompt) + sampling.max_tokens > max_model_len:
         raise ContextLengthError(

@@ -7,7 +7,6 @@ last token asked for, in this order. Knows nothing of models, scheduling or thre
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
-from server.engines.text import StopMatcher, TextOfTokens
+from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
 from server.types import (
     BrokenBound,
     ControlSummary,
@@ -24,6 +23,7 @@ from server.types import (
     GenerationRequest,
     TokenEdit,
     TokenLogprob,
+    TokenText,
 )
 
 FAILED = "The request failed inside the engine."
@@ -88,7 +88,8 @@ class Choice:
     ) -> GenerationChunk:
         """The chunk of one more token; where the choice ends with it, the reason is told and `finish` completes it.
 
-        `numbers` are those of the token's edit. Raises RuntimeError where a request with control lacks them.
+        `numbers` are those of the token's edit, and `logprob` needs no texts. Raises RuntimeError where a request with
+        control lacks the numbers.
         """
         edit = None
         if self.totals is not None:
@@ -97,12 +98,13 @@ class Choice:
             self.totals.add(numbers)
             edit = token_edit(self.totals.names, numbers)
         self.token_ids.append(token_id)
-        text, reason = self._text_and_end(token_id, edit)
+        described = None if logprob is None else with_texts(logprob, self.detokenizer)
+        token, text, reason = self._text_and_end(token_id, edit)
         return GenerationChunk(
             index=self.index,
             text=text,
             token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
+            logprobs=() if described is None else (as_chosen(described, token),),
             edit=edit,
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
@@ -132,7 +134,7 @@ class Choice:
     def follow(self, other: Choice) -> None:
         """Take over text and totals of another choice of the request, in copies."""
         self.token_ids = list(other.token_ids)
-        self.detokenizer, self.stop = other.detokenizer.copy(), copy.copy(other.stop)
+        self.detokenizer, self.stop = other.detokenizer.copy(), other.stop.copy()
         self.totals = None if other.totals is None else other.totals.copy()
 
     def waits_s(self, now_s: float) -> tuple[float, float]:
@@ -164,16 +166,26 @@ class Choice:
             generation_tokens=len(self.token_ids),
         )
 
-    def _text_and_end(self, token_id: int, edit: TokenEdit | None) -> tuple[str, FinishReason | None]:
-        """The text that goes out with a token, and why the choice ends there, if it does."""
-        if token_id in self.end_token_ids:
-            return self.stop.flush(), FinishReason.STOP
-        text = self.stop.add(self.detokenizer.add(token_id))
+    def rest_of_text(self) -> str:
+        """What is held back of the text, at its end."""
+        return self.stop.add(self.detokenizer.flush()) + self.stop.flush()
+
+    def _text_and_end(self, token_id: int, edit: TokenEdit | None) -> tuple[TokenText, str, FinishReason | None]:
+        """A token, the text that goes out with it, and why the choice ends there, if it does."""
+        is_end = token_id in self.end_token_ids
+        token = self.detokenizer.peek(token_id) if is_end else self.detokenizer.add(token_id)
+        text = self.stop.add(token.text, token.shown if token.is_special else "")
         if self.stop.has_stopped:
-            return text, FinishReason.STOP
+            return token, text, FinishReason.STOP
         reason, control = None, self.request.control
-        if edit is not None and control is not None and control.breaks_guardrail(edit.value_after):
+        if is_end:
+            reason = FinishReason.STOP
+        elif edit is not None and control is not None and control.breaks_guardrail(edit.value_after):
             reason = FinishReason.GUARDRAIL
         elif len(self.token_ids) >= self.request.sampling.max_tokens:
             reason = FinishReason.LENGTH
-        return (text if reason is None else text + self.stop.flush()), reason
+        if reason is None:
+            return token, text, None
+        open_end = self.detokenizer.flush()
+        token = token if token.is_special or is_end else replace(token, text=token.text + open_end)
+        return token, text + self.stop.add(open_end) + self.stop.flush(), reason

@@ -19,7 +19,16 @@ from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineS
 from server.engines.checks import check_request
 from server.engines.choice import Choice
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, PromptValues, TokenLogprob
+from server.types import (
+    ChatRendering,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    PromptValues,
+    TokenLogprob,
+    TokenText,
+    TopLogprob,
+)
 
 _LETTERS = b"etaoin shrdlu"
 _FAILED = "The fake engine failed as told."
@@ -33,8 +42,14 @@ _UNMOVED = [0.0, 0.0, 0.0, 0.0, 1.0]
 class _Letters:
     """A token's number is its letter's."""
 
-    def add(self, token_id: int) -> str:
-        return chr(token_id)
+    def add(self, token_id: int) -> TokenText:
+        return TokenText(chr(token_id), chr(token_id).encode())
+
+    def peek(self, token_id: int) -> TokenText:
+        return replace(self.add(token_id), text="")
+
+    def flush(self) -> str:
+        return ""
 
     def copy(self) -> _Letters:
         return self
@@ -88,11 +103,18 @@ class FakeEngine:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
+        return [_Letters().add(token_id) for token_id in token_ids]
+
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
 
     async def compile_schema(self, schema: str) -> object:
         del schema
+        raise UnsupportedFieldError("the fake engine has no structured output")
+
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        del choices
         raise UnsupportedFieldError("the fake engine has no structured output")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
@@ -181,7 +203,7 @@ class FakeEngine:
         return _LETTERS[hashlib.blake2b(key, digest_size=1).digest()[0] % len(_LETTERS)]
 
     def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:
-        top = tuple((letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
+        top = tuple(TopLogprob(letter, chr(letter), -2.0) for letter in _LETTERS[:num_top])
         return TokenLogprob(token_id, chr(token_id), -2.0, top)
 
 

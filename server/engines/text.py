@@ -1,26 +1,22 @@
 """Text to token ids and back, as every engine with a tokenizer of transformers does it.
 
 `Tokenization` is what an engine offers of it. `Detokenizer` gives a choice's text as its tokens come, and never a part
-of a character: bytes wait until they complete one. `StopMatcher` holds back text that may be the beginning of a stop
-string. None of them knows of models, sequences or engines.
+of a character: bytes wait until they complete one, and what can complete none is U+FFFD. `StopMatcher` holds back text
+that may be the beginning of a stop string. None of them knows of models, sequences or engines.
 """
 
 from __future__ import annotations
 
-import copy
+import codecs
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from server.engines.chat_template import encode_chat
-from server.types import ChatRendering
-
-_CONTEXT_TOKENS = 6
-_REPLACEMENT = "\ufffd"
+from server.engines.vocabulary import Vocabulary
+from server.types import ChatRendering, TokenLogprob, TokenText
 
 
 class Tokenization(ABC):
@@ -29,6 +25,7 @@ class Tokenization(ABC):
     def __init__(self) -> None:
         # A call may change the tokenizer's truncation and padding, so one at a time.
         self._encoding = threading.Lock()
+        self._known: tuple[Any, Vocabulary] | None = None
 
     @property
     @abstractmethod
@@ -49,12 +46,34 @@ class Tokenization(ABC):
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
+        text = Detokenizer(self._vocabulary, ())
+        tokens = [text.add(token_id) for token_id in token_ids]
+        if tokens and not tokens[-1].is_special:
+            tokens[-1] = replace(tokens[-1], text=tokens[-1].text + text.flush())
+        return tokens
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = self._tokenizer
+        if self._known is None or self._known[0] is not tokenizer:
+            self._known = tokenizer, Vocabulary(tokenizer.backend_tokenizer)
+        return self._known[1]
+
 
 class TextOfTokens(Protocol):
     """A choice's text from its tokens, one after the other."""
 
-    def add(self, token_id: int) -> str:
-        """Text that the token completes."""
+    def add(self, token_id: int) -> TokenText:
+        """What the token is behind those that were added."""
+        ...
+
+    def peek(self, token_id: int) -> TokenText:
+        """The same of a token that is not added, and completes nothing."""
+        ...
+
+    def flush(self) -> str:
+        """The end of a text: U+FFFD for a character that is still open."""
         ...
 
     def copy(self) -> TextOfTokens:
@@ -63,66 +82,156 @@ class TextOfTokens(Protocol):
 
 
 class Detokenizer:
-    """Incremental decoding of one choice; the prompt's last tokens give the first new one its leading space."""
+    """Incremental decoding of one choice; behind a prompt with text, its first token keeps its leading space."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        # A stream whose context ends in an open character would give the context out with the first new text.
-        while context and tokenizer.decode(context, skip_special_tokens=True).endswith(_REPLACEMENT):
-            context.pop()
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+    def __init__(self, vocabulary: Vocabulary, prompt_token_ids: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        self._previous = vocabulary.last_of_text(reversed(prompt_token_ids))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token_id: int) -> str:
-        """Text that the token completes; empty while a character is still open."""
-        try:
-            return self._stream.step(self._tokenizer, token_id) or ""
-        except Exception:
-            # Byte-fallback decoders can rewrite text that is out already, which a stream refuses: begin a new one.
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return self._stream.step(self._tokenizer, token_id) or ""
+    def add(self, token_id: int) -> TokenText:
+        token = self.peek(token_id)
+        if token.is_special:
+            return token
+        self._previous = token_id
+        return replace(token, text=self._decoder.decode(token.data))
+
+    def peek(self, token_id: int) -> TokenText:
+        data = self._vocabulary.token_bytes(token_id, self._previous)
+        return TokenText("", data, self._vocabulary.is_special(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
     def copy(self) -> Detokenizer:
-        """Another that goes on from here by itself."""
-        other = copy.copy(self)
-        other._stream = copy.copy(self._stream)
+        other = Detokenizer(self._vocabulary, ())
+        other._previous = self._previous
+        other._decoder.setstate(self._decoder.getstate())
         return other
 
 
+def text_alone(data: bytes) -> str:
+    """A token's text on its own; OpenAI's notation (`bytes:\\xf0\\x9f`) for bytes that are no text."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def with_texts(score: TokenLogprob, text: TextOfTokens) -> TokenLogprob:
+    """The log-probabilities of the token that comes next, with texts; `as_chosen` tells what it completed."""
+    own = text.peek(score.token_id).data
+    top = [(other, text.peek(other.token_id).data) for other in score.top]
+    return replace(
+        score,
+        text=text_alone(own),
+        data=own,
+        top=tuple(other._replace(text=text_alone(data), data=data) for other, data in top),
+    )
+
+
+def as_chosen(score: TokenLogprob, token: TokenText) -> TokenLogprob:
+    """The same under the text that it completed, which is how tokens join to the text, wherever it is named."""
+    top = tuple(other._replace(text=token.shown) if other.token_id == score.token_id else other for other in score.top)
+    return replace(score, text=token.shown, data=token.data, num_chars=len(token.text), top=top)
+
+
+def prompt_with_texts(
+    scores: Sequence[TokenLogprob | None], prompt_token_ids: Sequence[int], vocabulary: Vocabulary
+) -> tuple[TokenLogprob | None, ...]:
+    """A prompt's log-probabilities, one for each of its tokens, with texts."""
+    text = Detokenizer(vocabulary, ())
+    described: list[TokenLogprob | None] = []
+    for score, token_id in zip(scores, prompt_token_ids, strict=True):
+        complete = None if score is None else with_texts(score, text)
+        token = text.add(token_id)
+        described.append(None if complete is None else as_chosen(complete, token))
+    return tuple(described)
+
+
 class StopMatcher:
-    """Passes text through until a stop string appears; the string itself and what follows are dropped."""
+    """Passes text through until a stop string appears; the string itself and what follows are dropped.
+
+    A stop string is looked for in the text, and in the text with the names of special tokens, which never go out.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []
+        """Where names of special tokens begin and end in the held text."""
         self.has_stopped = False
 
-    def add(self, text: str) -> str:
-        """Text that is safe to give out. Sets `has_stopped` at the match that completes first, however text was cut."""
+    def add(self, text: str, special: str = "") -> str:
+        """Text that is safe to give out, before or without a special token's name.
+
+        Sets `has_stopped` at the match that completes first, however text was cut.
+        """
         if not self._stop:
             return text
         self._held += text
-        matches = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if special:
+            self._hidden.append((len(self._held), len(self._held) + len(special)))
+            self._held += special
+        matches = list(self._matches())
+        if self._hidden:
+            text, places = self._visible()
+            found = [(at, at + len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
+            matches += [(places[end - 1] + 1, places[start]) for start, end in found]
         if matches:
             self.has_stopped = True
             _, start = min(matches)
             return self._release(start, drop_rest=True)
-        return self._release(len(self._held) - self._open_suffix())
+        return self._release(self._safe_length())
 
     def flush(self) -> str:
         """What is still held, at the end of the text."""
         return self._release(len(self._held))
 
+    def copy(self) -> StopMatcher:
+        """Another that goes on from here by itself."""
+        other = StopMatcher(self._stop)
+        other._held, other._hidden, other.has_stopped = self._held, list(self._hidden), self.has_stopped
+        return other
+
+    def _matches(self) -> Iterator[tuple[int, int]]:
+        """Where each stop string's first match in all that is held ends and begins; no name is matched in part."""
+        for stop in self._stop:
+            start = self._held.find(stop)
+            while start >= 0:
+                end = start + len(stop)
+                if all((start <= a and b <= end) or b <= start or end <= a for a, b in self._hidden):
+                    yield end, start
+                    break
+                start = self._held.find(stop, start + 1)
+
+    def _visible(self) -> tuple[str, list[int]]:
+        """The held text without special tokens, and where its characters are held."""
+        places = [i for i in range(len(self._held)) if not any(start <= i < end for start, end in self._hidden)]
+        return "".join(self._held[i] for i in places), places
+
+    def _safe_length(self) -> int:
+        """How much of the held text can be in no stop string that comes later."""
+        safe = len(self._held) - self._open_suffix(self._held)
+        if self._hidden:
+            visible, places = self._visible()
+            open_length = self._open_suffix(visible)
+            safe = min(safe, places[-open_length]) if open_length else safe
+        return safe
+
     def _release(self, length: int, *, drop_rest: bool = False) -> str:
         out, rest = self._held[:length], self._held[length:]
-        self._held = "" if drop_rest else rest
+        for start, end in reversed(self._hidden):
+            out = out[:start] + out[end:]
+        hidden = [(max(start - length, 0), end - length) for start, end in self._hidden if end > length]
+        self._held, self._hidden = ("", []) if drop_rest else (rest, hidden)
         return out
 
-    def _open_suffix(self) -> int:
-        """Length of the longest end of the held text that begins some stop string."""
-        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+    def _open_suffix(self, text: str) -> int:
+        """Length of the longest end of a text that begins some stop string."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
-            tail = self._held[-length:]
+            tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stop):
                 return length
         return 0

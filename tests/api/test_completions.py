@@ -99,8 +99,13 @@ def test_log_probabilities_have_the_legacy_format(client: TestClient) -> None:
     logprobs = choice["logprobs"]
     assert "".join(logprobs["tokens"]) == choice["text"]
     assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 3
-    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    # The chosen token is always there, beside the two most likely ones.
+    for token, logprob, top in zip(*map(logprobs.get, ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert top[token] == logprob
+        assert len(top) == 2 + (token not in "et")
     assert logprobs["text_offset"] == [0, 1, 2]
+    (choice,) = complete(client, logprobs=0, max_tokens=3).json()["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{token: -2.0} for token in choice["logprobs"]["tokens"]]
 
 
 def test_echo_returns_the_prompt_and_its_log_probabilities(client: TestClient) -> None:
@@ -109,6 +114,8 @@ def test_echo_returns_the_prompt_and_its_log_probabilities(client: TestClient) -
     assert choice["logprobs"]["tokens"] == list("hello")
     assert choice["logprobs"]["token_logprobs"][0] is None
     assert None not in choice["logprobs"]["token_logprobs"][1:]
+    assert choice["logprobs"]["top_logprobs"] == [None, *({letter: -2.0} for letter in "ello")]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
     assert complete(client, prompt=[104, 105], echo=True, max_tokens=1).json()["choices"][0]["text"][:2] == "hi"
 
 

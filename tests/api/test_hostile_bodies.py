@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.engines.fake import FakeEngine
-from server.types import TokenLogprob
+from server.types import TokenLogprob, TopLogprob
 from tests.api.conftest import chat, complete
 
 
@@ -125,7 +125,7 @@ def test_the_openapi_document_names_our_error_body_and_no_status_that_is_never_s
 
 
 def test_a_log_probability_of_minus_infinity_is_still_json(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    impossible = TokenLogprob(101, "e", float("-inf"), ((101, "e", float("-inf")),))
+    impossible = TokenLogprob(101, "e", float("-inf"), (TopLogprob(101, "e", float("-inf")),))
     monkeypatch.setattr(FakeEngine, "_logprob", lambda *_: impossible)
     for stream in (False, True):
         assert "-9999.0" in complete(client, logprobs=1, stream=stream).text

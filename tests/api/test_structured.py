@@ -126,7 +126,7 @@ FIELD = "response_format.json_schema.schema"
         (held_to({"const": ["x" * (MAX_LITERAL_CHARS + 1)]}), FIELD, f"{MAX_LITERAL_CHARS} characters"),
         (held_to({"properties": {"x" * (MAX_LITERAL_CHARS + 1): {}}}), FIELD, f"{MAX_LITERAL_CHARS} characters"),
         (held_to({"type": "strin"}), FIELD, "Invalid type"),
-        (held_to({"not": {}}), FIELD, "Unimplemented keys"),
+        (held_to({"not": {}}), FIELD, "#/not: this keyword"),
         (held_to({"const": "\\ud800"}), FIELD, ""),
     ],
     ids=lambda value: str(value)[:40],
@@ -143,6 +143,64 @@ def test_a_format_that_cannot_be_served_is_refused_by_its_path_and_nothing_is_qu
     assert message in error["message"]
     assert len(error["message"]) < 500
     assert complete(tiny, model="tiny", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+@pytest.mark.parametrize(
+    "asked",
+    [{"guided_json": SCHEMA}, {"guided_json": json.dumps(SCHEMA)}, {"structured_outputs": {"json": SCHEMA}},
+     {"structured_outputs": {"json": SCHEMA, "choice": None, "regex": None}, "response_format": {"type": "text"}}],
+    ids=["guided", "as a string", "structured", "with nulls"],
+)  # fmt: skip
+def test_a_schema_may_come_in_vllms_fields(tiny: TestClient, send: Callable[..., Any], asked: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 100, "seed": 3}
+    same = send(tiny, response_format=held_to(SCHEMA), **options).json()["choices"]
+    assert send(tiny, **asked, **options).json()["choices"] == same
+
+
+@pytest.mark.parametrize("field", ["guided_choice", "structured_outputs"])
+def test_a_text_may_be_held_to_choices(tiny: TestClient, field: str) -> None:
+    choices = ["yes", "no", "no way", 'a "quoted" line\n', "é😀", "<bos>"]
+    asked = {field: choices if field == "guided_choice" else {"choice": choices}}
+    seen = set()
+    for seed in range(20):
+        options: dict[str, Any] = {"seed": seed, "max_tokens": 40, "temperature": 2}
+        (choice,) = complete(tiny, model="tiny", **options, **asked).json()["choices"]
+        assert choice["finish_reason"] == "stop"
+        seen.add(choice["text"])
+    assert seen <= set(choices)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "message"),
+    [
+        ({"guided_regex": "(a+)+$"}, "guided_regex", "regular expressions from requests are not run"),
+        ({"guided_grammar": "start: /a/"}, "guided_grammar", "grammars from requests are not run"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex", "regular expressions"),
+        ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar", "grammars"),
+        ({"structured_outputs": {}}, "structured_outputs", "one of json, choice, json_object"),
+        ({"structured_outputs": {"choice": ["a"], "json": {}}}, "structured_outputs", "one of json, choice"),
+        ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "no such field"),
+        ({"structured_outputs": {"json": {"pattern": "a"}}}, "structured_outputs.json", "pattern: regular"),
+        ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json", "#/not: this keyword"),
+        ({"guided_json": "{"}, "guided_json", "as a string that holds one"),
+        ({"guided_json": "[]"}, "guided_json", ""),
+        ({"guided_choice": []}, "guided_choice", ""),
+        ({"guided_choice": ["a", ""]}, "guided_choice.1", ""),
+        ({"guided_choice": ["x" * 500] * 100}, "guided_choice", "50000 characters"),
+        ({"guided_choice": ["a"], "guided_json": {}}, "guided_choice", "guided_json says already"),
+        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "guided_json", "response_format says"),
+        ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos", "where the text ends"),
+    ],
+)
+def test_a_structure_in_vllms_fields_that_cannot_be_served_is_refused_by_its_field(
+    tiny: TestClient, asked: dict[str, Any], param: str, message: str
+) -> None:
+    response = complete(tiny, model="tiny", **asked)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
 
 
 def test_keywords_are_told_from_names_and_values_that_look_like_them(tiny: TestClient) -> None:

@@ -21,6 +21,8 @@ ASKING: dict[str, Any] = {
     "service_tier": "priority",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},
+    "guided_regex": "a+",
+    "guided_grammar": "root ::= a",
     "prediction": {"type": "content", "content": "x"},
     "verbosity": "low",
     "web_search_options": {},

@@ -149,7 +149,7 @@ class _Bench:
             raise FaultError(f"a request ended with {result.finish_reasons[-1]}: {self.failures.last}")
         prompt = [score for chunk in result.chunks for score in chunk.prompt_logprobs or () if score is not None]
         found = prompt + [score for chunk in result.chunks for score in chunk.logprobs]
-        return [(s.token_id, s.logprob, tuple((i, value) for i, _, value in s.top)) for s in found]
+        return [(s.token_id, s.logprob, tuple((t.token_id, t.logprob) for t in s.top)) for s in found]
 
     def _hold_bits(self, how: str, together: dict[int, Scores], other: dict[int, Scores]) -> None:
         for index, scores in other.items():

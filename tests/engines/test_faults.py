@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
+from server.engines import choice
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.embedded.model.loader import load_model
@@ -49,14 +50,14 @@ def chunks_of(results: Results, names: set[str]) -> dict[Any, Any]:
 
 
 def break_tokenizer(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = core._tokenizer.decode
+    works = core._vocabulary.token_bytes
 
-    def broken(token_ids: list[int], **options: Any) -> str:
-        if BAD_TOKEN in token_ids:
+    def broken(token_id: int, previous: int | None) -> bytes:
+        if token_id == BAD_TOKEN:
             raise RuntimeError("the tokenizer does not know this token")
-        return decode(token_ids, **options)
+        return works(token_id, previous)
 
-    monkeypatch.setattr(core._tokenizer, "decode", broken)
+    monkeypatch.setattr(core._vocabulary, "token_bytes", broken)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 5])
@@ -81,7 +82,7 @@ def test_a_tokenizer_that_fails_on_a_drawn_token_ends_only_that_row(
     plain = [request("long", max_tokens=20), request("other", (3,), max_tokens=9)]
     expected = run(make_core(), plain)
     core = make_core()
-    monkeypatch.setattr(core._tokenizer, "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(choice, "with_texts", lambda *_: 1 / 0)
     results = run(core, [*plain, request("victim", logprobs=1)])
     assert reasons(results, "victim") == [FinishReason.ERROR]
     assert [chunk.token_ids for chunk in results["victim", 0].chunks] == [()]

@@ -243,8 +243,8 @@ def test_log_probabilities_are_those_after_control(core: EngineCore) -> None:
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
     base = run(core, [GenerationRequest("r", (9,), sampling)])["r", 0].chunks[0].logprobs[0]
     moved = run(core, [GenerationRequest("r", (9,), sampling, control=steer)])["r", 0].chunks[0].logprobs[0]
-    assert base.logprob == base.top[0][2]
-    assert {i: p for i, _, p in base.top} != {i: p for i, _, p in moved.top}
+    assert base.logprob == base.top[0].logprob
+    assert {t.token_id: t.logprob for t in base.top} != {t.token_id: t.logprob for t in moved.top}
 
 
 def test_a_row_in_float32_does_not_feel_how_far_its_longest_neighbour_attends() -> None:

@@ -130,11 +130,12 @@ def test_reported_log_probabilities_are_those_before_bias_and_penalties(core: En
     steer = control({"good": 1.0}, step_size=3.0)
     base = run(core, [ask(steer=steer, max_tokens=1, logprobs=20)])["r", 0].chunks[0].logprobs[0]
     pushed = base.top[7]
-    forced = run(core, [ask(steer=steer, max_tokens=1, logprobs=20, logit_bias={pushed[0]: 100.0})])["r", 0]
+    forced = run(core, [ask(steer=steer, max_tokens=1, logprobs=20, logit_bias={pushed.token_id: 100.0})])["r", 0]
     (score,) = forced.chunks[0].logprobs
-    assert score.token_id == pushed[0]
-    assert score.logprob == pushed[2]
-    assert score.top == base.top
+    assert score.token_id == pushed.token_id
+    assert score.logprob == pushed.logprob
+    assert [t.token_id for t in score.top] == [t.token_id for t in base.top]
+    assert [t.logprob for t in score.top] == [t.logprob for t in base.top]
 
 
 def test_a_strong_frequency_penalty_ends_repetition(make_core: Callable[..., EngineCore]) -> None:

@@ -1,18 +1,20 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
 
 from server.engines.text import Detokenizer, StopMatcher
+from server.engines.vocabulary import Vocabulary
 from tests.conftest import byte_tokenizer
+from tests.engines.tokenizers import KINDS, SPECIAL, WORDS
 
 TOKENIZER = byte_tokenizer()
+BYTES = Vocabulary(TOKENIZER.backend_tokenizer)
 
 
 @given(st.text(max_size=40))
 def test_pieces_join_to_the_whole_and_none_holds_a_part_of_a_character(text: str) -> None:
-    detokenizer = Detokenizer(TOKENIZER.backend_tokenizer, TOKENIZER("hello")["input_ids"])
-    pieces = [detokenizer.add(token) for token in TOKENIZER(text)["input_ids"]]
+    detokenizer = Detokenizer(BYTES, TOKENIZER("hello")["input_ids"])
+    pieces = [detokenizer.add(token).text for token in TOKENIZER(text)["input_ids"]]
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
@@ -67,51 +69,37 @@ def test_without_a_match_everything_comes_out(stop: list[str]) -> None:
 def test_a_prompt_that_ends_in_an_open_character_does_not_leak_into_the_text(ending: str) -> None:
     prompt = TOKENIZER(f"The code is {ending}")["input_ids"]
     for context in (prompt, prompt[:-1], prompt[:-2]):
-        detokenizer = Detokenizer(TOKENIZER.backend_tokenizer, context)
-        assert "".join(detokenizer.add(token) for token in TOKENIZER(" is it")["input_ids"]) == " is it"
+        detokenizer = Detokenizer(BYTES, context)
+        assert "".join(detokenizer.add(token).text for token in TOKENIZER(" is it")["input_ids"]) == " is it"
 
 
-_WORDS = ("\u2581a", "\u2581bc", "d", "\u2581", "ef")
-_BYTE, _SPECIAL = len(_WORDS), len(_WORDS) + 256
-
-
-def sentencepiece_like() -> Tokenizer:
-    """Words that carry their leading space, all 256 bytes, and a special token; a text's first space is left out."""
-    vocab = {word: i for i, word in enumerate(_WORDS)} | {f"<0x{byte:02X}>": _BYTE + byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
-
-
-SENTENCEPIECE = sentencepiece_like()
+SENTENCEPIECE = KINDS["sentencepiece"]
+_SPECIAL = SENTENCEPIECE.token_to_id(SPECIAL)
 
 
 @given(
-    st.lists(st.integers(0, len(_WORDS) - 1), min_size=1, max_size=12),
-    st.lists(st.sampled_from([*range(len(_WORDS)), _SPECIAL]), max_size=12),
+    st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=12),
+    st.lists(st.sampled_from([*range(len(WORDS)), _SPECIAL]), max_size=12),
 )
 def test_the_text_is_what_follows_the_prompts_in_the_decoding_of_both(prompt: list[int], new: list[int]) -> None:
-    detokenizer = Detokenizer(SENTENCEPIECE, prompt)
+    detokenizer = Detokenizer(Vocabulary(SENTENCEPIECE), prompt)
     # A space alone at the front would be taken for the one that is left out.
     whole = SENTENCEPIECE.decode([0, *prompt, *new])[len(SENTENCEPIECE.decode([0, *prompt])) :]
-    assert "".join(detokenizer.add(token) for token in new) == whole
+    assert "".join(detokenizer.add(token).text for token in new) == whole
 
 
 def test_special_tokens_never_become_text() -> None:
     for prompt in ([_SPECIAL], [_SPECIAL, 0], [0, _SPECIAL]):
-        detokenizer = Detokenizer(SENTENCEPIECE, prompt)
+        detokenizer = Detokenizer(Vocabulary(SENTENCEPIECE), prompt)
         # The first space of a text is left out, and that of this one is in the prompt unless it holds no text.
         first = "bc" if prompt == [_SPECIAL] else " bc"
-        assert [detokenizer.add(token) for token in (_SPECIAL, 1, _SPECIAL, 2)] == ["", first, "", "d"]
+        assert [detokenizer.add(token).text for token in (_SPECIAL, 1, _SPECIAL, 2)] == ["", first, "", "d"]
 
 
-def test_a_byte_fallback_decoder_that_rewrites_its_text_does_not_end_the_request() -> None:
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}, merges=[]))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    detokenizer = Detokenizer(tokenizer, [0])
-    text = "".join(detokenizer.add(token) for token in [*(byte + 1 for byte in "天".encode()), 0xFF + 1, 0, 0])
-    # A decoder of the whole would make all four bytes replacement characters; what is out stays, and no letter is lost.
-    assert text == "天aa"
+def test_a_byte_fallback_decoder_that_rewrites_its_text_changes_nothing_that_is_out() -> None:
+    tokenizer = KINDS["byte fallback"]
+    detokenizer = Detokenizer(Vocabulary(tokenizer), [0])
+    tokens = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "天".encode() + b"\xff"]
+    text = "".join(detokenizer.add(token).text for token in [*tokens, 2, 2])
+    # A decoding of the whole would make all four bytes replacement characters, and 天 is out already.
+    assert text == "天\ufffddd"

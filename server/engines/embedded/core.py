@@ -38,6 +38,7 @@ from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.structure import constrained
 from server.engines.text import Detokenizer
+from server.engines.vocabulary import Vocabulary
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
@@ -90,7 +91,8 @@ class EngineCore:
             pace=None if max_step_stretch is None else Pace(max_step_stretch),
         )
         self.page_pool.high_water = high_water_pages(kv_cache_high_water, self.runner.kv.num_pages, loaded.model.device)
-        self._scores = Scores(self.lm_head, self.token_text)
+        self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
+        self._scores = Scores(self.lm_head, self._vocabulary)
         self._candidates = Candidates(
             self._scheduler,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
@@ -140,19 +142,15 @@ class EngineCore:
         self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
     ) -> list[Sequence]:
         """The request's choices, ready for `add`. The request must have passed `check`."""
-        backend = self._tokenizer.backend_tokenizer
         choices = Sequence.choices(
             request,
-            make_detokenizer=lambda: Detokenizer(backend, request.prompt_token_ids),
+            make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
             observer=self._observer,
             eos_token_ids=self._eos_token_ids,
             keep_states=keep_states,
         )
         return with_candidates(choices)
-
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
 
     def add(self, sequences: list[Sequence]) -> None:
         self._scheduler.waiting.extend(sequences)
@@ -274,7 +272,7 @@ class EngineCore:
         chunk = sequence.grow(
             token_id,
             numbers,
-            logprob=None if logprob is None else self._scores.with_text(logprob),
+            logprob=logprob,
             prompt_logprobs=self._scores.take_prompt(sequence) if sequence.trial is None else None,
         )
         sequence.observe_token(chunk.edit, now_s)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -77,9 +77,15 @@ class EmbeddedEngine(ModelEngine):
         return self._status if is_running else self._idle_status
 
     async def compile_schema(self, schema: str) -> CompiledSchema:
+        return await asyncio.to_thread(self._compiler().compile, schema)
+
+    async def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
+        return await asyncio.to_thread(self._compiler().compile_choices, choices)
+
+    def _compiler(self) -> SchemaCompiler:
         if self._schemas is None:
             raise EngineStoppedError("The engine has not been started.")
-        return await asyncio.to_thread(self._schemas.compile, schema)
+        return self._schemas
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""

@@ -6,9 +6,6 @@ tokenizer that fails ends nobody else's. Knows nothing of scheduling or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,9 +13,9 @@ from server.control.editor import GroupStats
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.sequence import Sequence
-from server.types import TokenLogprob
-
-TokenText = Callable[[int], str]
+from server.engines.text import prompt_with_texts
+from server.engines.vocabulary import Vocabulary
+from server.types import TokenLogprob, TopLogprob
 
 
 def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int) -> list[TokenLogprob]:
@@ -31,7 +28,7 @@ def token_logprobs(logits_MV: Tensor, token_ids_M: Tensor, num_top: int) -> list
             token_id=token_id,
             text="",
             logprob=chosen,
-            top=tuple((i, "", value) for i, value in zip(ids, values, strict=True)),
+            top=tuple(TopLogprob(i, "", value) for i, value in zip(ids, values, strict=True)),
         )
         for token_id, chosen, ids, values in zip(
             token_ids_M.tolist(), chosen_M, top.indices.tolist(), top.values.tolist(), strict=True
@@ -51,12 +48,12 @@ def edits_by_row(stats: list[GroupStats]) -> dict[int, list[float]]:
 class Scores:
     """Log-probabilities of drawn tokens and of prompts, for the requests that ask for them."""
 
-    def __init__(self, lm_head: LMHead, token_text: TokenText) -> None:
+    def __init__(self, lm_head: LMHead, vocabulary: Vocabulary) -> None:
         self._lm_head = lm_head
-        self._token_text = token_text
+        self._vocabulary = vocabulary
 
     def of_tokens(self, rows: list[Sequence], logits_BV: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
-        """By row, of those that ask for them and got a token; `with_text` completes one."""
+        """By row, of those that ask for them and got a token; their choice adds the texts."""
         wanted = {i: n for i, s in enumerate(rows) if (n := s.request.sampling.logprobs) is not None and tokens[i] >= 0}
         # Log-softmax takes each row alone, and top-k of a row does not depend on how many are asked for elsewhere.
         return {
@@ -80,14 +77,13 @@ class Scores:
         sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top)
 
     def take_prompt(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-        """The prompt's log-probabilities with their texts, for whichever choice comes first."""
+        """The prompt's log-probabilities with their texts, for whichever choice comes first.
+
+        Raises whatever the tokenizer raises, which concerns the sequence alone.
+        """
         if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
             return None
-        taken = tuple(None if score is None else self.with_text(score) for score in sequence.group.prompt_logprobs)
-        sequence.group.prompt_logprobs.clear()
+        group = sequence.group
+        taken = prompt_with_texts(group.prompt_logprobs, group.token_ids, self._vocabulary)
+        group.prompt_logprobs.clear()
         return taken
-
-    def with_text(self, score: TokenLogprob) -> TokenLogprob:
-        """Raises whatever the tokenizer raises, which concerns the score's own sequence alone."""
-        text = self._token_text
-        return replace(score, text=text(score.token_id), top=tuple((i, text(i), value) for i, _, value in score.top))

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.engines.embedded.schemas import explained, prepared
 from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ _log = logging.getLogger(__name__)
 _MAX_MESSAGE_CHARS = 200
 # Between tokens of JSON: nothing, a space, or a new line with its indentation. Models can write whitespace without end.
 _WHITESPACE = r"( |\n {0,32})?"
-# What a schema may cost: some 0.2 s to compile, a few milliseconds a step, some 20 MB. Measured with schemas made to be
-# slow; each beyond it is refused, or ends its own request.
+# What a schema may cost: some 0.2 s to compile, a few milliseconds a step, and some 80 MB where strings are as long and
+# strange as `prepared` allows. Measured with schemas made to be slow; what is beyond it is refused or ends its request.
 _LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 20_000,
-    "step_max_items": 10_000,
-    "max_lexer_states": 10_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 160_000,
     "max_grammar_size": 50_000,
     "verbose_errors": False,
 }
@@ -56,6 +57,7 @@ class SchemaCompiler:
     def compile(self, schema: str) -> CompiledSchema:
         """Raises UnsupportedFieldError where this server cannot, InvalidRequestError for what a schema has wrong."""
         tables = self._made_tables()
+        schema = prepared(schema)
         from llguidance import LLMatcher, LLParserLimits
 
         try:
@@ -63,13 +65,29 @@ class SchemaCompiler:
                 schema, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
             )
         except ValueError as error:
-            raise InvalidRequestError(str(error)[:_MAX_MESSAGE_CHARS]) from error
+            raise InvalidRequestError(explained(str(error), schema)[:_MAX_MESSAGE_CHARS]) from error
         matcher = LLMatcher(tables, _without_forcing(grammar), log_level=0, limits=LLParserLimits(**_LIMITS))
-        if not matcher.is_error():
-            # What goes wrong with the first token goes wrong here, where it can still be told.
-            matcher.compute_bitmask()
-        if matcher.is_error():
-            raise InvalidRequestError(matcher.get_error().partition("\n")[0][:_MAX_MESSAGE_CHARS])
+        return self._checked(matcher, tables, schema)
+
+    def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
+        """Texts that are one of these, to the letter. Raises as `compile` does."""
+        tables = self._made_tables()
+        from llguidance import LLMatcher, LLParserLimits
+
+        literals = " | ".join(json.dumps(choice) for choice in choices)
+        grammar = f'%llguidance {{"no_forcing": true}}\nstart: {literals}'
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        return self._checked(matcher, tables, "{}")
+
+    def _checked(self, matcher: LLMatcher, tables: LLTokenizer, schema: str) -> CompiledSchema:
+        # What goes wrong with the first tokens goes wrong here, where it can still be told.
+        trial = matcher.deep_copy()
+        for token_id in [None, *tables.tokenize_str('{"')]:
+            if trial.is_error() or (token_id is not None and not trial.try_consume_tokens([token_id])):
+                break
+            trial.compute_bitmask()
+        if trial.is_error():
+            raise InvalidRequestError(explained(trial.get_error(), schema)[:_MAX_MESSAGE_CHARS])
         return CompiledSchema(matcher, self._vocab_size)
 
     def _made_tables(self) -> LLTokenizer:

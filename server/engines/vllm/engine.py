@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class VllmEngine(ModelEngine):
         self._observer = observer or NullObserver()
         self._files: ModelFiles | None = None
         self._llm: Any = None
-        self._reader = OutputReader(self.token_text)
+        self._reader: OutputReader | None = None
         self._ids = itertools.count()
         self._choices: dict[str, VllmChoice] = {}
         """Those that are not finished."""
@@ -80,6 +80,11 @@ class VllmEngine(ModelEngine):
         """Refuses every schema."""
         del schema
         raise UnsupportedFieldError("the vLLM engine does not hold texts to a schema")
+
+    async def compile_choices(self, choices: Sequence[str]) -> object:
+        """Refuses all."""
+        del choices
+        raise UnsupportedFieldError("the vLLM engine does not hold texts to choices")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
@@ -132,6 +137,7 @@ class VllmEngine(ModelEngine):
         registry = heads.load()
         # The first call settles truncation and padding; later ones only read.
         files.tokenizer(" ")
+        self._reader = OutputReader(self._vocabulary)
         llm = launch(settings, files, heads, self._hear_status)
         self._offer(
             files.name,
@@ -189,7 +195,7 @@ class VllmEngine(ModelEngine):
         choice = VllmChoice.of(
             request,
             index,
-            detokenizer=Detokenizer(self._tokenizer.backend_tokenizer, request.prompt_token_ids),
+            detokenizer=Detokenizer(self._vocabulary, request.prompt_token_ids),
             eos_token_ids=self._files.eos_token_ids,
             observer=self._observer,
             # Ids of requests come from clients, and two may be the same.
@@ -229,6 +235,7 @@ class VllmEngine(ModelEngine):
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
+        assert self._reader is not None
         outputs = self._running_llm().generate(prompt, sampling, choice.choice_id)
         try:
             async for output in outputs:

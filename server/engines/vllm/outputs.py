@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from server.engines.choice import Choice
+from server.engines.text import prompt_with_texts
+from server.engines.vocabulary import Vocabulary
 from server.errors import GenerationError
-from server.types import FinishReason, GenerationChunk, TokenLogprob
+from server.types import FinishReason, GenerationChunk, TokenLogprob, TopLogprob
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -44,7 +46,7 @@ class VllmChoice(Choice):
         self, reason: FinishReason, prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     ) -> GenerationChunk:
         """The last chunk, without a token."""
-        text = "" if reason is FinishReason.ERROR else self.stop.flush()
+        text = "" if reason is FinishReason.ERROR else self.rest_of_text()
         return self._finished(reason, GenerationChunk(index=self.index, text=text, prompt_logprobs=prompt_logprobs))
 
     def _finished(self, reason: FinishReason, chunk: GenerationChunk) -> GenerationChunk:
@@ -55,8 +57,8 @@ class VllmChoice(Choice):
 
 
 class OutputReader:
-    def __init__(self, token_text: Callable[[int], str]) -> None:
-        self._token_text = token_text
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
     def chunks(self, choice: VllmChoice, output: Any) -> Iterator[GenerationChunk]:
         """Those of what vLLM says at once: a token, or more when this side is slow. Raises GenerationError."""
@@ -69,7 +71,7 @@ class OutputReader:
         if choice.request.sampling.max_tokens > 0:
             logprobs = completion.logprobs or [None] * len(completion.token_ids)
             for token_id, scores in zip(completion.token_ids, logprobs, strict=True):
-                logprob = None if scores is None else self._logprob(token_id, scores, num_top)
+                logprob = None if scores is None else _logprob(token_id, scores, num_top)
                 yield choice.take(token_id, logprob, prompt_logprobs)
                 prompt_logprobs = None
                 if choice.is_finished:
@@ -84,12 +86,15 @@ class OutputReader:
             return None
         num_top = choice.request.sampling.logprobs or 0
         pairs = zip(choice.request.prompt_token_ids, output.prompt_logprobs, strict=True)
-        return tuple(None if scores is None else self._logprob(token, scores, num_top) for token, scores in pairs)
+        found = [None if scores is None else _logprob(token, scores, num_top) for token, scores in pairs]
+        return prompt_with_texts(found, choice.request.prompt_token_ids, self._vocabulary)
 
-    def _logprob(self, token_id: int, scores: Mapping[int, Any], num_top: int) -> TokenLogprob:
-        ranked = sorted(scores.items(), key=lambda item: item[1].rank)[:num_top]
-        top = tuple((other, self._token_text(other), score.logprob) for other, score in ranked)
-        return TokenLogprob(token_id, self._token_text(token_id), scores[token_id].logprob, top)
+
+def _logprob(token_id: int, scores: Mapping[int, Any], num_top: int) -> TokenLogprob:
+    """Without texts."""
+    ranked = sorted(scores.items(), key=lambda item: item[1].rank)[:num_top]
+    top = tuple(TopLogprob(other, "", score.logprob) for other, score in ranked)
+    return TokenLogprob(token_id, "", scores[token_id].logprob, top)
 
 
 def _measured_s(output: Any) -> tuple[float, float]:

@@ -258,7 +258,7 @@ async def test_log_probabilities_of_a_prompt_are_those_without_control(engine: V
         assert one is not None
         assert other is not None
         assert one.logprob == pytest.approx(other.logprob, abs=TOLERANCE)
-        assert [token for token, _, _ in one.top] == [token for token, _, _ in other.top]
+        assert [t.token_id for t in one.top] == [t.token_id for t in other.top]
     alone = await collect(engine, replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": 0})))
     assert alone.token_ids == []
     assert alone.chunks[-1].prompt_logprobs is not None

@@ -26,6 +26,7 @@ from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.launch import engine_arguments
 from server.engines.vllm.outputs import VllmChoice
 from server.engines.vllm.wire import CONFIG_KEY, CONTROL_KEY, REPORT_KEY, control_args, parse_control
+from server.engines.vocabulary import Vocabulary
 from server.errors import (
     ConfigurationError,
     HeadMismatchError,
@@ -125,9 +126,9 @@ def test_candidates_are_refused_by_name() -> None:
 
 
 def test_each_token_is_counted_once() -> None:
-    tokenizer = byte_tokenizer().backend_tokenizer
+    vocabulary = Vocabulary(byte_tokenizer().backend_tokenizer)
     request = GenerationRequest("r", (1,), SamplingParams(max_tokens=2))
-    detokenizer = Detokenizer(tokenizer, (1,))
+    detokenizer = Detokenizer(vocabulary, (1,))
     choice = VllmChoice.of(
         request, 0, detokenizer=detokenizer, eos_token_ids=(), observer=NullObserver(), choice_id="c"
     )

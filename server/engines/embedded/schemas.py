@@ -1,0 +1,118 @@
+"""What a JSON schema is before a library of grammars sees it: annotations out, and bounds on what a text may cost.
+
+A schema that is compiled must not fail in the middle of a text, so what would exhaust the library's limits there is
+refused here. Messages name a keyword and, by JSON pointer, its place. Knows nothing of tokens. Enter at `prepared` and
+`explained`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from server.errors import InvalidRequestError
+
+# What llguidance holds a string to. Any other format is an annotation (JSON Schema 2020-12, validation, 7.2.1).
+FORMATS = frozenset(
+    {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+)  # fmt: skip
+# A string costs the lexer up to some 15 states a character, and an optional property the parser 4 items of a row.
+MAX_STRING_CHARS = 8192
+MAX_OPTIONAL_PROPERTIES = 450
+_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_SCHEMAS = frozenset(
+    {"items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames",
+     "unevaluatedItems", "unevaluatedProperties", "prefixItems", "allOf", "anyOf", "oneOf", "contentSchema"}
+)  # fmt: skip
+_PREFIX = re.compile(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?")
+
+
+def prepared(schema: str) -> str:
+    """The schema without what asks for nothing. Raises InvalidRequestError for one whose texts could not be held."""
+    try:
+        parsed = json.loads(schema)
+    except ValueError:
+        return schema  # The library says what is wrong.
+    lengths: set[tuple[Any, Any]] = set()
+    num_optional = 0
+    for place, part in subschemas(parsed):
+        if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
+            del part["format"]
+        if part.get("uniqueItems") is False:
+            del part["uniqueItems"]
+        lengths.add((part.get("minLength"), part.get("maxLength")))
+        if sum(map(_longest, lengths)) > MAX_STRING_CHARS:
+            keyword = "maxLength" if "maxLength" in part else "minLength"
+            raise InvalidRequestError(
+                f"{place}/{keyword}: minLength and maxLength may come to {MAX_STRING_CHARS} characters at most, "
+                "all different ones together"
+            )
+        num_optional += _num_optional(part)
+        if num_optional > MAX_OPTIONAL_PROPERTIES:
+            raise InvalidRequestError(
+                f"{place}/properties: at most {MAX_OPTIONAL_PROPERTIES} properties that are not required are allowed"
+            )
+    _check_references(parsed)
+    return json.dumps(parsed)
+
+
+def explained(message: str, schema: str) -> str:
+    """An error of the library in the schema's own terms, on one line."""
+    line = _PREFIX.sub("", message.partition("\n")[0])
+    if "NoExtensionBias" in line:
+        return "#: the schema refers to itself with nothing between, so no text can hold it"
+    keywords = re.search(r"Unimplemented keys: (\[.*?\])", line)
+    if keywords is None:
+        return line
+    names = json.loads(keywords[1])
+    places = [f"{place}/{name}" for place, part in subschemas(json.loads(schema)) for name in names if name in part]
+    return f"{places[0] if places else names[0]}: this keyword is not supported"
+
+
+def subschemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each schema within a schema, itself included, by JSON pointer (RFC 6901, as a URI fragment)."""
+    left: list[tuple[str, Any]] = [("#", schema)]
+    while left:
+        place, part = left.pop()
+        if not isinstance(part, dict):
+            continue
+        yield place, part
+        for keyword, value in part.items():
+            at = f"{place}/{_escaped(keyword)}"
+            if keyword in _MAPS and isinstance(value, dict):
+                left += [(f"{at}/{_escaped(name)}", item) for name, item in value.items()]
+            elif keyword in _SCHEMAS:
+                items = enumerate(value) if isinstance(value, list) else [(None, value)]
+                left += [(at if index is None else f"{at}/{index}", item) for index, item in items]
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _longest(lengths: tuple[Any, Any]) -> int:
+    return max((length for length in lengths if type(length) is int), default=0)
+
+
+def _num_optional(part: dict[str, Any]) -> int:
+    properties, required = part.get("properties"), part.get("required")
+    if not isinstance(properties, dict):
+        return 0
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    return len(properties.keys() - names)
+
+
+def _check_references(schema: Any) -> None:
+    """Raises InvalidRequestError for references that lead back to themselves with nothing between."""
+    by_place = dict(subschemas(schema))
+    for start, part in by_place.items():
+        seen, at = {start}, part.get("$ref")
+        while isinstance(at, str) and at in by_place:
+            if at in seen:
+                raise InvalidRequestError(
+                    f"{start}/$ref: refers to itself with nothing between, so no text can hold the schema"
+                )
+            seen.add(at)
+            at = by_place[at].get("$ref")
