@@ -13,9 +13,9 @@ import re
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.fields import check_text
+from server.api.unserved import STRUCTURE, without_unserved
 from server.engines.base import Engine
 from server.errors import InvalidRequestError
 
@@ -23,8 +23,6 @@ MAX_SCHEMA_CHARS = 32_768
 MAX_SCHEMA_DEPTH = 64
 MAX_LITERAL_CHARS = 512
 MAX_TEXT_CHOICES = 1024
-NO_REGEX = "regular expressions from requests are not run; use json or choice"
-NO_GRAMMAR = "grammars from requests are not run; use json or choice"
 _REGEX = "regular expressions from requests are not run; use enum, format, minLength or maxLength"
 _REFUSED = {
     "pattern": _REGEX,
@@ -157,17 +155,7 @@ class StructuredOutputs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_grammars(cls, fields: Any) -> Any:
-        refused = {"regex": NO_REGEX, "grammar": NO_GRAMMAR, "structural_tag": NO_GRAMMAR}
-        if isinstance(fields, dict):
-            for name, reason in refused.items():
-                if fields.get(name) is not None:
-                    raise PydanticCustomError(
-                        "unsupported_field",
-                        "structured_outputs.{name}: {reason}",
-                        {"name": f"structured_outputs.{name}", "reason": reason},
-                    )
-            return {name: value for name, value in fields.items() if name not in refused}
-        return fields
+        return without_unserved(fields, STRUCTURE)
 
     @model_validator(mode="after")
     def _is_one(self) -> StructuredOutputs:

@@ -12,8 +12,6 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from server.api.structure import NO_GRAMMAR, NO_REGEX
-
 REFUSED = "unsupported_field"
 
 
@@ -46,6 +44,8 @@ def without_unserved(body: Any, fields: Mapping[str, Unserved]) -> Any:
 
 _NO_TOOLS = "tools are not supported"
 _NO_AUDIO = "audio is not supported"
+_NO_REGEX = "regular expressions from requests are not run; use json or choice"
+_NO_GRAMMAR = "grammars from requests are not run; use json or choice"
 
 GENERATION: dict[str, Unserved] = {
     "store": Unserved("no response is stored", (False,)),
@@ -63,8 +63,8 @@ GENERATION: dict[str, Unserved] = {
     "prompt_logprobs": Unserved("not supported by this name; completions have echo with logprobs"),
     "return_tokens_as_token_ids": Unserved("not supported", (False,)),
     "return_token_ids": Unserved("not supported; /tokenize gives those of a text", (False,)),
-    "guided_regex": Unserved(NO_REGEX),
-    "guided_grammar": Unserved(NO_GRAMMAR),
+    "guided_regex": Unserved(_NO_REGEX),
+    "guided_grammar": Unserved(_NO_GRAMMAR),
     "priority": Unserved("requests are served in the order in which they come", (0,)),
 }
 """Of completions and chats."""
@@ -109,3 +109,10 @@ MESSAGE: dict[str, Unserved] = {
 STREAM_OPTIONS: dict[str, Unserved] = {"include_obfuscation": Unserved("events are not padded", (False,))}
 ROLE = Unserved(_NO_TOOLS, ("system", "developer", "user", "assistant"))
 """Of a message, for the roles that answer a tool's call."""
+
+STRUCTURE: dict[str, Unserved] = {
+    "regex": Unserved(_NO_REGEX),
+    "grammar": Unserved(_NO_GRAMMAR),
+    "structural_tag": Unserved(_NO_GRAMMAR),
+}
+"""Of vLLM's `structured_outputs`."""
