@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -220,10 +221,17 @@ class Settings(BaseSettings):
         links = {name.lower() for name in service_links(os.environ)}
         env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name not in links}
         file = os.environ.get("RECONTROL_CONFIG")
-        if file and not Path(file).is_file():
-            raise SettingsError(f"RECONTROL_CONFIG: there is no file {file}")
-        toml = (TomlConfigSettingsSource(settings_cls, toml_file=file),) if file else ()
-        return (init_settings, env_settings, *toml)
+        return (init_settings, env_settings, *([_file_source(settings_cls, Path(file))] if file else []))
+
+
+def _file_source(settings_cls: type[BaseSettings], path: Path) -> PydanticBaseSettingsSource:
+    """Raises SettingsError."""
+    if not path.is_file():
+        raise SettingsError(f"RECONTROL_CONFIG: there is no file {path}")
+    try:
+        return TomlConfigSettingsSource(settings_cls, toml_file=path)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"RECONTROL_CONFIG: {path} is not TOML ({error})") from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -95,6 +95,38 @@ def test_a_value_out_of_range_is_named_before_any_model_is_loaded(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["train"], "train: name: Field required; reward: Field required"),
+        (["heads", "nope"], "there is no command 'heads nope'; there are serve, "),
+        (["--nope"], "there is no flag '--nope'; there are serve, "),
+    ],
+)
+def test_mistakes_are_one_line_together(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert what in error
+
+
+def test_a_message_of_several_lines_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(HeadsList, "cli_cmd", raising(HeadFileError("one of:\n(1) this,\n(2) that")))
+    assert main(["heads", "list"]) == 2
+    assert capsys.readouterr().err == "recontrol heads list: one of: (1) this, (2) that\n"
+
+
+@pytest.mark.parametrize("content", [b"port = [", b"\xff\xfe"])
+def test_a_settings_file_that_is_no_toml_is_one_line(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "server.toml"
+    path.write_bytes(content)
+    monkeypatch.setenv("RECONTROL_CONFIG", str(path))
+    assert main(["serve", "--print-config"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"RECONTROL_CONFIG: {path} is not TOML" in error
+
+
 class OneToken:
     """A source whose every response is one token."""
 

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
 
 from server.environment import no_such_setting, no_such_variable, unknown_variable
@@ -79,21 +80,29 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
         if error.title != command.__name__:
             # Not the flags are wrong, but something that this program made.
             raise
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = no_such_setting(where, command.model_fields)
-            print(f"{program}: {where + ': ' if where else ''}{message}", file=sys.stderr)
+        _say(program, "; ".join(_text_of(problem, command) for problem in error.errors()))
         return 2
     except BrokenPipeError:
         # Whoever reads, such as `head`, has enough; what is still in the buffer must not fail at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RecontrolError, ValueModelError, SettingsError, OSError) as error:
         # The prefix is pydantic-settings' own, of a flag that does not exist or lacks its value.
-        print(f"{program}: {str(error).removeprefix('error parsing CLI: ')}", file=sys.stderr)
+        _say(program, str(error).removeprefix("error parsing CLI: "))
         return 2
     return 0
+
+
+def _text_of(problem: ErrorDetails, command: type[BaseSettings]) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = no_such_setting(where, command.model_fields)
+    return f"{where}: {message}" if where else message
+
+
+def _say(program: str, message: str) -> None:
+    """One line, whatever a library put into its message."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _command_at(path: str) -> type[BaseSettings]:
@@ -115,13 +124,15 @@ def _check_environment(command: type[BaseSettings]) -> None:
 
 
 def _without_command(words: Sequence[str]) -> int:
+    asked = " ".join(word for word in words[:2] if not word.startswith("-"))
     if words and words[0] == "--version":
         print(version("recontrol"))
         return 0
     if is_asked := bool({"-h", "--help"} & set(words)):
         print(_usage())
-    elif words and not any(name.startswith(f"{words[0]} ") for name in COMMANDS):
-        print(f"recontrol: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    elif words and not any(name.startswith(f"{asked} ") for name in COMMANDS):
+        what = f"command {asked!r}" if asked else f"flag {words[0]!r}"
+        _say("recontrol", f"there is no {what}; there are {', '.join(COMMANDS)}")
     else:
         print(_usage(words[:1]), file=sys.stderr)
     return 0 if is_asked else 2
