@@ -101,6 +101,8 @@ def test_a_value_out_of_range_is_named_before_any_model_is_loaded(
         (["train"], "train: name: Field required; reward: Field required"),
         (["heads", "nope"], "there is no command 'heads nope'; there are serve, "),
         (["--nope"], "there is no flag '--nope'; there are serve, "),
+        (["heads", "list", "--heads-dir", ""], "heads_dir: String should have at least 1 character"),
+        (["heads", "publish", "positive", "--to", ""], "to: String should have at least 1 character"),
     ],
 )
 def test_mistakes_are_one_line_together(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +127,16 @@ def test_a_settings_file_that_is_no_toml_is_one_line(
     assert main(["serve", "--print-config"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert f"RECONTROL_CONFIG: {path} is not TOML" in error
+
+
+def test_a_vector_scaled_beyond_numbers_makes_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vector = tmp_path / "v.safetensors"
+    save_file({"v": torch.full((4,), 2.0)}, vector)
+    words = ["heads", "import", str(vector), "--name", "a", "--base-model", "m", "--heads-dir", str(tmp_path)]
+    assert main([*words, "--scale", "1e308"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "not finite" in error
+    assert not (tmp_path / "a").exists()
 
 
 class OneToken:

@@ -165,8 +165,13 @@ def architecture_card(head: ValueHead) -> ArchitectureCard:
 
 
 def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
-    """Write both files, each whole or not at all; the card goes last, so a folder with a card is complete."""
+    """Write both files, each whole or not at all; the card goes last, so a folder with a card is complete.
+
+    Raises HeadFileError for numbers that are not finite, which nothing would load, before it touches a head that is
+    there.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
+    _check_finite(tensors, str(folder / HEAD_FILE))
     # A head that is replaced must not be left with the old one's card and figures.
     for name in (CARD_FILE, SWEEP_FILE, MAP_FILE):
         for path in (folder / name, (folder / name).with_suffix(".svg")):
@@ -227,10 +232,14 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
         head = head_from_tensors(card.architecture.type, tensors)
     except (SafetensorError, HeadShapeError) as error:
         raise HeadFileError(f"{where} cannot be loaded: {error}") from error
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise HeadFileError(f"{where} holds numbers that are not finite")
+    _check_finite(tensors, where)
     if head.hidden_size != card.base_model.hidden_size:
         raise HeadFileError(
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
     return head
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise HeadFileError(f"{where} holds numbers that are not finite")

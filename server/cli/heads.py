@@ -70,7 +70,7 @@ class HeadsPublish(HeadsCommand):
     """Copy a head to where servers read it, in the order in which none of them takes a half of it."""
 
     name: CliPositionalArg[str]
-    to: str = Field(description="folder, or a URL of fsspec such as s3://bucket/heads")
+    to: str = Field(min_length=1, description="folder, or a URL of fsspec such as s3://bucket/heads")
 
     def cli_cmd(self) -> None:
         self.check(self.name)
