@@ -122,7 +122,7 @@ def _user_reward(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise RewardError(f"reward: {name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise RewardError(f"reward: {name!r} is not callable; it must take prompts and responses")

@@ -108,9 +108,10 @@ def test_prompts_that_do_not_pair_with_responses_are_refused() -> None:
         load_reward("brevity")(["a", "b"], ["c"])
 
 
-def test_a_reward_without_a_module_is_a_clear_error() -> None:
+@pytest.mark.parametrize("name", [":function", "..:function"])
+def test_a_reward_without_a_module_is_a_clear_error(name: str) -> None:
     with pytest.raises(RewardError, match="cannot be imported"):
-        load_reward(":function")
+        load_reward(name)
 
 
 def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
