@@ -69,7 +69,7 @@ def placed(tokens: Sequence[TokenText], text: str) -> list[tuple[str, int]]:
     have changed its letters.
     """
     shares: list[tuple[str, int]] = []
-    start = 0
+    start, is_behind_special = 0, False
     for token in tokens:
         shown, size = token.shown, len(token.shown)
         if not text.startswith(shown, start):
@@ -79,7 +79,11 @@ def placed(tokens: Sequence[TokenText], text: str) -> list[tuple[str, int]]:
                 shown, size = shown[1:], size - 1
             elif text.startswith(f" {shown}", start):
                 shown, size = f" {shown}", size + 1
+        elif not shown and is_behind_special and text.startswith(" ", start):
+            # A space alone, which is left out only where a text begins.
+            shown, size = " ", 1
         size = min(size, len(text) - start)
+        is_behind_special = token.is_special and size > 0
         shares.append((shown, size))
         start += size
     return shares

@@ -50,6 +50,9 @@ class Vocabulary:
             if known is None:
                 return self._behind(token_id, previous)
             self._known[token_id] = known
+        if known == b" " and previous is None and not self._is_byte_level:
+            # Decoders leave out a space at the beginning of a text, whatever token it comes by.
+            return self._behind(token_id, previous)
         return known
 
     def _alone(self, token_id: int) -> bytes | None:
