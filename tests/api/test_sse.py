@@ -22,7 +22,7 @@ from server.cli.serve import _send_timeout_s
 from server.settings import Settings
 from tests.api.conftest import chat, complete, eventually, serving
 
-UNREAD = {"model": "fake", "prompt": "hi", "max_tokens": 1000, "logprobs": 20, "stream": True}
+UNREAD = {"model": "fake", "prompt": "hi", "max_tokens": 1000, "n": 16, "logprobs": 20, "stream": True}
 
 
 def test_an_event_is_one_line_for_whoever_cuts_lines_as_python_does() -> None:
