@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import header, replace_sections, row
 from benchmarks.quality.report import TRANSCRIPT_FILE
-from benchmarks.quality.tables import row, share
-from benchmarks.sections import replace_sections
+from benchmarks.quality.tables import share
 from server.settings import DEFAULT_MODEL
 from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
@@ -45,7 +45,7 @@ def sample(transcript: Mapping[str, Any]) -> str:
 
 def quality_table(cards: Sequence[HeadCard]) -> str:
     """A row for each head, on its first test set."""
-    lines = [row(["head", "base", "prompting", "static vector", "head", "head wins"]), "|---" * 6 + "|"]
+    lines = header(["head", "base", "prompting", "static vector", "head", "head wins"])
     for card in cards:
         arms = next(iter((card.evaluation or {}).values()))["arms"]
         rewards = [f"{arms[name]['reward']['mean']:.2f}" for name in ("base", "prompting", "static vector", "head")]
@@ -56,7 +56,7 @@ def quality_table(cards: Sequence[HeadCard]) -> str:
 def speed_table(result: Mapping[str, Any]) -> str:
     """Medians of new tokens a second by batch size, for the engines at one precision."""
     sizes = [str(size) for size in result["settings"]["batch_sizes"]]
-    lines = [row(["engine", *(f"batch {size}" for size in sizes)]), "|---" * (len(sizes) + 1) + "|"]
+    lines = header(["engine", *(f"batch {size}" for size in sizes)])
     for arm, name in ENGINES.items():
         batches = result["offline"][arm]["batches"]
         lines.append(row([name, *(f"{batches[size]['tokens_per_s']['median']:.0f}" for size in sizes)]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.tables import TITLES, command, interval, row, signed
+from benchmarks.markdown import header, row
+from benchmarks.quality.tables import TITLES, command, interval, signed
 
 _COSTS = ("diversity", "nll", "kl")
 Cell = Callable[[str], str]
@@ -98,5 +99,5 @@ def _costs(arms: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def _table(arms: Sequence[str] | Mapping[str, Any], columns: Mapping[str, Cell]) -> str:
-    lines = [row(["", *columns]), "|---" * (len(columns) + 1) + "|"]
+    lines = header(["", *columns])
     return "\n".join([*lines, *(row([name, *(cell(name) for cell in columns.values())]) for name in arms)])

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
+from benchmarks.markdown import header, replace_sections, row
 from benchmarks.quality import PROGRAM
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
-from benchmarks.quality.tables import TITLES, command, interval, row, share
-from benchmarks.sections import replace_sections
+from benchmarks.quality.tables import TITLES, command, interval, share
 from server.cli import run
 from server.cli.heads import HeadsCommand
 from value_models.store import HeadCard
@@ -47,7 +47,7 @@ def summary_table(cards: Sequence[HeadCard]) -> str:
     """A row for each head and test set: rewards, votes of the judges, and what the head costs, all against the base."""
     titles = ["head", "test set", *(f"reward: {arm}" for arm in ("base", *_SUMMARY_ARMS))]
     titles += [f"votes: {arm}" for arm in _SUMMARY_ARMS] + ["diversity", "added nats/token", "mean KL"]
-    lines = [row(titles), "|---" * len(titles) + "|"]
+    lines = header(titles)
     for card in cards:
         for result in (card.evaluation or {}).values():
             arms = result["arms"]
@@ -83,7 +83,7 @@ def cost_table(cards: Sequence[HeadCard]) -> str:
     tables = []
     for card in cards:
         if card.cost is not None:
-            lines = [row(["method", "seconds a response", "over base"]), "|---|---|---|"]
+            lines = header(["method", "seconds a response", "over base"])
             lines += [
                 row([name, f"{figures['response_s']:.2f}", f"{figures['over_base']:.2f}"])
                 for name, figures in card.cost["arms"].items()
@@ -129,7 +129,7 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
     titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL"]
-    lines = [row(titles), "|---" * len(titles) + "|"]
+    lines = header(titles)
     for arm, figures in result["arms"].items():
         cells = [interval(figures[name]) for name in scores]
         cells += [share(figures[name]) for name in rates]

@@ -1,9 +1,9 @@
-"""Cells and rows of the Markdown tables that reports are made of."""
+"""Titles and cells of the tables that reports are made of."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.quality import PROGRAM
@@ -18,10 +18,6 @@ TITLES = {
     "kl": "mean KL",
 }
 """Of figures that are not called what a table calls them."""
-
-
-def row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def share(figure: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from benchmarks.sections import replace_sections
+from benchmarks.markdown import replace_sections
 from benchmarks.speed import system
 from benchmarks.speed.models import model_folder
 from benchmarks.speed.report import section_prefix

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.markdown import header, row
 from benchmarks.speed.long_prompts import NUM_AHEAD, NUM_STREAMS
 from benchmarks.speed.neighbours import ALONE, BUSY, TWO
 from benchmarks.speed.peers import ARMS, BESIDE_VLLM, OURS, VLLM, VLLM_WITHOUT_HEADS
@@ -23,7 +24,7 @@ def offline_table(result: Mapping[str, Any]) -> str:
     if not arms:
         return ""
     sizes = [str(size) for size in result["settings"]["batch_sizes"]]
-    lines = _head(["new tokens a second", *(f"batch {size}" for size in sizes)])
+    lines = header(["new tokens a second", *(f"batch {size}" for size in sizes)])
     for arm, figures in arms.items():
         cells = []
         for size in sizes:
@@ -41,7 +42,7 @@ def online_table(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     good = f"goodput (TTFT <= {settings['ttft_objective_ms']:g} ms, ITL <= {settings['itl_objective_ms']:g} ms)"
     titles = ["requests a second", "", "TTFT, ms", "ITL, ms", "whole answer, s", "tokens a second", good, "failed"]
-    lines = _head([*titles, "ours / peer: tokens, TTFT, ITL"])
+    lines = header([*titles, "ours / peer: tokens, TTFT, ITL"])
     for rate in (f"{rate:g}" for rate in settings["rates"]):
         for arm, figures in arms.items():
             turn = figures["rates"].get(rate)
@@ -53,7 +54,7 @@ def online_table(result: Mapping[str, Any]) -> str:
             tokens = f"{turn['tokens_per_s']['median']:.0f}" if turn["tokens_per_s"] else _MISSING
             cells += [tokens, f"{100 * turn['goodput']['median']:.0f}%", str(failed)]
             cells.append(_online_ratios(turn, _our_figures(arms, arm, "rates", rate)))
-            lines.append(_row([rate, _arm_name(arm, result), *cells]))
+            lines.append(row([rate, _arm_name(arm, result), *cells]))
     return "\n".join(lines)
 
 
@@ -64,7 +65,7 @@ def start_table(result: Mapping[str, Any]) -> str:
         return ""
     names = {"offline": "engine", "online": "server"}
     titles = [f"{names[kind]}: {what}" for kind in kinds for what in ("ready after, s", "peak memory, GiB")]
-    lines = _head(["", *titles])
+    lines = header(["", *titles])
     arms = dict.fromkeys(arm for kind in kinds for arm in result[kind])
     for arm in arms:
         if arm in ARMS and ARMS[arm].num_heads:
@@ -74,7 +75,7 @@ def start_table(result: Mapping[str, Any]) -> str:
             figures = result[kind].get(arm, {})
             start, memory = figures.get("startup_s"), figures.get("peak_rss_bytes")
             cells += [_MISSING if start is None else f"{start:.1f}", _gib(memory)]
-        lines.append(_row([_arm_name(arm, result), *cells]))
+        lines.append(row([_arm_name(arm, result), *cells]))
     return "\n".join(lines)
 
 
@@ -87,12 +88,12 @@ def step_table(result: Mapping[str, Any]) -> str:
         return f"(failed: {reason(step)})"
     ways = step["parts_ms"]
     parts = list(next(iter(next(iter(ways.values())).values())))
-    lines = _head([f"ms of a step of {step['rows']} rows", *parts, "over the step without control"])
+    lines = header([f"ms of a step of {step['rows']} rows", *parts, "over the step without control"])
     for way, by_heads in ways.items():
         for heads, spent_ms in by_heads.items():
             over = spent_ms["step"] / by_heads[""]["step"]
             title = f"{way}, {heads.replace(',', ' + ') or 'no control'}"
-            lines.append(_row([title, *(f"{spent_ms[part]:.1f}" for part in parts), f"{over:.3f}"]))
+            lines.append(row([title, *(f"{spent_ms[part]:.1f}" for part in parts), f"{over:.3f}"]))
     return "\n".join(lines)
 
 
@@ -102,9 +103,9 @@ def quantization_table(result: Mapping[str, Any]) -> str:
         return ""
     if "failed" in losses:
         return f"(failed: {reason(losses)})"
-    lines = _head(["bits", "KL from 16 bits, nats a token", "less likely, nats a token"])
+    lines = header(["bits", "KL from 16 bits, nats a token", "less likely, nats a token"])
     for bits in ("8", "4"):
-        lines.append(_row([bits, f"{losses[bits]['kl_nats']:.4f}", f"{losses[bits]['nll_increase_nats']:+.4f}"]))
+        lines.append(row([bits, f"{losses[bits]['kl_nats']:.4f}", f"{losses[bits]['nll_increase_nats']:+.4f}"]))
     return "\n".join(lines)
 
 
@@ -120,14 +121,14 @@ def vllm_table(result: Mapping[str, Any]) -> str:
         return ""
     sizes = [str(size) for size in result["settings"]["batch_sizes"]]
     others = {VLLM: "over plain vLLM", VLLM_WITHOUT_HEADS: "over the same process without control"}
-    lines = _head(["time", *(f"batch {size}, {title}" for size in sizes for title in others.values())])
+    lines = header(["time", *(f"batch {size}, {title}" for size in sizes for title in others.values())])
     for arm in beside:
         cells = [
             _time_ratio(arms[arm], arms.get(other), size) if other == VLLM or ARMS[arm].num_heads else _MISSING
             for size in sizes
             for other in others
         ]
-        lines.append(_row([_arm_name(arm, result), *cells]))
+        lines.append(row([_arm_name(arm, result), *cells]))
     return "\n".join(lines)
 
 
@@ -159,7 +160,7 @@ def neighbours_table(result: Mapping[str, Any]) -> str:
         return ""
     rows = result["settings"]["neighbour_rows"]
     titles = [f"new tokens a second, {rows} rows", "alone", "beside a busy core", "over alone"]
-    lines = _head([*titles, "two at once, together", "over one alone"])
+    lines = header([*titles, "two at once, together", "over one alone"])
     for arm, figures in arms.items():
         conditions = figures["conditions"]
         cells = [_condition(arms, arm, ALONE)]
@@ -174,7 +175,7 @@ def neighbours_table(result: Mapping[str, Any]) -> str:
 
 def _alone_table(result: Mapping[str, Any], arms: Mapping[str, Any], lengths: list[str]) -> str:
     titles = [title for length in lengths for title in (f"{length} tokens: first token, s", "prompt tokens a second")]
-    lines = _head(["long prompts, alone", *titles, f"a token's cost, {lengths[-1]} over {lengths[0]}"])
+    lines = header(["long prompts, alone", *titles, f"a token's cost, {lengths[-1]} over {lengths[0]}"])
     for arm, figures in arms.items():
         measured = figures["lengths"]
         cells: list[str | None] = []
@@ -197,7 +198,7 @@ def _beside_table(result: Mapping[str, Any], arms: Mapping[str, Any], lengths: l
         for length in lengths
         for title in (f"{length} tokens: longest gap / usual, ms", "ratio", f"short behind {NUM_AHEAD}, s (alone)")
     ]
-    lines = _head([f"beside {NUM_STREAMS} streams", *titles])
+    lines = header([f"beside {NUM_STREAMS} streams", *titles])
     for arm, figures in arms.items():
         cells: list[str | None] = []
         for length in lengths:
@@ -243,19 +244,11 @@ def _gib(count: int | None) -> str:
     return _MISSING if count is None else f"{count / _GIB:.2f}"
 
 
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_row(titles), "|---" * len(titles) + "|"]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _arm_row(first: Sequence[str], cells: Sequence[str | None], figures: Mapping[str, Any]) -> str:
     """A row of an arm's cells. Where one is None, the arm has failed, and says why once, or was not measured."""
     reasons = iter([f"failed: {reason(figures)}"] if "failed" in figures else ())
     others = "failed" if "failed" in figures else _MISSING
-    return _row([*first, *(next(reasons, others) if cell is None else cell for cell in cells)])
+    return row([*first, *(next(reasons, others) if cell is None else cell for cell in cells)])
 
 
 def reason(figures: Mapping[str, Any]) -> str:

@@ -1,16 +1,26 @@
-"""Sections of a Markdown page, which results are rendered into.
+"""Markdown: the rows of tables, and the sections of a page that results are rendered into.
 
-A section is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at `replace_sections`.
+A section is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at `header` and `row`, or at
+`replace_sections`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from server.errors import ConfigurationError
 from value_models.files import write_text
+
+
+def header(titles: Sequence[str]) -> list[str]:
+    """The two lines that a table begins with."""
+    return [row(titles), "|---" * len(titles) + "|"]
+
+
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def replace_sections(page: Path, sections: Mapping[str, str]) -> None:
