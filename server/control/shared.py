@@ -95,7 +95,6 @@ class SharedRows:
             num_heads=self._num_heads,
             held_by_kl=_HELD_BY_KL,
             held_by_cap=_HELD_BY_CAP,
-            apply=True,
         )
         edits: list[SharedEdit] = []
         for group, report in zip(self._groups, torch.split(report_RN, self._counts), strict=True):

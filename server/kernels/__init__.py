@@ -48,7 +48,7 @@ _SIGNATURES = {
     "paged_attention_f32": _ATTENTION,
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
     "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P),
-    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F, _INT),
+    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F),
 }
 
 

@@ -204,16 +204,16 @@ EXPORT int largest_scales_f32(int64_t threads, const float* logits, int64_t voca
 }
 
 // Edits rows[r] of logits [.., vocabulary] by the shift shifts[shift_of[r]], for r < num_edited, as far as it is within
-// caps[r] of the length of the row's state in hidden [.., size], and limits[r] allows; `apply` moves the logits. Where
-// there is a `source`, in bfloat16 with rows source_stride apart, each row of logits is first made of that; this is all
-// that is done for rows from num_edited on. taken[r] is what was taken of the shift. report [num_edited, width]: a
+// caps[r] of the length of the row's state in hidden [.., size], and limits[r] allows. Where there is a `source`, in
+// bfloat16 with rows source_stride apart, each row of logits is first made of that; this is all that is done for rows
+// from num_edited on. taken[r] is what was taken of the shift. report [num_edited, width]: a
 // head's values before, values after, divergence, length of the shift relative to the state, what held it (`held_by_kl`,
 // `held_by_cap` or 0), and whether it was not finite.
 EXPORT int edit_shared(int64_t threads, const void* hidden, int is_f32, int64_t size, const bf16* source,
                        int64_t source_stride, float* logits, int64_t vocabulary, const Shift* shifts,
                        const int64_t* shift_of, const int64_t* rows, int64_t num_rows, int64_t num_edited,
                        const float* caps, const float* limits, float* taken, float* report, int64_t width,
-                       float held_by_kl, float held_by_cap, int apply) {
+                       float held_by_kl, float held_by_cap) {
     return called(threads, [&] {
         share(num_rows, [&](Pieces& pieces) {
             const std::unique_ptr<float[]> probs(new float[vocabulary]);
@@ -234,7 +234,7 @@ EXPORT int edit_shared(int64_t threads, const void* hidden, int is_f32, int64_t 
                     const Row row(row_logits, shift.delta, shift.peak(), share, shift.tilts, vocabulary,
                                   probs.get());
                     search(row, limits[r], &scale, &divergence);
-                    if (apply && scale * share * ratio > 0) move(row_logits, shift.delta, scale * share, vocabulary);
+                    if (scale * share * ratio > 0) move(row_logits, shift.delta, scale * share, vocabulary);
                 }
                 taken[r] = scale * share;
                 for (int64_t k = 0; k < shift.heads; ++k) {

@@ -96,14 +96,13 @@ def edit_shared(
     num_heads: int,
     held_by_kl: int,
     held_by_cap: int,
-    apply: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Edit rows by the shifts of these `SharedShift.entry`s, each capped relative to its state and by its divergence.
 
     `rows_B`: places of the R rows to edit, then of the others. Returns float32 logits [B, V], what was taken of each
     shift [R], and a report [R, 2 num_heads + 5], num_heads the most that a shift has: for a shift of K heads values
     before [K] and after [K], divergence, length relative to the state, what held it (one of the two given, or 0),
-    whether it was not finite, and a 1. `apply` moves the logits, in place if they were float32, not bfloat16.
+    whether it was not finite, and a 1. Logits are moved in place if they were float32, not bfloat16.
     """
     library: Any = native()
     assert logits_BV.stride(1) == 1
@@ -117,6 +116,6 @@ def edit_shared(
         hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], source, from_BV.stride(0),
         logits_BV.data_ptr(), size, entries_G5.data_ptr(), shift_of_R.data_ptr(), rows_B.data_ptr(),
         num_edited if source is None else num_rows, num_edited, max_shift_R.data_ptr(), limit_R.data_ptr(),
-        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap, apply,
+        taken_R.data_ptr(), report_RN.data_ptr(), report_RN.shape[1], held_by_kl, held_by_cap,
     )  # fmt: skip
     return logits_BV, taken_R, report_RN

@@ -128,7 +128,6 @@ def edit(
         num_heads=2,
         held_by_kl=4,
         held_by_cap=6,
-        apply=True,
     )
 
 
