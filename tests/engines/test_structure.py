@@ -312,6 +312,7 @@ ANY_OF_FIVE = [{"anyOf": [{"required": [f"{i}.{j}"], "type": "object"} for j in 
         ('{"properties": {"a/b": {"items": {"uniqueItems": true}}}}', "^#/properties/a~1b/items/uniqueItems: this key"),
         ('{"type": "object", "properties": []}', "^properties must be an object$"),
         ('{"type": "string", "minLength": 5, "maxLength": 3}', "^Unsatisfiable schema: minLength"),
+        ('{"type": "string", "minLength": []}', "minLength"),
         ('{"items": {"maxLength": 9000}}', "^#/items/maxLength: minLength and maxLength may come to 8192"),
         ('{"enum": []}', "Unsatisfiable"),
         ('{"$ref": "#/$defs/nobody"}', "does not exist"),

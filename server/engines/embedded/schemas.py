@@ -35,15 +35,18 @@ def prepared(schema: str) -> str:
         parsed = json.loads(schema)
     except ValueError:
         return schema  # The library says what is wrong.
-    lengths: set[tuple[Any, Any]] = set()
-    num_optional = 0
+    lengths: set[tuple[int | None, int | None]] = set()
+    num_chars, num_optional = 0, 0
     for place, part in subschemas(parsed):
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             del part["format"]
         if part.get("uniqueItems") is False:
             del part["uniqueItems"]
-        lengths.add((part.get("minLength"), part.get("maxLength")))
-        if sum(map(_longest, lengths)) > MAX_STRING_CHARS:
+        bounds = _length(part.get("minLength")), _length(part.get("maxLength"))
+        if bounds not in lengths:
+            lengths.add(bounds)
+            num_chars += max((length for length in bounds if length is not None), default=0)
+        if num_chars > MAX_STRING_CHARS:
             keyword = "maxLength" if "maxLength" in part else "minLength"
             raise InvalidRequestError(
                 f"{place}/{keyword}: minLength and maxLength may come to {MAX_STRING_CHARS} characters at most, "
@@ -92,8 +95,9 @@ def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _longest(lengths: tuple[Any, Any]) -> int:
-    return max((length for length in lengths if type(length) is int), default=0)
+def _length(given: Any) -> int | None:
+    """A bound on a string's length; what is no number is for the library to refuse."""
+    return given if type(given) is int else None
 
 
 def _num_optional(part: dict[str, Any]) -> int:
