@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
 from server.api.structure import AnySchema, ResponseFormat, StructuredOutputs, TextChoices, TextFormat
-from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, without_unserved
+from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, WithUnserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
@@ -24,19 +24,15 @@ Metadata = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(WithUnserved):
+    unserved: ClassVar[Mapping[str, Unserved]] = STREAM_OPTIONS
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, options: Any) -> Any:
-        return without_unserved(options, STREAM_OPTIONS)
 
-
-class GenerationBody(BaseModel):
+class GenerationBody(WithUnserved):
     """What completions and chat share. null means the default everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -78,11 +74,6 @@ class GenerationBody(BaseModel):
     """vLLM's older names for two of `structured_outputs`."""
     guided_choice: TextChoices | None = None
     control: ControlParams | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, body: Any) -> Any:
-        return without_unserved(body, cls.unserved)
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> GenerationBody:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.api.fields import check_text
-from server.api.unserved import STRUCTURE, without_unserved
+from server.api.unserved import STRUCTURE, Unserved, WithUnserved
 from server.engines.base import Engine
 from server.errors import InvalidRequestError
 
@@ -143,19 +144,15 @@ TextChoices = Annotated[
 ]
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(WithUnserved):
     """vLLM's field: one of these."""
 
+    unserved: ClassVar[Mapping[str, Unserved]] = STRUCTURE
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     json_: Annotated[AnySchema | None, Field(alias="json")] = None
     choice: TextChoices | None = None
     json_object: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_grammars(cls, fields: Any) -> Any:
-        return without_unserved(fields, STRUCTURE)
 
     @model_validator(mode="after")
     def _is_one(self) -> StructuredOutputs:

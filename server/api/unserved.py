@@ -1,15 +1,16 @@
 """Fields of OpenAI's and vLLM's bodies that are not served, with the reason that a request is told.
 
 null asks for nothing, and some fields have further values that ask for what is done anyway, which many clients send;
-those are taken. Whatever else would change something is refused and never ignored. Enter at `without_unserved`.
+those are taken. Whatever else would change something is refused and never ignored. Enter at `WithUnserved`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 REFUSED = "unsupported_field"
@@ -40,6 +41,17 @@ def without_unserved(body: Any, fields: Mapping[str, Unserved]) -> Any:
         if field.refuses(body.get(name)):
             raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": name, "reason": field.reason})
     return {name: value for name, value in body.items() if name not in fields}
+
+
+class WithUnserved(BaseModel):
+    """A body, or a part of one, that refuses what is not served of it."""
+
+    unserved: ClassVar[Mapping[str, Unserved]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, body: Any) -> Any:
+        return without_unserved(body, cls.unserved)
 
 
 _NO_TOOLS = "tools are not supported"
