@@ -2,8 +2,7 @@
 
 For a Service called `recontrol`, Kubernetes gives every container of its namespace variables such as
 RECONTROL_PORT=tcp://10.0.0.1:8000, unless the Pod says `enableServiceLinks: false`. They are nobody's settings and are
-passed over. Enter at `service_links`, `unknown_variable`
-and `no_such_setting`.
+passed over. Enter at `service_links`, `unknown_variable` and `no_such_setting`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class SharedRates:
         if await self.take("check", 1, 0) is not None:
             _log.info("Rates are counted together with the other servers that use the same Redis")
 
-    async def take(self, name: str, capacity: int, amount: float) -> float | None:
+    async def take(self, name: str, capacity: float, amount: float) -> float | None:
         """Seconds to wait, 0 when the amount is taken; None when Redis cannot be used."""
         if time.monotonic() < self._again_at_s:
             return None
@@ -86,13 +86,13 @@ class SharedRates:
         self._is_used = True
         return wait_s
 
-    def put_back(self, name: str, capacity: int, amount: float) -> None:
+    def put_back(self, name: str, capacity: float, amount: float) -> None:
         """Soon, and not before this returns: whoever puts back may be about to be cancelled."""
         task = asyncio.create_task(self._put_back(name, capacity, amount))
         self._putting_back.add(task)
         task.add_done_callback(self._putting_back.discard)
 
-    async def _put_back(self, name: str, capacity: int, amount: float) -> None:
+    async def _put_back(self, name: str, capacity: float, amount: float) -> None:
         await self.take(name, capacity, -amount)
 
     async def close(self) -> None:
@@ -130,11 +130,10 @@ class _SharedBucket:
         self.capacity: float = capacity
         self._rates = rates
         self._name = name
-        self._capacity = capacity
         self._local = local
 
     async def take(self, amount: float) -> Taken:
-        wait_s = await self._rates.take(self._name, self._capacity, amount)
+        wait_s = await self._rates.take(self._name, self.capacity, amount)
         if wait_s is None:
             return await self._local.take(amount)
-        return Taken(wait_s, lambda unused: self._rates.put_back(self._name, self._capacity, unused))
+        return Taken(wait_s, lambda unused: self._rates.put_back(self._name, self.capacity, unused))

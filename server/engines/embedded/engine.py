@@ -34,7 +34,6 @@ from server.types import FinishReason, GenerationRequest
 _log = logging.getLogger(__name__)
 _BITS: dict[str, Bits] = {"none": 16, "int8": 8, "int4": 4}
 _STOP_TIMEOUT_S = 30.0
-_UNLOAD_POLL_S = 0.05
 _Result = TypeVar("_Result")
 
 
