@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from benchmarks.quality import PROGRAM
 from benchmarks.quality.objectives import ObjectivesSetup, ObjectivesStudy
 from benchmarks.quality.plots import require_matplotlib
 from benchmarks.quality.rivals import RE_CONTROL, RIVALS
@@ -41,7 +40,6 @@ class Quality(Evaluation):
     Responses are kept below --work and used again, so a run that was stopped goes on where it was.
     """
 
-    program: ClassVar[str] = PROGRAM
     known_methods: ClassVar[Mapping[str, Method]] = RIVALS
 
     head: CliPositionalArg[str] = Field(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 from transformers import AutoTokenizer
 
-from benchmarks.speed import PROGRAM, long_prompts, neighbours, offline, online, own_engine, report
+from benchmarks.speed import long_prompts, neighbours, offline, online, own_engine, report
 from benchmarks.speed.measurement import Measurement, Positive
 from benchmarks.speed.models import head_names, kv_cache_gib, random_model, text_config
 from benchmarks.speed.peers import ARMS, BESIDE_VLLM, PEERS, Found, find, missing
@@ -98,7 +98,7 @@ class Speed(Measurement):
                 print(f"left out: {arm}: {why}", flush=True)
         arms = [arm for arm in self.peers if arm not in skipped]
         result: dict[str, Any] = {
-            **self.about(PROGRAM),
+            **self.about(),
             "model": setup.model,
             "settings": self._settings(setup),
             "versions": {arm: found[ARMS[arm].peer].versions for arm in arms},

@@ -20,7 +20,8 @@ from benchmarks.markdown import replace_sections
 from benchmarks.speed import system
 from benchmarks.speed.models import model_folder
 from benchmarks.speed.report import section_prefix
-from server.cli.command import Command, command_line
+from server.cli.command import Command
+from server.cli.program import command_line
 from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
@@ -93,9 +94,9 @@ class Measurement(Command):
         if self.out is not None:
             write_text(self.out, json.dumps(result, indent=1) + "\n")
 
-    def about(self, program: str) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """Of every file: the command, the model, and the machine as it is now."""
-        return {"command": command_line(program), "model": self.model, "system": system.facts()}
+        return {"command": command_line(), "model": self.model, "system": system.facts()}
 
     def model_setup(self) -> dict[str, Any]:
         """The fields of a `ModelSetup`. Raises ConfigurationError, ModelLoadError."""

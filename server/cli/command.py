@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -88,11 +87,6 @@ class HeadsModelCommand(ModelCommand):
         """Raises HeadMismatchError, ConfigurationError."""
         source = HeadSource.of(self.heads_dir, loaded.identity, allow_other_base=self.allow_other_base)
         return source.load(loaded.model.device)
-
-
-def command_line(program: str = "recontrol") -> str:
-    """The command that is running, for files that tell what made them."""
-    return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 def allow_rewards_of_the_working_folder() -> None:

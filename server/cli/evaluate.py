@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory
-from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, command_line, read_prompts
+from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, Method, Subject
+from server.cli.program import command_line
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -61,7 +62,6 @@ _JUDGES = {
 class Evaluation(HeadsModelCommand):
     """Flags and parts of an evaluation, whatever it studies."""
 
-    program: ClassVar[str] = "recontrol"
     known_methods: ClassVar[Mapping[str, Method]] = METHODS
 
     head: CliPositionalArg[str] = Field(description="its name: a folder below --heads-dir")
@@ -148,7 +148,7 @@ class Evaluation(HeadsModelCommand):
             "sampling": self.sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "command": command_line(self.program),
+            "command": command_line(),
             **({"warnings": warnings} if warnings else {}),
         }
         if self.out is not None:

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import HeadsModelCommand, command_line
+from server.cli.command import HeadsModelCommand
+from server.cli.program import command_line
 from server.control.objectives import HeadName
 from server.control.params import ControlParams, TokenBudget
 from server.control.registry import HeadRegistry

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field, FiniteFloat
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import Command, command_line
+from server.cli.command import Command
+from server.cli.program import command_line
 from server.errors import ConfigurationError, UnknownHeadError
 from server.settings import DEFAULT_MODEL, HeadsLocation
 from value_models.errors import HeadFileError

@@ -13,8 +13,10 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +47,14 @@ COMMANDS = {
 libraries."""
 
 
+_running: ContextVar[str] = ContextVar("running", default="recontrol")
+
+
+def command_line() -> str:
+    """The command that is running, with its flags, for files that tell what made them."""
+    return _running.get()
+
+
 def command_class(name: str) -> type[BaseSettings]:
     return _command_at(COMMANDS[name])
 
@@ -66,6 +76,7 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     is a mistake of the program's own and is raised, for its traceback to be reported.
     """
     limit_threads()
+    _running.set(f"{program} {shlex.join(words)}".strip())
     command = _command_at(path)
     command.model_config["cli_prog_name"] = program
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -14,9 +14,9 @@ from server.cli.command import (
     Command,
     ModelCommand,
     allow_rewards_of_the_working_folder,
-    command_line,
     read_prompts,
 )
+from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
 from value_models.files import write_text

@@ -12,7 +12,7 @@ from benchmarks.speed import report
 from benchmarks.speed.measurement import Measurement, Positive
 from benchmarks.speed.setup import ModelSetup
 from server.cli.command import read_prompts
-from tests.soak import PROGRAM, run
+from tests.soak import run
 
 _MIB = 2**20
 
@@ -34,7 +34,7 @@ class Soak(Measurement):
         texts = [prompt.text for prompt in read_prompts(None)]
         names = ("device", "dtype", "threads", "seed")
         return {
-            **self.about(PROGRAM),
+            **self.about(),
             "settings": {"label": self.label, **{name: getattr(setup, name) for name in names}},
             "soak": run.measure(setup, count=self.num_requests, texts=texts),
         }
