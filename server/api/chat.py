@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.generation import Choice, Generation, shown_logprob, start
 from server.api.messages import ChatMessage
-from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
+from server.api.writer import ChoicesWriter
 from server.engines.base import Engine
 from server.types import GenerationChunk, TokenLogprob, TopLogprob
 
@@ -37,7 +37,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     return await _ChatWriter(request, body, generation).respond()
 
 
-class _ChatWriter(ResponseWriter):
+class _ChatWriter(ChoicesWriter):
     id_prefix, object_name, event_object_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, request: Request, body: ChatBody, generation: Generation) -> None:

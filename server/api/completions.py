@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 
 from server.api.generation import Choice, Generation, shown_logprob, start
-from server.api.responses import ResponseWriter
 from server.api.schemas import CompletionBody
 from server.api.sse import STREAMED
+from server.api.writer import ChoicesWriter
 from server.engines.base import Engine, check_token_ids
 from server.types import GenerationChunk, TokenLogprob, TokenText
 
@@ -89,7 +89,7 @@ def placed(tokens: Sequence[TokenText], text: str) -> list[tuple[str, int]]:
     return shares
 
 
-class _CompletionWriter(ResponseWriter):
+class _CompletionWriter(ChoicesWriter):
     id_prefix, object_name, event_object_name = "cmpl", "text_completion", "text_completion"
 
     def __init__(

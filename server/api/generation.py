@@ -1,4 +1,4 @@
-"""What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
+"""What all routes that generate share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
 Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`, or
 at `queue` with requests that do not come from a body of theirs.
@@ -141,7 +141,7 @@ class Generation:
 
 @dataclass(slots=True)
 class Choice:
-    """One finished choice."""
+    """One choice, whole once it has a last chunk."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -150,19 +150,22 @@ class Choice:
     trace: list[dict[str, Any]] = field(default_factory=list)
     prompt_values: PromptValues | None = None
 
+    def grow(self, chunk: GenerationChunk, trace: list[dict[str, Any]]) -> None:
+        """By the choice's next chunk, and what control did to its token."""
+        self.text += chunk.text
+        self.logprobs += chunk.logprobs
+        self.trace += trace
+        if chunk.finish_reason is not None:
+            self.finish_reason, self.control = chunk.finish_reason, chunk.control
+            self.prompt_values = chunk.prompt_values
+
 
 async def collect(generation: Generation) -> list[Choice]:
     """All choices, whole and in order."""
     choices = [Choice() for _ in range(len(generation.prompts) * generation.num_choices)]
     async with contextlib.aclosing(generation.chunks()) as chunks:
         async for index, chunk in chunks:
-            choice = choices[index]
-            choice.text += chunk.text
-            choice.logprobs += chunk.logprobs
-            choice.trace += generation.traced(chunk)
-            if chunk.finish_reason is not None:
-                choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
-                choice.prompt_values = chunk.prompt_values
+            choices[index].grow(chunk, generation.traced(chunk))
     return choices
 
 
@@ -182,7 +185,7 @@ async def start(
     """
     state = request.app.state
     engine: Engine = state.engine
-    info, num_choices = engine.info, body.n or 1
+    info, num_choices = engine.info, body.num_choices
     control = resolve_control(body, info, state.pinned)
     asked = GenerationRequest(
         request_id="",
@@ -192,18 +195,20 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body, engine),
+        structure=await structure_of(body.structures, engine),
         best_of=resolve_best_of(best_of, num_choices, control),
     )
     if max_tokens is None:
         asked = with_rest_of_context(asked, max(map(len, prompts)), info)
     requests = requests_for(request, prompts, asked)
-    check_size(requests, info)
+    check_size(requests, info, field=body.size_field)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": user}
-    return await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
+    return await queue(
+        request, requests, timeout_s=body.timeout_s, size_field=body.size_field, takes_less=max_tokens is None
+    )
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:

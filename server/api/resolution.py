@@ -177,8 +177,11 @@ def with_rest_of_context(asked: GenerationRequest, num_prompt_tokens: int, info:
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
-def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
-    """Lengths, and the caps on what one body, with a request for each of its prompts, may ask for in all."""
+def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field: str) -> None:
+    """Lengths, and the caps on what one body, with a request for each of its prompts, may ask for in all.
+
+    `field` is the one that says how many new tokens.
+    """
     first = requests[0]
     num_sequences, max_tokens = len(requests) * first.num_sequences, first.sampling.max_tokens
     if num_sequences > MAX_SEQUENCES:
@@ -192,15 +195,15 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
     for request in requests:
         if len(request.prompt_token_ids) + max_tokens > info.max_model_len:
             raise ContextLengthError(
-                f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is {max_tokens}; together they "
+                f"The prompt has {len(request.prompt_token_ids)} tokens and {field} is {max_tokens}; together they "
                 f"must not exceed {info.max_model_len}.",
-                param="max_tokens",
+                param=field,
             )
     if num_sequences * max_tokens > MAX_NEW_TOKENS:
         raise InvalidRequestError(
-            f"max_tokens: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that "
-            "one request may ask for",
-            param="max_tokens",
+            f"{field}: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that one "
+            "request may ask for",
+            param=field,
         )
 
 

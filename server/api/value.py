@@ -24,8 +24,8 @@ from server.api.gate.context import context_of, request_id_of
 from server.api.generation import Choice, Generation, collect, queue, requests_for, shown
 from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
-from server.api.responses import whole_response
 from server.api.schemas import MAX_USER_CHARS
+from server.api.writer import whole_response
 from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName
 from server.engines.base import Engine, EngineInfo, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError

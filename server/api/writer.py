@@ -1,6 +1,7 @@
 """How a generation becomes an HTTP response, whole or as events: what the formats share, and the client's leaving.
 
-A format is a subclass of `ResponseWriter` that says what a choice holds. Enter at `ResponseWriter.respond`.
+A format is a subclass of `ResponseWriter`; one that lists choices, as completions and chats do, of `ChoicesWriter`,
+which it tells what a choice holds. Enter at `ResponseWriter.respond`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastapi.responses import JSONResponse
 
 from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
-from server.api.schemas import GenerationBody
+from server.api.schemas import ChoicesBody, GenerationBody
 from server.api.sse import EventStream
 from server.types import ControlSummary, FinishReason, GenerationChunk
 
@@ -32,18 +33,53 @@ class ClientDisconnectedError(Exception):
 class ResponseWriter(ABC):
     """Writes one generation in one format."""
 
-    id_prefix: ClassVar[str]
-    object_name: ClassVar[str]
-    event_object_name: ClassVar[str]
+    is_named: ClassVar[bool] = False
+    """Whether its events have names, as `EventStream` says."""
 
     def __init__(self, request: Request, body: GenerationBody, generation: Generation) -> None:
         self._request = request
         self._generation = generation
         self._is_streamed = bool(body.stream)
+        self._request_id = request_id_of(request)
+
+    @abstractmethod
+    async def whole(self) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+
+    @abstractmethod
+    def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of one that is."""
+
+    def failure(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The event that ends a stream which failed, from the body that the error would have had."""
+        return body
+
+    async def respond(self) -> Response:
+        """Answer, and abort what is unfinished when the client goes."""
+        if self._is_streamed:
+            return EventStream(
+                self.events(),
+                on_end=self._generation.close,
+                request_id=self._request_id,
+                ping_s=self._request.app.state.stream_ping_s,
+                failure=self.failure,
+                is_named=self.is_named,
+            )
+        return await whole_response(self._request, self._generation, self.whole())
+
+
+class ChoicesWriter(ResponseWriter):
+    """Writes a list of choices."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    event_object_name: ClassVar[str]
+
+    def __init__(self, request: Request, body: ChoicesBody, generation: Generation) -> None:
+        super().__init__(request, body, generation)
         options = body.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
-        self._request_id = request_id_of(request)
         self._head = {"id": f"{self.id_prefix}-{self._request_id}", "created": int(time.time()), "model": body.model}
 
     @abstractmethod
@@ -54,25 +90,14 @@ class ResponseWriter(ABC):
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
         """What an event of a choice holds; None when the chunk has nothing to show."""
 
-    async def respond(self) -> Response:
-        """Answer, and abort what is unfinished when the client goes."""
-        if self._is_streamed:
-            return EventStream(
-                self._events(),
-                on_end=self._generation.close,
-                request_id=self._request_id,
-                ping_s=self._request.app.state.stream_ping_s,
-            )
-        return await whole_response(self._request, self._generation, self._whole())
-
-    async def _whole(self) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         choices = [
             self._choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
             for index, choice in enumerate(await collect(self._generation))
         ]
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
 
-    async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         head = {**self._head, "object": self.event_object_name}
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
