@@ -11,13 +11,14 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
+from server.api import chat, completions, embeddings, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
 from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.sizes import BodyLimit, HeaderLimit
+from server.api.responses import route as responses
 from server.api.schemas import ErrorBody
 from server.control.params import ControlParams
 from server.engines import create_engine
@@ -84,7 +85,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.add_middleware(HeadAsGet)
     app.add_middleware(Identity)
     _allow_origins(app, settings)
-    routers = [module.router for module in (completions, chat, value, models, tokens, system)]
+    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
     routers += [management.router] if management_keys else []
     for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})

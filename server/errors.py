@@ -6,6 +6,7 @@
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
     |-- AuthenticationError      401   no key, or one that does not open this path
     |-- NotFoundError            404
+    |   |-- UnsupportedPathError 404   a path of OpenAI's that this server does not have, with what it has instead
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   `-- UnknownModelError    404   lists the model ids that exist
     |-- HeadConflictError        409   a head that is loaded already, or pinned
@@ -65,6 +66,10 @@ class AuthenticationError(RecontrolError):
 class NotFoundError(RecontrolError):
     code = "not_found"
     status = 404
+
+
+class UnsupportedPathError(NotFoundError):
+    code = "unsupported_path"
 
 
 class UnknownHeadError(NotFoundError):

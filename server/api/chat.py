@@ -8,13 +8,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.generation import Choice, Generation, shown_logprobs, start
 from server.api.messages import ChatMessage
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.api.writer import ChoicesWriter
 from server.engines.base import Engine
-from server.types import GenerationChunk, TokenLogprob, TopLogprob
+from server.types import GenerationChunk, TokenLogprob
 
 router = APIRouter()
 
@@ -57,15 +57,4 @@ class _ChatWriter(ChoicesWriter):
         return {"delta": {**role, "content": chunk.text}, "logprobs": self._logprobs(chunk.logprobs)}
 
     def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return {"content": [_chat_logprob(score) for score in scores]} if self._has_logprobs else None
-
-
-def _chat_logprob(score: TokenLogprob) -> dict[str, Any]:
-    return {
-        **_scored(score),
-        "top_logprobs": [_scored(other) for other in score.top],
-    }
-
-
-def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
-    return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}
+        return {"content": shown_logprobs(scores)} if self._has_logprobs else None

@@ -37,6 +37,7 @@ from server.types import (
     GenerationRequest,
     PromptValues,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -305,6 +306,15 @@ def shown(value: Any) -> Any:
 def shown_logprob(logprob: float) -> float:
     """JSON has no -inf; -9999.0 stands for it, as in vLLM."""
     return max(logprob, _MIN_LOGPROB)
+
+
+def shown_logprobs(scores: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Scored tokens as chats and responses have them."""
+    return [{**_scored(score), "top_logprobs": [_scored(other) for other in score.top]} for score in scores]
+
+
+def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}
 
 
 async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:

@@ -46,6 +46,8 @@ class TextPart(BaseModel):
     id: Text | None = None
     index: int | Text | None = None
     annotations: Annotated[list[Any], _MARKS] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = None
     cache_control: Annotated[dict[str, Any], _MARKS] | None = None
     prompt_cache_breakpoint: Annotated[dict[str, Any], _MARKS] | None = None
 

@@ -19,6 +19,7 @@ from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
 MAX_USER_CHARS = 256
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -179,7 +180,7 @@ class ChatBody(ChoicesBody, TemplateFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     parallel_tool_calls: bool | None = None
     """Either way there are none without tools."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
 
     @model_validator(mode="after")

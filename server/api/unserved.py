@@ -108,6 +108,59 @@ CHAT: dict[str, Unserved] = GENERATION | {
     "chat_template": Unserved("a template from a request is never rendered; the model's own is used"),
 }
 
+_NO_ITEMS = "no response is stored; give its output back as items of input"
+_NO_BACKGROUND = "a response ends with its connection; stream it"
+
+RESPONSE: dict[str, Unserved] = GENERATION | {
+    "previous_response_id": Unserved(_NO_ITEMS),
+    "previous_response": Unserved(_NO_ITEMS),
+    "previous_input_messages": Unserved("not supported; give earlier messages as items of input", ([],)),
+    "conversation": Unserved(_NO_ITEMS),
+    "background": Unserved(_NO_BACKGROUND, (False,)),
+    "background_options": Unserved(_NO_BACKGROUND, ({},)),
+    "prompt": Unserved("no prompts are stored; give instructions and input"),
+    "truncation": Unserved("a prompt is never cut; send what fits the context", ("disabled",)),
+    "context_management": Unserved("a prompt is never cut or compacted; send what fits the context", ([],)),
+    "tools": Unserved(_NO_TOOLS, ([],)),
+    "tool_choice": Unserved(_NO_TOOLS, ("none", "auto")),
+    "moderation": Unserved("there is no moderation; control.stop_below is a guardrail"),
+    "prompt_cache_retention": Unserved("cached prompts are kept in memory alone", ("in_memory",)),
+    "prompt_cache_options": Unserved("not supported; beginnings of prompts are always cached in memory"),
+    "access_programs": Unserved("they are OpenAI's own"),
+    "image": Unserved("only text is served"),
+    "enable_response_messages": Unserved("not supported; /tokenize tells how messages are rendered", (False,)),
+    "messages": Unserved("chats have them, at /v1/chat/completions; a response has input"),
+    "n": Unserved("a response is one; ask several times", (1,)),
+    "max_tokens": Unserved("its name here is max_output_tokens"),
+    "max_completion_tokens": Unserved("its name here is max_output_tokens"),
+    "response_format": Unserved("its name here is text.format", ({"type": "text"},)),
+    "reasoning_effort": Unserved("its name here is reasoning.effort"),
+    "verbosity": Unserved("its name here is text.verbosity"),
+    "logprobs": Unserved('include: ["message.output_text.logprobs"] asks for them here', (False,)),
+}
+"""Of /v1/responses."""
+
+REASONING: dict[str, Unserved] = {
+    # Whether there is a summary is then left to the server.
+    "summary": Unserved("reasoning is not summarised", ("auto",)),
+    "generate_summary": Unserved("reasoning is not summarised", ("auto",)),
+    "mode": Unserved("there is one way to reason", ("standard",)),
+    "context": Unserved("the chat template says which past reasoning the model is shown", ("auto",)),
+}
+TEXT: dict[str, Unserved] = {"verbosity": CHAT["verbosity"]}
+RESPONSE_STREAM_OPTIONS: dict[str, Unserved] = {
+    "include_obfuscation": Unserved("events are not padded", (False,)),
+    "include_usage": Unserved("the last event always has it", (True,)),
+}
+ITEMS: dict[str, str] = {
+    "item_reference": "no response is stored; give the item itself (with the AI SDK: store: false)",
+    "compaction": "prompts are not compacted; give the items themselves",
+    "compaction_trigger": "prompts are not compacted; send what fits the context",
+    "configuration_update": "give what it changes as fields of the request",
+}
+"""Types of input items that are not served, with the reason; for further ones that clients send it is `NO_ITEM`."""
+NO_ITEM = "items of this type are not supported; {served} are"
+
 MESSAGE: dict[str, Unserved] = {
     "tool_calls": Unserved(_NO_TOOLS, ([],)),
     "tool_call_id": Unserved(_NO_TOOLS),

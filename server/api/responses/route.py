@@ -1,0 +1,114 @@
+"""POST /v1/responses, and what would be asked of stored responses, of which there are none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.generation import Choice, Generation, collect, shown_logprobs, start
+from server.api.messages import ChatMessage
+from server.api.responses.answer import Answer
+from server.api.responses.body import ResponseBody
+from server.api.responses.output import INCOMPLETE, Event, Output
+from server.api.sse import STREAMED
+from server.api.writer import ResponseWriter
+from server.engines.base import Engine
+from server.errors import NotFoundError
+from server.types import TokenLogprob
+
+_SHOWN_CHARS = 64
+router = APIRouter()
+
+
+@router.post("/v1/responses", responses=STREAMED)
+async def create_response(request: Request, body: ResponseBody) -> Response:
+    """Answer a conversation, which is given whole."""
+    engine: Engine = request.app.state.engine
+    # A long conversation takes long, which must not stop the other requests.
+    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), body.chat_rendering)
+    generation = await start(
+        request,
+        body,
+        [prompt],
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
+    )
+    return await _Writer(request, body, generation).respond()
+
+
+@router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
+@router.get("/v1/responses/{response_id}/input_items", include_in_schema=False)
+@router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
+async def find_stored_response(response_id: str) -> None:
+    raise NotFoundError(
+        f"There is no response {response_id[:_SHOWN_CHARS]!r}: none is stored. Each is told whole when it is made."
+    )
+
+
+class _Writer(ResponseWriter):
+    is_named: ClassVar[bool] = True
+
+    def __init__(self, request: Request, body: ResponseBody, generation: Generation) -> None:
+        super().__init__(request, body, generation)
+        self._has_logprobs = body.has_logprobs
+        self._answer = Answer(body, self._request_id)
+        self._output = Output()
+        self._numbers = itertools.count()
+
+    async def whole(self) -> dict[str, Any]:
+        [choice] = await collect(self._generation)
+        deque(self._output.add_text(choice.text, self._shown(choice.logprobs)), maxlen=0)
+        deque(self._output.end(_status(choice)), maxlen=0)
+        return self._finished(choice)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        for name in ("created", "in_progress"):
+            yield self._lifecycle(name, self._answer.told("in_progress", []))
+        choice, trace = Choice(), []
+        async with contextlib.aclosing(self._generation.chunks()) as chunks:
+            async for _, chunk in chunks:
+                new = self._generation.traced(chunk)
+                choice.grow(chunk, new)
+                # A token that completes no character has no event, so its trace goes with the next one.
+                trace += new
+                if chunk.text or chunk.logprobs:
+                    for event in self._output.add_text(chunk.text, self._shown(chunk.logprobs), trace):
+                        yield self._numbered(event)
+                    trace = []
+        for event in self._output.end(_status(choice)):
+            yield self._numbered(event)
+        yield self._lifecycle(_status(choice), self._finished(choice))
+
+    def failure(self, body: dict[str, Any]) -> Event:
+        if self._output.items:
+            deque(self._output.end("incomplete"), maxlen=0)
+        told = self._answer.told("failed", self._output.items, usage=self._generation.usage, error=body["error"])
+        return self._lifecycle("failed", told)
+
+    def _finished(self, choice: Choice) -> dict[str, Any]:
+        reason = INCOMPLETE.get(choice.finish_reason)
+        told = self._answer.told(_status(choice), self._output.items, usage=self._generation.usage, reason=reason)
+        if choice.control is not None:
+            told["control"] = self._generation.control_shown(choice.control)
+        if choice.trace:
+            told["control_trace"] = choice.trace
+        return told
+
+    def _shown(self, scores: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+        return shown_logprobs(scores) if self._has_logprobs else []
+
+    def _lifecycle(self, name: str, told: dict[str, Any]) -> Event:
+        return self._numbered({"type": f"response.{name}", "response": told})
+
+    def _numbered(self, event: Event) -> Event:
+        return {"type": event["type"], "sequence_number": next(self._numbers), **event}
+
+
+def _status(choice: Choice) -> Literal["completed", "incomplete"]:
+    return "incomplete" if choice.finish_reason in INCOMPLETE else "completed"
