@@ -99,3 +99,7 @@ def complete(client: TestClient, **body: Any) -> httpx.Response:
 def chat(client: TestClient, **body: Any) -> httpx.Response:
     messages = [{"role": "user", "content": "hello"}]
     return client.post("/v1/chat/completions", json={"model": "fake", "messages": messages, **body})
+
+
+def respond(client: TestClient, **body: Any) -> httpx.Response:
+    return client.post("/v1/responses", json={"model": "fake", "input": "hello", **body})
