@@ -93,6 +93,8 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
             "type, weights.",
         ),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "z": 1}]}, "messages.0.z", "role, con"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "z": 1}]}, "input.0.z", "summary, content"),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "text", "z": 1}}}, "text.format.z", "type."),
     ],
 )
 def test_an_unknown_field_is_named_with_those_allowed_in_its_place(

@@ -73,7 +73,9 @@ def test_a_response_is_one_as_the_sdk_has_it_and_says_what_was_done(client: Test
 
 def test_a_response_is_the_chats_text(client: TestClient) -> None:
     message = chat(client, seed=1, max_tokens=5).json()["choices"][0]["message"]
-    assert Response.model_validate(respond(client, seed=1, max_output_tokens=5).json()).output_text == message["content"]
+    assert (
+        Response.model_validate(respond(client, seed=1, max_output_tokens=5).json()).output_text == message["content"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 
 from server.api.messages import VARIABLES
 from server.api.resolution import MAX_PROMPT_SCORES
+from server.api.responses.body import ResponseBody
 from server.api.schemas import ChatBody, CompletionBody
-from server.api.unserved import CHAT, COMPLETION
+from server.api.unserved import CHAT, COMPLETION, GENERATION, RESPONSE, Unserved
 from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.settings import Settings
 
@@ -52,12 +53,24 @@ def test_the_table_of_fields_has_every_field_and_no_other() -> None:
     assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
 
 
+def row_of(name: str, field: Unserved) -> str:
+    taken = ", ".join(f"`{json.dumps(value)}`" for value in field.harmless)
+    return f"| `{name}` | {taken or '-'} | {field.reason} |"
+
+
 def test_the_table_of_fields_that_are_not_served_is_that_of_the_code() -> None:
     rows = [line for line in SECTIONS["Fields that are not served"].splitlines() if line.startswith("| `")]
-    taken = {
-        name: ", ".join(f"`{json.dumps(value)}`" for value in field.harmless) or "-" for name, field in BOTH.items()
-    }
-    assert rows == [f"| `{name}` | {taken[name]} | {field.reason} |" for name, field in BOTH.items()]
+    assert rows == [row_of(name, field) for name, field in BOTH.items()]
+
+
+def test_the_tables_of_a_response_have_every_field_and_no_other() -> None:
+    fields, refused = SECTIONS["Responses"].split("### Fields that a response does not have")
+    rows = [line for line in fields.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(ResponseBody.model_fields)
+    assert [line for line in refused.splitlines() if line.startswith("| `")] == [
+        row_of(name, field) for name, field in RESPONSE.items() if name not in GENERATION
+    ]
 
 
 def test_every_variable_that_a_template_may_be_told_is_listed() -> None:

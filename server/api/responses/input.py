@@ -92,12 +92,13 @@ def _as_items(given: Any) -> Any:
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
         raise ValueError("must be a string or a list of items")
+    if len(given) > MAX_MESSAGES:
+        raise ValueError(f"at most {MAX_MESSAGES} items are allowed, {len(given)} were given")
     return given
 
 
 Input = Annotated[
     list[Annotated[InputItem, Field(discriminator="type"), BeforeValidator(_as_item)]],
-    Field(max_length=MAX_MESSAGES),
     BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
 ]
 
