@@ -1,8 +1,8 @@
 """One choice of a request, whatever engine draws its tokens: its text so far, when it ends and why, what is told of it.
 
 A token comes with the editor's numbers if the request has control. What it completes of the text goes out in a chunk,
-unless it may begin a stop string; the choice ends at an end-of-text token, a stop string, a broken guardrail or the
-last token asked for, in this order. Knows nothing of models, scheduling or threads. Enter at `Choice.grow`.
+unless it may begin a stop string or a call of a tool; the choice ends at an end-of-text token, a stop string, a broken
+guardrail, the last call or the last token asked for, in this order. Knows nothing of models, scheduling or threads. Enter at `Choice.grow`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from server.calls.calls import CallDelta
+from server.calls.reader import CallReader
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
 from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
@@ -42,6 +44,8 @@ class Choice:
     totals: EditTotals | None
     """Of a request with control."""
     observer: EngineObserver
+    calls: CallReader | None
+    """Of a request with rules for calls."""
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     """When the engine began with it."""
@@ -71,6 +75,7 @@ class Choice:
             end_token_ids=frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else eos_token_ids),
             totals=None if control is None else EditTotals(control.head_names),
             observer=observer,
+            calls=None if request.calls is None else request.calls.reader(),
             **own,
         )
 
@@ -100,9 +105,17 @@ class Choice:
         self.token_ids.append(token_id)
         described = None if logprob is None else with_texts(logprob, self.detokenizer)
         token, text, reason = self._text_and_end(token_id, edit)
+        calls: tuple[CallDelta, ...] = ()
+        if self.calls is not None:
+            text, calls = self._read_calls(text, is_end=reason is not None)
+            if reason is None and self.calls.is_full:
+                reason = FinishReason.STOP
+        if reason is None and len(self.token_ids) >= self.request.sampling.max_tokens:
+            reason = FinishReason.LENGTH
         return GenerationChunk(
             index=self.index,
             text=text,
+            calls=calls,
             token_ids=(token_id,),
             logprobs=() if described is None else (as_chosen(described, token),),
             edit=edit,
