@@ -27,6 +27,8 @@ from server.api.resolution import (
 )
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
+from server.api.tools import ToolPlan
+from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
 from server.telemetry import Telemetry
@@ -149,6 +151,12 @@ class Choice:
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     prompt_values: PromptValues | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def add_call(self, delta: CallDelta) -> None:
+        if delta.name is not None:
+            self.calls.append(Call(delta.name, ""))
+        self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + delta.arguments)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -158,6 +166,8 @@ async def collect(generation: Generation) -> list[Choice]:
         async for index, chunk in chunks:
             choice = choices[index]
             choice.text += chunk.text
+            for delta in chunk.calls:
+                choice.add_call(delta)
             choice.logprobs += chunk.logprobs
             choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
@@ -175,6 +185,7 @@ async def start(
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
+    tools: ToolPlan | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
@@ -184,6 +195,7 @@ async def start(
     engine: Engine = state.engine
     info, num_choices = engine.info, body.n or 1
     control = resolve_control(body, info, state.pinned)
+    held = tools if tools is not None and tools.structure is not None else None
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
@@ -192,7 +204,8 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body, engine),
+        structure=await (structure_of(body, engine) if held is None else held.compile(engine)),
+        calls=tools and tools.rules,
         best_of=resolve_best_of(best_of, num_choices, control),
     )
     if max_tokens is None:

@@ -54,6 +54,15 @@ class ResponseWriter(ABC):
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
         """What an event of a choice holds; None when the chunk has nothing to show."""
 
+    def parts(self, chunk: GenerationChunk) -> list[GenerationChunk]:
+        """The chunk as what has an event each."""
+        return [chunk]
+
+    def finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        """As clients know it; asked after the choice's content."""
+        del index
+        return self._request.app.state.guardrail_finish_reason if reason is FinishReason.GUARDRAIL else reason
+
     async def respond(self) -> Response:
         """Answer, and abort what is unfinished when the client goes."""
         if self._is_streamed:
@@ -77,7 +86,7 @@ class ResponseWriter(ABC):
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
         async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for index, chunk in chunks:
+            async for index, chunk in self._parts(chunks):
                 # A token that completes no character has no event, so its trace goes with the next one.
                 trace = traces.setdefault(index, [])
                 trace += self._generation.traced(chunk)
@@ -99,13 +108,11 @@ class ResponseWriter(ABC):
         self,
         index: int,
         content: dict[str, Any],
-        finish_reason: str | None,
+        finish_reason: FinishReason | None,
         control: ControlSummary | None,
         trace: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        if finish_reason is FinishReason.GUARDRAIL:
-            finish_reason = self._request.app.state.guardrail_finish_reason
-        choice = {"index": index, **content, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "finish_reason": self.finish_reason(index, finish_reason)}
         if control is not None:
             choice["control"] = self._generation.control_shown(control)
         if trace:

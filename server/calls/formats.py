@@ -15,26 +15,11 @@ from server.calls.calls import Region
 from server.calls.gemma_calls import GemmaCall
 from server.calls.json_calls import BareJson, MistralJson, TaggedJson
 from server.calls.python_calls import PythonBlock, PythonList
+from server.calls.writers import Frame, Writer, gemma_writer, python_writer, write_xml
 from server.calls.xml_calls import XmlCall
 
 Tools = Mapping[str, Any]
 """The schemas of the tools' parameters by name, each a JSON schema or None."""
-
-
-@dataclass(slots=True, frozen=True)
-class Frame:
-    """What stands around the names and the arguments of calls in JSON."""
-
-    begin: str
-    between: str
-    end: str
-    separator: str
-    first: str = ""
-    """Before the first call."""
-    last: str = ""
-    """Behind the last one."""
-    trigger: str = ""
-    """What a text that may also be an answer calls with; without one, calls stand at its beginning alone."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,10 +30,10 @@ class CallFormat:
     starts: Mapping[str, Callable[[Tools], Region]]
     """The same of what opens one at the beginning of the text alone, and belongs to it."""
     frame: Frame | None
+    write: Writer
+    """Calls in this form."""
     markers: tuple[str, ...] = ()
     """Tokens that are special in some tokenizers, and which must be seen in the text all the same."""
-    example: str = '<tool_call>\n{"name": <function-name>, "arguments": <arguments-as-JSON-object>}\n</tool_call>'
-    """How a model is told to call, whose template does not say it."""
 
     @property
     def held_frame(self) -> Frame:
@@ -68,32 +53,32 @@ _OBJECTS = {"{": BareJson}
 
 def _hermes() -> CallFormat:
     openers = {"<tool_call>": lambda tools: TaggedJson(tools, "</tool_call>")}
-    return CallFormat("hermes", openers, {}, HERMES_FRAME, ("<tool_call>", "</tool_call>"))
+    return CallFormat("hermes", openers, {}, HERMES_FRAME, HERMES_FRAME.write, ("<tool_call>", "</tool_call>"))
 
 
 def _qwen_xml() -> CallFormat:
-    return CallFormat("qwen-xml", {"<tool_call>": XmlCall}, {}, None, ("<tool_call>", "</tool_call>"))
+    return CallFormat("qwen-xml", {"<tool_call>": XmlCall}, {}, None, write_xml, ("<tool_call>", "</tool_call>"))
 
 
 def _llama() -> CallFormat:
     frame = Frame(begin='{"name": "', between='", "parameters": ', end="}", separator="; ")
-    return CallFormat("llama", {"<|python_tag|>": BareJson}, _OBJECTS, frame, ("<|python_tag|>",))
+    return CallFormat("llama", {"<|python_tag|>": BareJson}, _OBJECTS, frame, frame.write, ("<|python_tag|>",))
 
 
 def _mistral(name: str, frame: Frame) -> CallFormat:
     markers = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-    return CallFormat(name, {"[TOOL_CALLS]": MistralJson}, {}, frame, markers)
+    return CallFormat(name, {"[TOOL_CALLS]": MistralJson}, {}, frame, frame.write, markers)
 
 
 def _pythonic() -> CallFormat:
     openers = {"<|python_start|>": lambda tools: PythonBlock(tools, "<|python_end|>")}
     markers = ("<|python_start|>", "<|python_end|>")
-    return CallFormat("pythonic", openers, {"[": PythonList}, None, markers)
+    return CallFormat("pythonic", openers, {"[": PythonList}, None, python_writer("", "", is_list=True), markers)
 
 
 def _smollm_python() -> CallFormat:
     openers = {"<code>": lambda tools: PythonBlock(tools, "</code>")}
-    return CallFormat("smollm-python", openers, {}, None, ("<code>", "</code>"))
+    return CallFormat("smollm-python", openers, {}, None, python_writer("<code>", "</code>"), ("<code>", "</code>"))
 
 
 def _gemma() -> CallFormat:
@@ -102,13 +87,12 @@ def _gemma() -> CallFormat:
 
     openers = {"```tool_code": block, "```tool_call": block, "```json": block}
     starts = _OBJECTS | {"[": PythonList}
-    example = "```tool_code\nfunction_name(argument_name=value)\n```"
-    return CallFormat("gemma", openers, starts, None, example=example)
+    return CallFormat("gemma", openers, starts, None, python_writer("```tool_code", "```"))
 
 
 def _gemma_tokens(name: str, opener: str, closer: str, quote: str) -> CallFormat:
     openers = {opener: lambda tools: GemmaCall(tools, closer, quote)}
-    return CallFormat(name, openers, {}, None, (opener, closer, quote))
+    return CallFormat(name, openers, {}, None, gemma_writer(opener, closer, quote), (opener, closer, quote))
 
 
 FORMATS: dict[str, CallFormat] = {

@@ -23,11 +23,10 @@ def json_calls(text: str) -> Iterator[tuple[Any, Any]]:
         if not isinstance(item, dict):
             raise MalformedError
         # Some models wrap a call as OpenAI does.
-        inner = item.get("function")
-        item = inner if isinstance(inner, dict) else item
-        given = next((item[key] for key in _ARGUMENTS if key in item), {})
+        call = item["function"] if isinstance(item.get("function"), dict) else item
+        given = next((call[key] for key in _ARGUMENTS if key in call), {})
         # Some write the arguments as a string that holds JSON, as OpenAI does.
-        yield item.get("name"), parsed(given) if isinstance(given, str) else given
+        yield call.get("name"), parsed(given) if isinstance(given, str) else given
 
 
 class TaggedJson:
@@ -139,7 +138,7 @@ class MistralJson:
         head, brace, value = self._head.partition("{")
         if not brace and len(head) <= _MAX_HEAD_CHARS:
             return ""
-        match = _MISTRAL_HEAD.fullmatch(head[:_MAX_HEAD_CHARS + 1])
+        match = _MISTRAL_HEAD.fullmatch(head[: _MAX_HEAD_CHARS + 1])
         if match is None:
             raise MalformedError
         self._has_begun, self._name = True, match[1]

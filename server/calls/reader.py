@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from server.calls.calls import MAX_CALLS, WHITESPACE, CallDelta, JsonScanner, MalformedError, Outcome, Region
-from server.calls.formats import CallFormat, Frame
+from server.calls.formats import CallFormat
+from server.calls.writers import Frame
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,10 +95,7 @@ class FreeReader:
         out: list[str] = []
         deltas: list[CallDelta] = []
         while not self.is_full:
-            if self._region is None:
-                rest = self._open(text, out)
-            else:
-                rest = self._read(text, out, deltas)
+            rest = self._open(text, out) if self._region is None else self._read(text, out, deltas)
             if rest is None:
                 break
             text = rest
@@ -240,8 +238,8 @@ class HeldReader:
 
     def end(self) -> tuple[str, tuple[CallDelta, ...]]:
         rest, self._held = self._held, ""
-        is_whole = not self._is_behind_arguments and self.num_calls and rest == self._frame.last
-        return "" if is_whole else rest, ()
+        # Behind a call it is the beginning of what ends it, or of another whose name nobody knows.
+        return "" if self.num_calls and not self._is_broken else rest, ()
 
     def copy(self) -> HeldReader:
         other = copy.copy(self)

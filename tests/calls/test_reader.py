@@ -164,11 +164,12 @@ def test_marks_within_strings_belong_to_the_arguments() -> None:
 
 
 def test_bare_values_take_the_type_that_the_schema_has() -> None:
-    schema = {"properties": {"n": {"type": "number"}, "s": {"type": "string"}, "b": {"type": "boolean"},
-                             "o": {"anyOf": [{"type": "object"}, {"type": "null"}]}, "e": {"enum": [1, "x"]}}}  # fmt: skip
+    types = {"n": "number", "s": "string", "b": "boolean"}
+    properties = {name: {"type": kind} for name, kind in types.items()}
+    properties |= {"o": {"anyOf": [{"type": "object"}, {"type": "null"}]}, "e": {"enum": [1, "x"]}}
     given = {"n": "2", "s": "2", "b": "True", "o": '{"a": [1]}', "e": "1", "u": "7"}
     inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in given.items())
-    reader = CallRules(FORMATS["qwen-xml"], {"f": schema}).reader()
+    reader = CallRules(FORMATS["qwen-xml"], {"f": {"properties": properties}}).reader()
     _, deltas = reader.add(f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>")
     assert json.loads(deltas[1].arguments) == {"n": 2, "s": "2", "b": True, "o": {"a": [1]}, "e": 1, "u": "7"}
 
@@ -176,6 +177,24 @@ def test_bare_values_take_the_type_that_the_schema_has() -> None:
 def test_arguments_that_hold_half_a_character_can_be_sent() -> None:
     _, calls = read("hermes", ['<tool_call>{"name": "now", "arguments": {"a": "\\ud800"}}</tool_call>'])
     assert calls[0][1].encode() == b'{"a": "\\ud800"}'
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text("ab <>{}[]'\"\\\nä,:", max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "b_2"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(sorted(FORMATS.keys() - {"qwen-xml"})), st.dictionaries(st.sampled_from(["a", "b_2"]), JSON))
+def test_what_is_written_in_a_form_is_read_in_it(form: str, arguments: dict[str, Any]) -> None:
+    written = FORMATS[form].write([("weather", arguments), ("now", {})])
+    text, calls = read(form, [written])
+    assert (text, values(calls)) == ("", [("weather", arguments), NOW])
+
+
+def test_bare_values_are_written_as_they_are_read() -> None:
+    assert FORMATS["qwen-xml"].write([("weather", {"city": "Bern", "days": 3})]) == ONE["qwen-xml"]
 
 
 @given(st.sampled_from(sorted(FORMATS)), st.lists(PIECES, max_size=8), st.booleans(), st.data())
@@ -200,9 +219,7 @@ def test_a_copy_goes_on_by_itself(form: str, parts: list[str], cut: int) -> None
 
 
 def held(form: str, *calls: tuple[str, str]) -> str:
-    frame = FORMATS[form].held_frame
-    written = [f"{frame.begin}{name}{frame.between}{arguments}{frame.end}" for name, arguments in calls]
-    return frame.first + frame.separator.join(written) + frame.last
+    return FORMATS[form].held_frame.write(calls)
 
 
 @pytest.mark.parametrize("form", FORMATS)
