@@ -86,21 +86,23 @@ class ResponseWriter(ABC):
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
         async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for index, chunk in self._parts(chunks):
-                # A token that completes no character has no event, so its trace goes with the next one.
-                trace = traces.setdefault(index, [])
-                trace += self._generation.traced(chunk)
-                content = self.event_content(index, chunk, is_first=index not in begun)
-                if content is None:
-                    continue
-                begun.add(index)
-                del traces[index]
-                event = {**head, "choices": [self._choice(index, content, chunk.finish_reason, chunk.control, trace)]}
-                if self._continuous_usage:
-                    event["usage"] = self._usage()
-                elif self._include_usage:
-                    event["usage"] = None
-                yield event
+            async for index, whole in chunks:
+                for chunk in self.parts(whole):
+                    # A token that completes no character has no event, so its trace goes with the next one.
+                    trace = traces.setdefault(index, [])
+                    trace += self._generation.traced(chunk)
+                    content = self.event_content(index, chunk, is_first=index not in begun)
+                    if content is None:
+                        continue
+                    begun.add(index)
+                    del traces[index]
+                    choice = self._choice(index, content, chunk.finish_reason, chunk.control, trace)
+                    event = {**head, "choices": [choice]}
+                    if self._continuous_usage:
+                        event["usage"] = self._usage()
+                    elif self._include_usage:
+                        event["usage"] = None
+                    yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
