@@ -60,6 +60,13 @@ def _origin(given: str) -> str:
 Origin = Annotated[str, AfterValidator(_origin)]
 
 
+ToolCallFormat = Literal[
+    "auto", "hermes", "qwen-xml", "llama", "mistral", "mistral-args", "pythonic", "smollm-python", "gemma",
+    "functiongemma", "gemma4",
+]  # fmt: skip
+"""The names of `server.calls.formats.FORMATS`, and what finds one of them."""
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="RECONTROL_",
@@ -87,6 +94,7 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
+    tool_call_format: ToolCallFormat = Field("auto", description="how the model writes calls; auto asks its template")
 
     quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the weights, on a CPU")
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from server.calls.calls import CallDelta
+from server.calls.reader import CallRules
 from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy
 
@@ -89,6 +91,8 @@ class ChatRendering:
     """The template's own, by name; one that it does not read is refused."""
     reasoning_effort: str | None = None
     """How much the model is to reason, for templates that have a setting for it."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the model may call, each as OpenAI writes it: `{"type": "function", "function": {...}}`."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,7 +123,9 @@ class GenerationRequest:
     control: ControlParams | None = None
     num_choices: int = 1
     structure: object | None = None
-    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold, or `compile_calls` of calls."""
+    calls: CallRules | None = None
+    """With these, calls of tools are told apart from the text."""
     best_of: int | None = None
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
@@ -259,6 +265,8 @@ class GenerationChunk:
 
     index: int = 0
     text: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    """What it completes of calls, of a request that has rules for them; they are no part of the text."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,9 +14,11 @@ from server.api.generation import Choice, Generation, shown_logprobs, start
 from server.api.messages import ChatMessage
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
+from server.api.tools import resolve_tools
 from server.api.writer import ChoicesWriter
+from server.calls.calls import CallDelta
 from server.engines.base import Engine
-from server.types import GenerationChunk, TokenLogprob
+from server.types import FinishReason, GenerationChunk, TokenLogprob
 
 router = APIRouter()
 
@@ -24,7 +28,8 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
     # A long conversation takes long, which must not stop the other requests.
-    rendering = body.rendering(reasoning_effort=body.reasoning_effort)
+    tools = resolve_tools(body, engine.info.call_format)
+    rendering = body.rendering(reasoning_effort=body.reasoning_effort, tools=tools.offered)
     prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
     generation = await start(
         request,
@@ -33,6 +38,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         # None is, as in vLLM, up to the end of the context, within what one body may ask for.
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        tools=tools,
     )
     return await _ChatWriter(request, body, generation).respond()
 
@@ -43,18 +49,47 @@ class _ChatWriter(ChoicesWriter):
     def __init__(self, request: Request, body: ChatBody, generation: Generation) -> None:
         super().__init__(request, body, generation)
         self._has_logprobs = bool(body.logprobs)
+        self._callers: set[int] = set()
+        """Choices that call tools."""
 
     def choice_content(self, index: int, choice: Choice) -> dict[str, Any]:
-        del index
-        message = {"role": "assistant", "content": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if choice.calls:
+            deltas = (CallDelta(i, *astuple(call)) for i, call in enumerate(choice.calls))
+            calls = [self._call(index, delta) for delta in deltas]
+            message = {**message, "content": choice.text or None, "tool_calls": calls}
         return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
 
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
-        del index
-        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
+        if not chunk.text and not chunk.calls and not chunk.logprobs and chunk.finish_reason is None:
             return None
-        role = {"role": "assistant"} if is_first else {}
-        return {"delta": {**role, "content": chunk.text}, "logprobs": self._logprobs(chunk.logprobs)}
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if not chunk.calls and index not in self._callers:
+            delta["content"] = chunk.text
+        elif chunk.text or is_first:
+            delta["content"] = chunk.text or None
+        if chunk.calls:
+            delta["tool_calls"] = [{"index": call.index, **self._call(index, call)} for call in chunk.calls]
+        return {"delta": delta, "logprobs": self._logprobs(chunk.logprobs)}
+
+    def parts(self, chunk: GenerationChunk) -> list[GenerationChunk]:
+        """Clients put together what has the same index in two events, but not in one."""
+        if len(chunk.calls) + bool(chunk.text) < 2:
+            return [chunk]
+        pieces = [GenerationChunk(chunk.index, text=chunk.text)] if chunk.text else []
+        pieces += [GenerationChunk(chunk.index, calls=(call,)) for call in chunk.calls]
+        return [*pieces[:-1], replace(chunk, text=pieces[-1].text, calls=pieces[-1].calls)]
+
+    def finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        has_calls = index in self._callers
+        return "tool_calls" if has_calls and reason is FinishReason.STOP else super().finish_reason(index, reason)
+
+    def _call(self, index: int, call: CallDelta) -> dict[str, Any]:
+        self._callers.add(index)
+        if call.name is None:
+            return {"function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
     def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return {"content": shown_logprobs(scores)} if self._has_logprobs else None

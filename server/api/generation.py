@@ -27,6 +27,8 @@ from server.api.resolution import (
 )
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
+from server.api.tools import ToolPlan
+from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
 from server.telemetry import Telemetry
@@ -150,15 +152,23 @@ class Choice:
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     prompt_values: PromptValues | None = None
+    calls: list[Call] = field(default_factory=list)
 
     def grow(self, chunk: GenerationChunk, trace: list[dict[str, Any]]) -> None:
         """By the choice's next chunk, and what control did to its token."""
         self.text += chunk.text
+        for delta in chunk.calls:
+            self._add_call(delta)
         self.logprobs += chunk.logprobs
         self.trace += trace
         if chunk.finish_reason is not None:
             self.finish_reason, self.control = chunk.finish_reason, chunk.control
             self.prompt_values = chunk.prompt_values
+
+    def _add_call(self, delta: CallDelta) -> None:
+        if delta.name is not None:
+            self.calls.append(Call(delta.name, ""))
+        self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + delta.arguments)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -179,6 +189,7 @@ async def start(
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
+    tools: ToolPlan | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
@@ -188,6 +199,7 @@ async def start(
     engine: Engine = state.engine
     info, num_choices = engine.info, body.num_choices
     control = resolve_control(body, info, state.pinned)
+    held = tools if tools is not None and tools.structure is not None else None
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
@@ -196,7 +208,8 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body.structures, engine),
+        structure=await (structure_of(body.structures, engine) if held is None else held.compile(engine)),
+        calls=tools and tools.rules,
         best_of=resolve_best_of(best_of, num_choices, control),
     )
     if max_tokens is None:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
 from server.api.structure import AnySchema, ResponseFormat, Structure, StructuredOutputs, TextChoices, TextFormat
+from server.api.tools import ToolFields
 from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, WithUnserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
@@ -170,7 +171,7 @@ class CompletionBody(ChoicesBody):
         return self
 
 
-class ChatBody(ChoicesBody, TemplateFields):
+class ChatBody(ChoicesBody, TemplateFields, ToolFields):
     unserved: ClassVar[Mapping[str, Unserved]] = CHAT
 
     messages: Messages
@@ -178,8 +179,6 @@ class ChatBody(ChoicesBody, TemplateFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    parallel_tool_calls: bool | None = None
-    """Either way there are none without tools."""
     reasoning_effort: ReasoningEffort | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
 

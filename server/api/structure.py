@@ -187,16 +187,16 @@ class StructuredOutputs(WithUnserved):
 
 
 async def structure_of(structures: Mapping[str, Structure], engine: Engine) -> object | None:
-    """What the engine has to hold a text to, from the one field that asks for something; None for plain text.
+    """What the engine has to hold a text to; None for plain text. Raises InvalidRequestError, which names the field."""
+    field, wanted = wanted_structure(structures)
+    try:
+        if isinstance(wanted, list):
+            return await engine.compile_choices(wanted)
+        return None if wanted is None else await engine.compile_schema(json.dumps(wanted))
+    except InvalidRequestError as error:
+        raise type(error)(f"{field}: {error.message}", param=field) from error
 
-    Raises InvalidRequestError, which names the field.
-    """
-    for name, (wanted, part) in structures.items():
-        field = name + part
-        try:
-            if isinstance(wanted, list):
-                return await engine.compile_choices(wanted)
-            return await engine.compile_schema(json.dumps(wanted))
-        except InvalidRequestError as error:
-            raise type(error)(f"{field}: {error.message}", param=field) from error
-    return None
+
+def wanted_structure(structures: Mapping[str, Structure]) -> tuple[str, dict[str, Any] | list[str] | None]:
+    """The field that asks for something, of which there is one at most, and the schema or the choices that it names."""
+    return next(((name + part, wanted) for name, (wanted, part) in structures.items()), ("", None))

@@ -54,7 +54,7 @@ class WithUnserved(BaseModel):
         return without_unserved(body, cls.unserved)
 
 
-_NO_TOOLS = "tools are not supported"
+_OLDER_FORM = "OpenAI's older form is not served; use the newer"
 _NO_AUDIO = "audio is not supported"
 _NO_REGEX = "regular expressions from requests are not run; use json or choice"
 _NO_GRAMMAR = "grammars from requests are not run; use json or choice"
@@ -87,11 +87,8 @@ COMPLETION: dict[str, Unserved] = GENERATION | {
 }
 
 CHAT: dict[str, Unserved] = GENERATION | {
-    "tools": Unserved(_NO_TOOLS, ([],)),
-    # Without tools the model can only choose none.
-    "tool_choice": Unserved(_NO_TOOLS, ("none", "auto")),
-    "functions": Unserved(_NO_TOOLS, ([],)),
-    "function_call": Unserved(_NO_TOOLS, ("none", "auto")),
+    "functions": Unserved(f"{_OLDER_FORM}, tools", ([],)),
+    "function_call": Unserved(f"{_OLDER_FORM}, tool_choice", ("none", "auto")),
     "modalities": Unserved("only text is served", (["text"],)),
     "audio": Unserved(_NO_AUDIO),
     "prediction": Unserved("predicted outputs are not supported"),
@@ -108,6 +105,7 @@ CHAT: dict[str, Unserved] = GENERATION | {
     "chat_template": Unserved("a template from a request is never rendered; the model's own is used"),
 }
 
+_NO_TOOLS = "tools are not supported here; chats have them"
 _NO_ITEMS = "no response is stored; give its output back as items of input"
 _NO_BACKGROUND = "a response ends with its connection; stream it"
 
@@ -162,9 +160,7 @@ ITEMS: dict[str, str] = {
 NO_ITEM = "items of this type are not supported; {served} are"
 
 MESSAGE: dict[str, Unserved] = {
-    "tool_calls": Unserved(_NO_TOOLS, ([],)),
-    "tool_call_id": Unserved(_NO_TOOLS),
-    "function_call": Unserved(_NO_TOOLS),
+    "function_call": Unserved(f"{_OLDER_FORM}, tool_calls"),
     "audio": Unserved(_NO_AUDIO),
     # LiteLLM's, in answers that came through it.
     "images": Unserved("only text is served", ([],)),
@@ -172,8 +168,8 @@ MESSAGE: dict[str, Unserved] = {
     "provider_specific_fields": Unserved("they say nothing here", ({}, {"refusal": None})),
 }
 STREAM_OPTIONS: dict[str, Unserved] = {"include_obfuscation": Unserved("events are not padded", (False,))}
-ROLE = Unserved(_NO_TOOLS, ("system", "developer", "user", "assistant"))
-"""Of a message, for the roles that answer a tool's call."""
+ROLE = Unserved(f"{_OLDER_FORM}, tool", ("system", "developer", "user", "assistant", "tool"))
+"""Of a message, for the role that answered a function's call."""
 
 STRUCTURE: dict[str, Unserved] = {
     "regex": Unserved(_NO_REGEX),

@@ -90,6 +90,15 @@ class ChoicesWriter(ResponseWriter):
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
         """What an event of a choice holds; None when the chunk has nothing to show."""
 
+    def parts(self, chunk: GenerationChunk) -> list[GenerationChunk]:
+        """The chunk as what has an event each."""
+        return [chunk]
+
+    def finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        """As clients know it; asked after the choice's content."""
+        del index
+        return self._request.app.state.guardrail_finish_reason if reason is FinishReason.GUARDRAIL else reason
+
     async def whole(self) -> dict[str, Any]:
         choices = [
             self._choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
@@ -102,21 +111,23 @@ class ChoicesWriter(ResponseWriter):
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
         async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for index, chunk in chunks:
-                # A token that completes no character has no event, so its trace goes with the next one.
-                trace = traces.setdefault(index, [])
-                trace += self._generation.traced(chunk)
-                content = self.event_content(index, chunk, is_first=index not in begun)
-                if content is None:
-                    continue
-                begun.add(index)
-                del traces[index]
-                event = {**head, "choices": [self._choice(index, content, chunk.finish_reason, chunk.control, trace)]}
-                if self._continuous_usage:
-                    event["usage"] = self._usage()
-                elif self._include_usage:
-                    event["usage"] = None
-                yield event
+            async for index, whole in chunks:
+                for chunk in self.parts(whole):
+                    # A token that completes no character has no event, so its trace goes with the next one.
+                    trace = traces.setdefault(index, [])
+                    trace += self._generation.traced(chunk)
+                    content = self.event_content(index, chunk, is_first=index not in begun)
+                    if content is None:
+                        continue
+                    begun.add(index)
+                    del traces[index]
+                    choice = self._choice(index, content, chunk.finish_reason, chunk.control, trace)
+                    event = {**head, "choices": [choice]}
+                    if self._continuous_usage:
+                        event["usage"] = self._usage()
+                    elif self._include_usage:
+                        event["usage"] = None
+                    yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
@@ -124,13 +135,11 @@ class ChoicesWriter(ResponseWriter):
         self,
         index: int,
         content: dict[str, Any],
-        finish_reason: str | None,
+        finish_reason: FinishReason | None,
         control: ControlSummary | None,
         trace: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        if finish_reason is FinishReason.GUARDRAIL:
-            finish_reason = self._request.app.state.guardrail_finish_reason
-        choice = {"index": index, **content, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "finish_reason": self.finish_reason(index, finish_reason)}
         if control is not None:
             choice["control"] = self._generation.control_shown(control)
         if trace:

@@ -1,8 +1,9 @@
 """One choice of a request, whatever engine draws its tokens: its text so far, when it ends and why, what is told of it.
 
 A token comes with the editor's numbers if the request has control. What it completes of the text goes out in a chunk,
-unless it may begin a stop string; the choice ends at an end-of-text token, a stop string, a broken guardrail or the
-last token asked for, in this order. Knows nothing of models, scheduling or threads. Enter at `Choice.grow`.
+unless it may begin a stop string or a call of a tool; the choice ends at an end-of-text token, a stop string, a broken
+guardrail, the last call or the last token asked for, in this order. Knows nothing of models, scheduling or threads.
+Enter at `Choice.grow`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from server.calls.calls import CallDelta
+from server.calls.reader import CallReader
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
 from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
@@ -42,6 +45,8 @@ class Choice:
     totals: EditTotals | None
     """Of a request with control."""
     observer: EngineObserver
+    calls: CallReader | None
+    """Of a request with rules for calls."""
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     """When the engine began with it."""
@@ -71,8 +76,14 @@ class Choice:
             end_token_ids=frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else eos_token_ids),
             totals=None if control is None else EditTotals(control.head_names),
             observer=observer,
+            calls=None if request.calls is None else request.calls.reader(),
             **own,
         )
+
+    @property
+    def _markers(self) -> tuple[str, ...]:
+        """Special tokens that are text here."""
+        return () if self.request.calls is None else self.request.calls.markers
 
     @property
     def is_finished(self) -> bool:
@@ -100,9 +111,15 @@ class Choice:
         self.token_ids.append(token_id)
         described = None if logprob is None else with_texts(logprob, self.detokenizer)
         token, text, reason = self._text_and_end(token_id, edit)
+        calls: tuple[CallDelta, ...] = ()
+        if self.calls is not None:
+            text, calls = self._without_calls(text, is_end=reason is not None)
+            if self.calls.is_full and reason in (None, FinishReason.LENGTH):
+                reason = FinishReason.STOP
         return GenerationChunk(
             index=self.index,
             text=text,
+            calls=calls,
             token_ids=(token_id,),
             logprobs=() if described is None else (as_chosen(described, token),),
             edit=edit,
@@ -136,6 +153,7 @@ class Choice:
         self.token_ids = list(other.token_ids)
         self.detokenizer, self.stop = other.detokenizer.copy(), other.stop.copy()
         self.totals = None if other.totals is None else other.totals.copy()
+        self.calls = None if other.calls is None else other.calls.copy()
 
     def waits_s(self, now_s: float) -> tuple[float, float]:
         """How long it was queued, and then how long until the first token, which has come now."""
@@ -166,15 +184,26 @@ class Choice:
             generation_tokens=len(self.token_ids),
         )
 
-    def rest_of_text(self) -> str:
-        """What is held back of the text, at its end."""
-        return self.stop.add(self.detokenizer.flush()) + self.stop.flush()
+    def rest_of_text(self) -> tuple[str, tuple[CallDelta, ...]]:
+        """What is held back of the text and of its calls, at its end."""
+        return self._without_calls(self.stop.add(self.detokenizer.flush()) + self.stop.flush(), is_end=True)
+
+    def _without_calls(self, text: str, *, is_end: bool) -> tuple[str, tuple[CallDelta, ...]]:
+        if self.calls is None:
+            return text, ()
+        text, calls = self.calls.add(text)
+        if not is_end:
+            return text, calls
+        rest, last_calls = self.calls.end()
+        return text + rest, calls + last_calls
 
     def _text_and_end(self, token_id: int, edit: TokenEdit | None) -> tuple[TokenText, str, FinishReason | None]:
         """A token, the text that goes out with it, and why the choice ends there, if it does."""
         is_end = token_id in self.end_token_ids
         token = self.detokenizer.peek(token_id) if is_end else self.detokenizer.add(token_id)
-        text = self.stop.add(token.text, token.shown if token.is_special else "")
+        if not is_end and token.is_special and token.shown in self._markers:
+            token = replace(token, text=self.detokenizer.flush() + token.shown)
+        text = self.stop.add(token.text, token.shown if token.is_special and not token.text else "")
         if self.stop.has_stopped:
             return token, text, FinishReason.STOP
         reason, control = None, self.request.control

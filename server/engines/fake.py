@@ -1,8 +1,8 @@
 """An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
 
 Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
-and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing, and
-candidates are counted but not drawn.
+and independent of what else runs. A text that is held to calls of tools calls the first without arguments. What ends a
+text is obeyed; control and sampling are checked but move nothing, and candidates are counted but not drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.calls.formats import FORMATS
+from server.calls.structure import CallStructure
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.choice import Choice
+from server.engines.tool_prompt import with_tool_prompt
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
 from server.types import (
     ChatRendering,
@@ -31,6 +34,8 @@ from server.types import (
 )
 
 _LETTERS = b"etaoin shrdlu"
+_END = 0
+"""The token that ends a text."""
 _FAILED = "The fake engine failed as told."
 _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
 
@@ -58,7 +63,7 @@ class _Letters:
 class FakeEngine:
     """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there.
 
-    `spare_heads` lie in its folder, so to speak, and can be loaded.
+    `spare_heads` lie in its folder, so to speak, and can be loaded. With `text`, in ASCII, every choice is that text.
     """
 
     def __init__(
@@ -70,10 +75,18 @@ class FakeEngine:
         token_delay_s: float = 0.0,
         fail_after: int | None = None,
         max_open: int = 1024,
+        text: str | None = None,
+        call_format: str = "hermes",
     ) -> None:
         self.info = EngineInfo(
-            "fake", max_model_len=4096, vocab_size=256, can_score=True, heads={name: dict(_CARD) for name in heads}
+            "fake",
+            max_model_len=4096,
+            vocab_size=256,
+            can_score=True,
+            heads={name: dict(_CARD) for name in heads},
+            call_format=FORMATS[call_format],
         )
+        self._text = text
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
         self._observer = observer or NullObserver()
@@ -92,7 +105,10 @@ class FakeEngine:
         del add_special_tokens
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
+        if self.info.call_format is not None:
+            tools = () if rendering is None else rendering.tools
+            messages = with_tool_prompt(messages, tools, self.info.call_format, has_system=True)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         continues = rendering is not None and rendering.continue_final_message
         return self.encode(text.removesuffix("\n") if continues else text)
@@ -116,6 +132,9 @@ class FakeEngine:
     async def compile_choices(self, choices: Sequence[str]) -> object:
         del choices
         raise UnsupportedFieldError("the fake engine has no structured output")
+
+    async def compile_calls(self, structure: CallStructure) -> object:
+        return structure.frame.write([(next(iter(structure.schemas)), {})]) if structure.is_forced else None
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:
@@ -153,7 +172,7 @@ class FakeEngine:
     async def _choice(self, request: GenerationRequest, index: int) -> AsyncIterator[GenerationChunk]:
         sampling, now_s = request.sampling, time.monotonic()
         choice = Choice.of(
-            request, index, detokenizer=_Letters(), eos_token_ids=(), observer=self._observer, arrival_s=now_s,
+            request, index, detokenizer=_Letters(), eos_token_ids=(_END,), observer=self._observer, arrival_s=now_s,
             scheduled_s=now_s,
         )  # fmt: skip
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
@@ -199,6 +218,9 @@ class FakeEngine:
         return choice.finish(FinishReason.LENGTH, replace(chunk, prompt_values=_prompt_values(choice.request)))
 
     def _token(self, request: GenerationRequest, index: int, position: int) -> int:
+        text = request.structure if self._text is None else self._text
+        if isinstance(text, str):
+            return ord(text[position]) if position < len(text) else _END
         key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
         return _LETTERS[hashlib.blake2b(key, digest_size=1).digest()[0] % len(_LETTERS)]
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from server.calls.formats import CallFormat
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineInfo
+from server.engines.chat_template import call_format_of
 from server.engines.heads import HeadSource, OfferedHead, facts
 from server.engines.text import Tokenization
 from server.errors import EngineStoppedError, InvalidRequestError, OverloadedError, UnknownHeadError
@@ -60,6 +62,10 @@ class ModelEngine(Tokenization):
             await self._drop_head(name)
 
     @property
+    def _call_format(self) -> CallFormat | None:
+        return self.info.call_format
+
+    @property
     @abstractmethod
     def _heads_device(self) -> torch.device | str:
         """Where a head is read to that is loaded while the engine runs."""
@@ -82,6 +88,7 @@ class ModelEngine(Tokenization):
             model_id=self._settings.served_model_name or model_id,
             heads=facts(registry),
             head_warnings=registry.warnings(),
+            call_format=call_format_of(self._tokenizer, self._settings.tool_call_format),
             **sizes,
         )
 

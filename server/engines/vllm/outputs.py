@@ -46,8 +46,9 @@ class VllmChoice(Choice):
         self, reason: FinishReason, prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     ) -> GenerationChunk:
         """The last chunk, without a token."""
-        text = "" if reason is FinishReason.ERROR else self.rest_of_text()
-        return self._finished(reason, GenerationChunk(index=self.index, text=text, prompt_logprobs=prompt_logprobs))
+        text, calls = ("", ()) if reason is FinishReason.ERROR else self.rest_of_text()
+        chunk = GenerationChunk(index=self.index, text=text, calls=calls, prompt_logprobs=prompt_logprobs)
+        return self._finished(reason, chunk)
 
     def _finished(self, reason: FinishReason, chunk: GenerationChunk) -> GenerationChunk:
         assert not self.is_finished
