@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -102,7 +102,7 @@ class FunctionDefinition(BaseModel):
         )
 
 
-def _as_function(tool: Any) -> Any:
+def as_function(tool: Any) -> Any:
     if isinstance(tool, dict) and tool.get("type") != "function":
         raise ValueError(f"tools of type {str(tool.get('type'))[:32]!r} are not served; only functions are")
     return tool
@@ -111,12 +111,15 @@ def _as_function(tool: Any) -> Any:
 class Tool(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    place: ClassVar[str] = ".function"
+    """Of the definition, within the tool."""
+
     type: Literal["function"]
     function: FunctionDefinition
 
 
 Tools = Annotated[
-    list[Annotated[Tool, BeforeValidator(_as_function, json_schema_input_type=Tool)]], Field(max_length=MAX_TOOLS)
+    list[Annotated[Tool, BeforeValidator(as_function, json_schema_input_type=Tool)]], Field(max_length=MAX_TOOLS)
 ]
 
 
@@ -195,11 +198,18 @@ class ToolFields(BaseModel):
     """With false there is one call at most."""
 
 
+class OfferedTool(Protocol):
+    @property
+    def place(self) -> str: ...
+    @property
+    def function(self) -> FunctionDefinition: ...
+
+
 class ChatFields(Protocol):
     @property
     def structures(self) -> Mapping[str, Structure]: ...
     @property
-    def tools(self) -> list[Tool] | None: ...
+    def tools(self) -> Sequence[OfferedTool] | None: ...
     @property
     def tool_choice(self) -> ToolChoice | None: ...
     @property
@@ -261,16 +271,16 @@ def resolve_tools(body: ChatFields, call_format: CallFormat | None) -> ToolPlan:
     return ToolPlan(tuple(tool.function.plain() for tool in tools), rules, structure, fields)
 
 
-def _by_name(tools: Sequence[Tool]) -> dict[str, tuple[int, FunctionDefinition]]:
-    by_name: dict[str, tuple[int, FunctionDefinition]] = {}
+def _by_name(tools: Sequence[OfferedTool]) -> dict[str, tuple[str, FunctionDefinition]]:
+    """Each tool's place in the body, and its definition."""
+    by_name: dict[str, tuple[str, FunctionDefinition]] = {}
     for i, tool in enumerate(tools):
-        name = tool.function.name
+        name, place = tool.function.name, f"tools.{i}{tool.place}"
         if name in by_name:
             raise InvalidRequestError(
-                f"tools.{i}.function.name: {name!r} is the name of tools.{by_name[name][0]} already",
-                param=f"tools.{i}.function.name",
+                f"{place}.name: {name!r} is the name of {by_name[name][0]} already", param=f"{place}.name"
             )
-        by_name[name] = i, tool.function
+        by_name[name] = place, tool.function
     return by_name
 
 
@@ -287,7 +297,7 @@ def _allowed(choice: ToolChoice, by_name: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _structure(
-    body: ChatFields, rules: CallRules, tools: Mapping[str, tuple[int, FunctionDefinition]], *, is_forced: bool
+    body: ChatFields, rules: CallRules, tools: Mapping[str, tuple[str, FunctionDefinition]], *, is_forced: bool
 ) -> tuple[CallStructure | None, dict[str, str]]:
     """What holds the calls, and where its schemas stand in the body."""
     field, wanted = wanted_structure(body.structures)
@@ -300,7 +310,7 @@ def _structure(
         return None, {}
     frame = rules.format.held_frame
     if not is_forced and rules.format.frame is None:
-        param = f"tools.{tools[strict[0]][0]}.function.strict" if strict else field
+        param = f"{tools[strict[0]][0]}.strict" if strict else field
         raise InvalidRequestError(
             f"{param}: this model's calls ({rules.format.name}) are not JSON, so they are held only where tool_choice "
             "forces them",
@@ -308,8 +318,8 @@ def _structure(
         )
     schemas: dict[str, str] = {}
     fields: dict[str, str] = {}
-    for name, (i, tool) in tools.items():
-        schema, path = _ANY_ARGUMENTS, f"tools.{i}.function.parameters"
+    for name, (place, tool) in tools.items():
+        schema, path = _ANY_ARGUMENTS, f"{place}.parameters"
         if is_forced or tool.strict:
             schema = tool.held_schema()
             try:

@@ -105,7 +105,6 @@ CHAT: dict[str, Unserved] = GENERATION | {
     "chat_template": Unserved("a template from a request is never rendered; the model's own is used"),
 }
 
-_NO_TOOLS = "tools are not supported here; chats have them"
 _NO_ITEMS = "no response is stored; give its output back as items of input"
 _NO_BACKGROUND = "a response ends with its connection; stream it"
 
@@ -119,8 +118,6 @@ RESPONSE: dict[str, Unserved] = GENERATION | {
     "prompt": Unserved("no prompts are stored; give instructions and input"),
     "truncation": Unserved("a prompt is never cut; send what fits the context", ("disabled",)),
     "context_management": Unserved("a prompt is never cut or compacted; send what fits the context", ([],)),
-    "tools": Unserved(_NO_TOOLS, ([],)),
-    "tool_choice": Unserved(_NO_TOOLS, ("none", "auto")),
     "moderation": Unserved("there is no moderation; control.stop_below is a guardrail"),
     "prompt_cache_retention": Unserved("cached prompts are kept in memory alone", ("in_memory",)),
     "prompt_cache_options": Unserved("not supported; beginnings of prompts are always cached in memory"),
@@ -149,6 +146,17 @@ TEXT: dict[str, Unserved] = {"verbosity": CHAT["verbosity"]}
 RESPONSE_STREAM_OPTIONS: dict[str, Unserved] = {
     "include_obfuscation": Unserved("events are not padded", (False,)),
     "include_usage": Unserved("the last event always has it", (True,)),
+}
+ITEM: dict[str, Unserved] = {
+    "tool_calls": Unserved("calls are items of type function_call here", ([],)),
+    "tool_call_id": Unserved("what a function gave is an item of type function_call_output here"),
+}
+"""Of an input item that is a message."""
+FUNCTION_TOOL: dict[str, Unserved] = {
+    "defer_loading": Unserved("there is no search for tools", (False,)),
+    "allowed_callers": Unserved("functions are called by the model alone", (["direct"],)),
+    "async": Unserved("a function is called and then answered for", (False,)),
+    "output_schema": Unserved("not supported; say it in the description"),
 }
 ITEMS: dict[str, str] = {
     "item_reference": "no response is stored; give the item itself (with the AI SDK: store: false)",

@@ -207,7 +207,7 @@ def test_past_reasoning_goes_to_the_template_with_the_answer_that_follows_it() -
     ids=str,
 )
 def test_an_answer_that_is_unfinished_and_comes_last_is_continued(fields: dict[str, Any], continues: bool) -> None:
-    rendering = ResponseBody.model_validate({"model": "m", **fields}).chat_rendering
+    rendering = ResponseBody.model_validate({"model": "m", **fields}).chat_rendering()
     assert (rendering.continue_final_message, rendering.add_generation_prompt) == (continues, not continues)
 
 
@@ -218,7 +218,7 @@ def test_an_answer_that_is_unfinished_and_comes_last_is_continued(fields: dict[s
         ({"input": []}, "input", "must hold an item"),
         ({"input": [3]}, "input.0", "dictionary"),
         ({"input": [QUESTION, {"type": "web_search_call", "id": "ws_1"}]}, "input.1.type", "web_search_call"),
-        ({"input": [{"type": "x" * 99}]}, "input.0.type", "message and reasoning are"),
+        ({"input": [{"type": "x" * 99}]}, "input.0.type", "message, function_call"),
         ({"input": [{"id": "msg_1"}]}, "input.0.type", "give the item itself"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type", "no response is stored"),
         ({"input": [{"role": "user"}]}, "input.0.content", "must be a string or a list"),

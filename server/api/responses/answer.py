@@ -9,6 +9,7 @@ import time
 from typing import Any, Literal
 
 from server.api.responses.body import ResponseBody
+from server.api.responses.tools import shown_choice
 from server.types import Usage
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -65,8 +66,8 @@ def _echoed(body: ResponseBody) -> dict[str, Any]:
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": shown_format, "verbosity": "medium"},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": shown_choice(body.tool_choice),
+        "tools": [tool.shown for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_INTEGER
 from server.api.messages import ChatMessage, TemplateFields, Text
 from server.api.responses.input import Input, MessageItem, messages_of
+from server.api.responses.tools import ResponseToolChoice, ResponseTools
 from server.api.schemas import GenerationBody, ReasoningEffort
 from server.api.structure import JsonObjectFormat, NamedSchema, Structure, TextFormat
 from server.api.unserved import REASONING, RESPONSE, RESPONSE_STREAM_OPTIONS, TEXT, Unserved, WithUnserved
@@ -80,8 +81,11 @@ class ResponseBody(GenerationBody, TemplateFields):
     """Beside log-probabilities these are parts of what no response has."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: ResponseStreamOptions | None = None
+    tools: ResponseTools | None = None
+    tool_choice: ResponseToolChoice = None
+    """By default auto: the model calls or answers."""
     parallel_tool_calls: bool | None = None
-    """Either way there are none without tools."""
+    """With false there is one call at most."""
     max_tool_calls: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     """Of OpenAI's own tools, of which there are none."""
 
@@ -93,14 +97,13 @@ class ResponseBody(GenerationBody, TemplateFields):
     def messages(self) -> list[ChatMessage]:
         return messages_of(self.instructions, self.input)
 
-    @property
-    def chat_rendering(self) -> ChatRendering:
+    def chat_rendering(self, tools: tuple[dict[str, Any], ...] = ()) -> ChatRendering:
         """As asked; by default an answer that says of itself that it is unfinished is continued, as in vLLM."""
         last = self.input[-1] if self.input else None
         is_open = self.continue_final_message is None and not self.add_generation_prompt
         continues = is_open and isinstance(last, MessageItem) and last.is_unfinished
         asked = self.model_copy(update={"continue_final_message": True}) if continues else self
-        return asked.rendering(reasoning_effort=self.reasoning.effort if self.reasoning else None)
+        return asked.rendering(reasoning_effort=self.reasoning.effort if self.reasoning else None, tools=tools)
 
     @property
     def structures(self) -> dict[str, Structure]:
@@ -111,8 +114,8 @@ class ResponseBody(GenerationBody, TemplateFields):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ResponseBody:
-        problem = None
-        if not self.messages:
+        problem, messages = None, self.messages
+        if not messages:
             problem = ("input", "must hold an item; an empty list is only allowed with instructions")
         elif self.top_logprobs and not self.has_logprobs:
             problem = ("top_logprobs", f'only allowed with include: ["{LOGPROBS}"]')
@@ -121,5 +124,5 @@ class ResponseBody(GenerationBody, TemplateFields):
         if problem is not None:
             name, reason = problem
             raise PydanticCustomError("field", "{name}: {reason}", {"name": name, "reason": reason})
-        self.check_rendering(self.messages)
+        self.check_rendering(messages)
         return self

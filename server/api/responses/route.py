@@ -11,18 +11,21 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, collect, shown_logprobs, start
+from server.api.generation import Choice, Generation, shown_logprobs, start
 from server.api.messages import ChatMessage
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
-from server.api.responses.output import INCOMPLETE, Event, Output
+from server.api.responses.output import Event, Output
 from server.api.sse import STREAMED
+from server.api.tools import resolve_tools
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import NotFoundError
-from server.types import TokenLogprob
+from server.types import FinishReason, TokenLogprob
 
 _SHOWN_CHARS = 64
+_INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
+"""Why a response is not whole, in OpenAI's words."""
 router = APIRouter()
 
 
@@ -30,14 +33,17 @@ router = APIRouter()
 async def create_response(request: Request, body: ResponseBody) -> Response:
     """Answer a conversation, which is given whole."""
     engine: Engine = request.app.state.engine
+    tools = resolve_tools(body, engine.info.call_format)
+    rendering = body.chat_rendering(tools.offered)
     # A long conversation takes long, which must not stop the other requests.
-    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), body.chat_rendering)
+    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
     generation = await start(
         request,
         body,
         [prompt],
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
+        tools=tools,
     )
     return await _Writer(request, body, generation).respond()
 
@@ -59,31 +65,22 @@ class _Writer(ResponseWriter):
         self._has_logprobs = body.has_logprobs
         self._answer = Answer(body, self._request_id)
         self._output = Output()
+        self._choice = Choice()
         self._numbers = itertools.count()
 
     async def whole(self) -> dict[str, Any]:
-        [choice] = await collect(self._generation)
-        deque(self._output.add_text(choice.text, self._shown(choice.logprobs)), maxlen=0)
-        deque(self._output.end(_status(choice)), maxlen=0)
-        return self._finished(choice)
+        # As it is streamed, so that the items are the same.
+        async for _ in self._growth():
+            pass
+        return self._finished()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         for name in ("created", "in_progress"):
             yield self._lifecycle(name, self._answer.told("in_progress", []))
-        choice, trace = Choice(), []
-        async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for _, chunk in chunks:
-                new = self._generation.traced(chunk)
-                choice.grow(chunk, new)
-                # A token that completes no character has no event, so its trace goes with the next one.
-                trace += new
-                if chunk.text or chunk.logprobs:
-                    for event in self._output.add_text(chunk.text, self._shown(chunk.logprobs), trace):
-                        yield self._numbered(event)
-                    trace = []
-        for event in self._output.end(_status(choice)):
-            yield self._numbered(event)
-        yield self._lifecycle(_status(choice), self._finished(choice))
+        async with contextlib.aclosing(self._growth()) as growth:
+            async for event in growth:
+                yield self._numbered(event)
+        yield self._lifecycle(self._status, self._finished())
 
     def failure(self, body: dict[str, Any]) -> Event:
         if self._output.items:
@@ -91,16 +88,46 @@ class _Writer(ResponseWriter):
         told = self._answer.told("failed", self._output.items, usage=self._generation.usage, error=body["error"])
         return self._lifecycle("failed", told)
 
-    def _finished(self, choice: Choice) -> dict[str, Any]:
-        reason = INCOMPLETE.get(choice.finish_reason)
-        told = self._answer.told(_status(choice), self._output.items, usage=self._generation.usage, reason=reason)
+    async def _growth(self) -> AsyncGenerator[Event, None]:
+        """What becomes of the output, token by token. One that shows nothing by itself is told with the next."""
+        scores: list[TokenLogprob] = []
+        trace: list[dict[str, Any]] = []
+        async with contextlib.aclosing(self._generation.chunks()) as chunks:
+            async for _, chunk in chunks:
+                new = self._generation.traced(chunk)
+                self._choice.grow(chunk, new)
+                scores += chunk.logprobs
+                trace += new
+                if chunk.text:
+                    for event in self._output.add_text(chunk.text, self._shown(scores), trace):
+                        yield event
+                    scores, trace = [], []
+                for delta in chunk.calls:
+                    for event in self._output.add_call(delta, trace):
+                        yield event
+                    # Log-probabilities belong to texts.
+                    scores, trace = [], []
+        if scores and self._output.is_text:
+            for event in self._output.add_text("", self._shown(scores), trace):
+                yield event
+        for event in self._output.end(self._status):
+            yield event
+
+    def _finished(self) -> dict[str, Any]:
+        choice = self._choice
+        reason = _INCOMPLETE.get(choice.finish_reason)
+        told = self._answer.told(self._status, self._output.items, usage=self._generation.usage, reason=reason)
         if choice.control is not None:
             told["control"] = self._generation.control_shown(choice.control)
         if choice.trace:
             told["control_trace"] = choice.trace
         return told
 
-    def _shown(self, scores: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+    @property
+    def _status(self) -> Literal["completed", "incomplete"]:
+        return "incomplete" if self._choice.finish_reason in _INCOMPLETE else "completed"
+
+    def _shown(self, scores: list[TokenLogprob]) -> list[dict[str, Any]]:
         return shown_logprobs(scores) if self._has_logprobs else []
 
     def _lifecycle(self, name: str, told: dict[str, Any]) -> Event:
@@ -108,7 +135,3 @@ class _Writer(ResponseWriter):
 
     def _numbered(self, event: Event) -> Event:
         return {"type": event["type"], "sequence_number": next(self._numbers), **event}
-
-
-def _status(choice: Choice) -> Literal["completed", "incomplete"]:
-    return "incomplete" if choice.finish_reason in INCOMPLETE else "completed"
