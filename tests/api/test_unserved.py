@@ -13,8 +13,6 @@ from tests.api.conftest import chat, complete, respond
 
 OF_ROUTES = {complete: COMPLETION, chat: CHAT, respond: RESPONSE}
 ASKING: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "store": True,
