@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.control.params import Blocks, ControlParams
-from server.control.state import HeldBy
+from server.control.state import HeldBy, Segment
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 256
@@ -41,6 +41,17 @@ class FinishReason(StrEnum):
     """A head's value after control fell below its bound in `ControlParams.stop_below`."""
     ABORT = "abort"
     ERROR = "error"
+
+
+class Opening(StrEnum):
+    """How a chat's response begins, by what the prompt holds of it already."""
+
+    REASONING = "reasoning"
+    """The prompt has begun the reasoning."""
+    ANSWER = "answer"
+    """The reasoning has ended there, or the answer has begun."""
+    EITHER = "either"
+    """The model says itself whether it reasons first."""
 
 
 class SamplingParams(BaseModel):
@@ -125,6 +136,8 @@ class GenerationRequest:
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
     scoring: ScoringParams | None = None
     """With this there is one choice, without control, and `max_tokens` is 0."""
+    opening: Opening | None = None
+    """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -259,6 +272,11 @@ class GenerationChunk:
 
     index: int = 0
     text: str = ""
+    """Of the answer."""
+    reasoning: str = ""
+    """Text of the reasoning; marks between the two are neither's."""
+    segment: Segment = Segment.ANSWER
+    """The part of the response that its token belongs to."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None

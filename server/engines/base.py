@@ -11,7 +11,15 @@ from typing import Any, Protocol
 
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
+from server.types import (
+    ChatRendering,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    Opening,
+    TokenEdit,
+    TokenText,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,6 +36,8 @@ class EngineInfo:
     """Name -> what users of a head must know that was made for another model; of those heads alone."""
     can_score: bool = False
     """Whether requests may have `scoring`."""
+    marks_reasoning: bool = False
+    """Whether responses of chats are told apart into reasoning and answer."""
 
     def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
         """One head more, or another in its place."""
@@ -115,6 +125,13 @@ class Engine(Protocol):
         """Token ids of messages in the model's own chat template. From any thread.
 
         A message has a role and content, and may have a name and reasoning_content. Raises InvalidRequestError.
+        """
+        ...
+
+    def opening(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> Opening | None:
+        """How the response to these messages begins, for `GenerationRequest.opening`; None where all is answer.
+
+        From any thread. Raises InvalidRequestError.
         """
         ...
 

@@ -1,12 +1,13 @@
 """A conversation as token ids, in the model's own chat template.
 
 transformers renders it in a sandbox. What a request tells the template beside messages is held against what the
-template reads, so that nothing is told in vain. Enter at `encode_chat`.
+template reads, so that nothing is told in vain. Enter at `encode_chat` and `begun_turn`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -26,12 +27,41 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of the messages. Raises InvalidRequestError, in the template's words where it refuses them."""
     rendering = rendering or ChatRendering()
+    text = _rendered(tokenizer, messages, rendering)
+    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+
+
+def begun_turn(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None
+) -> tuple[str, bool]:
+    """What the rendered messages hold of the turn that the response goes on with, and whether some of it is said.
+
+    It begins where the rendering begins to differ from that of the messages before the turn, so that no other message
+    is in it, whatever that holds. Raises InvalidRequestError.
+    """
+    rendering = rendering or ChatRendering()
+    continues = rendering.continue_final_message
+    if not continues and not rendering.add_generation_prompt:
+        return "", False
+    whole = _rendered(tokenizer, messages, rendering)
+    before, said = (messages[:-1], messages[-1]["content"]) if continues else (messages, "")
+    closed = replace(rendering, add_generation_prompt=False, continue_final_message=False)
+    try:
+        without = _rendered(tokenizer, before, closed) if before else ""
+    except InvalidRequestError:
+        # A template may take no conversation that ends there; the message itself is known all the same.
+        return said, bool(said.strip())
+    num_shared = next((i for i, (a, b) in enumerate(zip(whole, without, strict=False)) if a != b), len(without))
+    return whole[num_shared:], bool(said.strip())
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     try:
         template = tokenizer.get_chat_template()
         variables = _variables(template, rendering)
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             list(_with_roles(messages, template)),
             add_generation_prompt=rendering.add_generation_prompt,
             continue_final_message=rendering.continue_final_message,
@@ -44,7 +74,6 @@ def encode_chat(
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
 
 
 def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:
