@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from server.calls.calls import CallDelta
 from server.calls.reader import CallRules
 from server.control.params import Blocks, ControlParams
-from server.control.state import HeldBy
+from server.control.state import HeldBy, Segment
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 256
@@ -43,6 +43,17 @@ class FinishReason(StrEnum):
     """A head's value after control fell below its bound in `ControlParams.stop_below`."""
     ABORT = "abort"
     ERROR = "error"
+
+
+class Opening(StrEnum):
+    """How a chat's response begins, by what the prompt holds of it already."""
+
+    REASONING = "reasoning"
+    """The prompt has begun the reasoning."""
+    ANSWER = "answer"
+    """The reasoning has ended there, or the answer has begun."""
+    EITHER = "either"
+    """The model says itself whether it reasons first."""
 
 
 class SamplingParams(BaseModel):
@@ -131,6 +142,8 @@ class GenerationRequest:
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
     scoring: ScoringParams | None = None
     """With this there is one choice, without control, and `max_tokens` is 0."""
+    opening: Opening | None = None
+    """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -265,8 +278,13 @@ class GenerationChunk:
 
     index: int = 0
     text: str = ""
+    """Of the answer."""
+    reasoning: str = ""
+    """Text of the reasoning; marks between the two are neither's."""
     calls: tuple[CallDelta, ...] = ()
     """What it completes of calls, of a request that has rules for them; they are no part of the text."""
+    segment: Segment = Segment.ANSWER
+    """The part of the response that its token belongs to."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None

@@ -135,8 +135,8 @@ def with_pinned(
 
 def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
     """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
-    for name in ControlParams.model_fields:
-        if name not in _COMPOSED and getattr(asked, name) is not None:
+    for name, field in ControlParams.model_fields.items():
+        if name not in _COMPOSED and getattr(asked, name) != field.default:
             raise InvalidRequestError(
                 f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
             )

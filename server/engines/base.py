@@ -13,7 +13,15 @@ from server.calls.formats import CallFormat
 from server.calls.structure import CallStructure
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
+from server.types import (
+    ChatRendering,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    Opening,
+    TokenEdit,
+    TokenText,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,6 +40,8 @@ class EngineInfo:
     """Whether requests may have `scoring`."""
     call_format: CallFormat | None = None
     """How the model writes calls of tools; None where that is not known."""
+    marks_reasoning: bool = False
+    """Whether responses of chats are told apart into reasoning and answer."""
 
     def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
         """One head more, or another in its place."""
@@ -120,6 +130,13 @@ class Engine(Protocol):
 
         A message has a role and content, and may have a name and reasoning_content; an assistant's may have tool_calls,
         whose arguments are objects, and a tool's has a tool_call_id. Raises InvalidRequestError.
+        """
+        ...
+
+    def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
+        """How the response to these messages begins, for `GenerationRequest.opening`; None where all is answer.
+
+        From any thread. Raises InvalidRequestError.
         """
         ...
 

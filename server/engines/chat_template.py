@@ -1,8 +1,8 @@
 """A conversation as token ids, in the model's own chat template.
 
 transformers renders it in a sandbox. Where the template has no place for tools they are told in a message
-(`tool_prompt.py`). What a request tells the template beside messages is held against what the
-template reads, so that nothing is told in vain. Enter at `encode_chat`.
+(`tool_prompt.py`). What a request tells the template beside messages is held against what the template reads, so that
+nothing is told in vain. Enter at `encode_chat` and `begun_turn`.
 """
 
 from __future__ import annotations
@@ -52,23 +52,53 @@ def encode_chat(
     `call_format` is how the model writes calls of tools, and needed where there are any.
     """
     rendering = rendering or ChatRendering()
+    text = _text(tokenizer, messages, rendering, call_format)
+    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+
+
+def begun_turn(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    rendering: ChatRendering | None = None,
+    call_format: CallFormat | None = None,
+) -> tuple[str, bool]:
+    """What the rendered messages hold of the turn that the response goes on with, and whether some of it is said.
+
+    It begins where the rendering begins to differ from that of the messages before the turn, so that no other message
+    is in it, whatever that holds. Raises InvalidRequestError.
+    """
+    rendering = rendering or ChatRendering()
+    continues = rendering.continue_final_message
+    if not continues and not rendering.add_generation_prompt:
+        return "", False
+    whole = _text(tokenizer, messages, rendering, call_format)
+    before, said = (messages[:-1], messages[-1]["content"]) if continues else (messages, "")
+    closed = replace(rendering, add_generation_prompt=False, continue_final_message=False)
+    try:
+        without = _text(tokenizer, before, closed, call_format) if before else ""
+    except InvalidRequestError:
+        # A template may take no conversation that ends there; the message itself is known all the same.
+        return said, bool(said.strip())
+    num_shared = next((i for i, (a, b) in enumerate(zip(whole, without, strict=False)) if a != b), len(without))
+    return whole[num_shared:], bool(said.strip())
+
+
+def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering, call_format: CallFormat | None) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     has_tools = bool(rendering.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
     try:
         if not has_tools:
-            text = _rendered(tokenizer, messages, rendering)
-        elif takes_tools(tokenizer):
-            text = _rendered(tokenizer, list(_with_known_ids(messages, call_format)), rendering)
-        else:
-            text = _rendered_by_prompt(tokenizer, messages, rendering, call_format or FORMATS["hermes"])
+            return _rendered(tokenizer, messages, rendering)
+        if takes_tools(tokenizer):
+            return _rendered(tokenizer, list(_with_known_ids(messages, call_format)), rendering)
+        return _rendered_by_prompt(tokenizer, messages, rendering, call_format or FORMATS["hermes"])
     except InvalidRequestError:
         raise
     except Exception as error:
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
 
 
 def takes_tools(tokenizer: Any) -> bool:

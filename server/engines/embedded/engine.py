@@ -187,6 +187,7 @@ class EmbeddedEngine(ModelEngine):
             kv_cache_high_water=settings.kv_cache_high_water,
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
+            output_format=self._output_format,
             observer=self._observer,
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)

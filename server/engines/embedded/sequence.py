@@ -21,6 +21,7 @@ from server.engines.choice import Choice
 from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sampler import RowSampling
 from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
+from server.engines.segments import Markup, Segment
 from server.engines.text import TextOfTokens
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -82,6 +83,7 @@ class Sequence(Choice):
         emit: Callable[[GenerationChunk], None],
         observer: EngineObserver,
         eos_token_ids: frozenset[int],
+        markup: Markup | None = None,
         keep_states: bool = False,
     ) -> list[Sequence]:
         """The request's choices, or its candidates for them, all waiting. Without a seed, a fresh one is drawn."""
@@ -98,6 +100,7 @@ class Sequence(Choice):
                 detokenizer=make_detokenizer(),
                 eos_token_ids=eos_token_ids,
                 observer=observer,
+                markup=markup,
                 arrival_s=arrival_s,
                 group=group,
                 emit=emit,
@@ -152,6 +155,11 @@ class Sequence(Choice):
         """Tokens of the prompt whose keys and values are in the cache."""
         return min(self.num_computed, self.prompt_len)
 
+    @property
+    def held_to(self) -> SchemaMatcher | None:
+        """What its next token is held to: nothing while the model reasons."""
+        return None if self.next_segment is Segment.REASONING else self.matcher
+
     def go_on_from(self, other: Sequence) -> None:
         """From where another choice or candidate of the request stands, by itself."""
         self.follow(other)
@@ -189,7 +197,7 @@ class Trial:
         self.chunks.append(replace(chunk, num_drawn=0))
         if chunk.num_drawn and len(self.chunks) > self.num_told:
             self.num_told += 1
-            self.emit(GenerationChunk(index=self.index, num_drawn=1))
+            self.emit(GenerationChunk(index=self.index, segment=chunk.segment, num_drawn=1))
 
 
 @dataclass(slots=True, eq=False)

@@ -204,6 +204,7 @@ class VllmEngine(ModelEngine):
             detokenizer=Detokenizer(self._vocabulary, request.prompt_token_ids),
             eos_token_ids=self._files.eos_token_ids,
             observer=self._observer,
+            markup=self._markup,
             # Ids of requests come from clients, and two may be the same.
             choice_id=f"recontrol-{next(self._ids)}",
         )

@@ -18,7 +18,7 @@ from server.errors import UnsupportedFieldError
 from server.types import GenerationRequest
 
 REQUEST_FIELDS = frozenset(
-    {"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt", "calls"}
+    {"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt", "opening", "calls"}
 )
 SAMPLING_FIELDS = frozenset(
     {
