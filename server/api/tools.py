@@ -199,8 +199,8 @@ class ToolFields(BaseModel):
 
 
 class OfferedTool(Protocol):
-    @property
-    def place(self) -> str: ...
+    place: ClassVar[str]
+
     @property
     def function(self) -> FunctionDefinition: ...
 

@@ -125,7 +125,8 @@ def test_a_guardrail_ends_a_response_as_a_filter_of_content(tiny: openai.OpenAI)
     response: Any = tiny.responses.create(**asked)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
     assert response.control["stopped_by"]["positive"]["bound"] == 1e6
-    *_, last = tiny.responses.create(**asked, stream=True)
+    events: list[Any] = list(tiny.responses.create(**asked, stream=True))
+    last = events[-1]
     assert (last.type, last.response.incomplete_details) == ("response.incomplete", response.incomplete_details)
 
 

@@ -154,6 +154,7 @@ def test_a_call_goes_to_the_template_with_what_was_thought_before_it() -> None:
         ({"input": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "input.0.tool_calls", "function_call"),
         ({"input": [{"role": "tool", "content": "rain", "tool_call_id": "a"}]}, "input.0.tool_call_id",
          "function_call_output"),
+        ({"input": [{"role": "tool", "content": "rain"}]}, "input.0.role", "function_call_output"),
     ],
     ids=str,
 )  # fmt: skip

@@ -37,7 +37,6 @@ class MessageItem(ChatMessage):
     """A message, in the short form (a role and a string) or as an output has it."""
 
     type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
     status: Status | None = None
     """Of the last item of all, `incomplete` or `in_progress` says that the model is to go on with it."""
     phase: Literal["commentary", "final_answer"] | None = None
@@ -131,7 +130,12 @@ def _as_item(item: Any) -> Any:
         shown = str(kind)[:_MAX_TYPE_CHARS]
         reason = ITEMS.get(shown, NO_ITEM.format(served=", ".join(_SERVED)))
         raise PydanticCustomError(REFUSED, "{name} {kind}: {reason}", {"name": "type", "kind": shown, "reason": reason})
-    return {**(without_unserved(item, ITEM) if kind == "message" else item), "type": kind}
+    if kind == "message":
+        item = without_unserved(item, ITEM)
+        if item.get("role") in ("tool", "function"):
+            reason = ITEM["tool_call_id"].reason
+            raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": "role", "reason": reason})
+    return {**item, "type": kind}
 
 
 def _as_items(given: Any) -> Any:
