@@ -172,6 +172,9 @@ class _AllowedToolsChoice(BaseModel):
         )
 
 
+_ChoiceForms = Literal["none", "auto", "required"] | _NamedTool | _AllowedToolsChoice | None
+
+
 def _as_choice(choice: Any) -> ToolChoice | None:
     """One clear message instead of one for each form."""
     if choice is None:
@@ -190,9 +193,7 @@ class ToolFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     tools: Tools | None = None
-    tool_choice: Annotated[
-        ToolChoice | None, BeforeValidator(_as_choice, json_schema_input_type=str | dict[str, Any] | None)
-    ] = None
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_choice, json_schema_input_type=_ChoiceForms)] = None
     """By default auto: the model calls or answers."""
     parallel_tool_calls: bool | None = None
     """With false there is one call at most."""

@@ -39,7 +39,8 @@ def within_reach(body: dict[str, Any]) -> dict[str, Any]:
     known = {"model": "fake", "timeout_s": None, "max_tokens": 3, "max_completion_tokens": None, "control": None,
              "max_output_tokens": 3, "text": None, "response_format": None, "structured_outputs": None,
              "guided_json": None, "guided_choice": None, "stop_token_ids": [7], "logit_bias": {"7": 1},
-             "top_logprobs": None, "stream_options": None, "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
+             "top_logprobs": None, "stream_options": None, "tools": None, "tool_choice": None,
+             "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
     if body.get("input") is not None:
         known["messages"] = None
     return {**body, **{name: value for name, value in known.items() if name in body}}

@@ -27,8 +27,8 @@ def call_grammar(
 
     rules = ['%llguidance {"no_forcing": true}']
     names = list(structure.schemas)
-    more = structure.max_calls - 1
-    calls = f"{text(frame.first)} call ({text(frame.separator)} call){{0,{more}}} {text(frame.last)}"
+    more = f"({text(frame.separator)} call){{0,{structure.max_calls - 1}}}" if structure.max_calls > 1 else ""
+    calls = f"{text(frame.first)} call {more} {text(frame.last)}"
     if structure.is_forced:
         rules.append(f"start: {calls}")
     elif structure.answer is not None:
@@ -36,7 +36,7 @@ def call_grammar(
     elif not frame.trigger:
         rules += ["start: calls | PLAIN | ", f"calls: {calls}", _NO_OBJECT]
     else:
-        rules += ["start: (tag)* tail", "tail: TEXT", _ANY, *_tags(structure, text)]
+        rules += ["start: (tag)* tail", "tail: TEXT", _ANY, *_tags(structure, text, more)]
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(names))))
     for i, name in enumerate(names):
         rules.append(f"call_{i}: {text(frame.begin, name, frame.between)} arguments_{i} {text(frame.end)}")
@@ -50,21 +50,18 @@ def opening(structure: CallStructure) -> str:
     return f'{frame.first}{frame.begin}{next(iter(structure.schemas))}{frame.between}{{"'
 
 
-def _tags(structure: CallStructure, text: Callable[..., str]) -> Iterator[str]:
+def _tags(structure: CallStructure, text: Callable[..., str], more: str) -> Iterator[str]:
     """The rules of a text up to what begins a call, and that call; or, of a list of them, all."""
-    frame, more = structure.frame, structure.max_calls - 1
-    head = text(frame.trigger)
-    if head.startswith("<["):
-        yield f"head: TEXT {head}"
-    else:
-        yield f"head[lazy]: TEXT {head}"
+    frame = structure.frame
+    trigger = text(frame.trigger)
+    # A special token ends the text before it anyway.
+    yield f"head{'' if trigger.startswith('<[') else '[lazy]'}: TEXT {trigger}"
     rest = (frame.first + frame.begin).removeprefix(frame.trigger)
-    options: list[str] = []
-    for i, name in enumerate(structure.schemas):
-        options.append(f"{text(rest, name, frame.between)} arguments_{i} {text(frame.end)}")
-    joined = " | ".join(f"({option})" for option in options)
-    tail = f"({text(frame.separator)} call){{0,{more}}} {text(frame.last)}" if frame.first else ""
-    yield f"tag: head ({joined}) {tail}"
+    options = " | ".join(
+        f"({text(rest, name, frame.between)} arguments_{i} {text(frame.end)})"
+        for i, name in enumerate(structure.schemas)
+    )
+    yield f"tag: head ({options}) {f'{more} {text(frame.last)}' if frame.first else ''}"
 
 
 def _terms(text: str, special_token_ids: Mapping[str, int]) -> Iterator[str]:
