@@ -98,6 +98,11 @@ class _Writer(ResponseWriter):
                 self._choice.grow(chunk, new)
                 scores += chunk.logprobs
                 trace += new
+                if chunk.reasoning:
+                    for event in self._output.add_reasoning(chunk.reasoning, trace):
+                        yield event
+                    # Log-probabilities are told of messages alone.
+                    scores, trace = [], []
                 if chunk.text:
                     for event in self._output.add_text(chunk.text, self._shown(scores), trace):
                         yield event
@@ -105,7 +110,6 @@ class _Writer(ResponseWriter):
                 for delta in chunk.calls:
                     for event in self._output.add_call(delta, trace):
                         yield event
-                    # Log-probabilities belong to texts.
                     scores, trace = [], []
         if scores and self._output.is_text:
             for event in self._output.add_text("", self._shown(scores), trace):
