@@ -123,7 +123,8 @@ $(CLIENTS_STAMP):
 	$(PYTHON) -m venv $(CLIENTS)
 	# torch first and alone, as above: guidellm asks for it
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.8" "langchain-openai>=1.7"
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.8" "langchain-openai>=1.7" \
+		"openai-agents>=0.24"
 	rm -f $(CLIENTS)/.installed-*
 	touch $@
 
