@@ -156,6 +156,8 @@ class ChatBody(GenerationBody, TemplateFields):
     """Either way there are none without tools."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told; it is drawn and counted either way. true by default."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

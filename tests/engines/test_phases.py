@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
-from server.engines.segments import OutputFormat, Segment
+from server.engines.embedded.structure import SchemaCompiler
+from server.engines.segments import FORMATS, OutputFormat, Segment
+from server.errors import InvalidRequestError
 from server.types import GenerationChunk, GenerationRequest, Opening, SamplingParams
-from tests.conftest import Collected, Results, control, run, waiting_again
+from tests.conftest import EOS, VOCAB, Collected, Results, byte_tokenizer, control, run, waiting_again
 from tests.engines.test_scheduler import MODELS, small_core
 
 # A token that is no text, which these requests do not let end one.
@@ -25,7 +28,14 @@ OPENINGS = list(Opening)
 
 def ask(name: str, steer: ControlParams | None, opening: Opening | None, **options: Any) -> GenerationRequest:
     seed = options.pop("seed", 3)
-    sampling = {"max_tokens": 24, "seed": seed, "temperature": 1.2, "logit_bias": {MARK: BIAS}, "ignore_eos": True, **options}
+    sampling = {
+        "max_tokens": 24,
+        "seed": seed,
+        "temperature": 1.2,
+        "logit_bias": {MARK: BIAS},
+        "ignore_eos": True,
+        **options,
+    }
     return GenerationRequest(name, (5, 6, seed), SamplingParams(**sampling), steer, opening=opening)
 
 
@@ -159,6 +169,36 @@ def test_search_keeps_off_the_parts_on_which_control_does_not_act(core: EngineCo
         assert drawn[Segment.REASONING] == size
         kept = len(ours.token_ids) - size
         assert kept <= drawn[Segment.ANSWER] <= 3 * kept + 12
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_a_schema_holds_the_answer_behind_reasoning_that_is_free(core: EngineCore, opening: Opening) -> None:
+    compiler = SchemaCompiler(byte_tokenizer(), vocab_size=VOCAB, eos_token_ids={EOS})
+    compiled = compiler.compile(json.dumps({"enum": ["cat", "dog", 7]}))
+    # For this tokenizer the mark is an end too, as no model's is.
+    core._eos_token_ids = frozenset({EOS})
+    reasoned = []
+    for seed in range(6):
+        steer = phased("answer") if seed % 2 else None
+        options = {"max_tokens": 90, "ignore_eos": False, "logit_bias": {MARK: 5.0, EOS: 5.0}}
+        result = run(core, [replace(ask("r", steer, opening, seed=seed, **options), structure=compiled)])["r", 0]
+        size = parts(result).count(Segment.REASONING)
+        if size < 90:
+            assert json.loads(result.text) in ("cat", "dog", 7)
+            assert result.finish_reasons == ["stop"]
+        assert EOS not in result.token_ids[:size]
+        reasoned.append(size)
+    assert any(reasoned) is (opening is not Opening.ANSWER)
+
+
+def test_a_schema_is_refused_behind_reasoning_whose_marks_are_no_tokens(make_core: Callable[..., EngineCore]) -> None:
+    core = make_core(output_format=FORMATS["think"])
+    compiler = SchemaCompiler(byte_tokenizer(), vocab_size=VOCAB, eos_token_ids={EOS})
+    asked = GenerationRequest("r", (5,), SamplingParams(max_tokens=60, seed=1), structure=compiler.compile("{}"))
+    with pytest.raises(InvalidRequestError, match="response_format: this model's marks of reasoning are no tokens"):
+        core.check(replace(asked, opening=Opening.REASONING))
+    for opening in (None, Opening.EITHER, Opening.ANSWER):
+        core.check(replace(asked, opening=opening))
 
 
 def _num_drawn(chunks: list[GenerationChunk], part: Segment) -> int:
