@@ -303,6 +303,8 @@ class GenerationChunk:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
+    """Of the completion's."""
 
     @property
     def total_tokens(self) -> int:

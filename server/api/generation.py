@@ -22,6 +22,7 @@ from server.api.resolution import (
     check_size,
     resolve_best_of,
     resolve_control,
+    resolve_phase,
     sampling_params,
     with_rest_of_context,
 )
@@ -37,7 +38,9 @@ from server.types import (
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    Opening,
     PromptValues,
+    Segment,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -67,13 +70,17 @@ class Generation:
     telemetry: Telemetry
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
+    hides_reasoning: bool = False
+    """Whether nothing of a reasoning token is told but that it was drawn."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of these; marks count as what they mark."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
     @property
     def usage(self) -> Usage:
-        return Usage(sum(map(len, self.prompts)), self.completion_tokens)
+        return Usage(sum(map(len, self.prompts)), self.completion_tokens, self.reasoning_tokens)
 
     @property
     def warnings(self) -> list[str]:
@@ -108,8 +115,11 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
+                self.reasoning_tokens += chunk.num_drawn if chunk.segment is Segment.REASONING else 0
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
-                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                if self.hides_reasoning:
+                    chunk = _without_reasoning(chunk)
+                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
@@ -147,6 +157,7 @@ class Choice:
     """One choice, whole once it has a last chunk."""
 
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
@@ -157,6 +168,7 @@ class Choice:
     def grow(self, chunk: GenerationChunk, trace: list[dict[str, Any]]) -> None:
         """By the choice's next chunk, and what control did to its token."""
         self.text += chunk.text
+        self.reasoning += chunk.reasoning
         for delta in chunk.calls:
             self._add_call(delta)
         self.logprobs += chunk.logprobs
@@ -189,16 +201,20 @@ async def start(
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
+    opening: Opening | None = None,
+    hides_reasoning: bool = False,
     tools: ToolPlan | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
-    Raises a RecontrolError with nothing left queued.
+    `opening` is how responses begin that are told apart into reasoning and answer. Raises a RecontrolError with nothing
+    left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
     info, num_choices = engine.info, body.num_choices
     control = resolve_control(body, info, state.pinned)
+    control = resolve_phase(control, opening, info)
     held = tools if tools is not None and tools.structure is not None else None
     asked = GenerationRequest(
         request_id="",
@@ -211,6 +227,7 @@ async def start(
         structure=await (structure_of(body.structures, engine) if held is None else held.compile(engine)),
         calls=tools and tools.rules,
         best_of=resolve_best_of(best_of, num_choices, control),
+        opening=opening,
     )
     if max_tokens is None:
         asked = with_rest_of_context(asked, max(map(len, prompts)), info)
@@ -220,9 +237,11 @@ async def start(
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": user}
-    return await queue(
+    generation = await queue(
         request, requests, timeout_s=body.timeout_s, size_field=body.size_field, takes_less=max_tokens is None
     )
+    generation.hides_reasoning = hides_reasoning
+    return generation
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
@@ -328,6 +347,12 @@ def shown_logprobs(scores: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
 
 def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
     return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}
+
+
+def _without_reasoning(chunk: GenerationChunk) -> GenerationChunk:
+    if chunk.segment is not Segment.REASONING:
+        return replace(chunk, reasoning="")
+    return replace(chunk, reasoning="", token_ids=(), logprobs=(), edit=None)
 
 
 async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:

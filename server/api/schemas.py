@@ -181,6 +181,8 @@ class ChatBody(ChoicesBody, TemplateFields, ToolFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     reasoning_effort: ReasoningEffort | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told; it is drawn and counted either way. true by default."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

@@ -278,9 +278,8 @@ def _by_name(tools: Sequence[OfferedTool]) -> dict[str, tuple[str, FunctionDefin
     for i, tool in enumerate(tools):
         name, place = tool.function.name, f"tools.{i}{tool.place}"
         if name in by_name:
-            raise InvalidRequestError(
-                f"{place}.name: {name!r} is the name of {by_name[name][0]} already", param=f"{place}.name"
-            )
+            other = by_name[name][0].removesuffix(tool.place)
+            raise InvalidRequestError(f"{place}.name: {name!r} is the name of {other} already", param=f"{place}.name")
         by_name[name] = place, tool.function
     return by_name
 

@@ -97,7 +97,6 @@ CHAT: dict[str, Unserved] = GENERATION | {
     "moderation": Unserved("there is no moderation; control.stop_below is a guardrail"),
     "prompt_cache_retention": Unserved("cached prompts are kept in memory alone", ("in_memory",)),
     "prompt_cache_options": Unserved("not supported; beginnings of prompts are always cached in memory"),
-    "include_reasoning": Unserved("reasoning is not told from the answer and always included", (True,)),
     "documents": Unserved("not supported; put them into a message", ([],)),
     "prompt": Unserved("completions have it, at /v1/completions; a chat has messages"),
     "best_of": Unserved("completions alone have it; in a chat, control.search keeps the best", (1,)),

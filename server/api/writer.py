@@ -20,7 +20,7 @@ from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
 from server.api.schemas import ChoicesBody, GenerationBody
 from server.api.sse import EventStream
-from server.types import ControlSummary, FinishReason, GenerationChunk
+from server.types import ControlSummary, FinishReason, GenerationChunk, Usage
 
 _CLIENT_CLOSED_REQUEST = 499
 _Result = TypeVar("_Result")
@@ -146,13 +146,19 @@ class ChoicesWriter(ResponseWriter):
             choice["control_trace"] = trace
         return choice
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         usage = self._generation.usage
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
+            **self.usage_details(usage),
         }
+
+    def usage_details(self, usage: Usage) -> dict[str, Any]:
+        """What a format tells of usage beside the counts."""
+        del usage
+        return {}
 
 
 async def whole_response(

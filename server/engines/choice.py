@@ -232,8 +232,7 @@ class Choice:
         token = self.detokenizer.peek(token_id) if is_end else self.detokenizer.add(token_id)
         if not is_end and token.is_special and token.shown in self._markers:
             token = replace(token, text=self.detokenizer.flush() + token.shown)
-        pieces = [(Segment.ANSWER, token.text)] if self.segments is None else self.segments.add(token_id, token.text)
-        answer, reasoning = self._told(pieces)
+        answer, reasoning = self._told(self._pieces(token_id, token))
         if token.is_special and not token.text and self._segment is not Segment.REASONING:
             answer += self.stop.add("", token.shown)
         if self.stop.has_stopped:
@@ -252,6 +251,13 @@ class Choice:
         last_answer, last_reasoning = self._rest_of_texts(open_end)
         reason = FinishReason.STOP if self.stop.has_stopped else reason
         return token, (answer + last_answer, reasoning + last_reasoning), reason
+
+    def _pieces(self, token_id: int, token: TokenText) -> list[Piece]:
+        if self.segments is None:
+            return [(Segment.ANSWER, token.text)]
+        # A character that is open ends with its part.
+        is_boundary = token.is_special and self.segments.is_mark(token_id)
+        return self.segments.add(token_id, self.detokenizer.flush() if is_boundary else token.text)
 
     @property
     def _segment(self) -> Segment:

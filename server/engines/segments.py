@@ -10,7 +10,7 @@ message can pass for a part of the response. Knows nothing of engines or HTTP. E
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,11 +113,14 @@ class Markup:
             Span(span.segment, self._patterns(span.begins), self._patterns(span.ends)) for span in output_format.spans
         ]
 
-    def tokens_of(self, marks: Iterable[str]) -> set[int] | None:
-        """The tokens that these patterns are; None where one is not a single token."""
+    @property
+    def reasoning_tokens(self) -> frozenset[int]:
+        """Tokens that begin reasoning; none where a mark at its beginning or end is not a single token."""
         by_symbol = {symbol: token_id for token_id, symbol in self.symbols.items()}
-        tokens = {by_symbol.get(mark) for mark in marks}
-        return None if None in tokens else {token for token in tokens if token is not None}
+        spans = [span for span in self.spans if span.segment is Segment.REASONING]
+        if not all(mark in by_symbol for span in spans for mark in (*span.begins, *span.ends)):
+            return frozenset()
+        return frozenset(by_symbol[mark] for span in spans for mark in span.begins)
 
     def visible(self, text: str) -> str:
         return "".join(self.texts.get(char, char) for char in text) if self.texts else text
@@ -164,6 +167,10 @@ class SegmentTracker:
         if self._may_reason and self._is_blank:
             return None
         return Segment.ANSWER if self._span is None else self._span.segment
+
+    def is_mark(self, token_id: int) -> bool:
+        """Whether it is a mark, or in one, rather than text."""
+        return token_id in self._markup.symbols
 
     def add(self, token_id: int, text: str) -> list[Piece]:
         """Text that belongs to its part for good, of this token and of those before; `text` is what the token adds."""

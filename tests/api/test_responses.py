@@ -193,6 +193,51 @@ def test_past_reasoning_goes_to_the_template_with_the_answer_that_follows_it() -
     ]
 
 
+def test_reasoning_is_an_item_before_the_message_streamed_as_whole(make_app: Callable[..., FastAPI]) -> None:
+    asked = {"seed": 1, "max_output_tokens": 40, "control": {**CONTROL, "phase": "reasoning"}, **LOGPROBS}
+    with TestClient(make_app(reasoning_tokens=5)) as client:
+        whole = respond(client, **asked).json()
+        events = events_of(client, **asked)
+        assert respond(client, input=[QUESTION, *whole["output"], QUESTION]).status_code == 200
+    reasoning, message = Response.model_validate(whole).output
+    assert (reasoning.type, message.type, reasoning.status) == ("reasoning", "message", "completed")
+    assert without_what_differs(events[-1]["response"]) == without_what_differs(whole)
+    deltas = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
+    assert "".join(deltas) == whole["output"][0]["content"][0]["text"]
+    assert len("".join(deltas)) == 5
+    (part,) = whole["output"][1]["content"]
+    assert "".join(score["token"] for score in part["logprobs"]) == part["text"]
+
+
+def test_reasoning_is_counted_and_controlled_as_a_chats_is(make_app: Callable[..., FastAPI]) -> None:
+    control = {**CONTROL, "phase": "reasoning"}
+    with TestClient(make_app(reasoning_tokens=5)) as client:
+        told = respond(client, max_output_tokens=40, control=control).json()
+        chatted = chat(client, max_tokens=40, control=control).json()
+    details = chatted["usage"]["completion_tokens_details"]
+    assert told["usage"]["output_tokens_details"]["reasoning_tokens"] == details["reasoning_tokens"] > 5
+    assert told["control"] == chatted["choices"][0]["control"]
+    assert len(told["control_trace"]) == len(chatted["choices"][0]["control_trace"]) < 40
+
+
+def test_the_events_of_reasoning_come_before_those_of_the_message(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(reasoning_tokens=1)) as client:
+        events = events_of(client, max_output_tokens=17)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds == [
+        "created", "in_progress", "output_item.added", "content_part.added", "reasoning_text.delta",
+        "reasoning_text.done", "content_part.done", "output_item.done", "output_item.added", "content_part.added",
+        "output_text.delta", "output_text.done", "content_part.done", "output_item.done", "incomplete",
+    ]  # fmt: skip
+
+
+def test_a_response_that_is_cut_off_while_it_reasons_has_no_message(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(reasoning_tokens=50)) as client:
+        cut = respond(client, max_output_tokens=20).json()
+    assert [(item["type"], item["status"]) for item in cut["output"]] == [("reasoning", "incomplete")]
+    assert cut["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
 @pytest.mark.parametrize(
     ("fields", "continues"),
     [

@@ -90,10 +90,11 @@ def test_one_call_at_most_without_parallel_calls(caller: Callable[[str], TestCli
 
 def test_log_probabilities_are_those_of_the_text(caller: Callable[[str], TestClient]) -> None:
     asked = {**ASKED, "include": ["message.output_text.logprobs"]}
-    with caller(f"Hm.{CALL}") as client:
-        message, _ = respond(client, **asked).json()["output"]
-    (part,) = message["content"]
-    assert "".join(score["token"] for score in part["logprobs"]) == part["text"] == "Hm."
+    with caller(f"Hm.{CALL}Ha <b>!</b>") as client:
+        before, _, behind = respond(client, **asked).json()["output"]
+    parts = [*before["content"], *behind["content"]]
+    assert [part["text"] for part in parts] == ["Hm.", "Ha <b>!</b>"]
+    assert ["".join(score["token"] for score in part["logprobs"]) for part in parts] == ["Hm.", "Ha <b>!</b>"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from server.api.tools import resolve_tools
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import NotFoundError
-from server.types import FinishReason, TokenLogprob
+from server.types import FinishReason, Segment, TokenLogprob
 
 _SHOWN_CHARS = 64
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
@@ -34,9 +34,10 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
     """Answer a conversation, which is given whole."""
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
-    rendering = body.chat_rendering(tools.offered)
+    messages, rendering = ChatMessage.plain(body.messages), body.chat_rendering(tools.offered)
     # A long conversation takes long, which must not stop the other requests.
-    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
+    prompt = await asyncio.to_thread(engine.encode_chat, messages, rendering)
+    opening = await asyncio.to_thread(engine.opening, messages, rendering)
     generation = await start(
         request,
         body,
@@ -44,6 +45,7 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         tools=tools,
+        opening=opening,
     )
     return await _Writer(request, body, generation).respond()
 
@@ -96,12 +98,12 @@ class _Writer(ResponseWriter):
             async for _, chunk in chunks:
                 new = self._generation.traced(chunk)
                 self._choice.grow(chunk, new)
-                scores += chunk.logprobs
+                # Log-probabilities are told of messages alone.
+                scores += chunk.logprobs if chunk.segment is Segment.ANSWER else ()
                 trace += new
                 if chunk.reasoning:
                     for event in self._output.add_reasoning(chunk.reasoning, trace):
                         yield event
-                    # Log-probabilities are told of messages alone.
                     scores, trace = [], []
                 if chunk.text:
                     for event in self._output.add_text(chunk.text, self._shown(scores), trace):

@@ -32,6 +32,7 @@ from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
+from server.engines.embedded.reasoned_structure import check_structure
 from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler, Step
@@ -141,6 +142,7 @@ class EngineCore:
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
         check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        check_structure(request, self._markup)
         check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
 
     def sequences(
@@ -274,8 +276,8 @@ class EngineCore:
 
         Raises GenerationError for a token that its schema does not allow.
         """
-        if sequence.held_to is not None:
-            sequence.held_to.advance(token_id)
+        if (mask := sequence.held_to) is not None:
+            mask.advance(token_id)
         chunk = sequence.grow(
             token_id,
             numbers,

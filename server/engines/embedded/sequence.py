@@ -19,8 +19,9 @@ from server.control.state import ControlState
 from server.engines.base import EngineObserver
 from server.engines.choice import Choice
 from server.engines.embedded.logits import LogitRules
+from server.engines.embedded.reasoned_structure import Openers, held_to
 from server.engines.embedded.sampler import RowSampling
-from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
+from server.engines.embedded.structure import CompiledSchema, SchemaMatcher, TokenMask
 from server.engines.segments import Markup, Segment
 from server.engines.text import TextOfTokens
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
@@ -57,6 +58,8 @@ class Sequence(Choice):
     row_sampling: RowSampling
     logit_rules: LogitRules | None = None
     matcher: SchemaMatcher | None = None
+    openers: Openers | None = None
+    """Of one with a matcher: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -109,6 +112,7 @@ class Sequence(Choice):
                 ),
                 logit_rules=rules,
                 matcher=None if structure is None else structure.start(),
+                openers=None if structure is None else Openers.of(markup, eos_token_ids),
                 states=[] if keep_states else None,
             )
             for index in range(request.best_of or request.num_choices)
@@ -156,9 +160,13 @@ class Sequence(Choice):
         return min(self.num_computed, self.prompt_len)
 
     @property
-    def held_to(self) -> SchemaMatcher | None:
-        """What its next token is held to: nothing while the model reasons."""
-        return None if self.next_segment is Segment.REASONING else self.matcher
+    def held_to(self) -> TokenMask | None:
+        """What its next token is held to."""
+        if self.matcher is None or self.openers is None:
+            return self.matcher
+        # A call that is forced begins behind reasoning as well.
+        segment = Segment.ANSWER if self.segments is None else self.segments.next
+        return held_to(self.matcher, segment, self.openers)
 
     def go_on_from(self, other: Sequence) -> None:
         """From where another choice or candidate of the request stands, by itself."""

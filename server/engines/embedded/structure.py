@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -156,18 +156,18 @@ class SchemaMatcher:
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
 
     def allowed(self) -> np.ndarray:
         """Which tokens [V] may come next, as bool. Raises GenerationError."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise GenerationError(self._matcher.get_error())
-        return np.unpackbits(allowed, count=self._vocab_size, bitorder="little").view(bool)
+        return np.unpackbits(allowed, count=self.vocab_size, bitorder="little").view(bool)
 
     def copy(self) -> SchemaMatcher:
         """For another way on from here."""
-        return SchemaMatcher(self._matcher.deep_copy(), self._vocab_size)
+        return SchemaMatcher(self._matcher.deep_copy(), self.vocab_size)
 
     def advance(self, token_id: int) -> None:
         """Raises GenerationError for a token that is not allowed."""
@@ -175,7 +175,17 @@ class SchemaMatcher:
             raise GenerationError(self._matcher.get_error())
 
 
-def constrained(logits_BV: Tensor, matchers: Sequence[SchemaMatcher | None]) -> Tensor:
+class TokenMask(Protocol):
+    """What says which token may come next, and hears which one came."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens [V], as bool. Raises GenerationError."""
+        ...
+
+    def advance(self, token_id: int) -> None: ...
+
+
+def constrained(logits_BV: Tensor, matchers: Sequence[TokenMask | None]) -> Tensor:
     """Logits [B, V] with -inf for what a row's schema does not allow, all NaN in a row whose matcher fails.
 
     Where no row has a schema these are the ones passed in, which are never changed.
