@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-requests", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, help="page with a section tool-calls")
+    parser.add_argument("--into", type=Path, help="page with a section bench-tool-calls")
     args = parser.parse_args(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
     system = facts()
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.into is not None:
-        replace_sections(args.into, {"tool-calls": table(result)})
+        replace_sections(args.into, {"bench-tool-calls": table(result)})
 
 
 if __name__ == "__main__":
