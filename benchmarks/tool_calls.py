@@ -137,7 +137,8 @@ def _calls(choice: Mapping[str, Any]) -> list[Any]:
 
 
 async def _measure(number: int, concurrency: int, model: str) -> dict[str, Any]:
-    app = create_app(Settings(model=model, max_batch_size=concurrency, log_level="warning"))
+    settings = {"model": model, "max_batch_size": concurrency, "log_level": "warning"}
+    app = create_app(Settings.model_validate(settings))
     transport, gate = httpx.ASGITransport(app), asyncio.Semaphore(concurrency)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as client:
 

@@ -280,6 +280,13 @@ def test_messages_of_tools_that_fit_nothing_are_refused_by_field(
     assert error_of(client, messages=messages)["param"] == param
 
 
+def test_tokenize_renders_tools_as_a_chat_does(client: TestClient) -> None:
+    usage = chat(client, tools=TOOLS, messages=[HI], max_tokens=1).json()["usage"]
+    assert client.post("/tokenize", json={"messages": [HI], "tools": TOOLS}).json()["count"] == usage["prompt_tokens"]
+    error = client.post("/tokenize", json={"prompt": "hi", "tools": TOOLS}).json()["error"]
+    assert error["message"] == "tools: only allowed with messages"
+
+
 @pytest.fixture
 def sdk(make_app: Callable[..., FastAPI]) -> Callable[..., Any]:
     def run(text: str, use: Callable[[openai.OpenAI], Any]) -> Any:

@@ -37,7 +37,7 @@ BERN = ("weather", {"city": "Bern", "days": 3})
 def tokenizer_with(*special: str) -> Any:
     """The byte tokenizer with these special tokens."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(name, special=True) for name in special]})
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in special], special_tokens=True)
     return tokenizer
 
 
