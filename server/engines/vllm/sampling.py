@@ -28,8 +28,8 @@ SAMPLING_FIELDS = frozenset(
 )  # fmt: skip
 CONTROL_FIELDS = frozenset(
     {
-        "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "gate", "window", "schedule",
-        "stop_below", "trace", "in_calls",
+        "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "phase", "gate", "window",
+        "schedule", "stop_below", "trace", "in_calls",
     }
 )  # fmt: skip
 OBJECTIVES = frozenset({"weighted_sum", "worst_case", "target", "floor"})
