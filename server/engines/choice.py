@@ -255,9 +255,7 @@ class Choice:
     def _pieces(self, token_id: int, token: TokenText) -> list[Piece]:
         if self.segments is None:
             return [(Segment.ANSWER, token.text)]
-        # A character that is open ends with its part.
-        is_boundary = token.is_special and self.segments.is_mark(token_id)
-        return self.segments.add(token_id, self.detokenizer.flush() if is_boundary else token.text)
+        return self.segments.add_token(token_id, token, self.detokenizer)
 
     @property
     def _segment(self) -> Segment:

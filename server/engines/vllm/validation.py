@@ -61,6 +61,10 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     for field, why in own.items():
         if getattr(control, field):
             raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")
+    if control.phase != "both":
+        raise InvalidRequestError(
+            f"{CONTROL_KEY}: phase: vLLM's own server does not tell this program the parts of a response; leave it out"
+        )
     heads = [card.parent.name for card in heads_dir.glob(f"*/{CARD_FILE}")]
     for name in control.head_names:
         if name not in heads:
