@@ -153,6 +153,19 @@ def test_arguments_of_a_forced_call_are_streamed_as_they_come(make_app: Callable
     assert len(pieces) == 1 + len('{"city": "Bern"}')
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_calls_stand_behind_reasoning(make_app: Callable[..., FastAPI], choice: str) -> None:
+    body = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 120}
+    with TestClient(make_app(text=CALL, reasoning_tokens=5)) as client:
+        whole = chat(client, **body).json()["choices"][0]
+        parts = [event["choices"][0]["delta"] for event in events(chat(client, **body, stream=True))]
+    assert calls_of(whole) == [("weather", {"city": "Bern"})]
+    assert whole["message"]["content"] is None
+    assert len(whole["message"]["reasoning_content"]) == 5
+    assert "".join(part.get("reasoning_content") or "" for part in parts) == whole["message"]["reasoning_content"]
+    assert not any(part.get("content") for part in parts)
+
+
 def test_tokens_of_calls_count(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(text=CALL)) as client:
         assert chat(client, tools=TOOLS, max_tokens=100).json()["usage"]["completion_tokens"] == len(CALL) + 1

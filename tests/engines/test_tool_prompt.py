@@ -123,6 +123,7 @@ def test_what_a_template_refuses_of_calls_is_told_in_its_words() -> None:
         ("{% if tools %}{{ tools }}{% endif %}<|python_start|>", "pythonic"),
         (CHATML.replace("<", "<start_of_turn>"), "gemma"),
         ("{% if tools %}{{ tools }}{% endif %}<|tool▁calls▁begin|>", None),
+        (QWEN + "{# <tool_call>f<arg_key>a</arg_key> #}", None),
     ],
 )  # fmt: skip
 def test_the_form_of_calls_is_found_from_the_template(template: str, form: str | None) -> None:

@@ -27,9 +27,8 @@ from server.control.registry import HeadRegistry
 from server.control.state import ControlState, Segment
 from server.engines.vllm.phases import FollowedParts, PartsReader
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import OPENING_KEY, parse_control
+from server.engines.vllm.wire import parse_control, parse_opening
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import Opening
 
 _log = logging.getLogger(__name__)
 _FAILED = "control failed inside the worker"
@@ -166,7 +165,8 @@ class RowControl:
             control = parse_control(extra_args)
             if control is not None:
                 self.registry.check(control.head_names)
-                parts = self._followed(extra_args or {})
+                opening = parse_opening(extra_args)
+                parts = None if opening is None or self._parts is None else self._parts.start(opening)
         except (InvalidRequestError, UnknownHeadError) as error:
             # A server in front must refuse these; one that has not must not be able to stop the worker.
             control, fault = None, str(error)
@@ -207,10 +207,6 @@ class RowControl:
         """Of the step whose logits were computed last, once."""
         is_new, self._is_report_taken = not self._is_report_taken, True
         return self._report if is_new else None
-
-    def _followed(self, extra_args: Mapping[str, Any]) -> FollowedParts | None:
-        opening = extra_args.get(OPENING_KEY)
-        return None if opening is None or self._parts is None else self._parts.start(Opening(opening))
 
     def _acting(self, row: Row) -> ControlParams | None:
         request = self._requests[row.request_id]

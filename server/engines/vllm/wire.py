@@ -51,6 +51,15 @@ def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:
         raise InvalidRequestError(f"{CONTROL_KEY}: {problems}", param=CONTROL_KEY) from error
 
 
+def parse_opening(extra_args: Mapping[str, Any] | None) -> Opening | None:
+    """How a response begins of which control acts on a part; None for others. Raises InvalidRequestError."""
+    opening = (extra_args or {}).get(OPENING_KEY)
+    try:
+        return None if opening is None else Opening(opening)
+    except ValueError as error:
+        raise InvalidRequestError(f"{OPENING_KEY}: must be one of {', '.join(Opening)}", param=OPENING_KEY) from error
+
+
 def control_args(control: ControlParams, choice_id: str, opening: Opening | None = None) -> dict[str, Any]:
     """A choice's `extra_args`."""
     told = {} if opening is None else {OPENING_KEY: opening.value}
