@@ -130,6 +130,10 @@ class Engine(Protocol):
         """What each token is in a text of them all, which begins with the first. From any thread."""
         ...
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's class, special tokens and chat template, by the names of transformers; null for none."""
+        ...
+
     async def compile_schema(self, schema: str) -> object:
         """A JSON schema made ready for `GenerationRequest.structure`, without holding up the event loop.
 

@@ -47,6 +47,12 @@ def encode_chat(
     return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """The template of a chat; of several, the one that is named default."""
+    template = getattr(tokenizer, "chat_template", None) or None
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:
     """A developer's message is a system message, unless the template knows developers."""
     knows_developers = any(f"{quote}developer{quote}" in template for quote in "'\"")
