@@ -98,7 +98,7 @@ def test_special_tokens_and_the_template_are_told_under_the_names_of_transformer
     assert tiny.get("/tokenizer_info").json() == {
         "tokenizer_class": type(tokenizer).__name__,
         "bos_token": "<bos>",
-        "eos_token": NAME,
+        "eos_token": "<eos>",
         "pad_token": None,
         "unk_token": None,
         "chat_template": tokenizer.chat_template,

@@ -32,6 +32,7 @@ ASKING: dict[str, Any] = {
     "include_reasoning": False,
     "documents": [{"text": "x"}],
     "use_beam_search": True,
+    "num_beams": 2,
     "length_penalty": 1.5,
     "min_tokens": 1,
     "bad_words": ["x"],
