@@ -48,9 +48,9 @@ def python_of(venv: str, module: str) -> Path:
     """The interpreter of a virtual environment that holds the module; a skip, or a failure if clients are required."""
     python = ROOT / venv / "bin" / "python"
     probe = [python, "-c", f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({module!r}))"]
-    if python.exists() and subprocess.run(probe, check=False).returncode == 0:
-        return python
-    _without(f"{venv} with {module} is not there; `make {MAKERS[venv]}` makes it")
+    if not python.exists() or subprocess.run(probe, check=False).returncode != 0:
+        _without(f"{venv} with {module} is not there; `make {MAKERS[venv]}` makes it")
+    return python
 
 
 def run_client(command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None) -> str:

@@ -26,8 +26,8 @@ WAYS = {
 """In which `local-completions` may ask, and its arguments."""
 CHAT = "chats"
 SHOWN = {"last_words": "perplexity", "choices": "acc", "documents": "word_perplexity", "answers": "exact_match"}
-_WINDOW_TOKENS = 256
-"""Of a document; the longest has two."""
+_WINDOW_TOKENS = 160
+"""Of a document; the longest has several. All other prompts are shorter, which would be cut by one side alone."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
 
@@ -39,7 +39,7 @@ def measure(python: Path, url: str, model: str, folder: Path, *, dtype: str, wor
     and `work` is for the harness' caches. Raises PeerError.
     """
     own = {"pretrained": str(folder), "dtype": dtype, "device": "cpu", "max_length": _WINDOW_TOKENS}
-    # The harness keeps two tokens of a server's context for itself.
+    # Of a server's context the harness keeps two tokens for itself.
     common = {"model": model, "tokenizer": str(folder), "tokenizer_backend": "huggingface", "max_retries": 1}
     common |= {"base_url": f"{url}/v1/completions", "max_length": _WINDOW_TOKENS + 2}
     everything = [*SCORED, "answers"]
