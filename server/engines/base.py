@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from server.control.params import ControlParams
-from server.errors import InvalidRequestError, UnknownHeadError
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
 from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
 
 
@@ -179,6 +179,16 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequestError(
                 f"{param}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}", param=param
             )
+
+
+def check_context(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raises ContextLengthError, in the words by which clients know it, for what is too long together."""
+    if num_prompt_tokens + max_tokens > max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens. The prompt has {num_prompt_tokens} and "
+            f"max_tokens is {max_tokens}; together they must not exceed it.",
+            param="max_tokens",
+        )
 
 
 def check_heads(asked: ControlParams | GenerationRequest | None, heads: Collection[str]) -> None:

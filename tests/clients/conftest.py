@@ -26,6 +26,7 @@ OFFLINE = {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "TOKENIZERS_PARALLELISM": "false",
 }
 SERVER_FLAGS = ("--max-batch-size", "8", "--kv-cache-gib", "0.5", "--log-level", "warning")
