@@ -87,5 +87,5 @@ def test_behind_the_proxy_errors_are_those_of_the_server(proxy: openai.OpenAI) -
 
 
 def test_the_proxy_drops_what_the_model_is_not_known_to_take(proxy: openai.OpenAI) -> None:
-    answer = proxy.chat.completions.create(**CHAT, temperature=0, reasoning_effort="low")
+    answer = proxy.chat.completions.create(**CHAT, temperature=0, extra_body={"thinking": {"type": "enabled"}})
     assert answer.choices[0].finish_reason == "length"
