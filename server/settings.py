@@ -42,6 +42,7 @@ def _as_text(location: Any) -> Any:
     return str(location) if isinstance(location, Path) else location
 
 
+ReasoningFormat = Literal["auto", "none", "think", "mistral", "gemma", "granite", "cohere", "seed", "exaone", "kimi"]
 HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 """A folder of value heads or the URL of one."""
 
@@ -58,6 +59,13 @@ def _origin(given: str) -> str:
 
 
 Origin = Annotated[str, AfterValidator(_origin)]
+
+
+ToolCallFormat = Literal[
+    "auto", "hermes", "qwen-xml", "llama", "mistral", "mistral-args", "pythonic", "smollm-python", "gemma",
+    "functiongemma", "gemma4",
+]  # fmt: skip
+"""The names of `server.calls.formats.FORMATS`, and what finds one of them."""
 
 
 class Settings(BaseSettings):
@@ -87,7 +95,11 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
+    tool_call_format: ToolCallFormat = Field("auto", description="how the model writes calls; auto asks its template")
 
+    reasoning_format: ReasoningFormat = Field(
+        "auto", description="how the model marks reasoning; auto reads the chat template, none tells nothing apart"
+    )
     quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the weights, on a CPU")
 
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")

@@ -76,6 +76,7 @@ def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
         ("sdk_control", [], "positive and plain: "),
         ("guardrail", ["--bound", "1.5"], "finish reason: content_filter"),
         ("best_of_value", ["--candidates", "3"], "+0."),
+        ("tool_calling", [], "get_weather({"),
         ("watch_metrics", ["--seconds", "0"], "No tokens were drawn under control."),
     ],
 )

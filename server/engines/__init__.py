@@ -25,7 +25,8 @@ def create_engine(settings: Settings, *, observer: EngineObserver | None = None)
     if settings.engine == "fake":
         from server.engines.fake import FakeEngine
 
-        return FakeEngine(observer=observer)
+        form = "hermes" if settings.tool_call_format == "auto" else settings.tool_call_format
+        return FakeEngine(observer=observer, call_format=form)
     if settings.engine == "vllm":
         from server.engines.vllm.engine import VllmEngine
 

@@ -13,8 +13,6 @@ from tests.api.conftest import chat, complete
 
 HARMLESS = {name: [None, *field.harmless] for name, field in (COMPLETION | CHAT).items()}
 ASKING: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "store": True,

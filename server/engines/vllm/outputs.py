@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.engines.choice import Choice
@@ -46,8 +46,8 @@ class VllmChoice(Choice):
         self, reason: FinishReason, prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     ) -> GenerationChunk:
         """The last chunk, without a token."""
-        text = "" if reason is FinishReason.ERROR else self.rest_of_text()
-        return self._finished(reason, GenerationChunk(index=self.index, text=text, prompt_logprobs=prompt_logprobs))
+        chunk = GenerationChunk(index=self.index) if reason is FinishReason.ERROR else self.rest()
+        return self._finished(reason, replace(chunk, prompt_logprobs=prompt_logprobs))
 
     def _finished(self, reason: FinishReason, chunk: GenerationChunk) -> GenerationChunk:
         assert not self.is_finished

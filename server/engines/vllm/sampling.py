@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from server.errors import UnsupportedFieldError
 from server.types import GenerationRequest
 
-REQUEST_FIELDS = frozenset({"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt"})
+REQUEST_FIELDS = frozenset(
+    {"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt", "opening", "calls"}
+)
 SAMPLING_FIELDS = frozenset(
     {
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop", "stop_token_ids",
