@@ -11,8 +11,8 @@ from dataclasses import replace
 from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams
-from server.engines.base import EngineInfo, check_heads, check_token_ids
-from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
+from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
+from server.errors import InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import GenerationRequest, Opening, SamplingParams
 
 MAX_SEQUENCES = 256
@@ -211,12 +211,7 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field
             param=param,
         )
     for request in requests:
-        if len(request.prompt_token_ids) + max_tokens > info.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(request.prompt_token_ids)} tokens and {field} is {max_tokens}; together they "
-                f"must not exceed {info.max_model_len}.",
-                param=field,
-            )
+        check_context(len(request.prompt_token_ids), max_tokens, info.max_model_len, param=field)
     if num_sequences * max_tokens > MAX_NEW_TOKENS:
         raise InvalidRequestError(
             f"{field}: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that one "

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as in vLLM: what a prompt or a conversation is to the model, and back."""
+"""/tokenize, /detokenize and /tokenizer_info, as in vLLM: what a prompt or a chat is to the model, and back."""
 
 from __future__ import annotations
 
@@ -78,6 +78,13 @@ async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, str]:
     engine = _engine(request, body)
     check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
     return {"prompt": await asyncio.to_thread(engine.decode, body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What a client needs that cuts texts by this server's tokens: special tokens, the template, the context."""
+    engine: Engine = request.app.state.engine
+    return {**engine.tokenizer_info(), "model_max_length": engine.info.max_model_len}
 
 
 def _engine(request: Request, body: _TokenBody) -> Engine:

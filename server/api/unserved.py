@@ -63,6 +63,7 @@ GENERATION: dict[str, Unserved] = {
     "store": Unserved("no response is stored", (False,)),
     "service_tier": Unserved("there is one tier; only auto and default are allowed", ("auto", "default")),
     "use_beam_search": Unserved("beam search is not supported", (False,)),
+    "num_beams": Unserved("beam search is not supported", (1,)),
     "length_penalty": Unserved("only beam search has one, which is not supported", (1,)),
     "min_tokens": Unserved("not supported; ignore_eos goes on to max_tokens", (0,)),
     "bad_words": Unserved("not supported; logit_bias of -100 keeps tokens out", ([],)),

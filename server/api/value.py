@@ -136,7 +136,8 @@ def _check_size(prompts: list[list[int]], scoring: ScoringParams, info: EngineIn
             raise InvalidRequestError(f"{field}: number {index} holds no token", param=field)
         if len(prompt) > info.max_model_len:
             raise ContextLengthError(
-                f"{field}: number {index} has {len(prompt)} tokens; at most {info.max_model_len} fit the model.",
+                f"{field}: number {index} has {len(prompt)} tokens. This model's maximum context length is "
+                f"{info.max_model_len} tokens.",
                 param=field,
             )
     num_tokens = sum(map(len, prompts))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from server.calls.formats import CallFormat
 from server.calls.structure import CallStructure
 from server.control.params import ControlParams
-from server.errors import InvalidRequestError, UnknownHeadError
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
 from server.types import (
     ChatRendering,
     FinishReason,
@@ -152,6 +152,10 @@ class Engine(Protocol):
         """What each token is in a text of them all, which begins with the first. From any thread."""
         ...
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's class, special tokens and chat template, by the names of transformers; null for none."""
+        ...
+
     async def compile_schema(self, schema: str) -> object:
         """A JSON schema made ready for `GenerationRequest.structure`, without holding up the event loop.
 
@@ -201,6 +205,19 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequestError(
                 f"{param}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}", param=param
             )
+
+
+def check_context(num_prompt_tokens: int, max_tokens: int, max_model_len: int, *, param: str = "max_tokens") -> None:
+    """Raises ContextLengthError, in the words by which clients know it, for what is too long together.
+
+    `param` is the field that says how many new tokens.
+    """
+    if num_prompt_tokens + max_tokens > max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens. The prompt has {num_prompt_tokens} and "
+            f"{param} is {max_tokens}; together they must not exceed it.",
+            param=param,
+        )
 
 
 def check_heads(asked: ControlParams | GenerationRequest | None, heads: Collection[str]) -> None:

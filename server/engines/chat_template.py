@@ -101,6 +101,12 @@ def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering,
         ) from error
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """The template of a chat; of several, the one that is named default."""
+    template = getattr(tokenizer, "chat_template", None) or None
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def takes_tools(tokenizer: Any) -> bool:
     """Whether tools change what the chat template renders."""
     if not getattr(tokenizer, "chat_template", None):

@@ -152,6 +152,10 @@ class FakeEngine:
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         return [_Letters().add(token_id) for token_id in token_ids]
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        return {"tokenizer_class": "FakeTokenizer", **dict.fromkeys(names)}
+
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from server.calls.formats import CallFormat
-from server.engines.chat_template import encode_chat
+from server.engines.chat_template import encode_chat, template_of
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
 
@@ -58,6 +58,15 @@ class Tokenization(ABC):
         if tokens and not tokens[-1].is_special:
             tokens[-1] = replace(tokens[-1], text=tokens[-1].text + text.flush())
         return tokens
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        tokenizer = self._tokenizer
+        names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            **names,
+            "chat_template": template_of(tokenizer),
+        }
 
     @property
     def _vocabulary(self) -> Vocabulary:

@@ -243,6 +243,14 @@ def test_too_much_in_all_is_refused_at_once(client: TestClient) -> None:
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("send", [complete, chat])
+def test_what_is_too_long_is_told_in_the_words_by_which_clients_know_it(
+    client: TestClient, send: Callable[..., Any]
+) -> None:
+    error = send(client, max_tokens=4096).json()["error"]
+    assert error["message"].startswith("This model's maximum context length is 4096 tokens. ")
+
+
 def test_zero_tokens_need_echo(client: TestClient) -> None:
     assert_refused(client, complete(client, max_tokens=0), "max_tokens")
 

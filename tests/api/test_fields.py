@@ -173,6 +173,11 @@ def test_tokenize_and_detokenize_are_each_others_inverse(client: TestClient) -> 
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "user: hi\n"}
 
 
+def test_what_a_tokenizer_does_not_have_is_told_as_null(client: TestClient) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["chat_template"], info["model_max_length"]) == (None, None, 4096)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [

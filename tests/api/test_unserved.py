@@ -29,6 +29,7 @@ ASKING: dict[str, Any] = {
     "prompt_cache_options": {"mode": "explicit"},
     "documents": [{"text": "x"}],
     "use_beam_search": True,
+    "num_beams": 2,
     "length_penalty": 1.5,
     "min_tokens": 1,
     "bad_words": ["x"],
