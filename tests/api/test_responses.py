@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from server.api.messages import ChatMessage
 from server.api.responses.body import ResponseBody
+from server.errors import InvalidRequestError
 from tests.api.conftest import chat, respond
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -314,6 +315,19 @@ def test_what_cannot_be_served_is_refused_by_its_field(
     assert message in error["message"]
     assert len(error["message"]) < 900
     assert respond(client, max_output_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("named", "param"),
+    [("messages", "input"), ("reasoning_effort", "reasoning.effort"), ("response_format", "text.format"), ("x", "x")],
+)
+def test_what_an_engine_refuses_is_named_as_a_response_has_it(client: TestClient, named: str, param: str) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidRequestError(f"{named}: the template refuses it", param=named)
+
+    client.app.state.engine.encode_chat = refuse  # type: ignore[attr-defined]
+    error = respond(client).json()["error"]
+    assert (error["param"], error["message"]) == (param, f"{param}: the template refuses it")
 
 
 @pytest.mark.parametrize(

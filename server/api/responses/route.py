@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -20,12 +20,14 @@ from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
-from server.errors import NotFoundError
+from server.errors import InvalidRequestError, NotFoundError
 from server.types import FinishReason, Segment, TokenLogprob
 
 _SHOWN_CHARS = 64
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
 """Why a response is not whole, in OpenAI's words."""
+_NAMES = {"messages": "input", "reasoning_effort": "reasoning.effort", "response_format": "text.format"}
+"""What fields of a chat, which engines name in errors, are called in a response."""
 router = APIRouter()
 
 
@@ -35,18 +37,19 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
     messages, rendering = ChatMessage.plain(body.messages), body.chat_rendering(tools.offered)
-    # A long conversation takes long, which must not stop the other requests.
-    prompt = await asyncio.to_thread(engine.encode_chat, messages, rendering)
-    opening = await asyncio.to_thread(engine.opening, messages, rendering)
-    generation = await start(
-        request,
-        body,
-        [prompt],
-        max_tokens=body.max_output_tokens,
-        logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
-        tools=tools,
-        opening=opening,
-    )
+    with _own_names():
+        # A long conversation takes long, which must not stop the other requests.
+        prompt = await asyncio.to_thread(engine.encode_chat, messages, rendering)
+        opening = await asyncio.to_thread(engine.opening, messages, rendering)
+        generation = await start(
+            request,
+            body,
+            [prompt],
+            max_tokens=body.max_output_tokens,
+            logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
+            tools=tools,
+            opening=opening,
+        )
     return await _Writer(request, body, generation).respond()
 
 
@@ -57,6 +60,18 @@ async def find_stored_response(response_id: str) -> None:
     raise NotFoundError(
         f"There is no response {response_id[:_SHOWN_CHARS]!r}: none is stored. Each is told whole when it is made."
     )
+
+
+@contextlib.contextmanager
+def _own_names() -> Iterator[None]:
+    """In errors, for fields of a chat those of a response."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param not in _NAMES:
+            raise
+        name = _NAMES[error.param]
+        raise type(error)(f"{name}{error.message.removeprefix(error.param)}", param=name) from error
 
 
 class _Writer(ResponseWriter):
