@@ -157,10 +157,12 @@ def test_arguments_of_a_forced_call_are_streamed_as_they_come(make_app: Callable
 def test_calls_stand_behind_reasoning(make_app: Callable[..., FastAPI], choice: str) -> None:
     body = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 120}
     with TestClient(make_app(text=CALL, reasoning_tokens=5)) as client:
-        whole = chat(client, **body).json()["choices"][0]
+        response = chat(client, **body).json()
         parts = [event["choices"][0]["delta"] for event in events(chat(client, **body, stream=True))]
+    (whole,) = response["choices"]
     assert calls_of(whole) == [("weather", {"city": "Bern"})]
     assert whole["message"]["content"] is None
+    assert response["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("></think>") + 5
     assert len(whole["message"]["reasoning_content"]) == 5
     assert "".join(part.get("reasoning_content") or "" for part in parts) == whole["message"]["reasoning_content"]
     assert not any(part.get("content") for part in parts)
