@@ -1,7 +1,7 @@
 // Run by test_javascript.py where npm has installed the AI SDK: calls a server and prints what came, as JSON.
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateObject, generateText, streamObject, streamText } from "ai";
+import { APICallError, generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
 
 const [baseURL, model] = process.argv.slice(2);
@@ -26,6 +26,37 @@ async function streamed(options) {
   return { text, usage: await result.usage, finish: await result.finishReason };
 }
 
+// A model of this size does not see when to call, so it is told to, until there is a result.
+const agent = {
+  ...chat,
+  maxOutputTokens: 60,
+  stopWhen: stepCountIs(2),
+  prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" }),
+  tools: {
+    pick: tool({
+      description: "Pick a fruit.",
+      inputSchema: z.object({ colour: z.enum(["red", "green"]) }),
+      execute: async ({ colour }) => `The ${colour} one is ripe.`,
+    }),
+  },
+};
+
+async function stepsOf(result) {
+  const steps = await result.steps;
+  return {
+    input: steps[0].toolCalls[0].input,
+    output: steps[0].toolResults[0].output,
+    finish: steps[0].finishReason,
+    text: steps[1].text,
+  };
+}
+
+async function streamedSteps() {
+  const result = streamText(agent);
+  await result.consumeStream();
+  return stepsOf(result);
+}
+
 async function errorOf(call) {
   try {
     await call();
@@ -48,6 +79,8 @@ console.log(
     steered: (await generateText({ ...chat, model: made({ control })(model) })).response.body.choices[0].control,
     object: (await generateObject({ ...chat, maxOutputTokens: 60, schema })).object,
     streamed_object: await objects.object,
+    agent: await stepsOf(await generateText(agent)),
+    streamed_agent: await streamedSteps(),
     error: await errorOf(() => generateText({ ...chat, model: provider("nothing") })),
   }),
 );

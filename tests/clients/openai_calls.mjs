@@ -65,6 +65,39 @@ async function parsed() {
   return { whole: whole.choices[0].message.parsed, streamed: streamed.choices[0].message.parsed };
 }
 
+async function tools() {
+  const parameters = { type: "object", properties: { colour: { enum: ["red", "green"] } }, required: ["colour"] };
+  const seen = [];
+  const pick = (picked) => {
+    seen.push(picked);
+    return "It is ripe.";
+  };
+  const described = { name: "pick", description: "Pick a fruit.", parameters };
+  const called = { ...options, max_tokens: 60, messages };
+  // Of a function that is named, the runner makes one call.
+  const named = { type: "function", function: { name: "pick" } };
+  const runnable = { type: "function", function: { ...described, function: pick, parse: JSON.parse } };
+  await client.chat.completions.runTools({ ...called, tools: [runnable], tool_choice: named }).done();
+  const once = { tool_choice: "required", parallel_tool_calls: false };
+  const offered = { ...called, ...once, tools: [{ type: "function", function: described }] };
+  const streamed = await client.chat.completions.stream(offered).finalFunctionToolCall();
+  const whole = await client.chat.completions.create(offered);
+  const { message, finish_reason } = whole.choices[0];
+  const result = { role: "tool", tool_call_id: message.tool_calls[0].id, content: pick(streamed.arguments) };
+  const answered = await client.chat.completions.create({
+    ...offered,
+    messages: [...messages, message, result],
+    tool_choice: "none",
+  });
+  return {
+    run: seen[0],
+    streamed: JSON.parse(streamed.arguments),
+    whole: JSON.parse(message.tool_calls[0].function.arguments),
+    finish_reason,
+    answer: answered.choices[0].message.content,
+  };
+}
+
 async function errors() {
   const chat = (body, more) => errorOf(() => client.chat.completions.create({ ...options, messages, ...body }, more));
   return {
@@ -98,4 +131,4 @@ async function aborted() {
 const models = [];
 for await (const found of client.models.list()) models.push(found.id);
 const answers = { models, completions: await completions(), chats: await chats(), parsed: await parsed() };
-console.log(JSON.stringify({ ...answers, errors: await errors(), aborted: await aborted() }));
+console.log(JSON.stringify({ ...answers, tools: await tools(), errors: await errors(), aborted: await aborted() }));

@@ -51,6 +51,14 @@ def test_zod_schemas_are_held_whole_and_streamed(sdk: dict[str, Any]) -> None:
         assert isinstance(fruit["ripe"], bool)
 
 
+def test_tools_are_run_streamed_and_their_results_answered(sdk: dict[str, Any]) -> None:
+    tools = sdk["tools"]
+    assert tools["whole"] == tools["streamed"]
+    assert {tools["whole"]["colour"], tools["run"]["colour"]} <= {"red", "green"}
+    assert tools["finish_reason"] == "tool_calls"
+    assert tools["answer"]
+
+
 def test_our_errors_are_the_sdks_own(sdk: dict[str, Any]) -> None:
     errors = sdk["errors"]
     assert {name: error["type"] for name, error in errors.items()} == {
@@ -80,4 +88,8 @@ def test_the_ai_sdk_generates_and_streams_texts_and_objects(default_server: str,
     assert answers["steered"]["mean_kl"] > 0
     for fruit in (answers["object"], answers["streamed_object"]):
         assert fruit["colour"] in ("red", "green")
+    for agent in (answers["agent"], answers["streamed_agent"]):
+        assert agent["finish"] == "tool-calls"
+        assert agent["output"] == f"The {agent['input']['colour']} one is ripe."
+        assert agent["text"]
     assert (answers["error"]["is_call_error"], answers["error"]["status"]) == (True, 404)

@@ -39,7 +39,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
     shown = page.read_text()
-    ours = r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)|tests\.(?:soak|clients\.lm_evaluation)))"
+    ours = (
+        r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)"
+        r"|tests\.(?:soak|clients\.lm_evaluation)))"
+    )
     lines = re.findall(rf"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?({ours} .+?)(?:  +#.*)?$", shown)
     lines += re.findall(rf"`({ours} [^`]+)`", shown)
     for line in lines:
