@@ -17,6 +17,7 @@ from server.api.gate.head import HeadAsGet
 from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
+from server.api.gate.quota import Quota
 from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
 from server.control.params import ControlParams
@@ -124,7 +125,8 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, sh
         tokens_per_minute=settings.tokens_per_minute,
         concurrent_requests=settings.concurrent_requests,
     )
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Quota)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, receive_timeout_s=settings.receive_timeout_s)
     app.add_middleware(
         Gatekeeper,
         keys=keys,

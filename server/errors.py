@@ -9,6 +9,7 @@
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   `-- UnknownModelError    404   lists the model ids that exist
     |-- HeadConflictError        409   a head that is loaded already, or pinned
+    |-- SlowBodyError            408   a body that did not come in time
     |-- BodyTooLargeError        413
     |-- MediaTypeError           415   a body that is not JSON
     |-- ContentEncodingError     415   a body that is compressed in a way this server does not know
@@ -18,6 +19,7 @@
     |-- EngineStoppedError       503   the loop has ended or never started
     |   `-- ShuttingDownError    503   what runs may finish; nothing new begins
     |-- DeadlineExceededError    504   the request's own deadline has passed
+    |   `-- SlowReaderError      504   too much of a stream waits for a client that does not read it
     |-- GenerationError          500   one request failed inside the engine; others go on
     `-- ConfigurationError       500   the server or a command was set up wrongly
         |-- ModelLoadError       500   no such model, or one this server cannot run
@@ -87,6 +89,11 @@ class HeadConflictError(RecontrolError):
     status = 409
 
 
+class SlowBodyError(RecontrolError):
+    code = "request_timeout"
+    status = 408
+
+
 class BodyTooLargeError(RecontrolError):
     code = "body_too_large"
     status = 413
@@ -134,6 +141,10 @@ class ShuttingDownError(EngineStoppedError):
 class DeadlineExceededError(RecontrolError):
     code = "deadline_exceeded"
     status = 504
+
+
+class SlowReaderError(DeadlineExceededError):
+    code = "slow_reader"
 
 
 class GenerationError(RecontrolError):

@@ -107,6 +107,10 @@ class Settings(BaseSettings):
         float,
         Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),
     ] = 15.0
+    receive_timeout_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="most time for a request's headers, and again for its body"),
+    ] = 60.0
     send_timeout_s: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
@@ -117,6 +121,7 @@ class Settings(BaseSettings):
     ] = 75.0
     """Above the 60 s of nginx and of clouds' load balancers: who closes first must not be the server, or a request that
     comes at that moment is lost."""
+    max_connections: Annotated[int, Field(ge=1, description="one more closes the longest idle one")] = 2048
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")

@@ -28,7 +28,13 @@ from server.api.resolution import (
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.engines.base import ChunkStream, Engine
-from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
+from server.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    GenerationError,
+    ShuttingDownError,
+    SlowReaderError,
+)
 from server.telemetry import Telemetry
 from server.types import (
     ControlSummary,
@@ -43,7 +49,8 @@ from server.types import (
 LEAST_NEW_TOKENS = 16
 """Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
 _MIN_LOGPROB = -9999.0
-_Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
+_MAX_UNREAD = 2**15
+"""Of a stream whose client does not read it: tokens and log-probabilities, some 10 MB of them."""
 
 
 @dataclass(slots=True)
@@ -65,6 +72,9 @@ class Generation:
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
+    """Of the chunks that were given out."""
+    num_drawn: int = 0
+    """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
@@ -87,11 +97,11 @@ class Generation:
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
 
-        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine, and
-        DeadlineExceededError when the time is over.
+        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine,
+        DeadlineExceededError when the time is over, and SlowReaderError when whoever reads this falls too far behind.
         """
-        queue: _Queue = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        queue = _Backlog()
+        pumps = [asyncio.create_task(self._pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
         if self.timeout_s is not None:
             pumps.append(asyncio.create_task(self._end_in(self.timeout_s, queue)))
         num_open = len(self.streams) * self.num_choices
@@ -105,7 +115,6 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
-                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
                 if not (chunk.token_ids or chunk.text or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
@@ -127,16 +136,58 @@ class Generation:
     async def close(self) -> None:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
         await _close(self.streams)
-        usage = self.usage
+        prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(usage.total_tokens)
-        self.facts |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+            self.charge.settle(prompt_tokens + self.num_drawn)
+        self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
-    async def _end_in(self, timeout_s: float, queue: _Queue) -> None:
+    async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
+        try:
+            async for chunk in stream:
+                self.num_drawn += chunk.num_drawn
+                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
+                if queue.size > _MAX_UNREAD:
+                    await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
+                    return
+                queue.put(index, chunk)
+        except Exception as error:
+            queue.put(index, error)
+
+    async def _end_in(self, timeout_s: float, queue: _Backlog) -> None:
         await asyncio.sleep(timeout_s)
+        await self._end(queue, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s."))
+
+    async def _end(self, queue: _Backlog, error: Exception) -> None:
         # Before the streams are closed, whose choices then end as aborted.
-        queue.put_nowait((0, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s.")))
+        queue.put(0, error)
         await _close(self.streams)
+
+
+class _Backlog:
+    """What has come of a body's streams and was not read yet."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
+        self.size = 0
+        """Tokens and log-probabilities."""
+
+    def put(self, index: int, chunk: GenerationChunk | Exception) -> None:
+        self.size += _size(chunk)
+        self._queue.put_nowait((index, chunk))
+
+    async def get(self) -> tuple[int, GenerationChunk | Exception]:
+        if not self._queue.empty():
+            # Else a long backlog, read at one go, would hold up everybody else.
+            await asyncio.sleep(0)
+        index, chunk = await self._queue.get()
+        self.size -= _size(chunk)
+        return index, chunk
+
+
+def _size(chunk: GenerationChunk | Exception) -> int:
+    if isinstance(chunk, Exception):
+        return 0
+    return 1 + sum(1 + len(score.top) for score in (*chunk.logprobs, *(chunk.prompt_logprobs or ())) if score)
 
 
 @dataclass(slots=True)
@@ -300,14 +351,6 @@ def shown(value: Any) -> Any:
 def shown_logprob(logprob: float) -> float:
     """JSON has no -inf; -9999.0 stands for it, as in vLLM."""
     return max(logprob, _MIN_LOGPROB)
-
-
-async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:
-    try:
-        async for chunk in stream:
-            queue.put_nowait((index, chunk))
-    except Exception as error:
-        queue.put_nowait((index, error))
 
 
 async def _close(streams: Sequence[ChunkStream]) -> None:

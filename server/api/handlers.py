@@ -23,11 +23,20 @@ from server.errors import (
     OverloadedError,
     RecontrolError,
     ShuttingDownError,
+    SlowBodyError,
     UnknownHeadError,
 )
 
 _SHOWN_CHARS = 64
-_RETRY_AFTER_SHUTDOWN_S = 5
+_HEADERS: dict[type[RecontrolError], dict[str, str]] = {
+    ShuttingDownError: {"Retry-After": "5"},
+    # OpenAI's clients would otherwise repeat what was too slow.
+    DeadlineExceededError: {"x-should-retry": "false"},
+    # What is left of the body must not be taken for the next request.
+    SlowBodyError: {"Connection": "close"},
+    ContentEncodingError: {"Accept-Encoding": ", ".join(ENCODINGS)},
+    AuthenticationError: {"WWW-Authenticate": "Bearer"},
+}
 _TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
 
 
@@ -62,16 +71,7 @@ async def _on_recontrol_error(request: Request, error: Exception) -> JSONRespons
 def _headers(error: RecontrolError) -> dict[str, str] | None:
     if isinstance(error, OverloadedError):
         return {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, ShuttingDownError):
-        return {"Retry-After": str(_RETRY_AFTER_SHUTDOWN_S)}
-    if isinstance(error, DeadlineExceededError):
-        # OpenAI's clients would otherwise repeat what was too slow.
-        return {"x-should-retry": "false"}
-    if isinstance(error, ContentEncodingError):
-        return {"Accept-Encoding": ", ".join(ENCODINGS)}
-    if isinstance(error, AuthenticationError):
-        return {"WWW-Authenticate": "Bearer"}
-    return None
+    return next((headers for kind, headers in _HEADERS.items() if isinstance(error, kind)), None)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

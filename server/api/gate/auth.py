@@ -12,7 +12,7 @@ from server.api.gate.context import context_of
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Caller, Callers
 from server.api.handlers import error_response
-from server.errors import AuthenticationError, RecontrolError
+from server.errors import AuthenticationError
 
 MANAGEMENT_PREFIX = "/v1/management/"
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
@@ -22,7 +22,7 @@ _WRONG_KEY = "The key in the Authorization header does not open this path."
 
 
 class Gatekeeper:
-    """Finds the caller, and counts its requests while they run."""
+    """Finds the caller. Its requests are counted behind this (`quota.py`), once they are there as a whole."""
 
     def __init__(
         self, app: ASGIApp, *, keys: KeyRing, management_keys: KeyRing, callers: Callers, public_paths: frozenset[str]
@@ -39,27 +39,21 @@ class Gatekeeper:
             return
         context = context_of(scope)
         try:
-            context.caller = await self._admitted(scope)
-        except RecontrolError as error:
+            context.caller = self._caller(scope)
+        except AuthenticationError as error:
             await error_response(error, context.request_id)(scope, receive, send)
             return
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            if context.caller is not None:
-                context.caller.end()
+        await self._app(scope, receive, send)
 
-    async def _admitted(self, scope: Scope) -> Caller | None:
-        """The caller, counted in; None where nothing is limited. Raises AuthenticationError, RateLimitError."""
+    def _caller(self, scope: Scope) -> Caller | None:
+        """None where nothing is limited. Raises AuthenticationError."""
         context = context_of(scope)
         context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
         key_id = self._key_id(scope, self._management_keys if context.is_manager else self._keys)
         context.facts["key"] = key_id
         if context.is_manager or scope["method"] != "POST":
             return None
-        caller = self._callers.get(key_id)
-        await caller.begin()
-        return caller
+        return self._callers.get(key_id)
 
     def _key_id(self, scope: Scope, ring: KeyRing) -> str:
         if not ring and not self._keys:
