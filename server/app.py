@@ -12,12 +12,13 @@ from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
-from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
+from server.api.gate.auth import METRICS_PATH, PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
 from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.quota import Quota
+from server.api.gate.salt import CacheSalt
 from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
 from server.control.params import ControlParams
@@ -75,6 +76,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
     app.state.is_draining = False
+    app.state.cache_salt = _cache_salt(settings)
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")
     _install_gate(app, settings, management_keys, shared_rates)
@@ -109,6 +111,12 @@ def _allow_origins(app: FastAPI, settings: Settings) -> None:
     )
 
 
+def _cache_salt(settings: Settings) -> CacheSalt:
+    has_keys = settings.api_keys is not None or settings.api_keys_file is not None
+    # Behind something that keeps strangers out all callers look alike, so what one of them asked is nobody else's.
+    return CacheSalt(settings.cache_salt_header, is_shared=has_keys or not settings.allow_public_bind)
+
+
 def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> asyncio.Task[None] | None:
     if settings.heads_dir is None or settings.heads_poll_s is None:
         return None
@@ -133,7 +141,7 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, sh
         management_keys=management_keys,
         callers=Callers(limits, shared_rates or LocalRates()),
         public_paths=PUBLIC_PATHS
-        | ({"/metrics"} if settings.public_metrics else set())
+        | ({METRICS_PATH} if settings.public_metrics else set())
         | (playground.PATHS if settings.playground else set()),
     )
     app.add_middleware(HeaderLimit)

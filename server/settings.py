@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -58,6 +58,17 @@ def _origin(given: str) -> str:
 
 
 Origin = Annotated[str, AfterValidator(_origin)]
+
+
+def _address(given: str) -> str:
+    """Raises ValueError."""
+    try:
+        return str(ip_network(given, strict=False)) if "/" in given else str(ip_address(given))
+    except ValueError as error:
+        raise ValueError(f"{given!r} is no IP address and no network such as 10.0.0.0/8") from error
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class Settings(BaseSettings):
@@ -128,7 +139,14 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
-    public_metrics: bool = Field(False, description="serve /metrics without a key")
+    public_metrics: bool = Field(False, description="serve /metrics without a key; else it needs a management key")
+    cache_salt_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = Field(
+        None,
+        description="header in which a gateway names its caller: what is cached of prompts is shared by one name alone",
+    )
+    trusted_proxies: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="comma-separated addresses or networks whose X-Forwarded-For is believed; by default none"
+    )
     playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
     requests_per_minute: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
     tokens_per_minute: int | None = Field(

@@ -260,13 +260,13 @@ async def start(
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
     """What is asked, of each prompt, in the name of the caller."""
     context = context_of(request)
+    salt = request.app.state.cache_salt.of(request)
     return [
         replace(
             asked,
             request_id=f"{context.request_id}-{index}",
             prompt_token_ids=tuple(prompt),
-            # What is cached for one key must not tell another, by its timing, what was asked.
-            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+            cache_salt=salt,
         )
         for index, prompt in enumerate(prompts)
     ]

@@ -39,6 +39,8 @@ class ConnectionLimits:
     keep_alive_s: float = 75.0
     """Without a request."""
     max_connections: int = 2048
+    trusted_proxies: tuple[str, ...] = ()
+    """Those whose word on the client's address (X-Forwarded-For) is taken."""
     response_timeout_s: float = math.inf
     """That a client may take to read a response, from when it first falls behind."""
     idle: dict[Protocol, None] = field(default_factory=dict)

@@ -39,6 +39,9 @@ class DrainingServer(uvicorn.Server):
             http=Protocol,
             # uvicorn hands it to the event loop, which takes fractions.
             timeout_keep_alive=cast(int, limits.keep_alive_s),
+            # By default uvicorn believes every process of this machine.
+            proxy_headers=bool(limits.trusted_proxies),
+            forwarded_allow_ips=list(limits.trusted_proxies),
             h11_max_incomplete_event_size=_MAX_EVENT_BYTES,
             timeout_graceful_shutdown=_ENDING_S,
             # Our own lines are written by server.api.gate.identity, in the format that server.logs was told.

@@ -101,5 +101,6 @@ def _connection_limits(settings: Settings) -> ConnectionLimits:
         send_timeout_s=min(settings.send_timeout_s, longest_s),
         keep_alive_s=settings.keep_alive_s,
         max_connections=settings.max_connections,
+        trusted_proxies=settings.trusted_proxies,
         response_timeout_s=longest_s,
     )

@@ -1,4 +1,4 @@
-"""Clients that send, read or say nothing, on purpose or not: none of them holds a place, or keeps the server from its end."""
+"""Clients that do not send, do not read or say nothing: none holds a place, or keeps the server from its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who may ask for what: every path but a few public ones needs a key, and management needs a key of its own.
+"""Who may ask for what: every path but a few public ones needs a key, and what is the operator's, which is management
+and metrics, needs a key of its own.
 
 The path is the one that routes see, `scope["path"]`; nothing here reads the Host header. With no keys configured the
 server is open, but for management, which then does not exist. Enter at `Gatekeeper`.
@@ -15,10 +16,13 @@ from server.api.handlers import error_response
 from server.errors import AuthenticationError
 
 MANAGEMENT_PREFIX = "/v1/management/"
+METRICS_PATH = "/metrics"
+"""Where little is asked, its sums tell each caller of what another one asked."""
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
 ANONYMOUS = "anonymous"
 _NO_KEY = "This server needs a key: send the header `Authorization: Bearer <key>`."
 _WRONG_KEY = "The key in the Authorization header does not open this path."
+_OPERATORS_KEY = "This path needs a management key: send the header `Authorization: Bearer <key>`."
 
 
 class Gatekeeper:
@@ -49,7 +53,8 @@ class Gatekeeper:
         """None where nothing is limited. Raises AuthenticationError."""
         context = context_of(scope)
         context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
-        key_id = self._key_id(scope, self._management_keys if context.is_manager else self._keys)
+        is_operators = context.is_manager or scope["path"] == METRICS_PATH
+        key_id = self._key_id(scope, self._management_keys if is_operators else self._keys)
         context.facts["key"] = key_id
         if context.is_manager or scope["method"] != "POST":
             return None
@@ -60,7 +65,7 @@ class Gatekeeper:
             return ANONYMOUS
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if not given:
-            raise AuthenticationError(_NO_KEY)
+            raise AuthenticationError(_NO_KEY if ring is self._keys else _OPERATORS_KEY)
         scheme, _, presented = given[0].partition(b" ")
         key_id = ring.find(presented.strip(b" ")) if scheme.lower() == b"bearer" and len(given) == 1 else None
         if key_id is None:

@@ -21,10 +21,14 @@ from server.machine import memory_limit_bytes
 from server.settings import Settings
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
+_NO_REPORTS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: Callable[[EngineStatus], None]) -> Any:
     """A started AsyncLLM; takes a minute or more. Raises ConfigurationError, ModelLoadError."""
+    # Before vLLM is imported: unless an operator says otherwise, nothing is reported to its makers, or to Ray's.
+    for name, value in _NO_REPORTS.items():
+        os.environ.setdefault(name, value)
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
