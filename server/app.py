@@ -21,6 +21,7 @@ from server.api.gate.quota import Quota
 from server.api.gate.salt import CacheSalt
 from server.api.gate.sizes import BodyLimit, HeaderLimit
 from server.api.schemas import ErrorBody
+from server.api.workers import Workers
 from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import Engine
@@ -46,6 +47,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     pinned = _pinned_control(settings)
     provider = _trace_provider(settings.otlp_endpoint)
     shared_rates = _shared_rates(settings.rate_limit_storage)
+    workers = Workers()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +65,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             await engine.stop()
             if shared_rates is not None:
                 await shared_rates.close()
+            workers.close()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
 
@@ -72,6 +75,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.engine = engine
     app.state.telemetry = telemetry
     app.state.pinned = pinned
+    app.state.workers = workers
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason

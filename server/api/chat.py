@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.generation import Choice, Generation, shown_logprob, start, tokenized
 from server.api.messages import ChatMessage
 from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
@@ -23,9 +22,8 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    # A long conversation takes long, which must not stop the other requests.
     rendering = body.rendering(reasoning_effort=body.reasoning_effort)
-    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
+    prompt = await tokenized(request, lambda: engine.encode_chat(ChatMessage.plain(body.messages), rendering))
     generation = await start(
         request,
         body,

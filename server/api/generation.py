@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -27,6 +27,7 @@ from server.api.resolution import (
 )
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
+from server.api.workers import Workers
 from server.engines.base import ChunkStream, Engine
 from server.errors import (
     DeadlineExceededError,
@@ -49,6 +50,7 @@ from server.types import (
 LEAST_NEW_TOKENS = 16
 """Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
 _MIN_LOGPROB = -9999.0
+_Result = TypeVar("_Result")
 _MAX_UNREAD = 2**15
 """Of a stream whose client does not read it: tokens and log-probabilities, some 10 MB of them."""
 
@@ -69,10 +71,13 @@ class Generation:
     first_warnings: list[str]
     """Of its heads, when it was queued."""
     telemetry: Telemetry
+    workers: Workers
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     completion_tokens: int = 0
     """Of the chunks that were given out."""
+    num_told: int = 0
+    """Tokens and log-probabilities of these."""
     num_drawn: int = 0
     """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
@@ -81,6 +86,11 @@ class Generation:
     @property
     def usage(self) -> Usage:
         return Usage(sum(map(len, self.prompts)), self.completion_tokens)
+
+    @property
+    def size(self) -> int:
+        """Of the answer: tokens and log-probabilities."""
+        return self.num_told + sum(map(len, self.prompt_logprobs.values()))
 
     @property
     def warnings(self) -> list[str]:
@@ -115,6 +125,7 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
+                self.num_told += _size(chunk)
                 if not (chunk.token_ids or chunk.text or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
@@ -215,6 +226,12 @@ async def collect(generation: Generation) -> list[Choice]:
                 choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
                 choice.prompt_values = chunk.prompt_values
     return choices
+
+
+async def tokenized(request: Request, read: Callable[[], _Result]) -> _Result:
+    """What `read` makes of a body's texts, off the event loop."""
+    workers: Workers = request.app.state.workers
+    return await workers.run(read, size=context_of(request).num_body_bytes)
 
 
 async def start(
@@ -318,6 +335,7 @@ async def queue(
         heads=heads,
         first_warnings=engine.info.warnings(heads),
         telemetry=state.telemetry,
+        workers=state.workers,
         facts=context.facts,
     )
     generation.telemetry.count_usage(prompt_tokens=generation.usage.prompt_tokens)

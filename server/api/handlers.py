@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.api.floods import UNKNOWN
 from server.api.gate.context import request_id_of
 from server.api.gate.encodings import ENCODINGS
 from server.api.schemas import locate
@@ -85,7 +86,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         path = [*path, context["discriminator"].strip("'")]
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
-    if first["type"] in (REFUSED, "field"):
+    if first["type"] in (REFUSED, UNKNOWN, "field"):
         holder = f"{where}." if where else ""
         content = _body(400, f"{holder}{first['msg']}", f"{holder}{context['name']}", _code(first["type"]))
         return JSONResponse(content, 400)
@@ -119,7 +120,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _code(pydantic_type: str) -> str:
-    return {REFUSED: REFUSED, "extra_forbidden": "unknown_field", "missing": "missing_field"}.get(
+    return {REFUSED: REFUSED, UNKNOWN: UNKNOWN, "extra_forbidden": "unknown_field", "missing": "missing_field"}.get(
         pydantic_type, "invalid_value"
     )
 

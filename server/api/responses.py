@@ -10,15 +10,17 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
+from server.api.json_text import json_bytes
 from server.api.schemas import GenerationBody
-from server.api.sse import EventStream
+from server.api.sse import EventStream, large_event
+from server.api.workers import LARGE
 from server.types import ControlSummary, FinishReason, GenerationChunk
 
 _CLIENT_CLOSED_REQUEST = 499
@@ -66,13 +68,17 @@ class ResponseWriter(ABC):
         return await whole_response(self._request, self._generation, self._whole())
 
     async def _whole(self) -> dict[str, Any]:
+        finished = await collect(self._generation)
+        return await self._generation.workers.run(lambda: self._content(finished), size=self._generation.size)
+
+    def _content(self, finished: list[Choice]) -> dict[str, Any]:
         choices = [
             self._choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
-            for index, choice in enumerate(await collect(self._generation))
+            for index, choice in enumerate(finished)
         ]
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
 
-    async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def _events(self) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         head = {**self._head, "object": self.event_object_name}
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
@@ -81,7 +87,9 @@ class ResponseWriter(ABC):
                 # A token that completes no character has no event, so its trace goes with the next one.
                 trace = traces.setdefault(index, [])
                 trace += self._generation.traced(chunk)
-                content = self.event_content(index, chunk, is_first=index not in begun)
+                # The first of a prompt that was scored is as large as the prompt.
+                is_large = index not in begun and self._generation.size > LARGE
+                content = await self._event_content(index, chunk, is_first=index not in begun)
                 if content is None:
                     continue
                 begun.add(index)
@@ -91,9 +99,20 @@ class ResponseWriter(ABC):
                     event["usage"] = self._usage()
                 elif self._include_usage:
                     event["usage"] = None
-                yield event
+                if is_large:
+                    yield await self._generation.workers.run(partial(large_event, event), size=self._generation.size)
+                else:
+                    yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
+
+    async def _event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
+        """Off the event loop where it holds a long prompt's log-probabilities."""
+        if not is_first or self._generation.size <= LARGE:
+            return self.event_content(index, chunk, is_first=is_first)
+        return await self._generation.workers.run(
+            lambda: self.event_content(index, chunk, is_first=is_first), size=self._generation.size
+        )
 
     def _choice(
         self,
@@ -126,7 +145,9 @@ async def whole_response(
 ) -> Response:
     """Answer with `content` once it is there, and abort what is unfinished when the client goes."""
     try:
-        return JSONResponse(await _unless_disconnected(request, content))
+        answer = await _unless_disconnected(request, content)
+        text = await generation.workers.run(lambda: json_bytes(answer), size=generation.size)
+        return Response(text, media_type="application/json")
     except ClientDisconnectedError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:

@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.handlers import error_body, generic_error
+from server.api.json_text import json_pieces
 from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json
 
 
 class EventStream(StreamingResponse):
-    """A response that ends with `[DONE]`, after an error event if the stream fails.
+    """A response that ends with `[DONE]`, after an error event if the stream fails. Events that are bytes are ready.
 
     Whenever nothing was sent for `ping_s` seconds a comment goes out, which clients ignore, so that nothing on the way
     takes the connection for dead while a request waits or its prompt is computed; 0 sends none. `on_end` runs when the
@@ -40,7 +41,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[dict[str, Any], None],
+        events: AsyncGenerator[dict[str, Any] | bytes, None],
         *,
         on_end: Callable[[], Awaitable[None]],
         request_id: str,
@@ -84,17 +85,22 @@ class EventStream(StreamingResponse):
             pinging.cancel()
 
 
-async def _encoded(events: AsyncGenerator[dict[str, Any], None], request_id: str) -> AsyncIterator[bytes]:
+async def _encoded(events: AsyncGenerator[dict[str, Any] | bytes, None], request_id: str) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(events):
         try:
             async for event in events:
-                yield _event(event)
+                yield event if isinstance(event, bytes) else _event(event)
         except RecontrolError as error:
             yield _event(error_body(error) if error.status < 500 else generic_error(error, request_id))
         except Exception as error:
             _log.exception("Request %s failed in mid-stream", request_id)
             yield _event(generic_error(error, request_id))
         yield _DONE
+
+
+def large_event(data: dict[str, Any]) -> bytes:
+    """An event as it is sent, written in pieces, for a thread."""
+    return b"data: " + b"".join(piece.translate(_LINE_ENDS).encode() for piece in json_pieces(data)) + b"\n\n"
 
 
 def _event(data: dict[str, Any]) -> bytes:

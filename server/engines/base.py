@@ -119,11 +119,11 @@ class Engine(Protocol):
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt given as token ids (for `echo`)."""
+        """Text of a prompt given as token ids (for `echo`). From any thread."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token on its own; a part of a character shows as U+FFFD."""
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token on its own; a part of a character shows as U+FFFD. From any thread."""
         ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
@@ -163,7 +163,7 @@ class Engine(Protocol):
     async def unload_head(self, name: str) -> None:
         """Offer the head no more, and return when the last request that runs under it has ended.
 
-        Raises UnknownHeadError.
+        Raises UnknownHeadError, and HeadConflictError when the head was loaded again before that.
         """
         ...
 

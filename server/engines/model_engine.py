@@ -16,7 +16,13 @@ from server.control.registry import HeadRegistry
 from server.engines.base import EngineInfo
 from server.engines.heads import HeadSource, OfferedHead, facts
 from server.engines.text import Tokenization
-from server.errors import EngineStoppedError, InvalidRequestError, OverloadedError, UnknownHeadError
+from server.errors import (
+    EngineStoppedError,
+    HeadConflictError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownHeadError,
+)
 from server.settings import Settings
 from server.types import GenerationRequest
 
@@ -55,9 +61,15 @@ class ModelEngine(Tokenization):
             if name not in info.heads:
                 raise UnknownHeadError(name, info.heads)
             self._info = info.without_head(name)
-            while await self._num_users(name):
-                await asyncio.sleep(_UNLOAD_POLL_S)
-            await self._drop_head(name)
+        # Users may go on for minutes, and other heads do not wait for them.
+        while True:
+            async with self._managing:
+                if name in self.info.heads:
+                    raise HeadConflictError(f"The value head {name!r} was loaded anew while it was being unloaded.")
+                if not await self._num_users(name):
+                    await self._drop_head(name)
+                    return
+            await asyncio.sleep(_UNLOAD_POLL_S)
 
     @property
     @abstractmethod

@@ -8,6 +8,8 @@ that may be the beginning of a stop string. None of them knows of models, sequen
 from __future__ import annotations
 
 import codecs
+import contextlib
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from server.engines.chat_template import encode_chat
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
 
+_LONG_CHARS = 2**14
+
 
 class Tokenization(ABC):
     """That part of an `Engine`; its methods may be called from any thread."""
@@ -25,6 +29,8 @@ class Tokenization(ABC):
     def __init__(self) -> None:
         # A call may change the tokenizer's truncation and padding, so one at a time.
         self._encoding = threading.Lock()
+        self._encoding_large = threading.Lock()
+        self._copied: tuple[Any, Any] | None = None
         self._known: tuple[Any, Vocabulary] | None = None
 
     @property
@@ -33,18 +39,20 @@ class Tokenization(ABC):
         """Raises EngineStoppedError before the engine has been started."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        with self._encoding:
-            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        with self._reading(len(text)) as tokenizer:
+            return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
-        with self._encoding:
-            return encode_chat(self._tokenizer, messages, rendering)
+        with self._reading(sum(len(message.get("content") or "") for message in messages)) as tokenizer:
+            return encode_chat(tokenizer, messages, rendering)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        # A long text has few different tokens, and asking for one takes ten times as long as looking it up.
+        texts = {token_id: self._tokenizer.decode([token_id]) for token_id in set(token_ids)}
+        return [texts[token_id] for token_id in token_ids]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         text = Detokenizer(self._vocabulary, ())
@@ -52,6 +60,20 @@ class Tokenization(ABC):
         if tokens and not tokens[-1].is_special:
             tokens[-1] = replace(tokens[-1], text=tokens[-1].text + text.flush())
         return tokens
+
+    @contextlib.contextmanager
+    def _reading(self, num_chars: int) -> Iterator[Any]:
+        """The tokenizer, for one text at a time; long ones have one of their own, so that short ones never wait."""
+        if num_chars <= _LONG_CHARS:
+            with self._encoding:
+                yield self._tokenizer
+            return
+        with self._encoding_large:
+            tokenizer = self._tokenizer
+            if self._copied is None or self._copied[0] is not tokenizer:
+                with self._encoding:
+                    self._copied = tokenizer, copy.deepcopy(tokenizer)
+            yield self._copied[1]
 
     @property
     def _vocabulary(self) -> Vocabulary:

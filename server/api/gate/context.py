@@ -17,6 +17,8 @@ class RequestContext:
     caller: Caller | None = None
     """Set once the key is known."""
     is_manager: bool = False
+    num_body_bytes: int = 0
+    """Once the body is there, decoded."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into the access line; add plain values that were checked."""
 

@@ -13,9 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.gate.context import context_of
 from server.api.gate.encodings import decoded
 from server.api.handlers import error_response
-from server.errors import BodyTooLargeError, HeadersTooLargeError, MediaTypeError, RecontrolError, SlowBodyError
+from server.errors import (
+    BodyTooLargeError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+    MediaTypeError,
+    RecontrolError,
+    SlowBodyError,
+)
 
 MAX_HEADER_BYTES = 32 * 1024
+MAX_PARTS = 2**17
 _MAX_LENGTH_DIGITS = 15
 
 
@@ -60,12 +68,14 @@ class BodyLimit:
             await error_response(error, context_of(scope).request_id)(scope, receive, send)
             return
         if body is not None:
+            context_of(scope).num_body_bytes = len(body)
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """None when the client has gone.
 
-        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, and what `decoded` raises.
+        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, InvalidRequestError for one of too many parts, and what
+        `decoded` raises.
         """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
@@ -83,7 +93,8 @@ class BodyLimit:
             raise MediaTypeError("The body must be JSON, with the header `Content-Type: application/json`.")
         if body and (encoding := ",".join(headers.getlist("content-encoding"))):
             # In a thread, since it takes as long as the body is large.
-            return await asyncio.to_thread(decoded, body, encoding, self._max_body_bytes)
+            body = await asyncio.to_thread(decoded, body, encoding, self._max_body_bytes)
+        _refuse_many_parts(body)
         return body
 
     async def _received(self, receive: Receive) -> bytes | None:
@@ -101,6 +112,16 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is larger than {self._max_body_bytes} bytes.")
+
+
+def _refuse_many_parts(body: bytes) -> None:
+    """Python takes a second to make a million lists, and holds up everything meanwhile. Raises InvalidRequestError."""
+    if body.count(b"[") + body.count(b"{") <= MAX_PARTS:
+        return
+    # Without what stands between quotes, where none begins.
+    between = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
+    if sum(text.count(b"[") + text.count(b"{") for text in between) > MAX_PARTS:
+        raise InvalidRequestError(f"The body has more than {MAX_PARTS} objects and lists.")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -36,7 +36,7 @@ from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.structure import constrained
+from server.engines.embedded.structure import CompiledSchema, constrained
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
 from server.errors import ContextLengthError
@@ -136,6 +136,8 @@ class EngineCore:
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
         check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        if isinstance(request.structure, CompiledSchema):
+            request.structure.check_copies(request.num_sequences, param=request.sequences_param)
         check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
 
     def sequences(
