@@ -89,7 +89,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
 
         app.add_middleware(Tracing, provider=provider)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(Identity)
+    app.add_middleware(Identity, count=telemetry.count_response)
     _allow_origins(app, settings)
     routers = [module.router for module in (completions, chat, value, models, tokens, system)]
     routers += [management.router] if management_keys else []

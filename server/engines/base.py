@@ -53,6 +53,14 @@ class EngineStatus:
     num_waiting: int
     kv_cache_usage: float
     """Share of the slots' positions that hold a token, from 0 to 1."""
+    num_preemptions: int = 0
+    """Sequences that gave their pages up and waited again, since the start, as all that follows."""
+    num_cache_queries: int = 0
+    """Prompt tokens that were looked for in the cache of prompts."""
+    num_cache_hits: int = 0
+    """Those of them that were found."""
+    num_cache_evictions: int = 0
+    """Pages of the cache whose place was needed."""
 
 
 class EngineObserver(Protocol):

@@ -60,7 +60,7 @@ def test_a_body_that_trickles_in_is_a_408_too(make_app: Callable[..., FastAPI]) 
 
 
 @pytest.mark.parametrize(
-    "data", [b"G", b"GET /health HTTP/1.1\r\nx-a: b\r\n", b"GET /health HTTP/1.1\r\nhost: a\r\n\r\nG"]
+    "data", [b"G", b"GET /health HTTP/1.1\r\nx-a: b\r\n", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nG"]
 )
 def test_headers_that_never_end_are_a_408(make_app: Callable[..., FastAPI], data: bytes) -> None:
     with serving(make_app(), receive_timeout_s=0.3) as url:
@@ -88,7 +88,7 @@ def test_a_connection_that_says_nothing_is_closed_like_one_between_two_requests(
 ) -> None:
     with serving(make_app(), keep_alive_s=0.3) as url:
         assert rest(sent(url, b"")) == b""
-        assert rest(sent(url, b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        assert rest(sent(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")).startswith(b"HTTP/1.1 200")
 
 
 def test_one_connection_too_many_takes_the_place_of_the_one_that_is_idle_for_longest(
@@ -98,7 +98,7 @@ def test_one_connection_too_many_takes_the_place_of_the_one_that_is_idle_for_lon
         idle = [sent(url, b"") for _ in range(3)]
         assert httpx.get(f"{url}/health").status_code == 200
         assert rest(idle[0]) == b""
-        idle[2].sendall(b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        idle[2].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert rest(idle[2]).startswith(b"HTTP/1.1 200")
         idle[1].close()
 
@@ -144,7 +144,7 @@ def test_a_stream_whose_client_reads_too_little_of_it_ends_and_keeps_no_more(
         while not read.endswith(b"0\r\n\r\n") and (part := reader.recv(2**16)):
             read += part
         assert b'"code":"slow_reader"' in read
-        assert read.count(b"data: ") < 300
+        assert read.count(b"data: ") < 450
 
 
 @pytest.mark.parametrize("data", [None, HEAD + b"content-length: 100\r\n\r\n"])

@@ -122,6 +122,10 @@ class EngineCore:
             num_running=scheduler.num_rows,
             num_waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.num_held / (scheduler.pool.num_pages - 1),
+            num_preemptions=scheduler.num_preemptions,
+            num_cache_queries=scheduler.num_cache_queries,
+            num_cache_hits=scheduler.num_cache_hits,
+            num_cache_evictions=scheduler.pool.num_evicted,
         )
 
     def use(self, registry: HeadRegistry) -> None:

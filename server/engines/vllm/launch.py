@@ -46,12 +46,28 @@ def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: 
         raise ConfigurationError(f"device: this vLLM was built for {current_platform.device_name}; leave device out")
 
     class StatusLogger(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+            self._num_preemptions = self._num_queries = self._num_hits = 0
 
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            if scheduler_stats is not None:
-                waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
-                on_status(EngineStatus(True, scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage))
+        def record(self, scheduler_stats: Any, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
+            # What follows is told of a step, and not since the start.
+            self._num_preemptions += getattr(iteration_stats, "num_preempted_reqs", 0)
+            if scheduler_stats is None:
+                return
+            cache = getattr(scheduler_stats, "prefix_cache_stats", None)
+            self._num_queries += getattr(cache, "queries", 0)
+            self._num_hits += getattr(cache, "hits", 0)
+            status = EngineStatus(
+                is_running=True,
+                num_running=scheduler_stats.num_running_reqs,
+                num_waiting=scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0),
+                kv_cache_usage=scheduler_stats.kv_cache_usage,
+                num_preemptions=self._num_preemptions,
+                num_cache_queries=self._num_queries,
+                num_cache_hits=self._num_hits,
+            )
+            on_status(status)
 
         def log_engine_initialized(self) -> None: ...
 
