@@ -228,10 +228,19 @@ async def collect(generation: Generation) -> list[Choice]:
     return choices
 
 
-async def tokenized(request: Request, read: Callable[[], _Result]) -> _Result:
-    """What `read` makes of a body's texts, off the event loop."""
+async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bool = False) -> _Result:
+    """What `read` makes of a body's texts, off the event loop.
+
+    The caller pays before it is done. What it paid is given back when it is, since `queue` then charges for the tokens,
+    unless this is all that was asked. Raises RateLimitError, OverloadedError, and what `read` raises.
+    """
     workers: Workers = request.app.state.workers
-    return await workers.run(read, size=context_of(request).num_body_bytes)
+    context = context_of(request)
+    charge = None if context.caller is None else await context.caller.pay_reading(context.num_body_bytes)
+    result = await workers.run(read, size=context.num_body_bytes)
+    if charge is not None and not is_all:
+        charge.settle(0)
+    return result
 
 
 async def start(

@@ -83,7 +83,8 @@ def _tokenized(engine: Engine, body: TokenizeBody) -> dict[str, Any]:
 
 async def _answer(request: Request, content: Callable[[], dict[str, Any]]) -> Response:
     """Read and written off the event loop, since both take as long as the text is."""
-    return Response(await tokenized(request, lambda: json_bytes(content())), media_type="application/json")
+    text = await tokenized(request, lambda: json_bytes(content()), is_all=True)
+    return Response(text, media_type="application/json")
 
 
 def _engine(request: Request, body: _TokenBody) -> Engine:

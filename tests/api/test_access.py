@@ -216,12 +216,12 @@ def test_tokens_are_counted_as_they_are_used_whatever_was_asked_for(keyed: Calla
 def test_a_chat_that_leaves_its_length_open_gets_what_the_minute_has_left(keyed: Callable[..., TestClient]) -> None:
     with keyed(tokens_per_minute=300) as client:
         assert complete(client, max_tokens=95).json()["usage"]["total_tokens"] == 100
+        assert complete(client, max_tokens=300).status_code == 400
         done = chat(client, n=2)
         usage = done.json()["usage"]
         assert {choice["finish_reason"] for choice in done.json()["choices"]} == {"length"}
         assert usage["completion_tokens"] == (200 - usage["prompt_tokens"]) // 2 * 2
         assert chat(client).status_code == 429
-        assert complete(client, max_tokens=300).status_code == 400
 
 
 def test_requests_at_once_are_limited_for_each_key_and_counted_out_when_they_end(
@@ -359,3 +359,25 @@ def test_where_a_request_comes_from_is_believed_of_trusted_proxies_alone(
 def test_a_trusted_proxy_is_an_address_or_a_network(given: str) -> None:
     with pytest.raises(ValidationError, match="no IP address"):
         Settings(trusted_proxies=given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a" * 6400}),
+        ("/detokenize", {"tokens": [100] * 1600}),
+        ("/v1/completions", {"model": "fake", "prompt": "a" * 6400}),
+        ("/v1/value", {"model": "fake", "input": "a" * 6400}),
+    ],
+)
+def test_no_text_is_read_for_a_key_that_has_no_tokens_left_for_that(
+    make_app: Callable[..., FastAPI], path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(settings={"tokens_per_minute": 150})
+    with TestClient(app) as client:
+        assert client.post("/tokenize", json={"prompt": "a" * 6400}).status_code == 200
+        for name in ("encode", "decode"):
+            monkeypatch.setattr(app.state.engine, name, lambda *_, **__: pytest.fail("read"))
+        refused = client.post(path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(refused.headers["retry-after"]) > 10

@@ -84,7 +84,9 @@ def test_what_is_configured_is_what_is_written(log_format: LogFormat, capsys: py
     logging.getLogger("x").warning("yes")
     written = capsys.readouterr().err.splitlines()
     assert len(written) == 1
-    assert written[0].endswith(" WARNING x: yes") if log_format == "text" else json.loads(written[0])["message"] == "yes"
+    assert (
+        written[0].endswith(" WARNING x: yes") if log_format == "text" else json.loads(written[0])["message"] == "yes"
+    )
 
 
 def test_the_access_line_says_who_asked_for_what_and_what_it_took(
