@@ -1,16 +1,19 @@
 """A conversation as token ids, in the model's own chat template.
 
 transformers renders it in a sandbox. What a request tells the template beside messages is held against what the
-template reads, so that nothing is told in vain. Enter at `encode_chat`.
+template reads, so that nothing is told in vain. Whatever messages spell, only the template makes control tokens
+(content.py). Enter at `encode_chat`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
+from server.engines.content import control_tokens
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 
@@ -20,6 +23,9 @@ _SWITCH = "enable_thinking"
 _EFFORT = "reasoning_effort"
 _NO_EFFORT = "none"
 
+Told = dict[str, Any]
+"""What a template is told: the conversation, and its variables by name."""
+
 
 def encode_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None
@@ -28,23 +34,59 @@ def encode_chat(
     rendering = rendering or ChatRendering()
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
+    mark = secrets.token_hex(16)
     try:
         template = tokenizer.get_chat_template()
-        variables = _variables(template, rendering)
-        text = tokenizer.apply_chat_template(
-            list(_with_roles(messages, template)),
-            add_generation_prompt=rendering.add_generation_prompt,
-            continue_final_message=rendering.continue_final_message,
-            tokenize=False,
-            **variables,
-        )
+        told: Told = {
+            "conversation": list(_with_roles(messages, template)),
+            "add_generation_prompt": rendering.add_generation_prompt,
+            "continue_final_message": rendering.continue_final_message,
+            **_variables(template, rendering),
+        }
+        control = control_tokens(tokenizer, template)
+        # The plain text comes first, so that a template's refusal never tells of marks.
+        text = _render(tokenizer, told)
+        marked = control.marked(told, mark)
+        shown = text if marked == told else _shown(tokenizer, told, mark, text)
     except InvalidRequestError:
         raise
     except Exception as error:
         raise InvalidRequestError(
-            f"messages: the model's chat template refuses them ({error})", param="messages"
+            f"messages: the model's chat template refuses them ({str(error).replace(mark, '')})", param="messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+    return control.encode(shown, mark if marked != told else None, add_special_tokens=rendering.add_special_tokens)
+
+
+def _render(tokenizer: Any, told: Told) -> str:
+    return tokenizer.apply_chat_template(**told, tokenize=False)
+
+
+def _shown(tokenizer: Any, told: Told, mark: str, text: str) -> str:
+    """The conversation as the template shows it with marks in it; `text` is the same without.
+
+    Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
+    before it. A marked one does not look like that, so the parts are told apart for the template where that is what it
+    makes of them.
+    """
+    control = control_tokens(tokenizer, tokenizer.get_chat_template())
+    parts = [_with_reasoning_apart(message, control.names) for message in told["conversation"]]
+    if parts != told["conversation"]:
+        apart = _render(tokenizer, control.marked({**told, "conversation": parts}, mark))
+        if apart.replace(mark, "") == text:
+            return apart
+    return _render(tokenizer, control.marked(told, mark))
+
+
+def _with_reasoning_apart(message: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """An assistant's message whose text holds the end of reasoning, as templates take it apart."""
+    content = message.get("content")
+    ends = [name for name in names if _THINKS in name.lower() and name[1:2] == "/"]
+    end = next((name for name in ends if isinstance(content, str) and name in content), None)
+    if message["role"] != "assistant" or end is None:
+        return dict(message)
+    before, _, answer = content.rpartition(end)
+    reasoning = before.split(end)[0].rpartition(end.replace("/", "", 1))[2]
+    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.strip("\n")}
 
 
 def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:
