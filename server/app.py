@@ -18,12 +18,13 @@ from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
 from server.api.gate.sizes import BodyLimit, HeaderLimit
+from server.api.pinned import check_names
 from server.api.schemas import ErrorBody
 from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import Engine
 from server.errors import ConfigurationError
-from server.settings import Settings
+from server.settings import PINNED_REFUSES, Settings
 from server.telemetry import Telemetry
 from server.watch import HeadWatch
 
@@ -70,6 +71,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.engine = engine
     app.state.telemetry = telemetry
     app.state.pinned = pinned
+    app.state.pinned_refuses = settings.pinned_refuses
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
@@ -164,7 +166,10 @@ def _trace_provider(endpoint: str | None) -> TracerProvider | None:
 
 
 def _pinned_control(settings: Settings) -> ControlParams | None:
+    check_names(settings.pinned_refuses)
     if settings.pinned_control is None:
+        if settings.pinned_refuses != PINNED_REFUSES:
+            raise ConfigurationError("pinned_refuses: set pinned_control too; without it there is nothing to hold")
         return None
     pinned = ControlParams.from_json(settings.pinned_control, "pinned_control")
     if pinned.objective.type != "weighted_sum":

@@ -33,6 +33,8 @@ KV_CACHE_GIB = (
 )
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
+PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_penalty", "frequency_penalty")
+"""Fields that choose tokens behind the back of pinned control (server/api/pinned.py)."""
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
@@ -136,6 +138,9 @@ class Settings(BaseSettings):
         "needs recontrol[redis]",
     )
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
+    pinned_refuses: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        PINNED_REFUSES, description="comma-separated fields that a request may not use beside pinned control"
+    )
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
     max_model_len: int | None = Field(

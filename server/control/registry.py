@@ -87,9 +87,13 @@ class HeadStack:
         """
         if self.earned_K is None:
             return None
-        inner_RKK = self._between(self.ascent_gram, slopes)
+        inner_RKK = self.inner_products(slopes)
         length_RK = inner_RKK.diagonal(dim1=1, dim2=2).sqrt().clamp(min=_LEAST_LENGTH)
         return inner_RKK / length_RK[:, :, None] / length_RK[:, None, :] * self.earned_K
+
+    def inner_products(self, slopes: Sequence[Tensor]) -> Tensor:
+        """Of every two heads' ascents of length one, [R, K, K]: what ascent k makes of head l's advantages."""
+        return self._between(self.ascent_gram, slopes)
 
     def rewards(self, standardised_RK: Tensor) -> Tensor:
         """Standardised values in reward units, [R, K]."""
