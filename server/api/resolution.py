@@ -105,7 +105,7 @@ def with_pinned(
     """
     if asked is None or pinned is None:
         return pinned if asked is None else asked
-    theirs, mine = _weights_beside_pinned(asked), pinned.objective
+    theirs, mine = _weights_beside_pinned(asked, pinned), pinned.objective
     assert isinstance(mine, WeightedSum), "anything else is refused at the start"
     if both := sorted(theirs.keys() & pinned.named_heads.keys()):
         raise InvalidRequestError(f"{steered_by}: this server pins {', '.join(both)}; leave it out", param=steered_by)
@@ -122,7 +122,9 @@ def with_pinned(
     allowed, total = (sum(map(abs, weights.values())) for weights in (mine.weights, theirs))
     share = allowed / total if total > allowed else 1.0
     weights = {**{name: weight * share for name, weight in theirs.items()}, **mine.weights}
-    fields: dict[str, Any] = {name: getattr(pinned, name) for name in ("gate", "window", "schedule")}
+    fields: dict[str, Any] = {
+        name: getattr(pinned, name) for name in ControlParams.model_fields if name not in _COMPOSED
+    }
     return UnderPinned(
         **fields,
         objective=WeightedSum(weights=weights),
@@ -137,10 +139,10 @@ def with_pinned(
     )
 
 
-def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
+def _weights_beside_pinned(asked: ControlParams, pinned: ControlParams) -> dict[str, float]:
     """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
-    for name in ControlParams.model_fields:
-        if name not in _COMPOSED and getattr(asked, name) is not None:
+    for name, field in ControlParams.model_fields.items():
+        if name not in _COMPOSED and getattr(asked, name) not in (field.default, getattr(pinned, name)):
             raise InvalidRequestError(
                 f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -23,45 +24,48 @@ _SWITCH = "enable_thinking"
 _EFFORT = "reasoning_effort"
 _NO_EFFORT = "none"
 
-Told = dict[str, Any]
-"""What a template is told: the conversation, and its variables by name."""
-
 
 def encode_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None
 ) -> list[int]:
     """Token ids of the messages. Raises InvalidRequestError, in the template's words where it refuses them."""
     rendering = rendering or ChatRendering()
+    # The plain text comes first, so that a template's refusal never tells of marks.
+    text = _rendered(tokenizer, messages, rendering)
+    control = control_tokens(tokenizer, tokenizer.get_chat_template())
+    mark = secrets.token_hex(16)
+    told = {"messages": list(messages), "variables": dict(rendering.variables)}
+    if control.marked(told, mark) == told:
+        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
+    try:
+        shown = _shown(tokenizer, told, rendering, mark, text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
-    mark = secrets.token_hex(16)
     try:
         template = tokenizer.get_chat_template()
-        told: Told = {
-            "conversation": list(_with_roles(messages, template)),
-            "add_generation_prompt": rendering.add_generation_prompt,
-            "continue_final_message": rendering.continue_final_message,
-            **_variables(template, rendering),
-        }
-        control = control_tokens(tokenizer, template)
-        # The plain text comes first, so that a template's refusal never tells of marks.
-        text = _render(tokenizer, told)
-        marked = control.marked(told, mark)
-        shown = text if marked == told else _shown(tokenizer, told, mark, text)
+        variables = _variables(template, rendering)
+        return tokenizer.apply_chat_template(
+            list(_with_roles(messages, template)),
+            add_generation_prompt=rendering.add_generation_prompt,
+            continue_final_message=rendering.continue_final_message,
+            tokenize=False,
+            **variables,
+        )
     except InvalidRequestError:
         raise
     except Exception as error:
         raise InvalidRequestError(
-            f"messages: the model's chat template refuses them ({str(error).replace(mark, '')})", param="messages"
+            f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
-    return control.encode(shown, mark if marked != told else None, add_special_tokens=rendering.add_special_tokens)
 
 
-def _render(tokenizer: Any, told: Told) -> str:
-    return tokenizer.apply_chat_template(**told, tokenize=False)
-
-
-def _shown(tokenizer: Any, told: Told, mark: str, text: str) -> str:
+def _shown(tokenizer: Any, told: dict[str, Any], rendering: ChatRendering, mark: str, text: str) -> str:
     """The conversation as the template shows it with marks in it; `text` is the same without.
 
     Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
@@ -69,12 +73,15 @@ def _shown(tokenizer: Any, told: Told, mark: str, text: str) -> str:
     makes of them.
     """
     control = control_tokens(tokenizer, tokenizer.get_chat_template())
-    parts = [_with_reasoning_apart(message, control.names) for message in told["conversation"]]
-    if parts != told["conversation"]:
-        apart = _render(tokenizer, control.marked({**told, "conversation": parts}, mark))
-        if apart.replace(mark, "") == text:
-            return apart
-    return _render(tokenizer, control.marked(told, mark))
+
+    def show(messages: list[dict[str, Any]]) -> str:
+        marked = control.marked({**told, "messages": messages}, mark)
+        return _rendered(tokenizer, marked["messages"], replace(rendering, variables=marked["variables"]))
+
+    parts = [_with_reasoning_apart(message, control.names) for message in told["messages"]]
+    if parts != told["messages"] and (apart := show(parts)).replace(mark, "") == text:
+        return apart
+    return show(told["messages"])
 
 
 def _with_reasoning_apart(message: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
