@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from server.api.schemas import GenerationBody
-from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
+from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams, UnderPinned
 from server.engines.base import EngineInfo, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
@@ -72,7 +72,22 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(body.control, info.heads)
-    return with_pinned(body.control, pinned)
+    control = with_pinned(body.control, pinned)
+    _check_units(control, info)
+    return control
+
+
+def _check_units(control: ControlParams | None, info: EngineInfo) -> None:
+    """Heads that are used together take memory by the square of their units. Raises InvalidRequestError."""
+    named = {} if control is None else control.named_heads
+    units = {name: info.heads[name].get("architecture", {}).get("num_units", 1) for name in named if name in info.heads}
+    if sum(units.values()) > MAX_UNITS_PER_REQUEST:
+        largest = max(units, key=units.__getitem__)
+        raise InvalidRequestError(
+            f"{named[largest]}: these heads have {sum(units.values())} units together; at most {MAX_UNITS_PER_REQUEST} "
+            "are allowed",
+            param=named[largest],
+        )
 
 
 def head_of_model(model: str, info: EngineInfo) -> str | None:

@@ -32,6 +32,7 @@ from value_models.store import HeadCard
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
 MAX_STACKS = 64
+_MAX_STACKS_BYTES = 2**30
 _LEAST_LENGTH = 1e-9
 
 
@@ -59,6 +60,12 @@ class HeadStack:
     reward_scale_K: Tensor
     earned_K: Tensor | None
     """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes: rows of inputs and ascents, and the two Gram matrices."""
+        num_units, hidden_size = self.inputs_UD.shape
+        return 4 * num_units * (3 * hidden_size + 2 * num_units)
 
     @property
     def has_constant_slope(self) -> bool:
@@ -204,10 +211,14 @@ class HeadRegistry:
         """The named heads as one, in the order given. Raises UnknownHeadError."""
         if names not in self._stacks:
             self.check(names)
-            if len(self._stacks) >= MAX_STACKS:
-                del self._stacks[next(iter(self._stacks))]
             heads = tuple(self._heads[name] for name in names)
-            self._stacks[names] = _stack(names, heads, self.earned(names))
+            made = _stack(names, heads, self.earned(names))
+            while self._stacks and (
+                len(self._stacks) >= MAX_STACKS
+                or sum(stack.num_bytes for stack in self._stacks.values()) + made.num_bytes > _MAX_STACKS_BYTES
+            ):
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[names] = made
         return self._stacks[names]
 
     def earned(self, names: Sequence[str]) -> list[float] | None:
