@@ -118,9 +118,12 @@ def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> as
 
 def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, shared_rates: SharedRates | None) -> None:
     """The last one added is the outermost."""
-    keys = _keys(settings.api_keys, settings, "api_keys")
+    inspect_keys = _keys(settings.inspect_keys, settings, "inspect_keys")
+    keys = _keys(settings.api_keys, settings, "api_keys") | inspect_keys
     if keys & management_keys:
-        raise ConfigurationError("management_keys: a key that is also in api_keys would give management to callers")
+        raise ConfigurationError(
+            "management_keys: a key that is also in api_keys or inspect_keys would give management to callers"
+        )
     limits = Limits(
         requests_per_minute=settings.requests_per_minute,
         tokens_per_minute=settings.tokens_per_minute,
@@ -131,6 +134,9 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, sh
         Gatekeeper,
         keys=keys,
         management_keys=management_keys,
+        inspect_keys=inspect_keys,
+        # Without keys, on this machine alone, callers are whoever could read the heads' files.
+        everyone_inspects=settings.allow_inspection or (not keys and settings.binds_loopback),
         callers=Callers(limits, shared_rates or LocalRates()),
         public_paths=PUBLIC_PATHS
         | ({"/metrics"} if settings.public_metrics else set())

@@ -125,6 +125,13 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
+    inspect_keys: SecretStr | None = Field(
+        None, description="keys that may also see states and log-probabilities of prompts, from which heads can be read"
+    )
+    inspect_keys_file: Path | None = Field(None, description="the same from a file")
+    allow_inspection: bool = Field(
+        False, description="let every caller see those; without keys, on loopback, they do anyway"
+    )
     public_metrics: bool = Field(False, description="serve /metrics without a key")
     playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
     requests_per_minute: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
@@ -175,8 +182,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bind_loopback_unless_told(self) -> Self:
-        has_keys = self.api_keys is not None or self.api_keys_file is not None
-        if has_keys or self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
+        keys = (self.api_keys, self.api_keys_file, self.inspect_keys, self.inspect_keys_file)
+        if any(key is not None for key in keys) or self.allow_public_bind or self.binds_loopback:
             return self
         raise ValueError(
             f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
@@ -212,6 +219,10 @@ class Settings(BaseSettings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
+
+    @property
+    def binds_loopback(self) -> bool:
+        return self.host == "localhost" or _is_loopback(self.host)
 
     @classmethod
     def settings_customise_sources(

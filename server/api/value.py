@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
 from server.api.generation import Choice, Generation, collect, queue, requests_for, shown
+from server.api.inspection import check_may_inspect
 from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
 from server.api.responses import whole_response
@@ -76,6 +77,8 @@ class ValueBody(BaseModel):
 async def create_value(request: Request, body: ValueBody) -> Response:
     """Score texts or chats with value heads."""
     engine: Engine = request.app.state.engine
+    if body.hidden_state is not None:
+        check_may_inspect(request, "hidden_state")
     scoring = _scoring(body, engine.info)
     # A long text takes long, which must not stop the other requests.
     prompts = await asyncio.to_thread(_prompts, engine, body)
