@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
+from server.api.gate.hosts import ANY, HostGuard
 from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
@@ -142,6 +143,14 @@ def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, sh
         | ({"/metrics"} if settings.public_metrics else set())
         | (playground.PATHS if settings.playground else set()),
     )
+    if not keys or settings.allowed_hosts:
+        # With keys a page has none, whatever name it comes by.
+        app.add_middleware(
+            HostGuard,
+            hosts=(*settings.allowed_hosts, settings.host),
+            origins=settings.allowed_origins if not keys else (ANY,),
+            public_paths=PUBLIC_PATHS,
+        )
     app.add_middleware(HeaderLimit)
 
 

@@ -36,6 +36,7 @@ ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this 
 PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_penalty", "frequency_penalty")
 """Fields that choose tokens behind the back of pinned control (server/api/pinned.py)."""
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
@@ -60,6 +61,16 @@ def _origin(given: str) -> str:
 
 
 Origin = Annotated[str, AfterValidator(_origin)]
+
+
+def _host_name(given: str) -> str:
+    """As in a Host header, without a port. Raises ValueError."""
+    if given != "*" and not _HOST_NAME.fullmatch(given):
+        raise ValueError(f"{given!r} is no name of a host; allowed are such as api.example, without a port, and *")
+    return given.lower()
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
 
 
 class Settings(BaseSettings):
@@ -96,6 +107,11 @@ class Settings(BaseSettings):
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
     allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="comma-separated origins whose pages may use the server from a browser, or *; by default none"
+    )
+    allowed_hosts: Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="comma-separated names by which a server without keys may be called, or *; addresses, names "
+        "without a dot and .localhost, .local, .internal and .svc always may",
     )
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
@@ -182,8 +198,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bind_loopback_unless_told(self) -> Self:
-        keys = (self.api_keys, self.api_keys_file, self.inspect_keys, self.inspect_keys_file)
-        if any(key is not None for key in keys) or self.allow_public_bind or self.binds_loopback:
+        if self.has_keys or self.allow_public_bind or self.binds_loopback:
             return self
         raise ValueError(
             f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
@@ -219,6 +234,11 @@ class Settings(BaseSettings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        keys = (self.api_keys, self.api_keys_file, self.inspect_keys, self.inspect_keys_file)
+        return any(key is not None for key in keys)
 
     @property
     def binds_loopback(self) -> bool:
