@@ -6,7 +6,7 @@ tests/api/test_pinned_fields.py. Knows nothing of servers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["held", "refused", "not held"]
@@ -29,8 +29,8 @@ class Attempt:
     """Words whose first tokens get a bias of 8, or of -100 where they are good."""
     prefill: str = ""
     """The beginning of the answer, which the caller writes."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the study: `tokens`, new tokens in place of its own number."""
+    tokens: int | None = None
+    """New tokens, in place of the study's own number."""
 
 
 def _against(head: str, **control: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ ATTEMPTS = (
     Attempt("min_p 0.3", {"min_p": 0.3}),
     Attempt("presence_penalty 2", {"presence_penalty": 2.0}),
     Attempt("frequency_penalty 2", {"frequency_penalty": 2.0}),
-    Attempt("ignore_eos, a long response", {"ignore_eos": True}, options={"tokens": 64}),
+    Attempt("ignore_eos, a long response", {"ignore_eos": True}, tokens=64),
     Attempt("prefill of the answer", {}, prefill="That is terrible."),
     Attempt("logit_bias, 8 on bad words", {}, "refused", biased=tuple(_BAD)),
     Attempt("logit_bias, -100 on good words", {}, "refused", biased=tuple(_GOOD)),

@@ -38,7 +38,8 @@ def measure(prompts: Sequence[RolloutPrompt], *, max_tokens: int, seed: int) -> 
     differ from those of pinning alone on the same prompts (of a prefill: from those without pinning)."""
     with tempfile.TemporaryDirectory() as folder:
         _make_heads(Path(folder))
-        settings = Settings(heads_dir=folder, pinned_control=PINNED, pinned_refuses=(), log_level="warning")
+        told = {"heads_dir": folder, "pinned_control": PINNED, "pinned_refuses": (), "log_level": "warning"}
+        settings = Settings.model_validate(told)
         return asyncio.run(_measure(create_app(settings), prompts, max_tokens, seed))
 
 
@@ -119,7 +120,7 @@ class _Run:
         ]
         body = {
             "model": engine.info.model_id, "prompt": starts, "seed": self._seed,
-            "max_tokens": attempt.options.get("tokens", self._max_tokens), **attempt.body,
+            "max_tokens": attempt.tokens or self._max_tokens, **attempt.body,
         }  # fmt: skip
         if body["model"].startswith("@"):
             body["model"] = engine.info.model_id + body["model"]

@@ -179,7 +179,7 @@ class StateEditor:
             delta_RV = self._unembedding.project(added.shift_RD.to(hidden_BD.dtype)).float()
         is_lost_R = pinned.is_nonfinite_R | added.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite()
         delta_RV = torch.where(is_lost_R[:, None], 0.0, delta_RV)
-        finish = (lambda logits_RV: logits_RV) if self._unembedding.is_linear else self._unembedding.finish
+        finish = _as_it_is if self._unembedding.is_linear else self._unembedding.finish
         more_R = pinned_share(base_RV, moved_RV, delta_RV, finish)
         room_R = room_beside(first, added, more_R, group.max_shift_R, hidden_RD)
         delta_RV = room_R[:, None] * (delta_RV + more_R[:, None] * moved_RV)
@@ -253,6 +253,11 @@ class StateEditor:
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
             is_outside_R=is_outside_R,
         )
+
+
+def _as_it_is(logits_RV: Tensor) -> Tensor:
+    """What `finish` is for logits that have been finished already."""
+    return logits_RV
 
 
 def _rows_of(stack: HeadStack) -> Tensor:

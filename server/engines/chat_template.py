@@ -87,9 +87,11 @@ def _shown(tokenizer: Any, told: dict[str, Any], rendering: ChatRendering, mark:
 def _with_reasoning_apart(message: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """An assistant's message whose text holds the end of reasoning, as templates take it apart."""
     content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return dict(message)
     ends = [name for name in names if _THINKS in name.lower() and name[1:2] == "/"]
-    end = next((name for name in ends if isinstance(content, str) and name in content), None)
-    if message["role"] != "assistant" or end is None:
+    end = next((name for name in ends if name in content), None)
+    if end is None:
         return dict(message)
     before, _, answer = content.rpartition(end)
     reasoning = before.split(end)[0].rpartition(end.replace("/", "", 1))[2]

@@ -141,11 +141,11 @@ class ControlTokens:
             ]
         )  # fmt: skip
         tokenizer.add_tokens([AddedToken(self._break_name, normalized=False)])
-        own_ids: dict[int, int | None] = {
-            tokenizer.token_to_id(renamed.get(token.content, token.content)): token_id
-            for token_id, token in added.items()
-        }
-        return tokenizer, renamed, own_ids | {tokenizer.token_to_id(self._break_name): None}
+        own_ids: dict[int, int | None] = {}
+        for token_id, token in added.items():
+            own_ids[_id_of(tokenizer, renamed.get(token.content, token.content))] = token_id
+        own_ids[_id_of(tokenizer, self._break_name)] = None
+        return tokenizer, renamed, own_ids
 
     @cached_property
     def _added_around(self) -> tuple[list[int], list[int]]:
@@ -154,6 +154,12 @@ class ControlTokens:
         starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
         start = starts[0] if plain and starts else len(whole)
         return whole[:start], whole[start + len(plain) :]
+
+
+def _id_of(tokenizer: Tokenizer, name: str) -> int:
+    token_id = tokenizer.token_to_id(name)
+    assert token_id is not None
+    return token_id
 
 
 def _longest_of(names: Mapping[str, int]) -> str:
