@@ -5,6 +5,7 @@
     |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
     |-- AuthenticationError      401   no key, or one that does not open this path
+    |-- PermissionDeniedError    403   the key opens this path, but not for what was asked
     |-- NotFoundError            404
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   `-- UnknownModelError    404   lists the model ids that exist
@@ -62,6 +63,11 @@ class UnsupportedFieldError(InvalidRequestError):
 class AuthenticationError(RecontrolError):
     code = "invalid_api_key"
     status = 401
+
+
+class PermissionDeniedError(RecontrolError):
+    code = "permission_denied"
+    status = 403
 
 
 class NotFoundError(RecontrolError):

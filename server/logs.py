@@ -14,8 +14,22 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-_CONTROL_CHARS = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029]
+_CONTROL_CHARS = [
+    *range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
+]  # fmt: skip
+"""What moves a cursor, ends a line or turns the direction of writing."""
 _ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROL_CHARS}
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CHARS if chr(code) != "\n"}
+
+
+def printable(text: str) -> str:
+    """One line for a terminal, whatever a file or a request put into the text."""
+    return text.translate(_ESCAPES)
+
+
+def printable_json(text: str) -> str:
+    """JSON for a terminal, which may have several lines."""
+    return text.translate(_JSON_ESCAPES)
 
 
 def configure(log_format: LogFormat, level: str) -> None:

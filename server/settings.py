@@ -33,7 +33,10 @@ KV_CACHE_GIB = (
 )
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
+PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_penalty", "frequency_penalty")
+"""Fields that choose tokens behind the back of pinned control (server/api/pinned.py)."""
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
@@ -71,6 +74,16 @@ def _address(given: str) -> str:
 Address = Annotated[str, AfterValidator(_address)]
 
 
+def _host_name(given: str) -> str:
+    """As in a Host header, without a port. Raises ValueError."""
+    if given != "*" and not _HOST_NAME.fullmatch(given):
+        raise ValueError(f"{given!r} is no name of a host; allowed are such as api.example, without a port, and *")
+    return given.lower()
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="RECONTROL_",
@@ -106,6 +119,11 @@ class Settings(BaseSettings):
     allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="comma-separated origins whose pages may use the server from a browser, or *; by default none"
     )
+    allowed_hosts: Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="comma-separated names by which a server without keys may be called, or *; addresses, names "
+        "without a dot and .localhost, .local, .internal and .svc always may",
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
     request_timeout_s: float | None = Field(
@@ -139,6 +157,13 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
+    inspect_keys: SecretStr | None = Field(
+        None, description="keys that may also see states and log-probabilities of prompts, from which heads can be read"
+    )
+    inspect_keys_file: Path | None = Field(None, description="the same from a file")
+    allow_inspection: bool = Field(
+        False, description="let every caller see those; without keys, on loopback, they do anyway"
+    )
     public_metrics: bool = Field(False, description="serve /metrics without a key; else it needs a management key")
     cache_salt_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = Field(
         None,
@@ -159,6 +184,9 @@ class Settings(BaseSettings):
         "needs recontrol[redis]",
     )
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
+    pinned_refuses: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        PINNED_REFUSES, description="comma-separated fields that a request may not use beside pinned control"
+    )
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
     max_model_len: int | None = Field(
@@ -193,8 +221,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bind_loopback_unless_told(self) -> Self:
-        has_keys = self.api_keys is not None or self.api_keys_file is not None
-        if has_keys or self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
+        if self.has_keys or self.allow_public_bind or self.binds_loopback:
             return self
         raise ValueError(
             f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
@@ -230,6 +257,15 @@ class Settings(BaseSettings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        keys = (self.api_keys, self.api_keys_file, self.inspect_keys, self.inspect_keys_file)
+        return any(key is not None for key in keys)
+
+    @property
+    def binds_loopback(self) -> bool:
+        return self.host == "localhost" or _is_loopback(self.host)
 
     @classmethod
     def settings_customise_sources(

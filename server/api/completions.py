@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 
 from server.api.generation import Choice, Generation, shown_logprob, start, tokenized
+from server.api.inspection import check_may_inspect
 from server.api.responses import ResponseWriter
 from server.api.schemas import CompletionBody
 from server.api.sse import STREAMED
@@ -23,6 +24,8 @@ router = APIRouter()
 async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Continue one or several prompts."""
     engine: Engine = request.app.state.engine
+    if body.echo and body.logprobs is not None:
+        check_may_inspect(request, "echo with logprobs")
     texts, prompts = await tokenized(request, lambda: _prompts(engine, body))
     echoed = None
     if texts is not None:

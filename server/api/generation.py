@@ -17,6 +17,7 @@ from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
+from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
     check_size,
@@ -261,6 +262,8 @@ async def start(
     engine: Engine = state.engine
     info, num_choices = engine.info, body.n or 1
     control = resolve_control(body, info, state.pinned)
+    if state.pinned is not None:
+        check_beside_pinned(body, state.pinned_refuses)
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),

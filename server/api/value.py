@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
 from server.api.generation import Choice, Generation, collect, queue, requests_for, shown, tokenized
+from server.api.inspection import check_may_inspect
 from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
 from server.api.responses import whole_response
@@ -76,6 +77,8 @@ class ValueBody(WithUnserved):
 async def create_value(request: Request, body: ValueBody) -> Response:
     """Score texts or chats with value heads."""
     engine: Engine = request.app.state.engine
+    if body.hidden_state is not None:
+        check_may_inspect(request, "hidden_state")
     scoring = _scoring(body, engine.info)
     prompts = await tokenized(request, lambda: _prompts(engine, body))
     _check_size(prompts, scoring, engine.info, body.field)

@@ -44,6 +44,12 @@ class Serve(Settings):
                 "Ignored, since Kubernetes makes them of a Service: %s. With `enableServiceLinks: false` it does not",
                 ", ".join(links),
             )
+        if not settings.has_keys and not settings.binds_loopback:
+            _log.warning(
+                "Without keys on %s: whoever reaches port %d may use this server. Set api_keys or api_keys_file, "
+                "unless something in front of it keeps strangers out",
+                self.host, self.port,
+            )  # fmt: skip
         if self.engine != "fake":
             # Not needed for --print-config, and slow to import.
             from transformers.utils.logging import disable_progress_bar

@@ -1,16 +1,20 @@
 """A conversation as token ids, in the model's own chat template.
 
 transformers renders it in a sandbox. What a request tells the template beside messages is held against what the
-template reads, so that nothing is told in vain. Enter at `encode_chat`.
+template reads, so that nothing is told in vain. Whatever messages spell, only the template makes control tokens
+(content.py). Enter at `encode_chat`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
+from server.engines.content import control_tokens
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 
@@ -26,12 +30,27 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of the messages. Raises InvalidRequestError, in the template's words where it refuses them."""
     rendering = rendering or ChatRendering()
+    # The plain text comes first, so that a template's refusal never tells of marks.
+    text = _rendered(tokenizer, messages, rendering)
+    control = control_tokens(tokenizer, tokenizer.get_chat_template())
+    mark = secrets.token_hex(16)
+    told = {"messages": list(messages), "variables": dict(rendering.variables)}
+    if control.marked(told, mark) == told:
+        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
+    try:
+        shown = _shown(tokenizer, told, rendering, mark, text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
     try:
         template = tokenizer.get_chat_template()
         variables = _variables(template, rendering)
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             list(_with_roles(messages, template)),
             add_generation_prompt=rendering.add_generation_prompt,
             continue_final_message=rendering.continue_final_message,
@@ -44,7 +63,39 @@ def encode_chat(
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+
+
+def _shown(tokenizer: Any, told: dict[str, Any], rendering: ChatRendering, mark: str, text: str) -> str:
+    """The conversation as the template shows it with marks in it; `text` is the same without.
+
+    Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
+    before it. A marked one does not look like that, so the parts are told apart for the template where that is what it
+    makes of them.
+    """
+    control = control_tokens(tokenizer, tokenizer.get_chat_template())
+
+    def show(messages: list[dict[str, Any]]) -> str:
+        marked = control.marked({**told, "messages": messages}, mark)
+        return _rendered(tokenizer, marked["messages"], replace(rendering, variables=marked["variables"]))
+
+    parts = [_with_reasoning_apart(message, control.names) for message in told["messages"]]
+    if parts != told["messages"] and (apart := show(parts)).replace(mark, "") == text:
+        return apart
+    return show(told["messages"])
+
+
+def _with_reasoning_apart(message: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """An assistant's message whose text holds the end of reasoning, as templates take it apart."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return dict(message)
+    ends = [name for name in names if _THINKS in name.lower() and name[1:2] == "/"]
+    end = next((name for name in ends if name in content), None)
+    if end is None:
+        return dict(message)
+    before, _, answer = content.rpartition(end)
+    reasoning = before.split(end)[0].rpartition(end.replace("/", "", 1))[2]
+    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.strip("\n")}
 
 
 def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:

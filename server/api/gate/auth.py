@@ -29,9 +29,20 @@ class Gatekeeper:
     """Finds the caller. Its requests are counted behind this (`quota.py`), once they are there as a whole."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing, management_keys: KeyRing, callers: Callers, public_paths: frozenset[str]
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        management_keys: KeyRing,
+        inspect_keys: KeyRing,
+        everyone_inspects: bool,
+        callers: Callers,
+        public_paths: frozenset[str],
     ) -> None:
+        """`keys` hold the `inspect_keys`, whose callers may see more."""
         self._app = app
+        self._inspect_keys = inspect_keys
+        self._everyone_inspects = everyone_inspects
         self._keys = keys
         self._management_keys = management_keys
         self._callers = callers
@@ -55,6 +66,7 @@ class Gatekeeper:
         context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
         is_operators = context.is_manager or scope["path"] == METRICS_PATH
         key_id = self._key_id(scope, self._management_keys if is_operators else self._keys)
+        context.may_inspect = self._everyone_inspects or key_id in self._inspect_keys
         context.facts["key"] = key_id
         if context.is_manager or scope["method"] != "POST":
             return None
