@@ -8,6 +8,7 @@
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install the clients of docs/clients.md beside .venv, and run the tests with them (vLLM's if installed)
 # make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
+# make audit   what is known of holes in the packages that are installed; says so where no service can be asked
 # make peers   install what `python -m benchmarks.speed` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -40,7 +41,7 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve test audit docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -74,6 +75,17 @@ test-clients: setup $(CLIENTS_STAMP)
 
 test-browser: $(BROWSER_STAMP)
 	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+# Where the index cannot be asked about holes, pip-audit passes over every package.
+AUDIT := .venv-audit
+audit: setup
+	[ -x $(AUDIT)/bin/pip-audit ] || { $(PYTHON) -m venv $(AUDIT) && \
+	  $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"; }
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(AUDIT)/bin/pip-audit --progress-spinner off --format json --output $(AUDIT)/found.json --path "$$site"; \
+	status=$$?; \
+	grep -q '"vulns"' $(AUDIT)/found.json || { echo "skipped: no service can be asked, so nothing was looked up"; exit 0; }; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff check .
@@ -139,4 +151,4 @@ $(CLIENTS_STAMP):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LITELLM) .venv-vllm .venv-llama .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(LITELLM) $(AUDIT) .venv-vllm .venv-llama .pytest_cache .ruff_cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprobs, start
+from server.api.generation import Choice, Generation, shown_logprobs, start, tokenized
 from server.api.messages import ChatMessage
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
@@ -18,7 +17,7 @@ from server.api.tools import resolve_tools
 from server.api.writer import ChoicesWriter
 from server.calls.calls import CallDelta
 from server.engines.base import Engine
-from server.types import FinishReason, GenerationChunk, TokenLogprob, Usage
+from server.types import FinishReason, GenerationChunk, Opening, TokenLogprob, Usage
 
 router = APIRouter()
 
@@ -27,12 +26,14 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    # A long conversation takes long, which must not stop the other requests.
     tools = resolve_tools(body, engine.info.call_format)
-    messages = ChatMessage.plain(body.messages)
     rendering = body.rendering(reasoning_effort=body.reasoning_effort, tools=tools.offered)
-    prompt = await asyncio.to_thread(engine.encode_chat, messages, rendering)
-    opening = await asyncio.to_thread(engine.opening, messages, rendering)
+
+    def read() -> tuple[list[int], Opening | None]:
+        messages = ChatMessage.plain(body.messages)
+        return engine.encode_chat(messages, rendering), engine.opening(messages, rendering)
+
+    prompt, opening = await tokenized(request, read)
     generation = await start(
         request,
         body,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
+from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
     check_size,
@@ -29,9 +30,16 @@ from server.api.resolution import (
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
 from server.api.tools import ToolPlan
+from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
-from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
+from server.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    GenerationError,
+    ShuttingDownError,
+    SlowReaderError,
+)
 from server.telemetry import Telemetry
 from server.types import (
     ControlSummary,
@@ -49,7 +57,9 @@ from server.types import (
 LEAST_NEW_TOKENS = 16
 """Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
 _MIN_LOGPROB = -9999.0
-_Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
+_Result = TypeVar("_Result")
+_MAX_UNREAD = 2**15
+"""Of a stream whose client does not read it: tokens and log-probabilities, some 10 MB of them."""
 
 
 @dataclass(slots=True)
@@ -68,6 +78,7 @@ class Generation:
     first_warnings: list[str]
     """Of its heads, when it was queued."""
     telemetry: Telemetry
+    workers: Workers
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
     hides_reasoning: bool = False
@@ -75,12 +86,21 @@ class Generation:
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     """Of these; marks count as what they mark."""
+    num_told: int = 0
+    """Tokens and log-probabilities of the chunks that were given out."""
+    num_drawn: int = 0
+    """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
     @property
     def usage(self) -> Usage:
         return Usage(sum(map(len, self.prompts)), self.completion_tokens, self.reasoning_tokens)
+
+    @property
+    def size(self) -> int:
+        """Of the answer: tokens and log-probabilities."""
+        return self.num_told + sum(map(len, self.prompt_logprobs.values()))
 
     @property
     def warnings(self) -> list[str]:
@@ -97,11 +117,11 @@ class Generation:
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
 
-        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine, and
-        DeadlineExceededError when the time is over.
+        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine,
+        DeadlineExceededError when the time is over, and SlowReaderError when whoever reads this falls too far behind.
         """
-        queue: _Queue = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        queue = _Backlog()
+        pumps = [asyncio.create_task(self._pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
         if self.timeout_s is not None:
             pumps.append(asyncio.create_task(self._end_in(self.timeout_s, queue)))
         num_open = len(self.streams) * self.num_choices
@@ -116,7 +136,7 @@ class Generation:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
                 self.reasoning_tokens += chunk.num_drawn if chunk.segment is Segment.REASONING else 0
-                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
+                self.num_told += _size(chunk)
                 if self.hides_reasoning:
                     chunk = _without_reasoning(chunk)
                 if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
@@ -140,16 +160,58 @@ class Generation:
     async def close(self) -> None:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
         await _close(self.streams)
-        usage = self.usage
+        prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(usage.total_tokens)
-        self.facts |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+            self.charge.settle(prompt_tokens + self.num_drawn)
+        self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
-    async def _end_in(self, timeout_s: float, queue: _Queue) -> None:
+    async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
+        try:
+            async for chunk in stream:
+                self.num_drawn += chunk.num_drawn
+                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
+                if queue.size > _MAX_UNREAD:
+                    await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
+                    return
+                queue.put(index, chunk)
+        except Exception as error:
+            queue.put(index, error)
+
+    async def _end_in(self, timeout_s: float, queue: _Backlog) -> None:
         await asyncio.sleep(timeout_s)
+        await self._end(queue, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s."))
+
+    async def _end(self, queue: _Backlog, error: Exception) -> None:
         # Before the streams are closed, whose choices then end as aborted.
-        queue.put_nowait((0, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s.")))
+        queue.put(0, error)
         await _close(self.streams)
+
+
+class _Backlog:
+    """What has come of a body's streams and was not read yet."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
+        self.size = 0
+        """Tokens and log-probabilities."""
+
+    def put(self, index: int, chunk: GenerationChunk | Exception) -> None:
+        self.size += _size(chunk)
+        self._queue.put_nowait((index, chunk))
+
+    async def get(self) -> tuple[int, GenerationChunk | Exception]:
+        if not self._queue.empty():
+            # Else a long backlog, read at one go, would hold up everybody else.
+            await asyncio.sleep(0)
+        index, chunk = await self._queue.get()
+        self.size -= _size(chunk)
+        return index, chunk
+
+
+def _size(chunk: GenerationChunk | Exception) -> int:
+    if isinstance(chunk, Exception):
+        return 0
+    return 1 + sum(1 + len(score.top) for score in (*chunk.logprobs, *(chunk.prompt_logprobs or ())) if score)
 
 
 @dataclass(slots=True)
@@ -192,6 +254,21 @@ async def collect(generation: Generation) -> list[Choice]:
     return choices
 
 
+async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bool = False) -> _Result:
+    """What `read` makes of a body's texts, off the event loop.
+
+    The caller pays before it is done. What it paid is given back when it is, since `queue` then charges for the tokens,
+    unless this is all that was asked. Raises RateLimitError, OverloadedError, and what `read` raises.
+    """
+    workers: Workers = request.app.state.workers
+    context = context_of(request)
+    charge = None if context.caller is None else await context.caller.pay_reading(context.num_body_bytes)
+    result = await workers.run(read, size=context.num_body_bytes)
+    if charge is not None and not is_all:
+        charge.settle(0)
+    return result
+
+
 async def start(
     request: Request,
     body: GenerationBody,
@@ -216,6 +293,8 @@ async def start(
     control = resolve_control(body, info, state.pinned)
     control = resolve_phase(control, opening, info)
     held = tools if tools is not None and tools.structure is not None else None
+    if state.pinned is not None:
+        check_beside_pinned(body, state.pinned_refuses)
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
@@ -247,13 +326,13 @@ async def start(
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
     """What is asked, of each prompt, in the name of the caller."""
     context = context_of(request)
+    salt = request.app.state.cache_salt.of(request)
     return [
         replace(
             asked,
             request_id=f"{context.request_id}-{index}",
             prompt_token_ids=tuple(prompt),
-            # What is cached for one key must not tell another, by its timing, what was asked.
-            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+            cache_salt=salt,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -305,6 +384,7 @@ async def queue(
         heads=heads,
         first_warnings=engine.info.warnings(heads),
         telemetry=state.telemetry,
+        workers=state.workers,
         facts=context.facts,
     )
     generation.telemetry.count_usage(prompt_tokens=generation.usage.prompt_tokens)
@@ -353,14 +433,6 @@ def _without_reasoning(chunk: GenerationChunk) -> GenerationChunk:
     if chunk.segment is not Segment.REASONING:
         return replace(chunk, reasoning="")
     return replace(chunk, reasoning="", token_ids=(), logprobs=(), edit=None)
-
-
-async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:
-    try:
-        async for chunk in stream:
-            queue.put_nowait((index, chunk))
-    except Exception as error:
-        queue.put_nowait((index, error))
 
 
 async def _close(streams: Sequence[ChunkStream]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from server.api.schemas import GenerationBody
-from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
-from server.control.params import ControlParams
+from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
+from server.control.params import ControlParams, UnderPinned
 from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
 from server.errors import InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import GenerationRequest, Opening, SamplingParams
@@ -21,8 +22,8 @@ FRESH_SEED = -1
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 _WEIGHTS = "control.objective.weights"
-_LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
-_COMPOSED = _LARGER_COUNTS | {"objective", "stop_below", "search", "trace"}
+_COMPOSED = frozenset({"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"})
+"""Fields of control that a caller may have beside what is pinned; the others are refused."""
 
 
 def sampling_params(
@@ -71,7 +72,22 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(body.control, info.heads)
-    return with_pinned(body.control, pinned)
+    control = with_pinned(body.control, pinned)
+    _check_units(control, info)
+    return control
+
+
+def _check_units(control: ControlParams | None, info: EngineInfo) -> None:
+    """Heads that are used together take memory by the square of their units. Raises InvalidRequestError."""
+    named = {} if control is None else control.named_heads
+    units = {name: info.heads[name].get("architecture", {}).get("num_units", 1) for name in named if name in info.heads}
+    if sum(units.values()) > MAX_UNITS_PER_REQUEST:
+        largest = max(units, key=units.__getitem__)
+        raise InvalidRequestError(
+            f"{named[largest]}: these heads have {sum(units.values())} units together; at most {MAX_UNITS_PER_REQUEST} "
+            "are allowed",
+            param=named[largest],
+        )
 
 
 def head_of_model(model: str, info: EngineInfo) -> str | None:
@@ -90,29 +106,29 @@ def head_of_model(model: str, info: EngineInfo) -> str | None:
 def with_pinned(
     asked: ControlParams | None, pinned: ControlParams | None, *, steered_by: str = _WEIGHTS
 ) -> ControlParams | None:
-    """A caller's control under the server's own, which it can neither switch off nor outweigh.
+    """A caller's control on top of the server's own, which it can neither switch off nor take anything from.
 
-    The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
-    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two, a bound of either
-    guardrail ends the response, and what a caller searches for is the best by all weights together. A pinned gate,
-    window and schedule hold for the caller's heads too. Whatever else a caller may ask for could hold back the pinned
-    heads, so it is refused; so are weights of heads that the pinned control names anywhere, since those would move its
-    gate or its guardrail.
+    What is pinned acts first, as if it were alone, and the caller's heads are added as far as `UnderPinned` says. They
+    are scaled down, if need be, so that they weigh no more than the pinned ones together (by sum of sizes). Budgets are
+    the larger of the two, a bound of either guardrail ends the response, and of what a caller searches for nothing is
+    kept that the pinned heads score lower than without the search. A pinned gate, window and schedule hold for the
+    caller's heads too. Whatever else a caller may ask for is refused; so are weights of heads that the pinned control
+    names anywhere, since those would move its gate or its guardrail.
 
     `steered_by` is the field that names the caller's heads. Raises InvalidRequestError for what is refused, and for
     too many heads.
     """
     if asked is None or pinned is None:
         return pinned if asked is None else asked
-    theirs, mine = _weights_beside_pinned(asked), pinned.objective
+    theirs, mine = _weights_beside_pinned(asked, pinned), pinned.objective
     assert isinstance(mine, WeightedSum), "anything else is refused at the start"
     if both := sorted(theirs.keys() & pinned.named_heads.keys()):
         raise InvalidRequestError(f"{steered_by}: this server pins {', '.join(both)}; leave it out", param=steered_by)
-    fields = asked.named_heads | dict.fromkeys(theirs, steered_by)
-    others = [name for name in fields if name not in pinned.named_heads]
+    told_by = asked.named_heads | dict.fromkeys(theirs, steered_by)
+    others = [name for name in told_by if name not in pinned.named_heads]
     room = MAX_HEADS_PER_REQUEST - len(pinned.named_heads)
     if len(others) > room:
-        field = fields[others[room]]
+        field = told_by[others[room]]
         raise InvalidRequestError(
             f"{field}: with the {len(pinned.named_heads)} heads that this server pins, at most {room} others are "
             "allowed",
@@ -121,22 +137,27 @@ def with_pinned(
     allowed, total = (sum(map(abs, weights.values())) for weights in (mine.weights, theirs))
     share = allowed / total if total > allowed else 1.0
     weights = {**{name: weight * share for name, weight in theirs.items()}, **mine.weights}
-    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
-    return pinned.model_copy(
-        update={
-            **larger,
-            "objective": WeightedSum(weights=weights),
-            "stop_below": _highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
-            "search": asked.search,
-            "trace": asked.trace,
-        }
+    fields: dict[str, Any] = {
+        name: getattr(pinned, name) for name in ControlParams.model_fields if name not in _COMPOSED
+    }
+    return UnderPinned(
+        **fields,
+        objective=WeightedSum(weights=weights),
+        step_size=asked.step_size,
+        steps=asked.steps,
+        max_kl=max(asked.max_kl, pinned.max_kl),
+        max_shift=max(asked.max_shift, pinned.max_shift),
+        stop_below=_highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
+        search=asked.search,
+        trace=asked.trace,
+        pinned=pinned,
     )
 
 
-def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
+def _weights_beside_pinned(asked: ControlParams, pinned: ControlParams) -> dict[str, float]:
     """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
     for name, field in ControlParams.model_fields.items():
-        if name not in _COMPOSED and getattr(asked, name) != field.default:
+        if name not in _COMPOSED and getattr(asked, name) not in (field.default, getattr(pinned, name)):
             raise InvalidRequestError(
                 f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
             )

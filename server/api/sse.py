@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.handlers import error_body, generic_error
+from server.api.json_text import json_pieces
 from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json
 class EventStream(StreamingResponse):
     """A response that ends with `[DONE]`, after an error event if the stream fails, which `failure` makes of the
     error's body. With `is_named` an event's name is its object's `type`, and the last event ends the stream by itself.
+    Events that are bytes are ready.
 
     Whenever nothing was sent for `ping_s` seconds a comment goes out, which clients ignore, so that nothing on the way
     takes the connection for dead while a request waits or its prompt is computed; 0 sends none. `on_end` runs when the
@@ -41,7 +43,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[dict[str, Any], None],
+        events: AsyncGenerator[dict[str, Any] | bytes, None],
         *,
         on_end: Callable[[], Awaitable[None]],
         request_id: str,
@@ -90,7 +92,7 @@ class EventStream(StreamingResponse):
 
 
 async def _encoded(
-    events: AsyncGenerator[dict[str, Any], None],
+    events: AsyncGenerator[dict[str, Any] | bytes, None],
     request_id: str,
     failure: Callable[[dict[str, Any]], dict[str, Any]],
     encode: Callable[[dict[str, Any]], bytes],
@@ -99,7 +101,7 @@ async def _encoded(
     async with contextlib.aclosing(events):
         try:
             async for event in events:
-                yield encode(event)
+                yield event if isinstance(event, bytes) else encode(event)
         except RecontrolError as error:
             yield encode(failure(error_body(error) if error.status < 500 else generic_error(error, request_id)))
         except Exception as error:
@@ -111,6 +113,11 @@ async def _encoded(
 
 def _named_event(data: dict[str, Any]) -> bytes:
     return f"event: {data['type']}\n".encode() + _event(data)
+
+
+def large_event(data: dict[str, Any]) -> bytes:
+    """An event as it is sent, written in pieces, for a thread."""
+    return b"data: " + b"".join(piece.translate(_LINE_ENDS).encode() for piece in json_pieces(data)) + b"\n\n"
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.floods import refuse_flood
+
 REFUSED = "unsupported_field"
 
 
@@ -44,14 +46,16 @@ def without_unserved(body: Any, fields: Mapping[str, Unserved]) -> Any:
 
 
 class WithUnserved(BaseModel):
-    """A body, or a part of one, that refuses what is not served of it."""
+    """A body, or a part of one, that refuses what is not served of it, and more than it could hold."""
 
     unserved: ClassVar[Mapping[str, Unserved]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unserved(cls, body: Any) -> Any:
-        return without_unserved(body, cls.unserved)
+        body = without_unserved(body, cls.unserved)
+        refuse_flood(cls, body)
+        return body
 
 
 _OLDER_FORM = "OpenAI's older form is not served; use the newer"

@@ -11,15 +11,17 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
+from server.api.json_text import json_bytes
 from server.api.schemas import ChoicesBody, GenerationBody
-from server.api.sse import EventStream
+from server.api.sse import EventStream, large_event
+from server.api.workers import LARGE
 from server.types import ControlSummary, FinishReason, GenerationChunk, Usage
 
 _CLIENT_CLOSED_REQUEST = 499
@@ -47,8 +49,8 @@ class ResponseWriter(ABC):
         """The body of a response that is not streamed."""
 
     @abstractmethod
-    def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of one that is."""
+    def events(self) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+        """The events of one that is; those that are bytes are ready."""
 
     def failure(self, body: dict[str, Any]) -> dict[str, Any]:
         """The event that ends a stream which failed, from the body that the error would have had."""
@@ -100,13 +102,17 @@ class ChoicesWriter(ResponseWriter):
         return self._request.app.state.guardrail_finish_reason if reason is FinishReason.GUARDRAIL else reason
 
     async def whole(self) -> dict[str, Any]:
+        finished = await collect(self._generation)
+        return await self._generation.workers.run(lambda: self._content(finished), size=self._generation.size)
+
+    def _content(self, finished: list[Choice]) -> dict[str, Any]:
         choices = [
             self._choice(index, self.choice_content(index, choice), choice.finish_reason, choice.control, choice.trace)
-            for index, choice in enumerate(await collect(self._generation))
+            for index, choice in enumerate(finished)
         ]
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._usage()}
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         head = {**self._head, "object": self.event_object_name}
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
@@ -116,7 +122,9 @@ class ChoicesWriter(ResponseWriter):
                     # A token that completes no character has no event, so its trace goes with the next one.
                     trace = traces.setdefault(index, [])
                     trace += self._generation.traced(chunk)
-                    content = self.event_content(index, chunk, is_first=index not in begun)
+                    # The first of a prompt that was scored is as large as the prompt.
+                    is_large = index not in begun and self._generation.size > LARGE
+                    content = await self._event_content(index, chunk, is_first=index not in begun)
                     if content is None:
                         continue
                     begun.add(index)
@@ -127,9 +135,21 @@ class ChoicesWriter(ResponseWriter):
                         event["usage"] = self._usage()
                     elif self._include_usage:
                         event["usage"] = None
+                    if is_large:
+                        size = self._generation.size
+                        yield await self._generation.workers.run(partial(large_event, event), size=size)
+                        continue
                     yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
+
+    async def _event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
+        """Off the event loop where it holds a long prompt's log-probabilities."""
+        if not is_first or self._generation.size <= LARGE:
+            return self.event_content(index, chunk, is_first=is_first)
+        return await self._generation.workers.run(
+            lambda: self.event_content(index, chunk, is_first=is_first), size=self._generation.size
+        )
 
     def _choice(
         self,
@@ -166,7 +186,9 @@ async def whole_response(
 ) -> Response:
     """Answer with `content` once it is there, and abort what is unfinished when the client goes."""
     try:
-        return JSONResponse(await _unless_disconnected(request, content))
+        answer = await _unless_disconnected(request, content)
+        text = await generation.workers.run(lambda: json_bytes(answer), size=generation.size)
+        return Response(text, media_type="application/json")
     except ClientDisconnectedError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:

@@ -143,3 +143,19 @@ class ControlParams(BaseModel):
         return cls.model_construct(
             objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
         )
+
+
+class UnderPinned(ControlParams):
+    """A caller's control on top of what a server pins; put together by the server and never taken from a request.
+
+    `pinned` acts first, as if it were alone. What the caller's heads ask for is added as far as the budgets, which are
+    the larger of both, leave room and no pinned head is taken back (pinned.py). `objective` has the weights of both.
+    """
+
+    pinned: ControlParams
+
+    @property
+    def own_weights(self) -> dict[str, float]:
+        """Those of the caller's heads."""
+        pinned = self.pinned.objective.head_weights
+        return {name: weight for name, weight in self.objective.head_weights.items() if name not in pinned}

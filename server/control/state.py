@@ -32,6 +32,8 @@ class HeldBy(StrEnum):
     """The value has reached its target."""
     FLOOR = "floor"
     """A value rests on its floor."""
+    PINNED = "pinned"
+    """A caller's heads would have taken back what the server pins."""
 
 
 HELD_BY = (None, *HeldBy)

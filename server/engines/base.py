@@ -67,6 +67,14 @@ class EngineStatus:
     num_waiting: int
     kv_cache_usage: float
     """Share of the slots' positions that hold a token, from 0 to 1."""
+    num_preemptions: int = 0
+    """Sequences that gave their pages up and waited again, since the start, as all that follows."""
+    num_cache_queries: int = 0
+    """Prompt tokens that were looked for in the cache of prompts."""
+    num_cache_hits: int = 0
+    """Those of them that were found."""
+    num_cache_evictions: int = 0
+    """Pages of the cache whose place was needed."""
 
 
 class EngineObserver(Protocol):
@@ -141,11 +149,11 @@ class Engine(Protocol):
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt given as token ids (for `echo`)."""
+        """Text of a prompt given as token ids (for `echo`). From any thread."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token on its own; a part of a character shows as U+FFFD."""
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token on its own; a part of a character shows as U+FFFD. From any thread."""
         ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
@@ -193,7 +201,7 @@ class Engine(Protocol):
     async def unload_head(self, name: str) -> None:
         """Offer the head no more, and return when the last request that runs under it has ended.
 
-        Raises UnknownHeadError.
+        Raises UnknownHeadError, and HeadConflictError when the head was loaded again before that.
         """
         ...
 

@@ -2,20 +2,23 @@
 
 transformers renders it in a sandbox. Where the template has no place for tools they are told in a message
 (`tool_prompt.py`). What a request tells the template beside messages is held against what the template reads, so that
-nothing is told in vain. Enter at `encode_chat` and `begun_turn`.
+nothing is told in vain. Whatever messages and tools spell, only the template makes control tokens (`content.py`). Enter
+at `encode_chat` and `begun_turn`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
 
 from server.calls.formats import FORMATS, CallFormat, format_of_template
+from server.engines.content import ControlTokens, control_tokens
 from server.engines.tool_prompt import with_tool_prompt
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
@@ -52,8 +55,38 @@ def encode_chat(
     `call_format` is how the model writes calls of tools, and needed where there are any.
     """
     rendering = rendering or ChatRendering()
+    # The plain text comes first, so that a template's refusal never tells of marks.
     text = _text(tokenizer, messages, rendering, call_format)
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
+    control = control_tokens(tokenizer, _template(tokenizer, rendering))
+    mark = secrets.token_hex(16)
+    told = _Told([dict(message) for message in messages], rendering, call_format)
+    if told.marked(control, mark) == told:
+        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
+    try:
+        shown = _shown(tokenizer, told, control, mark, text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
+
+
+@dataclass(slots=True, frozen=True)
+class _Told:
+    """All that the template is told."""
+
+    messages: list[dict[str, Any]]
+    rendering: ChatRendering
+    call_format: CallFormat | None
+
+    def marked(self, control: ControlTokens, mark: str) -> _Told:
+        rendering = replace(
+            self.rendering,
+            tools=tuple(control.marked(self.rendering.tools, mark)),
+            variables=control.marked(self.rendering.variables, mark),
+        )
+        return replace(self, messages=control.marked(self.messages, mark), rendering=rendering)
+
+    def text(self, tokenizer: Any) -> str:
+        return _text(tokenizer, self.messages, self.rendering, self.call_format)
 
 
 def begun_turn(
@@ -101,6 +134,35 @@ def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering,
         ) from error
 
 
+def _shown(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str:
+    """The conversation as the template shows it with marks in it; `text` is the same without.
+
+    Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
+    before it. A marked one does not look like that, so the parts are told apart for the template where that is what it
+    makes of them.
+    """
+    parts = [_with_reasoning_apart(message, control.names) for message in told.messages]
+    if parts != told.messages:
+        apart = replace(told, messages=parts).marked(control, mark).text(tokenizer)
+        if apart.replace(mark, "") == text:
+            return apart
+    return told.marked(control, mark).text(tokenizer)
+
+
+def _with_reasoning_apart(message: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """An assistant's message whose text holds the end of reasoning, as templates take it apart."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    ends = [name for name in names if _THINKS in name.lower() and name[1:2] == "/"]
+    end = next((name for name in ends if name in content), None)
+    if end is None:
+        return message
+    before, _, answer = content.rpartition(end)
+    reasoning = before.split(end)[0].rpartition(end.replace("/", "", 1))[2]
+    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.strip("\n")}
+
+
 def template_of(tokenizer: Any) -> str | None:
     """The template of a chat; of several, the one that is named default."""
     template = getattr(tokenizer, "chat_template", None) or None
@@ -131,12 +193,19 @@ def call_format_of(tokenizer: Any, wanted: str = "auto") -> CallFormat | None:
     return format_of_template(tokenizer.get_chat_template(tools=[_PROBE]), takes_tools=takes_tools(tokenizer))
 
 
+def _template(tokenizer: Any, rendering: ChatRendering) -> str:
+    return tokenizer.get_chat_template(tools=_tools(rendering))
+
+
+def _tools(rendering: ChatRendering) -> list[dict[str, Any]] | None:
+    return [dict(tool) for tool in rendering.tools] or None
+
+
 def _rendered(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering) -> str:
-    tools = [dict(tool) for tool in rendering.tools] or None
-    template = tokenizer.get_chat_template(tools=tools)
+    template = _template(tokenizer, rendering)
     return tokenizer.apply_chat_template(
         list(_with_roles(messages, template)),
-        tools=tools,
+        tools=_tools(rendering),
         add_generation_prompt=rendering.add_generation_prompt,
         continue_final_message=rendering.continue_final_message,
         tokenize=False,

@@ -146,8 +146,8 @@ class FakeEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
-    def token_text(self, token_id: int) -> str:
-        return self.decode([token_id])
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.decode([token_id]) for token_id in token_ids]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         return [_Letters().add(token_id) for token_id in token_ids]

@@ -21,7 +21,13 @@ from server.engines.chat_template import begun_turn, call_format_of
 from server.engines.heads import HeadSource, OfferedHead, facts
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Tokenization
-from server.errors import EngineStoppedError, InvalidRequestError, OverloadedError, UnknownHeadError
+from server.errors import (
+    EngineStoppedError,
+    HeadConflictError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownHeadError,
+)
 from server.settings import Settings
 from server.types import ChatRendering, GenerationRequest, Opening
 
@@ -50,8 +56,8 @@ class ModelEngine(Tokenization):
         output_format = self._output_format
         if output_format is None:
             return None
-        with self._encoding:
-            turn, is_begun = begun_turn(self._tokenizer, messages, rendering, self._call_format)
+        with self._reading(len(repr((messages, rendering)))) as tokenizer:
+            turn, is_begun = begun_turn(tokenizer, messages, rendering, self._call_format)
         return output_format.opening(turn, is_begun=is_begun)
 
     async def load_head(self, name: str) -> None:
@@ -68,9 +74,15 @@ class ModelEngine(Tokenization):
             if name not in info.heads:
                 raise UnknownHeadError(name, info.heads)
             self._info = info.without_head(name)
-            while await self._num_users(name):
-                await asyncio.sleep(_UNLOAD_POLL_S)
-            await self._drop_head(name)
+        # Users may go on for minutes, and other heads do not wait for them.
+        while True:
+            async with self._managing:
+                if name in self.info.heads:
+                    raise HeadConflictError(f"The value head {name!r} was loaded anew while it was being unloaded.")
+                if not await self._num_users(name):
+                    await self._drop_head(name)
+                    return
+            await asyncio.sleep(_UNLOAD_POLL_S)
 
     @cached_property
     def _output_format(self) -> OutputFormat | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 from collections import deque
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprobs, start
+from server.api.generation import Choice, Generation, shown_logprobs, start, tokenized
 from server.api.messages import ChatMessage
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
@@ -21,7 +20,7 @@ from server.api.tools import resolve_tools
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import InvalidRequestError, NotFoundError
-from server.types import FinishReason, Segment, TokenLogprob
+from server.types import FinishReason, Opening, Segment, TokenLogprob
 
 _SHOWN_CHARS = 64
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
@@ -36,11 +35,14 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
     """Answer a conversation, which is given whole."""
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
-    messages, rendering = ChatMessage.plain(body.messages), body.chat_rendering(tools.offered)
+    rendering = body.chat_rendering(tools.offered)
+
+    def read() -> tuple[list[int], Opening | None]:
+        messages = ChatMessage.plain(body.messages)
+        return engine.encode_chat(messages, rendering), engine.opening(messages, rendering)
+
     with _own_names():
-        # A long conversation takes long, which must not stop the other requests.
-        prompt = await asyncio.to_thread(engine.encode_chat, messages, rendering)
-        opening = await asyncio.to_thread(engine.opening, messages, rendering)
+        prompt, opening = await tokenized(request, read)
         generation = await start(
             request,
             body,

@@ -8,7 +8,8 @@ A candidate is compared by the state behind its last token, which has to be comp
 the next block's first tokens as well. Candidates for a block hold their rows at once and lose their pages together: a
 leader that gives way drops them, and later they draw the same tokens anew. Candidates for a whole response run as rows
 become free. One that breaks the guardrail is kept only when all do. Where control does not act, a choice that is
-searched for goes on by itself, as without search.
+searched for goes on by itself, as without search. Where the server pins heads, a caller's search keeps none that those
+score lower than what there would be without it.
 
 Knows nothing of models: it is told scores. Enter at `with_candidates` and `Candidates.settle`.
 
@@ -25,7 +26,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
 from server.engines.embedded.model.pages import num_pages_for
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
@@ -169,18 +170,35 @@ class Candidates:
             return [0]
         control = candidates[0].request.control
         assert control is not None
-        states = [hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None]
-        scores = self._score(torch.stack(states), control).tolist()
+        states_CD = torch.stack([hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None])
+        scores = self._score(states_CD, control).tolist()
+        if isinstance(control, UnderPinned):
+            num_kept = 1 if candidates[0].leader is not None else candidates[0].request.num_choices
+            allowed = _not_taken_back(self._score(states_CD, control.pinned).tolist(), num_kept)
+            scores = [
+                score if is_allowed else pinned for score, (is_allowed, pinned) in zip(scores, allowed, strict=True)
+            ]
+        else:
+            allowed = [(True, 0.0)] * len(scores)
 
-        def rank(place: int) -> tuple[bool, bool, float]:
+        def rank(place: int) -> tuple[bool, bool, bool, float]:
             is_nan = scores[place] != scores[place]
             return (
                 candidates[place].own_trial.reason is FinishReason.GUARDRAIL,
+                not allowed[place][0],
                 is_nan,
                 0.0 if is_nan else -scores[place],
             )
 
         return sorted(range(len(candidates)), key=rank)
+
+
+def _not_taken_back(pinned: list[float], num_kept: int) -> list[tuple[bool, float]]:
+    """Which candidates may win by a caller's objective where the server pins heads, with the pinned objective of each:
+    those that it scores no lower than any that there would be without a search, which come first. The rest follow by
+    that objective, so that what is kept is by its mean no worse than without."""
+    bar = max(pinned[:num_kept])
+    return [(score >= bar, score) for score in pinned]
 
 
 def _candidate(leader: Sequence, number: int) -> Sequence:

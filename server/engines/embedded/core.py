@@ -37,7 +37,7 @@ from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.structure import constrained
+from server.engines.embedded.structure import CompiledSchema, constrained
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
@@ -128,6 +128,10 @@ class EngineCore:
             num_running=scheduler.num_rows,
             num_waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.num_held / (scheduler.pool.num_pages - 1),
+            num_preemptions=scheduler.num_preemptions,
+            num_cache_queries=scheduler.num_cache_queries,
+            num_cache_hits=scheduler.num_cache_hits,
+            num_cache_evictions=scheduler.pool.num_evicted,
         )
 
     def use(self, registry: HeadRegistry) -> None:
@@ -143,6 +147,8 @@ class EngineCore:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
         check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
         check_structure(request, self._markup)
+        if isinstance(request.structure, CompiledSchema):
+            request.structure.check_copies(request.num_sequences, param=request.sequences_param)
         check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
 
     def sequences(

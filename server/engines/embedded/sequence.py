@@ -43,6 +43,10 @@ class PromptGroup:
     token_ids: list[int]
     last_hidden_D: Tensor | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prompt_text: TextOfTokens | None = None
+    """The text of the tokens whose log-probabilities are there."""
+    text_error: Exception | None = None
+    """What the tokenizer raised of them."""
     token_values: list[list[float]] = field(default_factory=list)
     """Of each position computed, the values of the heads of a request that scores its tokens."""
     residents: list[Sequence] = field(default_factory=list)
@@ -57,9 +61,10 @@ class Sequence(Choice):
     emit: Callable[[GenerationChunk], None]
     row_sampling: RowSampling
     logit_rules: LogitRules | None = None
-    matcher: SchemaMatcher | None = None
+    structure: CompiledSchema | None = None
+    """What its text has to hold."""
     openers: Openers | None = None
-    """Of one with a matcher: how reasoning may come before what that holds."""
+    """Of one with a structure: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -76,6 +81,7 @@ class Sequence(Choice):
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
+    _matcher: SchemaMatcher | None = None
 
     @classmethod
     def choices(
@@ -111,7 +117,7 @@ class Sequence(Choice):
                     sampling.temperature, sampling.top_p, sampling.top_k, (seed, index), sampling.min_p
                 ),
                 logit_rules=rules,
-                matcher=None if structure is None else structure.start(),
+                structure=structure,
                 openers=None if structure is None else Openers.of(markup, eos_token_ids),
                 states=[] if keep_states else None,
             )
@@ -150,6 +156,13 @@ class Sequence(Choice):
         return self.trial
 
     @property
+    def matcher(self) -> SchemaMatcher | None:
+        """Of a text with a structure. Made when its first token is to be drawn: who waits holds no copy of a schema."""
+        if self._matcher is None and self.structure is not None:
+            self._matcher = self.structure.start()
+        return self._matcher
+
+    @property
     def control_state(self) -> ControlState:
         """What control has to know of it for its next token."""
         return ControlState() if self.totals is None else self.totals.state
@@ -171,7 +184,7 @@ class Sequence(Choice):
     def go_on_from(self, other: Sequence) -> None:
         """From where another choice or candidate of the request stands, by itself."""
         self.follow(other)
-        self.matcher = None if other.matcher is None else other.matcher.copy()
+        self._matcher = None if other.matcher is None else other.matcher.copy()
 
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
         """A candidate's token comes to the client later, with its block, so it has no pace."""

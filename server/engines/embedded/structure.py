@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _log = logging.getLogger(__name__)
+MAX_COPIED_CHARS = 2**20
 _MAX_MESSAGE_CHARS = 200
 # Between tokens of JSON: nothing, a space, or a new line with its indentation. Models can write whitespace without end.
 _WHITESPACE = r"( |\n {0,32})?"
@@ -66,7 +67,7 @@ class SchemaCompiler:
         # a special token (a literal "<eos>") for that token; no schema allows those.
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: %json {_json_rule(schema)}'
         matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, schema, tables.tokenize_str('{"'))
+        return self._checked(matcher, schema, tables.tokenize_str('{"'), num_chars=len(schema))
 
     def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
         """Texts that are one of these, to the letter. Raises as `compile` does."""
@@ -76,7 +77,7 @@ class SchemaCompiler:
         literals = " | ".join(json.dumps(choice) for choice in choices)
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: {literals}'
         matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, "{}", [])
+        return self._checked(matcher, "{}", [], num_chars=len(literals))
 
     def compile_calls(self, structure: CallStructure) -> CompiledSchema:
         """Texts whose calls of tools hold their schemas. Raises as `compile` does."""
@@ -91,9 +92,9 @@ class SchemaCompiler:
         )
         matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         first = self._tokenizer(opening(structure), add_special_tokens=False)["input_ids"]
-        return self._checked(matcher, "{}", first)
+        return self._checked(matcher, "{}", first, num_chars=len(grammar))
 
-    def _checked(self, matcher: LLMatcher, schema: str, first: Sequence[int]) -> CompiledSchema:
+    def _checked(self, matcher: LLMatcher, schema: str, first: Sequence[int], *, num_chars: int) -> CompiledSchema:
         # What goes wrong with the first tokens goes wrong here, where it can still be told.
         trial = matcher.deep_copy()
         for token_id in [None, *first]:
@@ -102,7 +103,7 @@ class SchemaCompiler:
             trial.compute_bitmask()
         if trial.is_error():
             raise InvalidRequestError(explained(trial.get_error(), schema)[:_MAX_MESSAGE_CHARS])
-        return CompiledSchema(matcher, self._vocab_size)
+        return CompiledSchema(matcher, self._vocab_size, num_chars)
 
     def _made_tables(self) -> LLTokenizer:
         with self._making:
@@ -140,11 +141,21 @@ def _json_rule(schema: str) -> str:
 
 
 class CompiledSchema:
-    """A schema, ready for as many texts as there are."""
+    """A schema, ready for as many texts as there are. Of each that runs there is a copy."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, num_chars: int = 0) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._num_chars = num_chars
+
+    def check_copies(self, num_texts: int, *, param: str) -> None:
+        """Raises InvalidRequestError for more texts than the schema may be copied for."""
+        if num_texts * self._num_chars > MAX_COPIED_CHARS:
+            raise InvalidRequestError(
+                f"{param}: {num_texts} texts x {self._num_chars} characters of a schema or choices; a request may ask "
+                f"for {MAX_COPIED_CHARS}",
+                param=param,
+            )
 
     def start(self) -> SchemaMatcher:
         """For a text of its own."""

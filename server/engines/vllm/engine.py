@@ -75,7 +75,13 @@ class VllmEngine(ModelEngine):
         num_open = len(self._choices)
         waiting = min(self._last_status.num_waiting, num_open)
         usage = self._last_status.kv_cache_usage if num_open else 0.0
-        return EngineStatus(is_running, num_running=num_open - waiting, num_waiting=waiting, kv_cache_usage=usage)
+        return replace(
+            self._last_status,
+            is_running=is_running,
+            num_running=num_open - waiting,
+            num_waiting=waiting,
+            kv_cache_usage=usage,
+        )
 
     async def compile_schema(self, schema: str) -> object:
         """Refuses every schema."""

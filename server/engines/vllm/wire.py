@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
 from server.errors import InvalidRequestError
 from server.types import Opening
 
@@ -44,8 +44,10 @@ def parse_control(extra_args: Mapping[str, Any] | None) -> ControlParams | None:
         return None
     if not isinstance(payload, str):
         raise InvalidRequestError(f"{CONTROL_KEY}: must be control as a JSON string", param=CONTROL_KEY)
+    # What a server pins is put beneath a caller's control by this program alone.
+    is_own = ID_KEY in (extra_args or {})
     try:
-        return ControlParams.model_validate_json(payload)
+        return (UnderPinned if is_own and _has_pinned(payload) else ControlParams).model_validate_json(payload)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
         raise InvalidRequestError(f"{CONTROL_KEY}: {problems}", param=CONTROL_KEY) from error
@@ -58,6 +60,14 @@ def parse_opening(extra_args: Mapping[str, Any] | None) -> Opening | None:
         return None if opening is None else Opening(opening)
     except ValueError as error:
         raise InvalidRequestError(f"{OPENING_KEY}: must be one of {', '.join(Opening)}", param=OPENING_KEY) from error
+
+
+def _has_pinned(payload: str) -> bool:
+    try:
+        control = json.loads(payload)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(control, dict) and "pinned" in control
 
 
 def control_args(control: ControlParams, choice_id: str, opening: Opening | None = None) -> dict[str, Any]:
