@@ -137,7 +137,8 @@ def _calls(choice: Mapping[str, Any]) -> list[Any]:
 
 
 async def _measure(number: int, concurrency: int, model: str) -> dict[str, Any]:
-    app = create_app(Settings(model=model, max_batch_size=concurrency, log_level="warning"))
+    settings = {"model": model, "max_batch_size": concurrency, "log_level": "warning"}
+    app = create_app(Settings.model_validate(settings))
     transport, gate = httpx.ASGITransport(app), asyncio.Semaphore(concurrency)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as client:
 
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-requests", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, help="page with a section tool-calls")
+    parser.add_argument("--into", type=Path, help="page with a section bench-tool-calls")
     args = parser.parse_args(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
     system = facts()
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.into is not None:
-        replace_sections(args.into, {"tool-calls": table(result)})
+        replace_sections(args.into, {"bench-tool-calls": table(result)})
 
 
 if __name__ == "__main__":

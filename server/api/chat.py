@@ -83,8 +83,8 @@ class _ChatWriter(ResponseWriter):
         """Clients put together what has the same index in two events, but not in one."""
         if len(chunk.calls) + bool(chunk.text) < 2:
             return [chunk]
-        texts = {"text": chunk.text, "reasoning": chunk.reasoning}
-        pieces = [GenerationChunk(chunk.index, **texts)] if any(texts.values()) else []
+        has_text = bool(chunk.text or chunk.reasoning)
+        pieces = [GenerationChunk(chunk.index, chunk.text, chunk.reasoning)] if has_text else []
         pieces += [GenerationChunk(chunk.index, calls=(call,)) for call in chunk.calls]
         return [*pieces[:-1], replace(chunk, text="", reasoning="", calls=pieces[-1].calls)]
 

@@ -257,7 +257,12 @@ def resolve_tools(body: ChatFields, call_format: CallFormat | None) -> ToolPlan:
     )
     held = {name: by_name[name] for name in allowed}
     structure, fields = _structure(body, rules, held, is_forced=is_forced)
-    return ToolPlan(tuple(tool.function.plain() for tool in tools), rules, structure, fields)
+    return ToolPlan(offered(tools), rules, structure, fields)
+
+
+def offered(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
+    """As templates take them. Raises InvalidRequestError for two of one name."""
+    return tuple(tool.plain() for _, tool in _by_name(tools).values())
 
 
 def _by_name(tools: Sequence[Tool]) -> dict[str, tuple[int, FunctionDefinition]]:

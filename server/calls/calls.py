@@ -28,7 +28,8 @@ class Call:
     """A JSON object."""
 
 
-class CallDelta(NamedTuple):
+@dataclass(slots=True, frozen=True)
+class CallDelta:
     """A part of a text's call of this index: first its name, then pieces of its arguments."""
 
     index: int

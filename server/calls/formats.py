@@ -125,6 +125,8 @@ FORMATS: dict[str, CallFormat] = {
     )
 }
 
+_OTHERS = ("<arg_key>", "<parameter name=")
+"""Marks of forms that look like one of these and are none."""
 # The first whose marks are all in a template is the one that the template is for.
 _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qwen-xml", ("<tool_call>", "<function=")),
@@ -145,6 +147,8 @@ def format_of_template(template: str, *, takes_tools: bool) -> CallFormat | None
 
     A template that takes no tools is told of them in a message, and then in the form that this message names.
     """
+    if takes_tools and any(mark in template for mark in _OTHERS):
+        return None
     for name, marks in _MARKS:
         if all(mark in template for mark in marks):
             return FORMATS[name]

@@ -16,6 +16,9 @@ from server.calls.calls import MAX_CALLS, WHITESPACE, CallDelta, JsonScanner, Ma
 from server.calls.formats import CallFormat
 from server.calls.writers import Frame
 
+_LEAST_OPENING = 2
+"""Characters that begin what opens a call, beyond which it is taken for one until it turns out to be none."""
+
 
 @dataclass(slots=True, frozen=True)
 class CallRules:
@@ -85,7 +88,8 @@ class FreeReader:
 
     @property
     def is_in_call(self) -> bool:
-        return self._region is not None
+        # Where what opens a call is several tokens, the first of them are part of it already.
+        return self._region is not None or self._open_suffix(self._held) >= _LEAST_OPENING
 
     @property
     def is_full(self) -> bool:

@@ -142,7 +142,7 @@ class Choice:
             text=answer,
             reasoning=reasoning,
             calls=calls,
-            segment=Segment.CALL if Segment.CALL in (segment_before, self.next_segment) else self._segment,
+            segment=self._told_segment(segment_before),
             token_ids=(token_id,),
             logprobs=() if described is None else (as_chosen(described, token),),
             edit=edit,
@@ -150,6 +150,11 @@ class Choice:
             finish_reason=reason,
             num_drawn=1,
         )
+
+    def _told_segment(self, before: Segment | None) -> Segment:
+        """The part of its last token; marks belong to what they mark, also those that open and close a call."""
+        is_call = Segment.CALL in (before, self.next_segment) and self._segment is not Segment.REASONING
+        return Segment.CALL if is_call else self._segment
 
     def finish(self, reason: FinishReason, chunk: GenerationChunk | None = None) -> GenerationChunk:
         """The choice's last chunk, which may be one without a token."""
@@ -255,9 +260,7 @@ class Choice:
     def _pieces(self, token_id: int, token: TokenText) -> list[Piece]:
         if self.segments is None:
             return [(Segment.ANSWER, token.text)]
-        # A character that is open ends with its part.
-        is_boundary = token.is_special and self.segments.is_mark(token_id)
-        return self.segments.add(token_id, self.detokenizer.flush() if is_boundary else token.text)
+        return self.segments.add_token(token_id, token, self.detokenizer)
 
     @property
     def _segment(self) -> Segment:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from server.control.state import Segment
-from server.types import Opening
+from server.types import Opening, TokenText
 
 __all__ = ["FORMATS", "Markup", "OutputFormat", "Segment", "SegmentTracker", "Span"]
 
@@ -100,6 +100,14 @@ class AddedTokens(Protocol):
         ...
 
 
+class OpenText(Protocol):
+    """A text in progress."""
+
+    def flush(self) -> str:
+        """What is open of it, which ends so."""
+        ...
+
+
 class Markup:
     """A format in the terms of a vocabulary; without one, every mark is plain text."""
 
@@ -168,9 +176,10 @@ class SegmentTracker:
             return None
         return Segment.ANSWER if self._span is None else self._span.segment
 
-    def is_mark(self, token_id: int) -> bool:
-        """Whether it is a mark, or in one, rather than text."""
-        return token_id in self._markup.symbols
+    def add_token(self, token_id: int, token: TokenText, text: OpenText) -> list[Piece]:
+        """The same for a token as the text of its response has it; a character that is open ends with its part."""
+        is_boundary = token.is_special and token_id in self._markup.symbols
+        return self.add(token_id, text.flush() if is_boundary else token.text)
 
     def add(self, token_id: int, text: str) -> list[Piece]:
         """Text that belongs to its part for good, of this token and of those before; `text` is what the token adds."""

@@ -12,10 +12,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.errors import ConfigurationError
-from server.settings import Settings
 from server.types import ChatRendering
 from tests.api.conftest import chat, complete, serving
 
@@ -184,7 +182,24 @@ def test_pinned_control_is_not_narrowed_by_a_callers_phase(make_app: Callable[..
     with TestClient(make_app(reasoning_tokens=6, **answers)) as client:
         assert len(choice_of(chat(client, **WHOLE, control=STEER))["control_trace"]) < 40
     with pytest.raises(ConfigurationError, match="pinned_control: phase: not reasoning alone"):
-        create_app(Settings(pinned_control=json.dumps({**pinned, "phase": "reasoning"})), FakeEngine())
+        make_app(settings={"pinned_control": json.dumps({**pinned, "phase": "reasoning"})})
+
+
+def test_a_model_is_told_apart_by_its_own_template(make_embedded_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_embedded_app(reasoning_format="think")) as client:
+        asked: dict[str, Any] = {"model": "tiny", "seed": 3, "max_tokens": 12, "temperature": 0.5}
+        answer = choice_of(chat(client, **asked))["message"]
+        assert answer["content"]
+        assert answer["reasoning"] is None
+        client.app.state.engine._tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"  # type: ignore[attr-defined]
+        reasoned = chat(client, **asked).json()
+        message = reasoned["choices"][0]["message"]
+        assert message["content"] is None
+        assert message["reasoning"]
+        details = reasoned["usage"]["completion_tokens_details"]
+        assert details == {"reasoning_tokens": reasoned["usage"]["completion_tokens"]}
+        schema = chat(client, **asked, response_format={"type": "json_object"}).json()["error"]
+        assert (schema["param"], schema["code"]) == ("response_format", "invalid_value")
 
 
 def test_the_openai_sdk_reads_reasoning_whole_and_streamed(make_app: Callable[..., FastAPI]) -> None:

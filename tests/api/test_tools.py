@@ -153,6 +153,21 @@ def test_arguments_of_a_forced_call_are_streamed_as_they_come(make_app: Callable
     assert len(pieces) == 1 + len('{"city": "Bern"}')
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_calls_stand_behind_reasoning(make_app: Callable[..., FastAPI], choice: str) -> None:
+    body = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 120}
+    with TestClient(make_app(text=CALL, reasoning_tokens=5)) as client:
+        response = chat(client, **body).json()
+        parts = [event["choices"][0]["delta"] for event in events(chat(client, **body, stream=True))]
+    (whole,) = response["choices"]
+    assert calls_of(whole) == [("weather", {"city": "Bern"})]
+    assert whole["message"]["content"] is None
+    assert response["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("></think>") + 5
+    assert len(whole["message"]["reasoning_content"]) == 5
+    assert "".join(part.get("reasoning_content") or "" for part in parts) == whole["message"]["reasoning_content"]
+    assert not any(part.get("content") for part in parts)
+
+
 def test_tokens_of_calls_count(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(text=CALL)) as client:
         assert chat(client, tools=TOOLS, max_tokens=100).json()["usage"]["completion_tokens"] == len(CALL) + 1
@@ -221,6 +236,20 @@ def test_what_only_goes_into_the_prompt_may_hold_any_keyword(ask: Callable[..., 
     assert calls_of(ask(CALL, tools=tools)) == [("weather", {"city": "Bern"})]
 
 
+def test_a_schema_for_the_answer_goes_with_tools_that_are_not_forced(ask: Callable[..., dict[str, Any]]) -> None:
+    assert calls_of(ask(CALL, response_format={"type": "json_object"})) == [("weather", {"city": "Bern"})]
+
+
+def test_pinned_control_acts_in_calls_unless_it_says_otherwise(make_app: Callable[..., FastAPI]) -> None:
+    pinned = {"objective": {"weights": {"positive": 1.0}}, "trace": True}
+    for given, acts in ((pinned, True), ({**pinned, "in_calls": False}, False)):
+        with TestClient(make_app(settings={"pinned_control": json.dumps(given)})) as client:
+            body = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 80}
+            assert ("control_trace" in chat(client, **body).json()["choices"][0]) == acts
+            error = error_of(client, **body, control={"objective": {"weights": {"plain": 1.0}}, "in_calls": True})
+            assert error["param"] == "control.in_calls"
+
+
 def test_strict_is_refused_where_the_models_own_calls_cannot_be_held(make_app: Callable[..., FastAPI]) -> None:
     strict = {"type": "function", "function": {"name": "f", "strict": True}}
     with TestClient(make_app(call_format="gemma")) as client:
@@ -264,6 +293,13 @@ def test_messages_of_tools_that_fit_nothing_are_refused_by_field(
     client: TestClient, messages: list[Any], param: str
 ) -> None:
     assert error_of(client, messages=messages)["param"] == param
+
+
+def test_tokenize_renders_tools_as_a_chat_does(client: TestClient) -> None:
+    usage = chat(client, tools=TOOLS, messages=[HI], max_tokens=1).json()["usage"]
+    assert client.post("/tokenize", json={"messages": [HI], "tools": TOOLS}).json()["count"] == usage["prompt_tokens"]
+    error = client.post("/tokenize", json={"prompt": "hi", "tools": TOOLS}).json()["error"]
+    assert error["message"] == "tools: only allowed with messages"
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ ASKING: dict[str, Any] = {
     "moderation": {"model": "x"},
     "prompt_cache_retention": "24h",
     "prompt_cache_options": {"mode": "explicit"},
-    "include_reasoning": False,
     "documents": [{"text": "x"}],
     "use_beam_search": True,
     "num_beams": 2,

@@ -174,6 +174,12 @@ def test_bare_values_take_the_type_that_the_schema_has() -> None:
     assert json.loads(deltas[1].arguments) == {"n": 2, "s": "2", "b": True, "o": {"a": [1]}, "e": 1, "u": "7"}
 
 
+def test_what_begins_to_open_a_call_is_taken_for_one_until_it_is_none() -> None:
+    reader = CallRules(FORMATS["hermes"], TOOLS).reader()
+    seen = [(reader.add(piece), reader.is_in_call)[1] for piece in ("Hi <", "to", "day ", "<tool_call>", "{", "x")]
+    assert seen == [False, True, False, True, True, False]
+
+
 def test_arguments_that_hold_half_a_character_can_be_sent() -> None:
     _, calls = read("hermes", ['<tool_call>{"name": "now", "arguments": {"a": "\\ud800"}}</tool_call>'])
     assert calls[0][1].encode() == b'{"a": "\\ud800"}'

@@ -12,10 +12,14 @@ from tokenizers import AddedToken
 from server.calls.formats import FORMATS
 from server.calls.reader import CallRules
 from server.calls.structure import CallStructure
+from server.engines.base import NullObserver
+from server.engines.choice import Choice
 from server.engines.embedded.structure import SchemaCompiler
 from server.engines.segments import Segment
+from server.engines.text import Detokenizer
+from server.engines.vocabulary import Vocabulary
 from server.errors import GenerationError, InvalidRequestError
-from server.types import FinishReason, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprob
 from tests.conftest import EOS, Collected, byte_tokenizer, control, run
 
 JSON_FORMATS = sorted(name for name, form in FORMATS.items() if form.frame is not None)
@@ -30,11 +34,15 @@ SCHEMAS = {"weather": json.dumps(WEATHER), "now": json.dumps(NOW)}
 BERN = ("weather", {"city": "Bern", "days": 3})
 
 
-def compiler(*special: str) -> SchemaCompiler:
-    """Over the byte tokenizer with these special tokens."""
+def tokenizer_with(*special: str) -> Any:
+    """The byte tokenizer with these special tokens."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(name, special=True) for name in special]})
-    return SchemaCompiler(tokenizer, vocab_size=258 + len(special), eos_token_ids=[EOS])
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in special], special_tokens=True)
+    return tokenizer
+
+
+def compiler(*special: str) -> SchemaCompiler:
+    return SchemaCompiler(tokenizer_with(*special), vocab_size=258 + len(special), eos_token_ids=[EOS])
 
 
 def structure(form: str, *, is_forced: bool = True, max_calls: int = 4, answer: str | None = None) -> CallStructure:
@@ -144,3 +152,46 @@ def test_control_leaves_calls_alone_unless_it_is_told_not_to(make_core: Callable
     assert other_last is not None
     assert other_last.controlled_share > 0.5
     assert {chunk.segment for chunk in steered.chunks} == {Segment.CALL}
+
+
+def grown(
+    text: str, *special: str, form: str, stop: tuple[str, ...] = ()
+) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """The text, the calls and the tokens' names of a choice whose tokens spell this, with these special ones."""
+    tokenizer = tokenizer_with(*special)
+    request = GenerationRequest(
+        "r", (1,), SamplingParams(max_tokens=200, logprobs=0, stop=stop), calls=CallRules(FORMATS[form], {"now": None})
+    )
+    detokenizer = Detokenizer(Vocabulary(tokenizer.backend_tokenizer), (1,))
+    choice = Choice.of(request, 0, detokenizer=detokenizer, eos_token_ids=[EOS], observer=NullObserver())
+    collected = Collected()
+    for token_id in [*tokenizer(text, add_special_tokens=False)["input_ids"], EOS]:
+        collected.add(choice.grow(token_id, None, logprob=TokenLogprob(token_id, "", -1.0)))
+        if collected.finish_reasons:
+            break
+    names = [score.text for chunk in collected.chunks for score in chunk.logprobs]
+    return collected.text, told(collected), names
+
+
+def test_special_tokens_that_open_calls_reach_the_reader_and_their_names_stay() -> None:
+    special = ("[TOOL_CALLS]", "[ARGS]", "<other>")
+    text, calls, names = grown("Hi<other>[TOOL_CALLS]now[ARGS]{}", *special, form="mistral-args")
+    assert (text, calls) == ("Hi", [("now", "{}")])
+    assert names[:-1] == ["H", "i", "<other>", "[TOOL_CALLS]", "n", "o", "w", "[ARGS]", "{", "}"]
+
+
+def test_a_special_token_that_opens_calls_still_stops_a_text() -> None:
+    text, calls, _ = grown("Hi[TOOL_CALLS]now[ARGS]{}", "[TOOL_CALLS]", "[ARGS]", form="mistral-args", stop=("[ARGS]",))
+    assert (text, calls) == ("Hi[TOOL_CALLS]now", [])
+
+
+def test_bytes_that_are_open_before_a_special_token_are_not_lost() -> None:
+    tokenizer = tokenizer_with("[TOOL_CALLS]")
+    request = GenerationRequest(
+        "r", (1,), SamplingParams(max_tokens=9), calls=CallRules(FORMATS["mistral"], {"now": None})
+    )
+    detokenizer = Detokenizer(Vocabulary(tokenizer.backend_tokenizer), (1,))
+    choice = Choice.of(request, 0, detokenizer=detokenizer, eos_token_ids=[EOS], observer=NullObserver())
+    first_byte, *_ = tokenizer("ä", add_special_tokens=False)["input_ids"]
+    chunks = [choice.grow(token_id, None) for token_id in (first_byte, tokenizer.convert_tokens_to_ids("[TOOL_CALLS]"))]
+    assert "".join(chunk.text for chunk in chunks) == "\ufffd"

@@ -54,6 +54,7 @@ def with_template(template: str | None, **attributes: Any) -> Any:
 def opening(name: str, *messages: dict[str, str], rendering: ChatRendering | None = None) -> Opening:
     tokenizer = with_template(TEMPLATES[name])
     output_format = OutputFormat.of(tokenizer, "auto")
+    assert output_format is not None
     assert output_format is FORMATS["think"]
     turn, is_begun = begun_turn(tokenizer, messages, rendering)
     return output_format.opening(turn, is_begun=is_begun)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -123,6 +123,7 @@ def test_what_a_template_refuses_of_calls_is_told_in_its_words() -> None:
         ("{% if tools %}{{ tools }}{% endif %}<|python_start|>", "pythonic"),
         (CHATML.replace("<", "<start_of_turn>"), "gemma"),
         ("{% if tools %}{{ tools }}{% endif %}<|tool▁calls▁begin|>", None),
+        (QWEN + "{# <tool_call>f<arg_key>a</arg_key> #}", None),
     ],
 )  # fmt: skip
 def test_the_form_of_calls_is_found_from_the_template(template: str, form: str | None) -> None:
@@ -131,9 +132,7 @@ def test_the_form_of_calls_is_found_from_the_template(template: str, form: str |
 
 
 def test_a_setting_names_the_form_of_calls() -> None:
-    names = Settings.model_fields["tool_call_format"].annotation
-    assert names is not None
-    assert set(names.__args__) == {"auto", *FORMATS}
+    assert set(get_args(Settings.model_fields["tool_call_format"].annotation)) == {"auto", *FORMATS}
     assert call_format_of(tokenizer_with(QWEN), "llama") is FORMATS["llama"]
 
 

@@ -233,7 +233,10 @@ class VllmEngine(ModelEngine):
         )
 
         request = choice.request
-        extra_args = None if request.control is None else control_args(request.control, choice.choice_id)
+        extra_args = None
+        if request.control is not None:
+            opening = None if request.control.phase == "both" else request.opening
+            extra_args = control_args(request.control, choice.choice_id, opening)
         sampling = SamplingParams(
             **vllm_sampling(request, choice.index, choice.end_token_ids),
             extra_args=extra_args,

@@ -37,7 +37,7 @@ class VllmChoice(Choice):
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
     ) -> GenerationChunk:
         """The chunk of one more token, the last one when the choice ends there."""
-        numbers = self.edits.popleft() if self.edits else None
+        numbers = self.edits.popleft() if self.edits and self.is_controlled else None
         chunk = self.grow(token_id, numbers, logprob=logprob, prompt_logprobs=prompt_logprobs)
         self.observe_token(chunk.edit, time.monotonic())
         return chunk if chunk.finish_reason is None else self._finished(chunk.finish_reason, chunk)
