@@ -140,6 +140,23 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
     assert means[1] > means[0] + 0.1
 
 
+def test_a_response_is_the_chats_text_and_control_raises_its_value(url: str) -> None:
+    """By what the example on the page sends."""
+    (example,) = [body for path, body in curl_bodies(text_of(ROOT / "docs/http-api.md")) if path == "/v1/responses"]
+    asked = {**json.loads(example), "max_output_tokens": 24, "temperature": 0}
+    told = httpx.post(f"{url}/v1/responses", json=asked, timeout=60).json()
+    messages = [
+        {"role": "system", "content": asked.pop("instructions")},
+        {"role": "user", "content": asked.pop("input")},
+    ]
+    max_tokens = asked.pop("max_output_tokens")
+    body = {**asked, "messages": messages, "max_tokens": max_tokens}
+    (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+    assert told["output"][0]["content"][0]["text"] == choice["message"]["content"]
+    assert told["control"] == choice["control"]
+    assert told["control"]["value_after"]["positive"] > told["control"]["value_before"]["positive"]
+
+
 def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
     """By what the example on the page sends, too."""
     (example,) = [body for path, body in curl_bodies(text_of(ROOT / "docs/http-api.md")) if path == "/v1/value"]

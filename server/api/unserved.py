@@ -174,6 +174,8 @@ NO_ITEM = "items of this type are not supported; {served} are"
 MESSAGE: dict[str, Unserved] = {
     "function_call": Unserved(f"{_OLDER_FORM}, tool_calls"),
     "audio": Unserved(_NO_AUDIO),
+    # lm-eval's, and that of the Responses API.
+    "type": Unserved("a message has no other type than message or text", ("message", "text")),
     # LiteLLM's, in answers that came through it.
     "images": Unserved("only text is served", ([],)),
     "thinking_blocks": Unserved("past reasoning goes into reasoning_content", ([],)),

@@ -67,6 +67,8 @@ def test_an_answer_that_the_sdk_parsed_is_taken_back(told: tuple[TestClient, Tol
         {"name": None, "tool_call_id": None},
         {"id": "msg-1", "images": None, "thinking_blocks": [], "provider_specific_fields": {"refusal": None}},
         {"reasoning": None, "reasoning_content": None},
+        {"type": "text"},
+        {"type": "message"},
     ],
     ids=str,
 )
