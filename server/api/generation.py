@@ -21,6 +21,7 @@ from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
     check_size,
+    check_told,
     resolve_best_of,
     resolve_control,
     resolve_phase,
@@ -312,6 +313,8 @@ async def start(
         asked = with_rest_of_context(asked, max(map(len, prompts)), info)
     requests = requests_for(request, prompts, asked)
     check_size(requests, info, field=body.size_field)
+    if not body.stream:
+        check_told(requests)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user

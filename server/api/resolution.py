@@ -21,6 +21,8 @@ FRESH_SEED = -1
 """What clients send for a random one, as vLLM takes it."""
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
+MAX_TOLD_SCORES = 2**20
+"""Log-probabilities of new tokens in an answer that is no stream: some 100 MB of text."""
 _WEIGHTS = "control.objective.weights"
 _COMPOSED = frozenset({"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"})
 """Fields of control that a caller may have beside what is pinned; the others are refused."""
@@ -212,7 +214,9 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
 
 def with_rest_of_context(asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> GenerationRequest:
     """With as many new tokens as fit behind the prompt, within what one body may ask for."""
-    max_tokens = max(min(info.max_model_len - num_prompt_tokens, MAX_NEW_TOKENS // asked.num_sequences), 1)
+    most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
+    most_new = MAX_NEW_TOKENS // asked.num_sequences
+    max_tokens = max(min(info.max_model_len - num_prompt_tokens, most_new, most_told), 1)
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
@@ -238,6 +242,18 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field
             f"{field}: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that one "
             "request may ask for",
             param=field,
+        )
+
+
+def check_told(requests: Sequence[GenerationRequest]) -> None:
+    """The cap on log-probabilities of new tokens, which a whole answer keeps until its end."""
+    sampling, num_choices = requests[0].sampling, len(requests) * requests[0].num_choices
+    num_scores = num_choices * sampling.max_tokens * ((sampling.logprobs or 0) + 1)
+    if sampling.logprobs is not None and num_scores > MAX_TOLD_SCORES:
+        raise InvalidRequestError(
+            f"logprobs: this may be {num_scores} log-probabilities (choices x max_tokens x (logprobs + 1)); at most "
+            f"{MAX_TOLD_SCORES} are allowed without stream: true",
+            param="logprobs",
         )
 
 

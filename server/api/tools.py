@@ -272,7 +272,7 @@ def resolve_tools(body: ChatFields, call_format: CallFormat | None) -> ToolPlan:
     return ToolPlan(offered(tools), rules, structure, fields)
 
 
-def offered(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
+def offered(tools: Sequence[OfferedTool]) -> tuple[dict[str, Any], ...]:
     """As templates take them. Raises InvalidRequestError for two of one name."""
     return tuple(tool.plain() for _, tool in _by_name(tools).values())
 

@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from server.api.json_text import json_bytes
+from tests.api.conftest import complete
 from tests.api.test_incidents import JSON
 
 MOST_S = 0.5
@@ -115,6 +117,14 @@ async def test_an_answer_with_all_log_probabilities_is_written_beside_others(mak
     assert response.status_code == 200
     assert len(response.content) > MIB
     assert stall_s < MOST_S
+
+
+def test_an_answer_that_is_no_stream_holds_no_more_log_probabilities_than_fit(client: TestClient) -> None:
+    body = {"n": 16, "max_tokens": 4000, "logprobs": 20}
+    refused = complete(client, **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert "stream: true" in refused.json()["error"]["message"]
+    assert complete(client, **{**body, "n": 1, "max_tokens": 50}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
