@@ -27,7 +27,7 @@ SAMPLING_FIELDS = frozenset(
 CONTROL_FIELDS = frozenset(
     {
         "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "gate", "window", "schedule",
-        "stop_below", "trace",
+        "stop_below", "trace", "pinned",
     }
 )  # fmt: skip
 OBJECTIVES = frozenset({"weighted_sum", "worst_case", "target", "floor"})
