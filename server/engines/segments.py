@@ -161,7 +161,7 @@ class SegmentTracker:
         self._markup = markup
         self._span: Span | None = None
         self._may_reason = opening is Opening.EITHER
-        self._is_blank = opening is Opening.EITHER
+        self._is_blank = opening is not Opening.ANSWER
         """Whether nothing but whitespace has come, which is held until something else has."""
         self._held = ""
         self.last = Segment.ANSWER
@@ -176,11 +176,6 @@ class SegmentTracker:
             return None
         return Segment.ANSWER if self._span is None else self._span.segment
 
-    def add_token(self, token_id: int, token: TokenText, text: OpenText) -> list[Piece]:
-        """The same for a token as the text of its response has it; a character that is open ends with its part."""
-        is_boundary = token.is_special and token_id in self._markup.symbols
-        return self.add(token_id, text.flush() if is_boundary else token.text)
-
     def add(self, token_id: int, text: str) -> list[Piece]:
         """Text that belongs to its part for good, of this token and of those before; `text` is what the token adds."""
         before = self._segment
@@ -191,6 +186,11 @@ class SegmentTracker:
         pieces = self._settled()
         self.last = self._segment if before is Segment.ANSWER else before
         return pieces
+
+    def add_token(self, token_id: int, token: TokenText, text: OpenText) -> list[Piece]:
+        """The same for a token as the text of its response has it; a character that is open ends with its part."""
+        is_boundary = token.is_special and token_id in self._markup.symbols
+        return self.add(token_id, text.flush() if is_boundary else token.text)
 
     def flush(self, text: str = "") -> list[Piece]:
         """The rest, and a text behind it, when nothing more comes."""
@@ -212,7 +212,7 @@ class SegmentTracker:
             rest = self._held[end:]
             begins_reasoning = span is not None and span.segment is Segment.REASONING
             # Whitespace before the reasoning belongs to nothing.
-            if not (begins_reasoning and self.next is None and not self._held[:start].strip()):
+            if not (begins_reasoning and self._is_blank and not self._held[:start].strip()):
                 pieces += self._release(start)
             self._held, self._span, self._is_blank = rest, span, False
             self._may_reason = self._may_reason and not begins_reasoning
@@ -231,6 +231,9 @@ class SegmentTracker:
         """What may come now, with what it leads into."""
         if self._span is not None:
             yield from ((mark, None) for mark in self._span.ends)
+            if self._is_blank:
+                # The model may begin by itself what the prompt has begun.
+                yield from ((mark, self._span) for mark in self._span.begins)
             return
         for span in self._markup.spans:
             for mark in span.begins:
@@ -247,7 +250,7 @@ class SegmentTracker:
     def _safe_length(self) -> int:
         """How much of the held text no mark that comes later can reach into."""
         marks = list(self._marks())
-        if self.next is None:
+        if self._is_blank:
             said = self._held.lstrip()
             if not said or any(mark.startswith(said) for mark, _ in marks):
                 return 0
@@ -291,5 +294,6 @@ def _told(response_template: Any) -> OutputFormat | None:
 
 def _literals(marks: Any) -> tuple[str, ...]:
     listed = [marks] if isinstance(marks, str) else marks
-    is_texts = isinstance(listed, list) and all(isinstance(mark, str) and mark for mark in listed)
-    return tuple(listed) if is_texts else ()
+    is_texts = isinstance(listed, list) and all(isinstance(mark, str) and mark.strip() for mark in listed)
+    # Models leave out the whitespace around marks at times.
+    return tuple(mark.strip() for mark in listed) if is_texts else ()

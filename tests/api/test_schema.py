@@ -43,6 +43,10 @@ def within_reach(body: dict[str, Any]) -> dict[str, Any]:
              "stream_options": None, "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
     if body.get("input") is not None:
         known["messages"] = None
+    if body.get("prompt") is not None:
+        known |= dict.fromkeys(
+            ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"), None
+        )
     return {**body, **{name: value for name, value in known.items() if name in body}}
 
 

@@ -36,7 +36,7 @@ BERN = ("weather", {"city": "Bern", "days": 3})
 
 def tokenizer_with(*special: str) -> Any:
     """The byte tokenizer with these special tokens."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(name, special=True) for name in special], special_tokens=True)
     return tokenizer
 

@@ -137,7 +137,7 @@ def test_a_setting_says_it_instead() -> None:
 
 
 def test_marks_that_transformers_template_for_responses_names_come_first() -> None:
-    fields = {"reasoning_content": {"open": "<r>", "close": ["</r>", "<end>"]}, "content": {}}
+    fields = {"reasoning_content": {"open": "<r>\n", "close": ["\n</r>", "<end>"]}, "content": {}}
     found = OutputFormat.of(with_template("<think>", response_template={"fields": fields}), "auto")
     assert found == OutputFormat.reasoning("response_template", ("<r>",), ("</r>", "<end>"))
     patterns = {"fields": {"reasoning_content": {"open_pattern": "<r.>", "close": "</r>"}}}

@@ -115,6 +115,20 @@ def test_reasoning_comes_once_and_marks_out_of_their_place_are_text(
     assert told(known, as_tokens(known, *texts), Opening.EITHER) == expected
 
 
+@pytest.mark.parametrize("marks", MARKS)
+def test_a_model_may_repeat_the_mark_that_its_prompt_ends_with(marks: str) -> None:
+    known = vocabulary("byte-level", marks)
+    for said in (["<think>", "a"], ["\n", "<think>", "a"]):
+        ids = as_tokens(known, *said, "</think>", "b")
+        assert told(known, ids, Opening.REASONING) == [(REASONING, "a"), (ANSWER, "b")]
+    later = as_tokens(known, "\na<thi", "</think>", " b")
+    assert told(known, later, Opening.REASONING) == [(REASONING, "\na<thi"), (ANSWER, " b")]
+    assert told(known, as_tokens(known, "\n", "</think>", "b"), Opening.REASONING) == [
+        (REASONING, "\n"),
+        (ANSWER, "b"),
+    ]
+
+
 def test_a_mark_that_is_plain_text_begins_reasoning_at_the_beginning_alone() -> None:
     exaone = FORMATS["exaone"]
     known = vocabulary("byte-level", output_format=exaone)

@@ -287,7 +287,7 @@ def test_a_steps_tokens_are_known_to_the_next_before_vllm_asks_for_them(
     heads: dict[str, ValueHead], kind: type[_Runner]
 ) -> None:
     # What every request of these runners draws ends its reasoning.
-    marks = OutputFormat.reasoning("tiny", ("<",), (byte_tokenizer().decode([TOKEN]),))
+    marks = OutputFormat.reasoning("tiny", ("<",), (str(byte_tokenizer().decode([TOKEN])),))
     vocabulary = Vocabulary(byte_tokenizer().backend_tokenizer)
     driver = Driver(kind, heads, PartsReader(Markup(marks, vocabulary), vocabulary))
     params = control({"good": 1.0}, step_size=2.0, phase="answer")
