@@ -72,11 +72,14 @@ class EventStream(StreamingResponse):
         silent_since_s = now_s()
         """Infinite while something is being sent, and once the last event was."""
 
+        is_over = False
+
         async def send_event(message: Message) -> None:
-            nonlocal silent_since_s
+            nonlocal silent_since_s, is_over
+            is_over = is_over or message.get("body") is _DONE
             silent_since_s = math.inf
             await send(message)
-            silent_since_s = math.inf if message.get("body") is _DONE else now_s()
+            silent_since_s = math.inf if is_over else now_s()
 
         async def ping() -> None:
             while True:

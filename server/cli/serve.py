@@ -44,12 +44,6 @@ class Serve(Settings):
                 "Ignored, since Kubernetes makes them of a Service: %s. With `enableServiceLinks: false` it does not",
                 ", ".join(links),
             )
-        if not settings.has_keys and not settings.binds_loopback:
-            _log.warning(
-                "Without keys on %s: whoever reaches port %d may use this server. Set api_keys or api_keys_file, "
-                "unless something in front of it keeps strangers out",
-                self.host, self.port,
-            )  # fmt: skip
         if self.engine != "fake":
             # Not needed for --print-config, and slow to import.
             from transformers.utils.logging import disable_progress_bar
@@ -59,6 +53,12 @@ class Serve(Settings):
         # First, so that a port in use is told before a model is loaded.
         with contextlib.ExitStack() as held:
             sockets = [held.enter_context(bound) for bound in address.bind(self.host, self.port)]
+            if not settings.has_keys and not settings.binds_loopback:
+                _log.warning(
+                    "Without keys on %s: whoever reaches port %d may use this server. Set api_keys or api_keys_file, "
+                    "unless something in front of it keeps strangers out",
+                    self.host, self.port,
+                )  # fmt: skip
             asyncio.run(_serve(settings, sockets))
 
 

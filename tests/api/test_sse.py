@@ -133,7 +133,7 @@ def connected(url: str, body: dict[str, object]) -> socket.socket:
 
 def test_a_stream_that_nobody_reads_ends_and_frees_its_callers_place(make_app: Callable[..., FastAPI]) -> None:
     app = make_app(settings={"concurrent_requests": 1})
-    with serving(app, send_timeout_s=2.0) as url, connected(url, UNREAD):
+    with serving(app, send_timeout_s=2.0, send_buffer_bytes=2**14) as url, connected(url, {**UNREAD, "n": 1}):
         short = {"model": "fake", "prompt": "hi", "max_tokens": 1}
         assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=short).status_code == 429)
         assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=short).status_code == 200, within_s=20)
