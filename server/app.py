@@ -193,6 +193,11 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError("pinned_control: max_response_kl: not allowed, since callers' heads could use it up")
     if pinned.search is not None:
         raise ConfigurationError("pinned_control: search: not allowed, since every choice would take several rows")
+    if pinned.phase == "reasoning":
+        raise ConfigurationError("pinned_control: phase: not reasoning alone, since callers can turn reasoning off")
+    if "in_calls" not in pinned.model_fields_set:
+        # Or a caller could have all of a text as a tool's arguments, where no control acts.
+        pinned = pinned.model_copy(update={"in_calls": True})
     return pinned
 
 

@@ -45,6 +45,7 @@ def _as_text(location: Any) -> Any:
     return str(location) if isinstance(location, Path) else location
 
 
+ReasoningFormat = Literal["auto", "none", "think", "mistral", "gemma", "granite", "cohere", "seed", "exaone", "kimi"]
 HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 """A folder of value heads or the URL of one."""
 
@@ -71,6 +72,11 @@ def _host_name(given: str) -> str:
 
 
 HostName = Annotated[str, AfterValidator(_host_name)]
+ToolCallFormat = Literal[
+    "auto", "hermes", "qwen-xml", "llama", "mistral", "mistral-args", "pythonic", "smollm-python", "gemma",
+    "functiongemma", "gemma4",
+]  # fmt: skip
+"""The names of `server.calls.formats.FORMATS`, and what finds one of them."""
 
 
 class Settings(BaseSettings):
@@ -100,7 +106,11 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
+    tool_call_format: ToolCallFormat = Field("auto", description="how the model writes calls; auto asks its template")
 
+    reasoning_format: ReasoningFormat = Field(
+        "auto", description="how the model marks reasoning; auto reads the chat template, none tells nothing apart"
+    )
     quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the weights, on a CPU")
 
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")

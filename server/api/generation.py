@@ -23,11 +23,14 @@ from server.api.resolution import (
     check_size,
     resolve_best_of,
     resolve_control,
+    resolve_phase,
     sampling_params,
     with_rest_of_context,
 )
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
+from server.api.tools import ToolPlan
+from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
 from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
 from server.telemetry import Telemetry
@@ -36,7 +39,9 @@ from server.types import (
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    Opening,
     PromptValues,
+    Segment,
     TokenLogprob,
     Usage,
 )
@@ -65,13 +70,17 @@ class Generation:
     telemetry: Telemetry
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
+    hides_reasoning: bool = False
+    """Whether nothing of a reasoning token is told but that it was drawn."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of these; marks count as what they mark."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
     @property
     def usage(self) -> Usage:
-        return Usage(sum(map(len, self.prompts)), self.completion_tokens)
+        return Usage(sum(map(len, self.prompts)), self.completion_tokens, self.reasoning_tokens)
 
     @property
     def warnings(self) -> list[str]:
@@ -106,8 +115,11 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
+                self.reasoning_tokens += chunk.num_drawn if chunk.segment is Segment.REASONING else 0
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
-                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                if self.hides_reasoning:
+                    chunk = _without_reasoning(chunk)
+                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
@@ -145,11 +157,18 @@ class Choice:
     """One finished choice."""
 
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     prompt_values: PromptValues | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def add_call(self, delta: CallDelta) -> None:
+        if delta.name is not None:
+            self.calls.append(Call(delta.name, ""))
+        self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + delta.arguments)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -159,6 +178,9 @@ async def collect(generation: Generation) -> list[Choice]:
         async for index, chunk in chunks:
             choice = choices[index]
             choice.text += chunk.text
+            choice.reasoning += chunk.reasoning
+            for delta in chunk.calls:
+                choice.add_call(delta)
             choice.logprobs += chunk.logprobs
             choice.trace += generation.traced(chunk)
             if chunk.finish_reason is not None:
@@ -176,10 +198,14 @@ async def start(
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
+    opening: Opening | None = None,
+    hides_reasoning: bool = False,
+    tools: ToolPlan | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
-    Raises a RecontrolError with nothing left queued.
+    `opening` is how responses begin that are told apart into reasoning and answer. Raises a RecontrolError with nothing
+    left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
@@ -187,6 +213,8 @@ async def start(
     control = resolve_control(body, info, state.pinned)
     if state.pinned is not None:
         check_beside_pinned(body, state.pinned_refuses)
+    control = resolve_phase(control, opening, info)
+    held = tools if tools is not None and tools.structure is not None else None
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
@@ -195,8 +223,10 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body, engine),
+        structure=await (structure_of(body, engine) if held is None else held.compile(engine)),
+        calls=tools and tools.rules,
         best_of=resolve_best_of(best_of, num_choices, control),
+        opening=opening,
     )
     if max_tokens is None:
         asked = with_rest_of_context(asked, max(map(len, prompts)), info)
@@ -206,7 +236,9 @@ async def start(
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": user}
-    return await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
+    generation = await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
+    generation.hides_reasoning = hides_reasoning
+    return generation
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
@@ -303,6 +335,12 @@ def shown(value: Any) -> Any:
 def shown_logprob(logprob: float) -> float:
     """JSON has no -inf; -9999.0 stands for it, as in vLLM."""
     return max(logprob, _MIN_LOGPROB)
+
+
+def _without_reasoning(chunk: GenerationChunk) -> GenerationChunk:
+    if chunk.segment is not Segment.REASONING:
+        return replace(chunk, reasoning="")
+    return replace(chunk, reasoning="", token_ids=(), logprobs=(), edit=None)
 
 
 async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:

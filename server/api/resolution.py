@@ -14,7 +14,7 @@ from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUE
 from server.control.params import ControlParams, UnderPinned
 from server.engines.base import EngineInfo, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
-from server.types import GenerationRequest, SamplingParams
+from server.types import GenerationRequest, Opening, SamplingParams
 
 MAX_SEQUENCES = 256
 FRESH_SEED = -1
@@ -167,6 +167,24 @@ def _weights_beside_pinned(asked: ControlParams, pinned: ControlParams) -> dict[
             param="control.objective.type",
         )
     return asked.objective.weights
+
+
+def resolve_phase(control: ControlParams | None, opening: Opening | None, info: EngineInfo) -> ControlParams | None:
+    """Control of a response that begins so: without a phase where all of it is answer.
+
+    Raises InvalidRequestError for control of reasoning alone where there can be none.
+    """
+    if control is None or control.phase == "both" or opening in (Opening.EITHER, Opening.REASONING):
+        return control
+    if control.phase == "reasoning":
+        reason = "this model's chat template marks no reasoning"
+        if info.marks_reasoning:
+            reason = "the prompt has ended the reasoning" if opening else "only chats are told apart into parts"
+        raise InvalidRequestError(
+            f"control.phase: {reason}, so that all is answer; leave it out, or ask for answer or both",
+            param="control.phase",
+        )
+    return control.model_copy(update={"phase": "both"})
 
 
 def _highest(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from server.api.gate.context import request_id_of
 from server.api.generation import Choice, Generation, collect
 from server.api.schemas import GenerationBody
 from server.api.sse import EventStream
-from server.types import ControlSummary, FinishReason, GenerationChunk
+from server.types import ControlSummary, FinishReason, GenerationChunk, Usage
 
 _CLIENT_CLOSED_REQUEST = 499
 _Result = TypeVar("_Result")
@@ -54,6 +54,15 @@ class ResponseWriter(ABC):
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
         """What an event of a choice holds; None when the chunk has nothing to show."""
 
+    def parts(self, chunk: GenerationChunk) -> list[GenerationChunk]:
+        """The chunk as what has an event each."""
+        return [chunk]
+
+    def finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        """As clients know it; asked after the choice's content."""
+        del index
+        return self._request.app.state.guardrail_finish_reason if reason is FinishReason.GUARDRAIL else reason
+
     async def respond(self) -> Response:
         """Answer, and abort what is unfinished when the client goes."""
         if self._is_streamed:
@@ -77,21 +86,23 @@ class ResponseWriter(ABC):
         begun: set[int] = set()
         traces: dict[int, list[dict[str, Any]]] = {}
         async with contextlib.aclosing(self._generation.chunks()) as chunks:
-            async for index, chunk in chunks:
-                # A token that completes no character has no event, so its trace goes with the next one.
-                trace = traces.setdefault(index, [])
-                trace += self._generation.traced(chunk)
-                content = self.event_content(index, chunk, is_first=index not in begun)
-                if content is None:
-                    continue
-                begun.add(index)
-                del traces[index]
-                event = {**head, "choices": [self._choice(index, content, chunk.finish_reason, chunk.control, trace)]}
-                if self._continuous_usage:
-                    event["usage"] = self._usage()
-                elif self._include_usage:
-                    event["usage"] = None
-                yield event
+            async for index, whole in chunks:
+                for chunk in self.parts(whole):
+                    # A token that completes no character has no event, so its trace goes with the next one.
+                    trace = traces.setdefault(index, [])
+                    trace += self._generation.traced(chunk)
+                    content = self.event_content(index, chunk, is_first=index not in begun)
+                    if content is None:
+                        continue
+                    begun.add(index)
+                    del traces[index]
+                    choice = self._choice(index, content, chunk.finish_reason, chunk.control, trace)
+                    event = {**head, "choices": [choice]}
+                    if self._continuous_usage:
+                        event["usage"] = self._usage()
+                    elif self._include_usage:
+                        event["usage"] = None
+                    yield event
         if self._include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
@@ -99,26 +110,30 @@ class ResponseWriter(ABC):
         self,
         index: int,
         content: dict[str, Any],
-        finish_reason: str | None,
+        finish_reason: FinishReason | None,
         control: ControlSummary | None,
         trace: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        if finish_reason is FinishReason.GUARDRAIL:
-            finish_reason = self._request.app.state.guardrail_finish_reason
-        choice = {"index": index, **content, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "finish_reason": self.finish_reason(index, finish_reason)}
         if control is not None:
             choice["control"] = self._generation.control_shown(control)
         if trace:
             choice["control_trace"] = trace
         return choice
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         usage = self._generation.usage
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
+            **self.usage_details(usage),
         }
+
+    def usage_details(self, usage: Usage) -> dict[str, Any]:
+        """What a format tells of usage beside the counts."""
+        del usage
+        return {}
 
 
 async def whole_response(

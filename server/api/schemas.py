@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
 from server.api.structure import AnySchema, ResponseFormat, StructuredOutputs, TextChoices, TextFormat
+from server.api.tools import ToolFields
 from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, WithUnserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
@@ -144,7 +145,7 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class ChatBody(GenerationBody, TemplateFields):
+class ChatBody(GenerationBody, TemplateFields, ToolFields):
     unserved: ClassVar[Mapping[str, Unserved]] = CHAT
 
     messages: Messages
@@ -152,10 +153,10 @@ class ChatBody(GenerationBody, TemplateFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    parallel_tool_calls: bool | None = None
-    """Either way there are none without tools."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told; it is drawn and counted either way. true by default."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

@@ -176,7 +176,7 @@ class StructureFields(Protocol):
 
 async def structure_of(body: StructureFields, engine: Engine) -> object | None:
     """What the engine has to hold a text to; None for plain text. Raises InvalidRequestError, which names the field."""
-    field, wanted = _wanted(body)
+    field, wanted = wanted_structure(body)
     try:
         if isinstance(wanted, list):
             return await engine.compile_choices(wanted)
@@ -185,7 +185,7 @@ async def structure_of(body: StructureFields, engine: Engine) -> object | None:
         raise type(error)(f"{field}: {error.message}", param=field) from error
 
 
-def _wanted(body: StructureFields) -> tuple[str, dict[str, Any] | list[str] | None]:
+def wanted_structure(body: StructureFields) -> tuple[str, dict[str, Any] | list[str] | None]:
     """The field that asks for something, and the schema or the choices that it names."""
     chosen, named, any_object = body.response_format, body.structured_outputs, {"type": "object"}
     is_object = isinstance(chosen, JsonObjectFormat)

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from server.api.fields import MAX_PROMPT_TOKENS, TokenId, check_text
 from server.api.messages import ChatMessage, Messages, TemplateFields
 from server.api.resolution import model_ids
+from server.api.tools import Tools, offered
 from server.engines.base import Engine, check_token_ids
 from server.errors import UnknownModelError
 
@@ -33,6 +34,8 @@ class TokenizeBody(_TokenBody, TemplateFields):
 
     prompt: Annotated[str, AfterValidator(check_text)] | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
+    """Those that the model is told of, as in a chat."""
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -42,7 +45,7 @@ class TokenizeBody(_TokenBody, TemplateFields):
         if self.messages is not None:
             self.check_rendering(self.messages)
             return self
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 raise PydanticCustomError("field", "{name}: only allowed with messages", {"name": name})
         return self
@@ -56,7 +59,8 @@ class DetokenizeBody(_TokenBody):
 async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
     engine = _engine(request, body)
     if body.messages is not None:
-        tokens = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), body.rendering())
+        rendering = body.rendering(tools=offered(body.tools or ()))
+        tokens = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
     else:
         adds = body.add_special_tokens is not False
         tokens = await asyncio.to_thread(engine.encode, body.prompt or "", add_special_tokens=adds)

@@ -54,7 +54,7 @@ class WithUnserved(BaseModel):
         return without_unserved(body, cls.unserved)
 
 
-_NO_TOOLS = "tools are not supported"
+_OLDER_FORM = "OpenAI's older form is not served; use the newer"
 _NO_AUDIO = "audio is not supported"
 _NO_REGEX = "regular expressions from requests are not run; use json or choice"
 _NO_GRAMMAR = "grammars from requests are not run; use json or choice"
@@ -87,11 +87,8 @@ COMPLETION: dict[str, Unserved] = GENERATION | {
 }
 
 CHAT: dict[str, Unserved] = GENERATION | {
-    "tools": Unserved(_NO_TOOLS, ([],)),
-    # Without tools the model can only choose none.
-    "tool_choice": Unserved(_NO_TOOLS, ("none", "auto")),
-    "functions": Unserved(_NO_TOOLS, ([],)),
-    "function_call": Unserved(_NO_TOOLS, ("none", "auto")),
+    "functions": Unserved(f"{_OLDER_FORM}, tools", ([],)),
+    "function_call": Unserved(f"{_OLDER_FORM}, tool_choice", ("none", "auto")),
     "modalities": Unserved("only text is served", (["text"],)),
     "audio": Unserved(_NO_AUDIO),
     "prediction": Unserved("predicted outputs are not supported"),
@@ -100,7 +97,6 @@ CHAT: dict[str, Unserved] = GENERATION | {
     "moderation": Unserved("there is no moderation; control.stop_below is a guardrail"),
     "prompt_cache_retention": Unserved("cached prompts are kept in memory alone", ("in_memory",)),
     "prompt_cache_options": Unserved("not supported; beginnings of prompts are always cached in memory"),
-    "include_reasoning": Unserved("reasoning is not told from the answer and always included", (True,)),
     "documents": Unserved("not supported; put them into a message", ([],)),
     "prompt": Unserved("completions have it, at /v1/completions; a chat has messages"),
     "best_of": Unserved("completions alone have it; in a chat, control.search keeps the best", (1,)),
@@ -109,9 +105,7 @@ CHAT: dict[str, Unserved] = GENERATION | {
 }
 
 MESSAGE: dict[str, Unserved] = {
-    "tool_calls": Unserved(_NO_TOOLS, ([],)),
-    "tool_call_id": Unserved(_NO_TOOLS),
-    "function_call": Unserved(_NO_TOOLS),
+    "function_call": Unserved(f"{_OLDER_FORM}, tool_calls"),
     "audio": Unserved(_NO_AUDIO),
     # LiteLLM's, in answers that came through it.
     "images": Unserved("only text is served", ([],)),
@@ -119,8 +113,8 @@ MESSAGE: dict[str, Unserved] = {
     "provider_specific_fields": Unserved("they say nothing here", ({}, {"refusal": None})),
 }
 STREAM_OPTIONS: dict[str, Unserved] = {"include_obfuscation": Unserved("events are not padded", (False,))}
-ROLE = Unserved(_NO_TOOLS, ("system", "developer", "user", "assistant"))
-"""Of a message, for the roles that answer a tool's call."""
+ROLE = Unserved(f"{_OLDER_FORM}, tool", ("system", "developer", "user", "assistant", "tool"))
+"""Of a message, for the role that answered a function's call."""
 
 STRUCTURE: dict[str, Unserved] = {
     "regex": Unserved(_NO_REGEX),

@@ -9,9 +9,19 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from server.calls.formats import CallFormat
+from server.calls.structure import CallStructure
 from server.control.params import ControlParams
 from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
+from server.types import (
+    ChatRendering,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    Opening,
+    TokenEdit,
+    TokenText,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,6 +38,10 @@ class EngineInfo:
     """Name -> what users of a head must know that was made for another model; of those heads alone."""
     can_score: bool = False
     """Whether requests may have `scoring`."""
+    call_format: CallFormat | None = None
+    """How the model writes calls of tools; None where that is not known."""
+    marks_reasoning: bool = False
+    """Whether responses of chats are told apart into reasoning and answer."""
 
     def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
         """One head more, or another in its place."""
@@ -111,10 +125,18 @@ class Engine(Protocol):
         """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
         """Token ids of messages in the model's own chat template. From any thread.
 
-        A message has a role and content, and may have a name and reasoning_content. Raises InvalidRequestError.
+        A message has a role and content, and may have a name and reasoning_content; an assistant's may have tool_calls,
+        whose arguments are objects, and a tool's has a tool_call_id. Raises InvalidRequestError.
+        """
+        ...
+
+    def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
+        """How the response to these messages begins, for `GenerationRequest.opening`; None where all is answer.
+
+        From any thread. Raises InvalidRequestError.
         """
         ...
 
@@ -140,6 +162,10 @@ class Engine(Protocol):
 
     async def compile_choices(self, choices: Sequence[str]) -> object:
         """The same for texts that are one of these. Raises as `compile_schema` does."""
+        ...
+
+    async def compile_calls(self, structure: CallStructure) -> object:
+        """The same for texts that hold calls of tools. Raises as `compile_schema` does."""
         ...
 
     def generate(self, request: GenerationRequest) -> ChunkStream:

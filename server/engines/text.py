@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from server.calls.formats import CallFormat
 from server.engines.chat_template import encode_chat
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
@@ -32,13 +33,18 @@ class Tokenization(ABC):
     def _tokenizer(self) -> Any:
         """Raises EngineStoppedError before the engine has been started."""
 
+    @property
+    @abstractmethod
+    def _call_format(self) -> CallFormat | None:
+        """How the model writes calls of tools."""
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         with self._encoding:
             return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
         with self._encoding:
-            return encode_chat(self._tokenizer, messages, rendering)
+            return encode_chat(self._tokenizer, messages, rendering, self._call_format)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))

@@ -34,9 +34,10 @@ FIELDS: dict[str, tuple[Any, Any]] = {
 }
 NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_logprobs", "stream", "stream_options",
                 "user", "safety_identifier", "metadata", "prompt_cache_key", "parallel_tool_calls", "reasoning_effort",
+                "include_reasoning",
                 "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs",
                 "timeout_s", "control", "max_completion_tokens", "response_format", "best_of",
-                "structured_outputs", "guided_json", "guided_choice"}  # fmt: skip
+                "structured_outputs", "guided_json", "guided_choice", "tools", "tool_choice"}  # fmt: skip
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def within_reach(body: dict[str, Any]) -> dict[str, Any]:
     """The body with names and sizes that this server has; else nearly every one would end at them."""
     known = {"model": "fake", "timeout_s": None, "max_tokens": 3, "max_completion_tokens": None, "control": None,
              "response_format": None, "structured_outputs": None, "guided_json": None, "guided_choice": None,
+             "tools": None, "tool_choice": None,
              "stop_token_ids": [7], "logit_bias": {"7": 1}, "top_logprobs": None,
              "stream_options": None, "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
     if body.get("input") is not None:

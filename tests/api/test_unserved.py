@@ -13,8 +13,6 @@ from tests.api.conftest import chat, complete
 
 HARMLESS = {name: [None, *field.harmless] for name, field in (COMPLETION | CHAT).items()}
 ASKING: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "store": True,
@@ -29,7 +27,6 @@ ASKING: dict[str, Any] = {
     "moderation": {"model": "x"},
     "prompt_cache_retention": "24h",
     "prompt_cache_options": {"mode": "explicit"},
-    "include_reasoning": False,
     "documents": [{"text": "x"}],
     "use_beam_search": True,
     "length_penalty": 1.5,

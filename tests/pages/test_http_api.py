@@ -12,6 +12,7 @@ from server.api.resolution import MAX_PROMPT_SCORES
 from server.api.schemas import ChatBody, CompletionBody
 from server.api.unserved import CHAT, COMPLETION
 from server.api.value import MAX_READ_TOKENS, ValueBody
+from server.calls.formats import FORMATS
 from server.settings import Settings
 
 BOTH = COMPLETION | CHAT
@@ -77,3 +78,11 @@ def test_the_settings_that_it_names_exist() -> None:
     flags = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", PAGE)}
     assert len(flags) > 10
     assert flags <= set(Settings.model_fields)
+
+
+def test_every_form_of_calls_is_in_the_table_of_models() -> None:
+    calls = Path("docs/models.md").read_text().split("## Calls of tools")[1].partition("\n## ")[0]
+    named = [
+        re.findall(r"`([\w-]+)`", line)[0] for line in calls.splitlines() if line.startswith("| `") and "--" not in line
+    ]
+    assert named == list(FORMATS)

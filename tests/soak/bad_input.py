@@ -130,7 +130,7 @@ _CONTROLS: list[Refused] = [
 ]
 _CHATS: list[Refused] = [
     _chat("messages", messages=[]),
-    _chat("messages.0.role", messages=[{"role": "tool", "content": "x"}]),
+    _chat("messages.0.tool_call_id", messages=[{"role": "tool", "content": "x"}]),
     _chat("messages.0.content", messages=[{"role": "user", "content": None}]),
     _chat("messages.0.content", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
     _chat("messages.0.name", messages=[{"role": "user", "content": "x", "name": 3}]),

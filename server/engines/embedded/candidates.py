@@ -8,7 +8,8 @@ A candidate is compared by the state behind its last token, which has to be comp
 the next block's first tokens as well. Candidates for a block hold their rows at once and lose their pages together: a
 leader that gives way drops them, and later they draw the same tokens anew. Candidates for a whole response run as rows
 become free. One that breaks the guardrail is kept only when all do. Where the server pins heads, a caller's search
-keeps none that those score lower than what there would be without it.
+keeps none that those score lower than what there would be without it. Where control does not act, a choice that is
+searched for goes on by itself, as without search.
 
 Knows nothing of models: it is told scores. Enter at `with_candidates` and `Candidates.settle`.
 
@@ -100,7 +101,7 @@ class Candidates:
         return [(sequence, hidden_D) for sequence, hidden_D in drawing if sequence.leader is None or sequence.pages]
 
     def _settle(self, sequence: Sequence, hidden_D: Tensor) -> Rows:
-        if sequence.candidates:
+        if sequence.candidates and sequence.is_controlled:
             return self._begin(sequence, hidden_D)
         trial, leader = sequence.trial, sequence.leader
         if trial is None:
@@ -153,7 +154,7 @@ class Candidates:
             return []
         leader.emit(chunks[-1])
         assert trial.hidden_D is not None
-        return self._begin(leader, trial.hidden_D)
+        return self._settle(leader, trial.hidden_D)
 
     def _end(self, member: Sequence, trial: Trial) -> None:
         """Free a whole response; when it is the last, tell of the best."""
@@ -224,4 +225,5 @@ def _is_at_end(candidate: Sequence, trial: Trial) -> bool:
     leader, search = candidate.leader, candidate.request.search
     if leader is None or search is None:
         return False
-    return len(candidate.token_ids) - len(leader.token_ids) >= search.block_tokens
+    # A block ends where control does.
+    return not candidate.is_controlled or len(candidate.token_ids) - len(leader.token_ids) >= search.block_tokens

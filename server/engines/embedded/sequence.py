@@ -19,8 +19,10 @@ from server.control.state import ControlState
 from server.engines.base import EngineObserver
 from server.engines.choice import Choice
 from server.engines.embedded.logits import LogitRules
+from server.engines.embedded.reasoned_structure import Openers, held_to
 from server.engines.embedded.sampler import RowSampling
-from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
+from server.engines.embedded.structure import CompiledSchema, SchemaMatcher, TokenMask
+from server.engines.segments import Markup, Segment
 from server.engines.text import TextOfTokens
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -56,6 +58,8 @@ class Sequence(Choice):
     row_sampling: RowSampling
     logit_rules: LogitRules | None = None
     matcher: SchemaMatcher | None = None
+    openers: Openers | None = None
+    """Of one with a matcher: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -82,6 +86,7 @@ class Sequence(Choice):
         emit: Callable[[GenerationChunk], None],
         observer: EngineObserver,
         eos_token_ids: frozenset[int],
+        markup: Markup | None = None,
         keep_states: bool = False,
     ) -> list[Sequence]:
         """The request's choices, or its candidates for them, all waiting. Without a seed, a fresh one is drawn."""
@@ -98,6 +103,7 @@ class Sequence(Choice):
                 detokenizer=make_detokenizer(),
                 eos_token_ids=eos_token_ids,
                 observer=observer,
+                markup=markup,
                 arrival_s=arrival_s,
                 group=group,
                 emit=emit,
@@ -106,6 +112,7 @@ class Sequence(Choice):
                 ),
                 logit_rules=rules,
                 matcher=None if structure is None else structure.start(),
+                openers=None if structure is None else Openers.of(markup, eos_token_ids),
                 states=[] if keep_states else None,
             )
             for index in range(request.best_of or request.num_choices)
@@ -152,6 +159,15 @@ class Sequence(Choice):
         """Tokens of the prompt whose keys and values are in the cache."""
         return min(self.num_computed, self.prompt_len)
 
+    @property
+    def held_to(self) -> TokenMask | None:
+        """What its next token is held to."""
+        if self.matcher is None or self.openers is None:
+            return self.matcher
+        # A call that is forced begins behind reasoning as well.
+        segment = Segment.ANSWER if self.segments is None else self.segments.next
+        return held_to(self.matcher, segment, self.openers)
+
     def go_on_from(self, other: Sequence) -> None:
         """From where another choice or candidate of the request stands, by itself."""
         self.follow(other)
@@ -189,7 +205,7 @@ class Trial:
         self.chunks.append(replace(chunk, num_drawn=0))
         if chunk.num_drawn and len(self.chunks) > self.num_told:
             self.num_told += 1
-            self.emit(GenerationChunk(index=self.index, num_drawn=1))
+            self.emit(GenerationChunk(index=self.index, segment=chunk.segment, num_drawn=1))
 
 
 @dataclass(slots=True, eq=False)

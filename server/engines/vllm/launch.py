@@ -95,6 +95,7 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads: HeadSource, d
                 "identity": heads.identity,
                 "skip_mismatched": heads.skip_mismatched,
                 "allow_other_base": heads.allow_other_base,
+                "reasoning_format": settings.reasoning_format,
             }
         },
     }

@@ -15,11 +15,14 @@ from pydantic import ValidationError
 
 from server.control.params import ControlParams, UnderPinned
 from server.errors import InvalidRequestError
+from server.types import Opening
 
 CONTROL_KEY = "recontrol"
 """In a request's `extra_args`: the `control` of this program's own API, as a JSON string."""
 ID_KEY = "recontrol_id"
 """Set by this program's engine alone: the choice that edits are reported for."""
+OPENING_KEY = "recontrol_opening"
+"""Set by this program's engine alone: how a response begins of which control acts on a part."""
 REPORT_KEY = "recontrol"
 """In `kv_transfer_params` of an output, and the attribute of a model runner's output."""
 WORKER = "server.engines.vllm.worker.ControlWorker"
@@ -58,6 +61,16 @@ def _has_pinned(payload: str) -> bool:
     return isinstance(control, dict) and "pinned" in control
 
 
-def control_args(control: ControlParams, choice_id: str) -> dict[str, Any]:
+def parse_opening(extra_args: Mapping[str, Any] | None) -> Opening | None:
+    """How a response begins of which control acts on a part; None for others. Raises InvalidRequestError."""
+    opening = (extra_args or {}).get(OPENING_KEY)
+    try:
+        return None if opening is None else Opening(opening)
+    except ValueError as error:
+        raise InvalidRequestError(f"{OPENING_KEY}: must be one of {', '.join(Opening)}", param=OPENING_KEY) from error
+
+
+def control_args(control: ControlParams, choice_id: str, opening: Opening | None = None) -> dict[str, Any]:
     """A choice's `extra_args`."""
-    return {CONTROL_KEY: json.dumps(control.model_dump(mode="json", exclude_none=True)), ID_KEY: choice_id}
+    told = {} if opening is None else {OPENING_KEY: opening.value}
+    return told | {CONTROL_KEY: json.dumps(control.model_dump(mode="json", exclude_none=True)), ID_KEY: choice_id}

@@ -12,6 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from server.calls.formats import FORMATS
+from server.calls.reader import CallRules
 from server.control.params import ControlParams
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
@@ -123,6 +125,15 @@ def test_candidates_are_refused_by_name() -> None:
     for options, field in (({"control": searching}, "control.search"), ({"best_of": 3}, "best_of")):
         with pytest.raises(UnsupportedFieldError, match=field):
             sampling.check_served(replace(GenerationRequest("r", (1,), control=control({"good": 1.0})), **options))
+
+
+def test_control_that_leaves_calls_alone_is_refused_by_name() -> None:
+    calls = CallRules(FORMATS["hermes"], {"now": None})
+    plain = GenerationRequest("r", (1,), calls=calls)
+    sampling.check_served(plain)
+    sampling.check_served(replace(plain, control=control({"good": 1.0}, in_calls=True)))
+    with pytest.raises(UnsupportedFieldError, match=r"control\.in_calls: the vLLM engine does not serve"):
+        sampling.check_served(replace(plain, control=control({"good": 1.0})))
 
 
 def test_each_token_is_counted_once() -> None:
