@@ -53,7 +53,7 @@ ATTEMPTS = (
     Attempt("min_p 0.3", {"min_p": 0.3}),
     Attempt("presence_penalty 2", {"presence_penalty": 2.0}),
     Attempt("frequency_penalty 2", {"frequency_penalty": 2.0}),
-    Attempt("ignore_eos, a long response", {"ignore_eos": True}, tokens=64),
+    Attempt("ignore_eos, a long response", {"ignore_eos": True}, tokens=32),
     Attempt("prefill of the answer", {}, prefill="That is terrible."),
     Attempt("logit_bias, 8 on bad words", {}, "refused", biased=tuple(_BAD)),
     Attempt("logit_bias, -100 on good words", {}, "refused", biased=tuple(_GOOD)),

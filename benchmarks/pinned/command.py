@@ -27,7 +27,7 @@ class Pinned(Command):
 
     prompts: Path = Field(_PROMPTS, description="JSON lines; those of the test split that are chats are used")
     num_prompts: Annotated[int, Field(ge=2, le=64)] = 64
-    max_tokens: Annotated[int, Field(ge=1, le=256)] = 20
+    max_tokens: Annotated[int, Field(ge=1, le=256)] = 10
     seed: int = 0
     out: Path | None = Field(None, description="JSON file to write, or with --render to read")
     render: bool = Field(False, description="measure nothing: print the table of --out again")

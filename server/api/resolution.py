@@ -120,7 +120,7 @@ def with_pinned(
     """
     if asked is None or pinned is None:
         return pinned if asked is None else asked
-    theirs, mine = _weights_beside_pinned(asked, pinned), pinned.objective
+    theirs, mine = _weights_beside_pinned(asked), pinned.objective
     assert isinstance(mine, WeightedSum), "anything else is refused at the start"
     if both := sorted(theirs.keys() & pinned.named_heads.keys()):
         raise InvalidRequestError(f"{steered_by}: this server pins {', '.join(both)}; leave it out", param=steered_by)
@@ -154,10 +154,10 @@ def with_pinned(
     )
 
 
-def _weights_beside_pinned(asked: ControlParams, pinned: ControlParams) -> dict[str, float]:
+def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
     """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
     for name, field in ControlParams.model_fields.items():
-        if name not in _COMPOSED and getattr(asked, name) not in (field.default, getattr(pinned, name)):
+        if name not in _COMPOSED and getattr(asked, name) != field.default:
             raise InvalidRequestError(
                 f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
             )

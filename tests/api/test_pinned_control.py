@@ -125,6 +125,7 @@ def test_pinned_heads_count_among_the_heads_that_a_request_may_name(
 
 HOLDING_BACK: dict[str, dict[str, Any]] = {
     "control.phase": {"phase": "answer"},
+    "control.in_calls": {"in_calls": True},
     "control.gate": {"gate": {"head": "positive", "below": -1e6}},
     "control.window": {"window": {"start": 2**31}},
     "control.schedule": {"schedule": {"type": "exponential", "half_life": 1e-9}},

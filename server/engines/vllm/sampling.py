@@ -29,7 +29,7 @@ SAMPLING_FIELDS = frozenset(
 CONTROL_FIELDS = frozenset(
     {
         "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "phase", "gate", "window",
-        "schedule", "stop_below", "trace", "in_calls",
+        "schedule", "stop_below", "trace", "in_calls", "pinned",
     }
 )  # fmt: skip
 OBJECTIVES = frozenset({"weighted_sum", "worst_case", "target", "floor"})

@@ -12,9 +12,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from server.api.resolution import with_pinned
 from server.calls.formats import FORMATS
 from server.calls.reader import CallRules
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import EngineInfo, NullObserver
@@ -115,9 +116,20 @@ def test_a_fault_is_told_for_its_request_and_no_other() -> None:
 
 def test_every_field_is_served_or_refused_by_name() -> None:
     assert set(SamplingParams.model_fields) >= sampling.SAMPLING_FIELDS
-    assert set(ControlParams.model_fields) >= sampling.CONTROL_FIELDS
+    assert set(UnderPinned.model_fields) >= sampling.CONTROL_FIELDS
     served = GenerationRequest("r", (1,), SamplingParams(top_k=3), control({"good": 1.0}), num_choices=2)
     sampling.check_served(served)
+
+
+def test_pinned_control_beneath_a_callers_reaches_the_workers_by_this_program_alone() -> None:
+    pinned = control({"good": 1.0}, stop_below={"line": 0.2}, window={"end": 9})
+    over = with_pinned(control({"deep": 2.0}, trace=True), pinned)
+    assert isinstance(over, UnderPinned)
+    sampling.check_served(GenerationRequest("r", (1,), control=over))
+    told = control_args(over, "c")
+    assert parse_control(told) == over
+    with pytest.raises(InvalidRequestError, match="pinned"):
+        parse_control({CONTROL_KEY: told[CONTROL_KEY]})
 
 
 def test_candidates_are_refused_by_name() -> None:
