@@ -56,7 +56,8 @@ OUTWEIGHS: dict[str, Any] = {
 # Not held: what is left of the vocabulary may be one text. Refused where the operator says so.
 NOT_HELD: dict[str, Any] = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
-    "structured_outputs": {"choice": ["bad"]}, "tool_choice": "required", "guided_json": SCHEMA, "guided_choice": ["bad"],
+    "structured_outputs": {"choice": ["bad"]}, "guided_json": SCHEMA, "guided_choice": ["bad"],
+    "tool_choice": "required",
 }  # fmt: skip
 # Put together with what is pinned, or refused by name.
 COMPOSED: dict[str, Any] = {
@@ -94,8 +95,6 @@ def asked(field: str, value: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         return complete, body
     if field == "max_completion_tokens":
         del body["max_tokens"]
-    if field == "tool_choice":
-        body["tools"] = [TOOL]
     if field == "continue_final_message":
         body["messages"] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Bad"}]
     return chat, body | ({"logprobs": True} if field == "top_logprobs" else {})
@@ -121,6 +120,8 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
     client, requests = pinned
     for kind in (INERT, CUTS, REDRAWN, PROMPTS, NOT_HELD):
         for field, value in kind.items():
+            if field in ("tools", "tool_choice"):
+                continue
             send, body = asked(field, value)
             assert send(client, **body).status_code == 200, field
     for field, value in COMPOSED.items():
@@ -130,6 +131,17 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
     for request in requests:
         control = request.control.pinned if isinstance(request.control, UnderPinned) else request.control
         assert control == expected
+
+
+def test_pinned_control_is_beneath_calls_of_tools(make_app: Callable[..., FastAPI]) -> None:
+    """On an engine with room for what tools are told by."""
+    app, requests = make_app(settings={"pinned_control": json.dumps(PINNED)}), []
+    generate = app.state.engine.generate
+    app.state.engine.generate = lambda request: (requests.append(request), generate(request))[1]
+    with TestClient(app) as client:
+        for choice in ("auto", NOT_HELD["tool_choice"]):
+            assert chat(client, tools=[TOOL], tool_choice=choice, max_tokens=4).status_code == 200
+    assert [request.control.objective.weights for request in requests] == [{"plain": 1.0}] * 2
 
 
 def text(response: Any) -> str:
