@@ -56,8 +56,14 @@ def ascent_rows(
         return head.inputs_UD @ moments.metric(shrinkage)
     values_N = _standardised_values(head, data)
     advantage_N = data.lambda_returns(standard_B, values_N, trace=trace) - values_N
+    tokens_N = data.tokens_of("train")
+    if data.sampled_grads_ND is not None:
+        # Gradients of texts of others do not vanish in the mean; to be likelier as such is nobody's wish.
+        advantage_N = advantage_N - advantage_N[tokens_N].mean()
+        # A handful of texts tells little of the Fisher information of so many dimensions.
+        damping += len(head.scale_D) / len(tokens_N)
     rows_UD = torch.zeros_like(head.inputs_UD)
-    rows_UD[0] = natural_direction(data, data.tokens_of("train"), advantage_N, damping=damping) / head.scale_D
+    rows_UD[0] = natural_direction(data, tokens_N, advantage_N, damping=damping) / head.scale_D
     return rows_UD
 
 
@@ -66,20 +72,24 @@ def natural_direction(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor,
     size = data.states_ND.shape[1]
     fisher_DD, gain_D = torch.zeros(size, size), torch.zeros(size)
     for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-        grads = data.logp_grads_ND[chunk].float()
-        fisher_DD += grads.T @ grads
-        gain_D += advantage_N[chunk] @ grads
+        drawn = data.cost_grads_ND[chunk].float()
+        fisher_DD += drawn.T @ drawn
+        gain_D += advantage_N[chunk] @ data.logp_grads_ND[chunk].float()
     damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(size)
     return solve(damped_DD, gain_D)
 
 
 def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
-    """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a training token on average."""
-    total_nats, tokens_N = 0.0, data.tokens_of("train")
+    """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average.
+
+    Over training tokens of rollouts, and over validation tokens of given texts: those may be so few that the rows
+    follow what training tokens happen to cost little.
+    """
+    total_nats, tokens_N = 0.0, data.tokens_of("train" if data.sampled_grads_ND is None else "validation")
     for chunk in torch.split(tokens_N, CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
         shift_D = slope_U @ head.folded_ascent()
-        change = vecdot(shift_D, data.logp_grads_ND[chunk].float())
+        change = vecdot(shift_D, data.cost_grads_ND[chunk].float())
         total_nats += 0.5 * float(change.square().sum())
     cost_nats = max(total_nats / len(tokens_N), _MIN_COST_NATS)
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
@@ -96,9 +106,9 @@ def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_
     advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(head, data)
     for chunk in torch.split(tokens_N, CHUNK_TOKENS):
         _, slope_U = head.readout(head.units(data.states_ND[chunk]))
-        change = vecdot(slope_U @ head.folded_ascent(), data.logp_grads_ND[chunk].float())
-        earned += float(advantage_N[chunk] @ change)
-        paid += 0.5 * float(change.square().sum())
+        shift_D = slope_U @ head.folded_ascent()
+        earned += float(advantage_N[chunk] @ vecdot(shift_D, data.logp_grads_ND[chunk].float()))
+        paid += 0.5 * float(vecdot(shift_D, data.cost_grads_ND[chunk].float()).square().sum())
     return earned / len(tokens_N) / max(paid / len(tokens_N), _MIN_COST_NATS) ** 0.5
 
 

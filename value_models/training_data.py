@@ -32,6 +32,18 @@ class TrainingData:
     split: list[str]
     base_model: dict[str, Any]
     manifest: dict[str, Any]
+    sampled_grads_ND: Tensor | None = None
+    """Of texts that the model did not write: the gradients of tokens that it draws in the same states."""
+
+    @property
+    def kind(self) -> str:
+        """`rollouts`, or `pairs` or `texts` where the model did not write the responses."""
+        return self.manifest.get("given", {}).get("kind", "rollouts")
+
+    @property
+    def cost_grads_ND(self) -> Tensor:
+        """Gradients whose second moment is the Fisher information: those of tokens that the model itself draws."""
+        return self.logp_grads_ND if self.sampled_grads_ND is None else self.sampled_grads_ND
 
     def is_in(self, split: str) -> Tensor:
         """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""

@@ -82,6 +82,9 @@ class Evaluation(HeadsModelCommand):
     formats: list[Literal["chat", "text"]] = Field(
         ["chat"], description="comma-separated kinds of prompts; an instruction is a fair rival in a chat alone"
     )
+    reward: str | None = Field(
+        None, description="scores responses; by default what the head was trained on, which pairs and texts do not tell"
+    )
     instruction: str | None = Field(
         None, description="what prompting puts before each prompt; built-in rewards have one"
     )
@@ -161,14 +164,18 @@ class Evaluation(HeadsModelCommand):
         """Of one head. What can be wrong with names, or is missing, is said before minutes of sampling."""
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
-        scoring = Scoring.load(card.reward, self.judges or _JUDGES.get(card.reward, []))
-        instruction = self.instruction or _INSTRUCTIONS.get(card.reward)
+        if self.reward is None and "given" in card.data:
+            raise ConfigurationError(
+                f"reward: {self.head} was trained on {card.reward}, which score no other text; give one"
+            )
+        reward = self.reward or card.reward
+        scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
+        instruction = self.instruction or _INSTRUCTIONS.get(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
-                f"instruction: the reward {card.reward!r} has none built in; give one, or leave prompting out of "
-                "--methods"
+                f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
             )
-        factory = self.factory(loaded, self._with_baselines(loaded, registry, card))
+        factory = self.factory(loaded, self._with_baselines(loaded, registry, card, reward))
         return EvalSetup(
             subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction),
             folder=Path(self.heads_location(loaded)) / self.head,
@@ -202,7 +209,7 @@ class Evaluation(HeadsModelCommand):
     def _tuning_file(self) -> Path | None:
         return self.tuning_prompts or self.prompts
 
-    def _with_baselines(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard) -> HeadRegistry:
+    def _with_baselines(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard, reward: str) -> HeadRegistry:
         """With those rivals that are heads, under the methods' names."""
         baselines = {method.name: method.baseline for method in self.rivals() if method.baseline is not None}
         if not baselines:
@@ -213,7 +220,7 @@ class Evaluation(HeadsModelCommand):
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
         texts = {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
-        heads = load_baselines(self.work / "baselines", self.rollouts, card.reward, texts, baselines)
+        heads = load_baselines(self.work / "baselines", self.rollouts, reward, texts, baselines)
         for name, head in heads.items():
             registry = registry.with_head(name, head.to(loaded.model.device))
         return registry
