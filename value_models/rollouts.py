@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,6 +35,8 @@ from value_models.prompt_sets import RolloutPrompt
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+RunKind = Literal["rollouts", "pairs", "texts"]
+"""Whether the model sampled the responses, or which kind of given texts they are."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,10 +103,14 @@ class RolloutSet:
     def base_model(self) -> dict[str, Any]:
         return self.manifest["base_model"]
 
+    @property
+    def kind(self) -> RunKind:
+        return self.manifest.get("given", {}).get("kind", "rollouts")
+
     def shards(self) -> Iterator[RolloutShard]:
         """Read the shards, each when it is its turn. Raises RolloutError where one is damaged."""
         for index in range(self.manifest["num_shards"]):
-            yield _read_shard(self.folder, index)
+            yield _read_shard(self.folder, index, is_given=self.kind != "rollouts")
 
 
 def collect_rollouts(
@@ -241,7 +247,7 @@ def _write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> int:
     return int(lengths.sum())
 
 
-def _read_shard(folder: Path, index: int) -> RolloutShard:
+def _read_shard(folder: Path, index: int, *, is_given: bool) -> RolloutShard:
     rows, tensors = _shard(folder, index, ".jsonl"), _shard(folder, index, ".safetensors")
     try:
         read = load_file(tensors)
@@ -251,7 +257,7 @@ def _read_shard(folder: Path, index: int) -> RolloutShard:
             logp_grads_ND=read["logp_grads_ND"],
             token_ids_N=read["token_ids_N"],
             offsets=[int(offset) for offset in read["offsets"].unbind()],
-            sampled_grads_ND=read.get("sampled_grads_ND"),
+            sampled_grads_ND=read["sampled_grads_ND"] if is_given else None,
         )
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise RolloutError(

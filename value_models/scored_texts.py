@@ -1,7 +1,8 @@
 """Given texts with the base model's states behind their tokens, kept in the format of rollouts.
 
 Each line of a shard's JSONL also has the text's prompt and its score, so a run tells all that a head is trained on.
-Knows nothing of models: a `TextSource` reads texts. Enter at `score_texts` and `load_scored_texts`.
+Knows nothing of models: a `TextSource` reads texts. Enter at `score_texts`; `load_scored_texts` in
+training_data.py reads a run back.
 """
 
 from __future__ import annotations
@@ -10,14 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from value_models.errors import RolloutError
-from value_models.given_texts import GivenText, GivenTexts, validation_prompts
-from value_models.rollouts import FORMAT, Rollout, RolloutSet, collect_shards, open_rollouts
-from value_models.training_data import TrainingData
+from value_models.given_texts import GivenText, GivenTexts
+from value_models.rollouts import FORMAT, Rollout, RolloutSet, collect_shards
 
 
 class ScoreSettings(BaseModel):
@@ -78,40 +75,3 @@ def score_texts(
 
     manifest = run_manifest(source, given, settings)
     return collect_shards(folder, manifest, [len(shard) for shard in shards], make, show_progress=show_progress)
-
-
-def is_scored(run: RolloutSet) -> bool:
-    """Whether a run is of given texts, which carry their own scores."""
-    return "given" in run.manifest
-
-
-def load_scored_texts(folder: Path) -> TrainingData:
-    """Read a run of `score_texts`. A fifth of the prompts is held out. Raises RolloutError."""
-    run = open_rollouts(folder)
-    if not is_scored(run):
-        raise RolloutError(f"{folder} holds sampled responses, which have no scores of their own; give --reward")
-    states: list[Tensor] = []
-    grads: list[Tensor] = []
-    sampled: list[Tensor] = []
-    offsets, rows = [0], list[dict[str, Any]]()
-    for shard in run.shards():
-        assert shard.sampled_grads_ND is not None
-        states.append(shard.states_ND)
-        grads.append(shard.logp_grads_ND)
-        sampled.append(shard.sampled_grads_ND)
-        offsets += [offsets[-1] + end for end in shard.offsets[1:]]
-        rows += shard.rows
-    prompt_ids = [row["prompt_id"] for row in rows]
-    numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
-    held_out = validation_prompts(prompt_ids)
-    return TrainingData(
-        states_ND=torch.cat(states),
-        logp_grads_ND=torch.cat(grads),
-        offsets=torch.tensor(offsets),
-        prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
-        reward_B=torch.tensor([float(row["score"]) for row in rows]),
-        split=["validation" if prompt_id in held_out else "train" for prompt_id in prompt_ids],
-        base_model=run.base_model,
-        manifest=run.manifest,
-        sampled_grads_ND=torch.cat(sampled),
-    )

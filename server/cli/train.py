@@ -26,8 +26,7 @@ from value_models.heads import UNIT_COST_NATS
 from value_models.order import order_figures
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
-from value_models.rollouts import RolloutSettings, collect_rollouts, open_rollouts
-from value_models.scored_texts import is_scored, load_scored_texts
+from value_models.rollouts import RolloutSettings, collect_rollouts
 from value_models.store import (
     NAME_PATTERN,
     BaseModelCard,
@@ -37,7 +36,7 @@ from value_models.store import (
     shipped_heads_folder,
 )
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, load_training_data
+from value_models.training_data import TrainingData, load_scored_texts, load_training_data
 
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 
@@ -123,9 +122,11 @@ class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompat
             folder = self.rollouts if "rollouts" in self.model_fields_set else None
             return load_scored_texts(self.score(given, folder, seed=settings.seed).folder)
         if self.reward is None:
+            if "rollouts" not in self.model_fields_set:
+                raise ConfigurationError(
+                    "reward: give one, or --pairs FILE or --texts FILE, or --rollouts with a run of `recontrol score`"
+                )
             return load_scored_texts(self.rollouts)
-        if is_scored(run := open_rollouts(self.rollouts)):
-            raise ConfigurationError(f"reward: the texts of {run.folder} have scores of their own; leave it out")
         allow_rewards_of_the_working_folder()
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         return load_training_data(self.rollouts, self.reward, texts)
