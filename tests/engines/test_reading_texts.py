@@ -13,7 +13,6 @@ from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.given_texts import EngineTextSource
 from server.engines.embedded.model.loader import LoadedModel
-from tests.conftest import EOS
 from value_models.errors import TextsFileError
 from value_models.given_texts import GivenText, GivenTexts, Prompt
 from value_models.rollouts import Rollout
@@ -82,7 +81,8 @@ def test_a_chats_answer_ends_with_the_templates_end_of_turn_and_a_cut_one_does_n
     (whole,) = source.score([text], SETTINGS)
     (cut,) = source.score([text], ScoreSettings(max_tokens=3, cut_long=True))
     (full,) = source.score([text], ScoreSettings(max_tokens=6, cut_long=True))
-    assert (whole.token_ids[-1], whole.is_finished) == (EOS, True)
+    assert whole.token_ids[-1] in source.loaded.eos_token_ids
+    assert whole.is_finished
     assert (cut.token_ids, cut.is_finished) == (whole.token_ids[:3], False)
     assert (full.token_ids, full.is_finished) == (whole.token_ids[:6], False)
 
@@ -106,7 +106,8 @@ def test_a_text_that_does_not_fit_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(TextsFileError) as raised:
         source.check(given(text), settings)
-    assert str(raised.value).startswith(f"p.jsonl, line 7: {why}")
+    assert str(raised.value).startswith("p.jsonl, line 7: ")
+    assert why in str(raised.value)
 
 
 def test_a_chat_for_a_model_without_a_template_and_pairs_that_are_cut_to_the_same_are_refused(
