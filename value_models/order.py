@@ -29,7 +29,7 @@ def order_figures(head: ValueHead, data: TrainingData) -> dict[str, Any]:
     (as in direct preference optimisation) and per token for single texts; the value where it is higher at the better
     one's last token. Half of those that it cannot tell apart count.
     """
-    if data.kind == "rollouts":
+    if not data.is_given:
         return {}
     change_N, cost_N = _changes(head, data)
     lengths_B = data.offsets[1:] - data.offsets[:-1]

@@ -40,6 +40,11 @@ class TrainingData:
     """Of texts that the model did not write: the gradients of tokens that it draws in the same states."""
 
     @property
+    def is_given(self) -> bool:
+        """Whether the model did not write the responses."""
+        return self.kind != "rollouts"
+
+    @property
     def cost_grads_ND(self) -> Tensor:
         """Gradients whose second moment is the Fisher information: those of tokens that the model itself draws."""
         return self.logp_grads_ND if self.sampled_grads_ND is None else self.sampled_grads_ND

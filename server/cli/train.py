@@ -91,6 +91,8 @@ class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompat
         if data.kind == "texts" and "center_by_prompt" not in self.model_fields_set:
             # Most prompts have one text, of which nothing would be left.
             settings = settings.model_copy(update={"center_by_prompt": False})
+        if data.is_given and settings.advantage_trace != 1.0:
+            raise ConfigurationError("advantage_trace: pairs and texts have scores for advantages; leave it out")
         trained = train_head(data, settings)
         folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
         aim = self.reward or f"{data.kind} of {data.manifest['given']['file']}"
@@ -143,10 +145,14 @@ def _figures_text(validation: dict[str, Any]) -> str:
 
 def _metric_text(settings: TrainSettings, data: TrainingData) -> str:
     if settings.metric == "natural":
-        of = {"pairs": " of the margin between chosen and rejected", "texts": " of the texts' scores"}
+        if data.is_given:
+            of = "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
+            return (
+                f"natural gradient of the {of}, damping {settings.damping} and that of few tokens; "
+                f"{_UNIT.replace('training', 'validation')}"
+            )
         return (
-            f"natural policy gradient{of.get(data.kind, '')}, advantages with lambda {settings.advantage_trace}, "
-            f"damping {settings.damping}; "
+            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
         ) + _UNIT
     if settings.metric == "covariance":
         return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
@@ -164,7 +170,7 @@ def _data(data: TrainingData) -> dict[str, object]:
     prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
                for split in responses}  # fmt: skip
     counts = {"prompts": prompts, "responses": dict(responses), "tokens": int(data.offsets[-1])}
-    if data.kind != "rollouts":
+    if data.is_given:
         return {
             "split": "by a digest of the prompt: 80% train, 20% validation",
             **counts,
