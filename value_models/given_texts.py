@@ -137,11 +137,12 @@ def validation_prompts(prompt_ids: Iterable[str]) -> set[str]:
 
 
 def _pair(record: dict[str, Any], as_chat: bool, where: str) -> tuple[Prompt, str, str]:
-    chosen, rejected = record["chosen"], record["rejected"]
+    chosen: object = record["chosen"]
+    rejected: object = record["rejected"]
     if type(chosen) is not type(rejected):
         raise TextsFileError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
     if isinstance(chosen, list):
-        before, better = _ending(chosen, "chosen", where)
+        before, better = _ending(cast("list[object]", chosen), "chosen", where)
         before_rejected, worse = _ending(rejected, "rejected", where)
         if before != before_rejected:
             raise TextsFileError(
@@ -191,9 +192,10 @@ def _prompt(record: dict[str, Any], as_chat: bool, where: str) -> Prompt | None:
         return _no_empty_prompt(_messages(record["messages"], "messages", where), "messages", where)
     if "prompt" not in record:
         return None
-    prompt = record["prompt"]
+    prompt: object = record["prompt"]
     if isinstance(prompt, list):
-        return _no_empty_prompt(_messages(prompt, "prompt", where), "prompt", where)
+        messages = _messages(cast("list[object]", prompt), "prompt", where)
+        return _no_empty_prompt(messages, "prompt", where)
     text = _text(prompt, "prompt", where)
     return ({"role": "user", "content": text},) if as_chat else text
 

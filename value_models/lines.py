@@ -78,7 +78,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise MissingPackageError("pyarrow to read parquet", "'recontrol[parquet]'") from error
     arrow = cast(Any, parquet)
     try:
-        with arrow.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
