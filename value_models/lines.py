@@ -6,6 +6,7 @@ Knows nothing of what records mean. Enter at `read_records`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -73,10 +74,9 @@ def _no_number(constant: str) -> NoReturn:
 def _parquet(path: Path) -> Iterator[Record]:
     """Rows; a column that is null in a row is a field that the row has not."""
     try:
-        from pyarrow import parquet  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+        parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingPackageError("pyarrow to read parquet", "'recontrol[parquet]'") from error
-    arrow = cast(Any, parquet)
     try:
         with parquet.ParquetFile(path) as file:
             number = 0

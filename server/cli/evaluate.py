@@ -35,6 +35,7 @@ from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.rewards import check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 
@@ -82,11 +83,13 @@ class Evaluation(HeadsModelCommand):
     formats: list[Literal["chat", "text"]] = Field(
         ["chat"], description="comma-separated kinds of prompts; an instruction is a fair rival in a chat alone"
     )
-    reward: str | None = Field(
-        None, description="scores responses; by default what the head was trained on, which pairs and texts do not tell"
-    )
     instruction: str | None = Field(
         None, description="what prompting puts before each prompt; built-in rewards have one"
+    )
+    reward: str | None = Field(
+        None,
+        description="what responses are scored with; by default the card's, if that is built in. Another one, "
+        "hf:<folder or hub id>[#label] or module:function, is only loaded where you name it",
     )
     judges: list[str] | None = Field(
         None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
@@ -139,7 +142,8 @@ class Evaluation(HeadsModelCommand):
         raise NotImplementedError
 
     def cli_cmd(self) -> None:
-        allow_rewards_of_the_working_folder()
+        if self.reward is not None:
+            allow_rewards_of_the_working_folder()
         loaded = self.load()
         registry = self.heads(loaded)
         warnings = [warning for name, warning in registry.warnings().items() if name in self.named_heads()]
@@ -164,11 +168,7 @@ class Evaluation(HeadsModelCommand):
         """Of one head. What can be wrong with names, or is missing, is said before minutes of sampling."""
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
-        if self.reward is None and "given" in card.data:
-            raise ConfigurationError(
-                f"reward: {self.head} was trained on {card.reward}, which score no other text; give one"
-            )
-        reward = self.reward or card.reward
+        reward = self.reward_of(card)
         scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
         instruction = self.instruction or _INSTRUCTIONS.get(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
@@ -189,6 +189,14 @@ class Evaluation(HeadsModelCommand):
             num_samples=self.num_samples,
             methods=self.rivals(),
         )
+
+    def reward_of(self, card: HeadCard) -> str:
+        """What a head's responses are scored with. Raises RewardError for a card that names code."""
+        if self.reward is None and "given" in card.data:
+            raise ConfigurationError(
+                f"reward: {card.name} was trained on {card.reward}, which score no other text; give one"
+            )
+        return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)
