@@ -98,7 +98,7 @@ def test_a_value_out_of_range_is_named_before_any_model_is_loaded(
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["train"], "train: name: Field required; reward: Field required"),
+        (["train"], "train: name: Field required"),
         (["heads", "nope"], "there is no command 'heads nope'; there are serve, "),
         (["--nope"], "there is no flag '--nope'; there are serve, "),
         (["heads", "list", "--heads-dir", ""], "heads_dir: Value should have at least 1 item"),

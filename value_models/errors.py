@@ -4,6 +4,7 @@
     |-- HeadShapeError        tensors that do not make a head of the type they claim
     |-- HeadFileError         a head's folder, local or in a store, is incomplete or wrong
     |-- ImportFileError       a file to import is neither a value function of the paper's kind nor a vector
+    |-- TextsFileError        a file of pairs or texts to learn from; says which line
     |-- RolloutError          a prompt file, or a run's folder, that cannot be used
     |-- TargetShapeError      rewards, values and masks whose shapes do not belong together
     |-- TrainingDataError     rollouts or rewards from which no head can be learnt
@@ -31,6 +32,10 @@ class HeadFileError(ValueModelError):
 
 
 class ImportFileError(ValueModelError):
+    pass
+
+
+class TextsFileError(ValueModelError):
     pass
 
 

@@ -1,9 +1,10 @@
-"""Rollouts: responses sampled from the base model with the hidden states behind their tokens, kept as shards.
+"""Rollouts: responses with the base model's hidden states behind their tokens, kept as shards.
 
-A run is a folder: `manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair
-`shard-00000.safetensors` (states, gradients, token ids, offsets) and `shard-00000.jsonl` (one line a response). The
-JSONL is renamed into place last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows
-nothing of models: a `RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
+The model sampled them, or they are texts of others that it only read (scored_texts.py). A run is a folder:
+`manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair `shard-00000.safetensors`
+(states, gradients, token ids, offsets) and `shard-00000.jsonl` (one line a response). The JSONL is renamed into place
+last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows nothing of models: a
+`RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
 
 State t of a response is the post-norm state that predicts its token t, so the first one has seen the prompt alone.
 
@@ -16,10 +17,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,7 +34,9 @@ from value_models.files import SCRATCH_SUFFIX, write_text, write_whole
 from value_models.prompt_sets import RolloutPrompt
 
 MANIFEST = "manifest.json"
-_FORMAT = 2
+FORMAT = 2
+RunKind = Literal["rollouts", "pairs", "texts"]
+"""Whether the model sampled the responses, or which kind of given texts they are."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,6 +50,10 @@ class Rollout:
     states_TD: Tensor
     logp_grads_TD: Tensor
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
+    sampled_grads_TD: Tensor | None = None
+    """The same of a token that the model itself draws in that state, where the text is not its own."""
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What its line in the JSONL holds besides, as plain data."""
 
 
 class RolloutSettings(BaseModel):
@@ -84,6 +91,7 @@ class RolloutShard:
     logp_grads_ND: Tensor
     token_ids_N: Tensor
     offsets: list[int]
+    sampled_grads_ND: Tensor | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -95,10 +103,14 @@ class RolloutSet:
     def base_model(self) -> dict[str, Any]:
         return self.manifest["base_model"]
 
+    @property
+    def kind(self) -> RunKind:
+        return self.manifest.get("given", {}).get("kind", "rollouts")
+
     def shards(self) -> Iterator[RolloutShard]:
         """Read the shards, each when it is its turn. Raises RolloutError where one is damaged."""
         for index in range(self.manifest["num_shards"]):
-            yield _read_shard(self.folder, index)
+            yield _read_shard(self.folder, index, is_given=self.kind != "rollouts")
 
 
 def collect_rollouts(
@@ -121,25 +133,45 @@ def collect_rollouts(
         for first in range(0, len(prompts), settings.prompts_per_shard)
     ]
     manifest = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "base_model": source.base_model,
         "settings": settings.model_dump(),
         "prompts_sha256": _digest(prompts),
         "num_prompts": len(prompts),
         "num_shards": len(blocks),
     }
+
+    def sample(index: int) -> list[Rollout]:
+        return _checked(list(source.sample(blocks[index], settings)), settings, blocks[index])
+
+    sizes = [len(block) * settings.num_samples for block in blocks]
+    return collect_shards(folder, manifest, sizes, sample, show_progress=show_progress)
+
+
+def collect_shards(
+    folder: Path,
+    manifest: dict[str, Any],
+    sizes: Sequence[int],
+    make: Callable[[int], Sequence[Rollout]],
+    *,
+    show_progress: bool | None = None,
+) -> RolloutSet:
+    """Let `make` give the responses of each shard that a run lacks, by its index; `sizes` say how many they will be.
+
+    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run.
+    """
     _claim(folder, manifest)
     with tqdm(
-        total=len(prompts) * settings.num_samples,
+        total=sum(sizes),
         unit="response",
         disable=not sys.stderr.isatty() if show_progress is None else not show_progress,
     ) as bar:
-        for index, block in enumerate(blocks):
+        for index, size in enumerate(sizes):
             if not _shard(folder, index, ".jsonl").exists():
                 started_s = time.perf_counter()
-                num_tokens = _write_shard(folder, index, list(source.sample(block, settings)), settings, block)
+                num_tokens = _write_shard(folder, index, make(index))
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started_s):.0f} tokens/s")
-            bar.update(len(block) * settings.num_samples)
+            bar.update(size)
     return RolloutSet(folder, manifest)
 
 
@@ -151,12 +183,13 @@ def open_rollouts(folder: Path) -> RolloutSet:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
     manifest = cast("dict[str, Any]", read) if isinstance(read, dict) else {}
     version = manifest.get("format")
-    if version != _FORMAT:
-        raise RolloutError(f"{folder} has format {version}, this version reads {_FORMAT}; sample them anew")
+    if version != FORMAT:
+        raise RolloutError(f"{folder} has format {version}, this version reads {FORMAT}; sample them anew")
     missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
-            f"{folder} lacks {len(missing)} of {manifest['num_shards']} shards; `recontrol rollouts` goes on with them"
+            f"{folder} lacks {len(missing)} of {manifest['num_shards']} shards; the command that began it goes on with "
+            "them"
         )
     return RolloutSet(folder, manifest)
 
@@ -195,10 +228,7 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _write_shard(
-    folder: Path, index: int, rollouts: list[Rollout], settings: RolloutSettings, block: list[RolloutPrompt]
-) -> int:
-    rollouts = _checked(rollouts, settings, block)
+def _write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> int:
     lengths = torch.tensor([0] + [len(rollout.token_ids) for rollout in rollouts])
     tensors = {
         "states_ND": torch.cat([rollout.states_TD for rollout in rollouts]).contiguous(),
@@ -206,14 +236,18 @@ def _write_shard(
         "token_ids_N": torch.tensor([token for rollout in rollouts for token in rollout.token_ids]),
         "offsets": lengths.cumsum(0),
     }
+    sampled = [rollout.sampled_grads_TD for rollout in rollouts if rollout.sampled_grads_TD is not None]
+    if sampled:
+        assert len(sampled) == len(rollouts)
+        tensors["sampled_grads_ND"] = torch.cat(sampled).contiguous()
     write_whole(_shard(folder, index, ".safetensors"), lambda scratch: save_file(tensors, scratch))
     fields = ("prompt_id", "sample", "response", "is_finished")
-    rows = [{field: getattr(rollout, field) for field in fields} for rollout in rollouts]
+    rows = [{name: getattr(rollout, name) for name in fields} | dict(rollout.about) for rollout in rollouts]
     write_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
 
 
-def _read_shard(folder: Path, index: int) -> RolloutShard:
+def _read_shard(folder: Path, index: int, *, is_given: bool) -> RolloutShard:
     rows, tensors = _shard(folder, index, ".jsonl"), _shard(folder, index, ".safetensors")
     try:
         read = load_file(tensors)
@@ -223,11 +257,12 @@ def _read_shard(folder: Path, index: int) -> RolloutShard:
             logp_grads_ND=read["logp_grads_ND"],
             token_ids_N=read["token_ids_N"],
             offsets=[int(offset) for offset in read["offsets"].unbind()],
+            sampled_grads_ND=read["sampled_grads_ND"] if is_given else None,
         )
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise RolloutError(
-            f"{tensors} or {rows.name} beside it is damaged ({error}); delete both, and `recontrol rollouts` samples "
-            "them anew"
+            f"{tensors} or {rows.name} beside it is damaged ({error}); delete both, and the command that "
+            "made them makes them anew"
         ) from error
 
 

@@ -192,6 +192,10 @@ class Evaluation(HeadsModelCommand):
 
     def reward_of(self, card: HeadCard) -> str:
         """What a head's responses are scored with. Raises RewardError for a card that names code."""
+        if self.reward is None and "given" in card.data:
+            raise ConfigurationError(
+                f"reward: {card.name} was trained on {card.reward}, which score no other text; give one"
+            )
         return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -16,11 +16,14 @@ from server.cli.command import (
     allow_rewards_of_the_working_folder,
     read_prompts,
 )
+from server.cli.given_texts import GivenTextsCommand
 from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
+from server.errors import ConfigurationError
 from value_models.files import write_text
 from value_models.heads import UNIT_COST_NATS
+from value_models.order import order_figures
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings, collect_rollouts
@@ -33,7 +36,7 @@ from value_models.store import (
     shipped_heads_folder,
 )
 from value_models.training import TrainSettings, train_head
-from value_models.training_data import TrainingData, load_training_data
+from value_models.training_data import TrainingData, load_scored_texts, load_training_data
 
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 
@@ -67,45 +70,87 @@ class Prompts(Command):
         print(f"{len(prompts)} prompts are in {self.out}")
 
 
-class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Fit a value head to rollouts and write it with its card."""
+class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Fit a value head to rollouts and a reward, or to pairs or texts of your own, and write it with its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
-    reward: str = Field(description=f"{', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function")
+    reward: str | None = Field(
+        None, description=f"of rollouts: {', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function"
+    )
     description: str = ""
-    rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
+    rollouts: Path = Field(
+        Path("runs/rollouts"),
+        description="folder of a complete run; with --pairs or --texts where one is kept, by default below runs/scored",
+    )
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
-        allow_rewards_of_the_working_folder()
-        texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
-        data = load_training_data(self.rollouts, self.reward, texts)
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
+        data = self._data(settings)
+        if data.kind == "texts" and "center_by_prompt" not in self.model_fields_set:
+            # Most prompts have one text, of which nothing would be left.
+            settings = settings.model_copy(update={"center_by_prompt": False})
+        if data.is_given and settings.advantage_trace != 1.0:
+            raise ConfigurationError("advantage_trace: pairs and texts have scores for advantages; leave it out")
         trained = train_head(data, settings)
         folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
+        aim = self.reward or f"{data.kind} of {data.manifest['given']['file']}"
         card = HeadCard(
             name=self.name,
-            description=self.description or f"Higher {self.reward}",
+            description=self.description or f"Higher {aim}",
             base_model=BaseModelCard(**data.base_model),
             architecture=architecture_card(trained.head),
             normalisation="mean and standard deviation of each dimension over training states",
-            metric=_metric_text(settings),
-            reward=self.reward,
+            metric=_metric_text(settings, data),
+            reward=aim,
             reward_mean=trained.head.reward_mean,
             reward_scale=trained.head.reward_scale,
             targets=_targets_text(settings),
             data=_data(data),
-            validation=asdict(trained.figures),
+            validation={**asdict(trained.figures), **order_figures(trained.head, data)},
             command=command_line(),
         )
         save_head(folder, trained.head, card)
-        figures = trained.figures
-        print(f"{folder}: on validation prompts R2 {figures.r2['all']:.3f}, ascent gain {figures.ascent_gain:.3f}")
+        print(f"{folder}: on validation prompts {_figures_text(card.validation)}")
+
+    def _data(self, settings: TrainSettings) -> TrainingData:
+        """Raises RolloutError, RewardError, TextsFileError, ConfigurationError."""
+        given = self.read_given()
+        if given is not None:
+            for name in ("reward", "prompts"):
+                if getattr(self, name) is not None:
+                    raise ConfigurationError(f"{name}: {given.kind} bring their own; leave it out with --{given.kind}")
+            folder = self.rollouts if "rollouts" in self.model_fields_set else None
+            return load_scored_texts(self.score(given, folder, seed=settings.seed).folder)
+        if self.reward is None:
+            if "rollouts" not in self.model_fields_set:
+                raise ConfigurationError(
+                    "reward: give one, or --pairs FILE or --texts FILE, or --rollouts with a run of `recontrol score`"
+                )
+            return load_scored_texts(self.rollouts)
+        allow_rewards_of_the_working_folder()
+        texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
+        return load_training_data(self.rollouts, self.reward, texts)
 
 
-def _metric_text(settings: TrainSettings) -> str:
+def _figures_text(validation: dict[str, Any]) -> str:
+    figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
+    order = validation.get("order")
+    if not order or not order["compared"]:
+        return figures
+    shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
+    return f"{figures}; of {order['compared']} {order['what']}, {shares}"
+
+
+def _metric_text(settings: TrainSettings, data: TrainingData) -> str:
     if settings.metric == "natural":
+        if data.is_given:
+            of = "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
+            return (
+                f"natural gradient of the {of}, damping {settings.damping} and that of few tokens; "
+                f"{_UNIT.replace('training', 'validation')}"
+            )
         return (
             f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
         ) + _UNIT
@@ -124,11 +169,17 @@ def _data(data: TrainingData) -> dict[str, object]:
     responses = Counter(data.split)
     prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
                for split in responses}  # fmt: skip
+    counts = {"prompts": prompts, "responses": dict(responses), "tokens": int(data.offsets[-1])}
+    if data.is_given:
+        return {
+            "split": "by a digest of the prompt: 80% train, 20% validation",
+            **counts,
+            "given": data.manifest["given"],
+            "read": data.manifest["settings"],
+        }
     return {
         "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
-        "prompts": prompts,
-        "responses": dict(responses),
-        "tokens": int(data.offsets[-1]),
+        **counts,
         "rollouts": data.manifest["settings"],
         "prompts_sha256": data.manifest["prompts_sha256"],
     }

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +31,7 @@ def module_of(program: str) -> ModuleType:
 
 def test_every_example_is_described_on_the_page_and_short() -> None:
     programs = sorted(path.name for path in Path("examples").glob("*.py"))
-    assert len(programs) == 6
+    assert len(programs) == 7
     assert all(f"]({name})" in text_of("examples/README.md") for name in programs)
     assert all(len(text_of(f"examples/{name}").splitlines()) < 120 for name in programs)
 
@@ -57,3 +58,14 @@ def test_a_reward_of_ones_own_becomes_a_served_head(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "heads/kind/card.json").read_text())["reward"] == "own_reward:kindness"
     assert "base: " in done.stdout
     assert "with the head: " in done.stdout
+
+
+def test_ten_pairs_become_a_head_that_is_compared_with_the_base_model(
+    tmp_path: Path, model_folder: Callable[[], Path]
+) -> None:
+    command = [sys.executable, "examples/own_pairs.py", "--out", str(tmp_path), "--model", str(model_folder())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "heads/kind/card.json").read_text())["reward"] == "pairs of pairs.jsonl"
+    assert "[base] " in done.stdout
+    assert "[kind] " in done.stdout

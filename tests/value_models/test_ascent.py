@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from value_models.ascent import UNIT_COST_NATS, ascent_gain, ascent_rows, calibr
 from value_models.baselines import static_vector_head
 from value_models.heads import LinearHead, MLPHead
 from value_models.moments import Moments
+from value_models.order import order_figures
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData
 
@@ -108,3 +111,51 @@ def test_the_identity_metric_is_the_plain_gradient_and_the_natural_one_moves_the
     natural_UD = ascent_rows(head, data, moments, rewards, metric="natural", **options)
     assert natural_UD[0].norm() > 0
     assert not natural_UD[1:].any()
+
+
+def as_pairs(data: TrainingData, *, seed: int) -> TrainingData:
+    """Responses by twos, the better one by GOAL chosen, as of texts that the model did not write: drawn tokens beside
+    them have gradients of their own, and each text's have a mean that is nobody's wish."""
+    better = data.reward_B.view(-1, 2).argmax(1)
+    score_B = torch.stack([1.0 - 2 * better, 2.0 * better - 1], dim=1).flatten()
+    fresh = toy_data(seed)
+    return dataclasses.replace(
+        data,
+        logp_grads_ND=data.logp_grads_ND + torch.eye(SIZE)[0],
+        prompt_B=torch.arange(NUM_RESPONSES) // 2,
+        reward_B=score_B,
+        split=["train" if i // 2 % 5 else "validation" for i in range(NUM_RESPONSES)],
+        kind="pairs",
+        sampled_grads_ND=fresh.logp_grads_ND[torch.randperm(len(fresh.states_ND))] * 2,
+    )
+
+
+def test_the_direction_of_pairs_is_what_tells_chosen_from_rejected_and_costs_what_drawn_tokens_say(
+    data: TrainingData,
+) -> None:
+    pairs = as_pairs(data, seed=1)
+    trained = train_head(pairs, TrainSettings(damping=0.0))
+    head = trained.head
+    assert cosine(head.folded_ascent()[0], GOAL) > 0.98
+    held_out = pairs.tokens_of("validation")
+    assert pairs.sampled_grads_ND is not None
+    change_N = pairs.sampled_grads_ND[held_out] @ head.folded_ascent()[0]
+    assert float(0.5 * change_N.square().mean()) == pytest.approx(UNIT_COST_NATS, rel=1e-3)
+    assert trained.figures.ascent_gain > 0
+
+
+def test_a_head_of_pairs_puts_those_that_it_has_not_seen_in_order(data: TrainingData) -> None:
+    pairs = as_pairs(data, seed=1)
+    head = train_head(pairs, TrainSettings(damping=0.0)).head
+    order = order_figures(head, pairs)["order"]
+    assert order["compared"] == NUM_RESPONSES // 10
+    assert order["by_direction"] > 0.95
+    against = head.with_ascent(-head.ascent_UD)
+    assert order_figures(against, pairs)["order"]["by_direction"] < 0.05
+    assert order_figures(head, data) == {}
+
+
+def test_two_texts_that_a_head_cannot_tell_apart_count_half(data: TrainingData) -> None:
+    texts = dataclasses.replace(as_pairs(data, seed=1), kind="texts")
+    head = train_head(texts, TrainSettings(center_by_prompt=False)).head
+    assert order_figures(head.with_ascent(torch.zeros_like(head.ascent_UD)), texts)["order"]["by_direction"] == 0.5

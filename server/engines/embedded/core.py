@@ -202,13 +202,25 @@ class EngineCore:
     @torch.inference_mode()
     def states(self, token_ids: list[int]) -> Tensor:
         """The states [T, D] behind a text, computed in pages of its own and kept nowhere."""
-        pages = self.page_pool.take(num_pages_for(len(token_ids)))
-        if pages is None:
-            raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
+        return self.states_of([token_ids])[0]
+
+    @torch.inference_mode()
+    def states_of(self, texts: list[list[int]]) -> list[Tensor]:
+        """The states [T, D] behind each of some texts, which the model reads in one pass.
+
+        Raises ContextLengthError where there is no room for all of them.
+        """
+        segments: list[Segment] = []
         try:
-            return self.runner.forward([], [Segment(pages, 0, token_ids)])
+            for token_ids in texts:
+                pages = self.page_pool.take(num_pages_for(len(token_ids)))
+                if pages is None:
+                    raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
+                segments.append(Segment(pages, 0, token_ids))
+            return list(self.runner.forward([], segments).split([len(token_ids) for token_ids in texts]))
         finally:
-            self.runner.kv.clear(self.page_pool.release(pages, forget=True))
+            for segment in segments:
+                self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))
 
     def _forward(self, step: Step) -> tuple[list[Sequence], Tensor]:
         """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
