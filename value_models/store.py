@@ -112,6 +112,14 @@ class HeadCard(_Frozen):
     """Prompts, rollouts, sampling settings, and the split."""
     validation: dict[str, Any]
     """Figures on validation prompts, which training used to stop."""
+    distillation: dict[str, Any] | None = None
+    """Of a head made of an instruction: KL divergences on test prompts, in nats a token of the responses after the
+    instruction and after the contrast.
+
+    `bare`: KL(instructed || bare) before control. `nearest` and `at_equal_kl`: the same of the model under the head, at
+    the length of ascent that comes nearest and at the one that costs as much as the instruction itself; what was
+    `paid`, KL(controlled || bare), and the share of the gap that is closed.
+    """
     evaluation: dict[str, Any] | None = None
     """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None

@@ -16,9 +16,11 @@ from server.cli.command import (
     allow_rewards_of_the_working_folder,
     read_prompts,
 )
+from server.cli.instruction import InstructionCommand
 from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
+from server.errors import ConfigurationError
 from value_models.files import write_text
 from value_models.heads import UNIT_COST_NATS
 from value_models.prompt_sets import PROMPT_SETS
@@ -67,21 +69,28 @@ class Prompts(Command):
         print(f"{len(prompts)} prompts are in {self.out}")
 
 
-class Train(Command, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Fit a value head to rollouts and write it with its card."""
+class Train(InstructionCommand, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Fit a value head to rollouts and a reward, or to an instruction, and write it with its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
-    reward: str = Field(description=f"{', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function")
+    reward: str | None = Field(
+        None, description=f"of rollouts: {', '.join(REWARDS)}, hf:<folder or hub id>[#label], or module:function"
+    )
     description: str = ""
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
+        settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
+        if self.instruction is not None:
+            self.distil(self.name, self.description, read_prompts(self.prompts, ["chat"]), self.out, settings)
+            return
+        if self.reward is None:
+            raise ConfigurationError("reward: give --reward of rollouts, or --instruction")
         allow_rewards_of_the_working_folder()
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, self.reward, texts)
-        settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
         trained = train_head(data, settings)
         folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
         card = HeadCard(
