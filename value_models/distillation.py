@@ -318,18 +318,25 @@ def _nearness(texts: InstructedTexts, output: OutputLayer, change_V: Tensor) -> 
         return {"length": length, **_divergences(texts, tokens_N, output, change_V, length)}
 
     before = at(0.0)
-    budget = before["to_instructed"]
+    price = max(before["to_instructed"], _MIN_DIVERGENCE)
     # The cost is nearly the square of the length, so a few corrections find where it is the instruction's own.
-    equal = at((budget / UNIT_COST_NATS) ** 0.5)
+    equal = at((price / UNIT_COST_NATS) ** 0.5)
     for _ in range(_CORRECTIONS):
-        equal = at(equal["length"] * (budget / max(equal["paid"], _MIN_DIVERGENCE)) ** 0.5)
+        equal = at(equal["length"] * (price / max(equal["paid"], _MIN_DIVERGENCE)) ** 0.5)
     half = at(equal["length"] / 2)
     nearest = at(_vertex(half["length"], *(part["to_instructed"] for part in (before, half, equal))))
     figures = {"bare": before, "nearest": nearest, "at_equal_kl": equal}
+    gap, way = before["to_instructed"], before["leaning_of_instructed"] - before["leaning"]
     for part in (nearest, equal):
-        part["share_closed"] = 1 - part["to_instructed"] / budget
+        part["share_closed"] = _share(gap - part["to_instructed"], gap)
+        part["share_of_leaning"] = _share(part["leaning"] - before["leaning"], way)
     rounded = {name: {key: round(value, 4) for key, value in part.items()} for name, part in figures.items()}
     return {"prompts": texts.num_prompts["test"], "tokens": len(tokens_N), **rounded}
+
+
+def _share(part: float, whole: float) -> float:
+    """None of a whole that is nothing, as when the instruction is the template's own default."""
+    return part / whole if whole > _MIN_DIVERGENCE else 0.0
 
 
 def _vertex(half: float, at_0: float, at_half: float, at_end: float) -> float:
@@ -344,19 +351,25 @@ def _vertex(half: float, at_0: float, at_half: float, at_end: float) -> float:
 def _divergences(
     texts: InstructedTexts, tokens_N: Tensor, output: OutputLayer, change_V: Tensor, length: float
 ) -> dict[str, float]:
-    """Of the shifted model, in nats a token: from the bare one (`paid`), and of the instructed ones from it."""
-    sides = {"to_instructed": texts.instructed_ND}
-    if texts.has_contrast:
-        sides["to_contrasted"] = texts.contrasted_ND
-    total = dict.fromkeys(["paid", *sides], 0.0)
+    """Of the shifted model, in nats a token: KL from the bare one (`paid`), and of the two others from it.
+
+    `leaning` is E[log(q / r)] under the shifted model: how much likelier its tokens are after the instruction. Under
+    the instructed model itself that is KL(q || r).
+    """
+    total = dict.fromkeys(["paid", "to_instructed", "to_contrasted", "leaning", "leaning_of_instructed"], 0.0)
     for chunk in torch.split(tokens_N, max(_CHUNK_NUMBERS // len(change_V), 1)):
         projected_MV = output.project(texts.bare_ND[chunk].to(change_V.device))
         log_p_MV = output.finish(projected_MV).log_softmax(dim=-1)
         shifted_MV = output.finish(projected_MV + length * change_V).log_softmax(dim=-1)
+        log_q_MV, log_r_MV = (
+            output.finish(output.project(states_ND[chunk].to(change_V.device))).log_softmax(dim=-1)
+            for states_ND in (texts.instructed_ND, texts.contrasted_ND)
+        )
         total["paid"] += _kl(shifted_MV, log_p_MV)
-        for name, states_ND in sides.items():
-            log_q_MV = output.finish(output.project(states_ND[chunk].to(change_V.device))).log_softmax(dim=-1)
-            total[name] += _kl(log_q_MV, shifted_MV)
+        total["to_instructed"] += _kl(log_q_MV, shifted_MV)
+        total["to_contrasted"] += _kl(log_r_MV, shifted_MV)
+        total["leaning"] += float((shifted_MV.exp() * (log_q_MV - log_r_MV)).sum())
+        total["leaning_of_instructed"] += _kl(log_q_MV, log_r_MV)
     return {name: nats / len(tokens_N) for name, nats in total.items()}
 
 

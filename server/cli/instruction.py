@@ -108,6 +108,6 @@ def _figures_text(figures: dict[str, dict[str, float]]) -> str:
     nearest, equal = figures["nearest"], figures["at_equal_kl"]
     return (
         f"on test prompts the instruction moves the model by {figures['bare']['to_instructed']:.3f} nats a token; the "
-        f"head closes {nearest['share_closed']:.0%} of that for {nearest['paid']:.3f} nats at its nearest, and "
-        f"{equal['share_closed']:.0%} at the instruction's own price"
+        f"head closes {nearest['share_closed']:.0%} of that for {nearest['paid']:.3f} nats, and leans "
+        f"{equal['share_of_leaning']:.0%} as far at the instruction's own price"
     )

@@ -123,7 +123,16 @@ def test_the_figures_are_the_divergences_of_the_shifted_model() -> None:
     expected = {"to_instructed": (q, p), "to_contrasted": (r, p), "paid": (p, bare)}
     for name, (a, b) in expected.items():
         assert figures[name] == pytest.approx(float((a.exp() * (a - b)).sum(-1).mean()), abs=2e-4)
+    assert figures["leaning"] == pytest.approx(float((p.exp() * (q - r)).sum(-1).mean()), abs=2e-4)
     assert figures["paid"] == pytest.approx(result.distillation["bare"]["to_instructed"], rel=0.02)
+
+
+def test_an_instruction_that_is_what_the_model_does_anyway_still_differs_from_its_contrast() -> None:
+    source = ShiftingSource(0.1 * SHIFT)
+    texts = read_texts(source, PROMPTS, "good", "bad", SETTINGS)
+    result = distil_head(replace(texts, instructed_ND=texts.bare_ND), source.output, SETTINGS)
+    assert cosine(result.head.folded_ascent()[0], SHIFT) > 0.99
+    assert result.distillation["at_equal_kl"]["share_closed"] == 0.0
 
 
 def test_the_value_says_how_much_likelier_the_instruction_makes_the_text() -> None:
