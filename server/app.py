@@ -11,19 +11,25 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import chat, completions, handlers, management, models, playground, system, tokens, value
-from server.api.gate.auth import PUBLIC_PATHS, Gatekeeper
+from server.api import chat, completions, embeddings, handlers, management, models, playground, system, tokens, value
+from server.api.gate.auth import METRICS_PATH, PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
+from server.api.gate.hosts import ANY, HostGuard
 from server.api.gate.identity import REQUEST_ID_HEADER, Identity
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Callers, Limits, LocalRates
+from server.api.gate.quota import Quota
+from server.api.gate.salt import CacheSalt
 from server.api.gate.sizes import BodyLimit, HeaderLimit
+from server.api.pinned import check_names
+from server.api.responses import route as responses
 from server.api.schemas import ErrorBody
+from server.api.workers import Workers
 from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import Engine
 from server.errors import ConfigurationError
-from server.settings import Settings
+from server.settings import PINNED_REFUSES, Settings
 from server.telemetry import Telemetry
 from server.watch import HeadWatch
 
@@ -44,6 +50,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     pinned = _pinned_control(settings)
     provider = _trace_provider(settings.otlp_endpoint)
     shared_rates = _shared_rates(settings.rate_limit_storage)
+    workers = Workers()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,6 +68,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             await engine.stop()
             if shared_rates is not None:
                 await shared_rates.close()
+            workers.close()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
 
@@ -70,10 +78,13 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.engine = engine
     app.state.telemetry = telemetry
     app.state.pinned = pinned
+    app.state.workers = workers
+    app.state.pinned_refuses = settings.pinned_refuses
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
     app.state.is_draining = False
+    app.state.cache_salt = _cache_salt(settings)
     handlers.install(app)
     management_keys = _keys(settings.management_keys, settings, "management_keys")
     _install_gate(app, settings, management_keys, shared_rates)
@@ -82,9 +93,9 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
 
         app.add_middleware(Tracing, provider=provider)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(Identity)
+    app.add_middleware(Identity, count=telemetry.count_response)
     _allow_origins(app, settings)
-    routers = [module.router for module in (completions, chat, value, models, tokens, system)]
+    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
     routers += [management.router] if management_keys else []
     for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
@@ -108,6 +119,11 @@ def _allow_origins(app: FastAPI, settings: Settings) -> None:
     )
 
 
+def _cache_salt(settings: Settings) -> CacheSalt:
+    # Behind something that keeps strangers out all callers look alike, so what one of them asked is nobody else's.
+    return CacheSalt(settings.cache_salt_header, is_shared=settings.has_keys or not settings.allow_public_bind)
+
+
 def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> asyncio.Task[None] | None:
     if settings.heads_dir is None or settings.heads_poll_s is None:
         return None
@@ -116,24 +132,39 @@ def _start_watch(settings: Settings, engine: Engine, telemetry: Telemetry) -> as
 
 def _install_gate(app: FastAPI, settings: Settings, management_keys: KeyRing, shared_rates: SharedRates | None) -> None:
     """The last one added is the outermost."""
-    keys = _keys(settings.api_keys, settings, "api_keys")
+    inspect_keys = _keys(settings.inspect_keys, settings, "inspect_keys")
+    keys = _keys(settings.api_keys, settings, "api_keys") | inspect_keys
     if keys & management_keys:
-        raise ConfigurationError("management_keys: a key that is also in api_keys would give management to callers")
+        raise ConfigurationError(
+            "management_keys: a key that is also in api_keys or inspect_keys would give management to callers"
+        )
     limits = Limits(
         requests_per_minute=settings.requests_per_minute,
         tokens_per_minute=settings.tokens_per_minute,
         concurrent_requests=settings.concurrent_requests,
     )
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Quota)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, receive_timeout_s=settings.receive_timeout_s)
     app.add_middleware(
         Gatekeeper,
         keys=keys,
         management_keys=management_keys,
+        inspect_keys=inspect_keys,
+        # Without keys, on this machine alone, callers are whoever could read the heads' files.
+        everyone_inspects=settings.allow_inspection or (not keys and settings.binds_loopback),
         callers=Callers(limits, shared_rates or LocalRates()),
         public_paths=PUBLIC_PATHS
-        | ({"/metrics"} if settings.public_metrics else set())
+        | ({METRICS_PATH} if settings.public_metrics else set())
         | (playground.PATHS if settings.playground else set()),
     )
+    if not keys or settings.allowed_hosts:
+        # With keys a page has none, whatever name it comes by.
+        app.add_middleware(
+            HostGuard,
+            hosts=(*settings.allowed_hosts, settings.host),
+            origins=settings.allowed_origins if not keys else (ANY,),
+            public_paths=PUBLIC_PATHS,
+        )
     app.add_middleware(HeaderLimit)
 
 
@@ -164,7 +195,10 @@ def _trace_provider(endpoint: str | None) -> TracerProvider | None:
 
 
 def _pinned_control(settings: Settings) -> ControlParams | None:
+    check_names(settings.pinned_refuses)
     if settings.pinned_control is None:
+        if settings.pinned_refuses != PINNED_REFUSES:
+            raise ConfigurationError("pinned_refuses: set pinned_control too; without it there is nothing to hold")
         return None
     pinned = ControlParams.from_json(settings.pinned_control, "pinned_control")
     if pinned.objective.type != "weighted_sum":
@@ -173,6 +207,11 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError("pinned_control: max_response_kl: not allowed, since callers' heads could use it up")
     if pinned.search is not None:
         raise ConfigurationError("pinned_control: search: not allowed, since every choice would take several rows")
+    if pinned.phase == "reasoning":
+        raise ConfigurationError("pinned_control: phase: not reasoning alone, since callers can turn reasoning off")
+    if "in_calls" not in pinned.model_fields_set:
+        # Or a caller could have all of a text as a tool's arguments, where no control acts.
+        pinned = pinned.model_copy(update={"in_calls": True})
     return pinned
 
 

@@ -5,10 +5,13 @@
     |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
     |-- AuthenticationError      401   no key, or one that does not open this path
+    |-- PermissionDeniedError    403   the key opens this path, but not for what was asked
     |-- NotFoundError            404
+    |   |-- UnsupportedPathError 404   a path of OpenAI's that this server does not have, with what it has instead
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   `-- UnknownModelError    404   lists the model ids that exist
     |-- HeadConflictError        409   a head that is loaded already, or pinned
+    |-- SlowBodyError            408   a body that did not come in time
     |-- BodyTooLargeError        413
     |-- MediaTypeError           415   a body that is not JSON
     |-- ContentEncodingError     415   a body that is compressed in a way this server does not know
@@ -18,6 +21,7 @@
     |-- EngineStoppedError       503   the loop has ended or never started
     |   `-- ShuttingDownError    503   what runs may finish; nothing new begins
     |-- DeadlineExceededError    504   the request's own deadline has passed
+    |   `-- SlowReaderError      504   too much of a stream waits for a client that does not read it
     |-- GenerationError          500   one request failed inside the engine; others go on
     `-- ConfigurationError       500   the server or a command was set up wrongly
         |-- ModelLoadError       500   no such model, or one this server cannot run
@@ -62,9 +66,18 @@ class AuthenticationError(RecontrolError):
     status = 401
 
 
+class PermissionDeniedError(RecontrolError):
+    code = "permission_denied"
+    status = 403
+
+
 class NotFoundError(RecontrolError):
     code = "not_found"
     status = 404
+
+
+class UnsupportedPathError(NotFoundError):
+    code = "unsupported_path"
 
 
 class UnknownHeadError(NotFoundError):
@@ -85,6 +98,11 @@ class UnknownModelError(NotFoundError):
 class HeadConflictError(RecontrolError):
     code = "head_conflict"
     status = 409
+
+
+class SlowBodyError(RecontrolError):
+    code = "request_timeout"
+    status = 408
 
 
 class BodyTooLargeError(RecontrolError):
@@ -134,6 +152,10 @@ class ShuttingDownError(EngineStoppedError):
 class DeadlineExceededError(RecontrolError):
     code = "deadline_exceeded"
     status = 504
+
+
+class SlowReaderError(DeadlineExceededError):
+    code = "slow_reader"
 
 
 class GenerationError(RecontrolError):

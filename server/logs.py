@@ -14,8 +14,22 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-_CONTROL_CHARS = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029]
+_CONTROL_CHARS = [
+    *range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
+]  # fmt: skip
+"""What moves a cursor, ends a line or turns the direction of writing."""
 _ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROL_CHARS}
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CHARS if chr(code) != "\n"}
+
+
+def printable(text: str) -> str:
+    """One line for a terminal, whatever a file or a request put into the text."""
+    return text.translate(_ESCAPES)
+
+
+def printable_json(text: str) -> str:
+    """JSON for a terminal, which may have several lines."""
+    return text.translate(_JSON_ESCAPES)
 
 
 def configure(log_format: LogFormat, level: str) -> None:
@@ -32,7 +46,7 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{record.levelname} {record.name}: {record.getMessage()}".translate(_ESCAPES)
+        line = f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}".translate(_ESCAPES)
         if not hasattr(record, "fields") and (request_id := request_id_var.get()):
             line += f" request_id={json.dumps(request_id)}"
         if record.exc_info:
@@ -46,7 +60,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
         }
@@ -60,3 +74,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,7 +33,10 @@ KV_CACHE_GIB = (
 )
 ALLOW_OTHER_BASE = "serve, with a warning, heads made for another model of this hidden size, as a fine-tune's base"
 """What the flags of these names do, for every command that has them."""
+PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_penalty", "frequency_penalty")
+"""Fields that choose tokens behind the back of pinned control (server/api/pinned.py)."""
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
 
@@ -42,6 +45,7 @@ def _as_text(location: Any) -> Any:
     return str(location) if isinstance(location, Path) else location
 
 
+ReasoningFormat = Literal["auto", "none", "think", "mistral", "gemma", "granite", "cohere", "seed", "exaone", "kimi"]
 HeadsLocation = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 """A folder of value heads or the URL of one."""
 
@@ -58,6 +62,34 @@ def _origin(given: str) -> str:
 
 
 Origin = Annotated[str, AfterValidator(_origin)]
+
+
+ToolCallFormat = Literal[
+    "auto", "hermes", "qwen-xml", "llama", "mistral", "mistral-args", "pythonic", "smollm-python", "gemma",
+    "functiongemma", "gemma4",
+]  # fmt: skip
+"""The names of `server.calls.formats.FORMATS`, and what finds one of them."""
+
+
+def _address(given: str) -> str:
+    """Raises ValueError."""
+    try:
+        return str(ip_network(given, strict=False)) if "/" in given else str(ip_address(given))
+    except ValueError as error:
+        raise ValueError(f"{given!r} is no IP address and no network such as 10.0.0.0/8") from error
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+def _host_name(given: str) -> str:
+    """As in a Host header, without a port. Raises ValueError."""
+    if given != "*" and not _HOST_NAME.fullmatch(given):
+        raise ValueError(f"{given!r} is no name of a host; allowed are such as api.example, without a port, and *")
+    return given.lower()
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
 
 
 class Settings(BaseSettings):
@@ -87,13 +119,22 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
+    tool_call_format: ToolCallFormat = Field("auto", description="how the model writes calls; auto asks its template")
 
+    reasoning_format: ReasoningFormat = Field(
+        "auto", description="how the model marks reasoning; auto reads the chat template, none tells nothing apart"
+    )
     quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the weights, on a CPU")
 
     host: str = Field("127.0.0.1", description="address to bind; one that is not loopback needs keys")
     allow_public_bind: bool = Field(False, description="bind another address than loopback without keys")
     allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="comma-separated origins whose pages may use the server from a browser, or *; by default none"
+    )
+    allowed_hosts: Annotated[tuple[HostName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="comma-separated names by which a server without keys may be called, or *; addresses, names "
+        "without a dot and .localhost, .local, .internal and .svc always may",
     )
     port: Annotated[int, Field(ge=0, le=65535, description="0 takes a free port")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="larger request bodies get a 413")] = 2 * 2**20
@@ -107,6 +148,10 @@ class Settings(BaseSettings):
         float,
         Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),
     ] = 15.0
+    receive_timeout_s: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="most time for a request's headers, and again for its body"),
+    ] = 60.0
     send_timeout_s: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False, description="time after which a client that takes nothing is let go"),
@@ -117,13 +162,28 @@ class Settings(BaseSettings):
     ] = 75.0
     """Above the 60 s of nginx and of clouds' load balancers: who closes first must not be the server, or a request that
     comes at that moment is lost."""
+    max_connections: Annotated[int, Field(ge=1, description="one more closes the longest idle one")] = 2048
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time for what runs when told to stop")] = 30.0
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
     management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
     management_keys_file: Path | None = Field(None, description="the same from a file")
-    public_metrics: bool = Field(False, description="serve /metrics without a key")
+    inspect_keys: SecretStr | None = Field(
+        None, description="keys that may also see states and log-probabilities of prompts, from which heads can be read"
+    )
+    inspect_keys_file: Path | None = Field(None, description="the same from a file")
+    allow_inspection: bool = Field(
+        False, description="let every caller see those; without keys, on loopback, they do anyway"
+    )
+    public_metrics: bool = Field(False, description="serve /metrics without a key; else it needs a management key")
+    cache_salt_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = Field(
+        None,
+        description="header in which a gateway names its caller: what is cached of prompts is shared by one name alone",
+    )
+    trusted_proxies: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="comma-separated addresses or networks whose X-Forwarded-For is believed; by default none"
+    )
     playground: bool = Field(True, description="serve the page at / without a key; what it asks for needs one")
     requests_per_minute: int | None = Field(None, ge=1, description="of each key, beyond it a 429; by default no limit")
     tokens_per_minute: int | None = Field(
@@ -136,6 +196,9 @@ class Settings(BaseSettings):
         "needs recontrol[redis]",
     )
     pinned_control: str | None = Field(None, description="control as JSON that callers cannot switch off")
+    pinned_refuses: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        PINNED_REFUSES, description="comma-separated fields that a request may not use beside pinned control"
+    )
 
     max_batch_size: Annotated[int, Field(ge=1, le=512, description="sequences decoded at once")] = 32
     max_model_len: int | None = Field(
@@ -170,8 +233,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bind_loopback_unless_told(self) -> Self:
-        has_keys = self.api_keys is not None or self.api_keys_file is not None
-        if has_keys or self.allow_public_bind or self.host == "localhost" or _is_loopback(self.host):
+        if self.has_keys or self.allow_public_bind or self.binds_loopback:
             return self
         raise ValueError(
             f"host: {self.host!r} is not a loopback address, and no keys are set. Set api_keys or api_keys_file, bind "
@@ -207,6 +269,15 @@ class Settings(BaseSettings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        keys = (self.api_keys, self.api_keys_file, self.inspect_keys, self.inspect_keys_file)
+        return any(key is not None for key in keys)
+
+    @property
+    def binds_loopback(self) -> bool:
+        return self.host == "localhost" or _is_loopback(self.host)
 
     @classmethod
     def settings_customise_sources(

@@ -31,7 +31,8 @@ VLLM_METRICS = frozenset({
     "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
     "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "prompt_tokens",
     "generation_tokens", "request_success", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
-    "request_prompt_tokens", "request_generation_tokens",
+    "request_prompt_tokens", "request_generation_tokens", "num_preemptions", "prefix_cache_queries",
+    "prefix_cache_hits",
 })  # fmt: skip
 """What vLLM has as well, by the same name behind the prefix and with the same labels."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -71,6 +72,17 @@ class Telemetry:
         self._running = self._gauge("num_requests_running", "Sequences that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for a slot")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of key-value positions in use, 0 to 1")
+        self._growing = {
+            "num_preemptions": self._counter("num_preemptions", "Sequences that gave up their pages and waited again"),
+            "num_cache_queries": self._counter("prefix_cache_queries", "Prompt tokens looked for in the prompt cache"),
+            "num_cache_hits": self._counter("prefix_cache_hits", "Prompt tokens found in the prompt cache"),
+            "num_cache_evictions": self._counter("prefix_cache_evictions", "Pages of it whose place was needed"),
+        }
+        """By the field of EngineStatus, which counts since the engine's start."""
+        self._grown = dict.fromkeys(self._growing, 0)
+        self._responses = self._counter(
+            "http_responses", "By route, status 499: the client has gone", "route", "status"
+        )
         self._edit_duration = self._histogram("edit_duration_seconds", "Edit and LM head of a controlled step", _EDIT_S)
         self._controlled = self._counter("controlled_tokens", "Tokens drawn under control", "head")
         self._value_before = self._histogram("value_before", "Head value before the edit", _value_buckets(), "head")
@@ -148,6 +160,14 @@ class Telemetry:
         self._running.labels(self._model).set(status.num_running)
         self._waiting.labels(self._model).set(status.num_waiting)
         self._kv_usage.labels(self._model).set(status.kv_cache_usage)
+        for name, counter in self._growing.items():
+            total = getattr(status, name)
+            counter.labels(self._model).inc(max(total - self._grown[name], 0))
+            self._grown[name] = total
+
+    def count_response(self, route: str | None, status: int) -> None:
+        """`route` is the template of one that there is, such as /v1/management/heads/{name}/load; None for no other."""
+        self._responses.labels(self._model, route or "none", str(status)).inc()
 
     def _observe_value(self, values: Histogram, sizes: Summary, head: str, value: float) -> None:
         _observe_finite(values.labels(self._model, head), value)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from server.calls.calls import CallDelta
+from server.calls.reader import CallRules
 from server.control.params import Blocks, ControlParams
-from server.control.state import HeldBy
+from server.control.state import HeldBy, Segment
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 256
@@ -41,6 +43,17 @@ class FinishReason(StrEnum):
     """A head's value after control fell below its bound in `ControlParams.stop_below`."""
     ABORT = "abort"
     ERROR = "error"
+
+
+class Opening(StrEnum):
+    """How a chat's response begins, by what the prompt holds of it already."""
+
+    REASONING = "reasoning"
+    """The prompt has begun the reasoning."""
+    ANSWER = "answer"
+    """The reasoning has ended there, or the answer has begun."""
+    EITHER = "either"
+    """The model says itself whether it reasons first."""
 
 
 class SamplingParams(BaseModel):
@@ -89,6 +102,8 @@ class ChatRendering:
     """The template's own, by name; one that it does not read is refused."""
     reasoning_effort: str | None = None
     """How much the model is to reason, for templates that have a setting for it."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the model may call, each as OpenAI writes it: `{"type": "function", "function": {...}}`."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,12 +134,16 @@ class GenerationRequest:
     control: ControlParams | None = None
     num_choices: int = 1
     structure: object | None = None
-    """What `Engine.compile_schema` made of the JSON schema that the text has to hold."""
+    """What `Engine.compile_schema` made of the JSON schema that the text has to hold, or `compile_calls` of calls."""
+    calls: CallRules | None = None
+    """With these, calls of tools are told apart from the text."""
     best_of: int | None = None
     cache_salt: str = ""
     """Only requests with the same salt share what is cached of their prompts' beginnings."""
     scoring: ScoringParams | None = None
     """With this there is one choice, without control, and `max_tokens` is 0."""
+    opening: Opening | None = None
+    """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -259,6 +278,13 @@ class GenerationChunk:
 
     index: int = 0
     text: str = ""
+    """Of the answer."""
+    reasoning: str = ""
+    """Text of the reasoning; marks between the two are neither's."""
+    calls: tuple[CallDelta, ...] = ()
+    """What it completes of calls, of a request that has rules for them; they are no part of the text."""
+    segment: Segment = Segment.ANSWER
+    """The part of the response that its token belongs to."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     edit: TokenEdit | None = None
@@ -277,6 +303,8 @@ class GenerationChunk:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
+    """Of the completion's."""
 
     @property
     def total_tokens(self) -> int:

@@ -69,6 +69,10 @@ class HeadWatch:
         except (HeadFileError, RecontrolError) as error:
             self._tell(name, str(error))
             return False
+        except Exception as error:
+            # Whatever one head does, the others are followed.
+            self._tell(name, f"{type(error).__name__}: {error}")
+            return False
         self._telemetry.bind_heads(self._engine.info.heads)
         self._told.pop(name, None)
         self._seen.add(name)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.cli import main
+from server.cli.command import allow_rewards_of_the_working_folder
 from server.cli.methods import METHODS
 from server.cli.program import COMMANDS, command_class
 from server.control.ascent import ascend
@@ -22,6 +23,7 @@ from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from tests.conftest import HIDDEN, random_linear_head, write_heads
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
 from value_models.store import load_card, save_card
@@ -62,7 +64,11 @@ def test_a_head_without_judges_is_evaluated_by_its_reward_alone(
     work = ["--work", str(tmp_path / "eval"), "--max-batch-size", "8", "--num-samples", "1", "--max-tokens", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("value_models.evaluation.load_reward", lambda _: REWARDS["brevity"])
-        assert main(["eval", "short", *flags, "--heads-dir", str(heads), *inputs, *work]) == 0
+        assert main(["eval", "short", *flags, "--heads-dir", str(heads), *inputs, *work]) == 2
+        told = "the card of short names 'hf:nowhere', which is not built in"
+        assert told in capsys.readouterr().err
+        reward = ["--reward", "hf:nowhere"]
+        assert main(["eval", "short", *flags, "--heads-dir", str(heads), *inputs, *work, *reward]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines][:2] == ["base", "best of 4"]
     assert "win_over_base" not in lines[0]
@@ -108,6 +114,9 @@ def test_an_evaluation_against_what_a_head_was_not_trained_on_is_refused(
     assert "is of other prompts than short was trained on" in capsys.readouterr().err
 
 
+MINE = "def vowels(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+
+
 def test_a_reward_of_the_users_own_is_found_in_the_working_folder_and_needs_an_instruction(
     workshop: tuple[list[str], Path],
     tmp_path: Path,
@@ -115,11 +124,13 @@ def test_a_reward_of_the_users_own_is_found_in_the_working_folder_and_needs_an_i
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags, folder = workshop
-    (tmp_path / "mine.py").write_text(
-        "def vowels(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
-    )
+    (tmp_path / "mine.py").write_text(MINE)
+    # Not in the place of a library, wherever that is looked for.
+    (tmp_path / "json.py").write_text("raise SystemExit('it ran')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    allow_rewards_of_the_working_folder()
+    assert sys.path[-1] == str(tmp_path)
     inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl")]
     train = ["train", "--name", "vowels", "--reward", "mine:vowels", *inputs, "--out", str(tmp_path / "heads")]
     assert main([*train, "--metric", "covariance"]) == 0
@@ -129,7 +140,13 @@ def test_a_reward_of_the_users_own_is_found_in_the_working_folder_and_needs_an_i
     assert main([*train, "--metric", "identity"]) == 0
     card = json.loads((tmp_path / "heads" / "vowels" / "card.json").read_text())
     assert card["metric"].startswith("identity;")
-    assert main(["eval", "vowels", *flags, "--heads-dir", str(tmp_path / "heads"), *inputs, "--formats", "text"]) == 2
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    evaluate = ["eval", "vowels", *flags, "--heads-dir", str(tmp_path / "heads"), *inputs, "--formats", "text"]
+    monkeypatch.delitem(sys.modules, "mine")
+    assert main(evaluate) == 2
+    assert "names 'mine:vowels', which is not built in" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text(MINE)
+    assert main([*evaluate, "--reward", "mine:vowels"]) == 2
     assert "instruction: the reward 'mine:vowels' has none built in" in capsys.readouterr().err
 
 
@@ -141,6 +158,20 @@ def test_a_prompt_that_does_not_fit_is_named(
     out = ["--prompts", str(prompts), "--out", str(tmp_path / "run"), "--max-tokens", "8"]
     assert main(["rollouts", *workshop[0], *out]) == 2
     assert "prompt 'long'" in capsys.readouterr().err
+
+
+def test_a_cards_text_moves_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_heads(tmp_path, {"kind": random_linear_head(1)}, {"name": "tiny\x1b]0;x\x07", "hidden_size": HIDDEN})
+    hostile = "good\x1b[2J\x9b31m\r\n\u202ekind"
+    save_card(folder / "kind", load_card(folder / "kind").model_copy(update={"description": hostile}))
+    for words in (["heads", "list"], ["heads", "show", "kind"]):
+        assert main([*words, "--heads-dir", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert all(letter.isprintable() or letter == "\n" for letter in out)
+    assert json.loads(out)["description"] == hostile
+    (tmp_path / "kind" / "card.json").write_text('{"x\\u001b[2J\\u202e": 1}')
+    assert main(["heads", "list", "--heads-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
 
 
 def test_heads_are_listed_and_shown(workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.tool_calls import TOOLS, verdict
 from server.app import create_app
 from server.control.registry import HeadRegistry
 from server.engines.checkpoint.packaged import default_model_folder
@@ -76,6 +77,7 @@ def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
         ("sdk_control", [], "positive and plain: "),
         ("guardrail", ["--bound", "1.5"], "finish reason: content_filter"),
         ("best_of_value", ["--candidates", "3"], "+0."),
+        ("tool_calling", [], "get_weather({"),
         ("watch_metrics", ["--seconds", "0"], "No tokens were drawn under control."),
     ],
 )
@@ -138,6 +140,23 @@ def test_the_positive_head_makes_text_more_positive_and_the_budget_holds(url: st
     assert means[1] > means[0] + 0.1
 
 
+def test_a_response_is_the_chats_text_and_control_raises_its_value(url: str) -> None:
+    """By what the example on the page sends."""
+    (example,) = [body for path, body in curl_bodies(text_of(ROOT / "docs/http-api.md")) if path == "/v1/responses"]
+    asked = {**json.loads(example), "max_output_tokens": 24, "temperature": 0}
+    told = httpx.post(f"{url}/v1/responses", json=asked, timeout=60).json()
+    messages = [
+        {"role": "system", "content": asked.pop("instructions")},
+        {"role": "user", "content": asked.pop("input")},
+    ]
+    max_tokens = asked.pop("max_output_tokens")
+    body = {**asked, "messages": messages, "max_tokens": max_tokens}
+    (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+    assert told["output"][0]["content"][0]["text"] == choice["message"]["content"]
+    assert told["control"] == choice["control"]
+    assert told["control"]["value_after"]["positive"] > told["control"]["value_before"]["positive"]
+
+
 def test_a_positive_text_and_a_positive_answer_score_above_negative_ones(url: str) -> None:
     """By what the example on the page sends, too."""
     (example,) = [body for path, body in curl_bodies(text_of(ROOT / "docs/http-api.md")) if path == "/v1/value"]
@@ -188,6 +207,41 @@ def test_texts_of_twenty_seeds_hold_a_schema_with_control_and_without(url: str) 
                 jsonschema.validate(json.loads(text), MOVIE)
             assert all(choice["control"]["max_kl"] <= 0.3 for choice in choices if "control" in choice)
     assert len({*texts[0], *texts[1]}) > 20
+
+
+def test_forced_calls_parse_and_control_leaves_them_as_they_are(url: str) -> None:
+    made = []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        for control in (None, CONTROLS[1]):
+            body: dict[str, Any] = {
+                "model": DEFAULT_MODEL,
+                "messages": [{"role": "user", "content": "How is the weather in Bern?"}],
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "max_tokens": 256,
+                "temperature": 0.7,
+                "n": 8,
+                "seed": 1,
+                "control": control,
+            }
+            choices = client.post("/v1/chat/completions", json=body | {"parallel_tool_calls": False}).json()["choices"]
+            assert [verdict(choice) for choice in choices] == [None] * 8
+            made.append([choice["message"]["tool_calls"][0]["function"] for choice in choices])
+    assert made[0] == made[1]
+
+
+def test_an_agents_turn_goes_through_the_template_of_a_model_without_tools(url: str) -> None:
+    called = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "set_timer", "arguments": "{}"}}]}
+    messages = [{"role": "user", "content": "hi"}, called, {"role": "tool", "tool_call_id": "a", "content": "done"}]
+    body = {"messages": messages, "tools": TOOLS}
+    with httpx.Client(base_url=url, timeout=300) as client:
+        told = client.post("/tokenize", json=body).json()["tokens"]
+        prompt = client.post("/detokenize", json={"tokens": told}).json()["prompt"]
+    assert prompt.startswith("<|im_start|>system\nYou can call these functions")
+    assert prompt.endswith(
+        'assistant\n<tool_call>\n{"name": "set_timer", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\ndone\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_the_best_of_four_blocks_end_with_higher_values_than_one_and_the_text_follows(url: str) -> None:

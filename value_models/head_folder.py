@@ -23,7 +23,16 @@ import torch
 from value_models.errors import HeadFileError
 from value_models.files import cache_root, write_bytes
 from value_models.heads import ValueHead
-from value_models.store import CARD_FILE, HEAD_FILE, NAME_PATTERN, HeadCard, head_from_bytes, parse_card
+from value_models.store import (
+    CARD_FILE,
+    HEAD_FILE,
+    NAME_PATTERN,
+    HeadCard,
+    check_size,
+    head_from_bytes,
+    parse_card,
+    read_file,
+)
 
 _log = logging.getLogger(__name__)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:_-]*://")
@@ -92,7 +101,7 @@ class LocalHeads(HeadFolder):
     def _read(self, name: str, file: str) -> bytes:
         path = self._folder / name / file
         try:
-            return path.read_bytes()
+            return read_file(path)
         except OSError as error:
             raise HeadFileError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -150,8 +159,15 @@ class StoredHeads(HeadFolder):
         return data
 
     def _read(self, name: str, file: str) -> bytes:
-        with self._named_in_errors("read", f"{self.location}/{name}/{file}"):
-            return self._filesystem.cat_file(f"{self._root}/{name}/{file}")
+        where = f"{self.location}/{name}/{file}"
+        with self._named_in_errors("read", where):
+            path = f"{self._root}/{name}/{file}"
+            size = self._filesystem.size(path)
+            if size is not None:
+                check_size(size, file, where)
+            data = self._filesystem.cat_file(path)
+        check_size(len(data), file, where)
+        return data
 
     def _write(self, name: str, file: str, data: bytes) -> None:
         with self._named_in_errors("written", f"{self.location}/{name}/{file}"):
@@ -164,6 +180,8 @@ class StoredHeads(HeadFolder):
         """Every store has errors of its own, and none may get past those who expect HeadFileError."""
         try:
             yield
+        except HeadFileError:
+            raise
         except Exception as error:
             raise HeadFileError(f"{where} cannot be {done}: {type(error).__name__}: {error}") from error
 

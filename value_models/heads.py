@@ -32,6 +32,8 @@ MakeLinear = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 """It makes a map of a weight [out, in] and a bias. The map's result for a row must not depend on other rows."""
 UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
+MAX_UNITS = 8192
+"""Of a head's layer, twice what the paper's have; a server keeps the inner products of all units with each other."""
 
 
 class ValueHead(nn.Module):
@@ -59,7 +61,11 @@ class ValueHead(nn.Module):
     ) -> None:
         """Take a first layer; `ascent_UD` None is the identity metric. Raises HeadShapeError."""
         super().__init__()
+        if inputs_UD.dim() != 2 or not inputs_UD.numel():
+            raise HeadShapeError(f"inputs has shape {tuple(inputs_UD.shape)}, expected units x hidden size")
         num_units, hidden_size = inputs_UD.shape
+        if num_units > MAX_UNITS:
+            raise HeadShapeError(f"inputs has {num_units} units; at most {MAX_UNITS} are allowed")
         ascent_UD = inputs_UD.clone() if ascent_UD is None else ascent_UD
         _check_shape("mean", mean_D, (hidden_size,))
         _check_shape("scale", scale_D, (hidden_size,))
@@ -163,12 +169,16 @@ class MLPHead(ValueHead):
         super().__init__(**first_layer)
         width = self.num_units - 1
         for i, (weight, bias) in enumerate(zip(hidden_weights, hidden_biases, strict=True)):
+            if weight.dim() != 2 or not 0 < weight.shape[0] <= MAX_UNITS:
+                raise HeadShapeError(f"hidden_weight_{i} has shape {tuple(weight.shape)}, expected units x units")
             _check_shape(f"hidden_weight_{i}", weight, (weight.shape[0], width))
             _check_shape(f"hidden_bias_{i}", bias, (weight.shape[0],))
             width = weight.shape[0]
             self._keep(f"hidden_weight_{i}", weight)
             self._keep(f"hidden_bias_{i}", bias)
         _check_shape("out_weight", out_weight_H, (width,))
+        if out_bias.numel() != 1:
+            raise HeadShapeError(f"out_bias has shape {tuple(out_bias.shape)}, expected one number")
         self._num_hidden = len(hidden_weights)
         self._keep("out_weight_H", out_weight_H)
         self._keep("out_bias", out_bias.reshape(()))
@@ -209,6 +219,7 @@ def head_from_tensors(type_name: str, tensors: dict[str, Tensor]) -> ValueHead:
         arguments: dict[str, Any] = {
             name: rest.pop(name) for name in ("mean_D", "scale_D", "inputs_UD", "input_bias_U", "ascent_UD")
         }
+        _check_shape("reward", reward, (2,))
         arguments |= {"reward_mean": float(reward[0]), "reward_scale": float(reward[1])}
         if HEAD_TYPES[type_name] is MLPHead:
             arguments |= {"out_weight_H": rest.pop("out_weight_H"), "out_bias": rest.pop("out_bias")}

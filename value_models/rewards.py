@@ -85,6 +85,17 @@ REWARDS: dict[str, Reward] = {
 }
 
 
+def check_built_in(name: str, where: str) -> str:
+    """The name of a reward that a file gave, which may only be built in: others are code, or models, of whoever wrote
+    the file. Raises RewardError, which tells how to allow it."""
+    if name not in REWARDS:
+        raise RewardError(
+            f"reward: {where} names {name!r}, which is not built in and is not loaded on a card's word; if you trust "
+            "it, name it yourself with --reward"
+        )
+    return name
+
+
 def load_reward(name: str) -> Reward:
     """A built-in reward, `hf:<folder or hub id>[#label]`, or `module:function`; its scores are checked.
 

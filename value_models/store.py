@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Never
@@ -24,6 +26,11 @@ from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_ten
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
 """Figures of benchmarks/quality that are too long for a card; beside each lies its plot, an SVG."""
+MAX_CARD_BYTES, MAX_HEAD_BYTES = 2 * 2**20, 512 * 2**20
+"""The largest shipped card has 0.05 MiB, and the paper's heads for models of 7 billion parameters 270 MiB."""
+MAX_FILE_BYTES = {CARD_FILE: MAX_CARD_BYTES, HEAD_FILE: MAX_HEAD_BYTES}
+_MAX_HEADER_BYTES = 2**16
+_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -147,8 +154,12 @@ class HeadCard(_Frozen):
 
 
 def shipped_heads_folder(model_name: str) -> Path:
-    """Where this package keeps the heads made for a model; it need not exist."""
-    return Path(__file__).parent / "pretrained" / model_name
+    """Where this package keeps the heads made for a model; it need not exist.
+
+    Always a folder of its own, also for a name that reads like a path: names come out of files.
+    """
+    folder = re.sub(r"[^\w.-]|^\.+", "-", model_name, flags=re.ASCII) or "-"
+    return Path(__file__).parent / "pretrained" / folder
 
 
 def _short(model_name: str) -> str:
@@ -199,19 +210,36 @@ def load_card(folder: Path) -> HeadCard:
     """Read a head's card. Raises HeadFileError."""
     path = folder / CARD_FILE
     try:
-        return parse_card(path.read_bytes(), str(path))
+        return parse_card(read_file(path), str(path))
     except OSError as error:
         raise HeadFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def parse_card(data: bytes, where: str) -> HeadCard:
     """Parse a card's file; `where` it lies goes into messages. Raises HeadFileError."""
+    check_size(len(data), CARD_FILE, where)
     try:
         return HeadCard.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise HeadFileError(f"{where} is not a head card: {field}: {first['msg']}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """One of a head's two files. Raises HeadFileError for one that is too large, before it is read, and OSError."""
+    with path.open("rb") as file:
+        # Measured on the open file, and bounded all the same: it may grow, or have no size.
+        check_size(os.fstat(file.fileno()).st_size, path.name, str(path))
+        data = file.read(MAX_FILE_BYTES[path.name] + 1)
+    check_size(len(data), path.name, str(path))
+    return data
+
+
+def check_size(num_bytes: int, file: str, where: str) -> None:
+    """Raises HeadFileError for a file of a head that is larger than any has to be."""
+    if num_bytes > MAX_FILE_BYTES[file]:
+        raise HeadFileError(f"{where} is larger than {MAX_FILE_BYTES[file] // 2**20} MiB, which no {file} has to be")
 
 
 def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[ValueHead, HeadCard]:
@@ -223,7 +251,7 @@ def load_head(folder: Path, *, device: torch.device | str = "cpu") -> tuple[Valu
     path = folder / HEAD_FILE
     try:
         # Read, not mapped: a server that has loaded a head must outlive the file's being written over.
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise HeadFileError(f"{path} cannot be loaded: {error}") from error
     return head_from_bytes(data, card, str(path), device=device), card
@@ -236,17 +264,37 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
     """
     if hashlib.sha256(data).hexdigest() != card.tensors_sha256:
         raise HeadFileError(f"{where} is not the file that its card was written for (tensors_sha256 differs)")
+    _check_header(data, where)
     try:
         tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
         head = head_from_tensors(card.architecture.type, tensors)
     except (SafetensorError, HeadShapeError) as error:
         raise HeadFileError(f"{where} cannot be loaded: {error}") from error
+    except Exception as error:
+        # A stranger's file; what nobody thought of must not get past those who expect HeadFileError.
+        raise HeadFileError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     _check_finite(tensors, where)
     if head.hidden_size != card.base_model.hidden_size:
         raise HeadFileError(
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
     return head
+
+
+def _check_header(data: bytes, where: str) -> None:
+    """Look at what the file says of itself before anything is made of it. Raises HeadFileError."""
+    size = int.from_bytes(data[:8], "little")
+    if not 0 < size <= _MAX_HEADER_BYTES:
+        raise HeadFileError(f"{where} cannot be loaded: its header has {size} bytes; at most {_MAX_HEADER_BYTES}")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        dtypes = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise HeadFileError(f"{where} cannot be loaded: its header is not one of safetensors") from error
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            allowed = ", ".join(sorted(_DTYPES))
+            raise HeadFileError(f"{where} cannot be loaded: {name} is of type {dtype!r}; allowed are {allowed}")
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:

@@ -29,7 +29,7 @@ _UNUSED_FLAGS = {
     "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
     "cost": {"worst_case", "max_prompts"},
     "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
-    "objectives": {"tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
+    "objectives": {"reward", "tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
 }
 _MIN_OBJECTIVES_HEADS = 2
 

@@ -37,7 +37,7 @@ from value_models.generations import EvalSample, GenerationStore
 from value_models.intervals import bootstrap, mean_interval
 from value_models.metrics import diversity
 from value_models.prompt_sets import RolloutPrompt
-from value_models.rewards import Reward, load_reward
+from value_models.rewards import Reward, check_built_in, load_reward
 from value_models.store import HeadCard
 
 OBJECTIVES_FILE = "objectives.json"
@@ -94,7 +94,9 @@ class ObjectivesStudy:
         self._setup = setup
         self._heads = tuple(setup.heads)
         # A library that is missing is missed now, and not after the sampling.
-        self._rewards: dict[str, Reward] = {name: load_reward(card.reward) for name, card in setup.cards.items()}
+        self._rewards: dict[str, Reward] = {
+            name: load_reward(check_built_in(card.reward, f"the card of {name}")) for name, card in setup.cards.items()
+        }
         for reward in self._rewards.values():
             reward(["Is it?"], ["It is."])
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
+import secrets
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start
+from server.api.generation import Choice, Generation, shown_logprobs, start, tokenized
 from server.api.messages import ChatMessage
-from server.api.responses import ResponseWriter
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
+from server.api.tools import resolve_tools
+from server.api.writer import ChoicesWriter
+from server.calls.calls import CallDelta
 from server.engines.base import Engine
-from server.types import GenerationChunk, TokenLogprob, TopLogprob
+from server.types import FinishReason, GenerationChunk, Opening, TokenLogprob, Usage
 
 router = APIRouter()
 
@@ -23,9 +26,14 @@ router = APIRouter()
 async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
-    # A long conversation takes long, which must not stop the other requests.
-    rendering = body.rendering(reasoning_effort=body.reasoning_effort)
-    prompt = await asyncio.to_thread(engine.encode_chat, ChatMessage.plain(body.messages), rendering)
+    tools = resolve_tools(body, engine.info.call_format)
+    rendering = body.rendering(reasoning_effort=body.reasoning_effort, tools=tools.offered)
+
+    def read() -> tuple[list[int], Opening | None]:
+        messages = ChatMessage.plain(body.messages)
+        return engine.encode_chat(messages, rendering), engine.opening(messages, rendering)
+
+    prompt, opening = await tokenized(request, read)
     generation = await start(
         request,
         body,
@@ -33,39 +41,74 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         # None is, as in vLLM, up to the end of the context, within what one body may ask for.
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        tools=tools,
+        opening=opening,
+        hides_reasoning=body.include_reasoning is False,
     )
-    return await _ChatWriter(request, body, generation).respond()
+    return await _ChatWriter(request, body, generation, has_reasoning=opening is not None).respond()
 
 
-class _ChatWriter(ResponseWriter):
+class _ChatWriter(ChoicesWriter):
     id_prefix, object_name, event_object_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: Request, body: ChatBody, generation: Generation) -> None:
+    def __init__(self, request: Request, body: ChatBody, generation: Generation, *, has_reasoning: bool) -> None:
         super().__init__(request, body, generation)
         self._has_logprobs = bool(body.logprobs)
+        self._has_reasoning = has_reasoning
+        self._callers: set[int] = set()
+        """Choices that call tools."""
 
     def choice_content(self, index: int, choice: Choice) -> dict[str, Any]:
-        del index
-        message = {"role": "assistant", "content": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if self._has_reasoning:
+            message |= {"content": choice.text or None, **_reasoning(choice.reasoning or None)}
+        if choice.calls:
+            deltas = (CallDelta(i, *astuple(call)) for i, call in enumerate(choice.calls))
+            message |= {"content": choice.text or None, "tool_calls": [self._call(index, delta) for delta in deltas]}
         return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
 
     def event_content(self, index: int, chunk: GenerationChunk, *, is_first: bool) -> dict[str, Any] | None:
-        del index
-        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
+        if not (chunk.text or chunk.reasoning or chunk.calls or chunk.logprobs) and chunk.finish_reason is None:
             return None
-        role = {"role": "assistant"} if is_first else {}
-        return {"delta": {**role, "content": chunk.text}, "logprobs": self._logprobs(chunk.logprobs)}
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        delta |= _reasoning(chunk.reasoning) if chunk.reasoning else {}
+        if chunk.text or not (chunk.reasoning or chunk.calls or index in self._callers):
+            delta["content"] = chunk.text
+        elif chunk.calls and is_first:
+            delta["content"] = None
+        if chunk.calls:
+            delta["tool_calls"] = [{"index": call.index, **self._call(index, call)} for call in chunk.calls]
+        return {"delta": delta, "logprobs": self._logprobs(chunk.logprobs)}
+
+    def parts(self, chunk: GenerationChunk) -> list[GenerationChunk]:
+        """Clients put together what has the same index in two events, but not in one."""
+        if len(chunk.calls) + bool(chunk.text) < 2:
+            return [chunk]
+        has_text = bool(chunk.text or chunk.reasoning)
+        pieces = [GenerationChunk(chunk.index, chunk.text, chunk.reasoning)] if has_text else []
+        pieces += [GenerationChunk(chunk.index, calls=(call,)) for call in chunk.calls]
+        return [*pieces[:-1], replace(chunk, text="", reasoning="", calls=pieces[-1].calls)]
+
+    def usage_details(self, usage: Usage) -> dict[str, Any]:
+        if not self._has_reasoning:
+            return {}
+        return {"completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
+
+    def finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        has_calls = index in self._callers
+        return "tool_calls" if has_calls and reason is FinishReason.STOP else super().finish_reason(index, reason)
+
+    def _call(self, index: int, call: CallDelta) -> dict[str, Any]:
+        self._callers.add(index)
+        if call.name is None:
+            return {"function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
     def _logprobs(self, scores: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return {"content": [_chat_logprob(score) for score in scores]} if self._has_logprobs else None
+        return {"content": shown_logprobs(scores)} if self._has_logprobs else None
 
 
-def _chat_logprob(score: TokenLogprob) -> dict[str, Any]:
-    return {
-        **_scored(score),
-        "top_logprobs": [_scored(other) for other in score.top],
-    }
-
-
-def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
-    return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}
+def _reasoning(text: str | None) -> dict[str, str | None]:
+    """Under the name that DeepSeek gave it and most clients read, and under vLLM's newer one."""
+    return {"reasoning_content": text, "reasoning": text}

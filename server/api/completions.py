@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start
-from server.api.responses import ResponseWriter
+from server.api.generation import Choice, Generation, shown_logprob, start, tokenized
+from server.api.inspection import check_may_inspect
 from server.api.schemas import CompletionBody
 from server.api.sse import STREAMED
+from server.api.writer import ChoicesWriter
 from server.engines.base import Engine, check_token_ids
 from server.types import GenerationChunk, TokenLogprob, TokenText
 
@@ -24,12 +24,13 @@ router = APIRouter()
 async def create_completion(request: Request, body: CompletionBody) -> Response:
     """Continue one or several prompts."""
     engine: Engine = request.app.state.engine
-    # A long text takes long, which must not stop the other requests.
-    texts, prompts = await asyncio.to_thread(_prompts, engine, body)
+    if body.echo and body.logprobs is not None:
+        check_may_inspect(request, "echo with logprobs")
+    texts, prompts = await tokenized(request, lambda: _prompts(engine, body))
     echoed = None
     if texts is not None:
         has_logprobs = body.logprobs is not None
-        echoed = await asyncio.to_thread(_echoed, engine, texts, prompts, has_logprobs=has_logprobs)
+        echoed = await tokenized(request, lambda: _echoed(engine, texts, prompts, has_logprobs=has_logprobs))
     generation = await start(
         request,
         body,
@@ -89,7 +90,7 @@ def placed(tokens: Sequence[TokenText], text: str) -> list[tuple[str, int]]:
     return shares
 
 
-class _CompletionWriter(ResponseWriter):
+class _CompletionWriter(ChoicesWriter):
     id_prefix, object_name, event_object_name = "cmpl", "text_completion", "text_completion"
 
     def __init__(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import BeforeValidator, Field, FiniteFloat, SkipValidation
 
 from server.types import (
     MAX_LOGIT_BIAS_TOKENS,
@@ -36,21 +36,18 @@ def _check_prompt(prompt: Any) -> Any:
         raise ValueError(f"must be {_PROMPT_FORMS}")
     if not prompt:
         raise ValueError("must not be empty")
-    if all(_is_token(item) for item in prompt):
-        _check_length(prompt)
-        return prompt
+    if isinstance(prompt[0], int):
+        return _checked_tokens(prompt)
     if len(prompt) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts are allowed, {len(prompt)} were given")
     if all(isinstance(item, str) for item in prompt):
         if not all(prompt):
             raise ValueError("must not hold an empty string")
         return [check_text(item) for item in prompt]
-    if all(isinstance(item, list) and all(_is_token(token) for token in item) for item in prompt):
+    if all(isinstance(item, list) for item in prompt):
         if not all(prompt):
             raise ValueError("must not hold an empty list")
-        for item in prompt:
-            _check_length(item)
-        return prompt
+        return [_checked_tokens(item) for item in prompt]
     raise ValueError(f"must be {_PROMPT_FORMS}")
 
 
@@ -63,13 +60,13 @@ def check_text(text: str) -> str:
     return text
 
 
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
-
-
-def _check_length(tokens: list[int]) -> None:
-    if len(tokens) > MAX_PROMPT_TOKENS:
+def _checked_tokens(items: list[Any]) -> list[int]:
+    if len(items) > MAX_PROMPT_TOKENS:
         raise ValueError(f"at most {MAX_PROMPT_TOKENS} token ids are allowed")
+    # Without booleans, which are integers to Python.
+    if not set(map(type, items)) <= {int}:
+        raise ValueError(f"must be {_PROMPT_FORMS}")
+    return items
 
 
 def _check_stop(stop: Any) -> Any:
@@ -102,7 +99,8 @@ def _is_token_key(key: str) -> bool:
     return key.isascii() and key.isdecimal() and len(key) <= len(str(MAX_INTEGER)) and key == str(int(key))
 
 
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
+# Everything has been checked by then; pydantic would try each form on every token.
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], SkipValidation, BeforeValidator(_check_prompt)]
 Stop = Annotated[list[str] | None, BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None)]
 LogitBias = Annotated[
     dict[int, Bias] | None, BeforeValidator(_check_bias, json_schema_input_type=dict[str, Bias] | None)

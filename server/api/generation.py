@@ -1,4 +1,4 @@
-"""What completions and chat share: a body becomes GenerationRequests, whose streams become one stream of choices.
+"""What all routes that generate share: a body becomes GenerationRequests, whose streams become one stream of choices.
 
 Every check happens before anything is queued (`resolution.py`). Knows nothing of response formats. Enter at `start`, or
 at `queue` with requests that do not come from a body of theirs.
@@ -9,41 +9,58 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
+from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
     check_size,
+    check_told,
     resolve_best_of,
     resolve_control,
+    resolve_phase,
     sampling_params,
     with_rest_of_context,
 )
 from server.api.schemas import GenerationBody
 from server.api.structure import structure_of
+from server.api.tools import ToolPlan
+from server.api.workers import Workers
+from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
-from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, ShuttingDownError
+from server.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    GenerationError,
+    ShuttingDownError,
+    SlowReaderError,
+)
 from server.telemetry import Telemetry
 from server.types import (
     ControlSummary,
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    Opening,
     PromptValues,
+    Segment,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
 LEAST_NEW_TOKENS = 16
 """Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
 _MIN_LOGPROB = -9999.0
-_Queue = asyncio.Queue[tuple[int, GenerationChunk | Exception]]
+_Result = TypeVar("_Result")
+_MAX_UNREAD = 2**15
+"""Of a stream whose client does not read it: tokens and log-probabilities, some 10 MB of them."""
 
 
 @dataclass(slots=True)
@@ -62,15 +79,29 @@ class Generation:
     first_warnings: list[str]
     """Of its heads, when it was queued."""
     telemetry: Telemetry
+    workers: Workers
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
+    hides_reasoning: bool = False
+    """Whether nothing of a reasoning token is told but that it was drawn."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of these; marks count as what they mark."""
+    num_told: int = 0
+    """Tokens and log-probabilities of the chunks that were given out."""
+    num_drawn: int = 0
+    """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
     @property
     def usage(self) -> Usage:
-        return Usage(sum(map(len, self.prompts)), self.completion_tokens)
+        return Usage(sum(map(len, self.prompts)), self.completion_tokens, self.reasoning_tokens)
+
+    @property
+    def size(self) -> int:
+        """Of the answer: tokens and log-probabilities."""
+        return self.num_told + sum(map(len, self.prompt_logprobs.values()))
 
     @property
     def warnings(self) -> list[str]:
@@ -87,11 +118,11 @@ class Generation:
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
 
-        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine, and
-        DeadlineExceededError when the time is over.
+        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine,
+        DeadlineExceededError when the time is over, and SlowReaderError when whoever reads this falls too far behind.
         """
-        queue: _Queue = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        queue = _Backlog()
+        pumps = [asyncio.create_task(self._pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
         if self.timeout_s is not None:
             pumps.append(asyncio.create_task(self._end_in(self.timeout_s, queue)))
         num_open = len(self.streams) * self.num_choices
@@ -105,8 +136,11 @@ class Generation:
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
-                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
-                if not (chunk.token_ids or chunk.text or chunk.finish_reason):
+                self.reasoning_tokens += chunk.num_drawn if chunk.segment is Segment.REASONING else 0
+                self.num_told += _size(chunk)
+                if self.hides_reasoning:
+                    chunk = _without_reasoning(chunk)
+                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
                     continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
@@ -127,28 +161,89 @@ class Generation:
     async def close(self) -> None:
         """Abort what is unfinished; harmless when repeated, and needed when `chunks` may never have begun."""
         await _close(self.streams)
-        usage = self.usage
+        prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(usage.total_tokens)
-        self.facts |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+            self.charge.settle(prompt_tokens + self.num_drawn)
+        self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
-    async def _end_in(self, timeout_s: float, queue: _Queue) -> None:
+    async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
+        try:
+            async for chunk in stream:
+                self.num_drawn += chunk.num_drawn
+                self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
+                if queue.size > _MAX_UNREAD:
+                    await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
+                    return
+                queue.put(index, chunk)
+        except Exception as error:
+            queue.put(index, error)
+
+    async def _end_in(self, timeout_s: float, queue: _Backlog) -> None:
         await asyncio.sleep(timeout_s)
+        await self._end(queue, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s."))
+
+    async def _end(self, queue: _Backlog, error: Exception) -> None:
         # Before the streams are closed, whose choices then end as aborted.
-        queue.put_nowait((0, DeadlineExceededError(f"The response was not complete after {timeout_s:g} s.")))
+        queue.put(0, error)
         await _close(self.streams)
+
+
+class _Backlog:
+    """What has come of a body's streams and was not read yet."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
+        self.size = 0
+        """Tokens and log-probabilities."""
+
+    def put(self, index: int, chunk: GenerationChunk | Exception) -> None:
+        self.size += _size(chunk)
+        self._queue.put_nowait((index, chunk))
+
+    async def get(self) -> tuple[int, GenerationChunk | Exception]:
+        if not self._queue.empty():
+            # Else a long backlog, read at one go, would hold up everybody else.
+            await asyncio.sleep(0)
+        index, chunk = await self._queue.get()
+        self.size -= _size(chunk)
+        return index, chunk
+
+
+def _size(chunk: GenerationChunk | Exception) -> int:
+    if isinstance(chunk, Exception):
+        return 0
+    return 1 + sum(1 + len(score.top) for score in (*chunk.logprobs, *(chunk.prompt_logprobs or ())) if score)
 
 
 @dataclass(slots=True)
 class Choice:
-    """One finished choice."""
+    """One choice, whole once it has a last chunk."""
 
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
     control: ControlSummary | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     prompt_values: PromptValues | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def grow(self, chunk: GenerationChunk, trace: list[dict[str, Any]]) -> None:
+        """By the choice's next chunk, and what control did to its token."""
+        self.text += chunk.text
+        self.reasoning += chunk.reasoning
+        for delta in chunk.calls:
+            self._add_call(delta)
+        self.logprobs += chunk.logprobs
+        self.trace += trace
+        if chunk.finish_reason is not None:
+            self.finish_reason, self.control = chunk.finish_reason, chunk.control
+            self.prompt_values = chunk.prompt_values
+
+    def _add_call(self, delta: CallDelta) -> None:
+        if delta.name is not None:
+            self.calls.append(Call(delta.name, ""))
+        self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + delta.arguments)
 
 
 async def collect(generation: Generation) -> list[Choice]:
@@ -156,14 +251,23 @@ async def collect(generation: Generation) -> list[Choice]:
     choices = [Choice() for _ in range(len(generation.prompts) * generation.num_choices)]
     async with contextlib.aclosing(generation.chunks()) as chunks:
         async for index, chunk in chunks:
-            choice = choices[index]
-            choice.text += chunk.text
-            choice.logprobs += chunk.logprobs
-            choice.trace += generation.traced(chunk)
-            if chunk.finish_reason is not None:
-                choice.finish_reason, choice.control = chunk.finish_reason, chunk.control
-                choice.prompt_values = chunk.prompt_values
+            choices[index].grow(chunk, generation.traced(chunk))
     return choices
+
+
+async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bool = False) -> _Result:
+    """What `read` makes of a body's texts, off the event loop.
+
+    The caller pays before it is done. What it paid is given back when it is, since `queue` then charges for the tokens,
+    unless this is all that was asked. Raises RateLimitError, OverloadedError, and what `read` raises.
+    """
+    workers: Workers = request.app.state.workers
+    context = context_of(request)
+    charge = None if context.caller is None else await context.caller.pay_reading(context.num_body_bytes)
+    result = await workers.run(read, size=context.num_body_bytes)
+    if charge is not None and not is_all:
+        charge.settle(0)
+    return result
 
 
 async def start(
@@ -175,15 +279,23 @@ async def start(
     logprobs: int | None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
+    opening: Opening | None = None,
+    hides_reasoning: bool = False,
+    tools: ToolPlan | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
-    Raises a RecontrolError with nothing left queued.
+    `opening` is how responses begin that are told apart into reasoning and answer. Raises a RecontrolError with nothing
+    left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
-    info, num_choices = engine.info, body.n or 1
+    info, num_choices = engine.info, body.num_choices
     control = resolve_control(body, info, state.pinned)
+    control = resolve_phase(control, opening, info)
+    held = tools if tools is not None and tools.structure is not None else None
+    if state.pinned is not None:
+        check_beside_pinned(body, state.pinned_refuses)
     asked = GenerationRequest(
         request_id="",
         prompt_token_ids=(),
@@ -192,30 +304,38 @@ async def start(
         ),
         control=control,
         num_choices=num_choices,
-        structure=await structure_of(body, engine),
+        structure=await (structure_of(body.structures, engine) if held is None else held.compile(engine)),
+        calls=tools and tools.rules,
         best_of=resolve_best_of(best_of, num_choices, control),
+        opening=opening,
     )
     if max_tokens is None:
         asked = with_rest_of_context(asked, max(map(len, prompts)), info)
     requests = requests_for(request, prompts, asked)
-    check_size(requests, info)
+    check_size(requests, info, field=body.size_field)
+    if not body.stream:
+        check_told(requests)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "n": num_choices, "user": user}
-    return await queue(request, requests, timeout_s=body.timeout_s, takes_less=max_tokens is None)
+    generation = await queue(
+        request, requests, timeout_s=body.timeout_s, size_field=body.size_field, takes_less=max_tokens is None
+    )
+    generation.hides_reasoning = hides_reasoning
+    return generation
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:
     """What is asked, of each prompt, in the name of the caller."""
     context = context_of(request)
+    salt = request.app.state.cache_salt.of(request)
     return [
         replace(
             asked,
             request_id=f"{context.request_id}-{index}",
             prompt_token_ids=tuple(prompt),
-            # What is cached for one key must not tell another, by its timing, what was asked.
-            cache_salt=context.caller.key_id if context.caller is not None else context.request_id,
+            cache_salt=salt,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -267,6 +387,7 @@ async def queue(
         heads=heads,
         first_warnings=engine.info.warnings(heads),
         telemetry=state.telemetry,
+        workers=state.workers,
         facts=context.facts,
     )
     generation.telemetry.count_usage(prompt_tokens=generation.usage.prompt_tokens)
@@ -302,12 +423,19 @@ def shown_logprob(logprob: float) -> float:
     return max(logprob, _MIN_LOGPROB)
 
 
-async def _pump(index: int, stream: ChunkStream, queue: _Queue) -> None:
-    try:
-        async for chunk in stream:
-            queue.put_nowait((index, chunk))
-    except Exception as error:
-        queue.put_nowait((index, error))
+def shown_logprobs(scores: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Scored tokens as chats and responses have them."""
+    return [{**_scored(score), "top_logprobs": [_scored(other) for other in score.top]} for score in scores]
+
+
+def _scored(score: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    return {"token": score.text, "logprob": shown_logprob(score.logprob), "bytes": list(score.data)}
+
+
+def _without_reasoning(chunk: GenerationChunk) -> GenerationChunk:
+    if chunk.segment is not Segment.REASONING:
+        return replace(chunk, reasoning="")
+    return replace(chunk, reasoning="", token_ids=(), logprobs=(), edit=None)
 
 
 async def _close(streams: Sequence[ChunkStream]) -> None:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.api.floods import UNKNOWN
 from server.api.gate.context import request_id_of
 from server.api.gate.encodings import ENCODINGS
 from server.api.schemas import locate
@@ -23,11 +24,20 @@ from server.errors import (
     OverloadedError,
     RecontrolError,
     ShuttingDownError,
+    SlowBodyError,
     UnknownHeadError,
 )
 
 _SHOWN_CHARS = 64
-_RETRY_AFTER_SHUTDOWN_S = 5
+_HEADERS: dict[type[RecontrolError], dict[str, str]] = {
+    ShuttingDownError: {"Retry-After": "5"},
+    # OpenAI's clients would otherwise repeat what was too slow.
+    DeadlineExceededError: {"x-should-retry": "false"},
+    # What is left of the body must not be taken for the next request.
+    SlowBodyError: {"Connection": "close"},
+    ContentEncodingError: {"Accept-Encoding": ", ".join(ENCODINGS)},
+    AuthenticationError: {"WWW-Authenticate": "Bearer"},
+}
 _TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
 
 
@@ -62,16 +72,7 @@ async def _on_recontrol_error(request: Request, error: Exception) -> JSONRespons
 def _headers(error: RecontrolError) -> dict[str, str] | None:
     if isinstance(error, OverloadedError):
         return {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, ShuttingDownError):
-        return {"Retry-After": str(_RETRY_AFTER_SHUTDOWN_S)}
-    if isinstance(error, DeadlineExceededError):
-        # OpenAI's clients would otherwise repeat what was too slow.
-        return {"x-should-retry": "false"}
-    if isinstance(error, ContentEncodingError):
-        return {"Accept-Encoding": ", ".join(ENCODINGS)}
-    if isinstance(error, AuthenticationError):
-        return {"WWW-Authenticate": "Bearer"}
-    return None
+    return next((headers for kind, headers in _HEADERS.items() if isinstance(error, kind)), None)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -85,7 +86,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         path = [*path, context["discriminator"].strip("'")]
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(str(part)[:_SHOWN_CHARS] for part in path)
-    if first["type"] in (REFUSED, "field"):
+    if first["type"] in (REFUSED, UNKNOWN, "field"):
         holder = f"{where}." if where else ""
         content = _body(400, f"{holder}{first['msg']}", f"{holder}{context['name']}", _code(first["type"]))
         return JSONResponse(content, 400)
@@ -119,7 +120,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _code(pydantic_type: str) -> str:
-    return {REFUSED: REFUSED, "extra_forbidden": "unknown_field", "missing": "missing_field"}.get(
+    return {REFUSED: REFUSED, UNKNOWN: UNKNOWN, "extra_forbidden": "unknown_field", "missing": "missing_field"}.get(
         pydantic_type, "invalid_value"
     )
 

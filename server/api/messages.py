@@ -6,6 +6,7 @@ would say to the model and cannot is refused. Knows nothing of engines. Enter at
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -29,11 +30,15 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 1024
 MAX_NAME_CHARS = 256
 MAX_VARIABLE_CHARS = 64
-_TOOL_ROLES = ("tool", "function")
+MAX_TOOL_CALLS = 128
+MAX_ARGUMENTS_CHARS = 262_144
 _TEXTS = ("text", "input_text", "output_text")
 _MARKS = Field(max_length=MAX_PARTS)
 
 Text = Annotated[str, AfterValidator(check_text)]
+
+
+CallId = Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
 class TextPart(BaseModel):
@@ -46,6 +51,8 @@ class TextPart(BaseModel):
     id: Text | None = None
     index: int | Text | None = None
     annotations: Annotated[list[Any], _MARKS] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = None
     cache_control: Annotated[dict[str, Any], _MARKS] | None = None
     prompt_cache_breakpoint: Annotated[dict[str, Any], _MARKS] | None = None
 
@@ -80,14 +87,49 @@ Content = Annotated[
 ]
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    arguments: Annotated[Text, Field(max_length=MAX_ARGUMENTS_CHARS)] = ""
+    parsed_arguments: Any = None
+    """What an SDK read out of the arguments, which are what the model gets."""
+
+
+class ToolCall(BaseModel):
+    """A call that the model has made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Its place in a stream, which some clients keep."""
+
+    def plain(self) -> dict[str, Any]:
+        """As templates take it: the arguments as an object, or as they are where they are none."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            arguments = self.function.arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class ChatMessage(BaseModel):
     """One of a chat."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     """An assistant's may be null, absent or empty, as SDKs give back an answer without text."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    """Of an assistant's message: what it calls, after its content."""
+    tool_call_id: CallId | None = None
+    """Of a tool's message: the call that its content answers."""
     id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
     """Of clients that store messages; the model is not told."""
     name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
@@ -108,7 +150,7 @@ class ChatMessage(BaseModel):
         message = without_unserved(message, MESSAGE)
         if not isinstance(message, dict):
             return message
-        if message.get("role") in _TOOL_ROLES:
+        if message.get("role") == "function":
             raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": "role", "reason": ROLE.reason})
         return message
 
@@ -119,6 +161,17 @@ class ChatMessage(BaseModel):
             raise PydanticCustomError("field", "{name}: {reason}", {"name": "content", "reason": reason})
         return self
 
+    @model_validator(mode="after")
+    def _has_what_belongs_to_its_role(self) -> ChatMessage:
+        name = reason = ""
+        if self.tool_calls and self.role != "assistant":
+            name, reason = "tool_calls", "only an assistant's message has calls"
+        elif (self.tool_call_id is not None) != (self.role == "tool"):
+            name, reason = "tool_call_id", "a tool's message has one, which says what it answers, and no other has"
+        if name:
+            raise PydanticCustomError("field", "{name}: {reason}", {"name": name, "reason": reason})
+        return self
+
     @property
     def text(self) -> str:
         """Its texts, with a line end between two, as in vLLM."""
@@ -126,17 +179,40 @@ class ChatMessage(BaseModel):
         return "\n".join(text for text in texts if text)
 
     @staticmethod
-    def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-        """Messages as an engine takes them."""
-        return [message._plain() for message in messages]
+    def plain(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+        """Messages as an engine takes them; a tool's has the name of the function that it answers for."""
+        names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
+        return [message._plain(names.get(message.tool_call_id or "")) for message in messages]
 
-    def _plain(self) -> dict[str, str]:
-        more = {"name": self.name, "reasoning_content": self.reasoning or self.reasoning_content}
+    def _plain(self, called: str | None) -> dict[str, Any]:
+        more = {
+            "name": self.name or called,
+            "reasoning_content": self.reasoning or self.reasoning_content,
+            "tool_calls": [call.plain() for call in self.tool_calls] if self.tool_calls else None,
+            "tool_call_id": self.tool_call_id,
+        }
         given = {key: value for key, value in more.items() if value is not None}
         return {"role": self.role, "content": self.text, **given}
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+def _check_answers(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """A tool's message answers a call of the assistant's message before it and before other tools'."""
+    open_ids: set[str] = set()
+    for i, message in enumerate(messages):
+        if message.role != "tool":
+            open_ids = {call.id for call in message.tool_calls or ()}
+        elif message.tool_call_id in open_ids:
+            open_ids.discard(message.tool_call_id)
+        else:
+            raise PydanticCustomError(
+                "field",
+                "{name}: it answers no call of the assistant's message before",
+                {"name": f"{i}.tool_call_id"},
+            )
+    return messages
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_answers)]
 
 _ONE_CHAT, _CHATS = CHAT_FORMS = ("[chat]", "[chats]")
 
@@ -173,7 +249,7 @@ _RESERVED = {
     "continue_final_message": "it is a field of its own",
     "add_special_tokens": "it is a field of its own",
     "chat_template": "the model's own template is used",
-    "tools": "tools are not supported",
+    "tools": "tools are a field of their own",
     "documents": "documents are not supported",
 }
 
@@ -230,7 +306,9 @@ class TemplateFields(BaseModel):
             context = {"name": "continue_final_message", "problem": problem}
             raise PydanticCustomError("field", "{name}: {problem}", context)
 
-    def rendering(self, *, reasoning_effort: str | None = None) -> ChatRendering:
+    def rendering(
+        self, *, reasoning_effort: str | None = None, tools: tuple[dict[str, Any], ...] = ()
+    ) -> ChatRendering:
         continues = bool(self.continue_final_message)
         return ChatRendering(
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
@@ -238,4 +316,5 @@ class TemplateFields(BaseModel):
             add_special_tokens=bool(self.add_special_tokens),
             variables=self.chat_template_kwargs or {},
             reasoning_effort=reasoning_effort,
+            tools=tools,
         )

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from server.api.schemas import GenerationBody
-from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
-from server.control.params import ControlParams
-from server.engines.base import EngineInfo, check_heads, check_token_ids
-from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
-from server.types import GenerationRequest, SamplingParams
+from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
+from server.control.params import ControlParams, UnderPinned
+from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
+from server.errors import InvalidRequestError, UnknownHeadError, UnknownModelError
+from server.types import GenerationRequest, Opening, SamplingParams
 
 MAX_SEQUENCES = 256
 FRESH_SEED = -1
 """What clients send for a random one, as vLLM takes it."""
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
+MAX_TOLD_SCORES = 2**20
+"""Log-probabilities of new tokens in an answer that is no stream: some 100 MB of text."""
 _WEIGHTS = "control.objective.weights"
-_LARGER_COUNTS = frozenset({"step_size", "steps", "max_kl", "max_shift"})
-_COMPOSED = _LARGER_COUNTS | {"objective", "stop_below", "search", "trace"}
+_COMPOSED = frozenset({"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"})
+"""Fields of control that a caller may have beside what is pinned; the others are refused."""
 
 
 def sampling_params(
@@ -71,7 +74,22 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(body.control, info.heads)
-    return with_pinned(body.control, pinned)
+    control = with_pinned(body.control, pinned)
+    _check_units(control, info)
+    return control
+
+
+def _check_units(control: ControlParams | None, info: EngineInfo) -> None:
+    """Heads that are used together take memory by the square of their units. Raises InvalidRequestError."""
+    named = {} if control is None else control.named_heads
+    units = {name: info.heads[name].get("architecture", {}).get("num_units", 1) for name in named if name in info.heads}
+    if sum(units.values()) > MAX_UNITS_PER_REQUEST:
+        largest = max(units, key=units.__getitem__)
+        raise InvalidRequestError(
+            f"{named[largest]}: these heads have {sum(units.values())} units together; at most {MAX_UNITS_PER_REQUEST} "
+            "are allowed",
+            param=named[largest],
+        )
 
 
 def head_of_model(model: str, info: EngineInfo) -> str | None:
@@ -90,14 +108,14 @@ def head_of_model(model: str, info: EngineInfo) -> str | None:
 def with_pinned(
     asked: ControlParams | None, pinned: ControlParams | None, *, steered_by: str = _WEIGHTS
 ) -> ControlParams | None:
-    """A caller's control under the server's own, which it can neither switch off nor outweigh.
+    """A caller's control on top of the server's own, which it can neither switch off nor take anything from.
 
-    The pinned heads keep their weights; the caller's are scaled down, if need be, so that they weigh no more than the
-    pinned ones together (by sum of sizes). Step size, steps and budgets are the larger of the two, a bound of either
-    guardrail ends the response, and what a caller searches for is the best by all weights together. A pinned gate,
-    window and schedule hold for the caller's heads too. Whatever else a caller may ask for could hold back the pinned
-    heads, so it is refused; so are weights of heads that the pinned control names anywhere, since those would move its
-    gate or its guardrail.
+    What is pinned acts first, as if it were alone, and the caller's heads are added as far as `UnderPinned` says. They
+    are scaled down, if need be, so that they weigh no more than the pinned ones together (by sum of sizes). Budgets are
+    the larger of the two, a bound of either guardrail ends the response, and of what a caller searches for nothing is
+    kept that the pinned heads score lower than without the search. A pinned gate, window and schedule hold for the
+    caller's heads too. Whatever else a caller may ask for is refused; so are weights of heads that the pinned control
+    names anywhere, since those would move its gate or its guardrail.
 
     `steered_by` is the field that names the caller's heads. Raises InvalidRequestError for what is refused, and for
     too many heads.
@@ -108,11 +126,11 @@ def with_pinned(
     assert isinstance(mine, WeightedSum), "anything else is refused at the start"
     if both := sorted(theirs.keys() & pinned.named_heads.keys()):
         raise InvalidRequestError(f"{steered_by}: this server pins {', '.join(both)}; leave it out", param=steered_by)
-    fields = asked.named_heads | dict.fromkeys(theirs, steered_by)
-    others = [name for name in fields if name not in pinned.named_heads]
+    told_by = asked.named_heads | dict.fromkeys(theirs, steered_by)
+    others = [name for name in told_by if name not in pinned.named_heads]
     room = MAX_HEADS_PER_REQUEST - len(pinned.named_heads)
     if len(others) > room:
-        field = fields[others[room]]
+        field = told_by[others[room]]
         raise InvalidRequestError(
             f"{field}: with the {len(pinned.named_heads)} heads that this server pins, at most {room} others are "
             "allowed",
@@ -121,22 +139,27 @@ def with_pinned(
     allowed, total = (sum(map(abs, weights.values())) for weights in (mine.weights, theirs))
     share = allowed / total if total > allowed else 1.0
     weights = {**{name: weight * share for name, weight in theirs.items()}, **mine.weights}
-    larger = {name: max(getattr(asked, name), getattr(pinned, name)) for name in _LARGER_COUNTS}
-    return pinned.model_copy(
-        update={
-            **larger,
-            "objective": WeightedSum(weights=weights),
-            "stop_below": _highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
-            "search": asked.search,
-            "trace": asked.trace,
-        }
+    fields: dict[str, Any] = {
+        name: getattr(pinned, name) for name in ControlParams.model_fields if name not in _COMPOSED
+    }
+    return UnderPinned(
+        **fields,
+        objective=WeightedSum(weights=weights),
+        step_size=asked.step_size,
+        steps=asked.steps,
+        max_kl=max(asked.max_kl, pinned.max_kl),
+        max_shift=max(asked.max_shift, pinned.max_shift),
+        stop_below=_highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
+        search=asked.search,
+        trace=asked.trace,
+        pinned=pinned,
     )
 
 
 def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
     """The weights of a caller who asks for nothing that could hold back pinned heads. Raises InvalidRequestError."""
-    for name in ControlParams.model_fields:
-        if name not in _COMPOSED and getattr(asked, name) is not None:
+    for name, field in ControlParams.model_fields.items():
+        if name not in _COMPOSED and getattr(asked, name) != field.default:
             raise InvalidRequestError(
                 f"control.{name}: not allowed here, since this server pins heads", param=f"control.{name}"
             )
@@ -146,6 +169,24 @@ def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
             param="control.objective.type",
         )
     return asked.objective.weights
+
+
+def resolve_phase(control: ControlParams | None, opening: Opening | None, info: EngineInfo) -> ControlParams | None:
+    """Control of a response that begins so: without a phase where all of it is answer.
+
+    Raises InvalidRequestError for control of reasoning alone where there can be none.
+    """
+    if control is None or control.phase == "both" or opening in (Opening.EITHER, Opening.REASONING):
+        return control
+    if control.phase == "reasoning":
+        reason = "this model's chat template marks no reasoning"
+        if info.marks_reasoning:
+            reason = "the prompt has ended the reasoning" if opening else "only chats are told apart into parts"
+        raise InvalidRequestError(
+            f"control.phase: {reason}, so that all is answer; leave it out, or ask for answer or both",
+            param="control.phase",
+        )
+    return control.model_copy(update={"phase": "both"})
 
 
 def _highest(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
@@ -173,12 +214,17 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
 
 def with_rest_of_context(asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> GenerationRequest:
     """With as many new tokens as fit behind the prompt, within what one body may ask for."""
-    max_tokens = max(min(info.max_model_len - num_prompt_tokens, MAX_NEW_TOKENS // asked.num_sequences), 1)
+    most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
+    most_new = MAX_NEW_TOKENS // asked.num_sequences
+    max_tokens = max(min(info.max_model_len - num_prompt_tokens, most_new, most_told), 1)
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
-def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
-    """Lengths, and the caps on what one body, with a request for each of its prompts, may ask for in all."""
+def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field: str) -> None:
+    """Lengths, and the caps on what one body, with a request for each of its prompts, may ask for in all.
+
+    `field` is the one that says how many new tokens.
+    """
     first = requests[0]
     num_sequences, max_tokens = len(requests) * first.num_sequences, first.sampling.max_tokens
     if num_sequences > MAX_SEQUENCES:
@@ -190,17 +236,24 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo) -> None:
             param=param,
         )
     for request in requests:
-        if len(request.prompt_token_ids) + max_tokens > info.max_model_len:
-            raise ContextLengthError(
-                f"The prompt has {len(request.prompt_token_ids)} tokens and max_tokens is {max_tokens}; together they "
-                f"must not exceed {info.max_model_len}.",
-                param="max_tokens",
-            )
+        check_context(len(request.prompt_token_ids), max_tokens, info.max_model_len, param=field)
     if num_sequences * max_tokens > MAX_NEW_TOKENS:
         raise InvalidRequestError(
-            f"max_tokens: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that "
-            "one request may ask for",
-            param="max_tokens",
+            f"{field}: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that one "
+            "request may ask for",
+            param=field,
+        )
+
+
+def check_told(requests: Sequence[GenerationRequest]) -> None:
+    """The cap on log-probabilities of new tokens, which a whole answer keeps until its end."""
+    sampling, num_choices = requests[0].sampling, len(requests) * requests[0].num_choices
+    num_scores = num_choices * sampling.max_tokens * ((sampling.logprobs or 0) + 1)
+    if sampling.logprobs is not None and num_scores > MAX_TOLD_SCORES:
+        raise InvalidRequestError(
+            f"logprobs: this may be {num_scores} log-probabilities (choices x max_tokens x (logprobs + 1)); at most "
+            f"{MAX_TOLD_SCORES} are allowed without stream: true",
+            param="logprobs",
         )
 
 

@@ -13,12 +13,14 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
-from server.api.structure import AnySchema, ResponseFormat, StructuredOutputs, TextChoices, TextFormat
+from server.api.structure import AnySchema, ResponseFormat, Structure, StructuredOutputs, TextChoices, TextFormat
+from server.api.tools import ToolFields
 from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, WithUnserved
 from server.control.params import ControlParams
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
 MAX_USER_CHARS = 256
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -33,20 +35,21 @@ class StreamOptions(WithUnserved):
 
 
 class GenerationBody(WithUnserved):
-    """What completions and chat share. null means the default everywhere."""
+    """What every body that generates has. null means the default everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     unserved: ClassVar[Mapping[str, Unserved]] = GENERATION
 
+    size_field: ClassVar[str] = "max_tokens"
+    """The one that says how many new tokens."""
+
     model: str = Field(min_length=1, max_length=256)
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     """At 0 the most likely token alone is left, as at temperature 0."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     """-1 and 0 keep every token."""
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """-1 asks for a fresh one, as null does."""
     stop: Stop = None
@@ -57,7 +60,6 @@ class GenerationBody(WithUnserved):
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     """Goes into the access log."""
     safety_identifier: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
@@ -68,30 +70,21 @@ class GenerationBody(WithUnserved):
     """Says which prompts begin alike; the cache sees that by itself."""
     timeout_s: Seconds | None = None
     """Deadline for the whole response, counted from when it is queued."""
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: AnySchema | None = None
-    """vLLM's older names for two of `structured_outputs`."""
-    guided_choice: TextChoices | None = None
     control: ControlParams | None = None
 
-    @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "field", "stream_options: only allowed with stream: true", {"name": "stream_options"}
-            )
-        return self
+    @property
+    def num_choices(self) -> int:
+        return 1
+
+    @property
+    def structures(self) -> dict[str, Structure]:
+        """What the text has to hold, by the field that says so; a body may have one of them."""
+        return {} if self.structured_outputs is None else {"structured_outputs": self.structured_outputs.structure}
 
     @model_validator(mode="after")
     def _has_one_structure(self) -> GenerationBody:
-        fields = {
-            "response_format": not isinstance(self.response_format, TextFormat | None),
-            "structured_outputs": self.structured_outputs is not None,
-            "guided_json": self.guided_json is not None,
-            "guided_choice": self.guided_choice is not None,
-        }
-        given = [name for name, is_given in fields.items() if is_given]
+        given = list(self.structures)
         if len(given) > 1:
             raise PydanticCustomError(
                 "field", "{name}: {other} says already what the text has to hold", {"name": given[1], "other": given[0]}
@@ -99,7 +92,41 @@ class GenerationBody(WithUnserved):
         return self
 
 
-class CompletionBody(GenerationBody):
+class ChoicesBody(GenerationBody):
+    """What completions and chats share beside that."""
+
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: AnySchema | None = None
+    """vLLM's older names for two of `structured_outputs`."""
+    guided_choice: TextChoices | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def structures(self) -> dict[str, Structure]:
+        structures = super().structures
+        if not isinstance(self.response_format, TextFormat | None):
+            structures = {"response_format": self.response_format.structure, **structures}
+        for name in ("guided_json", "guided_choice"):
+            if (wanted := getattr(self, name)) is not None:
+                structures[name] = Structure(wanted)
+        return structures
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> ChoicesBody:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "field", "stream_options: only allowed with stream: true", {"name": "stream_options"}
+            )
+        return self
+
+
+class CompletionBody(ChoicesBody):
     unserved: ClassVar[Mapping[str, Unserved]] = COMPLETION
 
     prompt: Prompt
@@ -144,7 +171,7 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class ChatBody(GenerationBody, TemplateFields):
+class ChatBody(ChoicesBody, TemplateFields, ToolFields):
     unserved: ClassVar[Mapping[str, Unserved]] = CHAT
 
     messages: Messages
@@ -152,10 +179,10 @@ class ChatBody(GenerationBody, TemplateFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    parallel_tool_calls: bool | None = None
-    """Either way there are none without tools."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     """The template is told; one that has no setting for it takes none alone, where the model does not reason."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told; it is drawn and counted either way. true by default."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

@@ -1,4 +1,4 @@
-"""Server-sent events: JSON objects out, errors in mid-stream as an event, `[DONE]` last, comments while nothing comes.
+"""Server-sent events: JSON objects out, errors in mid-stream as an event, comments while nothing comes.
 
 Who does not read what is sent is let go by the connection (`server.cli.http`), for all responses alike.
 """
@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.handlers import error_body, generic_error
+from server.api.json_text import json_pieces
 from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json
 
 
 class EventStream(StreamingResponse):
-    """A response that ends with `[DONE]`, after an error event if the stream fails.
+    """A response that ends with `[DONE]`, after an error event if the stream fails, which `failure` makes of the
+    error's body. With `is_named` an event's name is its object's `type`, and the last event ends the stream by itself.
+    Events that are bytes are ready.
 
     Whenever nothing was sent for `ping_s` seconds a comment goes out, which clients ignore, so that nothing on the way
     takes the connection for dead while a request waits or its prompt is computed; 0 sends none. `on_end` runs when the
@@ -40,13 +43,17 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[dict[str, Any], None],
+        events: AsyncGenerator[dict[str, Any] | bytes, None],
         *,
         on_end: Callable[[], Awaitable[None]],
         request_id: str,
         ping_s: float,
+        failure: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
+        is_named: bool = False,
     ) -> None:
-        super().__init__(_encoded(events, request_id), media_type="text/event-stream", headers=_HEADERS)
+        encode = _named_event if is_named else _event
+        encoded = _encoded(events, request_id, failure, encode, b"" if is_named else _DONE)
+        super().__init__(encoded, media_type="text/event-stream", headers=_HEADERS)
         self._on_end = on_end
         self._ping_s = ping_s
 
@@ -65,11 +72,14 @@ class EventStream(StreamingResponse):
         silent_since_s = now_s()
         """Infinite while something is being sent, and once the last event was."""
 
+        is_over = False
+
         async def send_event(message: Message) -> None:
-            nonlocal silent_since_s
+            nonlocal silent_since_s, is_over
+            is_over = is_over or message.get("body") is _DONE
             silent_since_s = math.inf
             await send(message)
-            silent_since_s = math.inf if message.get("body") is _DONE else now_s()
+            silent_since_s = math.inf if is_over else now_s()
 
         async def ping() -> None:
             while True:
@@ -84,17 +94,33 @@ class EventStream(StreamingResponse):
             pinging.cancel()
 
 
-async def _encoded(events: AsyncGenerator[dict[str, Any], None], request_id: str) -> AsyncIterator[bytes]:
+async def _encoded(
+    events: AsyncGenerator[dict[str, Any] | bytes, None],
+    request_id: str,
+    failure: Callable[[dict[str, Any]], dict[str, Any]],
+    encode: Callable[[dict[str, Any]], bytes],
+    end: bytes,
+) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(events):
         try:
             async for event in events:
-                yield _event(event)
+                yield event if isinstance(event, bytes) else encode(event)
         except RecontrolError as error:
-            yield _event(error_body(error) if error.status < 500 else generic_error(error, request_id))
+            yield encode(failure(error_body(error) if error.status < 500 else generic_error(error, request_id)))
         except Exception as error:
             _log.exception("Request %s failed in mid-stream", request_id)
-            yield _event(generic_error(error, request_id))
-        yield _DONE
+            yield encode(failure(generic_error(error, request_id)))
+        if end:
+            yield end
+
+
+def _named_event(data: dict[str, Any]) -> bytes:
+    return f"event: {data['type']}\n".encode() + _event(data)
+
+
+def large_event(data: dict[str, Any]) -> bytes:
+    """An event as it is sent, written in pieces, for a thread."""
+    return b"data: " + b"".join(piece.translate(_LINE_ENDS).encode() for piece in json_pieces(data)) + b"\n\n"
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -80,6 +80,17 @@ def _kind_within(kind: str, key: str) -> str:
     return "map" if key in _MAPS else "schema"
 
 
+class Structure(NamedTuple):
+    """What a text has to hold, and the part of the field that names it, where that is not the whole field."""
+
+    wanted: dict[str, Any] | list[str]
+    """A schema, or choices."""
+    part: str = ""
+
+
+ANY_OBJECT = Structure({"type": "object"})
+
+
 class TextFormat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -90,6 +101,10 @@ class JsonObjectFormat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["json_object"]
+
+    @property
+    def structure(self) -> Structure:
+        return ANY_OBJECT
 
 
 class NamedSchema(BaseModel):
@@ -108,6 +123,10 @@ class JsonSchemaFormat(BaseModel):
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
+
+    @property
+    def structure(self) -> Structure:
+        return Structure(self.json_schema.schema_, ".json_schema.schema")
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
@@ -160,23 +179,16 @@ class StructuredOutputs(WithUnserved):
             raise ValueError("give one of json, choice, json_object")
         return self
 
-
-class StructureFields(Protocol):
-    """Those of a body that say what a text has to hold; one of them at most is given."""
-
     @property
-    def response_format(self) -> ResponseFormat | None: ...
-    @property
-    def structured_outputs(self) -> StructuredOutputs | None: ...
-    @property
-    def guided_json(self) -> dict[str, Any] | None: ...
-    @property
-    def guided_choice(self) -> list[str] | None: ...
+    def structure(self) -> Structure:
+        if self.json_ is not None:
+            return Structure(self.json_, ".json")
+        return ANY_OBJECT if self.choice is None else Structure(self.choice, ".choice")
 
 
-async def structure_of(body: StructureFields, engine: Engine) -> object | None:
+async def structure_of(structures: Mapping[str, Structure], engine: Engine) -> object | None:
     """What the engine has to hold a text to; None for plain text. Raises InvalidRequestError, which names the field."""
-    field, wanted = _wanted(body)
+    field, wanted = wanted_structure(structures)
     try:
         if isinstance(wanted, list):
             return await engine.compile_choices(wanted)
@@ -185,18 +197,6 @@ async def structure_of(body: StructureFields, engine: Engine) -> object | None:
         raise type(error)(f"{field}: {error.message}", param=field) from error
 
 
-def _wanted(body: StructureFields) -> tuple[str, dict[str, Any] | list[str] | None]:
-    """The field that asks for something, and the schema or the choices that it names."""
-    chosen, named, any_object = body.response_format, body.structured_outputs, {"type": "object"}
-    is_object = isinstance(chosen, JsonObjectFormat)
-    schema = chosen.json_schema.schema_ if isinstance(chosen, JsonSchemaFormat) else None
-    fields: dict[str, dict[str, Any] | list[str] | None] = {
-        "response_format": any_object if is_object else None,
-        "response_format.json_schema.schema": schema,
-        "structured_outputs": any_object if named and named.json_object else None,
-        "structured_outputs.json": named and named.json_,
-        "structured_outputs.choice": named and named.choice,
-        "guided_json": body.guided_json,
-        "guided_choice": body.guided_choice,
-    }
-    return next(((field, wanted) for field, wanted in fields.items() if wanted is not None), ("", None))
+def wanted_structure(structures: Mapping[str, Structure]) -> tuple[str, dict[str, Any] | list[str] | None]:
+    """The field that asks for something, of which there is one at most, and the schema or the choices that it names."""
+    return next(((name + part, wanted) for name, (wanted, part) in structures.items()), ("", None))

@@ -8,7 +8,6 @@ that answer's text.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import itertools
 import time
@@ -16,16 +15,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
-from server.api.generation import Choice, Generation, collect, queue, requests_for, shown
+from server.api.generation import Choice, Generation, collect, queue, requests_for, shown, tokenized
+from server.api.inspection import check_may_inspect
 from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
-from server.api.responses import whole_response
 from server.api.schemas import MAX_USER_CHARS
+from server.api.unserved import WithUnserved
+from server.api.writer import whole_response
 from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName
 from server.engines.base import Engine, EngineInfo, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
@@ -41,7 +42,7 @@ def _check_distinct(heads: list[str]) -> list[str]:
     return heads
 
 
-class ValueBody(BaseModel):
+class ValueBody(WithUnserved):
     """Texts, or chats, and what to tell of each. null means the default everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -76,9 +77,10 @@ class ValueBody(BaseModel):
 async def create_value(request: Request, body: ValueBody) -> Response:
     """Score texts or chats with value heads."""
     engine: Engine = request.app.state.engine
+    if body.hidden_state is not None:
+        check_may_inspect(request, "hidden_state")
     scoring = _scoring(body, engine.info)
-    # A long text takes long, which must not stop the other requests.
-    prompts = await asyncio.to_thread(_prompts, engine, body)
+    prompts = await tokenized(request, lambda: _prompts(engine, body))
     _check_size(prompts, scoring, engine.info, body.field)
     context_of(request).facts |= {"model": body.model, "prompts": len(prompts), "user": body.user}
     asked = GenerationRequest("", (), SamplingParams(max_tokens=0), scoring=scoring)
@@ -136,7 +138,8 @@ def _check_size(prompts: list[list[int]], scoring: ScoringParams, info: EngineIn
             raise InvalidRequestError(f"{field}: number {index} holds no token", param=field)
         if len(prompt) > info.max_model_len:
             raise ContextLengthError(
-                f"{field}: number {index} has {len(prompt)} tokens; at most {info.max_model_len} fit the model.",
+                f"{field}: number {index} has {len(prompt)} tokens. This model's maximum context length is "
+                f"{info.max_model_len} tokens.",
                 param=field,
             )
     num_tokens = sum(map(len, prompts))
@@ -155,7 +158,10 @@ def _check_size(prompts: list[list[int]], scoring: ScoringParams, info: EngineIn
 
 async def _content(request: Request, body: ValueBody, generation: Generation) -> dict[str, Any]:
     choices = await collect(generation)
-    data = await asyncio.to_thread(lambda: [_datum(generation, index, choice) for index, choice in enumerate(choices)])
+    size = sum(map(len, generation.prompts)) * (body.per_token is True)
+    data = await generation.workers.run(
+        lambda: [_datum(generation, index, choice) for index, choice in enumerate(choices)], size=size
+    )
     num_tokens = generation.usage.prompt_tokens
     warnings = generation.warnings
     return {
@@ -175,7 +181,7 @@ def _datum(generation: Generation, index: int, choice: Choice) -> dict[str, Any]
     datum: dict[str, Any] = {"object": "value", "index": index, "values": shown(told.values)}
     if told.token_values is not None:
         datum["token_values"] = shown(told.token_values)
-        datum["tokens"] = [generation.engine.token_text(token_id) for token_id in generation.prompts[index]]
+        datum["tokens"] = generation.engine.texts_alone(generation.prompts[index])
     if told.hidden_state is not None:
         datum["hidden_state"] = base64.b64encode(told.hidden_state).decode()
     return datum

@@ -90,9 +90,10 @@ class HeadsModelCommand(ModelCommand):
 
 
 def allow_rewards_of_the_working_folder() -> None:
-    """As with `python -m`: a reward of the user's own may live in the folder the command is run from."""
+    """A reward of the user's own may live in the folder the command is run from. It comes last, so that no file there
+    takes the place of a library."""
     if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
 
 
 def default_prompts_file() -> Path:

@@ -35,6 +35,7 @@ from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.rewards import check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 
@@ -84,6 +85,11 @@ class Evaluation(HeadsModelCommand):
     )
     instruction: str | None = Field(
         None, description="what prompting puts before each prompt; built-in rewards have one"
+    )
+    reward: str | None = Field(
+        None,
+        description="what responses are scored with; by default the card's, if that is built in. Another one, "
+        "hf:<folder or hub id>[#label] or module:function, is only loaded where you name it",
     )
     judges: list[str] | None = Field(
         None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
@@ -136,7 +142,8 @@ class Evaluation(HeadsModelCommand):
         raise NotImplementedError
 
     def cli_cmd(self) -> None:
-        allow_rewards_of_the_working_folder()
+        if self.reward is not None:
+            allow_rewards_of_the_working_folder()
         loaded = self.load()
         registry = self.heads(loaded)
         warnings = [warning for name, warning in registry.warnings().items() if name in self.named_heads()]
@@ -161,14 +168,14 @@ class Evaluation(HeadsModelCommand):
         """Of one head. What can be wrong with names, or is missing, is said before minutes of sampling."""
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
-        scoring = Scoring.load(card.reward, self.judges or _JUDGES.get(card.reward, []))
-        instruction = self.instruction or _INSTRUCTIONS.get(card.reward)
+        reward = self.reward_of(card)
+        scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
+        instruction = self.instruction or _INSTRUCTIONS.get(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
-                f"instruction: the reward {card.reward!r} has none built in; give one, or leave prompting out of "
-                "--methods"
+                f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
             )
-        factory = self.factory(loaded, self._with_baselines(loaded, registry, card))
+        factory = self.factory(loaded, self._with_baselines(loaded, registry, card, reward))
         return EvalSetup(
             subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction),
             folder=Path(self.heads_location(loaded)) / self.head,
@@ -182,6 +189,10 @@ class Evaluation(HeadsModelCommand):
             num_samples=self.num_samples,
             methods=self.rivals(),
         )
+
+    def reward_of(self, card: HeadCard) -> str:
+        """What a head's responses are scored with. Raises RewardError for a card that names code."""
+        return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)
@@ -202,7 +213,7 @@ class Evaluation(HeadsModelCommand):
     def _tuning_file(self) -> Path | None:
         return self.tuning_prompts or self.prompts
 
-    def _with_baselines(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard) -> HeadRegistry:
+    def _with_baselines(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard, reward: str) -> HeadRegistry:
         """With those rivals that are heads, under the methods' names."""
         baselines = {method.name: method.baseline for method in self.rivals() if method.baseline is not None}
         if not baselines:
@@ -213,7 +224,7 @@ class Evaluation(HeadsModelCommand):
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
         texts = {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
-        heads = load_baselines(self.work / "baselines", self.rollouts, card.reward, texts, baselines)
+        heads = load_baselines(self.work / "baselines", self.rollouts, reward, texts, baselines)
         for name, head in heads.items():
             registry = registry.with_head(name, head.to(loaded.model.device))
         return registry

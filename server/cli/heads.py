@@ -10,6 +10,7 @@ from pydantic_settings import CliPositionalArg
 from server.cli.command import Command
 from server.cli.program import command_line
 from server.errors import ConfigurationError, UnknownHeadError
+from server.logs import printable, printable_json
 from server.settings import DEFAULT_MODEL, HeadsLocation
 from value_models.errors import HeadFileError
 from value_models.head_folder import HeadFolder, LocalHeads, open_heads
@@ -54,7 +55,7 @@ class HeadsList(HeadsCommand):
 
     def cli_cmd(self) -> None:
         for card in self.cards():
-            print(f"{card.name:16}{card.base_model.name:28}{card.description}")
+            print(printable(f"{card.name:16}{card.base_model.name:28}{card.description}"))
 
 
 class HeadsShow(HeadsCommand):
@@ -64,7 +65,7 @@ class HeadsShow(HeadsCommand):
 
     def cli_cmd(self) -> None:
         self.check(self.name)
-        print(self.heads().card(self.name).model_dump_json(indent=2))
+        print(printable_json(self.heads().card(self.name).model_dump_json(indent=2)))
 
 
 class HeadsPublish(HeadsCommand):

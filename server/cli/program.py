@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from server.environment import no_such_setting, no_such_variable, unknown_variable
 from server.errors import ConfigurationError, RecontrolError
+from server.logs import TextFormatter, printable
 from server.machine import limit_threads
 from server.settings import Settings
 from value_models.errors import ValueModelError
@@ -79,7 +80,9 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     _running.set(f"{program} {shlex.join(words)}".strip())
     command = _command_at(path)
     command.model_config["cli_prog_name"] = program
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(TextFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         _check_environment(command)
         flags = CliSettingsSource[Any](command, formatter_class=_HelpFormatter, cli_exit_on_error=False)
@@ -113,7 +116,7 @@ def _text_of(problem: ErrorDetails, command: type[BaseSettings]) -> str:
 
 def _say(program: str, message: str) -> None:
     """One line, whatever a library put into its message."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"{program}: {' '.join(message.split())}"), file=sys.stderr)
 
 
 def _command_at(path: str) -> type[BaseSettings]:

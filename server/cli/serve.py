@@ -15,6 +15,7 @@ from pydantic import Field
 
 from server.app import check_pinned, create_app
 from server.cli import address
+from server.cli.connection import ConnectionLimits
 from server.cli.http import DrainingServer
 from server.engines import create_engine
 from server.environment import service_links
@@ -52,6 +53,12 @@ class Serve(Settings):
         # First, so that a port in use is told before a model is loaded.
         with contextlib.ExitStack() as held:
             sockets = [held.enter_context(bound) for bound in address.bind(self.host, self.port)]
+            if not settings.has_keys and not settings.binds_loopback:
+                _log.warning(
+                    "Without keys on %s: whoever reaches port %d may use this server. Set api_keys or api_keys_file, "
+                    "unless something in front of it keeps strangers out",
+                    self.host, self.port,
+                )  # fmt: skip
             asyncio.run(_serve(settings, sockets))
 
 
@@ -85,17 +92,21 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
         await engine.stop()
         raise
     server = DrainingServer(
-        app,
-        grace_s=settings.shutdown_grace_s,
-        send_timeout_s=_send_timeout_s(settings),
-        keep_alive_s=settings.keep_alive_s,
-        log_level=settings.log_level,
+        app, _connection_limits(settings), grace_s=settings.shutdown_grace_s, log_level=settings.log_level
     )
     # uvicorn raises it anew when the server has ended, which then ends as any process does that was told to.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     await server.serve(sockets)
 
 
-def _send_timeout_s(settings: Settings) -> float:
-    """For whoever does not read: no longer than a response may take."""
-    return min(settings.send_timeout_s, settings.request_timeout_s or math.inf)
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    """A client has no longer to read a response than that may take."""
+    longest_s = settings.request_timeout_s or math.inf
+    return ConnectionLimits(
+        receive_timeout_s=settings.receive_timeout_s,
+        send_timeout_s=min(settings.send_timeout_s, longest_s),
+        keep_alive_s=settings.keep_alive_s,
+        max_connections=settings.max_connections,
+        trusted_proxies=settings.trusted_proxies,
+        response_timeout_s=longest_s,
+    )

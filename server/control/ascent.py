@@ -11,7 +11,7 @@ Shapes: R rows of a group, K heads, U units, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,24 @@ class Ascent:
     is_gate_open_R: Tensor | None
     """It is None where no row has a gate."""
 
+    def taken(self, scale_R: Tensor, hidden_RD: Tensor) -> Ascent:
+        """So much of it."""
+        return self.joined_with(self, scale_R, torch.zeros_like(scale_R), hidden_RD)
+
+    def joined_with(self, other: Ascent, scale_R: Tensor, other_scale_R: Tensor, hidden_RD: Tensor) -> Ascent:
+        """So much of this ascent and so much of another of the same states [R, D], as one."""
+        scale_R1, other_R1 = scale_R[:, None], other_scale_R[:, None]
+        shift_RD = scale_R1 * self.shift_RD + other_R1 * other.shift_RD
+        return replace(
+            self,
+            coefficients_RU=scale_R1 * self.coefficients_RU + other_R1 * other.coefficients_RU,
+            climb_RU=scale_R1 * self.climb_RU + other_R1 * other.climb_RU,
+            shift_RD=shift_RD,
+            shift_ratio_R=vector_norm(shift_RD) / vector_norm(hidden_RD.float()),
+            is_capped_R=self.is_capped_R | (other.is_capped_R & (other_scale_R > 0)),
+            is_nonfinite_R=self.is_nonfinite_R | other.is_nonfinite_R,
+        )
+
 
 def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     stack = group.stack
@@ -53,10 +71,33 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     if group.gates is not None:
         is_open_R = group.gates.is_open(stack.rewards(stack.readout(start_RU)[0]))
         size_R = torch.where(is_open_R, size_R, 0.0)
+    return _capped(hidden_RD, start_RU, group, size_R, is_open_R)
+
+
+def ascend_beside(hidden_BD: Tensor, group: EditGroup, pinned: Ascent) -> Ascent:
+    """The ascent of the callers' heads from where that of the pinned ones leads, within the cap on the shift, and
+    without taking any of it back as far as slopes tell."""
+    is_open_R = pinned.is_gate_open_R
+    size_R = group.step_size_R if is_open_R is None else torch.where(is_open_R, group.step_size_R, 0.0)
+    units_RU = pinned.units_RU + pinned.climb_RU
+    return _capped(hidden_BD[group.rows_R].float(), units_RU, group, size_R, is_open_R)
+
+
+def room_beside(pinned: Ascent, added: Ascent, more_R: Tensor, max_shift_R: Tensor, hidden_RD: Tensor) -> Tensor:
+    """The share [R] of a caller's ascent, with so much more of the pinned one, that the cap on the shift leaves room
+    for beside the pinned one."""
+    ratio_R = added.joined_with(pinned, torch.ones_like(more_R), more_R, hidden_RD).shift_ratio_R
+    left_R = (max_shift_R - pinned.shift_ratio_R).clamp(min=0.0)
+    return torch.where(ratio_R > left_R, left_R / ratio_R, 1.0)
+
+
+def _capped(hidden_RD: Tensor, start_RU: Tensor, group: EditGroup, size_R: Tensor, is_open_R: Tensor | None) -> Ascent:
+    """The ascent from units [R, U], capped relative to the state [R, D]."""
+    stack = group.stack
     units_RU, coefficients_RU = _climb(start_RU, group, size_R)
     shift_RD = stack.ascent(coefficients_RU)
     ratio_R = vector_norm(shift_RD) / vector_norm(hidden_RD)
-    share_R, is_nonfinite_R = _share(ratio_R, units_RU, group)
+    share_R, is_nonfinite_R = _share(ratio_R, units_RU, group.max_shift_R)
     keep_R1, share_R1 = ~is_nonfinite_R[:, None], share_R[:, None]
     kept_RU = torch.where(keep_R1, coefficients_RU * share_R1, 0.0)
     return Ascent(
@@ -73,10 +114,10 @@ def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     )
 
 
-def _share(ratio_R: Tensor, units_RU: Tensor, group: EditGroup) -> tuple[Tensor, Tensor]:
+def _share(ratio_R: Tensor, units_RU: Tensor, max_shift_R: Tensor) -> tuple[Tensor, Tensor]:
     """The share [R] of each ascent that the cap on the shift leaves, 0 where it is not finite, and where that is so."""
     is_nonfinite_R = ~(ratio_R.isfinite() & units_RU.isfinite().all(dim=-1))
-    cap_R = torch.where(ratio_R > group.max_shift_R, group.max_shift_R / ratio_R, 1.0)
+    cap_R = torch.where(ratio_R > max_shift_R, max_shift_R / ratio_R, 1.0)
     return torch.where(is_nonfinite_R, 0.0, cap_R), is_nonfinite_R
 
 
@@ -107,6 +148,10 @@ def _climb(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, 
             weights_RK = group.objectives.step_weights(values_RK, stack.effects(slopes), size_R, ahead)
             if earnings_RKK is not None:
                 expected_RK = expected_RK + predicted_change(earnings_RKK, size_R, weights_RK)
+        if group.beneath is not None:
+            weights_RK = group.beneath.kept_weights(
+                group.weights_RK, stack.effects(slopes), stack.inner_products(slopes)
+            )
         weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
         # Nothing for rows that have made all of their steps.
         step_R1 = torch.where(step < group.steps_R, size_R, 0.0)[:, None]

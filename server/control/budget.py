@@ -81,11 +81,15 @@ def _divergence(weighted_R: Tensor, total_R: Tensor, mass_R: Tensor) -> Tensor:
 
 
 class GeneralDivergence:
-    """The divergence when the logits are finish(base + s * delta), as with a soft cap."""
+    """The divergence when the logits are finish(base + s * delta), as with a soft cap; from finish(base), or from
+    finish(from_RV) where that is given."""
 
-    def __init__(self, base_RV: Tensor, delta_RV: Tensor, finish: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, base_RV: Tensor, delta_RV: Tensor, finish: Callable[[Tensor], Tensor], *, from_RV: Tensor | None = None
+    ) -> None:
         self._base_RV, self._delta_RV, self._finish = base_RV, delta_RV, finish
-        self._base_log_probs_RV = finish(base_RV).log_softmax(dim=-1)
+        self._from_RV = base_RV if from_RV is None else from_RV
+        self._base_log_probs_RV = finish(self._from_RV).log_softmax(dim=-1)
 
     def __call__(self, scale_R: Tensor) -> Tensor:
         log_probs_RV = self._finish(self._base_RV + scale_R[:, None] * self._delta_RV).log_softmax(dim=-1)
@@ -95,7 +99,8 @@ class GeneralDivergence:
         return self._base_RV.new_zeros(self._base_RV.shape[0])
 
     def take(self, rows: Tensor) -> GeneralDivergence:
-        return GeneralDivergence(self._base_RV[rows], self._delta_RV[rows], self._finish)
+        from_RV = self._from_RV[rows]
+        return GeneralDivergence(self._base_RV[rows], self._delta_RV[rows], self._finish, from_RV=from_RV)
 
 
 def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +115,30 @@ def largest_general_scale(
 ) -> tuple[Tensor, Tensor]:
     """Do what `largest_scale` does, for logits that are finish(base + s * delta)."""
     return _by_rows(lambda base, delta: GeneralDivergence(base, delta, finish), base_RV, delta_RV, max_kl_R)
+
+
+def largest_added_scale(
+    base_RV: Tensor, moved_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Do what `largest_scale` does, for logits that are finish(base + moved + s * delta), with the divergence of
+    finish(base + moved), which must be within the budget, where nothing may be added."""
+    alone_R = _added_divergence(base_RV, moved_RV, delta_RV, finish)(torch.zeros_like(max_kl_R))
+    if base_RV.device.type != "cpu" or not len(base_RV):
+        scale_R, kl_R = largest_scale(_added_divergence(base_RV, moved_RV, delta_RV, finish), max_kl_R)
+    else:
+        rows = [torch.split(part, 1) for part in (base_RV, moved_RV, delta_RV, max_kl_R)]
+        found = [
+            largest_scale(_added_divergence(base.clone(), moved.clone(), delta.clone(), finish), max_kl)
+            for base, moved, delta, max_kl in zip(*rows, strict=True)
+        ]
+        scale_R, kl_R = torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
+    return scale_R, torch.where(scale_R > 0, kl_R, alone_R)
+
+
+def _added_divergence(
+    base_RV: Tensor, moved_RV: Tensor, delta_RV: Tensor, finish: Callable[[Tensor], Tensor]
+) -> GeneralDivergence:
+    return GeneralDivergence(base_RV + moved_RV, delta_RV, finish, from_RV=base_RV)
 
 
 def _by_rows(

@@ -13,14 +13,15 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from server.control.ascent import TOLERANCE, Ascent, ascend, leaves_bounds
-from server.control.budget import largest_general_scale, largest_linear_scale
+from server.control.ascent import TOLERANCE, Ascent, ascend, ascend_beside, leaves_bounds, room_beside
+from server.control.budget import largest_added_scale, largest_general_scale, largest_linear_scale
+from server.control.pinned import loses_ground, pinned_share
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import MAX_STACKS, HeadStack
 from server.control.shared import SharedEdit, SharedRows, shared_shift
@@ -100,6 +101,10 @@ class _Edit:
     delta_RV: Tensor
     is_outside_R: Tensor | None
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
+    is_short_R: Tensor | None = None
+    """Rows that a budget of KL held, of an edit over pinned heads, whose scale is its own; None of any other."""
+    is_dropped_R: Tensor | None = None
+    """Rows of such an edit that would have taken back what is pinned."""
 
 
 class StateEditor:
@@ -131,7 +136,7 @@ class StateEditor:
             if can_share and group.coefficients is not None:
                 sharing.append(group)
             else:
-                ascents.append(ascend(hidden_BD, group))
+                ascents.append(ascend(hidden_BD, group.pinned or group))
         # One product with the LM head serves the states and the shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
         shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
@@ -148,7 +153,56 @@ class StateEditor:
             is_linear = stack.has_constant_slope
             delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
             edits.append(self._within_budget(ascent, delta_RV, base_BV))
+        over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
+        edits = [
+            self._over_pinned(over[id(edit.ascent.group)], edit, hidden_BD, base_BV)
+            if id(edit.ascent.group) in over
+            else edit
+            for edit in edits
+        ]
         return edits, shared, base_BV
+
+    def _over_pinned(self, group: EditGroup, pinned: _Edit, hidden_BD: Tensor, base_BV: Tensor) -> _Edit:
+        """The edit of pinned heads with as much of the callers' as budgets leave room for and takes nothing back."""
+        stack, first, beneath = group.stack, pinned.ascent, group.beneath
+        assert beneath is not None
+        hidden_RD, base_RV, moved_RV = (
+            hidden_BD[group.rows_R],
+            base_BV[group.rows_R],
+            pinned.scale_R[:, None] * pinned.delta_RV,
+        )
+        first = first.taken(pinned.scale_R, hidden_RD)
+        added = ascend_beside(hidden_BD, group, first)
+        if stack.has_constant_slope:
+            delta_RV = self._row_logits_of(stack)(added.coefficients_RU)
+        else:
+            delta_RV = self._unembedding.project(added.shift_RD.to(hidden_BD.dtype)).float()
+        is_lost_R = pinned.is_nonfinite_R | added.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite()
+        delta_RV = torch.where(is_lost_R[:, None], 0.0, delta_RV)
+        finish = _as_it_is if self._unembedding.is_linear else self._unembedding.finish
+        more_R = pinned_share(base_RV, moved_RV, delta_RV, finish)
+        room_R = room_beside(first, added, more_R, group.max_shift_R, hidden_RD)
+        delta_RV = room_R[:, None] * (delta_RV + more_R[:, None] * moved_RV)
+        taken_R, kl_R = largest_added_scale(base_RV, moved_RV, delta_RV, group.max_kl_R, finish)
+        whole = first.joined_with(added, taken_R * room_R * more_R + 1.0, taken_R * room_R, hidden_RD)
+        alone_RK, _ = stack.readout(first.units_RU + first.climb_RU)
+        together_RK, _ = stack.readout(first.units_RU + whole.climb_RU)
+        is_dropped_R = beneath.takes_back(alone_RK, together_RK, TOLERANCE) | loses_ground(
+            base_RV, moved_RV, taken_R[:, None] * delta_RV, finish
+        )
+        taken_R = torch.where(is_lost_R | is_dropped_R, 0.0, taken_R)
+        return _Edit(
+            ascent=replace(
+                first.joined_with(added, taken_R * room_R * more_R + 1.0, taken_R * room_R, hidden_RD), group=group
+            ),
+            scale_R=torch.ones_like(taken_R),
+            kl_R=torch.where(taken_R > 0, kl_R, pinned.kl_R),
+            is_nonfinite_R=is_lost_R,
+            delta_RV=moved_RV + taken_R[:, None] * delta_RV,
+            is_outside_R=None,
+            is_short_R=(pinned.scale_R < 1.0) | ((taken_R < 1.0) & ~is_dropped_R & ~is_lost_R),
+            is_dropped_R=is_dropped_R & ~is_lost_R,
+        )
 
     def _shared_edits(
         self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor
@@ -201,6 +255,11 @@ class StateEditor:
         )
 
 
+def _as_it_is(logits_RV: Tensor) -> Tensor:
+    """What `finish` is for logits that have been finished already."""
+    return logits_RV
+
+
 def _rows_of(stack: HeadStack) -> Tensor:
     return torch.cat([head.folded_ascent() for head in stack.heads])
 
@@ -242,7 +301,10 @@ def _held_by(edit: _Edit, after_RK: Tensor) -> Tensor:
     """What holds each row [R], as a place in HELD_BY; where several things do, the one that comes first there."""
     group, ascent = edit.ascent.group, edit.ascent
     max_kl_R = HELD_BY.index(HeldBy.MAX_KL) if group.kl_held_R is None else group.kl_held_R
-    held_by_R = torch.where(edit.scale_R < 1.0, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)
+    is_short_R = edit.scale_R < 1.0 if edit.is_short_R is None else edit.is_short_R
+    held_by_R = torch.where(is_short_R, max_kl_R, HELD_BY.index(HeldBy.MAX_SHIFT) * ascent.is_capped_R)
+    if edit.is_dropped_R is not None:
+        held_by_R = torch.where((held_by_R == 0) & edit.is_dropped_R, HELD_BY.index(HeldBy.PINNED), held_by_R)
     held_by_R = torch.where(edit.is_nonfinite_R, 0, held_by_R)
     if group.objectives is not None:
         is_free_R = held_by_R == 0 if edit.is_outside_R is None else (held_by_R == 0) | edit.is_outside_R

@@ -29,6 +29,8 @@ from server.control.multipliers import Box, simplex_weights, within_bounds
 from server.control.state import HeldBy
 
 MAX_HEADS_PER_REQUEST = 8
+MAX_UNITS_PER_REQUEST = 8192
+"""Of all those heads together."""
 MAX_ABS_WEIGHT = 10.0
 MAX_ABS_LEVEL = 1e6
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.state import Segment
 from server.errors import ConfigurationError
 
 # Ranges whose corners the stress study of the shipped heads measures: the text keeps most of its diversity there.
@@ -28,6 +29,7 @@ MAX_BLOCK_TOKENS = 4096
 
 TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
 """How much divergence is allowed, in nats a token."""
+Phase = Literal["answer", "reasoning", "both"]
 
 
 class Blocks(BaseModel):
@@ -65,6 +67,10 @@ class ControlParams(BaseModel):
     """Length of the shift over the length of the hidden state."""
     max_response_kl: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_RESPONSE_KL_NATS)] | None = None
     """Nats a response: the sum of its tokens' KL."""
+    phase: Phase = "both"
+    """The parts of a response on which control acts, where the model's chat template marks reasoning."""
+    in_calls: bool = False
+    """Whether control acts within calls of tools too, where it may break their syntax or change their arguments."""
     gate: Gate | None = None
     window: Window | None = None
     schedule: Schedule | None = None
@@ -95,6 +101,15 @@ class ControlParams(BaseModel):
     def head_names(self) -> tuple[str, ...]:
         """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
+
+    def acts_on(self, segment: Segment | None) -> bool:
+        """Whether a token of this part is drawn under control; None is one that may still begin either.
+
+        A call of a tool is the answer's, and left alone unless `in_calls` is set.
+        """
+        if segment is Segment.CALL:
+            return self.in_calls and self.phase != "reasoning"
+        return self.phase in ("both", segment)
 
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
         return bool(self.broken_bounds(value_after))
@@ -128,3 +143,19 @@ class ControlParams(BaseModel):
         return cls.model_construct(
             objective=objective, step_size=step_size, steps=steps, max_kl=max_kl, max_shift=math.inf
         )
+
+
+class UnderPinned(ControlParams):
+    """A caller's control on top of what a server pins; put together by the server and never taken from a request.
+
+    `pinned` acts first, as if it were alone. What the caller's heads ask for is added as far as the budgets, which are
+    the larger of both, leave room and no pinned head is taken back (pinned.py). `objective` has the weights of both.
+    """
+
+    pinned: ControlParams
+
+    @property
+    def own_weights(self) -> dict[str, float]:
+        """Those of the caller's heads."""
+        pinned = self.pinned.objective.head_weights
+        return {name: weight for name, weight in self.objective.head_weights.items() if name not in pinned}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from server.control.objective_rows import ObjectiveRows
 from server.control.objectives import WeightedSum
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
+from server.control.pinned import PinnedRows
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.kernels.transfer import on_device
@@ -72,6 +73,10 @@ class EditGroup:
     """The place in HELD_BY of what holds a row before its values are known, 0 for nothing."""
     kl_held_R: Tensor | None = None
     """The place in HELD_BY of the budget that `max_kl_R` is; None when each is the token's own."""
+    pinned: EditGroup | None = None
+    """The same rows under what the server pins, alone; then this group is what callers add to it."""
+    beneath: PinnedRows | None = None
+    """What callers may not take back; None without `pinned`."""
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
         """The group for the token that comes next, given the rows' states."""
@@ -87,6 +92,7 @@ class EditGroup:
             gates=_gates(self.stack, pairs, device),
             held_R=on_device([HELD_BY.index(reason) for reason in reasons], device),
             kl_held_R=on_device([HELD_BY.index(reason) for reason in kl_reasons], device),
+            pinned=None if self.pinned is None else self.pinned.at(state_of),
         )
 
 
@@ -103,14 +109,20 @@ class EditPlan:
         Raises UnknownHeadError.
         """
         device = torch.device(device)
-        members: dict[tuple[HeadStack, tuple[float, ...] | None], list[int]] = {}
+        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
                 stack = registry.stack(control.head_names)
                 is_shared = stack.has_constant_slope and device.type == "cpu"
-                key = (stack, _coefficients(stack, control) if is_shared else None)
+                coefficients = _coefficients(stack, control) if is_shared else None
+                key = (stack, coefficients, isinstance(control, UnderPinned))
                 members.setdefault(key, []).append(index)
-        return cls(tuple(_group(key, indices, rows, device) for key, indices in members.items()))
+        return cls(
+            tuple(
+                (_group_over_pinned if is_over else _group)((stack, coefficients), indices, rows, device)
+                for (stack, coefficients, is_over), indices in members.items()
+            )
+        )
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
         """The plan for the token that comes next; `state_of` is asked for the states of those rows that need one."""
@@ -125,7 +137,7 @@ def _is_paced(control: ControlParams) -> bool:
 
 def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
     """What the ascent rows are multiplied by, where neither state nor token changes it."""
-    if not isinstance(control.objective, WeightedSum) or _is_paced(control):
+    if not isinstance(control.objective, WeightedSum) or isinstance(control, UnderPinned) or _is_paced(control):
         return None
     steps, size = _steps(stack, control)
     taken_K = torch.tensor(size * steps) * torch.tensor(_weights(stack, control))
@@ -135,6 +147,7 @@ def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...]
 def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
     objective = control.objective
     weights = objective.weights if isinstance(objective, WeightedSum) else {}
+    weights = control.own_weights if isinstance(control, UnderPinned) else weights
     return [weights.get(name, 0.0) for name in stack.names]
 
 
@@ -207,3 +220,19 @@ def _group(
         is_paced=any(map(_is_paced, controls)),
     )
     return group.at(lambda _: ControlState()) if group.is_paced else group
+
+
+def _group_over_pinned(
+    key: tuple[HeadStack, tuple[float, ...] | None],
+    indices: list[int],
+    rows: Sequence[ControlParams | None],
+    device: torch.device,
+) -> EditGroup:
+    stack, _ = key
+    group = _group(key, indices, rows, device)
+    pinned = _group(key, indices, [row.pinned if isinstance(row, UnderPinned) else None for row in rows], device)
+    bounds = [[(control.stop_below or {}).get(name, -torch.inf) for name in stack.names] for control in pinned.controls]
+    bounds_RK = (on_device(bounds, device) - stack.reward_mean_K) / stack.reward_scale_K
+    weighted = {name for control in pinned.controls for name in control.objective.head_weights}
+    places = tuple(k for k, name in enumerate(stack.names) if name in weighted)
+    return replace(group, pinned=pinned, beneath=PinnedRows(pinned.weights_RK.sign(), bounds_RK, places))

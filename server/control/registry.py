@@ -32,6 +32,7 @@ from value_models.store import HeadCard
 _log = logging.getLogger(__name__)
 # Callers choose the sets of heads, so what is kept for them is bounded.
 MAX_STACKS = 64
+_MAX_STACKS_BYTES = 2**30
 _LEAST_LENGTH = 1e-9
 
 
@@ -61,6 +62,12 @@ class HeadStack:
     """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
 
     @property
+    def num_bytes(self) -> int:
+        """About what it takes: rows of inputs and ascents, and the two Gram matrices."""
+        num_units, hidden_size = self.inputs_UD.shape
+        return 4 * num_units * (3 * hidden_size + 2 * num_units)
+
+    @property
     def has_constant_slope(self) -> bool:
         """Whether every head is linear, so that n steps are one of n times the size."""
         return all(isinstance(head, LinearHead) for head in self.heads)
@@ -87,9 +94,13 @@ class HeadStack:
         """
         if self.earned_K is None:
             return None
-        inner_RKK = self._between(self.ascent_gram, slopes)
+        inner_RKK = self.inner_products(slopes)
         length_RK = inner_RKK.diagonal(dim1=1, dim2=2).sqrt().clamp(min=_LEAST_LENGTH)
         return inner_RKK / length_RK[:, :, None] / length_RK[:, None, :] * self.earned_K
+
+    def inner_products(self, slopes: Sequence[Tensor]) -> Tensor:
+        """Of every two heads' ascents of length one, [R, K, K]: what ascent k makes of head l's advantages."""
+        return self._between(self.ascent_gram, slopes)
 
     def rewards(self, standardised_RK: Tensor) -> Tensor:
         """Standardised values in reward units, [R, K]."""
@@ -200,10 +211,14 @@ class HeadRegistry:
         """The named heads as one, in the order given. Raises UnknownHeadError."""
         if names not in self._stacks:
             self.check(names)
-            if len(self._stacks) >= MAX_STACKS:
-                del self._stacks[next(iter(self._stacks))]
             heads = tuple(self._heads[name] for name in names)
-            self._stacks[names] = _stack(names, heads, self.earned(names))
+            made = _stack(names, heads, self.earned(names))
+            while self._stacks and (
+                len(self._stacks) >= MAX_STACKS
+                or sum(stack.num_bytes for stack in self._stacks.values()) + made.num_bytes > _MAX_STACKS_BYTES
+            ):
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[names] = made
         return self._stacks[names]
 
     def earned(self, names: Sequence[str]) -> list[float] | None:

@@ -1,12 +1,21 @@
-"""What control remembers of a choice between tokens, and what it says held a token's edit back.
+"""What control knows of a choice between tokens: its state, the part of the response, and what held an edit back.
 
-Enter at `ControlState` and `HeldBy`.
+Enter at `ControlState`, `Segment` and `HeldBy`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+
+class Segment(StrEnum):
+    """The parts of a response; server/engines/segments.py tells which of them a token belongs to."""
+
+    REASONING = "reasoning"
+    ANSWER = "answer"
+    CALL = "call"
+    """Of a tool."""
 
 
 class HeldBy(StrEnum):
@@ -23,6 +32,8 @@ class HeldBy(StrEnum):
     """The value has reached its target."""
     FLOOR = "floor"
     """A value rests on its floor."""
+    PINNED = "pinned"
+    """A caller's heads would have taken back what the server pins."""
 
 
 HELD_BY = (None, *HeldBy)

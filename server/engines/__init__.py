@@ -3,6 +3,7 @@
 base.py          the seam: what an engine offers and reports
 model_engine.py  what every engine that serves a model inherits: facts, text, room for requests, heads
 choice.py        one choice of a request: its text, when it ends and why, its chunks, what observers hear
+segments.py      which part of a response a token belongs to: reasoning, the answer or a call
 edits.py         what control did to a token, and to a choice taken together
 text.py          text to tokens and back; stop strings
 chat_template.py a conversation to tokens
@@ -25,7 +26,8 @@ def create_engine(settings: Settings, *, observer: EngineObserver | None = None)
     if settings.engine == "fake":
         from server.engines.fake import FakeEngine
 
-        return FakeEngine(observer=observer)
+        form = "hermes" if settings.tool_call_format == "auto" else settings.tool_call_format
+        return FakeEngine(observer=observer, call_format=form)
     if settings.engine == "vllm":
         from server.engines.vllm.engine import VllmEngine
 

@@ -9,9 +9,19 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from server.calls.formats import CallFormat
+from server.calls.structure import CallStructure
 from server.control.params import ControlParams
-from server.errors import InvalidRequestError, UnknownHeadError
-from server.types import ChatRendering, FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenText
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
+from server.types import (
+    ChatRendering,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    Opening,
+    TokenEdit,
+    TokenText,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,6 +38,10 @@ class EngineInfo:
     """Name -> what users of a head must know that was made for another model; of those heads alone."""
     can_score: bool = False
     """Whether requests may have `scoring`."""
+    call_format: CallFormat | None = None
+    """How the model writes calls of tools; None where that is not known."""
+    marks_reasoning: bool = False
+    """Whether responses of chats are told apart into reasoning and answer."""
 
     def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
         """One head more, or another in its place."""
@@ -53,6 +67,14 @@ class EngineStatus:
     num_waiting: int
     kv_cache_usage: float
     """Share of the slots' positions that hold a token, from 0 to 1."""
+    num_preemptions: int = 0
+    """Sequences that gave their pages up and waited again, since the start, as all that follows."""
+    num_cache_queries: int = 0
+    """Prompt tokens that were looked for in the cache of prompts."""
+    num_cache_hits: int = 0
+    """Those of them that were found."""
+    num_cache_evictions: int = 0
+    """Pages of the cache whose place was needed."""
 
 
 class EngineObserver(Protocol):
@@ -111,23 +133,35 @@ class Engine(Protocol):
         """Token ids of a plain prompt, with the special tokens the model expects at its start. From any thread."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
         """Token ids of messages in the model's own chat template. From any thread.
 
-        A message has a role and content, and may have a name and reasoning_content. Raises InvalidRequestError.
+        A message has a role and content, and may have a name and reasoning_content; an assistant's may have tool_calls,
+        whose arguments are objects, and a tool's has a tool_call_id. Raises InvalidRequestError.
+        """
+        ...
+
+    def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
+        """How the response to these messages begins, for `GenerationRequest.opening`; None where all is answer.
+
+        From any thread. Raises InvalidRequestError.
         """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt given as token ids (for `echo`)."""
+        """Text of a prompt given as token ids (for `echo`). From any thread."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token on its own; a part of a character shows as U+FFFD."""
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token on its own; a part of a character shows as U+FFFD. From any thread."""
         ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         """What each token is in a text of them all, which begins with the first. From any thread."""
+        ...
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's class, special tokens and chat template, by the names of transformers; null for none."""
         ...
 
     async def compile_schema(self, schema: str) -> object:
@@ -140,6 +174,10 @@ class Engine(Protocol):
 
     async def compile_choices(self, choices: Sequence[str]) -> object:
         """The same for texts that are one of these. Raises as `compile_schema` does."""
+        ...
+
+    async def compile_calls(self, structure: CallStructure) -> object:
+        """The same for texts that hold calls of tools. Raises as `compile_schema` does."""
         ...
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
@@ -163,7 +201,7 @@ class Engine(Protocol):
     async def unload_head(self, name: str) -> None:
         """Offer the head no more, and return when the last request that runs under it has ended.
 
-        Raises UnknownHeadError.
+        Raises UnknownHeadError, and HeadConflictError when the head was loaded again before that.
         """
         ...
 
@@ -175,6 +213,19 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequestError(
                 f"{param}: token id {token_id} is outside the vocabulary, 0 to {vocab_size - 1}", param=param
             )
+
+
+def check_context(num_prompt_tokens: int, max_tokens: int, max_model_len: int, *, param: str = "max_tokens") -> None:
+    """Raises ContextLengthError, in the words by which clients know it, for what is too long together.
+
+    `param` is the field that says how many new tokens.
+    """
+    if num_prompt_tokens + max_tokens > max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens. The prompt has {num_prompt_tokens} and "
+            f"{param} is {max_tokens}; together they must not exceed it.",
+            param=param,
+        )
 
 
 def check_heads(asked: ControlParams | GenerationRequest | None, heads: Collection[str]) -> None:

@@ -1,16 +1,25 @@
 """A conversation as token ids, in the model's own chat template.
 
-transformers renders it in a sandbox. What a request tells the template beside messages is held against what the
-template reads, so that nothing is told in vain. Enter at `encode_chat`.
+transformers renders it in a sandbox. Where the template has no place for tools they are told in a message
+(`tool_prompt.py`). What a request tells the template beside messages is held against what the template reads, so that
+nothing is told in vain. Whatever messages and tools spell, only the template makes control tokens (`content.py`). Enter
+at `encode_chat` and `begun_turn`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
 
+from server.calls.formats import FORMATS, CallFormat, format_of_template
+from server.engines.content import ControlTokens, control_tokens
+from server.engines.tool_prompt import with_tool_prompt
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 
@@ -19,35 +28,225 @@ _THINKS = "think"
 _SWITCH = "enable_thinking"
 _EFFORT = "reasoning_effort"
 _NO_EFFORT = "none"
+_MISTRAL_ID = re.compile("[a-zA-Z0-9]{9}", re.ASCII)
+_PROBE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"text": {"type": "string", "description": "A text."}},
+            "required": ["text"],
+        },
+    },
+}
+Message = Mapping[str, Any]
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    rendering: ChatRendering | None = None,
+    call_format: CallFormat | None = None,
 ) -> list[int]:
-    """Token ids of the messages. Raises InvalidRequestError, in the template's words where it refuses them."""
+    """Token ids of the messages. Raises InvalidRequestError, in the template's words where it refuses them.
+
+    `call_format` is how the model writes calls of tools, and needed where there are any.
+    """
     rendering = rendering or ChatRendering()
+    # The plain text comes first, so that a template's refusal never tells of marks.
+    text = _text(tokenizer, messages, rendering, call_format)
+    control = control_tokens(tokenizer, _template(tokenizer, rendering))
+    mark = secrets.token_hex(16)
+    told = _Told([dict(message) for message in messages], rendering, call_format)
+    if told.marked(control, mark) == told:
+        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
+    try:
+        shown = _shown(tokenizer, told, control, mark, text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
+
+
+@dataclass(slots=True, frozen=True)
+class _Told:
+    """All that the template is told."""
+
+    messages: list[dict[str, Any]]
+    rendering: ChatRendering
+    call_format: CallFormat | None
+
+    def marked(self, control: ControlTokens, mark: str) -> _Told:
+        rendering = replace(
+            self.rendering,
+            tools=tuple(control.marked(self.rendering.tools, mark)),
+            variables=control.marked(self.rendering.variables, mark),
+        )
+        return replace(self, messages=control.marked(self.messages, mark), rendering=rendering)
+
+    def text(self, tokenizer: Any) -> str:
+        return _text(tokenizer, self.messages, self.rendering, self.call_format)
+
+
+def begun_turn(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    rendering: ChatRendering | None = None,
+    call_format: CallFormat | None = None,
+) -> tuple[str, bool]:
+    """What the rendered messages hold of the turn that the response goes on with, and whether some of it is said.
+
+    It begins where the rendering begins to differ from that of the messages before the turn, so that no other message
+    is in it, whatever that holds. Raises InvalidRequestError.
+    """
+    rendering = rendering or ChatRendering()
+    continues = rendering.continue_final_message
+    if not continues and not rendering.add_generation_prompt:
+        return "", False
+    whole = _text(tokenizer, messages, rendering, call_format)
+    before, said = (messages[:-1], messages[-1]["content"]) if continues else (messages, "")
+    closed = replace(rendering, add_generation_prompt=False, continue_final_message=False)
+    try:
+        without = _text(tokenizer, before, closed, call_format) if before else ""
+    except InvalidRequestError:
+        # A template may take no conversation that ends there; the message itself is known all the same.
+        return said, bool(said.strip())
+    num_shared = next((i for i, (a, b) in enumerate(zip(whole, without, strict=False)) if a != b), len(without))
+    return whole[num_shared:], bool(said.strip())
+
+
+def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering, call_format: CallFormat | None) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")
+    has_tools = bool(rendering.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
     try:
-        template = tokenizer.get_chat_template()
-        variables = _variables(template, rendering)
-        text = tokenizer.apply_chat_template(
-            list(_with_roles(messages, template)),
-            add_generation_prompt=rendering.add_generation_prompt,
-            continue_final_message=rendering.continue_final_message,
-            tokenize=False,
-            **variables,
-        )
+        if not has_tools:
+            return _rendered(tokenizer, messages, rendering)
+        if takes_tools(tokenizer):
+            return _rendered(tokenizer, list(_with_known_ids(messages, call_format)), rendering)
+        return _rendered_by_prompt(tokenizer, messages, rendering, call_format or FORMATS["hermes"])
     except InvalidRequestError:
         raise
     except Exception as error:
         raise InvalidRequestError(
             f"messages: the model's chat template refuses them ({error})", param="messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=rendering.add_special_tokens)["input_ids"])
 
 
-def _with_roles(messages: Sequence[Mapping[str, str]], template: str) -> Iterator[dict[str, str]]:
+def _shown(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str:
+    """The conversation as the template shows it with marks in it; `text` is the same without.
+
+    Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
+    before it. A marked one does not look like that, so the parts are told apart for the template where that is what it
+    makes of them.
+    """
+    parts = [_with_reasoning_apart(message, control.names) for message in told.messages]
+    if parts != told.messages:
+        apart = replace(told, messages=parts).marked(control, mark).text(tokenizer)
+        if apart.replace(mark, "") == text:
+            return apart
+    return told.marked(control, mark).text(tokenizer)
+
+
+def _with_reasoning_apart(message: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """An assistant's message whose text holds the end of reasoning, as templates take it apart."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    ends = [name for name in names if _THINKS in name.lower() and name[1:2] == "/"]
+    end = next((name for name in ends if name in content), None)
+    if end is None:
+        return message
+    before, _, answer = content.rpartition(end)
+    reasoning = before.split(end)[0].rpartition(end.replace("/", "", 1))[2]
+    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.strip("\n")}
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The template of a chat; of several, the one that is named default."""
+    template = getattr(tokenizer, "chat_template", None) or None
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def takes_tools(tokenizer: Any) -> bool:
+    """Whether tools change what the chat template renders."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    messages = [{"role": "user", "content": "?"}]
+    try:
+        plain = tokenizer.apply_chat_template(messages, tokenize=False)
+        return plain != tokenizer.apply_chat_template(messages, tools=[_PROBE], tokenize=False)
+    except jinja2.TemplateSyntaxError:
+        return False
+    except Exception:
+        # It refuses a single message, so what it reads has to say it.
+        return "tools" in _names_read(tokenizer.get_chat_template(tools=[_PROBE]))
+
+
+def call_format_of(tokenizer: Any, wanted: str = "auto") -> CallFormat | None:
+    """The form of calls of this name, or that of the chat template; None where that is not known."""
+    if wanted != "auto":
+        return FORMATS[wanted]
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return format_of_template(tokenizer.get_chat_template(tools=[_PROBE]), takes_tools=takes_tools(tokenizer))
+
+
+def _template(tokenizer: Any, rendering: ChatRendering) -> str:
+    return tokenizer.get_chat_template(tools=_tools(rendering))
+
+
+def _tools(rendering: ChatRendering) -> list[dict[str, Any]] | None:
+    return [dict(tool) for tool in rendering.tools] or None
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering) -> str:
+    template = _template(tokenizer, rendering)
+    return tokenizer.apply_chat_template(
+        list(_with_roles(messages, template)),
+        tools=_tools(rendering),
+        add_generation_prompt=rendering.add_generation_prompt,
+        continue_final_message=rendering.continue_final_message,
+        tokenize=False,
+        **_variables(template, rendering),
+    )
+
+
+def _rendered_by_prompt(
+    tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering, call_format: CallFormat
+) -> str:
+    """By a template without a place for tools."""
+    messages, plain = list(_with_roles(messages, "")), replace(rendering, tools=())
+    try:
+        in_system = with_tool_prompt(messages, rendering.tools, call_format, has_system=True)
+        return _rendered(tokenizer, in_system, plain)
+    except jinja2.TemplateError:
+        in_user = with_tool_prompt(messages, rendering.tools, call_format, has_system=False)
+        return _rendered(tokenizer, in_user, plain)
+
+
+def _with_known_ids(messages: Sequence[Message], call_format: CallFormat | None) -> Iterator[Message]:
+    """Mistral's templates refuse ids of calls that have not nine letters or digits, which other servers give."""
+    if call_format is None or not call_format.name.startswith("mistral"):
+        yield from messages
+        return
+    for message in messages:
+        known = dict(message)
+        if "tool_calls" in message:
+            known["tool_calls"] = [{**call, "id": _mistral_id(call["id"])} for call in message["tool_calls"]]
+        if "tool_call_id" in message:
+            known["tool_call_id"] = _mistral_id(message["tool_call_id"])
+        yield known
+
+
+def _mistral_id(call_id: str) -> str:
+    if _MISTRAL_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.blake2b(call_id.encode(), digest_size=8).hexdigest()[:9]
+
+
+def _with_roles(messages: Sequence[Message], template: str) -> Iterator[dict[str, Any]]:
     """A developer's message is a system message, unless the template knows developers."""
     knows_developers = any(f"{quote}developer{quote}" in template for quote in "'\"")
     for message in messages:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from server.engines.base import check_heads, check_token_ids
-from server.errors import ContextLengthError, InvalidRequestError
+from server.engines.base import check_context, check_heads, check_token_ids
+from server.errors import InvalidRequestError
 from server.types import GenerationRequest
 
 
@@ -32,9 +32,4 @@ def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_s
         raise InvalidRequestError(
             "ignore_eos: not allowed with structured output, which says where the text ends", param="ignore_eos"
         )
-    if len(prompt) + sampling.max_tokens > max_model_len:
-        raise ContextLengthError(
-            f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they must not "
-            f"exceed {max_model_len}.",
-            param="max_tokens",
-        )
+    check_context(len(prompt), sampling.max_tokens, max_model_len)

@@ -1,19 +1,24 @@
 """One choice of a request, whatever engine draws its tokens: its text so far, when it ends and why, what is told of it.
 
-A token comes with the editor's numbers if the request has control. What it completes of the text goes out in a chunk,
-unless it may begin a stop string; the choice ends at an end-of-text token, a stop string, a broken guardrail or the
-last token asked for, in this order. Knows nothing of models, scheduling or threads. Enter at `Choice.grow`.
+A token comes with the editor's numbers if control acts on it. What it completes of the text goes out in a chunk, as
+reasoning, as the answer or as calls of tools, unless it may begin a mark between them or a stop string. Stop strings
+and calls are looked for behind the reasoning alone. The choice ends at an end-of-text token, a stop string, a broken
+guardrail, the last call or the last token asked for, in this order. Knows nothing of models, scheduling or threads.
+Enter at `Choice.grow`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from server.calls.calls import CallDelta
+from server.calls.reader import CallReader
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
+from server.engines.segments import Markup, Piece, Segment, SegmentTracker
 from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
 from server.types import (
     BrokenBound,
@@ -42,6 +47,10 @@ class Choice:
     totals: EditTotals | None
     """Of a request with control."""
     observer: EngineObserver
+    segments: SegmentTracker | None = None
+    """Of a response that is told apart into reasoning and answer."""
+    calls: CallReader | None = None
+    """Of a request with rules for calls."""
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     """When the engine began with it."""
@@ -59,9 +68,13 @@ class Choice:
         detokenizer: TextOfTokens,
         eos_token_ids: Collection[int],
         observer: EngineObserver,
+        markup: Markup | None = None,
         **own: Any,
     ) -> Self:
-        """The request's choice of this index before its first token; `own` are fields of the engine's class."""
+        """The request's choice of this index before its first token; `own` are fields of the engine's class.
+
+        `markup` is how the model marks reasoning, if it does.
+        """
         sampling, control = request.sampling, request.control
         return cls(
             request=request,
@@ -71,12 +84,32 @@ class Choice:
             end_token_ids=frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else eos_token_ids),
             totals=None if control is None else EditTotals(control.head_names),
             observer=observer,
+            segments=None if markup is None or request.opening is None else SegmentTracker(markup, request.opening),
+            calls=None if request.calls is None else request.calls.reader(),
             **own,
         )
 
     @property
+    def _markers(self) -> tuple[str, ...]:
+        """Special tokens that are text here."""
+        return () if self.request.calls is None else self.request.calls.markers
+
+    @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def next_segment(self) -> Segment | None:
+        """The part of the response that its next token belongs to; None while that may still be reasoning or answer."""
+        segment = Segment.ANSWER if self.segments is None else self.segments.next
+        is_in_call = self.calls is not None and self.calls.is_in_call
+        return Segment.CALL if is_in_call and segment is not Segment.REASONING else segment
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether control acts on its next token."""
+        control = self.request.control
+        return control is not None and control.acts_on(self.next_segment)
 
     def grow(
         self,
@@ -88,21 +121,28 @@ class Choice:
     ) -> GenerationChunk:
         """The chunk of one more token; where the choice ends with it, the reason is told and `finish` completes it.
 
-        `numbers` are those of the token's edit, and `logprob` needs no texts. Raises RuntimeError where a request with
-        control lacks the numbers.
+        `numbers` are those of the token's edit, and `logprob` needs no texts. Raises RuntimeError where a token on
+        which control acts lacks the numbers.
         """
         edit = None
-        if self.totals is not None:
+        if self.totals is not None and self.is_controlled:
             if numbers is None:
                 raise RuntimeError("a controlled token came without its edit")
             self.totals.add(numbers)
             edit = token_edit(self.totals.names, numbers)
         self.token_ids.append(token_id)
         described = None if logprob is None else with_texts(logprob, self.detokenizer)
-        token, text, reason = self._text_and_end(token_id, edit)
+        segment_before = self.next_segment
+        token, (answer, reasoning), reason = self._texts_and_end(token_id, edit)
+        answer, calls = self._without_calls(answer, is_end=reason is not None)
+        if self.calls is not None and self.calls.is_full and reason in (None, FinishReason.LENGTH):
+            reason = FinishReason.STOP
         return GenerationChunk(
             index=self.index,
-            text=text,
+            text=answer,
+            reasoning=reasoning,
+            calls=calls,
+            segment=self._told_segment(segment_before),
             token_ids=(token_id,),
             logprobs=() if described is None else (as_chosen(described, token),),
             edit=edit,
@@ -110,6 +150,11 @@ class Choice:
             finish_reason=reason,
             num_drawn=1,
         )
+
+    def _told_segment(self, before: Segment | None) -> Segment:
+        """The part of its last token; marks belong to what they mark, also those that open and close a call."""
+        is_call = Segment.CALL in (before, self.next_segment) and self._segment is not Segment.REASONING
+        return Segment.CALL if is_call else self._segment
 
     def finish(self, reason: FinishReason, chunk: GenerationChunk | None = None) -> GenerationChunk:
         """The choice's last chunk, which may be one without a token."""
@@ -135,7 +180,9 @@ class Choice:
         """Take over text and totals of another choice of the request, in copies."""
         self.token_ids = list(other.token_ids)
         self.detokenizer, self.stop = other.detokenizer.copy(), other.stop.copy()
+        self.segments = None if other.segments is None else other.segments.copy()
         self.totals = None if other.totals is None else other.totals.copy()
+        self.calls = None if other.calls is None else other.calls.copy()
 
     def waits_s(self, now_s: float) -> tuple[float, float]:
         """How long it was queued, and then how long until the first token, which has come now."""
@@ -166,17 +213,35 @@ class Choice:
             generation_tokens=len(self.token_ids),
         )
 
-    def rest_of_text(self) -> str:
+    def rest(self) -> GenerationChunk:
         """What is held back of the text, at its end."""
-        return self.stop.add(self.detokenizer.flush()) + self.stop.flush()
+        answer, reasoning = self._rest_of_texts(self.detokenizer.flush())
+        answer, calls = self._without_calls(answer, is_end=True)
+        return GenerationChunk(index=self.index, text=answer, reasoning=reasoning, calls=calls)
 
-    def _text_and_end(self, token_id: int, edit: TokenEdit | None) -> tuple[TokenText, str, FinishReason | None]:
-        """A token, the text that goes out with it, and why the choice ends there, if it does."""
+    def _without_calls(self, answer: str, *, is_end: bool) -> tuple[str, tuple[CallDelta, ...]]:
+        """The answer's text and its calls; the rest of both where the text ends."""
+        if self.calls is None:
+            return answer, ()
+        answer, calls = self.calls.add(answer)
+        if not is_end:
+            return answer, calls
+        rest, last_calls = self.calls.end()
+        return answer + rest, calls + last_calls
+
+    def _texts_and_end(
+        self, token_id: int, edit: TokenEdit | None
+    ) -> tuple[TokenText, tuple[str, str], FinishReason | None]:
+        """A token, the answer's and the reasoning's text that go out with it, and why the choice ends there, if so."""
         is_end = token_id in self.end_token_ids
         token = self.detokenizer.peek(token_id) if is_end else self.detokenizer.add(token_id)
-        text = self.stop.add(token.text, token.shown if token.is_special else "")
+        if not is_end and token.is_special and token.shown in self._markers:
+            token = replace(token, text=self.detokenizer.flush() + token.shown)
+        answer, reasoning = self._told(self._pieces(token_id, token))
+        if token.is_special and not token.text and self._segment is not Segment.REASONING:
+            answer += self.stop.add("", token.shown)
         if self.stop.has_stopped:
-            return token, text, FinishReason.STOP
+            return token, (answer, reasoning), FinishReason.STOP
         reason, control = None, self.request.control
         if is_end:
             reason = FinishReason.STOP
@@ -185,7 +250,34 @@ class Choice:
         elif len(self.token_ids) >= self.request.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is None:
-            return token, text, None
+            return token, (answer, reasoning), None
         open_end = self.detokenizer.flush()
         token = token if token.is_special or is_end else replace(token, text=token.text + open_end)
-        return token, text + self.stop.add(open_end) + self.stop.flush(), reason
+        last_answer, last_reasoning = self._rest_of_texts(open_end)
+        reason = FinishReason.STOP if self.stop.has_stopped else reason
+        return token, (answer + last_answer, reasoning + last_reasoning), reason
+
+    def _pieces(self, token_id: int, token: TokenText) -> list[Piece]:
+        if self.segments is None:
+            return [(Segment.ANSWER, token.text)]
+        return self.segments.add_token(token_id, token, self.detokenizer)
+
+    @property
+    def _segment(self) -> Segment:
+        """The part of its last token."""
+        return Segment.ANSWER if self.segments is None else self.segments.last
+
+    def _rest_of_texts(self, open_end: str) -> tuple[str, str]:
+        pieces = [(Segment.ANSWER, open_end)] if self.segments is None else self.segments.flush(open_end)
+        answer, reasoning = self._told(pieces)
+        return answer + self.stop.flush(), reasoning
+
+    def _told(self, pieces: Iterable[Piece]) -> tuple[str, str]:
+        """What goes out of the answer, in which stop strings are looked for, and of the reasoning."""
+        answer, reasoning = "", ""
+        for segment, text in pieces:
+            if segment is Segment.REASONING:
+                reasoning += text
+            elif not self.stop.has_stopped:
+                answer += self.stop.add(text)
+        return answer, reasoning

@@ -1,8 +1,9 @@
 """An engine without a model, for tests of clients and of the HTTP layer: same protocol, made-up text.
 
 Tokens are bytes; the text is a pseudo-random string of letters keyed by seed, choice and prompt, so it is deterministic
-and independent of what else runs. What ends a text is obeyed; control and sampling are checked but move nothing, and
-candidates are counted but not drawn.
+and independent of what else runs. A text that is held to calls of tools calls the first without arguments. What ends a
+text is obeyed; control and sampling are checked but move nothing, and candidates are counted but not drawn. It can be
+told to reason before it answers.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.calls.formats import FORMATS
+from server.calls.structure import CallStructure
 from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.choice import Choice
+from server.engines.segments import FORMATS as REASONING_FORMATS
+from server.engines.segments import Markup
+from server.engines.tool_prompt import with_tool_prompt
 from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
 from server.types import (
     ChatRendering,
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    Opening,
     PromptValues,
     TokenLogprob,
     TokenText,
@@ -31,6 +38,10 @@ from server.types import (
 )
 
 _LETTERS = b"etaoin shrdlu"
+_END = 0
+"""The token that ends a text."""
+_MARKS = ("<think>", "</think>")
+_THINK = REASONING_FORMATS["think"]
 _FAILED = "The fake engine failed as told."
 _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
 
@@ -58,7 +69,9 @@ class _Letters:
 class FakeEngine:
     """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there.
 
-    `spare_heads` lie in its folder, so to speak, and can be loaded.
+    `spare_heads` lie in its folder, so to speak, and can be loaded. With `text`, in ASCII, every answer is that text.
+    With `reasoning_tokens`, chats reason for so many letters first, between marks of several tokens each, of which the
+    prompt has the first if it `opens_reasoning`.
     """
 
     def __init__(
@@ -70,10 +83,23 @@ class FakeEngine:
         token_delay_s: float = 0.0,
         fail_after: int | None = None,
         max_open: int = 1024,
+        text: str | None = None,
+        call_format: str = "hermes",
+        reasoning_tokens: int | None = None,
+        opens_reasoning: bool = False,
     ) -> None:
         self.info = EngineInfo(
-            "fake", max_model_len=4096, vocab_size=256, can_score=True, heads={name: dict(_CARD) for name in heads}
+            "fake",
+            max_model_len=4096,
+            vocab_size=256,
+            can_score=True,
+            heads={name: dict(_CARD) for name in heads},
+            call_format=FORMATS[call_format],
+            marks_reasoning=reasoning_tokens is not None,
         )
+        self._reasoning_tokens = reasoning_tokens or 0
+        self._opens_reasoning = opens_reasoning
+        self._text = text
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
         self._observer = observer or NullObserver()
@@ -92,19 +118,43 @@ class FakeEngine:
         del add_special_tokens
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
+        if self.info.call_format is not None:
+            tools = () if rendering is None else rendering.tools
+            messages = with_tool_prompt(messages, tools, self.info.call_format, has_system=True)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if rendering is not None and rendering.continue_final_message:
+            return self.encode(text.removesuffix("\n"))
+        return self.encode(text + self._begun_turn(messages, rendering))
+
+    def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
+        if not self.info.marks_reasoning:
+            return None
+        turn = self._begun_turn(messages, rendering)
         continues = rendering is not None and rendering.continue_final_message
-        return self.encode(text.removesuffix("\n") if continues else text)
+        return _THINK.opening(turn, is_begun=continues and bool(turn.strip()))
+
+    def _begun_turn(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None) -> str:
+        rendering = rendering or ChatRendering()
+        if rendering.continue_final_message:
+            return messages[-1]["content"]
+        begin, end = _MARKS
+        if rendering.variables.get("enable_thinking") is False:
+            return begin + end
+        return begin if self._opens_reasoning and rendering.add_generation_prompt else ""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
-    def token_text(self, token_id: int) -> str:
-        return self.decode([token_id])
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.decode([token_id]) for token_id in token_ids]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         return [_Letters().add(token_id) for token_id in token_ids]
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        return {"tokenizer_class": "FakeTokenizer", **dict.fromkeys(names)}
 
     def status(self) -> EngineStatus:
         return EngineStatus(self._is_running, num_running=self.num_open, num_waiting=0, kv_cache_usage=0.0)
@@ -116,6 +166,9 @@ class FakeEngine:
     async def compile_choices(self, choices: Sequence[str]) -> object:
         del choices
         raise UnsupportedFieldError("the fake engine has no structured output")
+
+    async def compile_calls(self, structure: CallStructure) -> object:
+        return structure.frame.write([(next(iter(structure.schemas)), {})]) if structure.is_forced else None
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         if not self._is_running:
@@ -153,8 +206,8 @@ class FakeEngine:
     async def _choice(self, request: GenerationRequest, index: int) -> AsyncIterator[GenerationChunk]:
         sampling, now_s = request.sampling, time.monotonic()
         choice = Choice.of(
-            request, index, detokenizer=_Letters(), eos_token_ids=(), observer=self._observer, arrival_s=now_s,
-            scheduled_s=now_s,
+            request, index, detokenizer=_Letters(), eos_token_ids=(_END,), observer=self._observer,
+            markup=Markup(_THINK) if self.info.marks_reasoning else None, arrival_s=now_s, scheduled_s=now_s,
         )  # fmt: skip
         scores = (None, *map(self._logprob, request.prompt_token_ids[1:])) if sampling.prompt_logprobs else None
         if sampling.max_tokens == 0:
@@ -173,7 +226,11 @@ class FakeEngine:
         """The chunk of one more token; its heads' values are all the same."""
         request, position = choice.request, len(choice.token_ids)
         token_id, num_top = self._token(request, choice.index, position), request.sampling.logprobs
-        numbers = None if choice.totals is None else [0.5] * (2 * len(choice.totals.names)) + _UNMOVED
+        numbers = (
+            None
+            if not choice.is_controlled or choice.totals is None
+            else [0.5] * (2 * len(choice.totals.names)) + _UNMOVED
+        )
         chunk = choice.grow(
             token_id,
             numbers,
@@ -199,6 +256,19 @@ class FakeEngine:
         return choice.finish(FinishReason.LENGTH, replace(chunk, prompt_values=_prompt_values(choice.request)))
 
     def _token(self, request: GenerationRequest, index: int, position: int) -> int:
+        begin, end = _MARKS
+        before, reasoned = "", ""
+        if request.opening in (Opening.REASONING, Opening.EITHER):
+            before, reasoned = begin if request.opening is Opening.EITHER else "", end
+        if position < len(before):
+            return ord(before[position])
+        at = position - len(before) - (self._reasoning_tokens if reasoned else 0)
+        if 0 <= at < len(reasoned):
+            return ord(reasoned[at])
+        at -= len(reasoned)
+        text = request.structure if self._text is None else self._text
+        if isinstance(text, str) and at >= 0:
+            return ord(text[at]) if at < len(text) else _END
         key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
         return _LETTERS[hashlib.blake2b(key, digest_size=1).digest()[0] % len(_LETTERS)]
 

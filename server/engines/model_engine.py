@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from server.calls.formats import CallFormat
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineInfo
+from server.engines.chat_template import begun_turn, call_format_of
 from server.engines.heads import HeadSource, OfferedHead, facts
+from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Tokenization
-from server.errors import EngineStoppedError, InvalidRequestError, OverloadedError, UnknownHeadError
+from server.errors import (
+    EngineStoppedError,
+    HeadConflictError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownHeadError,
+)
 from server.settings import Settings
-from server.types import GenerationRequest
+from server.types import ChatRendering, GenerationRequest, Opening
 
 _UNLOAD_POLL_S = 0.05
 
@@ -41,6 +52,14 @@ class ModelEngine(Tokenization):
             raise EngineStoppedError("The engine has not been started.")
         return self._info
 
+    def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
+        output_format = self._output_format
+        if output_format is None:
+            return None
+        with self._reading(len(repr((messages, rendering)))) as tokenizer:
+            turn, is_begun = begun_turn(tokenizer, messages, rendering, self._call_format)
+        return output_format.opening(turn, is_begun=is_begun)
+
     async def load_head(self, name: str) -> None:
         async with self._managing:
             if self._heads is None:
@@ -55,9 +74,28 @@ class ModelEngine(Tokenization):
             if name not in info.heads:
                 raise UnknownHeadError(name, info.heads)
             self._info = info.without_head(name)
-            while await self._num_users(name):
-                await asyncio.sleep(_UNLOAD_POLL_S)
-            await self._drop_head(name)
+        # Users may go on for minutes, and other heads do not wait for them.
+        while True:
+            async with self._managing:
+                if name in self.info.heads:
+                    raise HeadConflictError(f"The value head {name!r} was loaded anew while it was being unloaded.")
+                if not await self._num_users(name):
+                    await self._drop_head(name)
+                    return
+            await asyncio.sleep(_UNLOAD_POLL_S)
+
+    @cached_property
+    def _output_format(self) -> OutputFormat | None:
+        """How the model marks reasoning. Raises EngineStoppedError before the engine has been started."""
+        return OutputFormat.of(self._tokenizer, self._settings.reasoning_format)
+
+    @cached_property
+    def _markup(self) -> Markup | None:
+        return None if self._output_format is None else Markup(self._output_format, self._vocabulary)
+
+    @property
+    def _call_format(self) -> CallFormat | None:
+        return self.info.call_format
 
     @property
     @abstractmethod
@@ -82,6 +120,8 @@ class ModelEngine(Tokenization):
             model_id=self._settings.served_model_name or model_id,
             heads=facts(registry),
             head_warnings=registry.warnings(),
+            call_format=call_format_of(self._tokenizer, self._settings.tool_call_format),
+            marks_reasoning=self._output_format is not None,
             **sizes,
         )
 

@@ -8,15 +8,20 @@ that may be the beginning of a stop string. None of them knows of models, sequen
 from __future__ import annotations
 
 import codecs
+import contextlib
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from server.engines.chat_template import encode_chat
+from server.calls.formats import CallFormat
+from server.engines.chat_template import encode_chat, template_of
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
+
+_LONG_CHARS = 2**14
 
 
 class Tokenization(ABC):
@@ -25,6 +30,8 @@ class Tokenization(ABC):
     def __init__(self) -> None:
         # A call may change the tokenizer's truncation and padding, so one at a time.
         self._encoding = threading.Lock()
+        self._encoding_large = threading.Lock()
+        self._copied: tuple[Any, Any] | None = None
         self._known: tuple[Any, Vocabulary] | None = None
 
     @property
@@ -32,19 +39,26 @@ class Tokenization(ABC):
     def _tokenizer(self) -> Any:
         """Raises EngineStoppedError before the engine has been started."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        with self._encoding:
-            return self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    @property
+    @abstractmethod
+    def _call_format(self) -> CallFormat | None:
+        """How the model writes calls of tools."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], rendering: ChatRendering | None = None) -> list[int]:
-        with self._encoding:
-            return encode_chat(self._tokenizer, messages, rendering)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        with self._reading(len(text)) as tokenizer:
+            return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
+        with self._reading(len(repr((messages, rendering)))) as tokenizer:
+            return encode_chat(tokenizer, messages, rendering, self._call_format)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
-    def token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
+    def texts_alone(self, token_ids: Sequence[int]) -> list[str]:
+        # A long text has few different tokens, and asking for one takes ten times as long as looking it up.
+        texts = {token_id: self._tokenizer.decode([token_id]) for token_id in set(token_ids)}
+        return [texts[token_id] for token_id in token_ids]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[TokenText]:
         text = Detokenizer(self._vocabulary, ())
@@ -52,6 +66,29 @@ class Tokenization(ABC):
         if tokens and not tokens[-1].is_special:
             tokens[-1] = replace(tokens[-1], text=tokens[-1].text + text.flush())
         return tokens
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        tokenizer = self._tokenizer
+        names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            **names,
+            "chat_template": template_of(tokenizer),
+        }
+
+    @contextlib.contextmanager
+    def _reading(self, num_chars: int) -> Iterator[Any]:
+        """The tokenizer, for one text at a time; long ones have one of their own, so that short ones never wait."""
+        if num_chars <= _LONG_CHARS:
+            with self._encoding:
+                yield self._tokenizer
+            return
+        with self._encoding_large:
+            tokenizer = self._tokenizer
+            if self._copied is None or self._copied[0] is not tokenizer:
+                with self._encoding:
+                    self._copied = tokenizer, copy.deepcopy(tokenizer)
+            yield self._copied[1]
 
     @property
     def _vocabulary(self) -> Vocabulary:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -25,6 +25,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._added = {token.content: token_id for token_id, token in added.items()}
         kinds = set(_decoder_kinds(tokenizer.decoder))
         self._is_byte_level = kinds == {"ByteLevel"}
         self._has_byte_tokens = "ByteFallback" in kinds
@@ -34,6 +35,14 @@ class Vocabulary:
     def is_special(self, token_id: int) -> bool:
         """Whether it never becomes text."""
         return token_id in self._special
+
+    def special_tokens(self) -> Mapping[int, str]:
+        """Their names."""
+        return self._special
+
+    def added_token(self, text: str) -> int | None:
+        """The token that was added to the vocabulary under this text, special or not."""
+        return self._added.get(text)
 
     def last_of_text(self, token_ids: Iterable[int]) -> int | None:
         """The first of them that is not special; None where all are."""

@@ -105,7 +105,7 @@ async function fill(pane, { path, body }, signal) {
     for await (const event of events(path, body, key, signal)) {
       const [choice] = event.choices;
       // The last event tells the end; where it carries no token it would count as one.
-      if (choice.control_trace || choice.text || choice.delta?.content) pane.add(choice);
+      if (choice.control_trace || choice.text || choice.delta?.content || choice.delta?.reasoning_content) pane.add(choice);
       reason = choice.finish_reason ?? reason;
       drawSoon();
     }

@@ -55,10 +55,11 @@ export class Pane {
 
   /** An event's choice: some text, and the traces of the tokens behind it. */
   add({ text, delta, control_trace: traces = [null] }) {
-    const whole = text ?? delta.content ?? "";
+    const reasoning = delta?.reasoning_content ?? "";
+    const whole = reasoning + (text ?? delta.content ?? "");
     this.#lastMs = performance.now();
     this.#firstMs = this.tokens.length ? this.#firstMs : this.#lastMs;
-    traces.forEach((trace, i) => this.#append(i === traces.length - 1 ? whole : "", trace));
+    traces.forEach((trace, i) => this.#append(i === traces.length - 1 ? whole : "", trace, reasoning !== ""));
     this.#showSpeed();
   }
 
@@ -88,11 +89,12 @@ export class Pane {
     this.tokens[index]?.element?.classList.add("marked");
   }
 
-  #append(text, trace) {
+  #append(text, trace, isReasoning) {
     const token = { index: this.tokens.length, text, trace, isBase: this.#isBase, element: null };
     if (text) {
       const isFirst = !this.#text.firstChild;
       token.element = element("span", { class: "token", tabindex: isFirst ? "0" : "-1", "data-index": token.index }, text);
+      token.element.classList.toggle("reasoning", isReasoning);
       // Nothing of a line break is seen, so that it could not be pointed at.
       if (/^\s*\n\s*$/.test(text)) token.element.classList.add("break");
       this.#text.append(token.element);

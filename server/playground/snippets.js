@@ -8,10 +8,10 @@ const EXTRA = "control";
 
 export function curl({ path, body }, { baseUrl, hasKey }) {
   const lines = [
-    `curl -N ${baseUrl}/${path}`,
+    `curl -N ${quoted(`${baseUrl}/${path}`)}`,
     ...(hasKey ? [`-H "authorization: Bearer $${KEY_VARIABLE}"`] : []),
     "-H 'content-type: application/json'",
-    `-d '${literal(body, "curl", 0).replaceAll("'", "'\\''")}'`,
+    `-d ${quoted(literal(body, "curl", 0))}`,
   ];
   return lines.join(" \\\n  ");
 }
@@ -32,6 +32,11 @@ export function python({ path, body }, { baseUrl, hasKey }) {
     "for event in stream:",
     `${pad}print(${isChat ? 'event.choices[0].delta.content or ""' : "event.choices[0].text"}, end="", flush=True)`,
   ].join("\n");
+}
+
+/** For a shell: nothing in it is expanded, whatever an address holds. */
+function quoted(text) {
+  return `'${text.replaceAll("'", "'\\''")}'`;
 }
 
 /** JSON, or Python's way to write it: on one line where it fits, else an entry a line. */

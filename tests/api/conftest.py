@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.cli.address import bind, port_of
+from server.cli.connection import ConnectionLimits
 from server.cli.http import DrainingServer
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
@@ -62,13 +64,17 @@ def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
 
 @contextlib.contextmanager
 def serving(
-    app: FastAPI, *, grace_s: float = 0.5, send_timeout_s: float = 60, keep_alive_s: float = 75
+    app: FastAPI, *, grace_s: float = 0.5, send_buffer_bytes: int | None = None, **limits: Any
 ) -> Iterator[str]:
-    """The app on a free port of this machine; its base URL."""
-    server = DrainingServer(
-        app, grace_s=grace_s, send_timeout_s=send_timeout_s, keep_alive_s=keep_alive_s, log_level="warning"
-    )
+    """The app on a free port of this machine, with ConnectionLimits of these; its base URL.
+
+    The kernel takes some megabytes of what nobody reads, unless `send_buffer_bytes` says otherwise.
+    """
+    server = DrainingServer(app, ConnectionLimits(**limits), grace_s=grace_s, log_level="warning")
     sockets = bind("127.0.0.1", 0)
+    if send_buffer_bytes is not None:
+        # Connections have it from the socket that takes them.
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     app.state.tell_to_stop = lambda: setattr(server, "should_exit", True)
     thread = threading.Thread(target=server.run, args=(sockets,))
     thread.start()
@@ -99,3 +105,7 @@ def complete(client: TestClient, **body: Any) -> httpx.Response:
 def chat(client: TestClient, **body: Any) -> httpx.Response:
     messages = [{"role": "user", "content": "hello"}]
     return client.post("/v1/chat/completions", json={"model": "fake", "messages": messages, **body})
+
+
+def respond(client: TestClient, **body: Any) -> httpx.Response:
+    return client.post("/v1/responses", json={"model": "fake", "input": "hello", **body})

@@ -54,11 +54,31 @@ def test_metrics_are_public_when_told_so(keyed: Callable[..., TestClient]) -> No
         assert client.get("/v1/models").status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("key", "status", "told"), [(None, 401, "management key"), (KEY, 401, "does not open"), (MANAGER, 200, "")]
+)
+def test_metrics_are_the_operators_and_no_callers(
+    keyed: Callable[..., TestClient], key: str | None, status: int, told: str
+) -> None:
+    """Where little is asked, a caller would read from them what another one asked."""
+    with keyed(key) as client:
+        for path in ("/metrics", "/%6detrics"):
+            response = client.get(path)
+            assert (response.status_code, told in response.text) == (status, True)
+
+
+def test_without_a_management_key_a_closed_servers_metrics_are_nobodys(make_app: Callable[..., FastAPI]) -> None:
+    with TestClient(make_app(settings={"api_keys": KEY}), headers=bearer(KEY)) as client:
+        assert client.get("/metrics").status_code == 401
+    with TestClient(make_app()) as client:
+        assert client.get("/metrics").status_code == 200
+
+
 @pytest.mark.parametrize("key", [KEY, OTHER])
 def test_any_of_several_keys_opens_the_server(keyed: Callable[..., TestClient], key: str) -> None:
     with keyed(key) as client:
         assert complete(client).status_code == 200
-        assert client.get("/metrics").status_code == 200
+        assert client.get("/v1/models").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -196,12 +216,12 @@ def test_tokens_are_counted_as_they_are_used_whatever_was_asked_for(keyed: Calla
 def test_a_chat_that_leaves_its_length_open_gets_what_the_minute_has_left(keyed: Callable[..., TestClient]) -> None:
     with keyed(tokens_per_minute=300) as client:
         assert complete(client, max_tokens=95).json()["usage"]["total_tokens"] == 100
+        assert complete(client, max_tokens=300).status_code == 400
         done = chat(client, n=2)
         usage = done.json()["usage"]
         assert {choice["finish_reason"] for choice in done.json()["choices"]} == {"length"}
         assert usage["completion_tokens"] == (200 - usage["prompt_tokens"]) // 2 * 2
         assert chat(client).status_code == 429
-        assert complete(client, max_tokens=300).status_code == 400
 
 
 def test_requests_at_once_are_limited_for_each_key_and_counted_out_when_they_end(
@@ -243,10 +263,7 @@ def test_heads_are_loaded_reloaded_and_unloaded_without_a_restart(manager: TestC
     assert manager.get("/v1/models", **caller).json()["data"][-1]["id"] == "fake@kind"
     body = {"model": "fake@kind", "prompt": "hi"}
     assert manager.post("/v1/completions", json=body, **caller).status_code == 200
-    assert (
-        'recontrol_controlled_tokens_total{head="kind",model_name="fake"} 16.0'
-        in manager.get("/metrics", **caller).text
-    )
+    assert 'recontrol_controlled_tokens_total{head="kind",model_name="fake"} 16.0' in manager.get("/metrics").text
     assert head_names(manager.post(f"{url}/kind/unload")) == ["positive", "plain"]
     assert manager.post("/v1/completions", json=body, **caller).status_code == 404
     for action in ("reload", "unload"):
@@ -286,3 +303,81 @@ def test_a_pinned_head_is_not_unloaded(keyed: Callable[..., TestClient]) -> None
     pinned = json.dumps({"objective": {"weights": {"plain": 1.0}}})
     with keyed(MANAGER, pinned_control=pinned) as client:
         assert client.post("/v1/management/heads/plain/unload").status_code == 409
+
+
+def salts(make_app: Callable[..., FastAPI], settings: dict[str, Any], *headers: dict[str, str]) -> list[str]:
+    """Those of the engine's requests, one for each request with such headers."""
+    app, seen = make_app(settings=settings), []
+    generate = app.state.engine.generate
+    app.state.engine.generate = lambda request: (seen.append(request.cache_salt), generate(request))[1]
+    with TestClient(app) as client:
+        for given in headers:
+            client.headers = httpx.Headers(given)
+            assert complete(client).status_code == 200
+    return seen
+
+
+NAMED = {"cache_salt_header": "x-tenant"}
+
+
+def test_behind_a_gateway_cached_prompts_are_shared_by_callers_of_one_name(make_app: Callable[..., FastAPI]) -> None:
+    given = [{"x-tenant": "a"}, {"x-tenant": "b"}, {"x-tenant": "a"}, {}, {}]
+    a, b, again, none, neither = salts(make_app, NAMED, *given)
+    assert a == again
+    assert len({a, b, none, neither}) == 4
+
+
+def test_a_name_is_one_within_a_key_alone(make_app: Callable[..., FastAPI]) -> None:
+    both = [{**bearer(key), "x-tenant": "a"} for key in (KEY, OTHER)]
+    first, second = salts(make_app, {**NAMED, "api_keys": f"{KEY},{OTHER}"}, *both)
+    assert first != second
+
+
+def test_without_keys_a_server_for_others_shares_no_cached_prompts_unless_callers_are_named(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    # An id that a caller chooses must not make it another one.
+    alike = [{"x-request-id": "a"}] * 2
+    first, second = salts(make_app, {"host": "0.0.0.0", "allow_public_bind": True}, *alike)
+    assert first != second
+    own, own_again = salts(make_app, {}, {}, {})
+    assert own == own_again
+
+
+@pytest.mark.parametrize(
+    ("trusted", "address"), [((), "127.0.0.1"), (("10.0.0.0/8",), "127.0.0.1"), (("127.0.0.0/8",), "192.0.2.7")]
+)
+def test_where_a_request_comes_from_is_believed_of_trusted_proxies_alone(
+    make_app: Callable[..., FastAPI], trusted: tuple[str, ...], address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "recontrol.access"), serving(make_app(), trusted_proxies=trusted) as url:
+        assert httpx.get(f"{url}/health", headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
+    assert caplog.records[0].fields["client"] == address  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("given", ["*", "localhost", "10.0.0.0/33", "1.2.3"])
+def test_a_trusted_proxy_is_an_address_or_a_network(given: str) -> None:
+    with pytest.raises(ValidationError, match="no IP address"):
+        Settings(trusted_proxies=given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a" * 6400}),
+        ("/detokenize", {"tokens": [100] * 1600}),
+        ("/v1/completions", {"model": "fake", "prompt": "a" * 6400}),
+        ("/v1/value", {"model": "fake", "input": "a" * 6400}),
+    ],
+)
+def test_no_text_is_read_for_a_key_that_has_no_tokens_left_for_that(
+    make_app: Callable[..., FastAPI], path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(settings={"tokens_per_minute": 150})
+    with TestClient(app) as client:
+        assert client.post("/tokenize", json={"prompt": "a" * 6400}).status_code == 200
+        for name in ("encode", "decode"):
+            monkeypatch.setattr(app.state.engine, name, lambda *_, **__: pytest.fail("read"))
+        refused = client.post(path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(refused.headers["retry-after"]) > 10

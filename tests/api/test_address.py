@@ -103,9 +103,10 @@ def test_an_idle_connection_is_kept_as_long_as_the_setting_says(make_app: Callab
 
 
 def test_ipv6_is_served(make_app: Callable[..., FastAPI]) -> None:
+    from server.cli.connection import ConnectionLimits
     from server.cli.http import DrainingServer
 
-    server = DrainingServer(make_app(), grace_s=0, send_timeout_s=60, keep_alive_s=75, log_level="warning")
+    server = DrainingServer(make_app(), ConnectionLimits(), grace_s=0, log_level="warning")
     sockets = bind("::1", 0)
     listen(sockets, "::1")
     thread = threading.Thread(target=server.run, args=(sockets,))

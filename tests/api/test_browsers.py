@@ -26,8 +26,10 @@ def preflight(client: TestClient, origin: str = PAGE, headers: str = "authorizat
 
 
 def test_no_other_origin_is_allowed_by_default(client: TestClient) -> None:
-    assert preflight(client).status_code == 405
-    assert "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": PAGE}).headers
+    assert preflight(client).status_code == 403
+    refused = client.get("/v1/models", headers={"Origin": PAGE})
+    assert refused.status_code == 403
+    assert "access-control-allow-origin" not in refused.headers
 
 
 def test_a_page_of_an_allowed_origin_asks_first_without_a_key_and_then_with_one(

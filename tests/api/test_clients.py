@@ -63,6 +63,27 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
             **VLLM_STREAM, "ignore_eos": True,
         },
     ),
+    "lm-eval, loglikelihood": (
+        "/v1/completions",
+        {
+            "model": "fake", "prompt": [[104, 105, 106], [107, 108]], "temperature": 0, "max_tokens": 1, "logprobs": 1,
+            "seed": 1234, "echo": True,
+        },
+    ),
+    "lm-eval, generate_until": (
+        "/v1/completions",
+        {
+            "model": "fake", "prompt": [[104, 105], [106, 107]], "max_tokens": 6, "temperature": 0.0, "seed": 1234,
+            "stop": ["\n\n", "\nQ:", "Question:", "</s>", "<|im_end|>", "###"], "top_p": 1.0, "num_beams": 1,
+        },
+    ),
+    "lm-eval, chat": (
+        "/v1/chat/completions",
+        {
+            "model": "fake", "messages": [{"role": "user", "content": PROMPT, "type": "text"}], "max_tokens": 6,
+            "temperature": 0, "seed": 1234, "stop": [],
+        },
+    ),
     "llmperf": (
         "/v1/chat/completions",
         {
@@ -124,3 +145,16 @@ def test_vllms_benchmark_needs_the_usage_in_an_event_without_choices(client: Tes
 
 def test_llmperf_reads_the_delta_of_the_first_choice_of_every_event(client: TestClient) -> None:
     assert all("delta" in event["choices"][0] and "usage" not in event for event in events(client, "llmperf"))
+
+
+def test_lm_eval_finds_a_score_for_each_token_of_a_prompt_and_whether_it_is_the_likeliest(client: TestClient) -> None:
+    for prompt, choice in zip(GOLDEN["lm-eval, loglikelihood"][1]["prompt"], lm_eval_choices(client), strict=True):
+        scores = choice["logprobs"]
+        assert len(scores["token_logprobs"]) == len(scores["top_logprobs"]) == len(prompt) + 1
+        assert (scores["token_logprobs"][0], scores["top_logprobs"][0]) == (None, None)
+        for logprob, top in zip(scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True):
+            assert logprob in top.values()
+
+
+def lm_eval_choices(client: TestClient) -> list[dict[str, Any]]:
+    return sorted(post(client, "lm-eval, loglikelihood").json()["choices"], key=lambda choice: choice["index"])

@@ -133,17 +133,17 @@ def test_bad_control_is_refused_by_its_path(client: TestClient, field: str, cont
     ("field", "value"),
     [
         ("messages", []),
-        ("messages.0.role", [{"role": "tool", "content": "x"}]),
+        ("messages.0.tool_call_id", [{"role": "tool", "content": "x"}]),
         ("messages.0.role", [{"role": "function", "content": "x"}]),
         ("messages.0.name", [{"role": "user", "content": "x", "name": "n" * 257}]),
         ("messages.0.content", [{"role": "user"}]),
         ("messages.0.content", [{"role": "developer", "content": []}]),
-        ("messages.0.tool_calls", [{"role": "assistant", "tool_calls": [{"id": "a"}]}]),
+        ("messages.0.tool_calls.0.function", [{"role": "assistant", "tool_calls": [{"id": "a"}]}]),
         ("messages.0.audio", [{"role": "assistant", "audio": {"id": "a"}}]),
         ("messages.0.sender", [{"role": "assistant", "content": "x", "sender": "me"}]),
         ("messages.0.content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
         ("messages.0.content", [{"role": "user", "content": None}]),
-        ("tools", [{}]),
+        ("tools.0", [{}]),
         ("prompt", "hi"),
         ("best_of", 3),
         ("echo", True),
@@ -241,6 +241,14 @@ def test_too_much_in_all_is_refused_at_once(client: TestClient) -> None:
     assert complete(client, n=128, max_tokens=4000).status_code == 400
     response = complete(client, max_tokens=4096)
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_what_is_too_long_is_told_in_the_words_by_which_clients_know_it(
+    client: TestClient, send: Callable[..., Any]
+) -> None:
+    error = send(client, max_tokens=4096).json()["error"]
+    assert error["message"].startswith("This model's maximum context length is 4096 tokens. ")
 
 
 def test_zero_tokens_need_echo(client: TestClient) -> None:

@@ -91,3 +91,16 @@ def test_a_special_token_is_a_stop_string(tiny: TestClient, send: Callable[..., 
         (reason,) = {c["finish_reason"] for body in bodies for c in body["choices"] if c["finish_reason"]}
         assert bodies[-1]["usage"]["completion_tokens"] == num_tokens
         assert reason == ("length" if num_tokens == 20 else "stop")
+
+
+def test_special_tokens_and_the_template_are_told_under_the_names_of_transformers(tiny: TestClient) -> None:
+    tokenizer = byte_tokenizer()
+    assert tiny.get("/tokenizer_info").json() == {
+        "tokenizer_class": type(tokenizer).__name__,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": None,
+        "unk_token": None,
+        "chat_template": tokenizer.chat_template,
+        "model_max_length": 256,
+    }

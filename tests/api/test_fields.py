@@ -9,7 +9,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.api.resolution import resolve_control
 from server.api.schemas import ChatBody, CompletionBody
+from server.control.objectives import MAX_UNITS_PER_REQUEST
+from server.engines.base import EngineInfo
+from server.errors import InvalidRequestError
 from server.types import GenerationRequest
 from tests.api.conftest import chat, complete
 
@@ -30,9 +34,10 @@ FIELDS: dict[str, tuple[Any, Any]] = {
 }
 NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_logprobs", "stream", "stream_options",
                 "user", "safety_identifier", "metadata", "prompt_cache_key", "parallel_tool_calls", "reasoning_effort",
+                "include_reasoning",
                 "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template_kwargs",
                 "timeout_s", "control", "max_completion_tokens", "response_format", "best_of",
-                "structured_outputs", "guided_json", "guided_choice"}  # fmt: skip
+                "structured_outputs", "guided_json", "guided_choice", "tools", "tool_choice"}  # fmt: skip
 
 
 @pytest.fixture
@@ -172,6 +177,11 @@ def test_tokenize_and_detokenize_are_each_others_inverse(client: TestClient) -> 
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "user: hi\n"}
 
 
+def test_what_a_tokenizer_does_not_have_is_told_as_null(client: TestClient) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["chat_template"], info["model_max_length"]) == (None, None, 4096)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -200,3 +210,19 @@ def test_what_cannot_be_tokenized_is_refused_by_name(
     response = client.post(path, json=body)
     assert response.status_code == status
     assert (response.json()["error"]["param"] or "").startswith(param or "")
+
+
+def test_heads_of_many_units_are_not_used_together() -> None:
+    """A server keeps the inner products of all units that a request uses."""
+    cards = {name: {"architecture": {"num_units": MAX_UNITS_PER_REQUEST - 1}} for name in ("one", "two")}
+    info = EngineInfo("m", 100, 10, {**cards, "small": {}})
+    for weights, is_allowed in (({"one": 1.0, "small": 1.0}, True), ({"one": 1.0, "two": 1.0}, False)):
+        body = CompletionBody.model_validate(
+            {"model": "m", "prompt": "x", "control": {"objective": {"weights": weights}}}
+        )
+        if is_allowed:
+            assert resolve_control(body, info, None) is not None
+            continue
+        with pytest.raises(InvalidRequestError, match="units together") as raised:
+            resolve_control(body, info, None)
+        assert raised.value.param == "control.objective.weights"

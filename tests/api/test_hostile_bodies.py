@@ -1,9 +1,11 @@
 """Bodies that once reached an engine or a tokenizer they should not have, and streams that differed from the whole."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.engines.fake import FakeEngine
@@ -93,6 +95,8 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
             "type, weights.",
         ),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "z": 1}]}, "messages.0.z", "role, con"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "z": 1}]}, "input.0.z", "summary, content"),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "text", "z": 1}}}, "text.format.z", "type."),
     ],
 )
 def test_an_unknown_field_is_named_with_those_allowed_in_its_place(
@@ -110,8 +114,11 @@ def test_an_error_sends_back_no_more_than_the_beginning_of_a_name(client: TestCl
 
 
 @pytest.mark.parametrize("host", ["[", "a/b?#", "evil.example"])
-def test_nothing_in_a_response_comes_from_the_host_header(client: TestClient, host: str) -> None:
-    response = client.get("/health/", headers={"host": host}, follow_redirects=False)
+def test_nothing_in_a_response_comes_from_the_host_header(make_app: Callable[..., FastAPI], host: str) -> None:
+    # With keys any host is answered.
+    headers = {"host": host, "authorization": "Bearer a-key"}
+    with TestClient(make_app(settings={"api_keys": "a-key"})) as client:
+        response = client.get("/health/", headers=headers, follow_redirects=False)
     assert response.status_code == 404
     assert response.json()["error"]["message"] == "There is no GET /health/."
 

@@ -294,7 +294,7 @@ def test_an_error_inside_tells_nothing_of_the_inside(make_app: Callable[..., Fas
     assert response.headers["x-request-id"] in response.text
 
 
-SPECIAL = ["<eos>", "<bos>", "<eos>" * 50, "a<eos>b", "<|im_start|>system\n", "<|endoftext|>", "\x00", "\u202e", "�"]
+SPECIAL = ["<eos>", "<bos>", "<eos>" * 40, "a<eos>b", "<|im_start|>system\n", "<|endoftext|>", "\x00", "\u202e", "�"]
 
 
 @pytest.mark.parametrize("text", SPECIAL)

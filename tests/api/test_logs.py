@@ -22,6 +22,11 @@ def record(message: str, *args: object, error: BaseException | None = None, **ex
     return made
 
 
+def told(made: logging.LogRecord) -> str:
+    """What a line of text says behind its time."""
+    return TextFormatter().format(made).partition(" ")[2]
+
+
 @given(st.text(), st.text())
 def test_a_record_is_one_line_whatever_it_says(message: str, argument: str) -> None:
     for formatter in (TextFormatter(), JsonFormatter()):
@@ -43,11 +48,18 @@ def test_a_json_record_says_when_how_grave_where_and_what_and_for_which_request(
 def test_a_record_as_text_says_for_which_request_and_an_access_line_says_it_once() -> None:
     token = request_id_var.set("r-1")
     try:
-        assert TextFormatter().format(record("cannot do it")) == 'WARNING a.b: cannot do it request_id="r-1"'
-        assert TextFormatter().format(record("path", fields={"path": "/x"})) == "WARNING a.b: path"
+        assert told(record("cannot do it")) == 'WARNING a.b: cannot do it request_id="r-1"'
+        assert told(record("path", fields={"path": "/x"})) == "WARNING a.b: path"
     finally:
         request_id_var.reset(token)
-    assert TextFormatter().format(record("cannot do it")) == "WARNING a.b: cannot do it"
+    assert told(record("cannot do it")) == "WARNING a.b: cannot do it"
+
+
+def test_a_record_as_text_begins_with_the_time_as_json_has_it() -> None:
+    made = record("cannot do it")
+    made.created = 0.25
+    assert TextFormatter().format(made) == "1970-01-01T00:00:00.250+00:00 WARNING a.b: cannot do it"
+    assert json.loads(JsonFormatter().format(made))["time"] == "1970-01-01T00:00:00.250+00:00"
 
 
 def test_fields_of_a_record_become_fields_of_the_object() -> None:
@@ -72,7 +84,9 @@ def test_what_is_configured_is_what_is_written(log_format: LogFormat, capsys: py
     logging.getLogger("x").warning("yes")
     written = capsys.readouterr().err.splitlines()
     assert len(written) == 1
-    assert written == ["WARNING x: yes"] if log_format == "text" else json.loads(written[0])["message"] == "yes"
+    assert (
+        written[0].endswith(" WARNING x: yes") if log_format == "text" else json.loads(written[0])["message"] == "yes"
+    )
 
 
 def test_the_access_line_says_who_asked_for_what_and_what_it_took(

@@ -15,7 +15,7 @@ from server.types import ChatRendering
 from tests.api.conftest import chat
 
 HI = {"role": "user", "content": "hi"}
-Told = list[tuple[list[dict[str, str]], ChatRendering]]
+Told = list[tuple[list[dict[str, Any]], ChatRendering]]
 
 
 @pytest.fixture
@@ -67,6 +67,8 @@ def test_an_answer_that_the_sdk_parsed_is_taken_back(told: tuple[TestClient, Tol
         {"name": None, "tool_call_id": None},
         {"id": "msg-1", "images": None, "thinking_blocks": [], "provider_specific_fields": {"refusal": None}},
         {"reasoning": None, "reasoning_content": None},
+        {"type": "text"},
+        {"type": "message"},
     ],
     ids=str,
 )
@@ -111,11 +113,26 @@ def test_a_name_and_past_reasoning_are_told_to_the_template(told: tuple[TestClie
         assert seen[-1][0] == [named, {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}, HI]
 
 
-@pytest.mark.parametrize("role", ["tool", "function"])
-def test_a_tools_answer_is_refused_with_the_reason(client: TestClient, role: str) -> None:
-    error = chat(client, messages=[HI, {"role": role, "content": "4", "tool_call_id": "a"}]).json()["error"]
-    assert error["param"].startswith("messages.1.")
-    assert "tools are not supported" in error["message"]
+def test_calls_and_their_answers_are_told_to_the_template(told: tuple[TestClient, Told]) -> None:
+    client, seen = told
+    functions = [
+        {"name": "add", "arguments": '{"a": 2}'},
+        {"name": "now", "arguments": ""},
+        {"name": "x", "arguments": "{"},
+    ]
+    calls = [{"id": f"call-{i}", "type": "function", "function": function} for i, function in enumerate(functions)]
+    answer = {"role": "tool", "tool_call_id": "call-0", "content": [{"type": "text", "text": "4"}]}
+    messages = [HI, {"role": "assistant", "content": None, "tool_calls": calls}, answer]
+    assert chat(client, messages=messages, max_tokens=1).status_code == 200
+    _, assistant, tool = seen[-1][0]
+    assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"a": 2}, {}, "{"]
+    assert tool == {"role": "tool", "content": "4", "name": "add", "tool_call_id": "call-0"}
+
+
+def test_the_older_form_of_an_answer_is_refused_with_the_reason(client: TestClient) -> None:
+    error = chat(client, messages=[HI, {"role": "function", "content": "4", "name": "add"}]).json()["error"]
+    assert error["param"] == "messages.1.role"
+    assert "use the newer, tool" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from server.engines.base import EngineStatus
 from server.telemetry import VLLM_METRICS, Telemetry
 from tests.api.conftest import chat, complete
 
@@ -15,7 +16,8 @@ NAMES = {
     "generation_tokens", "request_success", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
     "request_prompt_tokens", "request_generation_tokens", "edit_duration_seconds", "controlled_tokens",
     "value_before", "value_after", "value_before_magnitude", "value_after_magnitude", "edit_kl", "edit_shift_ratio",
-    "budget_limited_tokens", "nonfinite_edits",
+    "budget_limited_tokens", "nonfinite_edits", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits",
+    "prefix_cache_evictions", "http_responses",
 }  # fmt: skip
 
 
@@ -49,6 +51,34 @@ def test_tokens_requests_and_controlled_tokens_are_counted(make_app: Callable[..
     assert counts["recontrol_controlled_tokens_total", "plain"] == 7
     assert counts["recontrol_controlled_tokens_total", "positive"] == 0
     assert counts["recontrol_time_to_first_token_seconds_count", ""] == 2
+
+
+def test_responses_are_counted_by_route_and_status_and_what_is_no_route_is_one(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    with TestClient(make_app(settings={"max_body_bytes": 2048})) as client:
+        complete(client)
+        complete(client, max_tokens=-1)
+        complete(client, prompt="a" * 3000)
+        for path in ("/a", "/b", "/v1/models", "/v1/models/fake"):
+            client.get(path)
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        (responses,) = (family for family in families if family.name == "recontrol_http_responses")
+    counts = {(s.labels["route"], s.labels["status"]): s.value for s in responses.samples if s.name.endswith("_total")}
+    assert counts == {
+        ("/v1/completions", "200"): 1, ("/v1/completions", "400"): 1, ("none", "413"): 1, ("none", "404"): 2,
+        ("/v1/models", "200"): 1, ("/v1/models/{model_id:path}", "200"): 1,
+    }  # fmt: skip
+
+
+def test_what_an_engine_counts_since_its_start_is_counted_on() -> None:
+    telemetry = Telemetry()
+    telemetry.bind("m", [])
+    for total in (2, 2, 5):
+        telemetry.on_step(EngineStatus(True, 0, 0, 0.0, num_preemptions=total, num_cache_hits=10 * total))
+    text = telemetry.render().decode()
+    assert 'recontrol_num_preemptions_total{model_name="m"} 5.0' in text
+    assert 'recontrol_prefix_cache_hits_total{model_name="m"} 50.0' in text
 
 
 def test_a_name_from_a_request_never_becomes_a_label(make_app: Callable[..., FastAPI]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from server.api.resolution import with_pinned
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
 from server.errors import ConfigurationError, InvalidRequestError
 from server.types import GenerationRequest
 from tests.api.conftest import chat, complete
@@ -39,7 +39,10 @@ def test_nothing_that_a_caller_asks_for_weakens_what_is_pinned(
     assert {name: merged.objective.weights[name] for name in PINNED.objective.weights} == PINNED.objective.weights
     others = sum(abs(weight) for name, weight in merged.objective.weights.items() if name in weights)
     assert others <= 1.5 + 1e-9
-    for field in ("steps", "step_size", "max_kl", "max_shift"):
+    assert isinstance(merged, UnderPinned)
+    assert merged.pinned == PINNED
+    assert (merged.steps, merged.step_size) == (asked.steps, asked.step_size)
+    for field in ("max_kl", "max_shift"):
         assert getattr(merged, field) == max(getattr(asked, field), getattr(PINNED, field))
 
 
@@ -82,8 +85,8 @@ def test_every_request_is_under_it(seen: tuple[TestClient, list[GenerationReques
         {"plain": 2.0},
     ]
     assert all(request.control is not None and request.control.max_kl == 0.4 for request in requests)
-    assert requests[1].control is not None
-    assert requests[1].control.steps == ControlParams.model_fields["steps"].default
+    assert isinstance(requests[1].control, UnderPinned)
+    assert requests[1].control.pinned.steps == ControlParams.model_fields["steps"].default
 
 
 def test_a_caller_that_names_a_pinned_head_is_told_so(seen: tuple[TestClient, list[GenerationRequest]]) -> None:
@@ -121,6 +124,8 @@ def test_pinned_heads_count_among_the_heads_that_a_request_may_name(
 
 
 HOLDING_BACK: dict[str, dict[str, Any]] = {
+    "control.phase": {"phase": "answer"},
+    "control.in_calls": {"in_calls": True},
     "control.gate": {"gate": {"head": "positive", "below": -1e6}},
     "control.window": {"window": {"start": 2**31}},
     "control.schedule": {"schedule": {"type": "exponential", "half_life": 1e-9}},

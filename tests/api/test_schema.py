@@ -18,7 +18,7 @@ from server.settings import Settings
 from server.telemetry import Telemetry
 
 MANAGER = "Manager-0123456789"
-ROUTES = {"/v1/completions", "/v1/chat/completions", "/v1/value", "/tokenize", "/detokenize"}
+ROUTES = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/value", "/tokenize", "/detokenize"}
 # Rules between fields, and what depends on the model, cannot be said in a schema.
 UNSAID = [positive_data_acceptance]
 
@@ -37,11 +37,16 @@ def _started() -> Iterator[None]:
 def within_reach(body: dict[str, Any]) -> dict[str, Any]:
     """The body with names and sizes that this server has; else nearly every one would end at them."""
     known = {"model": "fake", "timeout_s": None, "max_tokens": 3, "max_completion_tokens": None, "control": None,
-             "response_format": None, "structured_outputs": None, "guided_json": None, "guided_choice": None,
-             "stop_token_ids": [7], "logit_bias": {"7": 1}, "top_logprobs": None,
-             "stream_options": None, "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
+             "max_output_tokens": 3, "text": None, "response_format": None, "structured_outputs": None,
+             "guided_json": None, "guided_choice": None, "stop_token_ids": [7], "logit_bias": {"7": 1},
+             "top_logprobs": None, "stream_options": None, "tools": None, "tool_choice": None,
+             "tokens": [104, 105], "heads": ["plain"]}  # fmt: skip
     if body.get("input") is not None:
         known["messages"] = None
+    if body.get("prompt") is not None:
+        known |= dict.fromkeys(
+            ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"), None
+        )
     return {**body, **{name: value for name, value in known.items() if name in body}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from fastapi import FastAPI
 from pydantic import ValidationError
+from safetensors.torch import save
 from starlette.testclient import TestClient
 
 from server.app import create_app
@@ -174,6 +177,39 @@ def test_half_a_head_never_takes_the_place_of_a_whole_one_and_the_other_half_men
         filesystem.pipe_file(other, new_other)
         assert look(client) == ["positive"]
         assert values(client)["positive"] != old["positive"]
+
+
+def test_a_malformed_head_does_not_keep_later_ones_from_being_followed(
+    make_server: Callable[..., FastAPI],
+    publish: Callable[..., None],
+    location: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filesystem, root = fsspec.core.url_to_fs(location)
+    with TestClient(make_server()) as client:
+        data = save({"inputs_UD": torch.ones(4), "reward": torch.ones(1)})
+        card = {**json.loads(filesystem.cat_file(f"{root}/plain/{CARD_FILE}")), "name": "a"}
+        card["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+        filesystem.makedirs(f"{root}/a", exist_ok=True)
+        filesystem.pipe_file(f"{root}/a/{HEAD_FILE}", data)
+        filesystem.pipe_file(f"{root}/a/{CARD_FILE}", json.dumps(card).encode())
+        publish("positive", random_head(9))
+        assert look(client) == ["positive"]
+        assert "not followed for 'a'" in caplog.text
+        # Nor does an error that nobody thought of.
+        engine = client.app.state.engine  # type: ignore[attr-defined]
+        load = engine.load_head
+
+        async def load_head(name: str) -> None:
+            if name == "plain":
+                raise ZeroDivisionError("what")
+            await load(name)
+
+        monkeypatch.setattr(engine, "load_head", load_head)
+        publish("plain", random_head(8))
+        publish("positive", random_head(7))
+        assert look(client) == ["positive"]
 
 
 def test_a_place_that_goes_away_is_told_once_and_found_again(

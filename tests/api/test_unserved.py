@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from server.api.unserved import CHAT, COMPLETION, GENERATION
-from tests.api.conftest import chat, complete
+from server.api.unserved import CHAT, COMPLETION, GENERATION, RESPONSE
+from tests.api.conftest import chat, complete, respond
 
-HARMLESS = {name: [None, *field.harmless] for name, field in (COMPLETION | CHAT).items()}
+OF_ROUTES = {complete: COMPLETION, chat: CHAT, respond: RESPONSE}
 ASKING: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "store": True,
@@ -29,9 +27,9 @@ ASKING: dict[str, Any] = {
     "moderation": {"model": "x"},
     "prompt_cache_retention": "24h",
     "prompt_cache_options": {"mode": "explicit"},
-    "include_reasoning": False,
     "documents": [{"text": "x"}],
     "use_beam_search": True,
+    "num_beams": 2,
     "length_penalty": 1.5,
     "min_tokens": 1,
     "bad_words": ["x"],
@@ -50,24 +48,52 @@ ASKING: dict[str, Any] = {
     "best_of": 2,
     "echo": True,
     "chat_template": "",
+    "previous_response_id": "resp_1",
+    "previous_response": {"id": "resp_1"},
+    "previous_input_messages": [{"role": "user", "content": "x"}],
+    "conversation": "conv_1",
+    "background": True,
+    "background_options": {"completion_window": "2h"},
+    "truncation": "auto",
+    "context_management": [{"type": "compaction"}],
+    "access_programs": {"cyber": "standard"},
+    "image": {"context_compression": "auto"},
+    "enable_response_messages": True,
+    "n": 2,
+    "max_tokens": 3,
+    "max_completion_tokens": 3,
+    "response_format": {"type": "json_object"},
+    "reasoning_effort": "low",
+    "logprobs": True,
 }
 
 
 def senders(name: str) -> list[Callable[..., Any]]:
-    return [*([complete] if name in COMPLETION else []), *([chat] if name in CHAT else [])]
+    return [send for send, fields in OF_ROUTES.items() if name in fields]
+
+
+def texts_of(response: Any) -> list[Any]:
+    """Of each choice, or of the one message."""
+    content = response.json()
+    if "choices" in content:
+        return content["choices"]
+    return [part["text"] for item in content.get("output", []) for part in item["content"]]
 
 
 def test_every_field_is_asked_for_here() -> None:
-    assert ASKING.keys() == (COMPLETION | CHAT).keys()
+    assert ASKING.keys() == (COMPLETION | CHAT | RESPONSE).keys()
     assert GENERATION.keys() == COMPLETION.keys() & CHAT.keys()
+    assert GENERATION.keys() <= RESPONSE.keys()
 
 
 @pytest.mark.parametrize("name", ASKING)
 def test_a_value_that_asks_for_nothing_changes_nothing(client: TestClient, name: str) -> None:
     for send in senders(name):
-        plain = send(client, seed=1, max_tokens=3).json()["choices"]
-        for value in HARMLESS[name]:
-            assert send(client, seed=1, max_tokens=3, **{name: value}).json().get("choices") == plain, value
+        asked = {"seed": 1, "max_output_tokens" if send is respond else "max_tokens": 3}
+        plain = texts_of(send(client, **asked))
+        assert plain
+        for value in [None, *OF_ROUTES[send][name].harmless]:
+            assert texts_of(send(client, **{**asked, name: value})) == plain, value
 
 
 @pytest.mark.parametrize("name", ASKING)

@@ -172,7 +172,7 @@ BAD = [
     ("messages.0.0", {"messages": [[MESSAGES]]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": []}]}),
     ("messages.0.content.0.text", {"messages": [{"role": "user", "content": "\ud800"}]}),
-    ("messages.1.0.role", {"messages": [MESSAGES, [{"role": "tool", "content": "x"}]]}),
+    ("messages.1.0.tool_call_id", {"messages": [MESSAGES, [{"role": "tool", "content": "x"}]]}),
     ("messages.0.z", {"messages": [{"role": "user", "content": "x", "z": 1}]}),
     ("messages", {"messages": [{"role": "user", "content": TOO_LONG}]}),
     ("input", {"messages": MESSAGES, "input": "hi"}),

@@ -75,7 +75,7 @@ async def chats(url: str) -> dict[str, Any]:
         "structured_dict": as_dict.invoke(MESSAGES),
         "raw": long.with_structured_output(Review, include_raw=True).invoke(MESSAGES)["raw"].content,
         "error": error_of(lambda: plain.bind(temperature=9).invoke(MESSAGES)),
-        "tools": error_of(lambda: long.with_structured_output(Review, method="function_calling").invoke(MESSAGES)),
+        "too_long": error_of(lambda: plain.bind(max_tokens=9000).invoke(MESSAGES)),
     }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from server.settings import DEFAULT_MODEL
 from tests.api.conftest import serving
-from tests.clients.conftest import python_of, run_client
+from tests.clients.conftest import python_of, run_client, run_python
 
 pytestmark = pytest.mark.clients
 
@@ -41,5 +42,21 @@ def test_every_way_of_asking_gives_the_same_and_control_and_schemas_reach_it(ans
     for review in (chats["structured"], chats["structured_dict"], json.loads(chats["raw"])):
         assert review["stars"] in (1, 2, 3)
         assert len(review["reason"]) <= 6
-    assert "Error code: 400 - temperature" in chats["error"]
-    assert "tools are not supported" in chats["tools"]
+    assert "Error code: 400" in chats["error"]
+    assert "temperature: Input" in chats["error"]
+    assert chats["too_long"].startswith("OpenAIContextOverflowError")
+
+
+def test_an_agent_calls_its_tool_reads_the_result_and_answers(default_server: str, tmp_path: Path) -> None:
+    turns = run_python(
+        ".venv-clients", "langchain", "langchain_agent.py", f"{default_server}/v1", DEFAULT_MODEL, cwd=tmp_path
+    )
+    assert turns.pop("structured")["city"] in ("Paris", "London")
+    for messages in turns.values():
+        asked, called, result, answered = messages
+        (call,) = called["tool_calls"]
+        assert (asked["type"], call["name"]) == ("human", "get_weather")
+        assert call["args"]["city"] in ("Paris", "London")
+        assert (result["tool_call_id"], result["content"]) == (call["id"], f"It rains in {call['args']['city']}.")
+        assert (answered["type"], answered["tool_calls"]) == ("ai", [])
+        assert answered["content"]

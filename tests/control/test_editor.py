@@ -251,3 +251,15 @@ def test_a_row_that_overflows_is_counted_and_spares_the_others_of_its_group(
     others = [0, 1, 3, 4, 5, 6]
     assert torch.equal(logits[others], whole[others])
     assert stats.is_nonfinite_R.tolist() == [i == 2 for i in range(7)]
+
+
+def test_stacks_are_kept_by_their_size_and_not_by_their_number_alone(
+    registry: HeadRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = registry.stack(("good",))
+    assert registry.stack(("good",)) is good
+    deep = registry.stack(("deep",))
+    monkeypatch.setattr("server.control.registry._MAX_STACKS_BYTES", good.num_bytes + deep.num_bytes)
+    registry.stack(("line",))
+    assert registry.stack(("deep",)) is deep
+    assert registry.stack(("good",)) is not good

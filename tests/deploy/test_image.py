@@ -152,7 +152,7 @@ def running(image: Image, log: Path) -> Iterator[Container]:
     command = [
         bwrap, "--ro-bind", str(image.root), "/", "--perms", "1777", "--tmpfs", "/tmp", "--proc", "/proc",
         "--dev", "/dev", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--as-pid-1",
-        *image.as_user(*image.config["Cmd"]),
+        *image.as_user("env", "RECONTROL_ALLOW_PUBLIC_BIND=true", *image.config["Cmd"]),
     ]  # fmt: skip
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as sandbox:
         children = Path(f"/proc/{sandbox.pid}/task/{sandbox.pid}/children")

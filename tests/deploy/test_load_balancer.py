@@ -189,5 +189,6 @@ def test_a_replica_told_to_stop_under_load_loses_nothing_at_all(cluster: Cluster
 
 
 def test_metrics_are_not_for_the_clients_of_the_balancer(cluster: Cluster) -> None:
-    assert httpx.get(f"{cluster.url}/metrics").status_code == 404
+    for path in ("/metrics", "/%6detrics", "/%6D%65trics", "/metrics?a=b"):
+        assert httpx.get(httpx.URL(cluster.url).copy_with(raw_path=path.encode())).status_code == 404
     assert answers(f"http://127.0.0.1:{cluster.ports['three']}/metrics")

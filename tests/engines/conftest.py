@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import string
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -38,8 +41,12 @@ VLLM_OPTIONS = {"enforce_eager": True, "block_size": 32}
 def vllm_settings(
     model_folder: Callable[..., Path], heads: dict[str, ValueHead], tmp_path_factory: pytest.TempPathFactory
 ) -> Settings:
-    """vLLM's kernels for CPUs want wide attention heads."""
-    folder = model_folder("wide_llama")
+    """vLLM's kernels for CPUs want wide attention heads. Reasoning ends at any letter or digit, which come soon."""
+    folder = shutil.copytree(model_folder("wide_llama"), tmp_path_factory.mktemp("vllm model") / "wide_llama")
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    marks = {"open": "<eos>", "close": list(string.ascii_letters + string.digits)}
+    tokenizer_config["response_template"] = {"fields": {"reasoning_content": marks}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     named = {"positive": heads["good"], "plain": heads["line"], "deep": heads["deep"]}
     identity = load_model(str(folder), device="cpu", dtype="float32").identity
     return Settings(

@@ -14,7 +14,7 @@ from server.control.params import ControlParams
 from server.engines.base import Engine
 from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
-from server.errors import HeadMismatchError, UnknownHeadError
+from server.errors import HeadConflictError, HeadMismatchError, UnknownHeadError
 from server.settings import Settings
 from server.types import FinishReason
 from tests.conftest import control, random_head, write_heads
@@ -84,6 +84,28 @@ async def test_unloading_lets_the_requests_that_run_under_the_head_end_first(emb
     assert got == expected
     assert embedded._core is not None
     assert embedded._core.registry.names == ("plain",)
+
+
+async def test_a_head_that_waits_to_be_unloaded_delays_no_other_and_may_be_loaded_again(
+    embedded: EmbeddedEngine, folder: Path, load_tiny: Callable[..., Any]
+) -> None:
+    write_heads(folder, {"kind": random_head(7)}, load_tiny().identity)
+    request = ask(control=control({"positive": 1.0}, **STEER), sampling={"max_tokens": 120, "ignore_eos": True})
+    stream = embedded.generate(request)
+    got = [await anext(stream)]
+    unloading = asyncio.create_task(embedded.unload_head("positive"))
+    await asyncio.sleep(0)
+    for _ in range(2):
+        await embedded.load_head("kind")
+    await embedded.unload_head("plain")
+    assert not got[-1].finish_reason
+    assert embedded.status().num_running == 1
+    await embedded.load_head("positive")
+    with pytest.raises(HeadConflictError, match="loaded anew"):
+        await unloading
+    assert [chunk async for chunk in stream][-1].finish_reason is FinishReason.LENGTH
+    assert set(embedded.info.heads) == {"positive", "kind"}
+    assert await everything(embedded, request)
 
 
 WATCHED: list[dict[str, Any]] = [{"gate": {"head": "plain", "below": 1e6}}, {"stop_below": {"plain": -1e6}}]

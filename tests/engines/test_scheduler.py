@@ -98,6 +98,7 @@ def test_running_out_of_pages_changes_nobodys_tokens(
     assert {key: r.token_ids for key, r in got.items()} == {key: r.token_ids for key, r in expected.items()}
     assert all(len(result.finish_reasons) == 1 for result in got.values())
     assert tight.page_pool.num_held == 0
+    assert tight.status().num_preemptions >= len(preempted)
 
 
 @pytest.mark.parametrize("model", MODELS, ids="-".join)
@@ -127,6 +128,9 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
     while warm.has_work:
         warm.step()
     assert sum(read) == 131
+    status = warm.status()
+    assert (status.num_cache_queries, status.num_cache_hits) == (5 * 131, 3 * 128)
+    assert status.num_preemptions == status.num_cache_evictions == 0
 
 
 def distinct(number: int) -> GenerationRequest:

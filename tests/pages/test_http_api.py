@@ -9,9 +9,11 @@ import pytest
 
 from server.api.messages import VARIABLES
 from server.api.resolution import MAX_PROMPT_SCORES
+from server.api.responses.body import ResponseBody
 from server.api.schemas import ChatBody, CompletionBody
-from server.api.unserved import CHAT, COMPLETION
+from server.api.unserved import CHAT, COMPLETION, GENERATION, RESPONSE, Unserved
 from server.api.value import MAX_READ_TOKENS, ValueBody
+from server.calls.formats import FORMATS
 from server.settings import Settings
 
 BOTH = COMPLETION | CHAT
@@ -52,12 +54,24 @@ def test_the_table_of_fields_has_every_field_and_no_other() -> None:
     assert sorted(named) == sorted(set(CompletionBody.model_fields) | set(ChatBody.model_fields))
 
 
+def row_of(name: str, field: Unserved) -> str:
+    taken = ", ".join(f"`{json.dumps(value)}`" for value in field.harmless)
+    return f"| `{name}` | {taken or '-'} | {field.reason} |"
+
+
 def test_the_table_of_fields_that_are_not_served_is_that_of_the_code() -> None:
     rows = [line for line in SECTIONS["Fields that are not served"].splitlines() if line.startswith("| `")]
-    taken = {
-        name: ", ".join(f"`{json.dumps(value)}`" for value in field.harmless) or "-" for name, field in BOTH.items()
-    }
-    assert rows == [f"| `{name}` | {taken[name]} | {field.reason} |" for name, field in BOTH.items()]
+    assert rows == [row_of(name, field) for name, field in BOTH.items()]
+
+
+def test_the_tables_of_a_response_have_every_field_and_no_other() -> None:
+    fields, refused = SECTIONS["Responses"].split("### Fields that a response does not have")
+    rows = [line for line in fields.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(ResponseBody.model_fields)
+    assert [line for line in refused.splitlines() if line.startswith("| `")] == [
+        row_of(name, field) for name, field in RESPONSE.items() if name not in GENERATION
+    ]
 
 
 def test_every_variable_that_a_template_may_be_told_is_listed() -> None:
@@ -77,3 +91,11 @@ def test_the_settings_that_it_names_exist() -> None:
     flags = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", PAGE)}
     assert len(flags) > 10
     assert flags <= set(Settings.model_fields)
+
+
+def test_every_form_of_calls_is_in_the_table_of_models() -> None:
+    calls = Path("docs/models.md").read_text().split("## Calls of tools")[1].partition("\n## ")[0]
+    named = [
+        re.findall(r"`([\w-]+)`", line)[0] for line in calls.splitlines() if line.startswith("| `") and "--" not in line
+    ]
+    assert named == list(FORMATS)

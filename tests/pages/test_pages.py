@@ -12,6 +12,7 @@ from benchmarks.quality.report import Report
 from benchmarks.speed.command import Speed
 from server.cli.program import COMMANDS, command_class
 from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from tests.clients.lm_evaluation.command import LmEvaluation
 from tests.pages.pages import PAGES, anchors, text_of
 from tests.soak.command import Soak
 
@@ -21,6 +22,7 @@ PROGRAMS: dict[str, type[BaseModel]] = {
     "python -m benchmarks.quality": Quality,
     "python -m benchmarks.quality.report": Report,
     "python -m benchmarks.speed": Speed,
+    "python -m tests.clients.lm_evaluation": LmEvaluation,
     "python -m tests.soak": Soak,
 }
 
@@ -37,7 +39,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
     shown = page.read_text()
-    ours = r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)|tests\.soak))"
+    ours = (
+        r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)"
+        r"|tests\.(?:soak|clients\.lm_evaluation)))"
+    )
     lines = re.findall(rf"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?({ours} .+?)(?:  +#.*)?$", shown)
     lines += re.findall(rf"`({ours} [^`]+)`", shown)
     for line in lines:
@@ -100,7 +105,7 @@ def test_every_place_to_add_things_exists_and_is_at_most_two_files() -> None:
 def test_every_fault_has_tests_that_exist() -> None:
     faults = API_PAGE.partition("\n## Faults\n")[2].partition("\n## ")[0]
     rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 12
+    assert len(rows) == 18
     source = "".join(path.read_text() for path in Path("tests").rglob("test_*.py"))
     for row in rows:
         names = re.findall(r"`(test_\w+)`", row)

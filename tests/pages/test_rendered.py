@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
+from benchmarks.pinned import report as pinned_report
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
 from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
@@ -32,6 +33,14 @@ def test_the_second_models_page_is_rendered_from_its_card() -> None:
     page = (folder / "README.md").read_text()
     for name in ("heads", "commands"):
         assert section(page, name) == SECTIONS[name](cards(folder)).strip()
+
+
+def test_what_callers_can_do_to_pinned_control_is_what_the_study_found() -> None:
+    found = json.loads(Path("benchmarks/results/pinned.json").read_text())
+    assert section(text_of("docs/control.md"), pinned_report.SECTION) == pinned_report.table(found)
+    falls = {attempt["field"] for attempt in found["attempts"] if attempt["change"]["high"] < 0}
+    assert not falls & {attempt["field"] for attempt in found["attempts"] if attempt["kind"] == "held"}
+    assert found["num_prompts"] == 64
 
 
 def test_what_objectives_do_is_what_the_study_found() -> None:

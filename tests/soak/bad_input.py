@@ -61,6 +61,11 @@ def _chat(param: str | None, *, status: int = 400, code: str | None = None, **fi
     return Refused(_name("chat", fields), _CHAT, content, status, param, code)
 
 
+def _response(param: str | None, *, code: str | None = None, **fields: Any) -> Refused:
+    content = json.dumps({"model": _MODEL, "input": "hi", "max_output_tokens": 4, **fields}).encode()
+    return Refused(_name("response", fields), "/v1/responses", content, 400, param, code)
+
+
 def _control(param: str, *, status: int = 400, code: str | None = None, **fields: Any) -> Refused:
     """Of heads that need not exist: what is wrong with the form is found first."""
     control = {"objective": {"weights": {"positive": 1.0}}, **fields}
@@ -130,7 +135,7 @@ _CONTROLS: list[Refused] = [
 ]
 _CHATS: list[Refused] = [
     _chat("messages", messages=[]),
-    _chat("messages.0.role", messages=[{"role": "tool", "content": "x"}]),
+    _chat("messages.0.tool_call_id", messages=[{"role": "tool", "content": "x"}]),
     _chat("messages.0.content", messages=[{"role": "user", "content": None}]),
     _chat("messages.0.content", messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
     _chat("messages.0.name", messages=[{"role": "user", "content": "x", "name": 3}]),
@@ -154,6 +159,19 @@ _PROTOCOL: list[Refused] = [
     _protocol("a wrong key", 401, has_key=False, headers={**_JSON, "authorization": "Bearer wrong"}),
     _protocol("token ids that no text has", 400, b'{"tokens": [-1]}', path="/detokenize", param="tokens.0"),
 ]
+_RESPONSES: list[Refused] = [
+    _response("input", input=3),
+    _response("input", input=[{"role": "user", "content": "x"}] * 1025),
+    _response("input.0.type", input=[{"type": "item_reference", "id": "msg_1"}]),
+    _response("input.0.content", input=[{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
+    _response("input.0.call_id", input=[{"type": "function_call_output", "call_id": "a", "output": "x"}]),
+    _response("text.format.type", text={"format": {"type": "grammar"}}),
+    _response("tools.0", tools=[{"type": "web_search"}]),
+    _response("previous_response_id", previous_response_id="resp_1"),
+    _response("max_output_tokens", code="context_length_exceeded", max_output_tokens=_MAX_LEN),
+    _protocol("embeddings", 404, path="/v1/embeddings", code="unsupported_path"),
+    _protocol("a stored response", 404, b"", path="/v1/responses/resp_1", method="GET", headers={}, code="not_found"),
+]
 _KINDS: list[Refused] = [
     *(_completion(name, **{name: value}) for name, values in _VALUES.items() for value in values),
     _completion("max_tokens", max_tokens=0),
@@ -164,6 +182,7 @@ _KINDS: list[Refused] = [
     _completion("model", model=""),
     *_CONTROLS,
     *_CHATS,
+    *_RESPONSES,
     *_PROTOCOL,
     _completion("max_tokens", code="context_length_exceeded", max_tokens=_MAX_LEN),
     _completion("model", status=404, code="head_not_found", model=f"{_MODEL}@no-such-head"),

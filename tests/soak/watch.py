@@ -59,7 +59,8 @@ class SoakedServer(Server):
         command += ["--kv-cache-gib", f"{cache_bytes / 2**30:.6f}"]
         command += ["--max-body-bytes", str(MAX_BODY_BYTES)]
         command += ["--heads-dir", str(setup.heads_dir)] if setup.heads_dir else []
-        threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_API_KEYS": KEY}
+        threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_INSPECT_KEYS": KEY}
+        threads["RECONTROL_PUBLIC_METRICS"] = "true"
         super().__init__(command, port, env=threads, log=setup.work / "soak-server.log")
         self._process = psutil.Process(self.pid)
 
@@ -77,7 +78,7 @@ class SoakedServer(Server):
         return self._process.num_fds()
 
     def metrics(self) -> Metrics:
-        text = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60).text
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
         return parse_metrics(text)
 
     def health(self) -> int:

@@ -1,4 +1,5 @@
-"""Who may ask for what: every path but a few public ones needs a key, and management needs a key of its own.
+"""Who may ask for what: every path but a few public ones needs a key, and what is the operator's, which is management
+and metrics, needs a key of its own.
 
 The path is the one that routes see, `scope["path"]`; nothing here reads the Host header. With no keys configured the
 server is open, but for management, which then does not exist. Enter at `Gatekeeper`.
@@ -12,22 +13,36 @@ from server.api.gate.context import context_of
 from server.api.gate.keys import KeyRing
 from server.api.gate.limits import Caller, Callers
 from server.api.handlers import error_response
-from server.errors import AuthenticationError, RecontrolError
+from server.errors import AuthenticationError
 
 MANAGEMENT_PREFIX = "/v1/management/"
+METRICS_PATH = "/metrics"
+"""Where little is asked, its sums tell each caller of what another one asked."""
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
 ANONYMOUS = "anonymous"
 _NO_KEY = "This server needs a key: send the header `Authorization: Bearer <key>`."
 _WRONG_KEY = "The key in the Authorization header does not open this path."
+_OPERATORS_KEY = "This path needs a management key: send the header `Authorization: Bearer <key>`."
 
 
 class Gatekeeper:
-    """Finds the caller, and counts its requests while they run."""
+    """Finds the caller. Its requests are counted behind this (`quota.py`), once they are there as a whole."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing, management_keys: KeyRing, callers: Callers, public_paths: frozenset[str]
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        management_keys: KeyRing,
+        inspect_keys: KeyRing,
+        everyone_inspects: bool,
+        callers: Callers,
+        public_paths: frozenset[str],
     ) -> None:
+        """`keys` hold the `inspect_keys`, whose callers may see more."""
         self._app = app
+        self._inspect_keys = inspect_keys
+        self._everyone_inspects = everyone_inspects
         self._keys = keys
         self._management_keys = management_keys
         self._callers = callers
@@ -39,34 +54,30 @@ class Gatekeeper:
             return
         context = context_of(scope)
         try:
-            context.caller = await self._admitted(scope)
-        except RecontrolError as error:
+            context.caller = self._caller(scope)
+        except AuthenticationError as error:
             await error_response(error, context.request_id)(scope, receive, send)
             return
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            if context.caller is not None:
-                context.caller.end()
+        await self._app(scope, receive, send)
 
-    async def _admitted(self, scope: Scope) -> Caller | None:
-        """The caller, counted in; None where nothing is limited. Raises AuthenticationError, RateLimitError."""
+    def _caller(self, scope: Scope) -> Caller | None:
+        """None where nothing is limited. Raises AuthenticationError."""
         context = context_of(scope)
         context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
-        key_id = self._key_id(scope, self._management_keys if context.is_manager else self._keys)
+        is_operators = context.is_manager or scope["path"] == METRICS_PATH
+        key_id = self._key_id(scope, self._management_keys if is_operators else self._keys)
+        context.may_inspect = self._everyone_inspects or key_id in self._inspect_keys
         context.facts["key"] = key_id
         if context.is_manager or scope["method"] != "POST":
             return None
-        caller = self._callers.get(key_id)
-        await caller.begin()
-        return caller
+        return self._callers.get(key_id)
 
     def _key_id(self, scope: Scope, ring: KeyRing) -> str:
         if not ring and not self._keys:
             return ANONYMOUS
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if not given:
-            raise AuthenticationError(_NO_KEY)
+            raise AuthenticationError(_NO_KEY if ring is self._keys else _OPERATORS_KEY)
         scheme, _, presented = given[0].partition(b" ")
         key_id = ring.find(presented.strip(b" ")) if scheme.lower() == b"bearer" and len(given) == 1 else None
         if key_id is None:

@@ -17,6 +17,10 @@ class RequestContext:
     caller: Caller | None = None
     """Set once the key is known."""
     is_manager: bool = False
+    num_body_bytes: int = 0
+    """Once the body is there, decoded."""
+    may_inspect: bool = False
+    """Whether the caller may see what heads could be read from (inspection.py)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Goes into the access line; add plain values that were checked."""
 

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,10 +26,14 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 class Identity:
-    """Takes the client's request id if it is harmless, else makes one, and puts it on every response."""
+    """Takes the client's request id if it is harmless, else makes one, and puts it on every response.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `count` is told of each response's route, if there is one, and status.
+    """
+
+    def __init__(self, app: ASGIApp, count: Callable[[str | None, int], None]) -> None:
         self._app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +60,7 @@ class Identity:
                 raise
             await JSONResponse(generic_error(error, context.request_id), 500)(scope, receive, send_with_id)
         finally:
+            self._count(getattr(scope.get("route"), "path", None), status)
             _write_line(scope, context, status, time.monotonic() - started_s)
 
 

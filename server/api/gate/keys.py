@@ -48,8 +48,15 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    def __or__(self, other: KeyRing) -> KeyRing:
+        return KeyRing(self._digests | other._digests)
+
     def __and__(self, other: KeyRing) -> KeyRing:
         return KeyRing(self._digests & other._digests)
+
+    def __contains__(self, key_id: str) -> bool:
+        """Whether it has a key of this id, as `find` gives it."""
+        return any(digest.hex()[:_KEY_ID_CHARS] == key_id for digest in self._digests)
 
     def find(self, presented: bytes) -> str | None:
         """The id of the key that was presented, which is the beginning of its digest; None if it is not one of these.

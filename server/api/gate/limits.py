@@ -17,6 +17,8 @@ from typing import Protocol
 from server.errors import InvalidRequestError, RateLimitError
 
 MINUTE_S = 60.0
+BYTES_READ_FOR_A_TOKEN = 64
+"""Reading takes a thousandth of computing, and a token has some four bytes."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -136,6 +138,14 @@ class Caller:
             taken = await self._tokens.take(amount)
         if taken.wait_s:
             raise _rate_error(f"{capacity} tokens a minute", taken.wait_s)
+        return Charge(amount, taken.put_back)
+
+    async def pay_reading(self, num_bytes: int) -> Charge:
+        """Pay for the reading of so many bytes into tokens, before it is done. Raises RateLimitError."""
+        amount = math.floor(min(math.ceil(num_bytes / BYTES_READ_FOR_A_TOKEN), self._tokens.capacity))
+        taken = await self._tokens.take(amount)
+        if taken.wait_s:
+            raise _rate_error(f"{self._tokens.capacity} tokens a minute", taken.wait_s)
         return Charge(amount, taken.put_back)
 
 

@@ -1,5 +1,5 @@
-"""Limits on what a request brings: 431 for its headers, 413 for its body, 415 for a body that is not JSON
-or in an encoding that is not known."""
+"""Limits on what a request brings: 431 for its headers, 413 for its body, 408 for a body that does not come, 415 for
+one that is not JSON or in an encoding that is not known."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.gate.context import context_of
 from server.api.gate.encodings import decoded
 from server.api.handlers import error_response
-from server.errors import BodyTooLargeError, HeadersTooLargeError, MediaTypeError, RecontrolError
+from server.errors import (
+    BodyTooLargeError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+    MediaTypeError,
+    RecontrolError,
+    SlowBodyError,
+)
 
 MAX_HEADER_BYTES = 32 * 1024
+MAX_PARTS = 2**17
 _MAX_LENGTH_DIGITS = 15
 
 
@@ -40,11 +48,15 @@ class HeaderLimit:
 
 
 class BodyLimit:
-    """Answers 413 before a large body is read, or while it is or is decoded; hands a whole, decoded body on."""
+    """Answers 413 before a large body is read, or while it is or is decoded; hands a whole, decoded body on.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    A body has `receive_timeout_s` from its headers on, however it trickles in; then the answer is 408.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, receive_timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._receive_timeout_s = receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,17 +68,37 @@ class BodyLimit:
             await error_response(error, context_of(scope).request_id)(scope, receive, send)
             return
         if body is not None:
+            context_of(scope).num_body_bytes = len(body)
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """None when the client has gone.
 
-        Raises BodyTooLargeError, MediaTypeError, and what `decoded` raises.
+        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, InvalidRequestError for one of too many parts, and what
+        `decoded` raises.
         """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > _MAX_LENGTH_DIGITS or int(length) > self._max_body_bytes:
             raise self._too_large()
+        try:
+            async with asyncio.timeout(self._receive_timeout_s):
+                body = await self._received(receive)
+        except TimeoutError as error:
+            raise SlowBodyError(f"The body was not complete after {self._receive_timeout_s:g} s.") from error
+        if body is None:
+            return None
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if body and media_type != "application/json":
+            raise MediaTypeError("The body must be JSON, with the header `Content-Type: application/json`.")
+        if body and (encoding := ",".join(headers.getlist("content-encoding"))):
+            # In a thread, since it takes as long as the body is large.
+            body = await asyncio.to_thread(decoded, body, encoding, self._max_body_bytes)
+        _refuse_many_parts(body)
+        return body
+
+    async def _received(self, receive: Receive) -> bytes | None:
+        """None when the client has gone. Raises BodyTooLargeError."""
         body = bytearray()
         while True:
             message = await receive()
@@ -76,17 +108,20 @@ class BodyLimit:
             if len(body) > self._max_body_bytes:
                 raise self._too_large()
             if not message.get("more_body"):
-                break
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if body and media_type != "application/json":
-            raise MediaTypeError("The body must be JSON, with the header `Content-Type: application/json`.")
-        if body and (encoding := ",".join(headers.getlist("content-encoding"))):
-            # In a thread, since it takes as long as the body is large.
-            return await asyncio.to_thread(decoded, bytes(body), encoding, self._max_body_bytes)
-        return bytes(body)
+                return bytes(body)
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is larger than {self._max_body_bytes} bytes.")
+
+
+def _refuse_many_parts(body: bytes) -> None:
+    """Python takes a second to make a million lists, and holds up everything meanwhile. Raises InvalidRequestError."""
+    if body.count(b"[") + body.count(b"{") <= MAX_PARTS:
+        return
+    # Without what stands between quotes, where none begins.
+    between = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
+    if sum(text.count(b"[") + text.count(b"{") for text in between) > MAX_PARTS:
+        raise InvalidRequestError(f"The body has more than {MAX_PARTS} objects and lists.")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

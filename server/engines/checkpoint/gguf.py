@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Container
 from contextlib import suppress
@@ -33,6 +32,7 @@ from server.engines.checkpoint.gguf_header import GgufHeader, read_header
 from server.engines.checkpoint.inspection import one_line, refuse_other_architectures
 from server.engines.checkpoint.json_files import listed
 from server.engines.checkpoint.quiet import quiet_transformers
+from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.engines.checkpoint.weights import refuse_wrong_tensors
 from server.errors import ModelLoadError
 from value_models.files import cache_root
@@ -65,20 +65,14 @@ def gguf_folder(file: Path) -> Path:
     header = read_header(file)
     refuse_gguf(header)
     root = cache_root() / "models" / "gguf"
-    try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ModelLoadError(
-            f"The cache for converted models cannot be made: {error}. Set RECONTROL_CACHE_DIR."
-        ) from error
+    own_folder(root, mode=0o700)
     path = file.resolve()
     folder = root / f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
     facts = path.stat()
     source = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "version": _VERSION,
               "transformers": transformers.__version__}  # fmt: skip
-    _refuse_strangers(root)
     if folder.is_dir():
-        _refuse_strangers(folder)
+        refuse_strangers(folder)
     # A cache that can only be read does, when the file is in it.
     if not _is_from(folder, source):
         with FileLock(root / f"{folder.name}.lock"):
@@ -186,16 +180,6 @@ def _is_from(folder: Path, source: dict[str, Any]) -> bool:
     with suppress(OSError, ValueError):
         return json.loads((folder / _SOURCE).read_text()) == source
     return False
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """Raises ModelLoadError for a folder of the cache that another user owns or may write into."""
-    facts = folder.lstat()
-    if facts.st_uid not in (0, os.getuid()) or stat.S_ISLNK(facts.st_mode) or facts.st_mode & 0o022:
-        raise ModelLoadError(
-            f"{folder} is another user's, or others may write there, so the models in it are not trusted. Remove it, "
-            "or set RECONTROL_CACHE_DIR."
-        )
 
 
 def _stored_dtype(header: GgufHeader) -> torch.dtype:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
 from value_models.files import cache_root
@@ -70,8 +71,9 @@ def packaged_model_folder(packaged: PackagedModel) -> Path:
     root = cache_root() / "models"
     folder = root / f"{packaged.name}-{packaged.version}"
     if (folder / "config.json").is_file():
+        refuse_strangers(folder)
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    own_folder(root, mode=0o755)
     with FileLock(root / f"{folder.name}.lock"):
         if not (folder / "config.json").is_file():
             _convert(packaged, folder)

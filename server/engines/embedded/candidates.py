@@ -7,7 +7,9 @@
 A candidate is compared by the state behind its last token, which has to be computed first; the step that does so draws
 the next block's first tokens as well. Candidates for a block hold their rows at once and lose their pages together: a
 leader that gives way drops them, and later they draw the same tokens anew. Candidates for a whole response run as rows
-become free. One that breaks the guardrail is kept only when all do.
+become free. One that breaks the guardrail is kept only when all do. Where control does not act, a choice that is
+searched for goes on by itself, as without search. Where the server pins heads, a caller's search keeps none that those
+score lower than what there would be without it.
 
 Knows nothing of models: it is told scores. Enter at `with_candidates` and `Candidates.settle`.
 
@@ -24,7 +26,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from server.control.params import ControlParams
+from server.control.params import ControlParams, UnderPinned
 from server.engines.embedded.model.pages import num_pages_for
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
@@ -99,7 +101,7 @@ class Candidates:
         return [(sequence, hidden_D) for sequence, hidden_D in drawing if sequence.leader is None or sequence.pages]
 
     def _settle(self, sequence: Sequence, hidden_D: Tensor) -> Rows:
-        if sequence.candidates:
+        if sequence.candidates and sequence.is_controlled:
             return self._begin(sequence, hidden_D)
         trial, leader = sequence.trial, sequence.leader
         if trial is None:
@@ -152,7 +154,7 @@ class Candidates:
             return []
         leader.emit(chunks[-1])
         assert trial.hidden_D is not None
-        return self._begin(leader, trial.hidden_D)
+        return self._settle(leader, trial.hidden_D)
 
     def _end(self, member: Sequence, trial: Trial) -> None:
         """Free a whole response; when it is the last, tell of the best."""
@@ -168,18 +170,35 @@ class Candidates:
             return [0]
         control = candidates[0].request.control
         assert control is not None
-        states = [hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None]
-        scores = self._score(torch.stack(states), control).tolist()
+        states_CD = torch.stack([hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None])
+        scores = self._score(states_CD, control).tolist()
+        if isinstance(control, UnderPinned):
+            num_kept = 1 if candidates[0].leader is not None else candidates[0].request.num_choices
+            allowed = _not_taken_back(self._score(states_CD, control.pinned).tolist(), num_kept)
+            scores = [
+                score if is_allowed else pinned for score, (is_allowed, pinned) in zip(scores, allowed, strict=True)
+            ]
+        else:
+            allowed = [(True, 0.0)] * len(scores)
 
-        def rank(place: int) -> tuple[bool, bool, float]:
+        def rank(place: int) -> tuple[bool, bool, bool, float]:
             is_nan = scores[place] != scores[place]
             return (
                 candidates[place].own_trial.reason is FinishReason.GUARDRAIL,
+                not allowed[place][0],
                 is_nan,
                 0.0 if is_nan else -scores[place],
             )
 
         return sorted(range(len(candidates)), key=rank)
+
+
+def _not_taken_back(pinned: list[float], num_kept: int) -> list[tuple[bool, float]]:
+    """Which candidates may win by a caller's objective where the server pins heads, with the pinned objective of each:
+    those that it scores no lower than any that there would be without a search, which come first. The rest follow by
+    that objective, so that what is kept is by its mean no worse than without."""
+    bar = max(pinned[:num_kept])
+    return [(score >= bar, score) for score in pinned]
 
 
 def _candidate(leader: Sequence, number: int) -> Sequence:
@@ -206,4 +225,5 @@ def _is_at_end(candidate: Sequence, trial: Trial) -> bool:
     leader, search = candidate.leader, candidate.request.search
     if leader is None or search is None:
         return False
-    return len(candidate.token_ids) - len(leader.token_ids) >= search.block_tokens
+    # A block ends where control does.
+    return not candidate.is_controlled or len(candidate.token_ids) - len(leader.token_ids) >= search.block_tokens

@@ -32,11 +32,13 @@ from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
+from server.engines.embedded.reasoned_structure import check_structure
 from server.engines.embedded.reports import Scores, edits_by_row
 from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.structure import constrained
+from server.engines.embedded.structure import CompiledSchema, constrained
+from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
 from server.errors import ContextLengthError
@@ -60,6 +62,7 @@ class EngineCore:
         kv_cache_high_water: float | None = None,
         has_prefix_cache: bool = True,
         bits: Bits = 16,
+        output_format: OutputFormat | None = None,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -92,6 +95,7 @@ class EngineCore:
         )
         self.page_pool.high_water = high_water_pages(kv_cache_high_water, self.runner.kv.num_pages, loaded.model.device)
         self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
+        self._markup = None if output_format is None else Markup(output_format, self._vocabulary)
         self._scores = Scores(self.lm_head, self._vocabulary)
         self._candidates = Candidates(
             self._scheduler,
@@ -102,6 +106,8 @@ class EngineCore:
         )
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
+        self._is_controlled: list[bool] = []
+        """Of the plan's rows, on whose tokens control acts."""
 
     @property
     def lm_head(self) -> LMHead:
@@ -122,6 +128,10 @@ class EngineCore:
             num_running=scheduler.num_rows,
             num_waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.num_held / (scheduler.pool.num_pages - 1),
+            num_preemptions=scheduler.num_preemptions,
+            num_cache_queries=scheduler.num_cache_queries,
+            num_cache_hits=scheduler.num_cache_hits,
+            num_cache_evictions=scheduler.pool.num_evicted,
         )
 
     def use(self, registry: HeadRegistry) -> None:
@@ -136,6 +146,9 @@ class EngineCore:
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
         check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        check_structure(request, self._markup)
+        if isinstance(request.structure, CompiledSchema):
+            request.structure.check_copies(request.num_sequences, param=request.sequences_param)
         check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
 
     def sequences(
@@ -148,6 +161,7 @@ class EngineCore:
             emit=emit,
             observer=self._observer,
             eos_token_ids=self._eos_token_ids,
+            markup=self._markup,
             keep_states=keep_states,
         )
         return with_candidates(choices)
@@ -233,7 +247,7 @@ class EngineCore:
         """Edit, draw a token for each row, and hand it on."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
-        drawn_BV = constrained(drawn_BV, [s.matcher for s in rows])
+        drawn_BV = constrained(drawn_BV, [s.held_to for s in rows])
         tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         numbers = edits_by_row(stats)
@@ -249,10 +263,11 @@ class EngineCore:
                 self._grow(sequence, token_id, logprobs.get(i), numbers.get(i), now_s)
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
-        if rows != self._plan_rows:
-            controls = [sequence.request.control for sequence in rows]
+        is_controlled = [sequence.is_controlled for sequence in rows]
+        if rows != self._plan_rows or is_controlled != self._is_controlled:
+            controls = [s.request.control if acts else None for s, acts in zip(rows, is_controlled, strict=True)]
             self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
-            self._plan_rows = rows
+            self._plan_rows, self._is_controlled = rows, is_controlled
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
         logits_BV, stats = self.editor.logits(hidden_BD, plan)
@@ -267,8 +282,8 @@ class EngineCore:
 
         Raises GenerationError for a token that its schema does not allow.
         """
-        if sequence.matcher is not None:
-            sequence.matcher.advance(token_id)
+        if (mask := sequence.held_to) is not None:
+            mask.advance(token_id)
         chunk = sequence.grow(
             token_id,
             numbers,

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from server.calls.structure import CallStructure
 from server.engines.base import ChunkStream, EngineObserver, EngineStatus, check_heads
 from server.engines.checks import check_is_text
 from server.engines.embedded.core import EngineCore
@@ -80,6 +81,9 @@ class EmbeddedEngine(ModelEngine):
 
     async def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
         return await asyncio.to_thread(self._compiler().compile_choices, choices)
+
+    async def compile_calls(self, structure: CallStructure) -> CompiledSchema:
+        return await asyncio.to_thread(self._compiler().compile_calls, structure)
 
     def _compiler(self) -> SchemaCompiler:
         if self._schemas is None:
@@ -183,6 +187,7 @@ class EmbeddedEngine(ModelEngine):
             kv_cache_high_water=settings.kv_cache_high_water,
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
+            output_format=self._output_format,
             observer=self._observer,
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)

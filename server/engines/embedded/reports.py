@@ -12,8 +12,8 @@ from torch import Tensor
 from server.control.editor import GroupStats
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
-from server.engines.embedded.sequence import Sequence
-from server.engines.text import prompt_with_texts
+from server.engines.embedded.sequence import PromptGroup, Sequence
+from server.engines.text import Detokenizer, as_chosen, with_texts
 from server.engines.vocabulary import Vocabulary
 from server.types import TokenLogprob, TopLogprob
 
@@ -74,16 +74,32 @@ class Scores:
         logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)
         num_top = sequence.request.sampling.logprobs or 0
-        sequence.group.prompt_logprobs += token_logprobs(logits_TV, token_ids_T, num_top)
+        self._add_with_texts(sequence.group, token_logprobs(logits_TV, token_ids_T, num_top))
 
     def take_prompt(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
         """The prompt's log-probabilities with their texts, for whichever choice comes first.
 
-        Raises whatever the tokenizer raises, which concerns the sequence alone.
+        Raises whatever the tokenizer raised, which concerns the sequence alone.
         """
-        if not sequence.request.sampling.prompt_logprobs or not sequence.group.prompt_logprobs:
-            return None
         group = sequence.group
-        taken = prompt_with_texts(group.prompt_logprobs, group.token_ids, self._vocabulary)
+        if not sequence.request.sampling.prompt_logprobs or not group.prompt_logprobs:
+            return None
+        if group.text_error is not None:
+            raise group.text_error
+        taken = tuple(group.prompt_logprobs)
         group.prompt_logprobs.clear()
         return taken
+
+    def _add_with_texts(self, group: PromptGroup, scores: list[TokenLogprob]) -> None:
+        """With each chunk of the prompt, since those of a long one together would hold up everybody's next token."""
+        if len(group.prompt_logprobs) == 1:
+            group.prompt_text = None  # It is computed from the beginning, perhaps again.
+        try:
+            if group.prompt_text is None:
+                group.prompt_text = Detokenizer(self._vocabulary, ())
+                group.prompt_text.add(group.token_ids[0])
+            for score in scores:
+                described = with_texts(score, group.prompt_text)
+                group.prompt_logprobs.append(as_chosen(described, group.prompt_text.add(score.token_id)))
+        except Exception as error:
+            group.text_error = error

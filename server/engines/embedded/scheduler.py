@@ -63,6 +63,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of admission; candidates behind the choice that leads them."""
         self.pool = PagePool(kv.num_pages)
+        self.num_preemptions = self.num_cache_queries = self.num_cache_hits = 0
         self._kv = kv
         self._max_batch_size = max_batch_size
         self._chunk_tokens = chunk_tokens
@@ -203,6 +204,9 @@ class Scheduler:
             self.pool.release(known)
             return False
         self.waiting.remove(sequence)
+        if not sequence.group.residents:
+            self.num_cache_queries += sequence.prompt_len
+            self.num_cache_hits += len(known) * PAGE_TOKENS
         sequence.pages = known + (self.pool.take(missing) or [])
         sequence.num_computed = len(known) * PAGE_TOKENS
         sequence.state, sequence.num_passed = SequenceState.PREFILLING, 0
@@ -284,6 +288,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
         self._evict(sequence)
         if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
             # They come again with the prompt.

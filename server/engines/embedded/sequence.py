@@ -19,8 +19,10 @@ from server.control.state import ControlState
 from server.engines.base import EngineObserver
 from server.engines.choice import Choice
 from server.engines.embedded.logits import LogitRules
+from server.engines.embedded.reasoned_structure import Openers, held_to
 from server.engines.embedded.sampler import RowSampling
-from server.engines.embedded.structure import CompiledSchema, SchemaMatcher
+from server.engines.embedded.structure import CompiledSchema, SchemaMatcher, TokenMask
+from server.engines.segments import Markup, Segment
 from server.engines.text import TextOfTokens
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
 
@@ -41,6 +43,10 @@ class PromptGroup:
     token_ids: list[int]
     last_hidden_D: Tensor | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prompt_text: TextOfTokens | None = None
+    """The text of the tokens whose log-probabilities are there."""
+    text_error: Exception | None = None
+    """What the tokenizer raised of them."""
     token_values: list[list[float]] = field(default_factory=list)
     """Of each position computed, the values of the heads of a request that scores its tokens."""
     residents: list[Sequence] = field(default_factory=list)
@@ -55,7 +61,10 @@ class Sequence(Choice):
     emit: Callable[[GenerationChunk], None]
     row_sampling: RowSampling
     logit_rules: LogitRules | None = None
-    matcher: SchemaMatcher | None = None
+    structure: CompiledSchema | None = None
+    """What its text has to hold."""
+    openers: Openers | None = None
+    """Of one with a structure: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
     state: SequenceState = SequenceState.WAITING
@@ -72,6 +81,7 @@ class Sequence(Choice):
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
+    _matcher: SchemaMatcher | None = None
 
     @classmethod
     def choices(
@@ -82,6 +92,7 @@ class Sequence(Choice):
         emit: Callable[[GenerationChunk], None],
         observer: EngineObserver,
         eos_token_ids: frozenset[int],
+        markup: Markup | None = None,
         keep_states: bool = False,
     ) -> list[Sequence]:
         """The request's choices, or its candidates for them, all waiting. Without a seed, a fresh one is drawn."""
@@ -98,6 +109,7 @@ class Sequence(Choice):
                 detokenizer=make_detokenizer(),
                 eos_token_ids=eos_token_ids,
                 observer=observer,
+                markup=markup,
                 arrival_s=arrival_s,
                 group=group,
                 emit=emit,
@@ -105,7 +117,8 @@ class Sequence(Choice):
                     sampling.temperature, sampling.top_p, sampling.top_k, (seed, index), sampling.min_p
                 ),
                 logit_rules=rules,
-                matcher=None if structure is None else structure.start(),
+                structure=structure,
+                openers=None if structure is None else Openers.of(markup, eos_token_ids),
                 states=[] if keep_states else None,
             )
             for index in range(request.best_of or request.num_choices)
@@ -143,6 +156,13 @@ class Sequence(Choice):
         return self.trial
 
     @property
+    def matcher(self) -> SchemaMatcher | None:
+        """Of a text with a structure. Made when its first token is to be drawn: who waits holds no copy of a schema."""
+        if self._matcher is None and self.structure is not None:
+            self._matcher = self.structure.start()
+        return self._matcher
+
+    @property
     def control_state(self) -> ControlState:
         """What control has to know of it for its next token."""
         return ControlState() if self.totals is None else self.totals.state
@@ -152,10 +172,19 @@ class Sequence(Choice):
         """Tokens of the prompt whose keys and values are in the cache."""
         return min(self.num_computed, self.prompt_len)
 
+    @property
+    def held_to(self) -> TokenMask | None:
+        """What its next token is held to."""
+        if self.matcher is None or self.openers is None:
+            return self.matcher
+        # A call that is forced begins behind reasoning as well.
+        segment = Segment.ANSWER if self.segments is None else self.segments.next
+        return held_to(self.matcher, segment, self.openers)
+
     def go_on_from(self, other: Sequence) -> None:
         """From where another choice or candidate of the request stands, by itself."""
         self.follow(other)
-        self.matcher = None if other.matcher is None else other.matcher.copy()
+        self._matcher = None if other.matcher is None else other.matcher.copy()
 
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
         """A candidate's token comes to the client later, with its block, so it has no pace."""
@@ -189,7 +218,7 @@ class Trial:
         self.chunks.append(replace(chunk, num_drawn=0))
         if chunk.num_drawn and len(self.chunks) > self.num_told:
             self.num_told += 1
-            self.emit(GenerationChunk(index=self.index, num_drawn=1))
+            self.emit(GenerationChunk(index=self.index, segment=chunk.segment, num_drawn=1))
 
 
 @dataclass(slots=True, eq=False)

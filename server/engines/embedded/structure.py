@@ -16,12 +16,14 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from server.calls.structure import CallStructure
+from server.engines.embedded.call_grammar import call_grammar, opening
 from server.engines.embedded.schemas import explained, prepared
 from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _log = logging.getLogger(__name__)
+MAX_COPIED_CHARS = 2**20
 _MAX_MESSAGE_CHARS = 200
 # Between tokens of JSON: nothing, a space, or a new line with its indentation. Models can write whitespace without end.
 _WHITESPACE = r"( |\n {0,32})?"
@@ -60,14 +63,11 @@ class SchemaCompiler:
         schema = prepared(schema)
         from llguidance import LLMatcher, LLParserLimits
 
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                schema, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
-            )
-        except ValueError as error:
-            raise InvalidRequestError(explained(str(error), schema)[:_MAX_MESSAGE_CHARS]) from error
-        matcher = LLMatcher(tables, _without_forcing(grammar), log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, tables, schema)
+        # Text that a schema leaves no choice about would be cut into tokens by the tokenizer, which takes the text of
+        # a special token (a literal "<eos>") for that token; no schema allows those.
+        grammar = f'%llguidance {{"no_forcing": true}}\nstart: %json {_json_rule(schema)}'
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        return self._checked(matcher, schema, tables.tokenize_str('{"'), num_chars=len(schema))
 
     def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
         """Texts that are one of these, to the letter. Raises as `compile` does."""
@@ -77,18 +77,33 @@ class SchemaCompiler:
         literals = " | ".join(json.dumps(choice) for choice in choices)
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: {literals}'
         matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, tables, "{}")
+        return self._checked(matcher, "{}", [], num_chars=len(literals))
 
-    def _checked(self, matcher: LLMatcher, tables: LLTokenizer, schema: str) -> CompiledSchema:
+    def compile_calls(self, structure: CallStructure) -> CompiledSchema:
+        """Texts whose calls of tools hold their schemas. Raises as `compile` does."""
+        tables = self._made_tables()
+        from llguidance import LLMatcher, LLParserLimits
+
+        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        grammar = call_grammar(
+            structure,
+            json_rule=lambda schema: _json_rule(prepared(schema)),
+            special_token_ids={token.content: token_id for token_id, token in added.items() if token.special},
+        )
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        first = self._tokenizer(opening(structure), add_special_tokens=False)["input_ids"]
+        return self._checked(matcher, "{}", first, num_chars=len(grammar))
+
+    def _checked(self, matcher: LLMatcher, schema: str, first: Sequence[int], *, num_chars: int) -> CompiledSchema:
         # What goes wrong with the first tokens goes wrong here, where it can still be told.
         trial = matcher.deep_copy()
-        for token_id in [None, *tables.tokenize_str('{"')]:
+        for token_id in [None, *first]:
             if trial.is_error() or (token_id is not None and not trial.try_consume_tokens([token_id])):
                 break
             trial.compute_bitmask()
         if trial.is_error():
             raise InvalidRequestError(explained(trial.get_error(), schema)[:_MAX_MESSAGE_CHARS])
-        return CompiledSchema(matcher, self._vocab_size)
+        return CompiledSchema(matcher, self._vocab_size, num_chars)
 
     def _made_tables(self) -> LLTokenizer:
         with self._making:
@@ -112,22 +127,35 @@ class SchemaCompiler:
             raise UnsupportedFieldError("this model's tokenizer does not allow it") from error
 
 
-def _without_forcing(grammar: str) -> str:
-    """The grammar of a schema, in llguidance's other notation, which can say so.
+def _json_rule(schema: str) -> str:
+    """A prepared schema as it stands behind `%json`. Raises InvalidRequestError."""
+    from llguidance import LLMatcher
 
-    Otherwise text that a schema leaves no choice about is cut into tokens by the tokenizer, which takes the text of a
-    special token (a literal "<eos>") for that token; no schema allows those.
-    """
-    schema = json.loads(grammar)["grammars"][0]["json_schema"]
-    return f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(schema)}'
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+        )
+    except ValueError as error:
+        raise InvalidRequestError(explained(str(error), schema)[:_MAX_MESSAGE_CHARS]) from error
+    return json.dumps(json.loads(grammar)["grammars"][0]["json_schema"])
 
 
 class CompiledSchema:
-    """A schema, ready for as many texts as there are."""
+    """A schema, ready for as many texts as there are. Of each that runs there is a copy."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, num_chars: int = 0) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._num_chars = num_chars
+
+    def check_copies(self, num_texts: int, *, param: str) -> None:
+        """Raises InvalidRequestError for more texts than the schema may be copied for."""
+        if num_texts * self._num_chars > MAX_COPIED_CHARS:
+            raise InvalidRequestError(
+                f"{param}: {num_texts} texts x {self._num_chars} characters of a schema or choices; a request may ask "
+                f"for {MAX_COPIED_CHARS}",
+                param=param,
+            )
 
     def start(self) -> SchemaMatcher:
         """For a text of its own."""
@@ -139,18 +167,18 @@ class SchemaMatcher:
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
 
     def allowed(self) -> np.ndarray:
         """Which tokens [V] may come next, as bool. Raises GenerationError."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise GenerationError(self._matcher.get_error())
-        return np.unpackbits(allowed, count=self._vocab_size, bitorder="little").view(bool)
+        return np.unpackbits(allowed, count=self.vocab_size, bitorder="little").view(bool)
 
     def copy(self) -> SchemaMatcher:
         """For another way on from here."""
-        return SchemaMatcher(self._matcher.deep_copy(), self._vocab_size)
+        return SchemaMatcher(self._matcher.deep_copy(), self.vocab_size)
 
     def advance(self, token_id: int) -> None:
         """Raises GenerationError for a token that is not allowed."""
@@ -158,7 +186,17 @@ class SchemaMatcher:
             raise GenerationError(self._matcher.get_error())
 
 
-def constrained(logits_BV: Tensor, matchers: Sequence[SchemaMatcher | None]) -> Tensor:
+class TokenMask(Protocol):
+    """What says which token may come next, and hears which one came."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens [V], as bool. Raises GenerationError."""
+        ...
+
+    def advance(self, token_id: int) -> None: ...
+
+
+def constrained(logits_BV: Tensor, matchers: Sequence[TokenMask | None]) -> Tensor:
     """Logits [B, V] with -inf for what a row's schema does not allow, all NaN in a row whose matcher fails.
 
     Where no row has a schema these are the ones passed in, which are never changed.

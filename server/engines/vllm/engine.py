@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.calls.structure import CallStructure
 from server.engines.base import ChunkStream, EngineObserver, EngineStatus, NullObserver
 from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checks import check_request
@@ -74,7 +75,13 @@ class VllmEngine(ModelEngine):
         num_open = len(self._choices)
         waiting = min(self._last_status.num_waiting, num_open)
         usage = self._last_status.kv_cache_usage if num_open else 0.0
-        return EngineStatus(is_running, num_running=num_open - waiting, num_waiting=waiting, kv_cache_usage=usage)
+        return replace(
+            self._last_status,
+            is_running=is_running,
+            num_running=num_open - waiting,
+            num_waiting=waiting,
+            kv_cache_usage=usage,
+        )
 
     async def compile_schema(self, schema: str) -> object:
         """Refuses every schema."""
@@ -85,6 +92,11 @@ class VllmEngine(ModelEngine):
         """Refuses all."""
         del choices
         raise UnsupportedFieldError("the vLLM engine does not hold texts to choices")
+
+    async def compile_calls(self, structure: CallStructure) -> object:
+        """Refuses all."""
+        del structure
+        raise UnsupportedFieldError("the vLLM engine does not hold calls to a schema; tool_choice auto is served")
 
     def generate(self, request: GenerationRequest) -> ChunkStream:
         """See `Engine.generate`. Must be called from a running event loop."""
@@ -198,6 +210,7 @@ class VllmEngine(ModelEngine):
             detokenizer=Detokenizer(self._vocabulary, request.prompt_token_ids),
             eos_token_ids=self._files.eos_token_ids,
             observer=self._observer,
+            markup=self._markup,
             # Ids of requests come from clients, and two may be the same.
             choice_id=f"recontrol-{next(self._ids)}",
         )
@@ -226,7 +239,10 @@ class VllmEngine(ModelEngine):
         )
 
         request = choice.request
-        extra_args = None if request.control is None else control_args(request.control, choice.choice_id)
+        extra_args = None
+        if request.control is not None:
+            opening = None if request.control.phase == "both" else request.opening
+            extra_args = control_args(request.control, choice.choice_id, opening)
         sampling = SamplingParams(
             **vllm_sampling(request, choice.index, choice.end_token_ids),
             extra_args=extra_args,

@@ -21,10 +21,14 @@ from server.machine import memory_limit_bytes
 from server.settings import Settings
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
+_NO_REPORTS = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: Callable[[EngineStatus], None]) -> Any:
     """A started AsyncLLM; takes a minute or more. Raises ConfigurationError, ModelLoadError."""
+    # Before vLLM is imported: unless an operator says otherwise, nothing is reported to its makers, or to Ray's.
+    for name, value in _NO_REPORTS.items():
+        os.environ.setdefault(name, value)
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
@@ -42,12 +46,28 @@ def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: 
         raise ConfigurationError(f"device: this vLLM was built for {current_platform.device_name}; leave device out")
 
     class StatusLogger(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+            self._num_preemptions = self._num_queries = self._num_hits = 0
 
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            if scheduler_stats is not None:
-                waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
-                on_status(EngineStatus(True, scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage))
+        def record(self, scheduler_stats: Any, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
+            # What follows is told of a step, and not since the start.
+            self._num_preemptions += getattr(iteration_stats, "num_preempted_reqs", 0)
+            if scheduler_stats is None:
+                return
+            cache = getattr(scheduler_stats, "prefix_cache_stats", None)
+            self._num_queries += getattr(cache, "queries", 0)
+            self._num_hits += getattr(cache, "hits", 0)
+            status = EngineStatus(
+                is_running=True,
+                num_running=scheduler_stats.num_running_reqs,
+                num_waiting=scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0),
+                kv_cache_usage=scheduler_stats.kv_cache_usage,
+                num_preemptions=self._num_preemptions,
+                num_cache_queries=self._num_queries,
+                num_cache_hits=self._num_hits,
+            )
+            on_status(status)
 
         def log_engine_initialized(self) -> None: ...
 
@@ -95,6 +115,7 @@ def engine_arguments(settings: Settings, files: ModelFiles, heads: HeadSource, d
                 "identity": heads.identity,
                 "skip_mismatched": heads.skip_mismatched,
                 "allow_other_base": heads.allow_other_base,
+                "reasoning_format": settings.reasoning_format,
             }
         },
     }

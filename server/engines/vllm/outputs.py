@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.engines.choice import Choice
@@ -37,7 +37,7 @@ class VllmChoice(Choice):
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
     ) -> GenerationChunk:
         """The chunk of one more token, the last one when the choice ends there."""
-        numbers = self.edits.popleft() if self.edits else None
+        numbers = self.edits.popleft() if self.edits and self.is_controlled else None
         chunk = self.grow(token_id, numbers, logprob=logprob, prompt_logprobs=prompt_logprobs)
         self.observe_token(chunk.edit, time.monotonic())
         return chunk if chunk.finish_reason is None else self._finished(chunk.finish_reason, chunk)
@@ -46,8 +46,8 @@ class VllmChoice(Choice):
         self, reason: FinishReason, prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     ) -> GenerationChunk:
         """The last chunk, without a token."""
-        text = "" if reason is FinishReason.ERROR else self.rest_of_text()
-        return self._finished(reason, GenerationChunk(index=self.index, text=text, prompt_logprobs=prompt_logprobs))
+        chunk = GenerationChunk(index=self.index) if reason is FinishReason.ERROR else self.rest()
+        return self._finished(reason, replace(chunk, prompt_logprobs=prompt_logprobs))
 
     def _finished(self, reason: FinishReason, chunk: GenerationChunk) -> GenerationChunk:
         assert not self.is_finished

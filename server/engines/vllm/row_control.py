@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from server.control.editor import GroupStats, StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from server.control.state import ControlState
+from server.control.state import ControlState, Segment
+from server.engines.vllm.phases import FollowedParts, PartsReader
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import parse_control
+from server.engines.vllm.wire import parse_control, parse_opening
 from server.errors import InvalidRequestError, UnknownHeadError
 
 _log = logging.getLogger(__name__)
@@ -46,15 +47,30 @@ class _Request:
     prompt_len: int
     fault: str | None = None
     """Why it cannot be controlled; it ends with an error then."""
+    parts: FollowedParts | None = None
+    """Of a response of which control acts on a part."""
     states: list[ControlState] = field(default_factory=lambda: [ControlState()])
-    """What control has to know before the token of each place, for those that have to know anything."""
+    """What control has to know before each token on which it acts, for those that have to know anything."""
 
     @property
     def remembers(self) -> bool:
         control = self.control
         return control is not None and (control.gate is not None or control.max_response_kl is not None)
 
+    def acting(self, position: int) -> ControlParams | None:
+        """The control of the token of this place, if any acts on it."""
+        control = self.control
+        if control is None or control.phase == "both":
+            return control
+        acts = control.acts_on(Segment.ANSWER) if self.parts is None else self.parts.is_controlled(control, position)
+        return control if acts else None
+
+    def count_at(self, position: int) -> int:
+        """Tokens before this place on which control acts."""
+        return position if self.parts is None else self.parts.num_controlled(position)
+
     def state_at(self, position: int) -> ControlState:
+        position = self.count_at(position)
         if not self.remembers:
             return ControlState(position)
         known = self.states[min(position, len(self.states) - 1)]
@@ -64,8 +80,9 @@ class _Request:
         kl, shift_ratio, _, _, is_gate_open = numbers[-5:]
         before = self.state_at(position)
         spent = before.nats_spent + kl + (ROUNDING_NATS if shift_ratio > 0 else 0.0)
-        del self.states[position + 1 :]
-        self.states.append(ControlState(position + 1, spent, bool(is_gate_open)))
+        count = self.count_at(position)
+        del self.states[count + 1 :]
+        self.states.append(ControlState(count + 1, spent, bool(is_gate_open)))
 
 
 class StepReport:
@@ -80,6 +97,8 @@ class StepReport:
         faults: Mapping[str, str] | None = None,
         warnings: Mapping[str, str] | None = None,
     ) -> None:
+        self.drawn: Callable[[], Mapping[str, int]] | None = None
+        """Waits for the step's tokens, by request id."""
         self._rows = rows
         self._edit_s = edit_s
         self._faults = dict(faults or {})
@@ -119,8 +138,10 @@ class StepReport:
 class RowControl:
     """One for each process that computes logits; used from vLLM's worker thread only."""
 
-    def __init__(self, registry: HeadRegistry, unembedding: VllmUnembedding) -> None:
+    def __init__(self, registry: HeadRegistry, unembedding: VllmUnembedding, parts: PartsReader | None = None) -> None:
+        """`parts` is for requests whose control acts on a part of their response."""
         self.registry = registry
+        self._parts = parts
         self._unembedding = unembedding
         self._editor = StateEditor(unembedding)
         self._requests: dict[str, _Request] = {}
@@ -139,16 +160,18 @@ class RowControl:
         if request_id in self._requests:
             self._requests[request_id].prompt_len = prompt_len
             return
-        control, fault = None, None
+        control, fault, parts = None, None, None
         try:
             control = parse_control(extra_args)
             if control is not None:
                 self.registry.check(control.head_names)
+                opening = parse_opening(extra_args)
+                parts = None if opening is None or self._parts is None else self._parts.start(opening)
         except (InvalidRequestError, UnknownHeadError) as error:
             # A server in front must refuse these; one that has not must not be able to stop the worker.
             control, fault = None, str(error)
         if control is not None or fault is not None:
-            self._requests[request_id] = _Request(control, prompt_len, fault)
+            self._requests[request_id] = _Request(control, prompt_len, fault, parts)
 
     def remove(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -167,7 +190,7 @@ class RowControl:
         """Logits [B, V] float32 of a step's rows, of which those with a `Row` are controlled."""
         assert len(hidden_BD) == len(rows), "a row of vLLM's batch has more than one state"
         self._learn_from_last_step()
-        controls = [None if row is None else self._requests[row.request_id].control for row in rows]
+        controls = [None if row is None else self._acting(row) for row in rows]
         started_s = time.perf_counter()
         logits_BV, stats = self._edited(hidden_BD, rows, controls)
         edit_s = time.perf_counter() - started_s
@@ -184,6 +207,15 @@ class RowControl:
         """Of the step whose logits were computed last, once."""
         is_new, self._is_report_taken = not self._is_report_taken, True
         return self._report if is_new else None
+
+    def _acting(self, row: Row) -> ControlParams | None:
+        request = self._requests[row.request_id]
+        try:
+            return request.acting(row.position)
+        except IndexError:
+            _log.error("The token before place %d of request %s is not known", row.position, row.request_id)
+            request.fault = _FAILED
+            return None
 
     def _edited(
         self, hidden_BD: Tensor, rows: Sequence[Row | None], controls: list[ControlParams | None]
@@ -212,10 +244,27 @@ class RowControl:
         return self._requests[row.request_id].state_at(row.position)
 
     def _learn_from_last_step(self) -> None:
-        """Wait for the last step's edits only where gate or response budget must know of them."""
+        """Wait for the last step's edits only where gate or response budget must know of them, and for its tokens where
+        control acts on a part of a response."""
         report, self._report = self._report, None
         if report is None:
             return
+        self._learn_edits(report)
+        # After the edits, which belong to what was known then.
+        followed = {name: position for name, position in report.positions().items() if self._is_followed(name)}
+        if followed and report.drawn is not None:
+            tokens = report.drawn()
+            for name, position in followed.items():
+                request = self._requests[name]
+                assert request.control is not None
+                assert request.parts is not None
+                if name in tokens:
+                    request.parts.hear(request.control, position, tokens[name])
+
+    def _is_followed(self, name: str) -> bool:
+        return name in self._requests and self._requests[name].parts is not None
+
+    def _learn_edits(self, report: StepReport) -> None:
         waiting = {
             name: position
             for name, position in report.positions().items()

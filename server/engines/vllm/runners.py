@@ -9,6 +9,7 @@ vLLM is written down in tests/engines/vllm/test_signatures.py. Imports no vLLM. 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,9 +65,12 @@ class _ControlledRunner:
         if report is None or output is None:
             return output
         if hasattr(output, "get_output"):
-            get_output = output.get_output
-            output.get_output = lambda: _attach(get_output(), report)
+            # It is vLLM's to ask for once; control may have to know the tokens before vLLM asks.
+            whole = _Once(output.get_output)
+            output.get_output = lambda: _attach(whole(), report)
+            report.drawn = lambda: _tokens(whole())
             return output
+        report.drawn = lambda: _tokens(output)
         return _attach(output, report)
 
 
@@ -133,6 +137,27 @@ def adapter_for(runner: Any, *, is_v2: bool) -> type:
     own = type(runner)
     adapter = ControlledRunnerV2 if is_v2 else ControlledRunnerV1
     return type(f"Controlled{own.__name__}", (adapter, own), {})
+
+
+class _Once:
+    """What is asked for once, from whatever thread, and then kept."""
+
+    def __init__(self, get: Callable[[], Any]) -> None:
+        self._get: Callable[[], Any] | None = get
+        self._got: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Any:
+        with self._lock:
+            if self._get is not None:
+                self._got, self._get = self._get(), None
+            return self._got
+
+
+def _tokens(output: Any) -> dict[str, int]:
+    """Request id -> the token that it got, if it got one."""
+    pairs = zip(output.req_ids, output.sampled_token_ids, strict=False)
+    return {name: token_ids[-1] for name, token_ids in pairs if token_ids}
 
 
 def _attach(output: Any, report: StepReport) -> Any:

@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from server.errors import UnsupportedFieldError
 from server.types import GenerationRequest
 
-REQUEST_FIELDS = frozenset({"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt"})
+REQUEST_FIELDS = frozenset(
+    {"request_id", "prompt_token_ids", "sampling", "control", "num_choices", "cache_salt", "opening", "calls"}
+)
 SAMPLING_FIELDS = frozenset(
     {
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop", "stop_token_ids",
@@ -26,8 +28,8 @@ SAMPLING_FIELDS = frozenset(
 )  # fmt: skip
 CONTROL_FIELDS = frozenset(
     {
-        "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "gate", "window", "schedule",
-        "stop_below", "trace",
+        "objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "phase", "gate", "window",
+        "schedule", "stop_below", "trace", "in_calls", "pinned",
     }
 )  # fmt: skip
 OBJECTIVES = frozenset({"weighted_sum", "worst_case", "target", "floor"})
@@ -44,6 +46,9 @@ def check_served(request: GenerationRequest) -> None:
         _check_fields(request.control, CONTROL_FIELDS, "control.")
         if request.control.objective.type not in OBJECTIVES:
             _refuse("control.objective.type", "an objective that needs more than the state behind a token")
+        if request.calls is not None and not request.control.in_calls:
+            # Its workers draw tokens before this side reads them.
+            _refuse("control.in_calls", "control that leaves calls of tools alone; with true it acts in them too")
 
 
 def vllm_sampling(request: GenerationRequest, index: int, end_token_ids: Collection[int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # pyright: i
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from server.engines.vllm.wire import CONTROL_KEY, HEADS_DIR_VARIABLE, ID_KEY, parse_control
+from server.engines.vllm.wire import CONTROL_KEY, HEADS_DIR_VARIABLE, ID_KEY, OPENING_KEY, parse_control
 from server.errors import InvalidRequestError, RecontrolError, UnknownHeadError
 from value_models.store import CARD_FILE
 
@@ -52,8 +52,9 @@ class ControlValidator(LogitsProcessorV1, LogitsProcessorV2):
 
 def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     """Raises InvalidRequestError or UnknownHeadError for what a plain vLLM server with control cannot do."""
-    if ID_KEY in extra_args:
-        raise InvalidRequestError(f"{ID_KEY}: is for this program's own server")
+    for key in (ID_KEY, OPENING_KEY):
+        if key in extra_args:
+            raise InvalidRequestError(f"{key}: is for this program's own server")
     control = parse_control(extra_args)
     if control is None:
         return
@@ -61,6 +62,10 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     for field, why in own.items():
         if getattr(control, field):
             raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")
+    if control.phase != "both":
+        raise InvalidRequestError(
+            f"{CONTROL_KEY}: phase: vLLM's own server tells no parts of a response apart; use `recontrol serve`"
+        )
     heads = [card.parent.name for card in heads_dir.glob(f"*/{CARD_FILE}")]
     for name in control.head_names:
         if name not in heads:

@@ -17,6 +17,7 @@ from server.control.registry import HeadRegistry
 from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.heads import HeadSource, with_head, without_head
 from server.engines.vllm.limits import check_config, own_config
+from server.engines.vllm.phases import PartsReader
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.unembedding import VllmUnembedding
@@ -56,7 +57,10 @@ class ControlWorker(_Worker):
         unembedding = VllmUnembedding.of(
             model.compute_logits, model, model_config.get_hidden_size(), model_config.dtype, self.device
         )
-        self.model_runner.install_control(RowControl(registry, unembedding), model)
+        parts = None
+        if "reasoning_format" in config:
+            parts = PartsReader.of(ModelFiles.find(model_config.model).tokenizer, config["reasoning_format"])
+        self.model_runner.install_control(RowControl(registry, unembedding, parts), model)
 
     def recontrol_read_head(self, name: str, expected_card: dict[str, Any]) -> str | None:
         """Read a head's files, for `recontrol_use_head`. Why that cannot be, in words; None when it is done."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tool_calls
 from benchmarks.speed import report
 from tests.soak.command import soak_table
 
@@ -17,6 +18,8 @@ RESULTS = sorted(Path("benchmarks/results").glob("*.json"))
 
 def sections(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text())
+    if "arms" in result:
+        return {"bench-tool-calls": tool_calls.table(result)}
     return report.named({"soak": soak_table(result)}, result) if "soak" in result else report.sections(result)
 
 

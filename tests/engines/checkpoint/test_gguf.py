@@ -21,6 +21,7 @@ from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.packaged import PACKAGED_MODELS, packaged_model_folder
 from server.engines.embedded.model.loader import load_model
 from server.errors import ModelLoadError
+from server.settings import DEFAULT_MODEL
 from tests.conftest import CONFIGS
 from tests.engines.checkpoint.gguf_files import TEMPLATE, random_model, write_gguf
 
@@ -167,6 +168,25 @@ def test_what_others_may_write_is_not_trusted(llama: Any, tmp_path: Path, cache:
     folder.chmod(0o777)
     with pytest.raises(ModelLoadError, match="not trusted"):
         loaded(path)
+    folder.chmod(0o755)
+    (folder / "config.json").chmod(0o664)
+    with pytest.raises(ModelLoadError, match=r"config\.json is another user's, or others may write"):
+        loaded(path)
+
+
+def test_a_packaged_models_folder_that_others_may_write_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    packaged = PACKAGED_MODELS[DEFAULT_MODEL]
+    folder = tmp_path / "models" / f"{packaged.name}-{packaged.version}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch(0o644)
+    folder.chmod(0o755)
+    assert packaged_model_folder(packaged) == folder
+    folder.chmod(0o777)
+    with pytest.raises(ModelLoadError, match="not trusted"):
+        packaged_model_folder(packaged)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16", "BF16"])

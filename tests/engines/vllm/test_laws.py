@@ -21,12 +21,13 @@ from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
+from server.engines.segments import OutputFormat, Segment
 from server.engines.vllm.engine import VllmEngine
 from server.engines.vllm.sampling import vllm_sampling
 from server.engines.vllm.wire import CONTROL_KEY
 from server.errors import UnknownHeadError, UnsupportedFieldError
 from server.settings import Settings
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest, Opening, SamplingParams
 from tests.conftest import Collected, control, run
 from value_models.heads import ValueHead
 
@@ -62,6 +63,13 @@ CONTROLS: dict[str, ControlParams | None] = {
             "schedule": {"type": "linear", "tokens": 12},
         }
     ),
+}
+
+
+PHASES = {
+    "answer": control({"positive": 1.0}, step_size=2.0, phase="answer"),
+    "answer within limits": control({"plain": 1.0}, phase="answer", max_response_kl=0.4, window={"start": 2}),
+    "reasoning": control({"positive": 1.0}, step_size=2.0, phase="reasoning"),
 }
 
 
@@ -138,7 +146,9 @@ def core(vllm_settings: Settings, heads: dict[str, ValueHead]) -> EngineCore:
     """The embedded engine on the same model and heads."""
     named = {"positive": heads["good"], "plain": heads["line"], "deep": heads["deep"]}
     loaded = load_model(vllm_settings.model, device="cpu", dtype="float32")
-    return EngineCore(loaded, HeadRegistry(named), max_batch_size=8)
+    return EngineCore(
+        loaded, HeadRegistry(named), max_batch_size=8, output_format=OutputFormat.of(loaded.tokenizer, "auto")
+    )
 
 
 def by_plain_vllm(plain_vllm: Any, asked: list[GenerationRequest]) -> list[Any]:
@@ -189,6 +199,27 @@ async def test_control_is_that_of_the_embedded_engine(engine: VllmEngine, core: 
         if summary is not None and other is not None:
             assert summary.mean_kl == pytest.approx(other.mean_kl, abs=tolerance, rel=tolerance)
             assert summary.held_share == other.held_share
+
+
+@pytest.mark.parametrize("name", PHASES)
+async def test_control_of_a_part_of_a_response_is_that_of_the_embedded_engine(
+    engine: VllmEngine, core: EngineCore, name: str
+) -> None:
+    asked = [
+        replace(request(seed, length=3 + 7 * seed), control=PHASES[name], opening=opening)
+        for seed, opening in enumerate([Opening.REASONING, Opening.EITHER, Opening.REASONING, Opening.ANSWER])
+    ]
+    expected = run(core, asked)
+    parts: set[tuple[Segment, bool]] = set()
+    for one, mine in zip(asked, await collect_all(engine, asked), strict=True):
+        theirs = expected[one.request_id, 0]
+        assert_same_response(mine, theirs)
+        assert [chunk.segment for chunk in mine.chunks] == [chunk.segment for chunk in theirs.chunks]
+        parts |= {(chunk.segment, chunk.edit is not None) for chunk in mine.chunks}
+    acting = Segment.ANSWER if name.startswith("answer") else Segment.REASONING
+    assert {(acting, True)} <= parts
+    assert all(segment is acting for segment, is_edited in parts if is_edited)
+    assert {segment for segment, _ in parts} == {Segment.ANSWER, Segment.REASONING}
 
 
 async def test_under_load_every_token_comes_with_its_own_edit(engine: VllmEngine, core: EngineCore) -> None:

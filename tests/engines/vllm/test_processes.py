@@ -268,6 +268,7 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
         ({"objective": {"weights": {"positive": 1.0}}, "steps": -1}, "steps"),
         ({**STRONG, "stop_below": {"positive": 0.0}}, "stop_below"),
         ({**STRONG, "trace": True}, "trace"),
+        ({**STRONG, "phase": "answer"}, "phase"),
         ({**STRONG, "search": {"type": "blocks"}}, "search"),
         (7, "recontrol"),
     ],

@@ -18,7 +18,7 @@ from server.engines.edits import token_edit
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.vllm.row_control import Row, RowControl
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import CONTROL_KEY, control_args
+from server.engines.vllm.wire import CONTROL_KEY, OPENING_KEY, control_args
 from server.errors import ModelLoadError
 from tests.conftest import HIDDEN, VOCAB, control, edited_states
 from value_models.heads import ValueHead
@@ -201,14 +201,17 @@ def test_bad_control_and_unknown_heads_are_told_and_touch_nobody(registry: HeadR
     row_control.add("bad", {CONTROL_KEY: '{"objective": 7}'}, prompt_len=5)
     row_control.add("unknown", control_args(control({"nobody": 1.0}), "c"), prompt_len=5)
     row_control.add("fine", control_args(GOOD, "d"), prompt_len=5)
-    logits_BV = row_control.logits(states(3), [row_control.row(name, 5) for name in ("bad", "unknown", "fine")])
-    assert logits_BV[:2].equal(model.compute_logits(states(3))[:2])
+    row_control.add("begins", {**control_args(GOOD, "e"), OPENING_KEY: "nowhere"}, prompt_len=5)
+    names = ("bad", "unknown", "begins", "fine")
+    logits_BV = row_control.logits(states(4), [row_control.row(name, 5) for name in names])
+    assert logits_BV[:3].equal(model.compute_logits(states(4))[:3])
     report = row_control.take_report()
     assert report is not None
     data = report.as_plain_data()
     assert list(data["edits"]) == ["fine"]
     assert "objective" in data["faults"]["bad"]
     assert "nobody" in data["faults"]["unknown"]
+    assert "recontrol_opening: must be one of reasoning, answer, either" in data["faults"]["begins"]
 
 
 def test_a_head_that_goes_while_its_request_runs_ends_that_request_and_no_other(registry: HeadRegistry) -> None:

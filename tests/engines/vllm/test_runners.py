@@ -16,14 +16,20 @@ from torch import Tensor
 
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
+from server.engines.segments import Markup, OutputFormat
+from server.engines.vllm.phases import PartsReader
 from server.engines.vllm.row_control import RowControl
 from server.engines.vllm.runners import adapter_for
 from server.engines.vllm.wire import REPORT_KEY, control_args
-from tests.conftest import HIDDEN, VOCAB, control
+from server.engines.vocabulary import Vocabulary
+from server.types import Opening
+from tests.conftest import HIDDEN, VOCAB, byte_tokenizer, control
 from tests.engines.vllm.test_row_control import Model, unembedding_of
 from value_models.heads import ValueHead
 
 GOOD = control({"good": 1.0}, step_size=2.0)
+TOKEN = 70
+"""What every request draws."""
 BUDGETED = control({"good": 1.0}, step_size=2.0, max_response_kl=0.5)
 Asked = tuple[str, int, ControlParams | None]
 """Name, length of the prompt, control."""
@@ -120,7 +126,8 @@ class RunnerV1(_Runner):
                 self.sampled[name] = self._logits[index]
                 self.requests[name].length += 1
         self.prompt_logits.append(self.model.compute_logits(self.buffer_TD[:2]))
-        return SimpleNamespace(req_ids=names)
+        discarded = self.discard_request_mask.np[: len(names)]
+        return SimpleNamespace(req_ids=names, sampled_token_ids=[[] if none else [TOKEN] for none in discarded])
 
 
 class RunnerV2(_Runner):
@@ -172,19 +179,21 @@ class RunnerV2(_Runner):
         # Given as a function, as vLLM gives it.
         compute_logits = self.model.compute_logits
         self.prompt_logits.append(compute_logits(self._hidden[:2]))
-        output = SimpleNamespace(req_ids=self._batch.req_ids)
-        return SimpleNamespace(get_output=lambda: output)
+        known = self._batch.num_computed_tokens_np + self._batch.num_scheduled_tokens
+        tokens = [[TOKEN] if k >= length else [] for k, length in zip(known, self._batch.prefill_len_np, strict=True)]
+        outputs = iter([SimpleNamespace(req_ids=self._batch.req_ids, sampled_token_ids=tokens)])
+        # It may be asked for once.
+        return SimpleNamespace(get_output=lambda: next(outputs))
 
 
 class Driver:
     """A runner under control, told what to do by a schedule a step."""
 
-    def __init__(self, kind: type[_Runner], heads: dict[str, ValueHead]) -> None:
+    def __init__(self, kind: type[_Runner], heads: dict[str, ValueHead], parts: PartsReader | None = None) -> None:
         self.runner: Any = kind()
         self.runner.__class__ = adapter_for(self.runner, is_v2=kind is RunnerV2)
-        self.runner.install_control(
-            RowControl(HeadRegistry(heads), unembedding_of(self.runner.model)), self.runner.model
-        )
+        row_control = RowControl(HeadRegistry(heads), unembedding_of(self.runner.model), parts)
+        self.runner.install_control(row_control, self.runner.model)
 
     def step(self, scheduled: dict[str, int], **options: Any) -> dict[str, Any]:
         """The step's report, or none at all; `runner.sampled` then has the step's logits and no others."""
@@ -271,6 +280,28 @@ def test_a_preempted_request_comes_back_with_what_it_had_spent(heads: dict[str, 
         assert 0.4 < sum(kls) <= 0.5
         spent.append(sum(kls))
     assert spent[0] == pytest.approx(spent[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [RunnerV1, RunnerV2])
+def test_a_steps_tokens_are_known_to_the_next_before_vllm_asks_for_them(
+    heads: dict[str, ValueHead], kind: type[_Runner]
+) -> None:
+    # What every request of these runners draws ends its reasoning.
+    marks = OutputFormat.reasoning("tiny", ("<",), (str(byte_tokenizer().decode([TOKEN])),))
+    vocabulary = Vocabulary(byte_tokenizer().backend_tokenizer)
+    driver = Driver(kind, heads, PartsReader(Markup(marks, vocabulary), vocabulary))
+    params = control({"good": 1.0}, step_size=2.0, phase="answer")
+    asked = new(("a", 4, params))
+    asked.sampling_params.extra_args = control_args(params, "c", Opening.REASONING)
+    outputs, is_moved = [], []
+    for scheduled, length in ((3, 3), (1, 4), (1, 5), (1, 6)):
+        driver.runner.sampled.clear()
+        driver.runner.execute_model(Schedule({"a": scheduled}, scheduled_new_reqs=[] if outputs else [asked]))
+        outputs.append(driver.runner.sample_tokens(None))
+        is_moved.append("a" in driver.runner.sampled and driver.moved("a", length))
+    assert is_moved == [False, False, True, True]
+    told = [output.get_output() if hasattr(output, "get_output") else output for output in outputs]
+    assert [bool(getattr(output, REPORT_KEY, {"edits": {}})["edits"]) for output in told] == is_moved
 
 
 def test_a_step_without_controlled_rows_is_vllms_own(driver: Driver) -> None:

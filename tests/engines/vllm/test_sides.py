@@ -12,7 +12,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from server.control.params import ControlParams
+from server.api.resolution import with_pinned
+from server.calls.formats import FORMATS
+from server.calls.reader import CallRules
+from server.control.params import ControlParams, UnderPinned
 from server.control.state import HELD_BY, HeldBy
 from server.engines import create_engine
 from server.engines.base import EngineInfo, NullObserver
@@ -113,9 +116,20 @@ def test_a_fault_is_told_for_its_request_and_no_other() -> None:
 
 def test_every_field_is_served_or_refused_by_name() -> None:
     assert set(SamplingParams.model_fields) >= sampling.SAMPLING_FIELDS
-    assert set(ControlParams.model_fields) >= sampling.CONTROL_FIELDS
+    assert set(UnderPinned.model_fields) >= sampling.CONTROL_FIELDS
     served = GenerationRequest("r", (1,), SamplingParams(top_k=3), control({"good": 1.0}), num_choices=2)
     sampling.check_served(served)
+
+
+def test_pinned_control_beneath_a_callers_reaches_the_workers_by_this_program_alone() -> None:
+    pinned = control({"good": 1.0}, stop_below={"line": 0.2}, window={"end": 9})
+    over = with_pinned(control({"deep": 2.0}, trace=True), pinned)
+    assert isinstance(over, UnderPinned)
+    sampling.check_served(GenerationRequest("r", (1,), control=over))
+    told = control_args(over, "c")
+    assert parse_control(told) == over
+    with pytest.raises(InvalidRequestError, match="pinned"):
+        parse_control({CONTROL_KEY: told[CONTROL_KEY]})
 
 
 def test_candidates_are_refused_by_name() -> None:
@@ -123,6 +137,15 @@ def test_candidates_are_refused_by_name() -> None:
     for options, field in (({"control": searching}, "control.search"), ({"best_of": 3}, "best_of")):
         with pytest.raises(UnsupportedFieldError, match=field):
             sampling.check_served(replace(GenerationRequest("r", (1,), control=control({"good": 1.0})), **options))
+
+
+def test_control_that_leaves_calls_alone_is_refused_by_name() -> None:
+    calls = CallRules(FORMATS["hermes"], {"now": None})
+    plain = GenerationRequest("r", (1,), calls=calls)
+    sampling.check_served(plain)
+    sampling.check_served(replace(plain, control=control({"good": 1.0}, in_calls=True)))
+    with pytest.raises(UnsupportedFieldError, match=r"control\.in_calls: the vLLM engine does not serve"):
+        sampling.check_served(replace(plain, control=control({"good": 1.0})))
 
 
 def test_each_token_is_counted_once() -> None:

@@ -49,6 +49,7 @@ METHODS = {
 }  # fmt: skip
 # File and class -> what is read of its objects.
 NAMES = {
+    ("v1/outputs.py", "ModelRunnerOutput"): ["req_ids", "sampled_token_ids"],
     ("v1/core/sched/output.py", "NewRequestData"): ["req_id", "sampling_params", "prompt_len"],
     ("v1/core/sched/output.py", "SchedulerOutput"): [
         "scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens",

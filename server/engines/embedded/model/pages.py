@@ -37,6 +37,8 @@ class PagePool:
         self.num_pages = num_pages
         self.high_water = num_pages - 1
         """Pages that may have been used before known ones make room for others; by default all."""
+        self.num_evicted = 0
+        """Known pages whose place was needed."""
         self._next_fresh = NULL_PAGE + 1
         # Used before, and nothing known of them.
         self._free: list[int] = []
@@ -115,6 +117,7 @@ class PagePool:
             return self._next_fresh - 1
         page, _ = self._idle.popitem(last=False)
         self._forget(page)
+        self.num_evicted += 1
         return page
 
     def _forget(self, page: int) -> None:

@@ -1,0 +1,47 @@
+"""Bodies that hold far more than any has a place for, refused before each part of them is looked at.
+
+pydantic finds everything that is wrong with a body, which for two megabytes of it takes a second. Enter at
+`refuse_flood`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+MAX_MEMBERS = 2**15
+"""Of all objects and lists of a field together; token ids do not count."""
+UNKNOWN = "unknown_field"
+_FEW = 16
+_SHOWN_CHARS = 64
+
+
+def refuse_flood(model: type[BaseModel], body: Any) -> None:
+    """Raises PydanticCustomError that names the field: of type UNKNOWN where there are many that the model lacks."""
+    if not isinstance(body, dict):
+        return
+    allowed = [field.alias or name for name, field in model.model_fields.items()]
+    if len(body) > len(allowed) + _FEW:
+        name = next(name for name in body if name not in allowed)[:_SHOWN_CHARS]
+        context = {"name": name, "allowed": ", ".join(allowed)}
+        raise PydanticCustomError(UNKNOWN, "{name}: there is no such field. Allowed here: {allowed}.", context)
+    for name, value in body.items():
+        if isinstance(value, dict | list) and _has_many(value):
+            context = {"name": name[:_SHOWN_CHARS], "most": MAX_MEMBERS}
+            raise PydanticCustomError("field", "{name}: holds more than {most} fields and items in all", context)
+
+
+def _has_many(value: dict[str, Any] | list[Any]) -> bool:
+    num_members, left = 0, [value]
+    while left:
+        members = left.pop()
+        if isinstance(members, list):
+            members = [item for item in members if type(item) is not int]
+        num_members += len(members)
+        if num_members > MAX_MEMBERS:
+            return True
+        items = members.values() if isinstance(members, dict) else members
+        left += [item for item in items if type(item) in (dict, list)]
+    return False

@@ -1,0 +1,161 @@
+"""The largest requests that are allowed, one by one: none of them holds up the event loop, on which all others wait.
+
+A stall of half a second of computing is allowed; without care these took seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from server.api.json_text import json_bytes
+from tests.api.conftest import complete
+from tests.api.test_incidents import JSON
+
+MOST_S = 0.5
+MIB = 2**20
+ROOM = {"max_body_bytes": 2 * MIB}
+
+
+async def longest_stall_s(app: FastAPI, path: str, body: dict[str, Any]) -> tuple[float, httpx.Response]:
+    """Of the event loop while the app answers, in time that this process computed: others may compute too."""
+    content = json.dumps(body, separators=(",", ":")).encode()
+    assert len(content) <= 2 * MIB
+    gaps: list[float] = []
+
+    async def probe() -> None:
+        while True:
+            before_s = time.process_time()
+            await asyncio.sleep(0.002)
+            gaps.append(time.process_time() - before_s)
+
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=120) as client,
+    ):
+        probing = asyncio.create_task(probe())
+        await asyncio.sleep(0.05)
+        response = await client.post(path, content=content, headers=JSON)
+        await asyncio.sleep(0.01)
+        probing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await probing
+    return max(gaps), response
+
+
+TEXT = "plain text, as it comes " * (MIB // 48)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": TEXT, "return_token_strs": True}),
+        ("/tokenize", {"messages": [{"role": "user", "content": TEXT}], "return_token_strs": True}),
+        ("/detokenize", {"tokens": [101] * 131_072}),
+    ],
+)
+async def test_texts_as_long_as_bodies_may_be_do_not_hold_up_others(
+    make_embedded_app: Callable[..., FastAPI], path: str, body: dict[str, Any]
+) -> None:
+    stall_s, response = await longest_stall_s(make_embedded_app(**ROOM), path, body)
+    assert response.status_code == 200
+    assert stall_s < MOST_S
+
+
+FLOODS: dict[str, Any] = {
+    "unknown fields": {f"a{i}": 1 for i in range(170_000)},
+    "unknown fields of a field": {"control": {f"a{i}": 1 for i in range(170_000)}},
+    "unknown fields of messages": {"messages": [{f"a{i}": 1 for i in range(180)}] * 1000},
+    "empty parts": {"messages": [{"role": "user", "content": [""] * 500}] * 1000},
+    "wrong token ids": {"stop_token_ids": ["a"] * 400_000},
+    "wrong tokens": {"tokens": ["a"] * 131_072},
+    "token ids": {"prompt": [1] * 1_000_000},
+    "lists of token ids": {"prompt": [[1] * 15_000] * 64},
+    "brackets": {"messages": [[[]]] * 250_000},
+}
+
+
+OTHERS = [
+    ("/v1/chat/completions", "unknown fields of messages"),
+    ("/v1/value", "unknown fields"),
+    ("/v1/value", "empty parts"),
+    ("/tokenize", "unknown fields"),
+    ("/detokenize", "wrong tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "flood"), [*(("/v1/completions", flood) for flood in FLOODS), *OTHERS])
+async def test_a_body_full_of_what_there_is_no_place_for_is_refused_at_once(
+    make_app: Callable[..., FastAPI], path: str, flood: str
+) -> None:
+    body = {"model": "fake", "prompt": "hi", **FLOODS[flood]}
+    stall_s, response = await longest_stall_s(make_app(settings=ROOM), path, body)
+    assert response.status_code == 400
+    assert len(response.content) < 2000
+    assert stall_s < MOST_S
+
+
+async def test_a_text_may_hold_as_many_brackets_as_it_likes(make_app: Callable[..., FastAPI]) -> None:
+    prompt = '[{"\\' * 100_000
+    stall_s, response = await longest_stall_s(make_app(settings=ROOM), "/tokenize", {"prompt": prompt})
+    assert (response.status_code, response.json()["count"]) == (200, len(prompt))
+    assert stall_s < MOST_S
+
+
+async def test_an_answer_with_all_log_probabilities_is_written_beside_others(make_app: Callable[..., FastAPI]) -> None:
+    body = {"model": "fake", "prompt": "hi", "max_tokens": 600, "n": 16, "logprobs": 20}
+    stall_s, response = await longest_stall_s(make_app(), "/v1/completions", body)
+    assert response.status_code == 200
+    assert len(response.content) > MIB
+    assert stall_s < MOST_S
+
+
+def test_an_answer_that_is_no_stream_holds_no_more_log_probabilities_than_fit(client: TestClient) -> None:
+    body = {"n": 16, "max_tokens": 4000, "logprobs": 20}
+    refused = complete(client, **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert "stream: true" in refused.json()["error"]["message"]
+    assert complete(client, **{**body, "n": 1, "max_tokens": 50}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_long_prompt_with_log_probabilities_is_told_beside_others(
+    make_app: Callable[..., FastAPI], stream: bool
+) -> None:
+    body = {
+        "model": "fake",
+        "prompt": ["a" * 4000] * 3,
+        "max_tokens": 1,
+        "echo": True,
+        "logprobs": 20,
+        "stream": stream,
+    }
+    stall_s, response = await longest_stall_s(make_app(), "/v1/completions", body)
+    assert response.status_code == 200
+    assert stall_s < MOST_S
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        {"a": []},
+        {"a": [{"b": [1.5] * 100}] * 70, "c": "é\u2028"},
+        [[[[[[[1] * 100]]]]]],
+        [None] * 64,
+        [{}] * 65,
+        "x",
+    ],
+)
+def test_json_in_pieces_is_json(value: Any) -> None:
+    assert json_bytes(value).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
