@@ -26,14 +26,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from value_models.errors import InstructionError
-from value_models.heads import UNIT_COST_NATS, LinearHead
+from value_models.heads import UNIT_COST_NATS, LinearHead, ValueHead
 from value_models.linalg import solve
 from value_models.moments import Moments
 from value_models.prompt_sets import RolloutPrompt, split_of
 from value_models.rollouts import RolloutSettings
 
 MIN_PROMPTS = 20
-_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+_DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
+_RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
 _CHUNK_NUMBERS = 2**24
 """Of one distribution over the vocabulary for each token of a chunk."""
 _MIN_DIVERGENCE = 1e-6
@@ -101,8 +102,8 @@ class DistilSettings(BaseModel):
     """New tokens of a response."""
     damping: float | None = Field(default=None, ge=0)
     """Relative to the mean eigenvalue of F; None takes what does best on validation prompts."""
-    ridge: float = Field(default=0.01, gt=0)
-    """Of the value, relative to unit variance."""
+    ridge: float | None = Field(default=None, gt=0)
+    """Of the value, relative to unit variance; None takes what does best on validation prompts."""
     seed: int = 0
 
 
@@ -130,7 +131,7 @@ class InstructedTexts:
 
 @dataclass(slots=True, frozen=True)
 class DistilledHead:
-    head: LinearHead
+    head: ValueHead
     validation: dict[str, Any]
     """For `HeadCard.validation`."""
     distillation: dict[str, Any]
@@ -202,36 +203,50 @@ def distil_head(texts: InstructedTexts, output: OutputLayer, settings: DistilSet
     damping, shift_D = max(directions, key=lambda direction: validation.explained(direction[1]))
     shift_D = shift_D * (UNIT_COST_NATS / train.cost(shift_D)) ** 0.5
 
-    moments = Moments.of(texts.bare_ND, train_N)
-    reward_B = _mean_by_text(texts, {"train": (train_N, train), "validation": (validation_N, validation)})
-    is_train_B = torch.tensor([name == "train" for name in texts.split])
-    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
-    target_N = ((reward_B - mean) / scale)[texts.text_of_tokens()]
-    linear_D = moments.ridge(texts.bare_ND, train_N, target_N, settings.ridge)
-    head = LinearHead(
-        mean_D=moments.mean_D,
-        scale_D=moments.scale_D,
-        inputs_UD=linear_D[None],
-        input_bias_U=torch.zeros(1),
-        ascent_UD=(shift_D.cpu() / moments.scale_D)[None],
-        reward_mean=mean,
-        reward_scale=scale,
-    )
-    error_N = target_N[validation_N] - head.readout(head.units(texts.bare_ND[validation_N]))[0]
-    variance = float(target_N[validation_N].var(correction=0))
+    head, value_figures = _value_head(texts, train, validation, settings)
+    head = head.with_ascent((shift_D.cpu() / head.scale_D)[None])
     mean_length = len(texts.token_ids_N) / len(texts.split)
-    gained = float(validation.slope_D @ shift_D) / (mean_length * scale)
+    gained = float(validation.slope_D @ shift_D) / (mean_length * head.reward_scale)
     return DistilledHead(
         head,
         validation={
             "ascent_gain": round(gained / max(validation.cost(shift_D), 1e-12) ** 0.5, 4),
-            "r2": {"all": 1 - float(error_N.square().mean()) / max(variance, 1e-12)},
+            **value_figures,
             "damping": damping,
             "num_train_tokens": len(train_N),
             "num_validation_tokens": len(validation_N),
         },
         distillation=_nearness(texts, output, rows_VD @ shift_D),
     )
+
+
+def _value_head(
+    texts: InstructedTexts, train: _Sums, validation: _Sums, settings: DistilSettings
+) -> tuple[ValueHead, dict[str, Any]]:
+    """The head without its way uphill, and what its value explains of validation texts."""
+    train_N, validation_N = texts.tokens_of("train"), texts.tokens_of("validation")
+    moments = Moments.of(texts.bare_ND, train_N)
+    reward_B = _mean_by_text(texts, [(train_N, train), (validation_N, validation)])
+    is_train_B = torch.tensor([name == "train" for name in texts.split])
+    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
+    target_N = ((reward_B - mean) / scale)[texts.text_of_tokens()]
+    truth_N = target_N[validation_N]
+    variance = max(float(truth_N.var(correction=0)), 1e-12)
+    fits: list[tuple[float, float, ValueHead]] = []
+    for ridge in _RIDGES if settings.ridge is None else (settings.ridge,):
+        linear_D = moments.ridge(texts.bare_ND, train_N, target_N, ridge)
+        head = LinearHead(
+            mean_D=moments.mean_D,
+            scale_D=moments.scale_D,
+            inputs_UD=linear_D[None],
+            input_bias_U=torch.zeros(1),
+            reward_mean=mean,
+            reward_scale=scale,
+        )
+        error_N = truth_N - head.readout(head.units(texts.bare_ND[validation_N]))[0]
+        fits.append((1 - float(error_N.square().mean()) / variance, ridge, head))
+    r2, ridge, head = max(fits, key=lambda fit: fit[0])
+    return head, {"r2": {"all": r2}, "ridge": ridge}
 
 
 @dataclass(slots=True, frozen=True)
@@ -298,10 +313,10 @@ class _Sums:
         return gain * abs(gain) / max(4 * self.cost(shift_D), 1e-12)
 
 
-def _mean_by_text(texts: InstructedTexts, parts: dict[str, tuple[Tensor, _Sums]]) -> Tensor:
+def _mean_by_text(texts: InstructedTexts, parts: Sequence[tuple[Tensor, _Sums]]) -> Tensor:
     """Mean log-ratio [B] of each text's tokens; zero for texts of other splits."""
     log_ratio_N = torch.zeros(len(texts.token_ids_N))
-    for tokens_N, sums in parts.values():
+    for tokens_N, sums in parts:
         log_ratio_N[tokens_N] = sums.log_ratio_N
     total_B = torch.zeros(len(texts.split)).index_add_(0, texts.text_of_tokens(), log_ratio_N)
     return total_B / (texts.offsets[1:] - texts.offsets[:-1])

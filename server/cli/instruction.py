@@ -25,7 +25,7 @@ from value_models.training import TrainSettings
 _DEFAULTS = DistilSettings()
 _ONLY_WITH_AN_INSTRUCTION = ("contrast", "instruction_prompts", "instruction_tokens")
 _SHARED_SETTINGS = {"damping", "ridge", "seed"}
-"""Of TrainSettings, what an instruction takes too; `damping` it chooses for itself where none is given."""
+"""Of TrainSettings, what an instruction takes too; of `damping` and `ridge` it takes the best where none is given."""
 
 
 class InstructionCommand(ModelCommand):
@@ -67,7 +67,7 @@ class InstructionCommand(ModelCommand):
             max_prompts=self.instruction_prompts,
             max_tokens=self.instruction_tokens,
             damping=settings.damping if "damping" in self.model_fields_set else None,
-            ridge=settings.ridge,
+            ridge=settings.ridge if "ridge" in self.model_fields_set else None,
             seed=settings.seed,
         )
         texts = read_texts(source, prompts, self.instruction, self.contrast, distil_settings)
