@@ -46,7 +46,7 @@ def test_an_instruction_becomes_a_head_that_is_served(
         "Be kind.",
         contrast,
     )
-    assert ("to_contrasted" in card["distillation"]["nearest"]) == (contrast is not None)
+    assert card["distillation"]["at_equal_kl"]["paid"] > 0
     assert card["data"]["responses"] == {side: 2 * count for side, count in card["data"]["prompts"].items()}
     assert (
         main(["generate", "hi", *workshop[0], "--heads-dir", str(tmp_path), "--head", "kind", "--max-tokens", "4"]) == 0
