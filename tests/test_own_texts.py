@@ -91,7 +91,7 @@ def test_a_killed_score_goes_on_where_it_stopped(
         (["score", "--pairs", "p", "--texts", "t"], "texts: give either --pairs or --texts"),
         (["score", "--pairs", "p", "--good-label", "a"], "good_label: pairs have no labels"),
         (["score", "--pairs", "nowhere"], "nowhere cannot be read (No such file or directory)"),
-        (["train", "--name", "x"], "reward: give one, or --pairs FILE or --texts FILE"),
+        (["train", "--name", "x"], "reward: give one, or --pairs FILE, --texts FILE, --instruction"),
         (["train", "--name", "x", "--cut-long"], "cut_long: goes with --pairs or --texts alone"),
         (["train", "--name", "x", "--pairs", "mine.jsonl", "--reward", "plain"], "reward: pairs bring their own"),
         (["train", "--name", "x", "--pairs", "mine.jsonl", "--prompts", "p"], "prompts: pairs bring their own"),

@@ -7,6 +7,7 @@
     |-- TextsFileError        a file of pairs or texts to learn from; says which line
     |-- RolloutError          a prompt file, or a run's folder, that cannot be used
     |-- TargetShapeError      rewards, values and masks whose shapes do not belong together
+    |-- InstructionError      an instruction that cannot be distilled, or a model without a place for one
     |-- TrainingDataError     rollouts or rewards from which no head can be learnt
     |-- RewardError           an unknown reward, or one that does not return a finite number for each response
     |-- MetricError           an unknown metric, or one that has nothing to measure
@@ -44,6 +45,10 @@ class RolloutError(ValueModelError):
 
 
 class TargetShapeError(ValueModelError):
+    pass
+
+
+class InstructionError(ValueModelError):
     pass
 
 

@@ -119,6 +119,15 @@ class HeadCard(_Frozen):
     """Prompts, rollouts, sampling settings, and the split."""
     validation: dict[str, Any]
     """Figures on validation prompts, which training used to stop."""
+    distillation: dict[str, Any] | None = None
+    """Of a head made of an instruction: KL divergences on test prompts, in nats a token of the responses after the
+    instruction and after the contrast.
+
+    They are for the model before control (`bare`), and under the head at two lengths of ascent: the one that comes
+    `nearest` to the instructed model, and the one that costs as much as the instruction itself (`at_equal_kl`). `paid`
+    is KL(controlled || bare), `to_instructed` KL(instructed || controlled), `leaning` how much likelier the controlled
+    model's tokens are after the instruction; the shares are of the ways from the bare model to the instructed one.
+    """
     evaluation: dict[str, Any] | None = None
     """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None

@@ -17,6 +17,7 @@ from server.cli.command import (
     read_prompts,
 )
 from server.cli.given_texts import GivenTextsCommand
+from server.cli.instruction import InstructionCommand
 from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
@@ -70,8 +71,11 @@ class Prompts(Command):
         print(f"{len(prompts)} prompts are in {self.out}")
 
 
-class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Fit a value head to rollouts and a reward, or to pairs or texts of your own, and write it with its card."""
+class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
+    InstructionCommand, GivenTextsCommand, TrainSettings
+):
+    """Fit a value head to rollouts and a reward, to pairs or texts of your own, or to an instruction, and write it with
+    its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
     reward: str | None = Field(
@@ -87,6 +91,9 @@ class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompat
 
     def cli_cmd(self) -> None:
         settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
+        if self.instruction is not None:
+            self.distil(self.name, self.description, read_prompts(self.prompts, ["chat"]), self.out, settings)
+            return
         data = self._data(settings)
         if data.kind == "texts" and "center_by_prompt" not in self.model_fields_set:
             # Most prompts have one text, of which nothing would be left.
@@ -126,7 +133,8 @@ class Train(GivenTextsCommand, TrainSettings):  # pyright: ignore[reportIncompat
         if self.reward is None:
             if "rollouts" not in self.model_fields_set:
                 raise ConfigurationError(
-                    "reward: give one, or --pairs FILE or --texts FILE, or --rollouts with a run of `recontrol score`"
+                    "reward: give one, or --pairs FILE, --texts FILE, --instruction, or --rollouts with a run of "
+                    "`recontrol score`"
                 )
             return load_scored_texts(self.rollouts)
         allow_rewards_of_the_working_folder()

@@ -31,7 +31,7 @@ def module_of(program: str) -> ModuleType:
 
 def test_every_example_is_described_on_the_page_and_short() -> None:
     programs = sorted(path.name for path in Path("examples").glob("*.py"))
-    assert len(programs) == 7
+    assert len(programs) == 8
     assert all(f"]({name})" in text_of("examples/README.md") for name in programs)
     assert all(len(text_of(f"examples/{name}").splitlines()) < 120 for name in programs)
 
@@ -69,3 +69,17 @@ def test_ten_pairs_become_a_head_that_is_compared_with_the_base_model(
     assert json.loads((tmp_path / "heads/kind/card.json").read_text())["reward"] == "pairs of pairs.jsonl"
     assert "[base] " in done.stdout
     assert "[kind] " in done.stdout
+
+
+@pytest.mark.slow
+def test_a_sentence_becomes_a_served_head(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """On a tiny model, which shows that the commands fit together."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"say {i}"}) + "\n" for i in range(40)))
+    flags = ["--out", str(tmp_path), "--model", str(model_folder("llama")), "--prompts", str(prompts)]
+    command = [sys.executable, "examples/own_instruction.py", *flags, "--max-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "mine/card.json").read_text())["reward"] == "instruction"
+    assert "base:" in done.stdout
+    assert "with the head:" in done.stdout

@@ -90,9 +90,17 @@ class LMHead:
         logits_MV = self.logits(hidden_MD)
         residual_MV = logits_MV.softmax(dim=-1).neg_()
         residual_MV.scatter_add_(1, token_ids_M[:, None], torch.ones_like(residual_MV[:, :1]))
-        if self._softcap is not None:
-            residual_MV *= 1 - (logits_MV / self._softcap).square()
+        if (slopes_MV := self.slopes(logits_MV)) is not None:
+            residual_MV *= slopes_MV
         return self._transposed(residual_MV.to(self._dtype)) * self._scale
+
+    def rows(self) -> Tensor:
+        """The linear part as a matrix W [V, D] float32: project(h) is W h."""
+        return self.project(torch.eye(self._linear.in_features, dtype=self._dtype, device=self._device)).T
+
+    def slopes(self, logits_MV: Tensor) -> Tensor | None:
+        """What `finish` multiplies small changes of the projected by, at its results; None where that is 1."""
+        return None if self._softcap is None else 1 - (logits_MV / self._softcap).square()
 
     @cached_property
     def _transposed(self) -> PackedLinear:

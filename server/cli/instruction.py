@@ -1,0 +1,113 @@
+"""What `recontrol train --instruction` does: from a system message, and its opposite if there is one, to a head.
+
+Enter at `InstructionCommand`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from server.cli.command import ModelCommand
+from server.cli.program import command_line
+from server.control.registry import HeadRegistry
+from server.engines.embedded.instructed import EngineInstructedSource
+from value_models.distillation import MIN_PROMPTS, DistilSettings, check_instructions, distil_head, read_texts
+from value_models.heads import UNIT_COST_NATS
+from value_models.prompt_sets import RolloutPrompt
+from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head, shipped_heads_folder
+from value_models.training import TrainSettings
+
+_DEFAULTS = DistilSettings()
+_ONLY_WITH_AN_INSTRUCTION = ("contrast", "instruction_prompts", "instruction_tokens")
+_SHARED_SETTINGS = {"damping", "ridge", "seed"}
+"""Of TrainSettings, what an instruction takes too; of `damping` and `ridge` it takes the best where none is given."""
+
+
+class InstructionCommand(ModelCommand):
+    """A command that may distil an instruction."""
+
+    instruction: str | None = Field(None, description="a system message to make a head of, in place of a reward")
+    contrast: str | None = Field(None, description="of --instruction: the system message to lead away from")
+    instruction_prompts: Annotated[int, Field(ge=MIN_PROMPTS)] = Field(
+        _DEFAULTS.max_prompts, description="of --instruction: chat prompts to read it at, the first of the file"
+    )
+    instruction_tokens: Annotated[int, Field(ge=1)] = Field(
+        _DEFAULTS.max_tokens, description="of --instruction: new tokens of a response"
+    )
+
+    @model_validator(mode="after")
+    def _with_an_instruction(self) -> Self:
+        if self.instruction is None:
+            for name in _ONLY_WITH_AN_INSTRUCTION:
+                if name in self.model_fields_set and f"RECONTROL_{name.upper()}" not in os.environ:
+                    raise ValueError(f"{name}: goes with --instruction alone")
+            return self
+        check_instructions(self.instruction, self.contrast)
+        unused = {"reward", "rollouts", "pairs", "texts", *TrainSettings.model_fields} - _SHARED_SETTINGS
+        if given := sorted(unused & self.model_fields_set):
+            raise ValueError(f"{given[0]}: an instruction does not use it; leave it out")
+        return self
+
+    def distil(
+        self, name: str, description: str, prompts: Sequence[RolloutPrompt], out: Path | None, settings: TrainSettings
+    ) -> None:
+        """Make the head and write it with its card.
+
+        Raises InstructionError, RolloutError, ModelLoadError, ConfigurationError.
+        """
+        assert self.instruction is not None
+        loaded = self.load()
+        source = EngineInstructedSource(loaded, self.core(loaded, HeadRegistry({})))
+        distil_settings = DistilSettings(
+            max_prompts=self.instruction_prompts,
+            max_tokens=self.instruction_tokens,
+            damping=settings.damping if "damping" in self.model_fields_set else None,
+            ridge=settings.ridge if "ridge" in self.model_fields_set else None,
+            seed=settings.seed,
+        )
+        texts = read_texts(source, prompts, self.instruction, self.contrast, distil_settings)
+        distilled = distil_head(texts, source.output, distil_settings)
+        folder = (out or shipped_heads_folder(source.base_model["name"])) / name
+        other = "without it" if self.contrast is None else f"after {self.contrast!r}"
+        card = HeadCard(
+            name=name,
+            description=description or f"Like answers after {self.instruction!r} rather than {other}",
+            base_model=BaseModelCard(**source.base_model),
+            architecture=architecture_card(distilled.head),
+            normalisation="mean and standard deviation of each dimension over training states",
+            metric=f"natural gradient towards the instructed distributions, exact Fisher information, damping "
+            f"{distilled.validation['damping']}; an ascent of length 1 costs {UNIT_COST_NATS} nats a training token",
+            reward="instruction",
+            reward_mean=distilled.head.reward_mean,
+            reward_scale=distilled.head.reward_scale,
+            targets="mean over a response's tokens of the log of how much likelier the instruction makes them, in nats "
+            f"a token; against the model {other}",
+            data={
+                "instruction": self.instruction,
+                "contrast": self.contrast,
+                "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
+                "prompts": texts.num_prompts,
+                "responses": {split: texts.split.count(split) for split in texts.num_prompts},
+                "tokens": len(texts.token_ids_N),
+                "settings": distil_settings.model_dump(),
+            },
+            validation=distilled.validation,
+            distillation=distilled.distillation,
+            command=command_line(),
+        )
+        save_head(folder, distilled.head, card)
+        print(f"{folder}: {_figures_text(distilled.distillation)}")
+
+
+def _figures_text(figures: dict[str, dict[str, float]]) -> str:
+    nearest, equal = figures["nearest"], figures["at_equal_kl"]
+    return (
+        f"on test prompts the instruction moves the model by {figures['bare']['to_instructed']:.3f} nats a token; the "
+        f"head closes {nearest['share_closed']:.0%} of that for {nearest['paid']:.3f} nats, and leans "
+        f"{equal['share_of_leaning']:.0%} as far at the instruction's own price"
+    )
