@@ -110,7 +110,9 @@ def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
     standard_B = (reward_B - mean) / scale
     target_N = standard_B[data.response_of_tokens()]
 
-    linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge)
+    # Given texts are few, and a response's tokens share one score, so that it is responses that count.
+    few = len(moments.mean_D) / int(is_train_B.sum()) if data.is_given else 0.0
+    linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge + few)
     if settings.hidden_widths:
         network = _Network(linear_D if settings.has_linear_part else None, len(linear_D), settings.hidden_widths)
         _fit(network, data, moments, target_N, settings, train_N, validation_N)
