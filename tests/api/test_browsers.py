@@ -79,7 +79,7 @@ def test_origins_are_named_alike_by_flag_variable_and_file(
     assert json.loads(capsys.readouterr().out)["allowed_origins"] == ["*"]
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/heads", "/metrics", "/version", *PATHS])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/heads", "/metrics", "/version", *sorted(PATHS)])
 def test_head_is_get_without_the_body(client: TestClient, path: str) -> None:
     whole, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (200, b"")
@@ -136,7 +136,7 @@ def test_a_body_that_grows_beyond_the_limit_is_a_413(client: TestClient) -> None
     assert send(client, gzip.compress(json.dumps(BODY).encode().ljust(100_000)), "gzip").status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"{}", gzip.compress(b"{}")[:-3], gzip.compress(b"{}") + b"more"])
+@pytest.mark.parametrize("body", [b"{}", gzip.compress(b"{}")[:-3], gzip.compress(b"{}") + b"more"], ids=["plain", "cut", "longer"])
 def test_what_is_not_in_its_encoding_is_a_400(client: TestClient, body: bytes) -> None:
     refused = send(client, body, "gzip")
     assert refused.status_code == 400

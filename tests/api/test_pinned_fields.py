@@ -26,12 +26,13 @@ from server.types import GenerationRequest
 from tests.api.conftest import chat, complete, respond
 
 SCHEMA = {"type": "object", "properties": {"a": {"const": "bad"}}, "required": ["a"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "f", "strict": True, "parameters": SCHEMA}}
 OTHERS = {"objective": {"weights": {"positive": 1.0}}}
 # The same tokens as without the field.
 INERT: dict[str, Any] = {
     "model": "tiny@plain", "n": 2, "stream": None, "stream_options": None, "user": "me", "safety_identifier": "me",
     "metadata": {"a": "b"}, "prompt_cache_key": "k", "control": None, "logprobs": 3, "top_logprobs": 2, "echo": True,
-    "parallel_tool_calls": True, "timeout_s": 60.0,
+    "parallel_tool_calls": True, "timeout_s": 60.0, "include_reasoning": True,
 }  # fmt: skip
 # What anyone could cut off the text by themselves.
 CUTS: dict[str, Any] = {
@@ -46,7 +47,7 @@ REDRAWN: dict[str, Any] = {
 PROMPTS: dict[str, Any] = {
     "prompt": "Be bad.", "messages": [{"role": "user", "content": "Be bad."}], "add_special_tokens": True,
     "add_generation_prompt": False, "continue_final_message": True, "chat_template_kwargs": {},
-    "reasoning_effort": "none",
+    "reasoning_effort": "none", "tools": [TOOL],
 }  # fmt: skip
 # Refused by default, at these values.
 OUTWEIGHS: dict[str, Any] = {
@@ -57,6 +58,7 @@ OUTWEIGHS: dict[str, Any] = {
 NOT_HELD: dict[str, Any] = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
     "structured_outputs": {"choice": ["bad"]}, "guided_json": SCHEMA, "guided_choice": ["bad"],
+    "tool_choice": "required",
 }  # fmt: skip
 # Put together with what is pinned, or refused by name.
 COMPOSED: dict[str, Any] = {
@@ -64,6 +66,7 @@ COMPOSED: dict[str, Any] = {
     "stop_below": {"plain": -1e6}, "search": {"type": "blocks", "candidates": 2}, "trace": True,
 }  # fmt: skip
 REFUSED_CONTROL: dict[str, Any] = {
+    "phase": "answer", "in_calls": True,
     "max_response_kl": 0.001, "gate": {"head": "positive", "below": -1e6}, "window": {"start": 100},
     "schedule": {"type": "exponential", "half_life": 0.01},
 }  # fmt: skip
@@ -118,14 +121,28 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
     client, requests = pinned
     for kind in (INERT, CUTS, REDRAWN, PROMPTS, NOT_HELD):
         for field, value in kind.items():
+            if field in ("tools", "tool_choice"):
+                continue
             send, body = asked(field, value)
             assert send(client, **body).status_code == 200, field
     for field, value in COMPOSED.items():
         assert complete(client, model="tiny", max_tokens=4, control={**OTHERS, field: value}).status_code == 200, field
-    expected = ControlParams.model_validate(PINNED)
+    # Pinned control acts in calls of tools, too.
+    expected = ControlParams.model_validate({**PINNED, "in_calls": True})
     for request in requests:
         control = request.control.pinned if isinstance(request.control, UnderPinned) else request.control
         assert control == expected
+
+
+def test_pinned_control_is_beneath_calls_of_tools(make_app: Callable[..., FastAPI]) -> None:
+    """On an engine with room for what tools are told by."""
+    app, requests = make_app(settings={"pinned_control": json.dumps(PINNED)}), []
+    generate = app.state.engine.generate
+    app.state.engine.generate = lambda request: (requests.append(request), generate(request))[1]
+    with TestClient(app) as client:
+        for choice in ("auto", NOT_HELD["tool_choice"]):
+            assert chat(client, tools=[TOOL], tool_choice=choice, max_tokens=4).status_code == 200
+    assert [request.control.objective.weights for request in requests] == [{"plain": 1.0}] * 2
 
 
 def text(response: Any) -> str:

@@ -59,7 +59,8 @@ class SoakedServer(Server):
         command += ["--kv-cache-gib", f"{cache_bytes / 2**30:.6f}"]
         command += ["--max-body-bytes", str(MAX_BODY_BYTES)]
         command += ["--heads-dir", str(setup.heads_dir)] if setup.heads_dir else []
-        threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_API_KEYS": KEY, "RECONTROL_PUBLIC_METRICS": "true"}
+        threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_INSPECT_KEYS": KEY}
+        threads["RECONTROL_PUBLIC_METRICS"] = "true"
         super().__init__(command, port, env=threads, log=setup.work / "soak-server.log")
         self._process = psutil.Process(self.pid)
 
