@@ -375,7 +375,7 @@ def test_both_routes_need_a_key(make_app: Callable[..., FastAPI]) -> None:
 
 def test_a_minutes_tokens_are_charged_as_a_chats_are(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(settings={"tokens_per_minute": 60})) as client:
-        assert respond(client).json()["usage"]["total_tokens"] == 60
-        assert respond(client).status_code == 429
         error = respond(client, max_output_tokens=100).json()["error"]
         assert error["param"] == "max_output_tokens"
+        assert respond(client).json()["usage"]["total_tokens"] == 60
+        assert respond(client).status_code == 429
