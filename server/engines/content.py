@@ -20,8 +20,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from server.errors import InvalidRequestError
 
-_NOT_CONTENT = frozenset({"role"})
-"""Keys whose values templates compare and no caller can choose freely."""
 _BRACKETS = {("<", ">"), ("[", "]")}
 
 
@@ -60,8 +58,9 @@ class ControlTokens:
         if isinstance(value, str):
             return self._marked_text(value, mark)
         if isinstance(value, Mapping):
-            kept = {name: each if name in _NOT_CONTENT else self.marked(each, mark) for name, each in value.items()}
-            return {self._marked_text(name, mark, at_borders=False): each for name, each in kept.items()}
+            return {
+                self._marked_text(name, mark, at_borders=False): self.marked(each, mark) for name, each in value.items()
+            }
         return [self.marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
 
     def encode(self, rendered: str, mark: str | None = None, *, add_special_tokens: bool = False) -> list[int]:
