@@ -142,7 +142,9 @@ def test_a_stream_that_fails_before_its_first_token_has_no_output(client: TestCl
     engine._token_delay_s = 0.2
     *_, last = events_of(client, timeout_s=0.05)
     assert (last["type"], last["response"]["output"]) == ("response.failed", [])
-    assert "not complete after" in last["response"]["error"]["message"]
+    error = last["response"]["error"]
+    assert error["code"] == "server_error"
+    assert "not complete after" in error["message"]
 
 
 @pytest.mark.parametrize(
