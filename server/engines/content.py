@@ -112,7 +112,9 @@ class ControlTokens:
     def _encode_renamed(self, rendered: str, mark: str, in_place_of_mark: str) -> list[int]:
         tokenizer, renamed, own_ids = self._renamed
         text = self._pattern.sub(lambda match: renamed[match[0]], rendered).replace(mark, in_place_of_mark)
-        ids = (own_ids.get(token_id, token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids)
+        # A batch lets other threads run meanwhile, as a text by itself does not.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids = (own_ids.get(token_id, token_id) for token_id in encoding.ids)
         return [token_id for token_id in ids if token_id is not None]
 
     @cached_property
