@@ -38,7 +38,7 @@ _HEADERS: dict[type[RecontrolError], dict[str, str]] = {
     ContentEncodingError: {"Accept-Encoding": ", ".join(ENCODINGS)},
     AuthenticationError: {"WWW-Authenticate": "Bearer"},
 }
-_TYPES = {429: "rate_limit_error", 404: "not_found_error", 503: "server_error", 500: "server_error"}
+_TYPES = {429: "rate_limit_error", 404: "not_found_error", **dict.fromkeys((500, 503, 504), "server_error")}
 
 
 def error_body(error: RecontrolError) -> dict[str, Any]:

@@ -6,7 +6,6 @@ would say to the model and cannot is refused. Knows nothing of engines. Enter at
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, MAX_PROMPTS, check_text
 from server.api.unserved import MESSAGE, REFUSED, ROLE, without_unserved
+from server.calls.calls import MalformedError, json_of, parsed
 from server.types import ChatRendering
 
 MAX_MESSAGES = 1024
@@ -96,6 +96,16 @@ class CalledFunction(BaseModel):
     """What an SDK read out of the arguments, which are what the model gets."""
 
 
+def _as_object(arguments: str) -> dict[str, Any] | str:
+    try:
+        value = parsed(arguments or "{}")
+        # Numbers that no float holds have become infinity.
+        json_of(value)
+    except MalformedError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
 class ToolCall(BaseModel):
     """A call that the model has made."""
 
@@ -109,13 +119,8 @@ class ToolCall(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """As templates take it: the arguments as an object, or as they are where they are none."""
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            arguments = self.function.arguments
-        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+        function = {"name": self.function.name, "arguments": _as_object(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class ChatMessage(BaseModel):

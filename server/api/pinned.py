@@ -20,6 +20,8 @@ _HARMLESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": (lambda penalty: penalty >= 0, "0 or more"),
     "frequency_penalty": (lambda penalty: penalty >= 0, "0 or more"),
     "repetition_penalty": (lambda penalty: penalty == 1, "1"),
+    # A response may continue an answer without the field, and false then says that it is not to.
+    "continue_final_message": (lambda continues: not continues, "false"),
     "response_format": (lambda shape: isinstance(shape, TextFormat), '{"type": "text"}'),
 }
 """Fields that take nothing back at some values; any other does not at null and false."""
@@ -37,7 +39,7 @@ def check_names(names: Sequence[str]) -> None:
 def check_beside_pinned(body: GenerationBody, refused: Sequence[str]) -> None:
     """Raises InvalidRequestError for what could take back pinned control, by the names that the server refuses."""
     for name in refused:
-        value = getattr(body, name, None)
+        value = body.value_of(name)
         is_harmless, allowed = _HARMLESS.get(name, (lambda given: given is False, "null"))
         if value is not None and not is_harmless(value):
             raise InvalidRequestError(

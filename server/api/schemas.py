@@ -77,6 +77,10 @@ class GenerationBody(WithUnserved):
     def num_choices(self) -> int:
         return 1
 
+    def value_of(self, name: str) -> Any:
+        """What the body says under the name that a field has in completions or chats; None where it says nothing."""
+        return getattr(self, name, None)
+
     @property
     def structures(self) -> dict[str, Structure]:
         """What the text has to hold, by the field that says so; a body may have one of them."""

@@ -86,20 +86,9 @@ class FunctionDefinition(BaseModel):
     def held_schema(self) -> dict[str, Any]:
         """What arguments are held to: names that the schema does not list are not allowed, unless it speaks of them."""
         schema = {"type": "object", **(self.parameters or {"properties": {}})}
-        speaks = {
-            "additionalProperties",
-            "patternProperties",
-            "$ref",
-            "allOf",
-            "anyOf",
-            "oneOf",
-            "unevaluatedProperties",
-        }
-        return (
-            schema
-            if "properties" not in schema or schema.keys() & speaks
-            else {**schema, "additionalProperties": False}
-        )
+        if "properties" not in schema or schema.keys() & _SPEAK_OF_OTHERS:
+            return schema
+        return {**schema, "additionalProperties": False}
 
 
 def as_function(tool: Any) -> Any:
@@ -227,7 +216,7 @@ class ToolPlan:
     structure: CallStructure | None = None
     """What holds the calls, where something does."""
     fields: Mapping[str, str] | None = None
-    """The field of each schema in the structure, by the tool's name."""
+    """The schemas in the structure by the fields that they come from."""
 
     async def compile(self, engine: Engine) -> object:
         """What the engine has to hold a text to. Raises InvalidRequestError, which names the field."""
@@ -235,9 +224,9 @@ class ToolPlan:
         try:
             return await engine.compile_calls(self.structure)
         except InvalidRequestError as error:
-            for name, field in (self.fields or {}).items():
+            for field, schema in (self.fields or {}).items():
                 try:
-                    await engine.compile_schema(self.structure.schemas[name])
+                    await engine.compile_schema(schema)
                 except InvalidRequestError as own:
                     raise type(own)(f"{field}: {own.message}", param=field) from own
             raise type(error)(f"tools: {error.message}", param="tools") from error
@@ -304,7 +293,7 @@ def _allowed(choice: ToolChoice, by_name: Mapping[str, Any]) -> Sequence[str]:
 def _structure(
     body: ChatFields, rules: CallRules, tools: Mapping[str, tuple[str, FunctionDefinition]], *, is_forced: bool
 ) -> tuple[CallStructure | None, dict[str, str]]:
-    """What holds the calls, and where its schemas stand in the body."""
+    """What holds the calls, and its schemas by the fields that they come from."""
     field, wanted = wanted_structure(body.structures)
     answer = json.dumps(wanted) if isinstance(wanted, dict) else None
     if wanted is not None and (is_forced or answer is None):
@@ -322,7 +311,7 @@ def _structure(
             param=param,
         )
     schemas: dict[str, str] = {}
-    fields: dict[str, str] = {}
+    fields = {} if field is None or answer is None else {field: answer}
     for name, (place, tool) in tools.items():
         schema, path = _ANY_ARGUMENTS, f"{place}.parameters"
         if is_forced or tool.strict:
@@ -331,5 +320,5 @@ def _structure(
                 check_schema(schema)
             except ValueError as error:
                 raise InvalidRequestError(f"{path}: {error}", param=path) from error
-        schemas[name], fields[name] = json.dumps(schema), path
+        schemas[name] = fields[path] = json.dumps(schema)
     return CallStructure(frame, schemas, is_forced, rules.max_calls, answer), fields

@@ -122,9 +122,9 @@ def python_calls(text: str, tools: Mapping[str, Any]) -> Iterator[tuple[str, dic
 
 
 def _call(node: ast.expr, tools: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if not isinstance(node, ast.Call):
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise MalformedError
-    name = ast.unparse(node.func)
+    name = node.func.id
     # Gemma is told to print what a call gives.
     if name == "print" and name not in tools and len(node.args) == 1 and not node.keywords:
         return _call(node.args[0], tools)

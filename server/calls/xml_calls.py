@@ -77,14 +77,20 @@ def _typed(text: str, schema: Any) -> Any:
 
 
 def _types(schema: Any) -> set[str]:
+    """Those that it allows, as far as it is a schema, which nobody has checked."""
     if not isinstance(schema, dict):
         return set()
     kinds = schema.get("type", [])
     found = {kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)}
     for keyword in ("anyOf", "oneOf"):
-        found.update(*(_types(other) for other in schema.get(keyword) or ()))
-    found.update(_type_of(value) for value in schema.get("enum") or ())
+        found.update(*map(_types, _members(schema, keyword)))
+    found.update(map(_type_of, _members(schema, "enum")))
     return found | {"integer"} if "number" in found else found
+
+
+def _members(schema: dict[str, Any], keyword: str) -> list[Any]:
+    members = schema.get(keyword)
+    return members if isinstance(members, list) else []
 
 
 def _type_of(value: Any) -> str:

@@ -83,7 +83,9 @@ class _Told:
             tools=tuple(control.marked(self.rendering.tools, mark)),
             variables=control.marked(self.rendering.variables, mark),
         )
-        return replace(self, messages=control.marked(self.messages, mark), rendering=rendering)
+        # Templates compare a message's role, and no caller can choose it freely; what else is called so is content.
+        messages = [{**control.marked(message, mark), "role": message["role"]} for message in self.messages]
+        return replace(self, messages=messages, rendering=rendering)
 
     def text(self, tokenizer: Any) -> str:
         return _text(tokenizer, self.messages, self.rendering, self.call_format)

@@ -20,8 +20,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from server.errors import InvalidRequestError
 
-_NOT_CONTENT = frozenset({"role"})
-"""Keys whose values templates compare and no caller can choose freely."""
 _BRACKETS = {("<", ">"), ("[", "]")}
 
 
@@ -60,8 +58,9 @@ class ControlTokens:
         if isinstance(value, str):
             return self._marked_text(value, mark)
         if isinstance(value, Mapping):
-            kept = {name: each if name in _NOT_CONTENT else self.marked(each, mark) for name, each in value.items()}
-            return {self._marked_text(name, mark, at_borders=False): each for name, each in kept.items()}
+            return {
+                self._marked_text(name, mark, at_borders=False): self.marked(each, mark) for name, each in value.items()
+            }
         return [self.marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
 
     def encode(self, rendered: str, mark: str | None = None, *, add_special_tokens: bool = False) -> list[int]:
@@ -113,7 +112,9 @@ class ControlTokens:
     def _encode_renamed(self, rendered: str, mark: str, in_place_of_mark: str) -> list[int]:
         tokenizer, renamed, own_ids = self._renamed
         text = self._pattern.sub(lambda match: renamed[match[0]], rendered).replace(mark, in_place_of_mark)
-        ids = (own_ids.get(token_id, token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids)
+        # A batch lets other threads run meanwhile, as a text by itself does not.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids = (own_ids.get(token_id, token_id) for token_id in encoding.ids)
         return [token_id for token_id in ids if token_id is not None]
 
     @cached_property

@@ -34,6 +34,7 @@ def test_a_response_that_takes_too_long_is_a_504_and_frees_its_slots(
         assert time.monotonic() - started_s < 5
         assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert "0.2 s" in response.json()["error"]["message"]
+        assert response.json()["error"]["type"] == "server_error"
         assert app.state.engine.num_open == 0
         assert complete(client, max_tokens=1, timeout_s=60).status_code == 200
 

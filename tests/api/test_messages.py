@@ -119,13 +119,16 @@ def test_calls_and_their_answers_are_told_to_the_template(told: tuple[TestClient
         {"name": "add", "arguments": '{"a": 2}'},
         {"name": "now", "arguments": ""},
         {"name": "x", "arguments": "{"},
+        {"name": "nan", "arguments": '{"a": NaN}'},
+        {"name": "huge", "arguments": '{"a": [1e999]}'},
     ]
     calls = [{"id": f"call-{i}", "type": "function", "function": function} for i, function in enumerate(functions)]
     answer = {"role": "tool", "tool_call_id": "call-0", "content": [{"type": "text", "text": "4"}]}
     messages = [HI, {"role": "assistant", "content": None, "tool_calls": calls}, answer]
     assert chat(client, messages=messages, max_tokens=1).status_code == 200
     _, assistant, tool = seen[-1][0]
-    assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"a": 2}, {}, "{"]
+    given = [call["function"]["arguments"] for call in assistant["tool_calls"]]
+    assert given == [{"a": 2}, {}, "{", '{"a": NaN}', '{"a": [1e999]}']
     assert tool == {"role": "tool", "content": "4", "name": "add", "tool_call_id": "call-0"}
 
 

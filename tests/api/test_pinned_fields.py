@@ -16,13 +16,14 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from server.api.pinned import FIELDS
+from server.api.responses.body import ResponseBody
 from server.api.schemas import ChatBody, CompletionBody
 from server.api.value import ValueBody
 from server.control.params import Blocks, ControlParams, UnderPinned
 from server.errors import ConfigurationError
 from server.settings import PINNED_REFUSES
 from server.types import GenerationRequest
-from tests.api.conftest import chat, complete
+from tests.api.conftest import chat, complete, respond
 
 SCHEMA = {"type": "object", "properties": {"a": {"const": "bad"}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "f", "strict": True, "parameters": SCHEMA}}
@@ -192,6 +193,33 @@ def test_an_operator_says_what_else_is_refused(make_app: Callable[..., FastAPI])
         assert complete(client).json()["error"]["param"] == "prompt"
         harmless = {"guided_choice": None, "response_format": {"type": "text"}, "ignore_eos": False}
         assert chat(client, logit_bias={"5": 8.0}, temperature=2.0, max_tokens=2, **harmless).status_code == 200
+
+
+def test_what_an_operator_refuses_is_refused_of_a_response_too(make_app: Callable[..., FastAPI]) -> None:
+    open_answer = {"type": "message", "role": "assistant", "content": "Bad", "status": "incomplete"}
+    said: dict[str, tuple[str, dict[str, Any]]] = {
+        "response_format": ("text.format", {"text": {"format": {"type": "json_object"}}}),
+        "reasoning_effort": ("reasoning.effort", {"reasoning": {"effort": "none"}}),
+        "max_tokens": ("max_output_tokens", {"max_output_tokens": 4}),
+        "max_completion_tokens": ("max_output_tokens", {"max_output_tokens": 4}),
+        "logprobs": ("include", {"include": ["message.output_text.logprobs"]}),
+        "continue_final_message": ("continue_final_message", {"input": [open_answer]}),
+        "tools": ("tools", {"tools": [{"type": "function", "name": "f"}]}),
+    }
+    for field, (param, body) in said.items():
+        settings = {"pinned_control": json.dumps(PINNED), "pinned_refuses": field}
+        with TestClient(make_app(settings=settings)) as client:
+            response = respond(client, **body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+            assert "must be" in response.json()["error"]["message"]
+            finished = {"input": [open_answer], "continue_final_message": False, "text": {"format": {"type": "text"}}}
+            assert respond(client, **finished, **({"max_output_tokens": 4} if "tokens" not in param else {})).is_success
+
+
+def test_every_field_of_a_response_can_be_refused_or_says_what_to_answer() -> None:
+    others = {"text", "reasoning", "include", "max_output_tokens"}
+    asks = {"input", "instructions", "model", "control", "max_tool_calls"}
+    assert ResponseBody.model_fields.keys() - FIELDS == others | asks
 
 
 @pytest.mark.parametrize("name", ["nothing", "model", "control.gate"])

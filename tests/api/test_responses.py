@@ -142,7 +142,9 @@ def test_a_stream_that_fails_before_its_first_token_has_no_output(client: TestCl
     engine._token_delay_s = 0.2
     *_, last = events_of(client, timeout_s=0.05)
     assert (last["type"], last["response"]["output"]) == ("response.failed", [])
-    assert "not complete after" in last["response"]["error"]["message"]
+    error = last["response"]["error"]
+    assert error["code"] == "server_error"
+    assert "not complete after" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_both_routes_need_a_key(make_app: Callable[..., FastAPI]) -> None:
 
 def test_a_minutes_tokens_are_charged_as_a_chats_are(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(settings={"tokens_per_minute": 60})) as client:
-        assert respond(client).json()["usage"]["total_tokens"] == 60
-        assert respond(client).status_code == 429
         error = respond(client, max_output_tokens=100).json()["error"]
         assert error["param"] == "max_output_tokens"
+        assert respond(client).json()["usage"]["total_tokens"] == 60
+        assert respond(client).status_code == 429

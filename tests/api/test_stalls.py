@@ -60,8 +60,11 @@ TEXT = "plain text, as it comes " * (MIB // 48)
     [
         ("/tokenize", {"prompt": TEXT, "return_token_strs": True}),
         ("/tokenize", {"messages": [{"role": "user", "content": TEXT}], "return_token_strs": True}),
+        # What spells control tokens goes its own way to the tokenizer.
+        ("/tokenize", {"messages": [{"role": "user", "content": "<bos>" * (MIB // 5)}]}),
         ("/detokenize", {"tokens": [101] * 131_072}),
     ],
+    ids=["text", "chat", "control tokens", "tokens"],
 )
 async def test_texts_as_long_as_bodies_may_be_do_not_hold_up_others(
     make_embedded_app: Callable[..., FastAPI], path: str, body: dict[str, Any]

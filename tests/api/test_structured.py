@@ -158,6 +158,18 @@ def test_a_schema_may_come_in_vllms_fields(tiny: TestClient, send: Callable[...,
     assert send(tiny, **asked, **options).json()["choices"] == same
 
 
+def test_beside_tools_a_schema_for_the_answer_is_refused_by_its_own_field(tiny: TestClient) -> None:
+    none: dict[str, Any] = {"type": "object", "properties": {"a": False}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for asked, param in (
+        ({"response_format": held_to(none)}, "response_format.json_schema.schema"),
+        ({"guided_json": none}, "guided_json"),
+    ):
+        error = chat(tiny, model="tiny", tools=tools, **asked).json()["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param}: Unsatisfiable schema")
+
+
 @pytest.mark.parametrize("field", ["guided_choice", "structured_outputs"])
 def test_a_text_may_be_held_to_choices(tiny: TestClient, field: str) -> None:
     choices = ["yes", "no", "no way", 'a "quoted" line\n', "é😀", "<bos>"]

@@ -143,7 +143,7 @@ def test_a_malformed_call_stays_text_and_the_one_behind_it_is_read(wrong: str) -
 @pytest.mark.parametrize(
     "body",
     ["weather(city=open('x'))", "weather(**x)", "weather('Bern')", "import os", "weather(city=1j)", "x = 1", "(" * 300,
-     "weather(city=f'{now}')", "lambda: 0"],
+     "weather(city=f'{now}')", "lambda: 0", "weather" + ".x" * 900 + "()", "weather" + "()" * 900],
 )  # fmt: skip
 def test_python_that_is_no_call_with_literals_is_never_run_and_stays_text(body: str) -> None:
     text = f"<code>{body}</code>"
@@ -172,6 +172,13 @@ def test_bare_values_take_the_type_that_the_schema_has() -> None:
     reader = CallRules(FORMATS["qwen-xml"], {"f": {"properties": properties}}).reader()
     _, deltas = reader.add(f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>")
     assert json.loads(deltas[1].arguments) == {"n": 2, "s": "2", "b": True, "o": {"a": [1]}, "e": 1, "u": "7"}
+
+
+@pytest.mark.parametrize("schema", [{"anyOf": 5}, {"oneOf": {"a": 1}}, {"enum": 5}, {"type": 5}, {"anyOf": [5]}, 5])
+def test_a_bare_value_whose_schema_is_none_is_a_string(schema: Any) -> None:
+    reader = CallRules(FORMATS["qwen-xml"], {"f": {"properties": {"a": schema}}}).reader()
+    _, deltas = reader.add("<tool_call>\n<function=f>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>")
+    assert json.loads(deltas[1].arguments) == {"a": "5"}
 
 
 def test_what_begins_to_open_a_call_is_taken_for_one_until_it_is_none() -> None:

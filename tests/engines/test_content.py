@@ -179,13 +179,17 @@ def test_tools_calls_and_what_they_give_are_content(template: str) -> None:
     tokenizer.chat_template = template
 
     def ids(text: str) -> list[int]:
-        function = {"name": f"f{text}", "arguments": {f"a{text}": text}}
+        function = {"name": f"f{text}", "arguments": {f"a{text}": text, "role": text, "b": [{"role": [text]}]}}
         messages: Any = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
             {"role": "tool", "tool_call_id": "1", "content": text},
         ]
-        described = {"name": "f", "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
+        described = {
+            "name": "f",
+            "description": text,
+            "parameters": {"type": "object", "properties": {text: {}, "role": {"title": text}}},
+        }
         rendering = ChatRendering(tools=({"type": "function", "function": described},))
         return encode_chat(tokenizer, messages, rendering, FORMATS["hermes"])
 

@@ -97,12 +97,27 @@ class ResponseBody(GenerationBody, TemplateFields):
     def messages(self) -> list[ChatMessage]:
         return messages_of(self.instructions, self.input)
 
-    def chat_rendering(self, tools: tuple[dict[str, Any], ...] = ()) -> ChatRendering:
+    @property
+    def continues(self) -> bool:
         """As asked; by default an answer that says of itself that it is unfinished is continued, as in vLLM."""
+        if self.continue_final_message is not None or self.add_generation_prompt:
+            return bool(self.continue_final_message)
         last = self.input[-1] if self.input else None
-        is_open = self.continue_final_message is None and not self.add_generation_prompt
-        continues = is_open and isinstance(last, MessageItem) and last.is_unfinished
-        asked = self.model_copy(update={"continue_final_message": True}) if continues else self
+        return isinstance(last, MessageItem) and last.is_unfinished
+
+    def value_of(self, name: str) -> Any:
+        other_names = {
+            "response_format": None if self.text is None else self.text.format,
+            "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
+            "max_tokens": self.max_output_tokens,
+            "max_completion_tokens": self.max_output_tokens,
+            "logprobs": self.has_logprobs,
+            "continue_final_message": self.continues,
+        }
+        return other_names[name] if name in other_names else super().value_of(name)
+
+    def chat_rendering(self, tools: tuple[dict[str, Any], ...] = ()) -> ChatRendering:
+        asked = self.model_copy(update={"continue_final_message": self.continues})
         return asked.rendering(reasoning_effort=self.reasoning.effort if self.reasoning else None, tools=tools)
 
     @property

@@ -25,8 +25,15 @@ from server.types import FinishReason, Opening, Segment, TokenLogprob
 _SHOWN_CHARS = 64
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
 """Why a response is not whole, in OpenAI's words."""
-_NAMES = {"messages": "input", "reasoning_effort": "reasoning.effort", "response_format": "text.format"}
-"""What fields of a chat, which engines name in errors, are called in a response."""
+_NAMES = {
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "logprobs": "include",
+}
+"""What fields of a chat, which errors name, are called in a response."""
 router = APIRouter()
 
 
