@@ -21,10 +21,13 @@ _HARMLESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "frequency_penalty": (lambda penalty: penalty >= 0, "0 or more"),
     "repetition_penalty": (lambda penalty: penalty == 1, "1"),
     "response_format": (lambda shape: isinstance(shape, TextFormat), '{"type": "text"}'),
+    "tools": (lambda tools: not tools, "empty"),
+    "tool_choice": (lambda choice: choice.mode != "required", "none or auto"),
+    "continue_final_message": (lambda continues: not continues, "false"),
 }
 """Fields that take nothing back at some values; any other does not at null and false."""
 FIELDS = frozenset({*CompletionBody.model_fields, *ChatBody.model_fields} - {"model", "control", "messages"})
-"""What `--pinned-refuses` may name; `prompt` leaves chats alone."""
+"""What `--pinned-refuses` may name; `prompt` leaves chats and responses, whose fields go by a chat's names."""
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -37,9 +40,9 @@ def check_names(names: Sequence[str]) -> None:
 def check_beside_pinned(body: GenerationBody, refused: Sequence[str]) -> None:
     """Raises InvalidRequestError for what could take back pinned control, by the names that the server refuses."""
     for name in refused:
-        value = getattr(body, name, None)
+        field, value = body.asked(name)
         is_harmless, allowed = _HARMLESS.get(name, (lambda given: given is False, "null"))
         if value is not None and not is_harmless(value):
             raise InvalidRequestError(
-                f"{name}: must be {allowed} here, since this server pins heads that it could outweigh", param=name
+                f"{field}: must be {allowed} here, since this server pins heads that it could outweigh", param=field
             )

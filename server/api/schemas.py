@@ -77,6 +77,10 @@ class GenerationBody(WithUnserved):
     def num_choices(self) -> int:
         return 1
 
+    def asked(self, name: str) -> tuple[str, Any]:
+        """The field of this body that does what a chat's or a completion's of this name does, and what it asks for."""
+        return name, getattr(self, name, None)
+
     @property
     def structures(self) -> dict[str, Structure]:
         """What the text has to hold, by the field that says so; a body may have one of them."""

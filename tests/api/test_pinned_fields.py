@@ -194,6 +194,30 @@ def test_an_operator_says_what_else_is_refused(make_app: Callable[..., FastAPI])
         assert chat(client, logit_bias={"5": 8.0}, temperature=2.0, max_tokens=2, **harmless).status_code == 200
 
 
+def test_what_is_refused_of_a_chat_is_refused_of_a_response_under_its_own_name(
+    make_app: Callable[..., FastAPI],
+) -> None:
+    refused = "response_format,tool_choice,continue_final_message,reasoning_effort,structured_outputs"
+    function = {"type": "function", "name": "say", "parameters": SCHEMA}
+    begun = {"role": "assistant", "status": "incomplete", "content": "Bad", "type": "message"}
+    with TestClient(make_app(settings={"pinned_control": json.dumps(PINNED), "pinned_refuses": refused})) as client:
+
+        def respond(**body: Any) -> Any:
+            return client.post("/v1/responses", json={"model": "fake", "max_output_tokens": 2, "input": "hi", **body})
+
+        for field, body in {
+            "text.format": {"text": {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}},
+            "tool_choice": {"tools": [function], "tool_choice": "required"},
+            "continue_final_message": {"input": [{"role": "user", "content": "hi"}, begun]},
+            "reasoning.effort": {"reasoning": {"effort": "none"}},
+            "structured_outputs": {"structured_outputs": {"choice": ["bad"]}},
+        }.items():
+            response = respond(**body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+        harmless = {"text": {"format": {"type": "text"}}, "tools": [function], "tool_choice": "auto"}
+        assert respond(**harmless).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["nothing", "model", "control.gate"])
 def test_only_fields_of_a_request_can_be_refused(make_app: Callable[..., FastAPI], name: str) -> None:
     assert name not in FIELDS

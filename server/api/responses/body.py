@@ -97,6 +97,21 @@ class ResponseBody(GenerationBody, TemplateFields):
     def messages(self) -> list[ChatMessage]:
         return messages_of(self.instructions, self.input)
 
+    def asked(self, name: str) -> tuple[str, Any]:
+        """By a chat's names, with what goes on here without being asked for."""
+        match name:
+            case "response_format":
+                return "text.format", self.text and self.text.format
+            case "reasoning_effort":
+                return "reasoning.effort", self.reasoning and self.reasoning.effort
+            case "max_tokens" | "max_completion_tokens":
+                return "max_output_tokens", self.max_output_tokens
+            case "logprobs":
+                return "include", self.has_logprobs
+            case "continue_final_message":
+                return name, self.chat_rendering().continue_final_message
+        return super().asked(name)
+
     def chat_rendering(self, tools: tuple[dict[str, Any], ...] = ()) -> ChatRendering:
         """As asked; by default an answer that says of itself that it is unfinished is continued, as in vLLM."""
         last = self.input[-1] if self.input else None
