@@ -377,5 +377,7 @@ def test_a_minutes_tokens_are_charged_as_a_chats_are(make_app: Callable[..., Fas
     with TestClient(make_app(settings={"tokens_per_minute": 60})) as client:
         assert respond(client).json()["usage"]["total_tokens"] == 60
         assert respond(client).status_code == 429
+    # With a minute that is spent, the body would not be read.
+    with TestClient(make_app(settings={"tokens_per_minute": 60})) as client:
         error = respond(client, max_output_tokens=100).json()["error"]
         assert error["param"] == "max_output_tokens"
