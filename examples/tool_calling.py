@@ -1,7 +1,8 @@
 """A turn of an agent: the model calls a tool, this program runs it, and the model answers under control.
 
-Control leaves calls alone, so the objective changes what is said and not what is called. The call is forced here, since
-the default model is too small to decide well; leave `tool_choice` out for one that was trained with tools.
+Control leaves calls alone, so the objective changes what is said and not what is called. The default model is too small
+for this: its call is forced, and what it says of the result is mostly nonsense. Leave `tool_choice` out for a model
+that was trained with tools.
 """
 
 from __future__ import annotations

@@ -23,10 +23,12 @@ _HARMLESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     # A response may continue an answer without the field, and false then says that it is not to.
     "continue_final_message": (lambda continues: not continues, "false"),
     "response_format": (lambda shape: isinstance(shape, TextFormat), '{"type": "text"}'),
+    "tools": (lambda tools: not tools, "empty"),
+    "tool_choice": (lambda choice: choice.mode != "required", "none or auto"),
 }
 """Fields that take nothing back at some values; any other does not at null and false."""
 FIELDS = frozenset({*CompletionBody.model_fields, *ChatBody.model_fields} - {"model", "control", "messages"})
-"""What `--pinned-refuses` may name; `prompt` leaves chats alone."""
+"""What `--pinned-refuses` may name; `prompt` leaves chats and responses, whose fields go by a chat's names."""
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -39,9 +41,9 @@ def check_names(names: Sequence[str]) -> None:
 def check_beside_pinned(body: GenerationBody, refused: Sequence[str]) -> None:
     """Raises InvalidRequestError for what could take back pinned control, by the names that the server refuses."""
     for name in refused:
-        value = body.value_of(name)
+        field, value = body.asked(name)
         is_harmless, allowed = _HARMLESS.get(name, (lambda given: given is False, "null"))
         if value is not None and not is_harmless(value):
             raise InvalidRequestError(
-                f"{name}: must be {allowed} here, since this server pins heads that it could outweigh", param=name
+                f"{field}: must be {allowed} here, since this server pins heads that it could outweigh", param=field
             )

@@ -77,9 +77,9 @@ class GenerationBody(WithUnserved):
     def num_choices(self) -> int:
         return 1
 
-    def value_of(self, name: str) -> Any:
-        """What the body says under the name that a field has in completions or chats; None where it says nothing."""
-        return getattr(self, name, None)
+    def asked(self, name: str) -> tuple[str, Any]:
+        """The field of this body that does what a chat's or a completion's of this name does, and what it asks for."""
+        return name, getattr(self, name, None)
 
     @property
     def structures(self) -> dict[str, Structure]:

@@ -22,6 +22,7 @@ PUBLIC_PATHS = frozenset({"/health", "/ready"})
 ANONYMOUS = "anonymous"
 _NO_KEY = "This server needs a key: send the header `Authorization: Bearer <key>`."
 _WRONG_KEY = "The key in the Authorization header does not open this path."
+_NOT_OPERATORS_KEY = f"{_WRONG_KEY} It needs a management key."
 _OPERATORS_KEY = "This path needs a management key: send the header `Authorization: Bearer <key>`."
 
 
@@ -81,5 +82,5 @@ class Gatekeeper:
         scheme, _, presented = given[0].partition(b" ")
         key_id = ring.find(presented.strip(b" ")) if scheme.lower() == b"bearer" and len(given) == 1 else None
         if key_id is None:
-            raise AuthenticationError(_WRONG_KEY)
+            raise AuthenticationError(_WRONG_KEY if ring is self._keys else _NOT_OPERATORS_KEY)
         return key_id

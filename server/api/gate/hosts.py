@@ -51,7 +51,10 @@ class HostGuard:
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
         if not all(self._is_own(host) for host in hosts) or len(hosts) > 1:
-            return "The Host header names no host of this server; --allowed-hosts adds names."
+            return (
+                "The Host header names no host of this server. Name it in --allowed-hosts; a server with keys and "
+                "without that setting takes any."
+            )
         if all(origin in self._origins or _is_same(origin, hosts) for origin in origins) or ANY in self._origins:
             return None
         return "Pages of another origin may not use this server, which has no keys, unless --allowed-origins names it."

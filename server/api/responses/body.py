@@ -105,16 +105,19 @@ class ResponseBody(GenerationBody, TemplateFields):
         last = self.input[-1] if self.input else None
         return isinstance(last, MessageItem) and last.is_unfinished
 
-    def value_of(self, name: str) -> Any:
-        other_names = {
-            "response_format": None if self.text is None else self.text.format,
-            "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
-            "max_tokens": self.max_output_tokens,
-            "max_completion_tokens": self.max_output_tokens,
-            "logprobs": self.has_logprobs,
-            "continue_final_message": self.continues,
-        }
-        return other_names[name] if name in other_names else super().value_of(name)
+    def asked(self, name: str) -> tuple[str, Any]:
+        match name:
+            case "response_format":
+                return "text.format", self.text and self.text.format
+            case "reasoning_effort":
+                return "reasoning.effort", self.reasoning and self.reasoning.effort
+            case "max_tokens" | "max_completion_tokens":
+                return "max_output_tokens", self.max_output_tokens
+            case "logprobs":
+                return "include", self.has_logprobs
+            case "continue_final_message":
+                return name, self.continues
+        return super().asked(name)
 
     def chat_rendering(self, tools: tuple[dict[str, Any], ...] = ()) -> ChatRendering:
         asked = self.model_copy(update={"continue_final_message": self.continues})
