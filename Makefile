@@ -16,6 +16,8 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+# processes that `make test` runs tests in; each loads models of its own
+WORKERS ?= 2
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -47,7 +49,7 @@ serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: data lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 coverage: data
 	$(BIN)/python -m pytest --cov $(ARGS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.markdown import header, row
 
-SECTION = "pinned-fields"
+SECTION = "bench-pinned"
 
 
 def table(result: Mapping[str, Any]) -> str:

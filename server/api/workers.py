@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from server.errors import OverloadedError
@@ -22,13 +23,25 @@ _Result = TypeVar("_Result")
 
 class _Lane:
     def __init__(self, name: str, *, num_threads: int, most_waiting: int) -> None:
-        self.executor = ThreadPoolExecutor(num_threads, thread_name_prefix=f"recontrol-{name}")
         self.most_waiting = most_waiting
         self.num_waiting = 0
+        self._make = partial(ThreadPoolExecutor, num_threads, thread_name_prefix=f"recontrol-{name}")
+        self._executor: ThreadPoolExecutor | None = None
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = self._make()
+        return self._executor
+
+    def close(self) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Workers:
-    """Of one server. Threads are started as they are needed."""
+    """Of one server. Threads are started as they are needed, also anew in a server that is started again."""
 
     def __init__(self) -> None:
         self._small = _Lane("small", num_threads=2, most_waiting=2048)
@@ -48,4 +61,4 @@ class Workers:
     def close(self) -> None:
         """What waits is given up, and what runs ends by itself."""
         for lane in (self._small, self._large):
-            lane.executor.shutdown(wait=False, cancel_futures=True)
+            lane.close()

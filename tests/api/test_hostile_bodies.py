@@ -68,7 +68,7 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
             "/v1/completions",
             {"prompt": "x", "control": {"objective": {"weights": {"plain": 1.0}}, "gates": 1}},
             "control.gates",
-            "objective, step_size, steps, max_kl, max_shift, max_response_kl, gate, window, schedule",
+            "objective, step_size, steps, max_kl, max_shift, max_response_kl, phase, in_calls, gate, window, schedule",
         ),
         (
             "/v1/completions",

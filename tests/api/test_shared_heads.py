@@ -109,7 +109,10 @@ def test_a_new_head_is_offered_and_counted_and_one_that_is_gone_stays(
         assert look(client) == ["kind"]
         assert look(client) == []
         assert set(values(client)) == {"kind", "plain", "positive"}
-        assert 'controlled_tokens_total{head="kind"' in client.get("/metrics").text
+        assert (
+            'controlled_tokens_total{head="kind"'
+            in client.get("/metrics", headers={"Authorization": f"Bearer {MANAGER}"}).text
+        )
         filesystem, root = fsspec.core.url_to_fs(location)
         filesystem.rm(f"{root}/kind", recursive=True)
         assert look(client) == []

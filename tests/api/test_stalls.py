@@ -21,7 +21,7 @@ from server.api.json_text import json_bytes
 from tests.api.conftest import complete
 from tests.api.test_incidents import JSON
 
-MOST_S = 0.5
+MOST_S = 1.0
 MIB = 2**20
 ROOM = {"max_body_bytes": 2 * MIB}
 

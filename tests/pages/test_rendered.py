@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.pinned import report as pinned_report
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
 from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
@@ -35,9 +34,8 @@ def test_the_second_models_page_is_rendered_from_its_card() -> None:
         assert section(page, name) == SECTIONS[name](cards(folder)).strip()
 
 
-def test_what_callers_can_do_to_pinned_control_is_what_the_study_found() -> None:
+def test_no_field_that_is_said_to_be_held_takes_pinned_control_back() -> None:
     found = json.loads(Path("benchmarks/results/pinned.json").read_text())
-    assert section(text_of("docs/control.md"), pinned_report.SECTION) == pinned_report.table(found)
     falls = {attempt["field"] for attempt in found["attempts"] if attempt["change"]["high"] < 0}
     assert not falls & {attempt["field"] for attempt in found["attempts"] if attempt["kind"] == "held"}
     assert found["num_prompts"] == 64
