@@ -47,7 +47,8 @@ def within_reach(body: dict[str, Any]) -> dict[str, Any]:
         known |= dict.fromkeys(
             ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"), None
         )
-    if isinstance(messages := known.get("messages", body.get("messages")), list):
+    messages = known.get("messages", body.get("messages"))
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         # What a role may say is not in the document, and most conversations that hold to it begin with an answer.
         known["messages"] = [{"role": "user", "content": message.get("content") or "hi"} for message in messages]
     return {**body, **{name: value for name, value in known.items() if name in body}}
