@@ -9,15 +9,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprobs, start, tokenized
-from server.api.messages import ChatMessage
+from server.api.generation import Choice, Generation, read_chat, shown_logprobs, start
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
 from server.api.writer import ChoicesWriter
 from server.calls.calls import CallDelta
 from server.engines.base import Engine
-from server.types import FinishReason, GenerationChunk, Opening, TokenLogprob, Usage
+from server.types import FinishReason, GenerationChunk, TokenLogprob, Usage
 
 router = APIRouter()
 
@@ -28,12 +27,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
     rendering = body.rendering(reasoning_effort=body.reasoning_effort, tools=tools.offered)
-
-    def read() -> tuple[list[int], Opening | None]:
-        messages = ChatMessage.plain(body.messages)
-        return engine.encode_chat(messages, rendering), engine.opening(messages, rendering)
-
-    prompt, opening = await tokenized(request, read)
+    prompt, opening = await read_chat(request, body.messages, rendering)
     generation = await start(
         request,
         body,

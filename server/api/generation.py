@@ -17,6 +17,7 @@ from fastapi import Request
 
 from server.api.gate.context import context_of
 from server.api.gate.limits import Charge
+from server.api.messages import ChatMessage
 from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
@@ -43,6 +44,7 @@ from server.errors import (
 )
 from server.telemetry import Telemetry
 from server.types import (
+    ChatRendering,
     ControlSummary,
     FinishReason,
     GenerationChunk,
@@ -268,6 +270,19 @@ async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bo
     if charge is not None and not is_all:
         charge.settle(0)
     return result
+
+
+async def read_chat(
+    request: Request, messages: Sequence[ChatMessage], rendering: ChatRendering
+) -> tuple[list[int], Opening | None]:
+    """A conversation's token ids, and how the response to it begins. Raises as `tokenized` does."""
+    engine: Engine = request.app.state.engine
+
+    def read() -> tuple[list[int], Opening | None]:
+        plain = ChatMessage.plain(messages)
+        return engine.encode_chat(plain, rendering), engine.opening(plain, rendering)
+
+    return await tokenized(request, read)
 
 
 async def start(

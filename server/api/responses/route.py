@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprobs, start, tokenized
-from server.api.messages import ChatMessage
+from server.api.generation import Choice, Generation, read_chat, shown_logprobs, start
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
 from server.api.responses.output import Event, Output
@@ -20,7 +19,7 @@ from server.api.tools import resolve_tools
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import InvalidRequestError, NotFoundError
-from server.types import FinishReason, Opening, Segment, TokenLogprob
+from server.types import FinishReason, Segment, TokenLogprob
 
 _SHOWN_CHARS = 64
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
@@ -43,13 +42,8 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
     rendering = body.chat_rendering(tools.offered)
-
-    def read() -> tuple[list[int], Opening | None]:
-        messages = ChatMessage.plain(body.messages)
-        return engine.encode_chat(messages, rendering), engine.opening(messages, rendering)
-
     with _own_names():
-        prompt, opening = await tokenized(request, read)
+        prompt, opening = await read_chat(request, body.messages, rendering)
         generation = await start(
             request,
             body,
