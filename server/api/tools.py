@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -164,16 +164,34 @@ class _AllowedToolsChoice(BaseModel):
 _ChoiceForms = Literal["none", "auto", "required"] | _NamedTool | _AllowedToolsChoice | None
 
 
-def _as_choice(choice: Any) -> ToolChoice | None:
-    """One clear message instead of one for each form."""
-    if choice is None:
-        return None
-    with contextlib.suppress(ValidationError):
-        if isinstance(choice, str):
-            return ToolChoice.model_validate({"mode": choice})
-        is_list = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
-        return (_AllowedToolsChoice if is_list else _NamedTool).model_validate(choice).choice
-    raise ValueError(_CHOICES)
+class _ChoiceForm(Protocol):
+    """A class of objects that a `tool_choice` may be."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+    @property
+    def choice(self) -> ToolChoice: ...
+
+
+def choice_reader(
+    named: type[_ChoiceForm], allowed: type[_ChoiceForm], what: str
+) -> Callable[[Any], ToolChoice | None]:
+    """Reads a mode, the one function to call or those that may be; one message, `what`, for all that is none."""
+
+    def read(choice: Any) -> ToolChoice | None:
+        if choice is None:
+            return None
+        with contextlib.suppress(ValidationError):
+            if isinstance(choice, str):
+                return ToolChoice.model_validate({"mode": choice})
+            is_list = isinstance(choice, Mapping) and choice.get("type") == "allowed_tools"
+            return (allowed if is_list else named).model_validate(choice).choice
+        raise ValueError(what)
+
+    return read
+
+
+_as_choice = choice_reader(_NamedTool, _AllowedToolsChoice, _CHOICES)
 
 
 class ToolFields(BaseModel):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.api.tools import MAX_TOOLS, FunctionDefinition, ToolChoice, as_function
+from server.api.tools import MAX_TOOLS, FunctionDefinition, ToolChoice, as_function, choice_reader
 from server.api.unserved import FUNCTION_TOOL, without_unserved
 
 _CHOICES = (
@@ -67,18 +65,7 @@ class _AllowedTools(BaseModel):
         return ToolChoice(mode=self.mode, names=tuple(tool.name for tool in self.tools))
 
 
-def _as_choice(choice: Any) -> ToolChoice | None:
-    """One clear message instead of one for each form."""
-    if choice is None:
-        return None
-    with contextlib.suppress(ValidationError):
-        if isinstance(choice, str):
-            return ToolChoice.model_validate({"mode": choice})
-        is_list = isinstance(choice, Mapping) and choice.get("type") == "allowed_tools"
-        return (_AllowedTools if is_list else _NamedTool).model_validate(choice).choice
-    raise ValueError(_CHOICES)
-
-
+_as_choice = choice_reader(_NamedTool, _AllowedTools, _CHOICES)
 ResponseToolChoice = Annotated[
     ToolChoice | None, BeforeValidator(_as_choice, json_schema_input_type=str | dict[str, Any] | None)
 ]
