@@ -61,40 +61,36 @@ class SchemaCompiler:
         """Raises UnsupportedFieldError where this server cannot, InvalidRequestError for what a schema has wrong."""
         tables = self._made_tables()
         schema = prepared(schema)
-        from llguidance import LLMatcher, LLParserLimits
-
         # Text that a schema leaves no choice about would be cut into tokens by the tokenizer, which takes the text of
         # a special token (a literal "<eos>") for that token; no schema allows those.
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: %json {_json_rule(schema)}'
-        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, schema, tables.tokenize_str('{"'), num_chars=len(schema))
+        return self._checked(tables, grammar, schema, tables.tokenize_str('{"'), num_chars=len(schema))
 
     def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
         """Texts that are one of these, to the letter. Raises as `compile` does."""
         tables = self._made_tables()
-        from llguidance import LLMatcher, LLParserLimits
-
         literals = " | ".join(json.dumps(choice) for choice in choices)
         grammar = f'%llguidance {{"no_forcing": true}}\nstart: {literals}'
-        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
-        return self._checked(matcher, "{}", [], num_chars=len(literals))
+        return self._checked(tables, grammar, "{}", [], num_chars=len(literals))
 
     def compile_calls(self, structure: CallStructure) -> CompiledSchema:
         """Texts whose calls of tools hold their schemas. Raises as `compile` does."""
         tables = self._made_tables()
-        from llguidance import LLMatcher, LLParserLimits
-
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
         grammar = call_grammar(
             structure,
             json_rule=lambda schema: _json_rule(prepared(schema)),
             special_token_ids={token.content: token_id for token_id, token in added.items() if token.special},
         )
-        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         first = self._tokenizer(opening(structure), add_special_tokens=False)["input_ids"]
-        return self._checked(matcher, "{}", first, num_chars=len(grammar))
+        return self._checked(tables, grammar, "{}", first, num_chars=len(grammar))
 
-    def _checked(self, matcher: LLMatcher, schema: str, first: Sequence[int], *, num_chars: int) -> CompiledSchema:
+    def _checked(
+        self, tables: LLTokenizer, grammar: str, schema: str, first: Sequence[int], *, num_chars: int
+    ) -> CompiledSchema:
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(tables, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         # What goes wrong with the first tokens goes wrong here, where it can still be told.
         trial = matcher.deep_copy()
         for token_id in [None, *first]:
