@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -41,6 +42,12 @@ class Command(BaseSettings):
         if is_url(value) and Path in _alternatives(cls.model_fields[info.field_name].annotation):
             raise ValueError(f"{value!r} is a URL; name a path on this machine")
         return value
+
+    def refuse_without(self, partner: str, names: Iterable[str]) -> None:
+        """Raises ValueError for flags that were given without their partner; a variable may stand for every command."""
+        for name in names:
+            if name in self.model_fields_set and f"RECONTROL_{name.upper()}" not in os.environ:
+                raise ValueError(f"{name}: goes with {partner} alone")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -44,9 +43,7 @@ class GivenTextsCommand(ModelCommand):
         if self.good_label is not None and self.pairs is not None:
             raise ValueError("good_label: pairs have no labels; it goes with --texts")
         if self.pairs is None and self.texts is None:
-            for name in _ONLY_WITH_TEXTS:
-                if name in self.model_fields_set and f"RECONTROL_{name.upper()}" not in os.environ:
-                    raise ValueError(f"{name}: goes with --pairs or --texts alone")
+            self.refuse_without("--pairs or --texts", _ONLY_WITH_TEXTS)
         return self
 
     def read_given(self) -> GivenTexts | None:

@@ -5,7 +5,6 @@ Enter at `InstructionCommand`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -43,9 +42,7 @@ class InstructionCommand(ModelCommand):
     @model_validator(mode="after")
     def _with_an_instruction(self) -> Self:
         if self.instruction is None:
-            for name in _ONLY_WITH_AN_INSTRUCTION:
-                if name in self.model_fields_set and f"RECONTROL_{name.upper()}" not in os.environ:
-                    raise ValueError(f"{name}: goes with --instruction alone")
+            self.refuse_without("--instruction", _ONLY_WITH_AN_INSTRUCTION)
             return self
         check_instructions(self.instruction, self.contrast)
         unused = {"reward", "rollouts", "pairs", "texts", *TrainSettings.model_fields} - _SHARED_SETTINGS
