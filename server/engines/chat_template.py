@@ -60,10 +60,11 @@ def encode_chat(
     control = control_tokens(tokenizer, _template(tokenizer, rendering))
     mark = secrets.token_hex(16)
     told = _Told([dict(message) for message in messages], rendering, call_format)
-    if told.marked(control, mark) == told:
+    marked = told.marked(control, mark)
+    if marked == told:
         return control.encode(text, add_special_tokens=rendering.add_special_tokens)
     try:
-        shown = _shown(tokenizer, told, control, mark, text)
+        shown = _shown_apart(tokenizer, told, control, mark, text) or marked.text(tokenizer)
     except InvalidRequestError as error:
         raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
     return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
@@ -136,19 +137,18 @@ def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering,
         ) from error
 
 
-def _shown(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str:
-    """The conversation as the template shows it with marks in it; `text` is the same without.
+def _shown_apart(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str | None:
+    """The conversation with marks in it and its reasoning told apart, where the template then shows `text`, marked.
 
     Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
     before it. A marked one does not look like that, so the parts are told apart for the template where that is what it
     makes of them.
     """
     parts = [_with_reasoning_apart(message, control.names) for message in told.messages]
-    if parts != told.messages:
-        apart = replace(told, messages=parts).marked(control, mark).text(tokenizer)
-        if apart.replace(mark, "") == text:
-            return apart
-    return told.marked(control, mark).text(tokenizer)
+    if parts == told.messages:
+        return None
+    apart = replace(told, messages=parts).marked(control, mark).text(tokenizer)
+    return apart if apart.replace(mark, "") == text else None
 
 
 def _with_reasoning_apart(message: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
