@@ -23,6 +23,7 @@ from server.engines.embedded.engine import EmbeddedEngine
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
+from server.types import GenerationRequest
 from tests.conftest import write_heads
 from value_models.heads import ValueHead
 
@@ -60,6 +61,21 @@ def make_embedded_app(
 def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
     with TestClient(make_app()) as client:
         yield client
+
+
+@contextlib.contextmanager
+def recording(app: FastAPI) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
+    """A client of the app, and the requests that have come to its engine."""
+    requests: list[GenerationRequest] = []
+    generate = app.state.engine.generate
+
+    def record(request: GenerationRequest) -> Any:
+        requests.append(request)
+        return generate(request)
+
+    app.state.engine.generate = record
+    with TestClient(app) as client:
+        yield client, requests
 
 
 @contextlib.contextmanager

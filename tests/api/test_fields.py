@@ -15,7 +15,7 @@ from server.control.objectives import MAX_UNITS_PER_REQUEST
 from server.engines.base import EngineInfo
 from server.errors import InvalidRequestError
 from server.types import GenerationRequest
-from tests.api.conftest import chat, complete
+from tests.api.conftest import chat, complete, recording
 
 FIELDS: dict[str, tuple[Any, Any]] = {
     "max_tokens": (3, 3),
@@ -42,16 +42,8 @@ NOT_SAMPLING = {"model", "prompt", "messages", "n", "echo", "logprobs", "top_log
 
 @pytest.fixture
 def seen(make_app: Callable[..., FastAPI]) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
-    app, requests = make_app(), []
-    generate = app.state.engine.generate
-
-    def record(request: GenerationRequest) -> Any:
-        requests.append(request)
-        return generate(request)
-
-    app.state.engine.generate = record
-    with TestClient(app) as client:
-        yield client, requests
+    with recording(make_app()) as client_and_requests:
+        yield client_and_requests
 
 
 def test_no_field_is_left_out_here() -> None:

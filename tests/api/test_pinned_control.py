@@ -16,7 +16,7 @@ from server.api.resolution import with_pinned
 from server.control.params import ControlParams, UnderPinned
 from server.errors import ConfigurationError, InvalidRequestError
 from server.types import GenerationRequest
-from tests.api.conftest import chat, complete
+from tests.api.conftest import chat, complete, recording
 from tests.conftest import control
 
 PINNED = control({"plain": 1.0, "calm": -0.5}, steps=4, step_size=0.5, max_kl=0.2, max_shift=0.5)
@@ -55,16 +55,8 @@ def test_weights_that_are_light_enough_stay_as_they_are() -> None:
 @pytest.fixture
 def seen(make_app: Callable[..., FastAPI]) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
     pinned = json.dumps({"objective": {"weights": {"plain": 2.0}}, "max_kl": 0.4})
-    app, requests = make_app(settings={"pinned_control": pinned}), []
-    generate = app.state.engine.generate
-
-    def record(request: GenerationRequest) -> Any:
-        requests.append(request)
-        return generate(request)
-
-    app.state.engine.generate = record
-    with TestClient(app) as client:
-        yield client, requests
+    with recording(make_app(settings={"pinned_control": pinned})) as client_and_requests:
+        yield client_and_requests
 
 
 def weights_of(request: GenerationRequest) -> dict[str, float]:

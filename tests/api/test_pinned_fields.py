@@ -23,7 +23,7 @@ from server.control.params import Blocks, ControlParams, UnderPinned
 from server.errors import ConfigurationError
 from server.settings import PINNED_REFUSES
 from server.types import GenerationRequest
-from tests.api.conftest import chat, complete, respond
+from tests.api.conftest import chat, complete, recording, respond
 
 SCHEMA = {"type": "object", "properties": {"a": {"const": "bad"}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "f", "strict": True, "parameters": SCHEMA}}
@@ -103,16 +103,8 @@ def asked(field: str, value: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 @pytest.fixture
 def pinned(make_embedded_app: Callable[..., FastAPI]) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
-    app, requests = make_embedded_app(pinned_control=json.dumps(PINNED)), []
-    generate = app.state.engine.generate
-
-    def record(request: GenerationRequest) -> Any:
-        requests.append(request)
-        return generate(request)
-
-    app.state.engine.generate = record
-    with TestClient(app) as client:
-        yield client, requests
+    with recording(make_embedded_app(pinned_control=json.dumps(PINNED))) as client_and_requests:
+        yield client_and_requests
 
 
 def test_no_field_reaches_the_engine_without_what_is_pinned(

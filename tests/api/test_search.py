@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from server.api.resolution import MAX_NEW_TOKENS
 from server.types import GenerationRequest
-from tests.api.conftest import chat, complete, eventually
+from tests.api.conftest import chat, complete, eventually, recording
 from tests.api.test_completions import events, joined
 
 CONTROL: dict[str, Any] = {"objective": {"weights": {"positive": 1.0}}}
@@ -22,16 +22,8 @@ SEARCHED = {**CONTROL, "search": BLOCKS}
 
 @pytest.fixture
 def seen(make_app: Callable[..., FastAPI]) -> Iterator[tuple[TestClient, list[GenerationRequest]]]:
-    app, requests = make_app(), []
-    generate = app.state.engine.generate
-
-    def record(request: GenerationRequest) -> Any:
-        requests.append(request)
-        return generate(request)
-
-    app.state.engine.generate = record
-    with TestClient(app) as client:
-        yield client, requests
+    with recording(make_app()) as client_and_requests:
+        yield client_and_requests
 
 
 @pytest.fixture
