@@ -257,7 +257,6 @@ def test_a_chat_that_leaves_no_room_for_a_new_token_says_so(client: TestClient) 
     assert error["code"] == "context_length_exceeded"
 
 
-
 def test_zero_tokens_need_echo(client: TestClient) -> None:
     assert_refused(client, complete(client, max_tokens=0), "max_tokens")
 
