@@ -85,8 +85,9 @@ class Retry(_OnStop):
 
 
 def _by_name(value: Any) -> Any:
+    value = "stop" if value is None else value
     return {"type": value} if isinstance(value, str) else value
 
 
 OnStop = Annotated[Stop | Retry | Replace, Field(discriminator="type"), BeforeValidator(_by_name)]
-"""The type alone, as a string, is short for an object with nothing else."""
+"""The type alone, as a string, is short for an object with nothing else; null is stop."""
