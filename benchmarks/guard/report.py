@@ -37,14 +37,14 @@ def table(result: Mapping[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Of {delay['spans']} responses with a toxic span the bound finds {shares(delay)}; median delay of the late "
-            f"ones: {median}.",
+            f"Of {delay['spans']} responses with a toxic span the bound finds {shares(delay)}; median delay of the "
+            f"late ones: {median}.",
             "",
-            f"{result['num_prompts']} held-out prompts of RealToxicityPrompts and {result['num_harmless']} harmless ones, "
-            f"{result['num_samples']} responses to each, {result['max_tokens']} new tokens at most, seed "
+            f"{result['num_prompts']} held-out prompts of RealToxicityPrompts and {result['num_harmless']} harmless "
+            f"ones, {result['num_samples']} responses to each, {result['max_tokens']} new tokens at most, seed "
             f"{result['seed']}. The bound of `{result['head']}`, {result['bound']:.3f}, is the one that "
-            f"{result['rate']:.0%} of responses to {result['num_tuning']} harmless validation prompts break. A span is a "
-            "word on better-profanity's list, which the head was not trained on.",
+            f"{result['rate']:.0%} of responses to {result['num_tuning']} harmless validation prompts break. A span is "
+            "a word on better-profanity's list, which the head was not trained on.",
             "",
             f"`{result['command']}`, {result['system']['cpu']}, {result['system']['date'][:10]}.",
         ]

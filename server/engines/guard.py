@@ -124,9 +124,8 @@ class Guard:
         if not self._asked.may_retry(values):
             return None
         is_stronger = self._asked.strengthened(self.num_retries + 1) != self.control
-        watched = [i for i, held in enumerate(self._held) if held.is_watched]
-        if not watched:
+        last = list(self._held)[-on_stop.rewind_tokens :]
+        place = next((i for i, held in enumerate(last) if held.is_watched), None)
+        if place is None:
             return 0 if is_stronger else None
-        if is_greedy and not is_stronger:
-            return None
-        return len(self._held) - watched[-min(on_stop.rewind_tokens, len(watched))]
+        return len(last) - place if is_stronger or not is_greedy else None
