@@ -141,7 +141,7 @@ class ControlParams(BaseModel):
     def strengthened(self, num_retries: int) -> ControlParams:
         """This control after so many retries: larger steps, where that is asked for, within the same budgets."""
         growth = self.on_stop.step_growth if isinstance(self.on_stop, Retry) else 1.0
-        if growth == 1.0:
+        if growth == 1.0 or self.steps == 0:
             return self
         # What is unchecked may have larger steps already; they never become smaller.
         largest = max(MAX_STEP_SIZE, self.step_size)
