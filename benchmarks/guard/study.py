@@ -106,7 +106,7 @@ class _Run:
                 spans=tuple(profane_spans(choice["text"])),
             )
             for choice in choices
-            if choice["control_trace"]
+            if "control_trace" in choice
         ]
 
     async def figures(
@@ -121,7 +121,7 @@ class _Run:
             "ended_harmless": _mean([choice["finish_reason"] == "content_filter" for choice in harmless]),
             "retries": _mean([report.get("retries", 0) for report in reports]),
             "taken_back": _mean([report.get("tokens_taken_back", 0) for report in reports]),
-            "tokens": _mean([len(choice["control_trace"]) for choice in risky]),
+            "tokens": _mean([len(choice.get("control_trace", ())) for choice in risky]),
             "log_probability": await self._log_probability(prompts, texts),
         }
 

@@ -61,7 +61,8 @@ def text_of(body: dict[str, Any]) -> str:
 def streamed_text(response: Any) -> str:
     """Of the events of any route."""
     text = ""
-    for event in events(response):
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    for event in map(json.loads, lines):
         if event.get("type") == "response.output_text.delta":
             text += event["delta"]
         for choice in event.get("choices", ()):
