@@ -83,6 +83,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
+    app.state.guardrail_replacement = settings.guardrail_replacement
     app.state.is_draining = False
     app.state.cache_salt = _cache_salt(settings)
     handlers.install(app)
@@ -209,6 +210,8 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError("pinned_control: search: not allowed, since every choice would take several rows")
     if pinned.phase == "reasoning":
         raise ConfigurationError("pinned_control: phase: not reasoning alone, since callers can turn reasoning off")
+    if settings.engine == "vllm" and pinned.repairs:
+        raise ConfigurationError("pinned_control: on_stop: the vLLM engine only stops")
     if "in_calls" not in pinned.model_fields_set:
         # Or a caller could have all of a text as a tool's arguments, where no control acts.
         pinned = pinned.model_copy(update={"in_calls": True})

@@ -38,7 +38,9 @@ PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_p
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
-_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
+_EMBEDDED_ONLY = (
+    "quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water", "guardrail_replacement"
+)  # fmt: skip
 
 
 def _as_text(location: Any) -> Any:
@@ -143,6 +145,12 @@ class Settings(BaseSettings):
     )
     guardrail_finish_reason: Literal["content_filter", "guardrail"] = Field(
         "content_filter", description="of what a guardrail ends; clients that know OpenAI's alone refuse the other"
+    )
+    guardrail_replacement: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="text with which a guardrail ends responses whose on_stop is replace and has no text of its own",
     )
     stream_ping_s: Annotated[
         float,

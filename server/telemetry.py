@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from server.control.state import HeldBy
 from server.engines.base import EngineStatus
-from server.types import FinishReason, TokenEdit
+from server.types import FinishReason, GuardReport, TokenEdit
 
 _PREFIX = "recontrol"
 VLLM_METRICS = frozenset({
@@ -93,6 +93,11 @@ class Telemetry:
         self._shift = self._histogram("edit_shift_ratio", "Length of the shift over the state's", _RATIO)
         self._limited = self._counter("budget_limited_tokens", "Edits held back by a budget")
         self._nonfinite = self._counter("nonfinite_edits", "Edits dropped for not being finite")
+        self._retries = self._counter("guardrail_retries", "Times that a guardrail drew again")
+        self._replacements = self._counter("guardrail_replacements", "Responses that a guardrail ended with its text")
+        self._taken_back = self._counter(
+            "guardrail_taken_back_tokens", "Tokens that guardrails took back, not in usage"
+        )
 
     def bind(self, model: str, heads: Iterable[str]) -> None:
         """Name the model and create every labelled series, so that they exist with zero from the start."""
@@ -100,7 +105,8 @@ class Telemetry:
         for reason in FinishReason:
             self._success.labels(model, reason.value)
         self.bind_heads(heads)
-        for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite):
+        for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite,
+                          self._retries, self._replacements, self._taken_back):  # fmt: skip
             collector.labels(model)
         self.on_step(EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0))
 
@@ -145,6 +151,11 @@ class Telemetry:
 
     def on_edit(self, *, duration_s: float) -> None:
         self._edit_duration.labels(self._model).observe(duration_s)
+
+    def on_guardrail(self, report: GuardReport) -> None:
+        self._retries.labels(self._model).inc(report.retries)
+        self._replacements.labels(self._model).inc(report.replaced)
+        self._taken_back.labels(self._model).inc(report.tokens_taken_back)
 
     def on_finish(
         self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int

@@ -166,6 +166,16 @@ class GenerationRequest:
         return (self.best_of or self.num_choices) * (1 if self.search is None else self.search.candidates)
 
     @property
+    def max_drawn(self) -> int:
+        """Tokens that may be drawn for each of them, whether they are kept or not."""
+        return self.sampling.max_tokens + self.max_redrawn
+
+    @property
+    def max_redrawn(self) -> int:
+        """Of these, what a guardrail may take back beside those that are kept."""
+        return 0 if self.control is None or self.sampling.max_tokens == 0 else self.control.max_redrawn
+
+    @property
     def sequences_param(self) -> str:
         """The field that says how many sequences there are."""
         if self.best_of is not None:
@@ -238,6 +248,17 @@ class BrokenBound:
 
 
 @dataclass(slots=True, frozen=True)
+class GuardReport:
+    """What a guardrail did to a choice, where it does more than to end it."""
+
+    retries: int
+    tokens_taken_back: int
+    """Tokens that were drawn and are no part of the text."""
+    replaced: bool
+    """Whether the text ends with the guardrail's."""
+
+
+@dataclass(slots=True, frozen=True)
 class ControlSummary:
     """A choice's edits taken together: means over its tokens, and the largest KL."""
 
@@ -253,6 +274,8 @@ class ControlSummary:
     nonfinite_edits: int
     stopped_by: dict[str, BrokenBound] | None = None
     """By head, where the guardrail ended the choice."""
+    guardrail: GuardReport | None = None
+    """Of one that repairs or holds tokens back."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -271,9 +294,10 @@ class PromptValues:
 class GenerationChunk:
     """One token of one choice (or, with no token, text that was held back, or the end).
 
-    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. The request's first chunk with
-    a token carries `prompt_logprobs` when asked for; entry 0 is None, since nothing predicts the first token. Where
-    candidates compete, chunks without text tell of each token that is drawn, and those of the winner come later.
+    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. `prompt_logprobs` come, when
+    asked for, before or with the request's first token; entry 0 is None, since nothing predicts the first token. Where
+    candidates compete, chunks without text tell of each token that is drawn, and those of the winner come later; where
+    a guardrail holds tokens back, they tell of each that is held.
     """
 
     index: int = 0
@@ -296,7 +320,10 @@ class GenerationChunk:
     error: str | None = None
     """A sentence for the user, without inner details; it comes with FinishReason.ERROR."""
     num_drawn: int = 0
-    """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, what was paid."""
+    """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, the usage."""
+    num_held: int = 0
+    """Tokens that a guardrail has begun to hold back, less those that it has let go with this chunk. Over all chunks,
+    those that it has taken back, which are paid for and are no part of the usage."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -27,6 +27,7 @@ from server.api.resolution import (
     resolve_control,
     resolve_phase,
     sampling_params,
+    with_replacement,
     with_rest_of_context,
 )
 from server.api.schemas import GenerationBody
@@ -92,7 +93,9 @@ class Generation:
     num_told: int = 0
     """Tokens and log-probabilities of the chunks that were given out."""
     num_drawn: int = 0
-    """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
+    """Tokens of the usage that the engine told of, whether or not anybody reads them."""
+    num_held: int = 0
+    """Beside them, tokens that a guardrail holds back or has taken back: they are paid for too."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
@@ -113,8 +116,9 @@ class Generation:
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
         summary = shown(asdict(control))
-        if control.stopped_by is None:
-            del summary["stopped_by"]
+        for name in ("stopped_by", "guardrail"):
+            if getattr(control, name) is None:
+                del summary[name]
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
@@ -142,10 +146,10 @@ class Generation:
                 self.num_told += _size(chunk)
                 if self.hides_reasoning:
                     chunk = _without_reasoning(chunk)
-                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
-                    continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
+                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
+                    continue  # It only counts.
                 num_open -= chunk.finish_reason is not None
                 yield prompt_index * self.num_choices + chunk.index, chunk
         finally:
@@ -165,13 +169,14 @@ class Generation:
         await _close(self.streams)
         prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(prompt_tokens + self.num_drawn)
+            self.charge.settle(prompt_tokens + self.num_drawn + self.num_held)
         self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
     async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
         try:
             async for chunk in stream:
                 self.num_drawn += chunk.num_drawn
+                self.num_held += chunk.num_held
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
                 if queue.size > _MAX_UNREAD:
                     await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
@@ -307,7 +312,7 @@ async def start(
     engine: Engine = state.engine
     info, num_choices = engine.info, body.num_choices
     control = resolve_control(body, info, state.pinned)
-    control = resolve_phase(control, opening, info)
+    control = with_replacement(resolve_phase(control, opening, info), state.guardrail_replacement)
     held = tools if tools is not None and tools.structure is not None else None
     if state.pinned is not None:
         check_beside_pinned(body, state.pinned_refuses)
@@ -410,8 +415,8 @@ async def queue(
 
 
 def _num_tokens(requests: Sequence[GenerationRequest], max_tokens: int) -> int:
-    """Of the prompts, and new ones where each text gets so many."""
-    return sum(len(one.prompt_token_ids) + one.num_sequences * max_tokens for one in requests)
+    """Of the prompts, and new ones where each text gets so many, with those that guardrails may take back."""
+    return sum(len(one.prompt_token_ids) + one.num_sequences * (max_tokens + one.max_redrawn) for one in requests)
 
 
 def _within(requests: list[GenerationRequest], num_tokens: int) -> list[GenerationRequest]:

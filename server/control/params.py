@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_vali
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.repair import OnStop, Retry, Stop
 from server.control.state import Segment
 from server.control.wire import WireModel
 from server.errors import ConfigurationError
@@ -75,6 +76,8 @@ class ControlParams(WireModel):
     schedule: Schedule | None = None
     stop_below: Levels | None = None
     """End the response at the token whose state, after control, has a value below its head's bound."""
+    on_stop: OnStop = Stop()
+    """What is done there instead, and how much of the text is held back until it is safe."""
     search: Blocks | None = None
     """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
@@ -84,6 +87,14 @@ class ControlParams(WireModel):
     def _names_few_heads(self) -> ControlParams:
         if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
             raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
+        return self
+
+    @model_validator(mode="after")
+    def _repairs_a_guardrail(self) -> ControlParams:
+        if self.on_stop != Stop() and self.stop_below is None:
+            raise ValueError("on_stop goes with stop_below, which has the bounds")
+        if self.repairs and self.search is not None:
+            raise ValueError(f"search goes with on_stop stop alone, without hold_tokens; not with {self.on_stop.type}")
         return self
 
     @property
@@ -109,6 +120,31 @@ class ControlParams(WireModel):
         if segment is Segment.CALL:
             return self.in_calls and self.phase != "reasoning"
         return self.phase in ("both", segment)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether its guardrail does more than to end the response at the token, or holds tokens back."""
+        return self.stop_below is not None and (self.on_stop.type != "stop" or self.on_stop.hold_tokens > 0)
+
+    @property
+    def max_redrawn(self) -> int:
+        """Tokens that its guardrail may draw and take back, beside those that are kept."""
+        if not isinstance(self.on_stop, Retry) or self.stop_below is None:
+            return 0
+        return self.on_stop.max_retries * (self.on_stop.rewind_tokens + 1)
+
+    def may_retry(self, value_after: Mapping[str, float]) -> bool:
+        """Whether a bound is broken for which tokens may be drawn again."""
+        return isinstance(self.on_stop, Retry) and self.breaks_guardrail(value_after)
+
+    def strengthened(self, num_retries: int) -> ControlParams:
+        """This control after so many retries: larger steps, where that is asked for, within the same budgets."""
+        growth = self.on_stop.step_growth if isinstance(self.on_stop, Retry) else 1.0
+        if growth == 1.0 or self.steps == 0:
+            return self
+        # What is unchecked may have larger steps already; they never become smaller.
+        largest = max(MAX_STEP_SIZE, self.step_size)
+        return self.model_copy(update={"step_size": min(self.step_size * growth**num_retries, largest)})
 
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
         return bool(self.broken_bounds(value_after))
@@ -152,6 +188,14 @@ class UnderPinned(ControlParams):
     """
 
     pinned: ControlParams
+
+    def may_retry(self, value_after: Mapping[str, float]) -> bool:
+        """For a pinned bound alone: to draw again until a caller's head is content would be a search by that head."""
+        return isinstance(self.on_stop, Retry) and self.pinned.breaks_guardrail(value_after)
+
+    def strengthened(self, num_retries: int) -> ControlParams:
+        pinned = self.pinned.strengthened(num_retries)
+        return super().strengthened(num_retries).model_copy(update={"pinned": pinned})
 
     @property
     def own_weights(self) -> dict[str, float]:

@@ -63,7 +63,8 @@ NOT_HELD: dict[str, Any] = {
 # Put together with what is pinned, or refused by name.
 COMPOSED: dict[str, Any] = {
     "objective": OTHERS["objective"], "step_size": 0.0, "steps": 0, "max_kl": 0.001, "max_shift": 0.001,
-    "stop_below": {"plain": -1e6}, "search": {"type": "blocks", "candidates": 2}, "trace": True,
+    "stop_below": {"plain": -1e6}, "on_stop": {"type": "replace", "hold_tokens": 4},
+    "search": {"type": "blocks", "candidates": 2}, "trace": True,
 }  # fmt: skip
 REFUSED_CONTROL: dict[str, Any] = {
     "phase": "answer", "in_calls": True,
@@ -118,7 +119,8 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
             send, body = asked(field, value)
             assert send(client, **body).status_code == 200, field
     for field, value in COMPOSED.items():
-        assert complete(client, model="tiny", max_tokens=4, control={**OTHERS, field: value}).status_code == 200, field
+        asked_control = {**OTHERS, field: value} | ({"stop_below": {"plain": -1e6}} if field == "on_stop" else {})
+        assert complete(client, model="tiny", max_tokens=4, control=asked_control).status_code == 200, field
     # Pinned control acts in calls of tools, too.
     expected = ControlParams.model_validate({**PINNED, "in_calls": True})
     for request in requests:

@@ -216,7 +216,18 @@ def _control(rng: random.Random, heads: Mapping[str, tuple[float, float]]) -> di
         "trace": (0.15, lambda: True),
     }
     chosen = {name: draw() for name, (share, draw) in conditions.items() if rng.random() < share}
+    if "stop_below" in chosen:
+        chosen |= rng.choice(_REPAIRS)
     return {"objective": _objective(rng, names, level), **chosen}
+
+
+_REPAIRS: list[dict[str, Any]] = [
+    {},
+    {"on_stop": "retry"},
+    {"on_stop": {"type": "retry", "max_retries": 8, "rewind_tokens": 4, "step_growth": 1.5, "then": "replace"}},
+    {"on_stop": {"type": "replace", "hold_tokens": 2, "replacement": "No more of this."}},
+    {"on_stop": {"type": "stop", "hold_tokens": 16}},
+]
 
 
 def _objective(rng: random.Random, names: list[str], level: Callable[[str], float]) -> dict[str, Any]:

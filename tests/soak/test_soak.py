@@ -48,7 +48,8 @@ def test_a_plan_is_drawn_from_its_seed_and_asks_for_everything() -> None:
     features = {feature for planned in plan if planned.refused is None for feature in planned.features}
     objectives = {f"control.objective: {name}" for name in ("weighted_sum", "worst_case", "target", "floor")}
     conditions = {
-        f"control.{name}" for name in ("gate", "window", "schedule", "stop_below", "max_response_kl", "trace")
+        f"control.{name}"
+        for name in ("gate", "window", "schedule", "stop_below", "on_stop", "max_response_kl", "trace")
     }
     assert features >= objectives | conditions | {"echo", "logprobs", "stop", "several choices", "several prompts"}
     refused = [planned.refused.name for planned in plan if planned.refused is not None]

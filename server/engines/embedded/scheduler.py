@@ -138,6 +138,12 @@ class Scheduler:
         leader.num_computed = winner.num_computed
         self._drop_candidates(leader)
 
+    def truncate(self, sequence: Sequence) -> None:
+        """Give back the pages behind the positions that a sequence has left, after it took tokens back."""
+        kept = num_pages_for(sequence.num_computed)
+        self.pool.release(sequence.pages[kept:])
+        del sequence.pages[kept:]
+
     def advance(self, step: Step) -> None:
         """The step is computed: count its positions, and remember full pages for later prompts."""
         for sequence, rows in step.decoding:

@@ -102,7 +102,7 @@ class Sequence(Choice):
         rules = LogitRules.of(sampling, request.prompt_token_ids)
         structure = request.structure
         assert structure is None or isinstance(structure, CompiledSchema)
-        return [
+        made = [
             cls.of(
                 request,
                 index,
@@ -123,6 +123,10 @@ class Sequence(Choice):
             )
             for index in range(request.best_of or request.num_choices)
         ]
+        for choice in made:
+            if choice.guard is not None:
+                choice.emit = choice.guard.through(emit)
+        return made
 
     @property
     def prompt_len(self) -> int:
@@ -186,12 +190,48 @@ class Sequence(Choice):
         self.follow(other)
         self._matcher = None if other.matcher is None else other.matcher.copy()
 
+    def hold(self, hidden_D: Tensor) -> None:
+        """Its guardrail holds the token that it grows by next, which is drawn from this state."""
+        assert self.guard is not None
+        # A copy, or the states of the whole step would stay.
+        self.guard.hold(self.saved(), DrawnFrom(hidden_D.clone(), self._num_matched), is_watched=self.is_controlled)
+
+    def draw_again(self, numbers: list[float], hidden_D: Tensor) -> Tensor | None:
+        """After a broken bound: the state to draw from again, by random numbers of the retry's own; None where the
+        choice ends. Keys and values stay, and those behind its tokens are written anew."""
+        assert self.guard is not None
+        drawn_from: DrawnFrom | None = self.turn_back(numbers, DrawnFrom(hidden_D, self._num_matched))
+        if drawn_from is None:
+            return None
+        if self._matcher is not None:
+            self._matcher.go_back_to(drawn_from.num_matched)
+        if self.states is not None:
+            del self.states[len(self.token_ids) :]
+        self.num_computed = min(self.num_computed, self.num_tokens)
+        # No candidate's stream has a zero there.
+        stream = (*self.row_sampling.stream[:2], 0, self.guard.num_retries)
+        self.row_sampling = replace(self.row_sampling, stream=stream)
+        return drawn_from.hidden_D
+
+    @property
+    def _num_matched(self) -> int:
+        return 0 if self._matcher is None else self._matcher.num_tokens
+
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
         """A candidate's token comes to the client later, with its block, so it has no pace."""
         if self.leader is None:
             Choice.observe_token(self, edit, now_s)
         else:
             self.observer.on_token(inter_token_s=None, edit=edit)
+
+
+@dataclass(slots=True, frozen=True)
+class DrawnFrom:
+    """What a token that is taken back is drawn from again."""
+
+    hidden_D: Tensor
+    num_matched: int
+    """Tokens before it that its structure has followed."""
 
 
 @dataclass(slots=True)
