@@ -64,7 +64,7 @@ ALLOWED = {
                        "value_models.linear", "value_models.prompt_sets", "value_models.rollouts",
                        "value_models.scored_texts", "value_models.store"),
     "server.api": ("server.api", "server.calls", "server.types", "server.control.objectives", "server.control.params",
-                   "server.engines.base", "server.errors", "server.logs", "server.telemetry"),
+                   "server.control.turns", "server.engines.base", "server.errors", "server.logs", "server.telemetry"),
     "server.app": ("server.api", "server.control.params", "server.engines", "server.errors", "server.settings",
                    "server.telemetry", "server.tracing", "server.types", "server.watch"),
     "server.watch": ("server.engines.base", "server.errors", "server.telemetry", "value_models.errors",
