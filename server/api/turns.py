@@ -1,4 +1,4 @@
-"""The turn of a conversation that a response is, and what its earlier answers reached, for bounds that change over turns.
+"""Which turn of a conversation a response is, and what earlier answers reached, for bounds that change over turns.
 
 Both are read from the messages of the request, since nothing else is kept of a conversation; so they are what the
 caller says. The value of an earlier answer is what `/v1/value` tells of the conversation up to its end. Each is read by
@@ -8,6 +8,7 @@ is left to compute is the rest of a page. Enter at `turn_of`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +71,7 @@ async def turn_of(request: Request, body: GenerationBody, conversation: Conversa
             param="control.over_turns",
         )
     values = await _values_at_ends(request, body, conversation, tuple(heads))
-    return Turn(index, {name: min(value.values[name] for value in values) for name in heads if values})
+    return Turn(index, {name: _lowest([told.values[name] for told in values]) for name in heads if values})
 
 
 def _held_heads(control: ControlParams | None) -> tuple[str, ...]:
@@ -94,6 +95,11 @@ async def _values_at_ends(
             generation = await queue(request, requests, timeout_s=body.timeout_s, size_field="messages")
             values += [choice.prompt_values for choice in await collect(generation) if choice.prompt_values is not None]
     return values
+
+
+def _lowest(values: Sequence[float]) -> float:
+    """What is no number counts as the lowest there is."""
+    return min(value if math.isfinite(value) else -math.inf for value in values)
 
 
 def _text_alone(message: dict[str, Any]) -> dict[str, Any]:
