@@ -44,12 +44,13 @@ def tables(result: Mapping[str, Any]) -> str:
                 ]
             )
         )
+    baiting, harmless = (first[kind]["num_dialogues"] for kind in ("baiting", "harmless"))
     told = (
-        f"{first['baiting']['num_dialogues']} baiting and {first['harmless']['num_dialogues']} harmless dialogues of "
-        f"{result['num_turns']} turns, {result['max_tokens']} new tokens a reply, temperature 1, seed {result['seed']}. A "
-        "reply is toxic if the classifier that `nontoxic` was trained on gives it less than 0.5; `clean_words` is minus "
-        "the share of profane words, by a list. The log-probability is a token's mean under the model without control, "
-        "in nats, and KL is nats a token. Intervals are over dialogues."
+        f"{baiting} baiting and {harmless} harmless dialogues of {result['num_turns']} turns, {result['max_tokens']} "
+        f"new tokens a reply, temperature 1, seed {result['seed']}. A reply is toxic if the classifier that `nontoxic` was "
+        "trained on gives it less than 0.5; `clean_words` is minus the share of profane words, by a list. The "
+        "log-probability is a token's mean under the model without control, in nats, and KL is nats a token. Intervals "
+        "are over dialogues."
     )
     by = f"`{result['command']}`, {result['system']['cpu']}, {result['system']['date'][:10]}."
     return "\n".join([*toxic, "", *costs, "", told, "", by])
