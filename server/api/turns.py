@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -84,8 +85,10 @@ async def _values_at_ends(
     """What heads say of each earlier answer, at its end."""
     engine: Engine = request.app.state.engine
     rendering = replace(conversation.rendering, add_generation_prompt=False, continue_final_message=True)
-    chats = conversation.up_to_answers()
-    prompts = await tokenized(request, lambda: [engine.encode_chat(chat, rendering) for chat in chats])
+    # Each is paid for, and waits for its turn, as a text of its own.
+    prompts = [
+        await tokenized(request, partial(engine.encode_chat, chat, rendering)) for chat in conversation.up_to_answers()
+    ]
     asked = GenerationRequest("", (), SamplingParams(max_tokens=0), scoring=ScoringParams(heads))
     values: list[PromptValues] = []
     # The longest first, so that the others find their pages in the cache.
