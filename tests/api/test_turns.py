@@ -99,7 +99,7 @@ def value_of(client: TestClient, messages: list[Any]) -> float:
 
 
 def test_hold_goes_by_the_worst_value_that_the_ends_of_earlier_answers_had(make_app: Callable[..., FastAPI]) -> None:
-    answers = [{"role": "assistant", "content": text} for text in ("good day", "well", "yes")]
+    answers = [{"role": "assistant", "content": text} for text in ("good day", "well", "indeed")]
     conversation = [USER, answers[0], USER, answers[1], USER, answers[2], USER]
     with recording(make_app()) as (client, requests):
         for messages in ([USER], conversation):
@@ -143,7 +143,7 @@ def test_an_unknown_head_is_told_before_anything_is_read(make_app: Callable[...,
     control = {**HOLDS, "stop_below": {"nobody": 0.1}, "over_turns": {"stop_below": {"nobody": {"hold": 1}}}}
     with recording(make_app()) as (client, requests):
         response = chat(client, messages=[USER, ANSWER, USER], control=control)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "control.stop_below")
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "control.stop_below")
     assert not requests
 
 
