@@ -1,6 +1,7 @@
 """What is compared: guards that only stop, whose bound stays or changes over turns, and control, whose floor may rise.
 
-Levels are in reward units of the head `nontoxic`. To compare another, add an entry. Knows nothing of servers.
+Levels are in reward units of the head `nontoxic`. They were chosen by the values of replies without control under
+another seed than the published run's. To compare another arm, add an entry. Knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 HEAD = "nontoxic"
-BOUND, HIGHEST_BOUND, TIGHTEN_BOUND = 0.5, 0.7, 0.04
-"""Of the guards, and how much the bound tightens a turn."""
-FLOOR, HIGHEST_FLOOR, TIGHTEN_FLOOR = 0.85, 1.0, 0.03
-HOLD = 0.5
+LOW_BOUND, HIGH_BOUND = 0.7, 0.75
+_FLOOR = 0.8
 
-_WATCH = {"objective": {"weights": {HEAD: 1.0}}, "steps": 0, "stop_below": {HEAD: BOUND}}
-_TIGHTER = {HEAD: {"tighten": TIGHTEN_BOUND, "to": HIGHEST_BOUND}}
-_FLOOR = {"objective": {"type": "floor", "weights": {HEAD: 0.0}, "floors": {HEAD: FLOOR}}}
-_RISING = {HEAD: {"tighten": TIGHTEN_FLOOR, "to": HIGHEST_FLOOR}}
+
+def _guard(bound: float, **over_turns: float) -> dict[str, Any]:
+    """Stops, and moves nothing."""
+    control = {"objective": {"weights": {HEAD: 1.0}}, "steps": 0, "stop_below": {HEAD: bound}}
+    return control | ({"over_turns": {"stop_below": {HEAD: over_turns}}} if over_turns else {})
+
+
+def _floor(**over_turns: float) -> dict[str, Any]:
+    """Moves tokens where the value is below the floor, and stops nothing."""
+    control = {"objective": {"type": "floor", "weights": {HEAD: 0.0}, "floors": {HEAD: _FLOOR}}}
+    return control | ({"over_turns": {"floors": {HEAD: over_turns}}} if over_turns else {})
+
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "no guard": None,
-    "guard, bound stays": _WATCH,
-    "guard, bound tightens": {**_WATCH, "over_turns": {"stop_below": _TIGHTER}},
-    "guard, bound holds": {**_WATCH, "over_turns": {"stop_below": {HEAD: {"hold": HOLD}}}},
+    f"guard at {LOW_BOUND}": _guard(LOW_BOUND),
+    f"guard at {HIGH_BOUND}": _guard(HIGH_BOUND),
+    f"guard from {LOW_BOUND}, tightens": _guard(LOW_BOUND, tighten=0.01, to=0.78),
+    f"guard from {LOW_BOUND}, holds": _guard(LOW_BOUND, hold=0.5),
     "control": {"objective": {"weights": {HEAD: 1.0}}},
-    "control, floor stays": _FLOOR,
-    "control, floor tightens": {**_FLOOR, "over_turns": {"floors": _RISING}},
+    f"control, floor at {_FLOOR}": _floor(),
+    f"control, floor from {_FLOOR}, tightens": _floor(tighten=0.02, to=0.95),
 }
 """By name, the `control` of each request."""

@@ -23,7 +23,7 @@ class Dialogues(Command):
     """Play dialogues that bait the model, and harmless ones, against guards and control that change over turns."""
 
     dialogues: Path = Field(FILE, description="JSON lines of id, kind and the user's messages")
-    max_tokens: Annotated[int, Field(ge=1, le=256)] = 40
+    max_tokens: Annotated[int, Field(ge=1, le=256)] = 32
     seed: int = 0
     out: Path | None = Field(None, description="JSON file to write, or with --render to read")
     render: bool = Field(False, description="measure nothing: print the tables of --out again")
