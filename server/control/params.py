@@ -78,18 +78,12 @@ class ControlParams(BaseModel):
     schedule: Schedule | None = None
     stop_below: Levels | None = None
     """End the response at the token whose state, after control, has a value below its head's bound."""
-    over_turns: OverTurns | None = None
-    """How the bounds of `stop_below` and `floors` change over the turns of a conversation."""
     search: Blocks | None = None
     """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
-
-    @model_validator(mode="after")
-    def _names_few_heads(self) -> ControlParams:
-        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
-            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
-        return self
+    over_turns: OverTurns | None = None
+    """How the bounds of `stop_below` and `floors` change over the turns of a conversation."""
 
     @model_validator(mode="after")
     def _changes_bounds_that_there_are(self) -> ControlParams:
@@ -106,21 +100,11 @@ class ControlParams(BaseModel):
                     raise PydanticCustomError("field", "{name}: {problem}", {"name": name, "problem": problem})
         return self
 
-    @property
-    def bounds(self) -> dict[str, dict[str, float]]:
-        """What may change over turns: bounds by field and head, in reward units."""
-        floors = self.objective.floors if isinstance(self.objective, Floor) else {}
-        return {"stop_below": self.stop_below or {}, "floors": floors}
-
-    def at_turn(self, turn: Turn) -> ControlParams:
-        """With the bounds of that turn, which stay."""
-        if self.over_turns is None:
-            return self
-        now = {field: self.over_turns.bounds(field, bounds, turn) for field, bounds in self.bounds.items()}
-        changed: dict[str, Any] = {"over_turns": None, "stop_below": now["stop_below"] or None}
-        if isinstance(self.objective, Floor):
-            changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})
-        return self.model_copy(update=changed)
+    @model_validator(mode="after")
+    def _names_few_heads(self) -> ControlParams:
+        if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
+            raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
+        return self
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -136,6 +120,22 @@ class ControlParams(BaseModel):
     def head_names(self) -> tuple[str, ...]:
         """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
+
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """What may change over turns: bounds by field and head, in reward units."""
+        floors = self.objective.floors if isinstance(self.objective, Floor) else {}
+        return {"stop_below": self.stop_below or {}, "floors": floors}
+
+    def at_turn(self, turn: Turn) -> ControlParams:
+        """With the bounds of that turn, which stay."""
+        if self.over_turns is None:
+            return self
+        now = {field: self.over_turns.bounds(field, bounds, turn) for field, bounds in self.bounds.items()}
+        changed: dict[str, Any] = {"over_turns": None, "stop_below": now["stop_below"] or None}
+        if isinstance(self.objective, Floor):
+            changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})
+        return self.model_copy(update=changed)
 
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.

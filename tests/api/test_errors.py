@@ -36,11 +36,11 @@ BAD_FIELDS = [
     *[("best_of", value) for value in [2, 129, *BAD_NUMBERS]],
     *[("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
 ]
+BOUNDED: dict[str, Any] = {"stop_below": {"plain": 0.5}}
 BAD_PROMPTS: list[Any] = [
     "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
 ]  # fmt: skip
 BAD_COUNTS: list[Any] = [0, 1.5, 2**63, None, *BAD_NUMBERS]
-BOUNDED: dict[str, Any] = {"stop_below": {"plain": 0.5}}
 BAD_CONTROLS: list[tuple[str, Any]] = [
     ("control.objective", {}),
     ("control.objective", {"objective": {"weights": {}}}),
@@ -73,6 +73,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
         ]
     ],
     *[("control.stop_below", {"stop_below": v}) for v in [{}, 3, {"plain": "1"}, {"plain": 1e308}]],
+    *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
     *[("control.over_turns", {"over_turns": v}) for v in [3, {}, {"gates": {}}]],
     *[("control.over_turns.stop_below", {**BOUNDED, "over_turns": {"stop_below": v}}) for v in [3, {}]],
     *[
@@ -90,7 +91,6 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     ),
     ("control.over_turns.stop_below.positive", {**BOUNDED, "over_turns": {"stop_below": {"positive": {"hold": 0.5}}}}),
     ("control.over_turns.floors.plain", {**BOUNDED, "over_turns": {"floors": {"plain": {"hold": 0.5}}}}),
-    *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
     *[("control.schedule.type", {"schedule": v}) for v in [{}, {"type": "sine"}]],
     *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
     *[("control.schedule.to", {"schedule": {"type": "cosine", "tokens": 3, "to": v}}) for v in [2, *BAD_NUMBERS]],
