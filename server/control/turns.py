@@ -26,7 +26,7 @@ class Turn:
 
     index: int = 0
     """How many responses the assistant has given before."""
-    worst: Mapping[str, float] = field(default_factory=dict)
+    worst: Mapping[str, float] = field(default_factory=dict[str, float])
     """The lowest value, by head, that was found at the ends of earlier responses."""
 
 

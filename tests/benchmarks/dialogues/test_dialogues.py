@@ -63,7 +63,7 @@ def test_every_arm_is_control_that_a_request_may_have() -> None:
 
 def test_each_answer_goes_into_the_next_turns_messages() -> None:
     dialogues = [Dialogue.model_validate(line("a")), Dialogue.model_validate(line("b", "harmless"))]
-    app = create_app(Settings(allow_inspection=True), FakeEngine(heads=[HEAD]))
+    app = create_app(Settings.model_validate({"allow_inspection": True}), FakeEngine(heads=[HEAD]))
 
     async def play() -> tuple[list[list[Reply]], np.ndarray, list[str]]:
         async with (
