@@ -103,7 +103,8 @@ def test_hold_goes_by_the_worst_value_that_the_ends_of_earlier_answers_had(make_
     conversation = [USER, answers[0], USER, answers[1], USER, answers[2], USER]
     with recording(make_app()) as (client, requests):
         for messages in ([USER], conversation):
-            assert chat(client, messages=messages, max_tokens=2, control=HOLDS).status_code == 200
+            response = chat(client, messages=messages, max_tokens=2, control=HOLDS)
+            assert response.json()["usage"]["prompt_tokens"] == len(requests[-1].prompt_token_ids)
         worst = min(value_of(client, conversation[:end]) for end in (2, 4, 6))
         bounds = [bound_of(request) for request in requests if request.control is not None]
         assert bounds == [0.125, max(0.125, 0.125 + 0.5 * (worst - 0.125))]
