@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 
 from server.control.objectives import MAX_ABS_LEVEL, MAX_HEADS_PER_REQUEST, HeadName, Level
+from server.control.wire import WireModel
 
 MAX_TIGHTENING = 2 * MAX_ABS_LEVEL
 """In reward units a turn; it leads from the lowest level to the highest."""
@@ -30,11 +31,7 @@ class Turn:
     """The lowest value, by head, that was found at the ends of earlier responses."""
 
 
-class _TurnsPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class BoundOverTurns(_TurnsPart):
+class BoundOverTurns(WireModel):
     """One bound: at turn t it is the highest of these, but never above `to`.
 
     - the bound as it is given, which is all that there is at turn 0;
@@ -45,6 +42,8 @@ class BoundOverTurns(_TurnsPart):
     so far, one answer may use up no more than 1 - `hold`. Source: Agrawal and Sreenath 2017; over the turns of a
     dialogue Hu et al. 2025 (arXiv 2503.00187).
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     tighten: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_TIGHTENING)] = 0.0
     """Reward units a turn; it needs `to`."""
@@ -73,7 +72,7 @@ class BoundOverTurns(_TurnsPart):
 BoundsOverTurns = Annotated[dict[HeadName, BoundOverTurns], Field(min_length=1, max_length=MAX_HEADS_PER_REQUEST)]
 
 
-class OverTurns(_TurnsPart):
+class OverTurns(WireModel):
     """How bounds change over turns, by the field that has them and by head."""
 
     stop_below: BoundsOverTurns | None = None
