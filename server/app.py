@@ -219,7 +219,7 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
 
 
 def check_pinned(app: FastAPI) -> None:
-    """Raises ConfigurationError when the started engine lacks a head that the settings pin."""
+    """Raises ConfigurationError when the started engine lacks what the settings pin."""
     pinned: ControlParams | None = app.state.pinned
     heads = app.state.engine.info.heads
     missing = [name for name in pinned.head_names if name not in heads] if pinned else []
@@ -227,3 +227,6 @@ def check_pinned(app: FastAPI) -> None:
         raise ConfigurationError(
             f"pinned_control: no head {', '.join(missing)} is loaded; there are {', '.join(heads) or 'none'}"
         )
+    over_turns = pinned and pinned.over_turns
+    if over_turns and over_turns.held_heads and not app.state.engine.info.can_score:
+        raise ConfigurationError("pinned_control: over_turns: hold is not served by this engine, which reads no values")

@@ -13,6 +13,7 @@ from server.api.generation import Choice, Generation, read_chat, shown_logprobs,
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
+from server.api.turns import Conversation, turn_of
 from server.api.writer import ChoicesWriter
 from server.calls.calls import CallDelta
 from server.engines.base import Engine
@@ -37,6 +38,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         tools=tools,
         opening=opening,
+        turn=await turn_of(request, body, Conversation(body.messages, rendering)),
         hides_reasoning=body.include_reasoning is False,
     )
     return await _ChatWriter(request, body, generation, has_reasoning=opening is not None).respond()

@@ -35,6 +35,7 @@ from server.api.structure import structure_of
 from server.api.tools import ToolPlan
 from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
+from server.control.turns import Turn
 from server.engines.base import ChunkStream, Engine
 from server.errors import (
     DeadlineExceededError,
@@ -302,16 +303,17 @@ async def start(
     opening: Opening | None = None,
     hides_reasoning: bool = False,
     tools: ToolPlan | None = None,
+    turn: Turn | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
-    `opening` is how responses begin that are told apart into reasoning and answer. Raises a RecontrolError with nothing
-    left queued.
+    `opening` is how responses begin that are told apart into reasoning and answer, `turn` where one stands in its
+    conversation, if there is any. Raises a RecontrolError with nothing left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
     info, num_choices = engine.info, body.num_choices
-    control = resolve_control(body, info, state.pinned)
+    control = resolve_control(body, info, state.pinned, turn)
     control = with_replacement(resolve_phase(control, opening, info), state.guardrail_replacement)
     held = tools if tools is not None and tools.structure is not None else None
     if state.pinned is not None:

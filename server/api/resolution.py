@@ -13,6 +13,7 @@ from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams, UnderPinned
 from server.control.repair import OnStop, Retry, Stop
+from server.control.turns import Turn
 from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import GenerationRequest, Opening, SamplingParams
@@ -60,14 +61,24 @@ def sampling_params(
     )
 
 
-def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParams | None) -> ControlParams | None:
-    """The body's control, or the default one behind `base@head`, with what the server pins.
+def resolve_control(
+    body: GenerationBody, info: EngineInfo, pinned: ControlParams | None, turn: Turn | None = None
+) -> ControlParams | None:
+    """The body's control, or the default one behind `base@head`, with what the server pins, both at that turn.
 
-    Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
+    Without a turn, which is a completion, what the server pins is as at the first, and a caller's that changes over
+    turns is refused. Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
     """
+    asked = body.control
+    if asked is not None and asked.over_turns is not None and turn is None:
+        raise InvalidRequestError(
+            "control.over_turns: a completion has no turns; ask for a chat or a response, or leave it out",
+            param="control.over_turns",
+        )
+    asked, pinned = (control and control.at_turn(turn or Turn()) for control in (asked, pinned))
     head = head_of_model(body.model, info)
     if head is not None:
-        if body.control is not None:
+        if asked is not None:
             raise InvalidRequestError(
                 f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
                 "control",
@@ -76,8 +87,8 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
-    check_heads(body.control, info.heads)
-    control = with_pinned(body.control, pinned)
+    check_heads(asked, info.heads)
+    control = with_pinned(asked, pinned)
     _check_units(control, info)
     return control
 

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.objectives import MAX_HEADS_PER_REQUEST, Floor, Levels, Objective, WeightedSum
 from server.control.repair import OnStop, Retry, Stop
 from server.control.state import Segment
+from server.control.turns import OverTurns, Turn
 from server.control.wire import WireModel
 from server.errors import ConfigurationError
 
@@ -82,6 +84,23 @@ class ControlParams(WireModel):
     """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
+    over_turns: OverTurns | None = None
+    """How the bounds of `stop_below` and `floors` change over the turns of a conversation."""
+
+    @model_validator(mode="after")
+    def _changes_bounds_that_there_are(self) -> ControlParams:
+        for field, rules in (self.over_turns.rules if self.over_turns is not None else {}).items():
+            bounds = self.bounds[field]
+            for head, rule in rules.items():
+                name, problem = f"over_turns.{field}.{head}", None
+                if head not in bounds:
+                    where = "stop_below" if field == "stop_below" else "an objective of type floor"
+                    problem = f"has no bound in {where} that could change over turns"
+                elif rule.to is not None and rule.to < bounds[head]:
+                    name, problem = f"{name}.to", f"must be {bounds[head]:g}, the bound that rises to it, or more"
+                if problem is not None:
+                    raise PydanticCustomError("field", "{name}: {problem}", {"name": name, "problem": problem})
+        return self
 
     @model_validator(mode="after")
     def _names_few_heads(self) -> ControlParams:
@@ -111,6 +130,22 @@ class ControlParams(WireModel):
     def head_names(self) -> tuple[str, ...]:
         """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
+
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """What may change over turns: bounds by field and head, in reward units."""
+        floors = self.objective.floors if isinstance(self.objective, Floor) else {}
+        return {"stop_below": self.stop_below or {}, "floors": floors}
+
+    def at_turn(self, turn: Turn) -> ControlParams:
+        """With the bounds of that turn, which stay."""
+        if self.over_turns is None:
+            return self
+        now = {field: self.over_turns.bounds(field, bounds, turn) for field, bounds in self.bounds.items()}
+        changed: dict[str, Any] = {"over_turns": None, "stop_below": now["stop_below"] or None}
+        if isinstance(self.objective, Floor):
+            changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})
+        return self.model_copy(update=changed)
 
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.

@@ -20,6 +20,11 @@ def check_is_text(request: GenerationRequest, placeholder_ids: Collection[int]) 
 
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
+    if request.control is not None and request.control.over_turns is not None:
+        raise InvalidRequestError(
+            "control.over_turns: only a chat that the server answers has turns; give bounds that stay",
+            param="control.over_turns",
+        )
     check_heads(request, heads)
     if request.scoring is not None:
         assert (request.num_choices, request.sampling.max_tokens, request.control) == (1, 0, None)

@@ -36,6 +36,7 @@ BAD_FIELDS = [
     *[("best_of", value) for value in [2, 129, *BAD_NUMBERS]],
     *[("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
 ]
+BOUNDED: dict[str, Any] = {"stop_below": {"plain": 0.5}}
 BAD_PROMPTS: list[Any] = [
     "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
 ]  # fmt: skip
@@ -98,6 +99,23 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
         for v in ["retry", "replace", {"type": "stop", "hold_tokens": 1}]
     ],
     *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
+    *[("control.over_turns", {"over_turns": v}) for v in [3, {}, {"gates": {}}]],
+    *[("control.over_turns.stop_below", {**BOUNDED, "over_turns": {"stop_below": v}}) for v in [3, {}]],
+    *[
+        ("control.over_turns.stop_below.plain", {**BOUNDED, "over_turns": {"stop_below": {"plain": v}}})
+        for v in [3, {}, {"tighten": 0.1}, {"to": 0.9}]
+    ],
+    *[
+        (f"control.over_turns.stop_below.plain.{name}", {**BOUNDED, "over_turns": {"stop_below": {"plain": rule}}})
+        for name in ("tighten", "hold")
+        for rule in [{"to": 1, name: v} for v in [-0.1, 3e6, "1", 1e999]]
+    ],
+    (
+        "control.over_turns.stop_below.plain.to",
+        {**BOUNDED, "over_turns": {"stop_below": {"plain": {"tighten": 0.1, "to": 0.4}}}},
+    ),
+    ("control.over_turns.stop_below.positive", {**BOUNDED, "over_turns": {"stop_below": {"positive": {"hold": 0.5}}}}),
+    ("control.over_turns.floors.plain", {**BOUNDED, "over_turns": {"floors": {"plain": {"hold": 0.5}}}}),
     *[("control.schedule.type", {"schedule": v}) for v in [{}, {"type": "sine"}]],
     *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
     *[("control.schedule.to", {"schedule": {"type": "cosine", "tokens": 3, "to": v}}) for v in [2, *BAD_NUMBERS]],

@@ -71,6 +71,8 @@ REFUSED_CONTROL: dict[str, Any] = {
     "max_response_kl": 0.001, "gate": {"head": "positive", "below": -1e6}, "window": {"start": 100},
     "schedule": {"type": "exponential", "half_life": 0.01},
 }  # fmt: skip
+# Bounds of the caller's own that rise with the turns of a chat; put together with what is pinned, as bounds are.
+OVER_TURNS = {"stop_below": {"plain": -1e6}, "over_turns": {"stop_below": {"plain": {"tighten": 1.0, "to": 0.0}}}}
 BLOCKS: dict[str, Any] = {"type": "blocks", "candidates": 2, "block_tokens": 2}
 # Of texts that are there already; no token is drawn.
 READS = {"model", "input", "messages", "heads", "per_token", "hidden_state", "user", "timeout_s"}
@@ -84,7 +86,7 @@ def fields_of(*bodies: type[BaseModel]) -> set[str]:
 def test_every_field_of_a_request_is_judged() -> None:
     judged = INERT.keys() | CUTS.keys() | REDRAWN.keys() | PROMPTS.keys() | OUTWEIGHS.keys() | NOT_HELD.keys()
     assert judged == fields_of(CompletionBody, ChatBody)
-    assert COMPOSED.keys() | REFUSED_CONTROL.keys() == fields_of(ControlParams)
+    assert COMPOSED.keys() | OVER_TURNS.keys() | REFUSED_CONTROL.keys() == fields_of(ControlParams)
     assert BLOCKS.keys() == fields_of(Blocks)
     assert fields_of(ValueBody) == READS
     assert set(PINNED_REFUSES) == OUTWEIGHS.keys()
@@ -123,6 +125,7 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
         assert complete(client, model="tiny", max_tokens=4, control=asked_control).status_code == 200, field
     # Pinned control acts in calls of tools, too.
     expected = ControlParams.model_validate({**PINNED, "in_calls": True})
+    assert chat(client, model="tiny", max_tokens=4, control={**OTHERS, **OVER_TURNS}).status_code == 200
     for request in requests:
         control = request.control.pinned if isinstance(request.control, UnderPinned) else request.control
         assert control == expected

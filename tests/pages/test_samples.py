@@ -31,9 +31,10 @@ def fake_client() -> TestClient:
     "control", CONTROLS, ids=lambda control: "-".join([control["objective"].get("type", ""), *control])
 )
 def test_every_example_of_control_is_accepted_as_it_is_written(control: dict[str, Any]) -> None:
-    body = {"model": "fake", "prompt": "hi", "max_tokens": 2, "control": control}
+    # A chat, since a completion has no turns.
+    body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "control": control}
     with fake_client() as client:
-        response = client.post("/v1/completions", json=body)
+        response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     assert set(response.json()["choices"][0]["control"]["value_after"]) == set(ControlParams(**control).head_names)
 

@@ -16,6 +16,7 @@ from server.api.responses.body import ResponseBody
 from server.api.responses.output import Event, Output
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
+from server.api.turns import Conversation, turn_of
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import InvalidRequestError, NotFoundError
@@ -52,6 +53,7 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
             logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
             tools=tools,
             opening=opening,
+            turn=await turn_of(request, body, Conversation(body.messages, rendering)),
         )
     return await _Writer(request, body, generation).respond()
 

@@ -58,7 +58,10 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     control = parse_control(extra_args)
     if control is None:
         return
-    own = {"stop_below": "ends no response", "trace": "reports no single token", "search": "compares no candidates"}
+    own = {
+        "over_turns": "counts no turns", "stop_below": "ends no response", "trace": "reports no single token",
+        "search": "compares no candidates",
+    }  # fmt: skip
     for field, why in own.items():
         if getattr(control, field):
             raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")

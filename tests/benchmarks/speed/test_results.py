@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tool_calls
+from benchmarks.dialogues import report as dialogues
 from benchmarks.pinned import report as pinned
 from benchmarks.speed import report
 from tests.soak.command import soak_table
@@ -23,6 +24,8 @@ def sections(path: Path) -> dict[str, str]:
         return {"bench-tool-calls": tool_calls.table(result)}
     if "attempts" in result:
         return {pinned.SECTION: pinned.table(result)}
+    if "dialogues" in result:
+        return {dialogues.SECTION: dialogues.tables(result)}
     return report.named({"soak": soak_table(result)}, result) if "soak" in result else report.sections(result)
 
 
