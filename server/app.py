@@ -215,6 +215,8 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
     if "in_calls" not in pinned.model_fields_set:
         # Or a caller could have all of a text as a tool's arguments, where no control acts.
         pinned = pinned.model_copy(update={"in_calls": True})
+    if pinned.stop_below is not None and not pinned.in_calls:
+        raise ConfigurationError("pinned_control: in_calls: not false with stop_below, since callers can force calls")
     return pinned
 
 

@@ -114,6 +114,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
+def roomy_folder(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama's folder with room for longer texts, such as what tools are told by."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path_factory.mktemp("roomy") / "llama-roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def fine_tune(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny llama's folder with all weights a little changed, under another name."""
     folder = shutil.copytree(model_folder("llama"), tmp_path_factory.mktemp("tuned") / "llama-tuned")

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+
+from server.control.wire import WireModel
 
 MAX_RETRIES = 16
 MAX_HOLD_TOKENS = 256
@@ -23,8 +25,8 @@ DEFAULT_REPLACEMENT = "[The rest of this response was withheld.]"
 Replacement = Annotated[str, Field(min_length=1, max_length=MAX_REPLACEMENT_CHARS)]
 
 
-class _OnStop(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+class _OnStop(WireModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Stop(_OnStop):

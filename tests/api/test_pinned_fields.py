@@ -142,6 +142,15 @@ def test_pinned_control_is_beneath_calls_of_tools(make_app: Callable[..., FastAP
     assert [request.control.objective.weights for request in requests] == [{"plain": 1.0}] * 2
 
 
+def test_a_pinned_guardrail_watches_a_forced_call(make_app: Callable[..., FastAPI]) -> None:
+    guarded = {**PINNED, "stop_below": {"plain": 1e6}}
+    with TestClient(make_app(settings={"pinned_control": json.dumps(guarded)})) as client:
+        (choice,) = chat(client, tools=[TOOL], tool_choice="required", max_tokens=80).json()["choices"]
+    assert choice["finish_reason"] == "content_filter"
+    with pytest.raises(ConfigurationError, match="pinned_control: in_calls: not false with stop_below"):
+        make_app(settings={"pinned_control": json.dumps({**guarded, "in_calls": False})})
+
+
 def text(response: Any) -> str:
     choice = response.json()["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
