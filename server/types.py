@@ -144,6 +144,8 @@ class GenerationRequest:
     """With this there is one choice, without control, and `max_tokens` is 0."""
     opening: Opening | None = None
     """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
+    instructed_token_ids: tuple[int, ...] = ()
+    """The prompt behind the instruction of `control`, as `Engine.encode_instructed` gives it; empty without one."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -164,6 +166,11 @@ class GenerationRequest:
     def num_sequences(self) -> int:
         """Texts that are sampled at once for it."""
         return (self.best_of or self.num_choices) * (1 if self.search is None else self.search.candidates)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step that they take: with an instruction each has a second one, which reads that."""
+        return self.num_sequences * (2 if self.instructed_token_ids else 1)
 
     @property
     def sequences_param(self) -> str:

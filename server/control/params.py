@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.objectives import (
+    MAX_HEADS_PER_REQUEST,
+    NO_HEADS,
+    HeadsObjective,
+    Instruction,
+    Levels,
+    Objective,
+    WeightedSum,
+)
 from server.control.state import Segment
 from server.errors import ConfigurationError
 
@@ -101,6 +109,19 @@ class ControlParams(BaseModel):
     def head_names(self) -> tuple[str, ...]:
         """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
+
+    @property
+    def heads_objective(self) -> HeadsObjective:
+        """What its objective asks of heads."""
+        objective = self.objective
+        return objective if not isinstance(objective, Instruction) else objective.beside or NO_HEADS
+
+    @property
+    def instruction(self) -> Instruction | None:
+        """The instruction that it follows; None also where it would change nothing, so that nobody need read it."""
+        objective = self.objective
+        is_followed = isinstance(objective, Instruction) and bool(objective.weight and self.steps and self.step_size)
+        return objective if is_followed else None
 
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.

@@ -1,0 +1,74 @@
+"""Where an instruction goes that control follows: into a conversation, or before a plain prompt.
+
+In a conversation it is the system message, behind what the caller's own system message says; where the model's chat
+template has no place for one, it begins the first user message. Before a plain prompt it stands as a text of its own
+and a blank line, and the prompt's tokens stay the very same. Either way it is content: nothing in it becomes a control
+token. Knows nothing of control or requests. Enter at `instructed_chat` and `behind_instruction`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from server.engines.chat_template import template_of
+from server.engines.content import control_tokens
+from server.errors import InvalidRequestError
+
+PARAM = "control.objective.text"
+Message = Mapping[str, Any]
+
+
+def instructed_chat(
+    encode: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message], bare_ids: Sequence[int], text: str
+) -> list[int]:
+    """Token ids of messages with an instruction among them; `bare_ids` are theirs without it, by the same `encode`.
+
+    Raises InvalidRequestError, which names the field, where the template leaves it out wherever it stands.
+    """
+    why = "leaves instructions out"
+    for place in (_in_system, _in_user):
+        if (placed := place(messages, text)) is None:
+            continue
+        try:
+            token_ids = encode(placed)
+        except InvalidRequestError as error:
+            why = f"has no place for an instruction here: {error.message}"
+            continue
+        if token_ids != list(bare_ids):
+            return token_ids
+    raise InvalidRequestError(f"{PARAM}: this model's chat template {why}", param=PARAM)
+
+
+def behind_instruction(tokenizer: Any, text: str, prompt_token_ids: Sequence[int]) -> list[int]:
+    """A plain prompt's tokens behind an instruction; what the tokenizer adds before texts stays in front of both.
+
+    Raises InvalidRequestError for a text that this tokenizer cannot tell from control tokens.
+    """
+    control = control_tokens(tokenizer, template_of(tokenizer) or "")
+    plain, mark = f"{text}\n\n", secrets.token_hex(16)
+    marked = control.marked(plain, mark)
+    try:
+        own_ids = control.encode(marked, None if marked == plain else mark)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{PARAM}: {error.message.removeprefix('messages: ')}", param=PARAM) from error
+    prompt, before = list(prompt_token_ids), control.added_before
+    start = len(before) if prompt[: len(before)] == before else 0
+    return [*prompt[:start], *own_ids, *prompt[start:]]
+
+
+def _in_system(messages: Sequence[Message], text: str) -> list[Message]:
+    if not messages or messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages]
+    own = messages[0].get("content")
+    return [{**messages[0], "content": f"{own}\n\n{text}" if own else text}, *messages[1:]]
+
+
+def _in_user(messages: Sequence[Message], text: str) -> list[Message] | None:
+    """None where nobody asks anything."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        return None
+    asked = {**messages[first], "content": f"{text}\n\n{messages[first].get('content') or ''}"}
+    return [*messages[:first], asked, *messages[first + 1 :]]
