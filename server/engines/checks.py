@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from server.control.objectives import Instruction
 from server.engines.base import check_context, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError
 from server.types import GenerationRequest
@@ -41,6 +42,8 @@ def _check_instruction(request: GenerationRequest, *, vocab_size: int, max_model
     instructed = request.instructed_token_ids
     has_instruction = request.control is not None and request.control.instruction is not None
     assert has_instruction == bool(instructed), "the prompt behind the instruction goes with control that follows it"
+    if request.control is not None and isinstance(request.control.objective, Instruction):
+        _check_compares_nothing(request)
     if not instructed:
         return
     param = "control.objective.text"
@@ -51,4 +54,13 @@ def _check_instruction(request: GenerationRequest, *, vocab_size: int, max_model
             f"{len(request.prompt_token_ids)}), and {request.sampling.max_tokens} new ones are asked for; together "
             f"they must not exceed this model's maximum context length of {max_model_len} tokens",
             param=param,
+        )
+
+
+def _check_compares_nothing(request: GenerationRequest) -> None:
+    """An instruction gives no score by which texts could be compared. Raises InvalidRequestError."""
+    param = "best_of" if request.best_of is not None else "control.search"
+    if request.best_of is not None or request.search is not None:
+        raise InvalidRequestError(
+            f"{param}: not allowed with an objective of type instruction, which gives texts no score", param=param
         )
