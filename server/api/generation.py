@@ -345,7 +345,9 @@ async def start(
         asked = with_rest_of_context(asked, max(map(len, [*prompts, *(instructed or ())])), info)
     requests = requests_for(request, prompts, asked)
     if instructed is not None:
-        requests = [replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)]
+        requests = [
+            replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)
+        ]
     check_size(requests, info, field=body.size_field)
     if not body.stream:
         check_told(requests)

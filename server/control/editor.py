@@ -2,8 +2,8 @@
 
 For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
 scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
-its own state. Groups whose rows share their shift are edited natively where that can be (shared.py). Rows that follow an
-instruction add its move of the logits to that of the shift (guidance.py), under the same budget.
+its own state. Groups whose rows share their shift are edited natively where that can be (shared.py). Rows that follow
+an instruction add its move of the logits to that of the shift (guidance.py), under the same budget.
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
 it is told how states become logits. Enter at `StateEditor.logits`.

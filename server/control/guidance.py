@@ -2,8 +2,8 @@
 
 A row's state h has read the text, and its shadow's state h' the same text behind the instruction. The logits move by
 weight x (project(h') - project(h)), which is weight x (log p(token | instruction, text) - log p(token | text)) but for
-a constant that no distribution feels; a soft cap comes after, as it does for the shift of a state. That move is added to
-the one that heads ask for, and both are scaled together to the row's budget (editor.py). Knows nothing of requests,
+a constant that no distribution feels; a soft cap comes after, as it does for the shift of a state. That move is added
+to the one that heads ask for, and both are scaled together to the row's budget (editor.py). Knows nothing of requests,
 sequences or engines. Enter at `InstructedLogits`.
 
 Shapes: B rows of the step, R rows of a group, D hidden size, V vocabulary.

@@ -176,9 +176,7 @@ def _max_kl(control: ControlParams, state: ControlState) -> tuple[float, HeldBy]
     return left, HeldBy.MAX_RESPONSE_KL
 
 
-def _guidance(
-    controls: Sequence[ControlParams], strengths: Sequence[float], device: torch.device
-) -> Tensor | None:
+def _guidance(controls: Sequence[ControlParams], strengths: Sequence[float], device: torch.device) -> Tensor | None:
     instructions = [control.instruction for control in controls]
     if not any(instructions):
         return None

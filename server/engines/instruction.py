@@ -3,30 +3,47 @@
 In a conversation it is the system message, behind what the caller's own system message says; where the model's chat
 template has no place for one, it begins the first user message. Before a plain prompt it stands as a text of its own
 and a blank line, and the prompt's tokens stay the very same. Either way it is content: nothing in it becomes a control
-token. Knows nothing of control or requests. Enter at `instructed_chat` and `behind_instruction`.
+token. Knows nothing of control or requests. Enter at `encode_instructed`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from server.engines.chat_template import template_of
+from server.calls.formats import CallFormat
+from server.engines.chat_template import Message, encode_chat, template_of
 from server.engines.content import control_tokens
 from server.errors import InvalidRequestError
+from server.types import ChatRendering
 
-PARAM = "control.objective.text"
-Message = Mapping[str, Any]
+_PARAM = "control.objective.text"
 
 
-def instructed_chat(
+def encode_instructed(
+    tokenizer: Any,
+    text: str,
+    prompt_token_ids: Sequence[int],
+    messages: Sequence[Message] | None = None,
+    rendering: ChatRendering | None = None,
+    call_format: CallFormat | None = None,
+) -> list[int]:
+    """A prompt's tokens behind an instruction. `messages` are those that its tokens were made of; None if it is plain.
+
+    Raises InvalidRequestError, which names the field, where the template leaves the instruction out wherever it stands,
+    and for a text that the tokenizer cannot tell from control tokens.
+    """
+    if messages is None:
+        return _before_plain(tokenizer, text, prompt_token_ids)
+    return _in_chat(
+        lambda placed: encode_chat(tokenizer, placed, rendering, call_format), messages, prompt_token_ids, text
+    )
+
+
+def _in_chat(
     encode: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message], bare_ids: Sequence[int], text: str
 ) -> list[int]:
-    """Token ids of messages with an instruction among them; `bare_ids` are theirs without it, by the same `encode`.
-
-    Raises InvalidRequestError, which names the field, where the template leaves it out wherever it stands.
-    """
     why = "leaves instructions out"
     for place in (_in_system, _in_user):
         if (placed := place(messages, text)) is None:
@@ -38,21 +55,18 @@ def instructed_chat(
             continue
         if token_ids != list(bare_ids):
             return token_ids
-    raise InvalidRequestError(f"{PARAM}: this model's chat template {why}", param=PARAM)
+    raise InvalidRequestError(f"{_PARAM}: this model's chat template {why}", param=_PARAM)
 
 
-def behind_instruction(tokenizer: Any, text: str, prompt_token_ids: Sequence[int]) -> list[int]:
-    """A plain prompt's tokens behind an instruction; what the tokenizer adds before texts stays in front of both.
-
-    Raises InvalidRequestError for a text that this tokenizer cannot tell from control tokens.
-    """
+def _before_plain(tokenizer: Any, text: str, prompt_token_ids: Sequence[int]) -> list[int]:
+    """What the tokenizer adds before texts stays in front of both."""
     control = control_tokens(tokenizer, template_of(tokenizer) or "")
     plain, mark = f"{text}\n\n", secrets.token_hex(16)
     marked = control.marked(plain, mark)
     try:
         own_ids = control.encode(marked, None if marked == plain else mark)
     except InvalidRequestError as error:
-        raise InvalidRequestError(f"{PARAM}: {error.message.removeprefix('messages: ')}", param=PARAM) from error
+        raise InvalidRequestError(f"{_PARAM}: {error.message.removeprefix('messages: ')}", param=_PARAM) from error
     prompt, before = list(prompt_token_ids), control.added_before
     start = len(before) if prompt[: len(before)] == before else 0
     return [*prompt[:start], *own_ids, *prompt[start:]]

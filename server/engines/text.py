@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from server.calls.formats import CallFormat
 from server.engines.chat_template import encode_chat, template_of
-from server.engines.instruction import behind_instruction, instructed_chat
+from server.engines.instruction import encode_instructed
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
 
@@ -61,14 +61,7 @@ class Tokenization(ABC):
         rendering: ChatRendering | None = None,
     ) -> list[int]:
         with self._reading(len(text) + len(prompt_token_ids) + len(repr((messages, rendering)))) as tokenizer:
-            if messages is None:
-                return behind_instruction(tokenizer, text, prompt_token_ids)
-            return instructed_chat(
-                lambda placed: encode_chat(tokenizer, placed, rendering, self._call_format),
-                messages,
-                prompt_token_ids,
-                text,
-            )
+            return encode_instructed(tokenizer, text, prompt_token_ids, messages, rendering, self._call_format)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
