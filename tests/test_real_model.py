@@ -75,6 +75,7 @@ def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
     ("program", "flags", "shown"),
     [
         ("sdk_control", [], "positive and plain: "),
+        ("instruction_guidance", [], "weight 1 and positive: "),
         ("guardrail", ["--bound", "1.5"], "finish reason: content_filter"),
         ("best_of_value", ["--candidates", "3"], "+0."),
         ("tool_calling", [], "get_weather({"),

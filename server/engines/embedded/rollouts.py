@@ -97,18 +97,24 @@ class EngineRolloutSource:
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
         """A prompt's tokens, with an instruction put before it."""
-        text = _told(prompt, instruction)
         if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, _as_chat(text))
+            return encode_chat(self.loaded.tokenizer, self.messages(prompt, instruction))
         tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(text)["input_ids"]
+        return tokenizer(_told(prompt, instruction))["input_ids"]
 
-    def _guided(self, request: GenerationRequest, prompt: RolloutPrompt, instruction: str | None) -> GenerationRequest:
-        """With the prompt behind the instruction that its control follows, if it does; then no other is a system's."""
+    def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
+        """Those of a chat that asks a prompt after an instruction."""
+        return [{"role": "user", "content": _told(prompt, instruction)}]
+
+    def guided(self, request: GenerationRequest, prompt: RolloutPrompt, instruction: str | None) -> GenerationRequest:
+        """The request with its prompt behind the instruction that its control follows, if it does.
+
+        Raises InvalidRequestError where there is no place for one.
+        """
         followed = None if request.control is None else request.control.instruction
         if followed is None:
             return request
-        messages = _as_chat(_told(prompt, instruction)) if prompt.format == "chat" else None
+        messages = self.messages(prompt, instruction) if prompt.format == "chat" else None
         ids = encode_instructed(self.loaded.tokenizer, followed.text, request.prompt_token_ids, messages)
         return replace(request, instructed_token_ids=tuple(ids))
 
@@ -144,7 +150,7 @@ class EngineRolloutSource:
                 num_choices=settings.num_samples,
             )
             try:
-                request = self._guided(request, prompt, instruction)
+                request = self.guided(request, prompt, instruction)
                 self.core.check(request)
             except InvalidRequestError as error:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
@@ -189,10 +195,6 @@ class EngineRolloutSource:
 
 def _told(prompt: RolloutPrompt, instruction: str | None) -> str:
     return prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
-
-
-def _as_chat(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def response_seed(seed: int, prompt_id: str) -> int:
