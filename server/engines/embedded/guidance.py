@@ -62,7 +62,8 @@ def both_read(computed: Rows) -> Rows:
         if choice.shadow is None:
             ready.append((sequence, hidden_D))
             continue
-        sequence.waiting_D = hidden_D
+        # A copy: where steps are recorded, the next one's states come to the same place.
+        sequence.waiting_D = hidden_D.clone()
         if choice.waiting_D is not None and choice.shadow.waiting_D is not None:
             ready.append((choice, choice.waiting_D))
     return ready
