@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.tool_calls import TOOLS, verdict
 from server.app import create_app
+from server.control.objectives import Instruction
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.checkpoint.packaged import default_model_folder
 from server.engines.embedded.core import EngineCore
@@ -35,6 +37,7 @@ from value_models.rewards import positive
 pytestmark = pytest.mark.slow
 HEADS = {"brevity", "neutral", "nontoxic", "plain", "positive", "relevance"}
 ROOT = Path(__file__).parent.parent
+CHEER = "Always answer cheerfully."
 PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge stand?", "Write a note to my boss."]
 CONTROLS: list[dict[str, Any] | None] = [
     None,
@@ -321,13 +324,52 @@ def test_seed_minus_one_gives_another_text_each_time(url: str) -> None:
     assert texts[0] != texts[1]
 
 
-def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
-    folder = default_model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("The three laws of motion are")["input_ids"]
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def in_float32() -> tuple[Any, EngineCore]:
+    """The model by transformers and by this engine."""
+    plain = AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=torch.float32)
+    return plain, EngineCore(load_model(DEFAULT_MODEL, dtype="float32"), HeadRegistry({}), max_batch_size=2)
+
+
+def greedy(plain: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
-    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-    core = EngineCore(load_model(DEFAULT_MODEL, dtype="float32"), HeadRegistry({}), max_batch_size=2)
+    whole = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    return whole[0, len(prompt) :].tolist()
+
+
+def test_greedy_text_in_float32_is_that_of_transformers_generate(in_float32: tuple[Any, EngineCore]) -> None:
+    plain, core = in_float32
+    prompt = AutoTokenizer.from_pretrained(default_model_folder())("The three laws of motion are")["input_ids"]
     request = GenerationRequest("r", tuple(prompt), SamplingParams(max_tokens=24, temperature=0.0))
-    assert run(core, [request])["r", 0].token_ids == expected[0, len(prompt) :].tolist()
+    assert run(core, [request])["r", 0].token_ids == greedy(plain, prompt)
+
+
+def test_an_instruction_of_weight_one_gives_greedily_what_transformers_gives_after_the_system_message(
+    in_float32: tuple[Any, EngineCore],
+) -> None:
+    plain, core = in_float32
+    tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
+    system, user = ({"role": role, "content": text} for role, text in (("system", CHEER), ("user", PROMPTS[1])))
+    bare, instructed = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in ([user], [system, user])
+    )
+    free = ControlParams.without_limits(Instruction(type="instruction", text=CHEER), step_size=1.0, steps=1)
+    request = GenerationRequest(
+        "r", tuple(bare), SamplingParams(max_tokens=24, temperature=0.0), free, instructed_token_ids=tuple(instructed)
+    )
+    told = run(core, [request])["r", 0].token_ids
+    assert told == greedy(plain, instructed)
+    assert told != greedy(plain, bare)
+
+
+def test_following_an_instruction_makes_answers_more_positive_within_the_budget(url: str) -> None:
+    objective = {"type": "instruction", "text": CHEER, "weight": 3.0}
+    bodies = [ask(index) | {"max_tokens": 32, "n": 4} for index in range(4)]
+    scores: list[float] = []
+    for more in ({}, {"control": {"objective": objective, "max_kl": 0.5}}):
+        choices = [choice for body in bodies for choice in httpx.post(
+            f"{url}/v1/chat/completions", json={**body, "control": None, **more}, timeout=120).json()["choices"]]  # fmt: skip
+        assert all(choice["control"]["max_kl"] <= 0.5 for choice in choices if more)
+        scores.append(statistics.mean(positive([""] * len(choices), [c["message"]["content"] for c in choices])))
+    assert scores[1] > scores[0]

@@ -98,8 +98,6 @@ def test_any_objective_over_heads_goes_beside_it(seen: Seen) -> None:
         ({"contrast": "Be sad."}, "control.objective.contrast"),
         ({"weights": {"positive": 1.0}}, "control.objective.weights"),
         ({"beside": {"weights": {}}}, "control.objective.beside.weights"),
-        ({"beside": {"weights": {"nobody": 1.0}}}, "control.objective.beside.weights"),
-        ({"beside": {"type": "target", "values": {"nobody": 1.0}}}, "control.objective.beside.values"),
         ({"beside": GUIDED["objective"]}, "control.objective.beside"),
         ({"beside": {}}, "control.objective.beside.weights"),
     ],
@@ -111,6 +109,15 @@ def test_what_is_wrong_with_it_is_said_by_name(seen: Seen, fields: dict[str, Any
     assert not seen[1]
 
 
+def test_a_head_beside_it_that_is_not_there_is_named_with_its_field(seen: Seen) -> None:
+    for beside, field in (
+        ({"weights": {"nobody": 1.0}}, "weights"),
+        ({"type": "target", "values": {"n": 0}}, "values"),
+    ):
+        response = complete(seen[0], control=told(beside=beside))
+        assert (response.status_code, response.json()["error"]["param"]) == (404, f"control.objective.beside.{field}")
+
+
 def test_half_a_character_is_no_text(seen: Seen) -> None:
     body = '{"model": "fake", "prompt": "a", "control": {"objective": {"type": "instruction", "text": "\\ud800"}}}'
     response = seen[0].post("/v1/completions", content=body, headers={"content-type": "application/json"})
@@ -118,13 +125,10 @@ def test_half_a_character_is_no_text(seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("send", [complete, chat, respond])
-def test_a_prompt_that_is_too_long_with_it_is_refused_with_the_lengths(
-    make_app: Callable[..., FastAPI], send: Callable[..., Any]
-) -> None:
-    with TestClient(make_app(max_model_len=64)) as client:
-        error = error_of(send(client, control=told(text="x" * 80)))
-        assert (error["param"], error["code"]) == ("control.objective.text", "context_length_exceeded")
-        assert "without it" in error["message"]
+def test_a_prompt_that_is_too_long_with_it_is_refused_with_the_lengths(seen: Seen, send: Callable[..., Any]) -> None:
+    error = error_of(send(seen[0], control=told(text="x" * 4096)))
+    assert (error["param"], error["code"]) == ("control.objective.text", "context_length_exceeded")
+    assert "(without it " in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_running_out_of_pages_changes_nobodys_tokens(
     make_core: Callable[..., EngineCore], model: tuple[str, str]
 ) -> None:
     architecture, dtype = model
-    long = [replace(g, sampling=g.sampling.model_copy(update={"max_tokens": 70})) for g in guided_requests()]
+    longer = {"max_tokens": 70, "ignore_eos": True}
+    long = [replace(g, sampling=g.sampling.model_copy(update=longer)) for g in guided_requests()]
     tight = small_core(make_core, 9, architecture=architecture, dtype=dtype)
     preempted: set[str] = set()
 
@@ -281,7 +282,7 @@ def test_texts_are_not_compared_by_an_instruction(core: EngineCore, asked: Gener
 def test_what_can_never_fit_is_refused_by_name(make_core: Callable[..., EngineCore]) -> None:
     with pytest.raises(InvalidRequestError, match=r"^control\.objective: .* two rows at once; this server runs 1"):
         make_core(max_batch_size=1).check(ask(following()))
-    with pytest.raises(InvalidRequestError, match=r"^control\.objective: .* may take 6 pages .* this server has 5"):
+    with pytest.raises(InvalidRequestError, match=r"^control\.objective: .* may take 7 pages .* this server has 5"):
         small_core(make_core, 5).check(ask(following(), sampling={"max_tokens": 150}))
     with pytest.raises(ContextLengthError, match=r"^control\.objective\.text: .* 73 tokens \(without it 3\)"):
         make_core().check(ask(following(), sampling={"max_tokens": 200}))
