@@ -367,9 +367,9 @@ def test_following_an_instruction_makes_answers_more_positive_within_the_budget(
     objective = {"type": "instruction", "text": CHEER, "weight": 3.0}
     bodies = [ask(index) | {"max_tokens": 32, "n": 4} for index in range(4)]
     scores: list[float] = []
-    for more in ({}, {"control": {"objective": objective, "max_kl": 0.5}}):
-        choices = [choice for body in bodies for choice in httpx.post(
-            f"{url}/v1/chat/completions", json={**body, "control": None, **more}, timeout=120).json()["choices"]]  # fmt: skip
-        assert all(choice["control"]["max_kl"] <= 0.5 for choice in choices if more)
+    for steer in (None, {"objective": objective, "max_kl": 0.5}):
+        answers = [httpx.post(f"{url}/v1/chat/completions", json={**b, "control": steer}, timeout=120) for b in bodies]
+        choices = [choice for answer in answers for choice in answer.json()["choices"]]
+        assert all(choice["control"]["max_kl"] <= 0.5 for choice in choices if steer is not None)
         scores.append(statistics.mean(positive([""] * len(choices), [c["message"]["content"] for c in choices])))
     assert scores[1] > scores[0]
