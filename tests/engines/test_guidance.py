@@ -12,6 +12,7 @@ import torch
 from server.control.objectives import Instruction
 from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.scheduler import Step
 from server.engines.embedded.structure import SchemaCompiler
 from server.errors import ContextLengthError, InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
@@ -171,6 +172,28 @@ def test_running_out_of_pages_changes_nobodys_tokens(
     assert tokens(got) == tokens(expected)
     assert all(len(result.finish_reasons) == 1 for result in got.values())
     assert (tight.page_pool.num_held, tight.status().num_running) == (0, 0)
+
+
+def test_a_choice_whose_shadow_finds_no_page_computes_nothing_in_pages_that_it_gave_up(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    tight = small_core(make_core, 7)
+    schedule, given_up = tight._scheduler.schedule, 0
+
+    def checked(now_s: float) -> Step:
+        nonlocal given_up
+        step = schedule(now_s)
+        given_up += tight.status().num_preemptions > 0
+        assert all(row.pages is sequence.pages for sequence, rows in step.decoding for row in rows)
+        return step
+
+    tight._scheduler.schedule = checked  # type: ignore[method-assign]
+    first = ask(None, name="p", prompt=(1,) * 60, sampling={"max_tokens": 150, "ignore_eos": True})
+    # The shadow's text fills its pages before the choice's own does.
+    guided = ask(following(), prompt=(5,) * 40, sampling={"max_tokens": 100, "ignore_eos": True})
+    got = run(tight, [first, guided])
+    assert given_up
+    assert tokens(got) == tokens(run(make_core(), [first, guided]))
 
 
 def test_choices_share_both_prompts_and_requests_the_instruction(core: EngineCore) -> None:

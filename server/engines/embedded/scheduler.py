@@ -95,9 +95,9 @@ class Scheduler:
         self._admit(now_s)
         num_usual = len(step.decoding)
         self._read(step, self._budget(num_usual))
-        # Who was preempted on the way has no pages any more.
-        step.num_usual = sum(bool(sequence.pages) for sequence, _ in step.decoding[:num_usual])
-        step.decoding = [pair for pair in step.decoding if pair[0].pages]
+        # Who was preempted on the way decodes no more, even where it has come in anew, and has no pages otherwise.
+        step.num_usual = sum(_decodes(sequence) for sequence, _ in step.decoding[:num_usual])
+        step.decoding = [pair for pair in step.decoding if _decodes(pair[0])]
         step.chunks = [pair for pair in step.chunks if pair[0].pages]
         step.complete = [sequence for sequence in step.complete if sequence.pages]
         return step
@@ -327,6 +327,10 @@ class Scheduler:
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
         return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.state is SequenceState.DECODING
 
 
 def _num_missing(sequence: Sequence, known: list[int]) -> int:
