@@ -188,9 +188,9 @@ def test_a_choice_whose_shadow_finds_no_page_computes_nothing_in_pages_that_it_g
         return step
 
     tight._scheduler.schedule = checked  # type: ignore[method-assign]
-    first = ask(None, name="p", prompt=(1,) * 60, sampling={"max_tokens": 150, "ignore_eos": True})
-    # The shadow's text fills its pages before the choice's own does.
-    guided = ask(following(), prompt=(5,) * 40, sampling={"max_tokens": 100, "ignore_eos": True})
+    first = ask(None, name="p", prompt=(1,) * 60, sampling={"max_tokens": 68, "ignore_eos": True})
+    # The shadow lacks a page when the choice has just got its row; what it gives up is enough to come in anew at once.
+    guided = ask(following(), prompt=(5,) * 60, sampling={"max_tokens": 100, "ignore_eos": True})
     got = run(tight, [first, guided])
     assert given_up
     assert tokens(got) == tokens(run(make_core(), [first, guided]))
