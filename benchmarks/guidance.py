@@ -3,9 +3,9 @@
 python -m benchmarks.guidance --out benchmarks/results/guidance.json --into docs/quality.md
 
 Every arm answers the same held-out chat prompts with the same seeds. The reward is VADER's sentiment, so the
-instruction should ask for cheer; two judges that nothing here is fitted to score the same texts. Divergences of control
-are exact, that of the instruction in the prompt is what its own tokens show. Then steps of rows that decode are timed,
-the arms in turn. Enter at `main`.
+instruction should ask for cheer; two judges that nothing here is fitted to score the same texts. The instruction in the
+prompt is the objective at weight 1 without a budget, which draws the very same tokens and knows their divergence
+exactly. Then steps of rows that decode are timed, the arms in turn. Enter at `main`.
 
 Shapes: P prompts, S responses to each.
 """
@@ -44,18 +44,20 @@ from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings
 
 SECTION = "bench-guidance"
-INSTRUCTION = "Always answer cheerfully."
-WEIGHTS = (1.0, 2.0, 3.0)
+INSTRUCTION = "Always answer in a very positive, cheerful way."
+WEIGHTS = (1.0, 2.0, 4.0)
 MAX_KL = 0.3
+_PROMPTED = "instruction in the prompt"
 _HEAD = "cheerful"
 _REWARD = "positive"
 _JUDGES = ("textblob_polarity", "afinn")
 _PROMPTS = Path(value_models.__file__).parent / "prompts" / "prompts.jsonl"
+_DISTILLED_PROMPTS = 100
 _ROWS, _WARM_STEPS, _TIMED_STEPS, _TURNS = 8, 4, 24, 5
 
 
-def arms(instruction: str) -> dict[str, tuple[ControlParams | None, str | None]]:
-    """Control and system message of each arm, by its name."""
+def arms(instruction: str) -> dict[str, ControlParams | None]:
+    """The control of each arm, by its name."""
 
     def following(weight: float, **objective: Any) -> ControlParams:
         told = {"type": "instruction", "text": instruction, "weight": weight, **objective}
@@ -63,15 +65,11 @@ def arms(instruction: str) -> dict[str, tuple[ControlParams | None, str | None]]
 
     head = {"weights": {_HEAD: 1.0}}
     return {
-        "base": (None, None),
-        "instruction in the prompt": (None, instruction),
-        **{f"guidance, weight {weight:g}": (following(weight), None) for weight in WEIGHTS},
-        "distilled head": (ControlParams.model_validate({"objective": head, "max_kl": MAX_KL}), None),
-        "guidance, weight 2, and the head": (following(2.0, beside=head), None),
-        "instruction in the prompt, and the head": (
-            ControlParams.model_validate({"objective": head, "max_kl": MAX_KL}),
-            instruction,
-        ),
+        "base": None,
+        _PROMPTED: ControlParams.without_limits(following(1.0).objective, step_size=1.0, steps=1),
+        **{f"guidance, weight {weight:g}": following(weight) for weight in WEIGHTS},
+        "distilled head": ControlParams.model_validate({"objective": head, "max_kl": MAX_KL}),
+        "guidance, weight 2, and the head": following(2.0, beside=head),
     }
 
 
@@ -124,11 +122,10 @@ def measure(model: str, instruction: str, settings: RolloutSettings, num_prompts
     core.use(HeadRegistry({_HEAD: _distilled(source, chats, instruction)}))
     distilled_s = time.perf_counter() - started_s
     held_out = [prompt for prompt in chats if split_of(prompt.id) == "test"][:num_prompts]
-    by_arm = {
-        name: list(source.evaluate(held_out, settings, control=control, instruction=system))
-        for name, (control, system) in arms(instruction).items()
-    }
-    timed = {name: control for name, (control, system) in arms(instruction).items() if system is None}
+    controls = arms(instruction)
+    by_arm = {name: list(source.evaluate(held_out, settings, control=control)) for name, control in controls.items()}
+    # To measure the instruction in the prompt takes two rows, and to use it one.
+    timed = {name: control for name, control in controls.items() if name != _PROMPTED}
     turns = [{name: step_s(core, source, control) for name, control in timed.items()} for _ in range(_TURNS)]
     ratios = {name: statistics.median(turn[name] / turn["base"] for turn in turns) for name in timed}
     return {
@@ -144,7 +141,7 @@ def measure(model: str, instruction: str, settings: RolloutSettings, num_prompts
 
 
 def _distilled(source: EngineInstructedSource, chats: Sequence[RolloutPrompt], instruction: str) -> ValueHead:
-    settings = DistilSettings()
+    settings = DistilSettings(max_prompts=_DISTILLED_PROMPTS)
     return distil_head(read_texts(source, chats, instruction, None, settings), source.output, settings).head
 
 
@@ -173,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--instruction", default=INSTRUCTION)
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--num-samples", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--into", type=Path, help=f"page with a section {SECTION}")
     args = parser.parse_args(arguments)

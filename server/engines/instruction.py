@@ -1,7 +1,8 @@
 """Where an instruction goes that control follows: into a conversation, or before a plain prompt.
 
-In a conversation it is the system message, behind what the caller's own system message says; where the model's chat
-template has no place for one, it begins the first user message. Before a plain prompt it stands as a text of its own
+In a conversation it is the system message, behind what that says without it, be it the caller's own or the template's
+default, so that nothing else differs. Where the model's chat template has no place for one, it begins the first user
+message. Before a plain prompt it stands as a text of its own
 and a blank line, and the prompt's tokens stay the very same. Either way it is content: nothing in it becomes a control
 token. Knows nothing of control or requests. Enter at `encode_instructed`.
 """
@@ -13,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.calls.formats import CallFormat
-from server.engines.chat_template import Message, encode_chat, template_of
+from server.engines.chat_template import Message, default_system, encode_chat, template_of
 from server.engines.content import control_tokens
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 
 _PARAM = "control.objective.text"
+_SYSTEM = ("system", "developer")
 
 
 def encode_instructed(
@@ -36,6 +38,8 @@ def encode_instructed(
     """
     if messages is None:
         return _before_plain(tokenizer, text, prompt_token_ids)
+    if messages[0]["role"] not in _SYSTEM and (default := default_system(tokenizer, messages, rendering, call_format)):
+        text = f"{default}\n\n{text}"
     return _in_chat(
         lambda placed: encode_chat(tokenizer, placed, rendering, call_format), messages, prompt_token_ids, text
     )
@@ -73,7 +77,7 @@ def _before_plain(tokenizer: Any, text: str, prompt_token_ids: Sequence[int]) ->
 
 
 def _in_system(messages: Sequence[Message], text: str) -> list[Message]:
-    if not messages or messages[0]["role"] not in ("system", "developer"):
+    if messages[0]["role"] not in _SYSTEM:
         return [{"role": "system", "content": text}, *messages]
     own = messages[0].get("content")
     return [{**messages[0], "content": f"{own}\n\n{text}" if own else text}, *messages[1:]]

@@ -34,7 +34,7 @@ def instructed(template: str, messages: list[dict[str, Any]], text: str = TEXT, 
 
 @pytest.mark.parametrize(
     ("template", "first"),
-    [(PLAIN, f"system: {TEXT}\nuser: hi\n"), (DEFAULT, f"system: {TEXT}\nuser: hi\n"),
+    [(PLAIN, f"system: {TEXT}\nuser: hi\n"), (DEFAULT, f"system: I help.\n\n{TEXT}\nuser: hi\n"),
      (NO_SYSTEM, f"user: {TEXT}\n\nhi\n"), (DEAF, f"user: {TEXT}\n\nhi\n")],
     ids=["plain", "default", "refuses", "leaves out"],
 )  # fmt: skip
@@ -86,10 +86,9 @@ def test_a_plain_prompts_own_tokens_stay_behind_what_the_tokenizer_adds() -> Non
     assert encode_instructed(tokenizer, TEXT, prompt[1:]) == [*own, *prompt[1:]]
 
 
-def test_in_the_default_models_template_it_takes_the_place_of_the_default_system_message() -> None:
+def test_in_the_default_models_template_it_comes_behind_the_default_system_message() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(default_model_folder())
     bare = encode_chat(tokenizer, [HI])
-    assert encode_instructed(tokenizer, TEXT, bare, [HI]) == encode_chat(
-        tokenizer, [{"role": "system", "content": TEXT}, HI]
-    )
-    assert tokenizer.decode(bare).count("system") == 1
+    shown = tokenizer.decode(encode_instructed(tokenizer, TEXT, bare, [HI]))
+    assert shown.replace(f"\n\n{TEXT}", "") == tokenizer.decode(bare)
+    assert "named SmolLM" in shown
