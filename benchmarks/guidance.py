@@ -98,7 +98,7 @@ def figures(
 
 def step_s(core: EngineCore, source: EngineInstructedSource, control: ControlParams | None) -> float:
     """Seconds of a step in which so many rows decode, each with its shadow where it follows an instruction."""
-    prompt = RolloutPrompt(id="timed", text="Describe the weather in November.", format="chat")
+    prompt = RolloutPrompt(id="timed", prompt="Describe the weather in November.", format="chat")
     sampling = SamplingParams(max_tokens=_WARM_STEPS + _TIMED_STEPS + 8, ignore_eos=True, seed=0)
     request = GenerationRequest("timed", tuple(source.encode(prompt)), sampling, control, num_choices=_ROWS)
     sequences = core.sequences(source.guided(request, prompt, None), lambda _: None)

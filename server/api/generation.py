@@ -342,7 +342,8 @@ async def start(
         opening=opening,
     )
     if max_tokens is None:
-        asked = with_rest_of_context(asked, max(map(len, [*prompts, *(instructed or ())])), info)
+        longest, instructed_longest = (max(map(len, some), default=0) for some in (prompts, instructed or ()))
+        asked = with_rest_of_context(asked, longest, info, field=body.size_field, num_instructed=instructed_longest)
     requests = requests_for(request, prompts, asked)
     if instructed is not None:
         requests = [

@@ -29,7 +29,7 @@ def instructed(template: str, messages: list[dict[str, Any]], text: str = TEXT, 
     tokenizer.chat_template = template
     how = ChatRendering(**rendering)
     bare = encode_chat(tokenizer, messages, how)
-    return tokenizer.decode(encode_instructed(tokenizer, text, bare, messages, how))
+    return str(tokenizer.decode(encode_instructed(tokenizer, text, bare, messages, how)))
 
 
 @pytest.mark.parametrize(
