@@ -144,6 +144,8 @@ class GenerationRequest:
     """With this there is one choice, without control, and `max_tokens` is 0."""
     opening: Opening | None = None
     """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
+    instructed_token_ids: tuple[int, ...] = ()
+    """The prompt behind the instruction of `control`, as `Engine.encode_instructed` gives it; empty without one."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -174,6 +176,11 @@ class GenerationRequest:
     def max_redrawn(self) -> int:
         """Of these, what a guardrail may take back beside those that are kept."""
         return 0 if self.control is None or self.sampling.max_tokens == 0 else self.control.max_redrawn
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step that they take: with an instruction each has a second one, which reads that."""
+        return self.num_sequences * (2 if self.instructed_token_ids else 1)
 
     @property
     def sequences_param(self) -> str:

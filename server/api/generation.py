@@ -97,6 +97,8 @@ class Generation:
     """Tokens of the usage that the engine told of, whether or not anybody reads them."""
     num_held: int = 0
     """Beside them, tokens that a guardrail holds back or has taken back: they are paid for too."""
+    num_instructed_tokens: int = 0
+    """Of prompts behind the instruction that control follows. They are paid for, and each new token then twice."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
@@ -170,7 +172,9 @@ class Generation:
         await _close(self.streams)
         prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(prompt_tokens + self.num_drawn + self.num_held)
+            rows = 2 if self.num_instructed_tokens else 1
+            num_new = self.num_drawn + self.num_held
+            self.charge.settle(prompt_tokens + self.num_instructed_tokens + rows * num_new)
         self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
     async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
@@ -278,15 +282,27 @@ async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bo
     return result
 
 
+@dataclass(slots=True, frozen=True)
+class ReadChat:
+    """A conversation's token ids, alone and behind the instruction that control follows, if it does."""
+
+    prompt: list[int]
+    instructed: list[int] | None
+    opening: Opening | None
+    """How the response to it begins."""
+
+
 async def read_chat(
-    request: Request, messages: Sequence[ChatMessage], rendering: ChatRendering
-) -> tuple[list[int], Opening | None]:
-    """A conversation's token ids, and how the response to it begins. Raises as `tokenized` does."""
+    request: Request, body: GenerationBody, messages: Sequence[ChatMessage], rendering: ChatRendering
+) -> ReadChat:
+    """Raises as `tokenized` does."""
     engine: Engine = request.app.state.engine
 
-    def read() -> tuple[list[int], Opening | None]:
+    def read() -> ReadChat:
         plain = ChatMessage.plain(messages)
-        return engine.encode_chat(plain, rendering), engine.opening(plain, rendering)
+        prompt, instruction = engine.encode_chat(plain, rendering), body.instruction
+        instructed = None if instruction is None else engine.encode_instructed(instruction, prompt, plain, rendering)
+        return ReadChat(prompt, instructed, engine.opening(plain, rendering))
 
     return await tokenized(request, read)
 
@@ -298,6 +314,7 @@ async def start(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    instructed: list[list[int]] | None = None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
     opening: Opening | None = None,
@@ -308,7 +325,8 @@ async def start(
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
     `opening` is how responses begin that are told apart into reasoning and answer, `turn` where one stands in its
-    conversation, if there is any. Raises a RecontrolError with nothing left queued.
+    conversation, if there is any, and `instructed` are the prompts behind the instruction that control follows. Raises
+    a RecontrolError with nothing left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
@@ -332,8 +350,13 @@ async def start(
         opening=opening,
     )
     if max_tokens is None:
-        asked = with_rest_of_context(asked, max(map(len, prompts)), info, field=body.size_field)
+        longest, instructed_longest = (max(map(len, some), default=0) for some in (prompts, instructed or ()))
+        asked = with_rest_of_context(asked, longest, info, field=body.size_field, num_instructed=instructed_longest)
     requests = requests_for(request, prompts, asked)
+    if instructed is not None:
+        requests = [
+            replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)
+        ]
     check_size(requests, info, field=body.size_field)
     if not body.stream:
         check_told(requests)
@@ -401,6 +424,7 @@ async def queue(
     generation = Generation(
         engine=engine,
         prompts=[list(one.prompt_token_ids) for one in requests],
+        num_instructed_tokens=sum(len(one.instructed_token_ids) for one in requests),
         num_choices=requests[0].num_choices,
         streams=streams,
         charge=charge,
@@ -417,8 +441,10 @@ async def queue(
 
 
 def _num_tokens(requests: Sequence[GenerationRequest], max_tokens: int) -> int:
-    """Of the prompts, and new ones where each text gets so many, with those that guardrails may take back."""
-    return sum(len(one.prompt_token_ids) + one.num_sequences * (max_tokens + one.max_redrawn) for one in requests)
+    """Of the prompts, and new ones where each text gets so many, with those that guardrails may take back; with an
+    instruction both are read twice."""
+    num_prompt_tokens = sum(len(one.prompt_token_ids) + len(one.instructed_token_ids) for one in requests)
+    return num_prompt_tokens + sum(one.num_rows * (max_tokens + one.max_redrawn) for one in requests)
 
 
 def _within(requests: list[GenerationRequest], num_tokens: int) -> list[GenerationRequest]:
@@ -426,7 +452,7 @@ def _within(requests: list[GenerationRequest], num_tokens: int) -> list[Generati
     max_tokens = requests[0].sampling.max_tokens
     if num_tokens >= _num_tokens(requests, max_tokens):
         return requests
-    max_tokens = (num_tokens - _num_tokens(requests, 0)) // sum(one.num_sequences for one in requests)
+    max_tokens = (num_tokens - _num_tokens(requests, 0)) // sum(one.num_rows for one in requests)
     sampling = requests[0].sampling.model_copy(update={"max_tokens": max_tokens})
     return [replace(one, sampling=sampling) for one in requests]
 

@@ -259,11 +259,12 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
 
 
 def with_rest_of_context(
-    asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo, *, field: str
+    asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo, *, field: str, num_instructed: int = 0
 ) -> GenerationRequest:
     """With as many new tokens as fit behind the prompt, within what one body may ask for.
 
-    Raises ContextLengthError for a prompt that leaves no room for one.
+    `num_instructed` are its tokens behind an instruction; where they leave no room, the engine's check says so. Raises
+    ContextLengthError for a prompt that leaves no room for one.
     """
     if num_prompt_tokens >= info.max_model_len:
         raise ContextLengthError(
@@ -273,7 +274,8 @@ def with_rest_of_context(
         )
     most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
     most_new = MAX_NEW_TOKENS // asked.num_sequences - (0 if asked.control is None else asked.control.max_redrawn)
-    max_tokens = max(min(info.max_model_len - num_prompt_tokens, most_new, most_told), 1)
+    most_here = info.max_model_len - max(num_prompt_tokens, num_instructed)
+    max_tokens = max(min(most_here, most_new, most_told), 1)
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 

@@ -15,7 +15,16 @@ from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_vali
 from pydantic_core import PydanticCustomError
 
 from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Floor, Levels, Objective, WeightedSum
+from server.control.objectives import (
+    MAX_HEADS_PER_REQUEST,
+    NO_HEADS,
+    Floor,
+    HeadsObjective,
+    Instruction,
+    Levels,
+    Objective,
+    WeightedSum,
+)
 from server.control.repair import OnStop, Retry, Stop
 from server.control.state import Segment
 from server.control.turns import OverTurns, Turn
@@ -114,6 +123,8 @@ class ControlParams(WireModel):
             raise ValueError("on_stop goes with stop_below, which has the bounds")
         if self.repairs and self.search is not None:
             raise ValueError(f"search goes with on_stop stop alone, without hold_tokens; not with {self.on_stop.type}")
+        if isinstance(self.on_stop, Retry) and isinstance(self.objective, Instruction):
+            raise ValueError("on_stop retry does not go with an instruction, whose reading cannot be taken back")
         return self
 
     @property
@@ -146,6 +157,19 @@ class ControlParams(WireModel):
         if isinstance(self.objective, Floor):
             changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})
         return self.model_copy(update=changed)
+
+    @property
+    def heads_objective(self) -> HeadsObjective:
+        """What its objective asks of heads."""
+        objective = self.objective
+        return objective if not isinstance(objective, Instruction) else objective.beside or NO_HEADS
+
+    @property
+    def instruction(self) -> Instruction | None:
+        """The instruction that it follows; None also where it would change nothing, so that nobody need read it."""
+        objective = self.objective
+        is_followed = isinstance(objective, Instruction) and bool(objective.weight and self.steps and self.step_size)
+        return objective if is_followed else None
 
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.

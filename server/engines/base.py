@@ -147,6 +147,19 @@ class Engine(Protocol):
         """
         ...
 
+    def encode_instructed(
+        self,
+        text: str,
+        prompt_token_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        rendering: ChatRendering | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt behind an instruction, for `GenerationRequest.instructed_token_ids`. From any thread.
+
+        `messages` are those that the prompt's tokens were made of; without any it is plain. Raises InvalidRequestError.
+        """
+        ...
+
     def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
         """How the response to these messages begins, for `GenerationRequest.opening`; None where all is answer.
 

@@ -130,6 +130,17 @@ class FakeEngine:
             return self.encode(text.removesuffix("\n"))
         return self.encode(text + self._begun_turn(messages, rendering))
 
+    def encode_instructed(
+        self,
+        text: str,
+        prompt_token_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        rendering: ChatRendering | None = None,
+    ) -> list[int]:
+        if messages is None:
+            return [*self.encode(f"{text}\n\n"), *prompt_token_ids]
+        return self.encode_chat([{"role": "system", "content": text}, *messages], rendering)
+
     def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
         if not self.info.marks_reasoning:
             return None

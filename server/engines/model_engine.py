@@ -44,7 +44,7 @@ class ModelEngine(Tokenization):
         self._heads: HeadSource | None = None
         self._managing = asyncio.Lock()
         self._num_open = 0
-        """Sequences of requests whose streams are open."""
+        """Rows of requests whose streams are open, whether they run or wait."""
 
     @property
     def info(self) -> EngineInfo:
@@ -127,7 +127,7 @@ class ModelEngine(Tokenization):
 
     def _check_room(self, request: GenerationRequest) -> None:
         """Raises InvalidRequestError for a request that could never run, OverloadedError for one that must wait."""
-        capacity, wanted = self._settings.max_batch_size + self._settings.max_waiting, request.num_sequences
+        capacity, wanted = self._settings.max_batch_size + self._settings.max_waiting, request.num_rows
         if wanted > capacity:
             param = request.sequences_param
             raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)

@@ -129,6 +129,8 @@ OTHER_OBJECTIVES: list[dict[str, Any]] = [
     {"type": "worst_case", "weights": {"plain": 1.0}},
     {"type": "target", "values": {"plain": 1.0}},
     {"type": "floor", "weights": {"plain": 1.0}, "floors": {"plain": 1.0}},
+    {"type": "instruction", "text": "Be rude."},
+    {"type": "instruction", "text": "Be rude.", "beside": {"weights": {"positive": 1.0}}},
 ]
 
 

@@ -31,7 +31,7 @@ def module_of(program: str) -> ModuleType:
 
 def test_every_example_is_described_on_the_page_and_short() -> None:
     programs = sorted(path.name for path in Path("examples").glob("*.py"))
-    assert len(programs) == 8
+    assert len(programs) == 9
     assert all(f"]({name})" in text_of("examples/README.md") for name in programs)
     assert all(len(text_of(f"examples/{name}").splitlines()) < 120 for name in programs)
 

@@ -23,6 +23,7 @@ from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
+from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.layout import Segment
@@ -150,7 +151,9 @@ class EngineCore:
         check_structure(request, self._markup)
         if isinstance(request.structure, CompiledSchema):
             request.structure.check_copies(request.num_sequences, param=request.sequences_param)
-        check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
+        room = {"max_rows": self.max_batch_size, "num_pages": self.page_pool.num_pages - 1}
+        check_room(request, **room)
+        check_shadows(request, **room)
 
     def sequences(
         self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
@@ -165,7 +168,7 @@ class EngineCore:
             markup=self._markup,
             keep_states=keep_states,
         )
-        return with_candidates(choices)
+        return with_candidates(with_shadows(choices))
 
     def add(self, sequences: list[Sequence]) -> None:
         self._scheduler.waiting.extend(sequences)
@@ -237,8 +240,9 @@ class EngineCore:
                 computed.append((sequence, hidden_TD[first - 1]))
         for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
-            self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
-            add_token_values(sequence, hidden_TD[first:end], self.registry)
+            if sequence.shadow_of is None:
+                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+                add_token_values(sequence, hidden_TD[first:end], self.registry)
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
@@ -252,7 +256,7 @@ class EngineCore:
                 continue  # It was preempted: its tokens are fed again from the next step on.
             assert sequence.group.last_hidden_D is not None
             computed.append((sequence, sequence.group.last_hidden_D))
-        drawing = self._candidates.settle(computed)
+        drawing = self._candidates.settle(both_read(computed))
         return [sequence for sequence, _ in drawing], _stacked(drawing)
 
     def _sample(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[list[Sequence], Tensor]:
@@ -300,7 +304,7 @@ class EngineCore:
             self._plan_rows, self._plan_controls = rows, controls
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
-        logits_BV, stats = self.editor.logits(hidden_BD, plan)
+        logits_BV, stats = self.editor.logits(hidden_BD, plan, instructed_states(rows))
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
         return logits_BV, stats

@@ -95,7 +95,7 @@ class EmbeddedEngine(ModelEngine):
         core = self._checked_core(request)
 
         def close(is_complete: bool) -> None:
-            self._num_open -= request.num_sequences
+            self._num_open -= request.num_rows
             if not is_complete:
                 # By identity: request ids come from clients, and two may be the same.
                 with contextlib.suppress(EngineStoppedError):
@@ -104,7 +104,7 @@ class EmbeddedEngine(ModelEngine):
         stream = ChunkQueue(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
-        self._num_open += request.num_sequences
+        self._num_open += request.num_rows
         return stream
 
     @property

@@ -28,11 +28,14 @@ class EngineInstructedSource(EngineRolloutSource):
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
         """A chat's tokens, with the instruction as its system message. Raises InstructionError."""
-        system = [] if instruction is None else [{"role": "system", "content": instruction}]
         try:
-            return encode_chat(self.loaded.tokenizer, [*system, {"role": "user", "content": prompt.text}])
+            return encode_chat(self.loaded.tokenizer, self.messages(prompt, instruction))
         except InvalidRequestError as error:
             raise InstructionError(f"instruction: {error}") from error
+
+    def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
+        system = [] if instruction is None else [{"role": "system", "content": instruction}]
+        return [*system, {"role": "user", "content": prompt.text}]
 
     def texts(
         self, prompts: Sequence[RolloutPrompt], instruction: str, contrast: str | None, settings: RolloutSettings

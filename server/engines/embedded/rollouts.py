@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
+from server.engines.instruction import encode_instructed
 from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.errors import RolloutError
@@ -95,11 +97,26 @@ class EngineRolloutSource:
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
         """A prompt's tokens, with an instruction put before it."""
-        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
         if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, [{"role": "user", "content": text}])
+            return encode_chat(self.loaded.tokenizer, self.messages(prompt, instruction))
         tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(text)["input_ids"]
+        return tokenizer(_told(prompt, instruction))["input_ids"]
+
+    def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
+        """Those of a chat that asks a prompt after an instruction."""
+        return [{"role": "user", "content": _told(prompt, instruction)}]
+
+    def guided(self, request: GenerationRequest, prompt: RolloutPrompt, instruction: str | None) -> GenerationRequest:
+        """The request with its prompt behind the instruction that its control follows, if it does.
+
+        Raises InvalidRequestError where there is no place for one.
+        """
+        followed = None if request.control is None else request.control.instruction
+        if followed is None:
+            return request
+        messages = self.messages(prompt, instruction) if prompt.format == "chat" else None
+        ids = encode_instructed(self.loaded.tokenizer, followed.text, request.prompt_token_ids, messages)
+        return replace(request, instructed_token_ids=tuple(ids))
 
     @torch.inference_mode()
     def nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
@@ -133,6 +150,7 @@ class EngineRolloutSource:
                 num_choices=settings.num_samples,
             )
             try:
+                request = self.guided(request, prompt, instruction)
                 self.core.check(request)
             except InvalidRequestError as error:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
@@ -173,6 +191,10 @@ class EngineRolloutSource:
         stack = self.core.registry.stack(tuple(heads))
         values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
         return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
+
+
+def _told(prompt: RolloutPrompt, instruction: str | None) -> str:
+    return prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
 
 
 def response_seed(seed: int, prompt_id: str) -> int:

@@ -6,7 +6,8 @@ come, first served, as long as rows and pages last, but a prompt comes in only w
 short ones may then pass those before them. When pages run out, the sequence that was admitted last gives its own up and
 waits at the head of the queue: it keeps its tokens, and later computes its prompt again and feeds those tokens through
 as decode rows, so nothing in it changes. Candidates for a choice's next block (candidates.py) run behind it and lose
-their pages with it. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
+their pages with it, as does the shadow of a choice that follows an instruction (guidance.py), which is scheduled as any
+other once the choice is in. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Scheduler:
         assert chunk_tokens >= PAGE_TOKENS
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of admission; candidates behind the choice that leads them."""
+        """In order of admission; candidates and a shadow behind their choice."""
         self.pool = PagePool(kv.num_pages)
         self.num_preemptions = self.num_cache_queries = self.num_cache_hits = 0
         self._kv = kv
@@ -94,9 +95,9 @@ class Scheduler:
         self._admit(now_s)
         num_usual = len(step.decoding)
         self._read(step, self._budget(num_usual))
-        # Who was preempted on the way has no pages any more.
-        step.num_usual = sum(bool(sequence.pages) for sequence, _ in step.decoding[:num_usual])
-        step.decoding = [pair for pair in step.decoding if pair[0].pages]
+        # Who was preempted on the way decodes no more, even where it has come in anew, and has no pages otherwise.
+        step.num_usual = sum(_decodes(sequence) for sequence, _ in step.decoding[:num_usual])
+        step.decoding = [pair for pair in step.decoding if _decodes(pair[0])]
         step.chunks = [pair for pair in step.chunks if pair[0].pages]
         step.complete = [sequence for sequence in step.complete if sequence.pages]
         return step
@@ -201,15 +202,23 @@ class Scheduler:
         num_rows = self.num_rows + sequence.num_rows
         if num_rows > self._max_batch_size:
             return False
-        known = [] if sequence.group.residents else self._prefixes.known_pages(sequence)
-        self.pool.share(known)
-        # A choice whose siblings run shares their pages but for one.
-        missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
-        # Each row may soon want a page more, and this one's first is among the missing.
-        if self.running and missing + num_rows - 1 > self.pool.num_available:
-            self.pool.release(known)
+        entering = [(one, [] if one.group.residents else self._prefixes.known_pages(one)) for one in sequence.both]
+        for _, known in entering:
+            self.pool.share(known)
+        # Each row may soon want a page more, and those that come in have their first among the missing.
+        missing = sum(_num_missing(one, known) for one, known in entering)
+        if self.running and missing + num_rows - len(entering) > self.pool.num_available:
+            for _, known in entering:
+                self.pool.release(known)
             return False
         self.waiting.remove(sequence)
+        for one, known in entering:
+            self._begin(one, known, now_s)
+        return True
+
+    def _begin(self, sequence: Sequence, known: list[int], now_s: float) -> None:
+        """Let it run with the known pages and those that it lacks, which are there."""
+        missing = _num_missing(sequence, known)
         if not sequence.group.residents:
             self.num_cache_queries += sequence.prompt_len
             self.num_cache_hits += len(known) * PAGE_TOKENS
@@ -219,7 +228,6 @@ class Scheduler:
         sequence.scheduled_s = sequence.scheduled_s or now_s
         sequence.group.residents.append(sequence)
         self.running.append(sequence)
-        return True
 
     def _readers(self) -> list[Sequence]:
         """Those with more to compute than a usual row: of siblings only one, and none if one has read the prompt."""
@@ -305,10 +313,13 @@ class Scheduler:
 
     def _evict(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
         forgotten = self._drop_candidates(sequence, forget=forget)
-        self.running.remove(sequence)
-        sequence.group.residents.remove(sequence)
-        forgotten += self.pool.release(sequence.pages, forget=forget)
-        sequence.pages = []
+        for one in sequence.both:
+            self.running.remove(one)
+            one.group.residents.remove(one)
+            forgotten += self.pool.release(one.pages, forget=forget)
+            one.pages, one.waiting_D = [], None
+        if (shadow := sequence.shadow) is not None:
+            shadow.state, shadow.num_computed = SequenceState.WAITING, 0
         return forgotten
 
     def _drop_candidates(self, leader: Sequence, *, forget: bool = False) -> list[int]:
@@ -322,6 +333,15 @@ class Scheduler:
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
         return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.state is SequenceState.DECODING
+
+
+def _num_missing(sequence: Sequence, known: list[int]) -> int:
+    """Pages that it lacks to read its prompt, of which these are known; one whose siblings run shares all but one."""
+    return 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
 
 
 def _next_chunk(sequence: Sequence, count: int) -> Segment:

@@ -81,6 +81,12 @@ class Sequence(Choice):
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
+    shadow: Sequence | None = None
+    """Of a choice that follows an instruction: what reads its text behind that (guidance.py)."""
+    shadow_of: Sequence | None = None
+    """Of a shadow: its choice, whose list of tokens it has."""
+    waiting_D: Tensor | None = None
+    """Of these two, the state behind the text, where the other has not read that yet."""
     _matcher: SchemaMatcher | None = None
 
     @classmethod
@@ -129,6 +135,11 @@ class Sequence(Choice):
         return made
 
     @property
+    def both(self) -> list[Sequence]:
+        """It and its shadow, if it has one."""
+        return [self] if self.shadow is None else [self, self.shadow]
+
+    @property
     def prompt_len(self) -> int:
         return len(self.group.token_ids)
 
@@ -145,13 +156,15 @@ class Sequence(Choice):
 
     @property
     def num_rows(self) -> int:
-        """Rows of a step that are set aside for it: a choice's candidates need theirs at once."""
-        return 0 if self.leader is not None else max(len(self.candidates), 1)
+        """Rows of a step that are set aside for it: a choice's candidates or its shadow need theirs at once."""
+        if self.owner is not self:
+            return 0
+        return max(len(self.candidates), 1) + (self.shadow is not None)
 
     @property
     def owner(self) -> Sequence:
-        """What is scheduled, preempted and finished as one: for a candidate for a block, its leader."""
-        return self if self.leader is None else self.leader
+        """What is scheduled, preempted and finished as one: a candidate's leader, for a block, or a shadow's choice."""
+        return self.leader or self.shadow_of or self
 
     @property
     def own_trial(self) -> Trial:
