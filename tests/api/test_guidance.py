@@ -152,3 +152,8 @@ def test_both_rows_are_paid_and_usage_tells_of_the_response(make_app: Callable[.
         # 5 and 15 tokens of prompts, and twice 10 new ones.
         assert complete(client, max_tokens=56).status_code == 429
         assert complete(client, max_tokens=50).status_code == 200
+
+
+def test_a_retry_does_not_go_with_it(client: TestClient) -> None:
+    control = {**GUIDED, "stop_below": {"plain": 0.0}, "on_stop": "retry"}
+    assert "on_stop retry does not go with an instruction" in error_of(complete(client, control=control))["message"]

@@ -117,7 +117,7 @@ def test_a_retried_response_is_what_decoding_from_the_kept_tokens_gives(
         assert (result.token_ids, result.finish_reasons) == (tokens, [reason])
         assert report_of(result).retries == num_retries
         num_retried += num_retries
-    assert num_retried > 3
+    assert num_retried > 1
 
 
 def mixed(bound: float) -> list[GenerationRequest]:
