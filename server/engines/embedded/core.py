@@ -152,14 +152,19 @@ class EngineCore:
         check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
 
     def sequences(
-        self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
+        self,
+        request: GenerationRequest,
+        emit: Callable[[GenerationChunk], None],
+        *,
+        keep_states: bool = False,
+        observer: EngineObserver | None = None,
     ) -> list[Sequence]:
         """The request's choices, ready for `add`. The request must have passed `check`."""
         choices = Sequence.choices(
             request,
             make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
-            observer=self._observer,
+            observer=observer or self._observer,
             eos_token_ids=self._eos_token_ids,
             markup=self._markup,
             keep_states=keep_states,
@@ -167,7 +172,7 @@ class EngineCore:
         return with_candidates(choices)
 
     def add(self, sequences: list[Sequence]) -> None:
-        self._scheduler.waiting.extend(sequences)
+        self._scheduler.add(sequences)
 
     @torch.inference_mode()
     def abort(self, sequences: list[Sequence]) -> None:
@@ -238,6 +243,8 @@ class EngineCore:
             end = first + len(segment.token_ids)
             self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
             add_token_values(sequence, hidden_TD[first:end], self.registry)
+            if sequence.prompt_states is not None:
+                sequence.prompt_states.append(hidden_TD[first:end])
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
