@@ -114,7 +114,10 @@ def pairs_of(
 def read_texts(
     path: Path, *, good_label: str | None = None, as_chat: bool = False, ignore: Sequence[str] = ()
 ) -> GivenTexts:
-    """Read a file of single texts; see `texts_of`. Raises TextsFileError with the line's number, MissingPackageError."""
+    """Read a file of single texts; see `texts_of`.
+
+    Raises TextsFileError with the line's number, MissingPackageError.
+    """
     return texts_of(read_records(path), FileOrigin(path), good_label=good_label, as_chat=as_chat, ignore=ignore)
 
 

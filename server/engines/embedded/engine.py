@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from server.calls.structure import CallStructure
-from server.engines.base import ChunkStream, EngineObserver, EngineStatus, check_heads
+from server.engines.base import ChunkStream, EngineObserver, EngineStatus, TrainingSources, check_heads
 from server.engines.checks import check_is_text
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.given_texts import EngineTextSource
+from server.engines.embedded.instructed import EngineInstructedSource
 from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.spare_rows import SpareRows
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.heads import HeadSource, OfferedHead, with_head, without_head
 from server.engines.model_engine import ModelEngine
@@ -106,6 +111,18 @@ class EmbeddedEngine(ModelEngine):
         self._post(lambda: core.add(sequences))
         self._num_open += request.num_sequences
         return stream
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        """See `Engine.training_sources`."""
+        core = self._running_core()
+        assert self._heads is not None
+        # Tokenizers are for one text at a time, and requests have theirs.
+        with self._encoding:
+            loaded = replace(self._model(), tokenizer=copy.deepcopy(self._tokenizer))
+        rows = SpareRows(loaded, core, self._post, check)
+        return TrainingSources(
+            EngineTextSource(loaded, rows), EngineInstructedSource(loaded, rows), self._heads.location, rows.close
+        )
 
     @property
     def _heads_device(self) -> torch.device:

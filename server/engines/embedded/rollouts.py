@@ -149,7 +149,9 @@ class EngineRolloutSource:
             self.core.add(sequences)
         while open_sequences:
             started_s = time.perf_counter()
-            self.core.step()
+            # An engine that runs goes on meanwhile, and what it gave may have been handed on already.
+            if not any(_key(sequence) in ended for sequence in open_sequences):
+                self.core.step()
             served = [sequence for sequence in open_sequences if sequence.state is not SequenceState.WAITING]
             for sequence in served:
                 spent_s[sequence] = spent_s.get(sequence, 0.0) + (time.perf_counter() - started_s) / len(served)
@@ -160,7 +162,7 @@ class EngineRolloutSource:
                 request_id, _ = key = _key(sequence)
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence)
+                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence, 0.0)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:

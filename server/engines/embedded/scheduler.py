@@ -237,9 +237,9 @@ class Scheduler:
         for sequence in in_background(self.running):
             is_usual = sequence.state is SequenceState.DECODING and sequence.num_unread == 1
             # Who is not given a token this time keeps its pages and is looked at again in the next step.
-            if is_usual and (not has_requests or budget.take(sequence.num_computed, 1)):
-                if rows := self._decode_rows(sequence, 1):
-                    step.decoding.append((sequence, rows))
+            is_next = is_usual and (not has_requests or budget.take(sequence.num_computed, 1) > 0)
+            if is_next and (rows := self._decode_rows(sequence, 1)):
+                step.decoding.append((sequence, rows))
         self._read(step, budget, in_background(self.running))
 
     def _admit_background(self, now_s: float, *, most: int) -> None:

@@ -71,7 +71,7 @@ class SpareRows:
 
     def add(self, sequences: list[Sequence]) -> None:
         """Raises EngineStoppedError."""
-        self._open += sequences
+        self._open = [sequence for sequence in self._open if sequence.finish_reason is None] + sequences
         self._post(lambda: self._core.add(sequences))
 
     def step(self) -> None:
