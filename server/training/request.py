@@ -21,6 +21,16 @@ from value_models.scored_texts import ScoreSettings
 from value_models.store import NAME_PATTERN
 from value_models.training import TrainSettings
 
+
+def _checked(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
+    return text
+
+
 MAX_TEXTS = 10_000
 MAX_PROMPTS = 1000
 MAX_CHARS = 4000
@@ -33,7 +43,7 @@ _ONLY_WITH = {
 }
 """Fields that say nothing without one of others."""
 _SOURCES = ("pairs", "texts", "instruction")
-_Text = Annotated[str, AfterValidator(lambda text: _checked(text))]  # noqa: PLW0108 (defined below)
+_Text = Annotated[str, AfterValidator(_checked)]
 _Sentence = Annotated[_Text, Field(max_length=MAX_CHARS)]
 _Word = Annotated[_Text, Field(max_length=256)]
 _Prompt = Annotated[_Sentence, Field(min_length=1)]
@@ -120,15 +130,6 @@ class HeadRequest(BaseModel):
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def _checked(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
 
 
 def _problem(name: str, message: str) -> PydanticCustomError:
