@@ -52,6 +52,7 @@ class EmbeddedEngine(ModelEngine):
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
         self._schemas: SchemaCompiler | None = None
+        self._training_tokenizer: Any = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
@@ -116,9 +117,10 @@ class EmbeddedEngine(ModelEngine):
         """See `Engine.training_sources`."""
         core = self._running_core()
         assert self._heads is not None
-        # Tokenizers are for one text at a time, and requests have theirs.
         with self._encoding:
-            loaded = replace(self._model(), tokenizer=copy.deepcopy(self._tokenizer))
+            # One for all jobs, which take turns; requests have theirs.
+            self._training_tokenizer = self._training_tokenizer or copy.deepcopy(self._tokenizer)
+        loaded = replace(self._model(), tokenizer=self._training_tokenizer)
         rows = SpareRows(loaded, core, self._post, check)
         return TrainingSources(
             EngineTextSource(loaded, rows), EngineInstructedSource(loaded, rows), self._heads.location, rows.close

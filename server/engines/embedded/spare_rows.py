@@ -7,6 +7,7 @@ trained on the same numbers in a server as by the command line: rows do not depe
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +117,9 @@ class SpareRows:
         unfinished = [sequence for sequence in self._open if sequence.finish_reason is None]
         self._open = []
         if unfinished:
-            self._post(lambda: self._core.abort(unfinished))
+            # An engine that has stopped has ended them.
+            with contextlib.suppress(EngineStoppedError):
+                self._post(lambda: self._core.abort(unfinished))
 
     def _put(self, emit: Callable[[GenerationChunk], None], chunk: GenerationChunk) -> None:
         """In the engine's thread."""
