@@ -96,7 +96,7 @@ def test_beside_requests_a_step_holds_a_few_tokens_of_the_background_and_without
     monkeypatch.setattr(core.runner, "forward", counted)
     request = add(core, REQUESTS[0])
     core.step()
-    add_background(core)
+    add_background(core, TEXTS * 3)
     sizes.clear()
     while request.finish_reason is None:
         core.step()
