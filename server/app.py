@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,7 +16,6 @@ from server.api import (
     completions,
     embeddings,
     handlers,
-    head_jobs,
     management,
     models,
     playground,
@@ -109,10 +108,17 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.add_middleware(Identity, count=telemetry.count_response)
     _allow_origins(app, settings)
     routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
-    routers += [management.router, head_jobs.router] if management_keys else []
+    routers += _management_routers() if management_keys else []
     for router in [*routers, playground.router] if settings.playground else routers:
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _management_routers() -> list[APIRouter]:
+    # Training's libraries take time to import, and most servers have nobody to train heads for.
+    from server.api import head_jobs
+
+    return [management.router, head_jobs.router]
 
 
 def _allow_origins(app: FastAPI, settings: Settings) -> None:

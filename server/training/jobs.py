@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from server.engines.base import Engine
 from server.errors import (
@@ -30,10 +30,11 @@ from server.errors import (
 from server.telemetry import Telemetry
 from server.training.control import JobCancelledError, JobControl, Progress
 from server.training.recipe import Recipe
-from server.training.request import HeadRequest
-from server.training.trainer import check_recipe, train_and_save
 from value_models.errors import ValueModelError
 from value_models.store import HeadCard
+
+if TYPE_CHECKING:
+    from server.training.request import HeadRequest
 
 MAX_QUEUED = 8
 MAX_ENDED = 50
@@ -47,6 +48,13 @@ _log = logging.getLogger(__name__)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Train = Callable[[Engine, Recipe, JobControl], HeadCard]
 _Result = TypeVar("_Result")
+
+
+def _train_and_save(engine: Engine, recipe: Recipe, control: JobControl) -> HeadCard:
+    # Here, as what it imports takes long and most servers train nothing.
+    from server.training.trainer import train_and_save
+
+    return train_and_save(engine, recipe, control)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +99,7 @@ class HeadJob:
 
 class HeadJobs:
     def __init__(
-        self, engine: Engine, telemetry: Telemetry, *, pinned: Collection[str] = (), train: Train = train_and_save
+        self, engine: Engine, telemetry: Telemetry, *, pinned: Collection[str] = (), train: Train = _train_and_save
     ) -> None:
         """`pinned` heads are the operator's, and no job replaces them."""
         self._engine = engine
@@ -108,6 +116,8 @@ class HeadJobs:
 
         Raises InvalidRequestError, UnsupportedFieldError, HeadConflictError, ReadOnlyHeadsError.
         """
+        from server.training.trainer import check_recipe
+
         try:
             recipe = request.recipe()
             check_recipe(self._engine, recipe)

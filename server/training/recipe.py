@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from value_models.distillation import DistilSettings
-from value_models.given_texts import GivenTexts
-from value_models.prompt_sets import RolloutPrompt
-from value_models.scored_texts import ScoreSettings
-from value_models.training import TrainSettings
+if TYPE_CHECKING:
+    from value_models.distillation import DistilSettings
+    from value_models.given_texts import GivenTexts
+    from value_models.prompt_sets import RolloutPrompt
+    from value_models.scored_texts import ScoreSettings
+    from value_models.training import TrainSettings
 
 
 @dataclass(slots=True, frozen=True)
