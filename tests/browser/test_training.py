@@ -21,14 +21,14 @@ def opened(tiny: Tiny, open_page: OpenPage, *, key: str = MANAGER, **options: ob
     page = open_page(tiny.url, is_connected=False, **options)
     page.goto(f"{tiny.url}/train")
     page.get_by_text("tiny", exact=True).wait_for()
-    page.get_by_label("Management key").fill(key)
+    page.get_by_label("Management key", exact=True).fill(key)
     return page
 
 
 def train(page: Page, name: str, *, pairs: str) -> None:
     page.get_by_role("radio", name="Pairs").check(force=True)
     page.get_by_label("Pairs, one JSON").fill(pairs)
-    page.get_by_label("Name").fill(name)
+    page.get_by_role("textbox", name="Name").fill(name)
     page.get_by_role("button", name="Train").click()
 
 
@@ -56,10 +56,10 @@ def test_pairs_become_a_head_whose_strength_slides(tiny: Tiny, open_page: OpenPa
 
 def test_a_sentence_becomes_a_head(tiny: Tiny, open_page: OpenPage) -> None:
     page = opened(tiny, open_page)
-    page.get_by_label("Sentence").fill("Be kind.")
+    page.get_by_role("textbox", name="Sentence").fill("Be kind.")
     page.get_by_label("Rather than").fill("Be rude.")
     page.get_by_label("Prompts to read it at").fill("60")
-    page.get_by_label("Name").fill("kind")
+    page.get_by_role("textbox", name="Name").fill("kind")
     page.get_by_role("button", name="Train").click()
     say(page, "Trained kind")
     assert "closes of the instruction" in page.locator("#figures").inner_text()
@@ -85,7 +85,7 @@ def test_what_is_wrong_is_told_where_it_is_looked_for(
 
 def test_a_job_is_cancelled(tiny: Tiny, open_page: OpenPage) -> None:
     page = opened(tiny, open_page)
-    page.get_by_label("Name").fill("given-up")
+    page.get_by_role("textbox", name="Name").fill("given-up")
     page.get_by_role("button", name="Train").click()
     page.locator("#phase").filter(has_text="The model reads").wait_for()
     page.get_by_role("button", name="Cancel").click()
