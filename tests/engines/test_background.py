@@ -180,8 +180,8 @@ def test_a_cancelled_job_ends_where_it_waits_and_gives_its_rows_up(
 
 
 async def test_an_engine_that_stops_ends_what_reads_in_it(model_folder: Callable[..., Any], tmp_path: Any) -> None:
-    settings = Settings(model=str(model_folder()), heads_dir=tmp_path, device="cpu", dtype="float32", max_batch_size=2)
-    engine = EmbeddedEngine(settings)
+    options: dict[str, Any] = {"model": str(model_folder()), "heads_dir": tmp_path, "dtype": "float32"}
+    engine = EmbeddedEngine(Settings(**options, device="cpu", max_batch_size=2))
     await engine.start()
     sources = engine.training_sources(lambda: None)
     rows: Any = sources.texts.core  # type: ignore[attr-defined]
