@@ -73,6 +73,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         if shared_rates is not None:
             await shared_rates.check()
         watch = _start_watch(settings, engine, telemetry)
+        jobs.open()
         try:
             yield
         finally:

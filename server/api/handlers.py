@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from server.api.floods import UNKNOWN
 from server.api.gate.context import request_id_of
@@ -110,13 +111,21 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    headers = error.headers
     if error.status_code == 404:
         message = f"There is no {request.method} {request.scope['path']}."
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {request.scope['path']}."
+        headers = {"Allow": ", ".join(_allowed_methods(request))}
     else:
         message = str(error.detail)
-    return JSONResponse(_body(error.status_code, message, None, None), error.status_code, error.headers)
+    return JSONResponse(_body(error.status_code, message, None, None), error.status_code, headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of all routes of the path; the framework tells those of the first."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
 
 
 def _code(pydantic_type: str) -> str:

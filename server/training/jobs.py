@@ -172,6 +172,10 @@ class HeadJobs:
             self._end(job, "cancelled")
         return job
 
+    def open(self) -> None:
+        """Take jobs, also anew in a server that is started again."""
+        self._is_closed = False
+
     def stop(self) -> None:
         """Cancel all jobs and take no more."""
         self._is_closed = True
