@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from server.api.floods import UNKNOWN
 from server.api.gate.context import request_id_of
@@ -116,16 +115,18 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         message = f"There is no {request.method} {request.scope['path']}."
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {request.scope['path']}."
-        headers = {"Allow": ", ".join(_allowed_methods(request))}
+        headers = {"Allow": _allowed_methods(request, error)}
     else:
         message = str(error.detail)
     return JSONResponse(_body(error.status_code, message, None, None), error.status_code, headers)
 
 
-def _allowed_methods(request: Request) -> list[str]:
-    """Of all routes of the path; the framework tells those of the first."""
-    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
+def _allowed_methods(request: Request, error: HTTPException) -> str:
+    """What the framework tells, which is of the path's first route, and what the document has of others."""
+    told = (error.headers or {}).get("Allow", "").split(", ")
+    described = request.app.openapi()["paths"].get(request.scope["path"], {})
+    return ", ".join(sorted({*told, *map(str.upper, described)} - {""}))
+
 
 
 def _code(pydantic_type: str) -> str:
