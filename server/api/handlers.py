@@ -128,7 +128,6 @@ def _allowed_methods(request: Request, error: HTTPException) -> str:
     return ", ".join(sorted({*told, *map(str.upper, described)} - {""}))
 
 
-
 def _code(pydantic_type: str) -> str:
     return {REFUSED: REFUSED, UNKNOWN: UNKNOWN, "extra_forbidden": "unknown_field", "missing": "missing_field"}.get(
         pydantic_type, "invalid_value"
