@@ -7,11 +7,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import chat, completions, embeddings, handlers, management, models, playground, system, tokens, value
+from server.api import (
+    chat,
+    completions,
+    embeddings,
+    handlers,
+    management,
+    models,
+    playground,
+    system,
+    tokens,
+    value,
+)
 from server.api.gate.auth import METRICS_PATH, PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
 from server.api.gate.hosts import ANY, HostGuard
@@ -31,6 +42,7 @@ from server.engines.base import Engine
 from server.errors import ConfigurationError
 from server.settings import PINNED_REFUSES, Settings
 from server.telemetry import Telemetry
+from server.training.jobs import HeadJobs
 from server.watch import HeadWatch
 
 if TYPE_CHECKING:
@@ -51,6 +63,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     provider = _trace_provider(settings.otlp_endpoint)
     shared_rates = _shared_rates(settings.rate_limit_storage)
     workers = Workers()
+    jobs = HeadJobs(engine, telemetry, pinned=() if pinned is None else tuple(pinned.head_names))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,11 +73,13 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         if shared_rates is not None:
             await shared_rates.check()
         watch = _start_watch(settings, engine, telemetry)
+        jobs.open()
         try:
             yield
         finally:
             if watch is not None:
                 watch.cancel()
+            await jobs.close()
             await engine.stop()
             if shared_rates is not None:
                 await shared_rates.close()
@@ -75,11 +90,9 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     # The interactive docs load scripts from other hosts; /openapi.json stays.
     # A redirect would be built from the Host header, so a path with a slash too many is a 404.
     app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.engine = engine
-    app.state.telemetry = telemetry
-    app.state.pinned = pinned
-    app.state.workers = workers
-    app.state.pinned_refuses = settings.pinned_refuses
+    app.state.engine, app.state.telemetry = engine, telemetry
+    app.state.workers, app.state.jobs = workers, jobs
+    app.state.pinned, app.state.pinned_refuses = pinned, settings.pinned_refuses
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
@@ -96,11 +109,19 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.add_middleware(HeadAsGet)
     app.add_middleware(Identity, count=telemetry.count_response)
     _allow_origins(app, settings)
-    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
-    routers += [management.router] if management_keys else []
-    for router in [*routers, playground.router] if settings.playground else routers:
+    for router in _routers(settings, has_management=bool(management_keys)):
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _routers(settings: Settings, *, has_management: bool) -> list[APIRouter]:
+    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
+    if has_management:
+        # Training's libraries take time to import, and most servers have nobody to train heads for.
+        from server.api import head_jobs
+
+        routers += [management.router, head_jobs.router]
+    return [*routers, playground.router] if settings.playground else routers
 
 
 def _allow_origins(app: FastAPI, settings: Settings) -> None:

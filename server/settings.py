@@ -175,7 +175,7 @@ class Settings(BaseSettings):
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
-    management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
+    management_keys: SecretStr | None = Field(None, description="keys for managing and training heads, which need one")
     management_keys_file: Path | None = Field(None, description="the same from a file")
     inspect_keys: SecretStr | None = Field(
         None, description="keys that may also see states and log-probabilities of prompts, from which heads can be read"

@@ -42,6 +42,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _KL_NATS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 _BUDGETS = (HeldBy.MAX_KL, HeldBy.MAX_RESPONSE_KL, HeldBy.MAX_SHIFT)
 _SIGNS = ("positive", "negative")
+JOB_ENDS = ("succeeded", "failed", "cancelled")
 _RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -83,6 +84,8 @@ class Telemetry:
         self._responses = self._counter(
             "http_responses", "By route, status 499: the client has gone", "route", "status"
         )
+        self._head_jobs = self._gauge("head_jobs", "Jobs that train a head and have not ended", "status")
+        self._ended_jobs = self._counter("head_jobs_ended", "Jobs that trained a head, by how they ended", "status")
         self._edit_duration = self._histogram("edit_duration_seconds", "Edit and LM head of a controlled step", _EDIT_S)
         self._controlled = self._counter("controlled_tokens", "Tokens drawn under control", "head")
         self._value_before = self._histogram("value_before", "Head value before the edit", _value_buckets(), "head")
@@ -104,6 +107,9 @@ class Telemetry:
         self._model = model
         for reason in FinishReason:
             self._success.labels(model, reason.value)
+        for status in JOB_ENDS:
+            self._ended_jobs.labels(model, status)
+        self.set_head_jobs(queued=0, running=0)
         self.bind_heads(heads)
         for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite,
                           self._retries, self._replacements, self._taken_back):  # fmt: skip
@@ -176,6 +182,14 @@ class Telemetry:
             counter.labels(self._model).inc(max(total - self._grown[name], 0))
             self._grown[name] = total
 
+    def set_head_jobs(self, *, queued: int, running: int) -> None:
+        self._head_jobs.labels(self._model, "queued").set(queued)
+        self._head_jobs.labels(self._model, "running").set(running)
+
+    def count_head_job(self, status: str) -> None:
+        """`status` is one of JOB_ENDS."""
+        self._ended_jobs.labels(self._model, status).inc()
+
     def count_response(self, route: str | None, status: int) -> None:
         """`route` is the template of one that there is, such as /v1/management/heads/{name}/load; None for no other."""
         self._responses.labels(self._model, route or "none", str(status)).inc()
@@ -196,8 +210,8 @@ class Telemetry:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, ("model_name", *labels), registry=self._registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, ("model_name",), registry=self._registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, ("model_name", *labels), registry=self._registry)
 
 
 class _VllmNames(Collector):

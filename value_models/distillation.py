@@ -87,7 +87,7 @@ class InstructedSource(Protocol):
     def texts(
         self, prompts: Sequence[RolloutPrompt], instruction: str, contrast: str | None, settings: RolloutSettings
     ) -> Iterator[InstructedText]:
-        """A response to each prompt after the instruction, and one after the contrast."""
+        """A response to each prompt after the instruction, and then, in any order again, one after the contrast."""
         ...
 
 
@@ -162,7 +162,9 @@ def read_texts(
         )
     # Everything that the model may say has to be among the texts, also what top_p would cut off.
     sampling = RolloutSettings(num_samples=1, max_tokens=settings.max_tokens, top_p=1.0, seed=settings.seed)
-    texts = list(source.texts(chats, instruction, contrast, sampling))
+    # Whatever order they came in: sums are rounded by it.
+    place = {prompt.id: index for index, prompt in enumerate(chats)}
+    texts = sorted(source.texts(chats, instruction, contrast, sampling), key=lambda text: place[text.prompt_id])
     lengths = torch.tensor([0] + [len(text.token_ids_T) for text in texts])
     return InstructedTexts(
         token_ids_N=torch.cat([text.token_ids_T for text in texts]),

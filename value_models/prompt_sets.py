@@ -32,6 +32,11 @@ class RolloutPrompt(BaseModel):
     reference: str | None = Field(default=None, validation_alias=AliasChoices("reference", "preferred"))
 
 
+def own_prompts_file() -> Path:
+    """The prompts this project wrote, which ship with the package."""
+    return Path(__file__).parent / "prompts" / "prompts.jsonl"
+
+
 def load_prompts(path: Path) -> list[RolloutPrompt]:
     """Read JSON lines of {"id", "prompt", "format"?, "kind"?}. Raises RolloutError with the line's number."""
     prompts: list[RolloutPrompt] = []

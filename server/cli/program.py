@@ -1,8 +1,7 @@
 """The commands of `recontrol`: serve, generate, compare, heads, rollouts, score, train, eval.
 
-Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
-package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
-class and put it in COMMANDS.
+Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. Enter at `main`;
+to add a command, write one class and put it in COMMANDS.
 """
 
 from __future__ import annotations

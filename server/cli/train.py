@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,24 +20,14 @@ from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.errors import ConfigurationError
+from value_models.cards import trained_card
 from value_models.files import write_text
-from value_models.heads import UNIT_COST_NATS
-from value_models.order import order_figures
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings, collect_rollouts
-from value_models.store import (
-    NAME_PATTERN,
-    BaseModelCard,
-    HeadCard,
-    architecture_card,
-    save_head,
-    shipped_heads_folder,
-)
+from value_models.store import NAME_PATTERN, save_head, shipped_heads_folder
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_scored_texts, load_training_data
-
-_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
 
 
 class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -102,21 +90,8 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
             raise ConfigurationError("advantage_trace: pairs and texts have scores for advantages; leave it out")
         trained = train_head(data, settings)
         folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
-        aim = self.reward or f"{data.kind} of {data.manifest['given']['file']}"
-        card = HeadCard(
-            name=self.name,
-            description=self.description or f"Higher {aim}",
-            base_model=BaseModelCard(**data.base_model),
-            architecture=architecture_card(trained.head),
-            normalisation="mean and standard deviation of each dimension over training states",
-            metric=_metric_text(settings, data),
-            reward=aim,
-            reward_mean=trained.head.reward_mean,
-            reward_scale=trained.head.reward_scale,
-            targets=_targets_text(settings),
-            data=_data(data),
-            validation={**asdict(trained.figures), **order_figures(trained.head, data)},
-            command=command_line(),
+        card = trained_card(
+            self.name, self.description, data, settings, trained, aim=self.reward, command=command_line()
         )
         save_head(folder, trained.head, card)
         print(f"{folder}: on validation prompts {_figures_text(card.validation)}")
@@ -149,45 +124,3 @@ def _figures_text(validation: dict[str, Any]) -> str:
         return figures
     shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
     return f"{figures}; of {order['compared']} {order['what']}, {shares}"
-
-
-def _metric_text(settings: TrainSettings, data: TrainingData) -> str:
-    if settings.metric == "natural":
-        if data.is_given:
-            of = "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
-            return (
-                f"natural gradient of the {of}, damping {settings.damping} and that of few tokens; "
-                f"{_UNIT.replace('training', 'validation')}"
-            )
-        return (
-            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
-        ) + _UNIT
-    if settings.metric == "covariance":
-        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
-    return f"identity; {_UNIT}"
-
-
-def _targets_text(settings: TrainSettings) -> str:
-    centred = ", centred by prompt" if settings.center_by_prompt else ""
-    trace = f"({settings.trace})" if settings.targets == "td_lambda" else ""
-    return f"{settings.targets}{trace}{centred}"
-
-
-def _data(data: TrainingData) -> dict[str, object]:
-    responses = Counter(data.split)
-    prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
-               for split in responses}  # fmt: skip
-    counts = {"prompts": prompts, "responses": dict(responses), "tokens": int(data.offsets[-1])}
-    if data.is_given:
-        return {
-            "split": "by a digest of the prompt: 80% train, 20% validation",
-            **counts,
-            "given": data.manifest["given"],
-            "read": data.manifest["settings"],
-        }
-    return {
-        "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
-        **counts,
-        "rollouts": data.manifest["settings"],
-        "prompts_sha256": data.manifest["prompts_sha256"],
-    }

@@ -5,9 +5,10 @@ Knows no torch and no HTTP. Enter at `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.calls.formats import CallFormat
 from server.calls.structure import CallStructure
@@ -23,6 +24,10 @@ from server.types import (
     TokenEdit,
     TokenText,
 )
+
+if TYPE_CHECKING:
+    from value_models.distillation import InstructedSource
+    from value_models.scored_texts import TextSource
 
 
 @dataclass(slots=True, frozen=True)
@@ -108,6 +113,17 @@ class NullObserver:
         self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None: ...
     def on_step(self, status: EngineStatus) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class TrainingSources:
+    """What a head can be trained with while the engine serves. `close` gives up what it still reads."""
+
+    texts: TextSource
+    instructed: InstructedSource
+    heads_location: str | Path
+    """The folder or store that heads are loaded from."""
+    close: Callable[[], None]
 
 
 class ChunkStream(Protocol):
@@ -221,6 +237,14 @@ class Engine(Protocol):
         """Offer the head no more, and return when the last request that runs under it has ended.
 
         Raises UnknownHeadError, and HeadConflictError when the head was loaded again before that.
+        """
+        ...
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        """Access for one thread, not the event loop's, that trains a head in the rows that requests leave.
+
+        `check` is called every fraction of a second in that thread and may raise to end the work. Raises
+        UnsupportedFieldError where this engine trains no heads, EngineStoppedError.
         """
         ...
 

@@ -18,7 +18,14 @@ from typing import Any
 
 from server.calls.formats import FORMATS
 from server.calls.structure import CallStructure
-from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
+from server.engines.base import (
+    ChunkStream,
+    EngineInfo,
+    EngineObserver,
+    EngineStatus,
+    NullObserver,
+    TrainingSources,
+)
 from server.engines.checks import check_request
 from server.engines.choice import Choice
 from server.engines.segments import FORMATS as REASONING_FORMATS
@@ -203,6 +210,10 @@ class FakeEngine:
         if name not in self.info.heads:
             raise UnknownHeadError(name, self.info.heads)
         self.info = self.info.without_head(name)
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        del check
+        raise UnsupportedFieldError("heads: the fake engine trains none, since it has no model")
 
     def forget(self, num_unfinished: int) -> None:
         """A stream has been closed with this many choices unfinished: they end as aborted."""

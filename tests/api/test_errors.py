@@ -87,7 +87,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("control.on_stop.rewind_tokens", {**BOUND, "on_stop": retry(rewind_tokens=v)}) for v in [257, *BAD_COUNTS]],
     *[("control.on_stop.hold_tokens", {**BOUND, "on_stop": retry(hold_tokens=v)}) for v in [257, *BAD_COUNTS]],
     *[("control.on_stop.step_growth", {**BOUND, "on_stop": retry(step_growth=v)}) for v in [0.9, 4.1, *BAD_NUMBERS]],
-    *[("control.on_stop.then", {**BOUND, "on_stop": retry(then=v)}) for v in ["retry", None]],
+    *[("control.on_stop.then", {**BOUND, "on_stop": retry(then=v)}) for v in ["retry"]],
     *[("control.on_stop", {**BOUND, "on_stop": retry(**v)}) for v in [{"rewind_tokens": 9}, {"replacement": "a"}]],
     *[
         ("control.on_stop.replacement", {**BOUND, "on_stop": {"type": "replace", "replacement": v}})

@@ -156,14 +156,19 @@ class EngineCore:
         check_shadows(request, **room)
 
     def sequences(
-        self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
+        self,
+        request: GenerationRequest,
+        emit: Callable[[GenerationChunk], None],
+        *,
+        keep_states: bool = False,
+        observer: EngineObserver | None = None,
     ) -> list[Sequence]:
         """The request's choices, ready for `add`. The request must have passed `check`."""
         choices = Sequence.choices(
             request,
             make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
-            observer=self._observer,
+            observer=observer or self._observer,
             eos_token_ids=self._eos_token_ids,
             markup=self._markup,
             keep_states=keep_states,
@@ -171,7 +176,7 @@ class EngineCore:
         return with_candidates(with_shadows(choices))
 
     def add(self, sequences: list[Sequence]) -> None:
-        self._scheduler.waiting.extend(sequences)
+        self._scheduler.add(sequences)
 
     @torch.inference_mode()
     def abort(self, sequences: list[Sequence]) -> None:
@@ -243,6 +248,8 @@ class EngineCore:
             if sequence.shadow_of is None:
                 self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
                 add_token_values(sequence, hidden_TD[first:end], self.registry)
+            if sequence.prompt_states is not None:
+                sequence.prompt_states.append(hidden_TD[first:end])
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end

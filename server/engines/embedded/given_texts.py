@@ -19,6 +19,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.engines.embedded.rollouts import response_seed
+from server.engines.embedded.spare_rows import SpareRows
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 from value_models.errors import TextsFileError
@@ -47,9 +48,9 @@ class _Encoded:
 
 
 class EngineTextSource:
-    """Reads texts with an `EngineCore` from the calling thread."""
+    """Reads texts with an `EngineCore` from the calling thread, or with one that runs."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+    def __init__(self, loaded: LoadedModel, core: EngineCore | SpareRows) -> None:
         self.loaded = loaded
         self.core = core
 

@@ -20,6 +20,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
+from server.engines.embedded.spare_rows import SpareRows
 from server.engines.instruction import encode_instructed
 from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
@@ -30,9 +31,9 @@ from value_models.rollouts import Rollout, RolloutSettings
 
 
 class EngineRolloutSource:
-    """Drives an `EngineCore` from the calling thread until all responses are there."""
+    """Drives an `EngineCore` from the calling thread until all responses are there, or waits for one that runs."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+    def __init__(self, loaded: LoadedModel, core: EngineCore | SpareRows) -> None:
         self.loaded = loaded
         self.core = core
 
@@ -136,6 +137,7 @@ class EngineRolloutSource:
         spent_s: dict[TokenSequence, float] = {}
         open_sequences: list[TokenSequence] = []
         texts: dict[tuple[str, int], list[str]] = {}
+        ended: set[tuple[str, int]] = set()
         for prompt in prompts:
             request = GenerationRequest(
                 request_id=prompt.id,
@@ -157,23 +159,28 @@ class EngineRolloutSource:
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
                 texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
+                if chunk.finish_reason is not None:
+                    ended.add((prompt_id, chunk.index))
 
             sequences = self.core.sequences(request, emit, keep_states=True)
             open_sequences += sequences
             self.core.add(sequences)
         while open_sequences:
             started_s = time.perf_counter()
-            self.core.step()
+            # An engine that runs goes on meanwhile, and what it gave may have been handed on already.
+            if not any(_key(sequence) in ended for sequence in open_sequences):
+                self.core.step()
             served = [sequence for sequence in open_sequences if sequence.state is not SequenceState.WAITING]
             for sequence in served:
                 spent_s[sequence] = spent_s.get(sequence, 0.0) + (time.perf_counter() - started_s) / len(served)
-            done = [sequence for sequence in open_sequences if sequence.finish_reason is not None]
-            open_sequences = [sequence for sequence in open_sequences if sequence.finish_reason is None]
+            # By their chunks, which an engine in another thread may hand on later.
+            done = [sequence for sequence in open_sequences if _key(sequence) in ended]
+            open_sequences = [sequence for sequence in open_sequences if _key(sequence) not in ended]
             for sequence in done:
-                request_id = sequence.request.request_id
+                request_id, _ = key = _key(sequence)
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop((request_id, sequence.index))), spent_s.pop(sequence)
+                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence, 0.0)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
@@ -188,6 +195,7 @@ class EngineRolloutSource:
         """In reward units, at the state behind its last token."""
         if not heads or not sequence.states:
             return {}
+        assert isinstance(self.core, EngineCore), "values are asked for by evaluation alone"
         stack = self.core.registry.stack(tuple(heads))
         values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
         return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
@@ -195,6 +203,10 @@ class EngineRolloutSource:
 
 def _told(prompt: RolloutPrompt, instruction: str | None) -> str:
     return prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
+
+
+def _key(sequence: TokenSequence) -> tuple[str, int]:
+    return sequence.request.request_id, sequence.index
 
 
 def response_seed(seed: int, prompt_id: str) -> int:

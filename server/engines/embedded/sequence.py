@@ -67,6 +67,10 @@ class Sequence(Choice):
     """Of one with a structure: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
+    prompt_states: list[Tensor] | None = None
+    """With a list, so are those of the prompt's tokens, a tensor for each piece that is read."""
+    is_background: bool = False
+    """Whether it gets only what requests leave of rows, pages and steps (background.py)."""
     state: SequenceState = SequenceState.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
