@@ -11,8 +11,8 @@ credited with what it changed and not with the luck of the whole response. Texts
 scores for advantages, and the Fisher information is that of tokens which the model draws in the same states.
 
 From several sources each gives the direction that its own advantages ask for, by the Fisher information of all their
-tokens. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of tokens
-decides how much a source counts.
+tokens. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of
+tokens decides how much a source counts.
 
 All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average over training states, to
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter

@@ -1,8 +1,9 @@
 """The hidden layers of a head: a small network that learns, in minibatches, what the linear part has left.
 
-Minibatches are drawn from windows of the stream, each of which is in memory and shuffled as a whole. A run that fits into
-one window is shuffled token by token; of a longer one the files come in an order of their own in every epoch, and windows
-hold tokens of all sources in proportion. Knows nothing of files or of ways uphill. Enter at `Network` and `fit`.
+Minibatches are drawn from windows of the stream, each of which is in memory and shuffled as a whole. A run that fits
+into one window is shuffled token by token; of a longer one the files come in an order of their own in every epoch, and
+windows hold tokens of all sources in proportion. Knows nothing of files or of ways uphill. Enter at `Network` and
+`fit`.
 
 Shapes: N tokens, M of a minibatch, D hidden size.
 """

@@ -34,8 +34,8 @@ def load_reward_model(
 ) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
     """The logit of a one-label model, or the log-probability of a label (by name or index; the last by default).
 
-    `source` is `<folder or hub id>[#label]`; `dtype` is that of the file, or `float32` or `bfloat16`. Prompt and response
-    go in as a pair of texts, cut to what the model can read, 512 tokens at most. Raises RewardError.
+    `source` is `<folder or hub id>[#label]`; `dtype` is `float32` or `bfloat16`, or `auto` for that of the file. Prompt
+    and response go in as a pair of texts, cut to what the model can read, 512 tokens at most. Raises RewardError.
     """
     folder, _, label = source.partition("#")
     tokenizer, model = _load_classifier(folder, device, dtype)

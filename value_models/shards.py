@@ -68,6 +68,6 @@ def damaged(folder: Path, index: int, why: object) -> RolloutError:
     """What a shard that cannot be used is told by."""
     tensors, rows = shard_path(folder, index, ".safetensors"), shard_path(folder, index, ".jsonl")
     return RolloutError(
-        f"{tensors} or {rows.name} beside it is damaged ({why}); delete both, and the command that made them makes them "
-        "anew"
+        f"{tensors} or {rows.name} beside it is damaged ({why}); delete both, and the command that made them makes "
+        "them anew"
     )

@@ -72,8 +72,8 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
     description: str = ""
     rollouts: Path = Field(
         Path("runs/rollouts"),
-        description="folder of a complete run; with --pairs or --texts and no --reward where theirs is kept, by default "
-        "below runs/scored",
+        description="folder of a complete run; with --pairs or --texts alone where theirs is kept, by default below "
+        "runs/scored",
     )
     source_weights: dict[RunKind, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         {}, description="how much each of several sources counts, as in rollouts=1,pairs=0.5; by default 1"
@@ -137,8 +137,6 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
             if len(kinds) > 1 and "rollouts" in self.model_fields_set:
                 raise ConfigurationError("rollouts: pairs and texts are kept in a run each; leave it out with both")
         if len(kinds) < 2 and self.source_weights:
-            raise ConfigurationError(
-                "source_weights: there is one source; it goes with several of --reward, --pairs and --texts"
-            )
+            raise ConfigurationError("source_weights: goes with two of --reward, --pairs and --texts, or all")
         if unknown := [kind for kind in self.source_weights if kind not in kinds]:
             raise ConfigurationError(f"source_weights: no {unknown[0]} are given; there are {' and '.join(kinds)}")
