@@ -267,5 +267,5 @@ def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequ
 
 
 def _digest(prompts: Sequence[RolloutPrompt]) -> str:
-    lines = "".join(prompt.model_dump_json(exclude={"reference"}) for prompt in prompts)
+    lines = "".join(prompt.identity() for prompt in prompts)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, score, train, eval.
+"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
 package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
@@ -41,6 +41,7 @@ COMMANDS = {
     "heads publish": "server.cli.heads:HeadsPublish",
     "prompts": "server.cli.train:Prompts",
     "rollouts": "server.cli.train:Rollouts",
+    "pairs": "server.cli.pairs:Pairs",
     "score": "server.cli.given_texts:Score",
     "train": "server.cli.train:Train",
     "eval": "server.cli.evaluate:Eval",

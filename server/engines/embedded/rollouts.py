@@ -94,12 +94,14 @@ class EngineRolloutSource:
             )
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
-        """A prompt's tokens, with an instruction put before it."""
-        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
+        """A prompt's tokens, with an instruction put before it, or before a conversation's last message.
+
+        Raises InvalidRequestError for a conversation that the model's chat template refuses.
+        """
         if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, [{"role": "user", "content": text}])
+            return encode_chat(self.loaded.tokenizer, prompt.turns(instruction))
         tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(text)["input_ids"]
+        return tokenizer(prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}")["input_ids"]
 
     @torch.inference_mode()
     def nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
@@ -120,19 +122,19 @@ class EngineRolloutSource:
         open_sequences: list[TokenSequence] = []
         texts: dict[tuple[str, int], list[str]] = {}
         for prompt in prompts:
-            request = GenerationRequest(
-                request_id=prompt.id,
-                prompt_token_ids=tuple(self.encode(prompt, instruction)),
-                sampling=SamplingParams(
-                    max_tokens=settings.max_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=response_seed(settings.seed, prompt.id),
-                ),
-                control=control,
-                num_choices=settings.num_samples,
-            )
             try:
+                request = GenerationRequest(
+                    request_id=prompt.id,
+                    prompt_token_ids=tuple(self.encode(prompt, instruction)),
+                    sampling=SamplingParams(
+                        max_tokens=settings.max_tokens,
+                        temperature=settings.temperature,
+                        top_p=settings.top_p,
+                        seed=response_seed(settings.seed, prompt.id),
+                    ),
+                    control=control,
+                    num_choices=settings.num_samples,
+                )
                 self.core.check(request)
             except InvalidRequestError as error:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
