@@ -117,33 +117,50 @@ def collect_rollouts(
     folder: Path,
     settings: RolloutSettings,
     *,
+    sampled_by: str | None = None,
     show_progress: bool | None = None,
 ) -> RolloutSet:
     """Sample what is missing of a run and return it whole.
 
-    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run, when an id
-    occurs twice, or when the source does not give exactly the responses asked for.
+    `sampled_by` names the engine whose responses the source only reads, where it does. `show_progress` None shows a bar
+    on a terminal. Raises RolloutError when the folder holds another run, when an id occurs twice, or when the source
+    does not give exactly the responses asked for.
     """
-    if len({prompt.id for prompt in prompts}) != len(prompts):
-        raise RolloutError("prompts: an id occurs twice; a response could not be told from another's")
-    blocks = [
-        list(prompts[first : first + settings.prompts_per_shard])
-        for first in range(0, len(prompts), settings.prompts_per_shard)
-    ]
-    manifest = {
-        "format": FORMAT,
-        "base_model": source.base_model,
-        "settings": settings.model_dump(),
-        "prompts_sha256": _digest(prompts),
-        "num_prompts": len(prompts),
-        "num_shards": len(blocks),
-    }
+    manifest = rollouts_manifest(source.base_model, prompts, settings, sampled_by=sampled_by)
+    blocks = prompt_blocks(prompts, settings)
 
     def sample(index: int) -> list[Rollout]:
         return _checked(list(source.sample(blocks[index], settings)), settings, blocks[index])
 
     sizes = [len(block) * settings.num_samples for block in blocks]
     return collect_shards(folder, manifest, sizes, sample, show_progress=show_progress)
+
+
+def prompt_blocks(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> list[list[RolloutPrompt]]:
+    """The prompts of each shard."""
+    size = settings.prompts_per_shard
+    return [list(prompts[first : first + size]) for first in range(0, len(prompts), size)]
+
+
+def rollouts_manifest(
+    base_model: dict[str, Any],
+    prompts: Sequence[RolloutPrompt],
+    settings: RolloutSettings,
+    *,
+    sampled_by: str | None = None,
+) -> dict[str, Any]:
+    """What tells one run from another; see `collect_rollouts`. Raises RolloutError when an id occurs twice."""
+    if len({prompt.id for prompt in prompts}) != len(prompts):
+        raise RolloutError("prompts: an id occurs twice; a response could not be told from another's")
+    return {
+        "format": FORMAT,
+        "base_model": base_model,
+        "settings": settings.model_dump(),
+        "prompts_sha256": _digest(prompts),
+        "num_prompts": len(prompts),
+        "num_shards": len(prompt_blocks(prompts, settings)),
+        **({} if sampled_by is None else {"sampled_by": sampled_by}),
+    }
 
 
 def collect_shards(
@@ -158,7 +175,7 @@ def collect_shards(
 
     `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run.
     """
-    _claim(folder, manifest)
+    claim_run(folder, manifest)
     with tqdm(
         total=sum(sizes),
         unit="response",
@@ -192,8 +209,11 @@ def open_rollouts(folder: Path) -> RolloutSet:
     return RolloutSet(folder, manifest)
 
 
-def _claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make the folder this run's, or check that it is; remove what a killed run left half-written."""
+def claim_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder this run's, or check that it is; remove what a killed run left half-written.
+
+    Raises RolloutError when it holds another run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"*{SCRATCH_SUFFIX}"):
         leftover.unlink()

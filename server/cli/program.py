@@ -40,7 +40,7 @@ COMMANDS = {
     "heads import": "server.cli.heads:HeadsImport",
     "heads publish": "server.cli.heads:HeadsPublish",
     "prompts": "server.cli.train:Prompts",
-    "rollouts": "server.cli.train:Rollouts",
+    "rollouts": "server.cli.rollouts:Rollouts",
     "pairs": "server.cli.pairs:Pairs",
     "score": "server.cli.given_texts:Score",
     "train": "server.cli.train:Train",

@@ -1,4 +1,4 @@
-"""`recontrol prompts`, `recontrol rollouts` and `recontrol train`: from prompts to a value head."""
+"""`recontrol prompts` and `recontrol train`: published prompts, and from rollouts or texts to a value head."""
 
 from __future__ import annotations
 
@@ -8,42 +8,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import (
-    Command,
-    ModelCommand,
-    allow_rewards_of_the_working_folder,
-    read_prompts,
-)
+from server.cli.command import Command, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.given_texts import GivenTextsCommand
 from server.cli.instruction import InstructionCommand
 from server.cli.trained_card import SourcePart, figures_text, trained_card
-from server.control.registry import HeadRegistry
 from server.engines.devices import resolve_device
-from server.engines.embedded.rollouts import EngineRolloutSource
 from server.errors import ConfigurationError
 from value_models.files import write_text
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
-from value_models.rollouts import RolloutSettings, RunKind, collect_rollouts
+from value_models.rollouts import RunKind
 from value_models.store import NAME_PATTERN, BaseModelCard, save_head, shipped_heads_folder
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_scored_texts, load_training_data
-
-
-class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Sample responses with their hidden states; goes on where a killed run stopped."""
-
-    out: Path = Field(Path("runs/rollouts"), description="folder of the run")
-    prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
-    formats: list[Literal["chat", "text"]] = Field(["chat", "text"], description="which of them")
-
-    def cli_cmd(self) -> None:
-        prompts = read_prompts(self.prompts, self.formats)
-        loaded = self.load()
-        source = EngineRolloutSource(loaded, self.core(loaded, HeadRegistry({})))
-        settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
-        collect_rollouts(source, prompts, self.out, settings, show_progress=True)
-        print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
 
 
 class Prompts(Command):

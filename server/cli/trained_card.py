@@ -137,5 +137,6 @@ def _data(data: TrainingData) -> dict[str, Any]:
         "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
         **counts,
         "rollouts": data.manifest["settings"],
+        **({"sampled_by": data.manifest["sampled_by"]} if "sampled_by" in data.manifest else {}),
         "prompts_sha256": data.manifest["prompts_sha256"],
     }

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from server.control.params import ControlParams
-from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
+from server.engines.rollout_prompts import encode_prompt
 from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.errors import RolloutError
@@ -94,14 +94,8 @@ class EngineRolloutSource:
             )
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
-        """A prompt's tokens, with an instruction put before it, or before a conversation's last message.
-
-        Raises InvalidRequestError for a conversation that the model's chat template refuses.
-        """
-        if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, prompt.turns(instruction))
-        tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}")["input_ids"]
+        """Raises InvalidRequestError; see `encode_prompt`."""
+        return encode_prompt(self.loaded.tokenizer, prompt, instruction)
 
     @torch.inference_mode()
     def nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
