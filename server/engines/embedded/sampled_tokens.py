@@ -54,9 +54,9 @@ class SampledTokensSource:
                 states = self.core.states_of([texts[index] for index in group])
             except ContextLengthError as error:
                 raise RolloutError(f"prompt {responses[group[0]].prompt_id!r}: {error}; see --kv-cache-gib") from error
-            for index, states_TD in zip(group, states, strict=True):
+            for index, text_TD in zip(group, states, strict=True):
                 response = responses[index]
-                states_TD = states_TD[len(contexts[response.prompt_id]) - 1 :]
+                states_TD = text_TD[len(contexts[response.prompt_id]) - 1 :]
                 yield Rollout(
                     prompt_id=response.prompt_id,
                     sample=response.sample,
