@@ -11,15 +11,17 @@ import pytest
 
 from server.cli import main
 from server.control.registry import HeadRegistry
+from server.engines import rollout_prompts
 from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.instructed import EngineInstructedSource
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.rollouts import EngineRolloutSource
+from server.errors import InvalidRequestError
 from value_models.errors import RolloutError
 from value_models.generations import GenerationStore
 from value_models.prompt_sets import RolloutPrompt, load_prompts
-from value_models.rollouts import open_rollouts, rollouts_manifest
+from value_models.rollouts import RolloutSettings, open_rollouts, rollouts_manifest
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -95,7 +97,7 @@ def test_conversations_that_read_alike_are_other_prompts(tmp_path: Path) -> None
     texts = [message("user", "a\n\nuser: b"), message("user", "c")], [message("user", m) for m in ("a", "b", "c")]
     one, other = (read(tmp_path, {"id": "x", "messages": messages}) for messages in texts)
     assert one.text == other.text
-    assert rollouts_manifest({}, [one], _settings()) != rollouts_manifest({}, [other], _settings())
+    assert rollouts_manifest({}, [one], RolloutSettings()) != rollouts_manifest({}, [other], RolloutSettings())
     store, asked = GenerationStore(None), list[str]()
 
     def sampler(prompts: Any, number: int) -> Any:
@@ -106,12 +108,6 @@ def test_conversations_that_read_alike_are_other_prompts(tmp_path: Path) -> None
         with pytest.raises(KeyError):
             store.samples({}, [prompt], 1, sampler)
     assert asked == ["x", "x"]
-
-
-def _settings() -> Any:
-    from value_models.rollouts import RolloutSettings
-
-    return RolloutSettings()
 
 
 @pytest.fixture
@@ -138,8 +134,6 @@ def test_a_conversation_that_the_template_refuses_is_told_by_its_id(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = write(tmp_path / "p.jsonl", {"id": "good", "prompt": "a"}, {"id": "bad", "messages": TURNS})
-    from server.engines import rollout_prompts
-    from server.errors import InvalidRequestError
 
     def encode(tokenizer: Any, messages: Any) -> list[int]:
         if len(messages) > 1:
