@@ -18,7 +18,7 @@ All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token o
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
 at `ascent_rows`, `calibrated` and `ascent_gain`.
 
-Tokens are read in blocks, two passes over them in all, and only sums are kept.
+Tokens are read in blocks, in one pass for a direction and one for its length, and only sums are kept.
 
 Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head.
 

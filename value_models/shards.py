@@ -42,12 +42,19 @@ def read_rows(folder: Path, index: int, fields: tuple[str, ...]) -> list[dict[st
     path = shard_path(folder, index, ".jsonl")
     try:
         # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside a string.
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        for row in rows:
-            for name in fields:
-                row[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, ValueError) as error:
         raise damaged(folder, index, error) from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            missing = [name for name in fields if name not in row]
+        except (ValueError, TypeError) as error:
+            raise damaged(folder, index, f"line {number}: {error}") from error
+        if missing:
+            raise damaged(folder, index, f"line {number} lacks {missing[0]}")
+        rows.append(row)
     return rows
 
 

@@ -154,6 +154,18 @@ def test_a_run_whose_files_do_not_belong_together_is_refused(folder: Path, data:
         save_file({**tensors, name: tensors[name][:-1].clone()}, path)
         with pytest.raises(RolloutError, match=f"shard-00001.safetensors or .* is damaged .*{what}"):
             load_training_data(folder, "brevity", TEXTS)
+    save_file(tensors, path)
+    rows = folder / "shard-00001.jsonl"
+    whole = rows.read_text()
+    for damage, what in (("{torn", "line 2: Expecting"), ('{"prompt_id": "p7"}', "line 2 lacks sample")):
+        lines = whole.split("\n")
+        rows.write_text("\n".join([lines[0], damage, *lines[2:]]))
+        with pytest.raises(RolloutError, match=what):
+            load_training_data(folder, "brevity", TEXTS)
+    rows.write_text(whole.partition("\n")[2])
+    with pytest.raises(RolloutError, match="41 lines, but tensors of 42 responses"):
+        load_training_data(folder, "brevity", TEXTS)
+    rows.write_text(whole)
     path.write_bytes((folder / "shard-00002.safetensors").read_bytes())
     with pytest.raises(RolloutError, match="it is another than a minute ago"):
         train_head([data], TrainSettings())
