@@ -27,12 +27,14 @@ Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from value_models.errors import TrainingDataError
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.linalg import solve, vecdot
 from value_models.moments import GramSum, Moments
@@ -98,10 +100,12 @@ def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:
     """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average.
 
     Over training tokens of rollouts, and over validation tokens of given texts: those may be so few that the rows
-    follow what training tokens happen to cost little.
+    follow what training tokens happen to cost little. Raises TrainingDataError where states or gradients are not finite.
     """
     splits = [(data, "validation" if data.is_given else "train") for data in sources]
     total_nats = sum(cost_nats(head, data, split) for data, split in splits)
+    if not math.isfinite(total_nats):
+        raise TrainingDataError("rollouts: states or gradients hold numbers that are not finite; make them anew")
     mean_nats = max(total_nats / sum(data.num_tokens(split) for data, split in splits), _MIN_COST_NATS)
     return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / mean_nats) ** 0.5)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from value_models.errors import TrainingDataError
 from value_models.heads import MLPHead
 from value_models.moments import Moments
 from value_models.sources import FitSource, token_weights
@@ -104,7 +106,10 @@ class _Window:
 
 
 def fit(network: Network, sources: Sequence[FitSource], moments: Moments, settings: FitSettings) -> None:
-    """Minimise the squared error with early stopping; leaves the best weights in the network."""
+    """Minimise the squared error with early stopping; leaves the best weights in the network.
+
+    Raises TrainingDataError when the error is not finite.
+    """
     decayed = [p for name, p in network.named_parameters() if name.endswith("weight")]
     others = [p for name, p in network.named_parameters() if not name.endswith("weight")]
     optimiser = torch.optim.AdamW(
@@ -115,6 +120,8 @@ def fit(network: Network, sources: Sequence[FitSource], moments: Moments, settin
     for epoch in range(settings.max_epochs + 1):
         # Validation is always against the reward itself, so that target types can be compared; first the linear part's.
         validation_loss = _validation_loss(network, sources, moments)
+        if not math.isfinite(validation_loss):
+            raise TrainingDataError(f"hidden layers: after {epoch} epochs the validation loss is not finite")
         _log.info("after %d epochs: validation loss %.4f", epoch, validation_loss)
         if validation_loss < best_loss:
             best_loss, waited = validation_loss, 0
@@ -173,8 +180,8 @@ def _windows(
             target_N = block.lambda_returns(standard_B, values_N, trace=settings.effective_trace)
         part = _Window(block.stored_states_ND, target_N, torch.full_like(target_N, weights[index]), is_last_N)
         if parts and sum(len(held.target_N) for held in parts) + len(target_N) > limit:
-            yield _joined(parts)
-            parts = []
+            window, parts = _joined(parts), []
+            yield window
         parts.append(part)
     if parts:
         yield _joined(parts)

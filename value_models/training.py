@@ -10,6 +10,7 @@ Shapes: N tokens of a block, B responses of a source, D hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -146,7 +147,7 @@ def _moments(sources: Sequence[FitSource]) -> Moments:
             sums.add(block.states_ND, block.of_tokens(source.standard_B), weight)
     moments = sums.moments()
     if not bool(moments.correlation_DD.isfinite().all()):
-        raise TrainingDataError("rollouts: the training states hold numbers that are not finite; make them anew")
+        raise TrainingDataError("rollouts: training states hold numbers that are not finite; make them anew")
     return moments
 
 
@@ -175,8 +176,12 @@ def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainS
 
 
 def _figures(head: ValueHead, source: FitSource) -> ValidationFigures:
+    """Raises TrainingDataError where validation states or gradients are not finite."""
+    gain = ascent_gain(head, source, "validation")
+    if not math.isfinite(gain):
+        raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
     return ValidationFigures(
-        ascent_gain=round(ascent_gain(head, source, "validation"), 4),
+        ascent_gain=round(gain, 4),
         r2=_r2_by_position(head, source, "validation"),
         num_train_tokens=source.data.num_tokens("train"),
         num_validation_tokens=source.data.num_tokens("validation"),

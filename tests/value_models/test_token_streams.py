@@ -171,11 +171,14 @@ def test_a_run_whose_files_do_not_belong_together_is_refused(folder: Path, data:
         train_head([data], TrainSettings())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_states_that_are_not_finite_are_refused(value: float, data: TrainingData) -> None:
+@pytest.mark.parametrize("settings", [{}, {"hidden_widths": (4,), "max_epochs": 1}])
+@pytest.mark.parametrize(("name", "split"), [("states", "train"), ("states", "validation"), ("grads", "train")])
+def test_numbers_that_are_not_finite_are_refused(
+    name: str, split: str, settings: dict[str, object], data: TrainingData
+) -> None:
     tokens = held(data)
-    tokens.states_ND[5, 3] = value
-    with pytest.raises(TrainingDataError, match="hold numbers that are not finite"):
-        train_head(
-            [replace(data, tokens=tokens, split=["train", "validation"] * (len(data.split) // 2))], TrainSettings()
-        )
+    first = int(data.offsets[data.is_in(split).nonzero()[0, 0]])
+    numbers_ND = tokens.states_ND if name == "states" else tokens.logp_grads_ND
+    numbers_ND[first, 3] = float("nan")
+    with pytest.raises(TrainingDataError, match="not finite"):
+        train_head([replace(data, tokens=tokens)], TrainSettings.model_validate(settings))
