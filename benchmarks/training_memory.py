@@ -39,7 +39,7 @@ SECTION = "bench-training-memory"
 _LENGTH = 64
 """Tokens of a response, as of the shipped heads' rollouts."""
 _SAMPLES = 16
-_SIGNAL = 0.05
+_SIGNAL = 0.1
 """Of a reward in a gradient, beside noise of 1."""
 _MIB = 2**20
 

@@ -25,10 +25,11 @@ def test_answers_stand_side_by_side_and_those_that_teach_nothing_are_left_out() 
     prompts = [RolloutPrompt(id=name, prompt=f"ask {name}") for name in ("a", "b")]
     good = [sample("a", 0, "yes"), sample("a", 1, "yes"), sample("b", 0, " "), sample("b", 1, "same")]
     bad = [sample("a", 0, "no"), sample("a", 1, "no"), sample("b", 0, "no"), sample("b", 1, "same")]
-    pairs = self_pairs(prompts, good, bad)
+    good, bad = [*good, sample("b", 2, "same and more")], [*bad, sample("b", 2, "same again")]
+    pairs = self_pairs(prompts, good, bad, lambda text: list(text.encode()[:6]))
     asked = [{"role": "user", "content": "ask a"}]
     assert pairs.records == [{"messages": asked, "chosen": "yes", "rejected": "no"}]
-    assert (pairs.num_left_out, pairs.num_prompts) == (3, 1)
+    assert (pairs.num_left_out, pairs.num_prompts) == (4, 1)
 
 
 @pytest.fixture
@@ -102,7 +103,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     if why is None:
         # As of a model that answers the same whatever it is told.
-        monkeypatch.setattr("server.cli.pairs.Pairs._answers", lambda *_: [sample("p0", 0, "same")])
+        monkeypatch.setattr(
+            "server.cli.pairs.Pairs._answers", lambda _, source, prompts, __: [sample(prompts[0].id, 0, "same")]
+        )
         why = "num_prompts: 0 prompts have answers that differ and at least 8 are needed"
     words = ["pairs", *workshop[0], *INSTRUCTIONS, "--prompts", chats, "--out", "p.jsonl", *flags]
     assert main(words) == 2

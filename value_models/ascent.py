@@ -100,7 +100,8 @@ def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:
     """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average.
 
     Over training tokens of rollouts, and over validation tokens of given texts: those may be so few that the rows
-    follow what training tokens happen to cost little. Raises TrainingDataError where states or gradients are not finite.
+    follow what training tokens happen to cost little. Raises TrainingDataError where states or gradients are not
+    finite.
     """
     splits = [(data, "validation" if data.is_given else "train") for data in sources]
     total_nats = sum(cost_nats(head, data, split) for data, split in splits)

@@ -118,8 +118,8 @@ def _load_classifier(folder: str, device: str, dtype: str) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise RewardError(f"reward: the tokenizer of {folder!r} has neither a padding nor an end-of-sequence token")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # The model finds a text's last token by what the tokenizer pads with, whatever its own configuration says.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model.eval().to(device)
 
 

@@ -7,7 +7,7 @@ Source: Adila et al. 2024, Is free self-alignment possible? (AlignEZ, arXiv 2406
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +27,24 @@ class SelfPairs:
         return len({str(record["messages"]) for record in self.records})
 
 
-def self_pairs(prompts: Sequence[RolloutPrompt], good: Sequence[EvalSample], bad: Sequence[EvalSample]) -> SelfPairs:
-    """Answer i to a prompt after the good instruction beside answer i after the bad one, in the prompts' order."""
+def self_pairs(
+    prompts: Sequence[RolloutPrompt],
+    good: Sequence[EvalSample],
+    bad: Sequence[EvalSample],
+    tokens_of: Callable[[str], Sequence[int]],
+) -> SelfPairs:
+    """Answer i to a prompt after the good instruction beside answer i after the bad one, in the prompts' order.
+
+    `tokens_of` a response are those that will be read of it: texts that differ later are the same.
+    """
     turns = {prompt.id: prompt.turns() for prompt in prompts}
     pairs, seen = SelfPairs(), set[tuple[str, frozenset[str]]]()
     for better, worse in zip(good, bad, strict=True):
         assert (better.prompt_id, better.sample) == (worse.prompt_id, worse.sample)
         texts = frozenset({better.response, worse.response})
         key = (str(turns[better.prompt_id]), texts)
-        if len(texts) < 2 or key in seen or not all(text.strip() for text in texts):
+        is_same = len({tuple(tokens_of(text)) for text in texts}) < 2
+        if is_same or key in seen or not all(text.strip() for text in texts):
             pairs.num_left_out += 1
             continue
         seen.add(key)

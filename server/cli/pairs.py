@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -66,7 +66,12 @@ class Pairs(ModelCommand):
         source = EngineInstructedSource(loaded, self.core(loaded, HeadRegistry({})))
         source.check_is_read(prompts[0], self.good)
         good, bad = (self._answers(source, prompts, instruction) for instruction in (self.good, self.bad))
-        pairs = self_pairs(prompts, good, bad)
+        tokenizer: Any = loaded.tokenizer
+
+        def tokens_of(response: str) -> list[int]:
+            return tokenizer(response, add_special_tokens=False)["input_ids"][: self.max_tokens]
+
+        pairs = self_pairs(prompts, good, bad, tokens_of)
         if pairs.num_prompts < MIN_PROMPTS:
             raise ConfigurationError(
                 f"num_prompts: {pairs.num_prompts} prompts have answers that differ and at least {MIN_PROMPTS} are "

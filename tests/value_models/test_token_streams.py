@@ -126,11 +126,11 @@ import json, sys
 from benchmarks.training_memory import Case, fit, write_files
 from benchmarks import training_memory
 from value_models import network, token_blocks
-training_memory.BLOCK_NUMBERS = token_blocks.BLOCK_NUMBERS = network.WINDOW_NUMBERS = 1 << 20
+training_memory.BLOCK_NUMBERS = token_blocks.BLOCK_NUMBERS = network.WINDOW_NUMBERS = 1 << 19
 peaks = []
-for num_tokens in (20_000, 20_000, 200_000):
+for num_tokens in (40_000, 200_000):
     folder = f"{sys.argv[1]}/{len(peaks)}" if sys.argv[2] == "files" else None
-    case = Case(num_tokens, 256, (16,) if sys.argv[2] == "layers" else (), folder=folder)
+    case = Case(num_tokens, 128, (16,) if sys.argv[2] == "layers" else (), folder=folder)
     if folder is not None:
         write_files(case)
     peaks.append(fit(case))
@@ -138,11 +138,11 @@ print(json.dumps(peaks))
 """
 
 
-@pytest.mark.parametrize("way", ["linear", "layers", "files"])
+@pytest.mark.parametrize("way", ["layers", "files"])
 def test_peak_memory_does_not_grow_with_the_number_of_tokens(way: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path, way], check=True, capture_output=True, text=True)
-    _, few, many = json.loads(done.stdout)
-    # The states and gradients of the longer run are 195 MiB.
+    few, many = json.loads(done.stdout)
+    # The states and gradients of the longer run are 98 MiB, those of the other 20.
     assert many["peak_mib"] - few["peak_mib"] < 40
     assert many["cosine_with_goal"] > 0.9
 
