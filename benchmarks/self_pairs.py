@@ -137,15 +137,14 @@ def _told() -> Callable[[str, int], None]:
 
 def table(result: Mapping[str, Any]) -> str:
     made, arms = result["made"], result["arms_of_self_pairs"]
-    lines = header(["made of", "minutes", *_TITLES.values()])
+    lines = header(["made of", *_TITLES.values()])
     for name, figures in arms.items():
         head, _, budget = name.partition("@")
         label = {"base": "no control", "prompting": "no control, the instruction before the prompt"}.get(name)
-        seconds = made[head]["seconds"] if head in made else None
         cells = [f"{figures[metric]['mean']:.2f}" if metric in figures else "" for metric in _TITLES]
         if label is None:
             label = f"{made[head]['label']}, {budget} nats"
-        lines.append(row([label, "" if seconds is None else f"{seconds / 60:.1f}", *cells]))
+        lines.append(row([label, *cells]))
     system = result["system"]
     where = f"{result['num_prompts']} held-out chat prompts, {system['cpu']}, {result['threads']} threads"
     return "\n".join([*lines, "", f"`{result['command']}`, {where}, {system['date'][:10]}."])

@@ -56,4 +56,5 @@ class SampledFiles:
 
 
 def _response(fields: dict[str, Any]) -> SampledResponse:
-    return SampledResponse(**{**fields, "token_ids": tuple(fields["token_ids"])})
+    token_ids = tuple(int(token_id) for token_id in fields.pop("token_ids"))
+    return SampledResponse(token_ids=token_ids, **fields)

@@ -64,7 +64,8 @@ def map_tensors(folder: Path, index: int, *, is_given: bool) -> ShardTensors:
     try:
         read = load_file(shard_path(folder, index, ".safetensors"))
         tensors, offsets = {name: read[name] for name in names}, read["offsets"]
-        if not are_ordered(offsets.tolist()) or {len(tensor) for tensor in tensors.values()} != {int(offsets[-1])}:
+        lengths = {len(tensor) for tensor in tensors.values()}
+        if not are_ordered([int(offset) for offset in offsets.unbind()]) or lengths != {int(offsets[-1])}:
             raise ValueError("its offsets do not fit its tensors")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, index, error) from error

@@ -7,12 +7,14 @@ asked for. Knows nothing of files, rewards or heads. Enter at `TokenSource` and 
 Shapes: N tokens of a block's responses one after the other, B responses of a source, D hidden size.
 """
 
+# torch leaves types out of `Tensor.tolist`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -127,8 +129,8 @@ def blocks_of(
     `is_wanted_B` is of these responses alone, and `offsets` are one more than they.
     """
     limit = max(1, BLOCK_NUMBERS // tensors["states_ND"].shape[1])
-    wanted: list[int] = is_wanted_B.nonzero()[:, 0].tolist()
-    bounds: list[int] = offsets.tolist()
+    wanted = cast("list[int]", is_wanted_B.nonzero()[:, 0].tolist())
+    bounds = cast("list[int]", offsets.tolist())
     for group in _groups(wanted, bounds, limit):
         spans: list[tuple[int, int]] = []
         for response in group:

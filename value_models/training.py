@@ -8,6 +8,8 @@ models or servers. Enter at `train_head`.
 Shapes: N tokens of a block, B responses of a source, D hidden size.
 """
 
+# torch leaves types out of `manual_seed`.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import math

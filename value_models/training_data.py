@@ -81,8 +81,8 @@ class RunTokens:
     def blocks(self, is_wanted_B: Tensor, *, device: str, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
         """Raises RolloutError where a file is damaged, or is another than it was."""
         num_shards = self.run.num_shards
-        shards = range(num_shards) if order is None else torch.randperm(num_shards, generator=order).tolist()
-        for shard in shards:
+        shards = torch.arange(num_shards) if order is None else torch.randperm(num_shards, generator=order)
+        for shard in map(int, shards.unbind()):
             first, end = self.first_responses[shard : shard + 2]
             if not is_wanted_B[first:end].any():
                 continue
@@ -164,7 +164,7 @@ class _Reader:
             offsets=offsets,
             prompt_B=prompt_B,
             reward_B=torch.cat(self._reward_B),
-            split=[split_of_prompts[number] for number in prompt_B.tolist()],
+            split=[split_of_prompts[number] for number in map(int, prompt_B.unbind())],
             base_model=self._run.base_model,
             manifest=self._run.manifest,
             kind=self._run.kind,
