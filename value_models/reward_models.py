@@ -60,7 +60,7 @@ def load_reward_model(
             else:
                 log_probs: Tensor = functional.logsigmoid(logits) if is_multi_label else logits.log_softmax(dim=-1)
                 found = log_probs[:, column]
-            for index, score in zip(batch, found.tolist(), strict=True):
+            for index, score in zip(batch, map(float, found.unbind()), strict=True):
                 scores[index] = score
         return scores
 
