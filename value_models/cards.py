@@ -6,48 +6,66 @@ Knows nothing of the command line or of servers. Enter at `trained_card` and `di
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
-from value_models.heads import UNIT_COST_NATS
-from value_models.order import order_figures
+from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card
-from value_models.training import TrainedHead, TrainSettings
+from value_models.training import TrainSettings, ValidationFigures
 from value_models.training_data import TrainingData
 
 _NORMALISATION = "mean and standard deviation of each dimension over training states"
-_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
+_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a"
+
+
+@dataclass(slots=True, frozen=True)
+class SourcePart:
+    """One source of a head, and what the head does on its validation prompts."""
+
+    data: TrainingData
+    weight: float
+    figures: ValidationFigures
 
 
 def trained_card(
     name: str,
-    description: str,
-    data: TrainingData,
+    head: ValueHead,
+    parts: Sequence[SourcePart],
     settings: TrainSettings,
-    trained: TrainedHead,
     *,
-    aim: str | None = None,
+    reward: str | None = None,
+    description: str = "",
     command: str,
 ) -> HeadCard:
-    """Of a head that was fitted to rewards; `aim` names them, by default the texts that brought them.
+    """Of a head that was fitted to rewards. Of several sources the first stands for it, and all are below `sources`.
 
-    `command` is what made the head.
+    `reward` names that of rollouts, and `command` is what made the head.
     """
-    aim = aim or f"{data.kind} of {data.manifest['given']['file']}"
+    first = parts[0]
+    aims = [_aim(part.data, reward) for part in parts]
+    data, validation = _data(first.data), first.figures.as_dict()
+    if len(parts) > 1:
+        data["sources"] = [
+            {"kind": part.data.kind, "weight": part.weight, "of": aim, **_data(part.data)}
+            for part, aim in zip(parts, aims, strict=True)
+        ]
+        validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
     return HeadCard(
         name=name,
-        description=description or f"Higher {aim}",
-        base_model=BaseModelCard(**data.base_model),
-        architecture=architecture_card(trained.head),
+        description=description or f"Higher {' and '.join(aims)}",
+        base_model=BaseModelCard(**first.data.base_model),
+        architecture=architecture_card(head),
         normalisation=_NORMALISATION,
-        metric=_metric_text(settings, data),
-        reward=aim,
-        reward_mean=trained.head.reward_mean,
-        reward_scale=trained.head.reward_scale,
-        targets=_targets_text(settings),
-        data=_data(data),
-        validation={**asdict(trained.figures), **order_figures(trained.head, data)},
+        metric=_metric_text(settings, [part.data for part in parts]),
+        # Of rollouts their reward alone, by which the head can be evaluated.
+        reward=" and ".join(aims) if first.data.is_given else aims[0],
+        reward_mean=head.reward_mean,
+        reward_scale=head.reward_scale,
+        targets=_targets_text(settings, [part.data for part in parts]),
+        data=data,
+        validation=validation,
         command=command,
     )
 
@@ -73,7 +91,7 @@ def distilled_card(
         architecture=architecture_card(distilled.head),
         normalisation=_NORMALISATION,
         metric=f"natural gradient towards the instructed distributions, exact Fisher information, damping "
-        f"{distilled.validation['damping']}; {_UNIT}",
+        f"{distilled.validation['damping']}; {_UNIT} training token",
         reward="instruction",
         reward_mean=distilled.head.reward_mean,
         reward_scale=distilled.head.reward_scale,
@@ -94,33 +112,67 @@ def distilled_card(
     )
 
 
-def _metric_text(settings: TrainSettings, data: TrainingData) -> str:
-    if settings.metric == "natural":
-        if data.is_given:
-            of = "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
-            return (
-                f"natural gradient of the {of}, damping {settings.damping} and that of few tokens; "
-                f"{_UNIT.replace('training', 'validation')}"
-            )
-        return (
-            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
-        ) + _UNIT
+def figures_text(validation: dict[str, Any]) -> str:
+    """A card's figures in a line."""
+    if "sources" in validation:
+        return "; ".join(f"of {part['kind']}: {figures_text(part)}" for part in validation["sources"])
+    figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
+    order = validation.get("order")
+    if not order or not order["compared"]:
+        return figures
+    shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
+    return f"{figures}; of {order['compared']} {order['what']}, {shares}"
+
+
+def _aim(data: TrainingData, reward: str | None) -> str:
+    if data.is_given:
+        return f"{data.kind} of {data.manifest['given']['file']}"
+    assert reward is not None
+    return reward
+
+
+def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+    tokens = " and ".join(dict.fromkeys("validation" if data.is_given else "training" for data in sources))
+    unit = f"{_UNIT} {tokens} token"
     if settings.metric == "covariance":
-        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
-    return f"identity; {_UNIT}"
+        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {unit}"
+    if settings.metric == "identity":
+        return f"identity; {unit}"
+    damping = f"damping {settings.damping}"
+    if any(data.is_given for data in sources):
+        damping += " and that of few tokens"
+    if len(sources) > 1:
+        ways = ", ".join(_way(settings, data) for data in sources)
+        return f"natural gradients of equal cost, added by the sources' weights ({ways}); {damping}; {unit}"
+    if sources[0].is_given:
+        return f"natural gradient of the {_way(settings, sources[0])}, {damping}; {unit}"
+    return f"natural policy gradient, {_way(settings, sources[0])}, {damping}; {unit}"
 
 
-def _targets_text(settings: TrainSettings) -> str:
-    centred = ", centred by prompt" if settings.center_by_prompt else ""
+def _way(settings: TrainSettings, data: TrainingData) -> str:
+    if not data.is_given:
+        return f"advantages with lambda {settings.advantage_trace}"
+    return "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
+
+
+def _targets_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+    centred = [data.kind for data in sources if settings.centres(data.kind)]
+    text = ", centred by prompt" if centred else ""
+    if centred and len(centred) < len(sources):
+        text += f" ({' and '.join(centred)})"
     trace = f"({settings.trace})" if settings.targets == "td_lambda" else ""
-    return f"{settings.targets}{trace}{centred}"
+    return f"{settings.targets}{trace}{text}"
 
 
-def _data(data: TrainingData) -> dict[str, object]:
+def _data(data: TrainingData) -> dict[str, Any]:
     responses = Counter(data.split)
-    prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
-               for split in responses}  # fmt: skip
-    counts = {"prompts": prompts, "responses": dict(responses), "tokens": int(data.offsets[-1])}
+    sides = dict(zip(data.prompt_B.tolist(), data.split, strict=True))
+    prompts = Counter(sides.values())
+    counts = {
+        "prompts": {split: prompts[split] for split in responses},
+        "responses": dict(responses),
+        "tokens": int(data.offsets[-1]),
+    }
     if data.is_given:
         return {
             "split": "by a digest of the prompt: 80% train, 20% validation",
@@ -132,5 +184,6 @@ def _data(data: TrainingData) -> dict[str, object]:
         "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
         **counts,
         "rollouts": data.manifest["settings"],
+        **({"sampled_by": data.manifest["sampled_by"]} if "sampled_by" in data.manifest else {}),
         "prompts_sha256": data.manifest["prompts_sha256"],
     }

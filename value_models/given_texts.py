@@ -18,18 +18,17 @@ from typing import Any, Literal, cast
 
 from value_models.errors import TextsFileError
 from value_models.lines import FileOrigin, Origin, Record, read_records
+from value_models.messages import Message, check_is_prompt, read_messages, read_prompt_messages, read_text
 
 MIN_PROMPTS = 8
 """Fewer leave nothing to learn from beside what is held out."""
 _VALIDATION_SHARE = 0.2
 _MIN_VALIDATION = 2
-Message = dict[str, str]
 Prompt = str | tuple[Message, ...]
 """A text that is continued as it is, or a conversation that goes through the chat template."""
 Kind = Literal["pairs", "texts"]
 _PAIR_FIELDS = ("prompt", "messages", "chosen", "rejected")
 _TEXT_FIELDS = ("text", "prompt", "messages", "response", "completion", "label", "score")
-_ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(slots=True, frozen=True)
@@ -173,7 +172,7 @@ def _pair(record: dict[str, Any], as_chat: bool, where: str) -> tuple[Prompt, st
                 f"{where}: chosen and rejected differ before their last message; both must answer the same prompt"
             )
         return _prompt_of_messages(record, before, where), better, worse
-    better, worse = _text(chosen, "chosen", where), _text(rejected, "rejected", where)
+    better, worse = read_text(chosen, "chosen", where), read_text(rejected, "rejected", where)
     prompt = _prompt(record, as_chat, where)
     if prompt is None:
         if as_chat:
@@ -193,19 +192,19 @@ def _single(record: dict[str, Any], as_chat: bool, where: str) -> tuple[Prompt, 
         if "messages" not in record or "prompt" in record:
             raise TextsFileError(f"{where}: text, response or messages is missing; it has {_names(record)}")
         before, response = _ending(record["messages"], "messages", where)
-        return _no_empty_prompt(before, "messages", where), response
+        return check_is_prompt(before, "messages", where), response
     name = responses[0]
     if name == "text":
         if "prompt" in record or "messages" in record:
             raise TextsFileError(f"{where}: text stands for itself; with a prompt, call it response")
-        return "", _text(record[name], name, where)
+        return "", read_text(record[name], name, where)
     if isinstance(record[name], list):
         before, response = _ending(record[name], name, where)
         return _prompt_of_messages(record, before, where), response
     prompt = _prompt(record, as_chat, where)
     if prompt is None:
         raise TextsFileError(f"{where}: prompt or messages is missing; a text that has none is called text")
-    return prompt, _text(record[name], name, where)
+    return prompt, read_text(record[name], name, where)
 
 
 def _prompt(record: dict[str, Any], as_chat: bool, where: str) -> Prompt | None:
@@ -213,14 +212,13 @@ def _prompt(record: dict[str, Any], as_chat: bool, where: str) -> Prompt | None:
     if "prompt" in record and "messages" in record:
         raise TextsFileError(f"{where}: prompt and messages both hold the prompt; give one of them")
     if "messages" in record:
-        return _no_empty_prompt(_messages(record["messages"], "messages", where), "messages", where)
+        return read_prompt_messages(record["messages"], "messages", where)
     if "prompt" not in record:
         return None
     prompt: object = record["prompt"]
     if isinstance(prompt, list):
-        messages = _messages(cast("list[object]", prompt), "prompt", where)
-        return _no_empty_prompt(messages, "prompt", where)
-    text = _text(prompt, "prompt", where)
+        return read_prompt_messages(cast("list[object]", prompt), "prompt", where)
+    text = read_text(prompt, "prompt", where)
     return ({"role": "user", "content": text},) if as_chat else text
 
 
@@ -228,7 +226,7 @@ def _prompt_of_messages(record: dict[str, Any], before: tuple[Message, ...], whe
     """What messages answer: those before the last one, and those that the prompt holds by itself."""
     given = _prompt(record, True, where)
     if given is None:
-        return _no_empty_prompt(before, "chosen", where)
+        return check_is_prompt(before, "chosen", where)
     assert not isinstance(given, str)
     # Some sets keep the question beside whole conversations.
     if not before or given == before or (isinstance(record.get("prompt"), str) and given[0] in before):
@@ -236,43 +234,12 @@ def _prompt_of_messages(record: dict[str, Any], before: tuple[Message, ...], whe
     raise TextsFileError(f"{where}: the conversations do not begin with the prompt beside them; leave one of them out")
 
 
-def _no_empty_prompt(messages: tuple[Message, ...], field: str, where: str) -> tuple[Message, ...]:
-    if not messages:
-        raise TextsFileError(f"{where}: {field}: there is no message before the answer")
-    if messages[-1]["role"] == "assistant":
-        raise TextsFileError(f"{where}: {field}: an answer follows a message of the assistant; it must follow a user's")
-    return messages
-
-
 def _ending(value: object, field: str, where: str) -> tuple[tuple[Message, ...], str]:
     """The messages before the last one, and that one's text, which must be the assistant's."""
-    messages = _messages(value, field, where)
+    messages = read_messages(value, field, where)
     if not messages or messages[-1]["role"] != "assistant":
         raise TextsFileError(f"{where}: {field}: the last message must be of the role assistant")
     return messages[:-1], messages[-1]["content"]
-
-
-def _messages(value: object, field: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise TextsFileError(f"{where}: {field}: a list of messages is needed, each with role and content")
-    messages: list[Message] = []
-    for index, item in enumerate(cast("list[object]", value)):
-        at = f"{field}.{index}"
-        message = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-        if set(message) != {"role", "content"}:
-            raise TextsFileError(f"{where}: {at}: a message has the fields role and content and no others")
-        if message["role"] not in _ROLES:
-            raise TextsFileError(f"{where}: {at}.role: must be one of {', '.join(_ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message["content"], f"{at}.content", where)})
-    return tuple(messages)
-
-
-def _text(value: object, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise TextsFileError(f"{where}: {field}: must be a text")
-    if not value.strip():
-        raise TextsFileError(f"{where}: {field}: is empty")
-    return value
 
 
 def _shared_words(a: str, b: str) -> int:

@@ -45,7 +45,8 @@ class InstructionCommand(ModelCommand):
             self.refuse_without("--instruction", _ONLY_WITH_AN_INSTRUCTION)
             return self
         check_instructions(self.instruction, self.contrast)
-        unused = {"reward", "rollouts", "pairs", "texts", *TrainSettings.model_fields} - _SHARED_SETTINGS
+        others = {"reward", "rollouts", "pairs", "texts", "source_weights"}
+        unused = (others | TrainSettings.model_fields.keys()) - _SHARED_SETTINGS
         if given := sorted(unused & self.model_fields_set):
             raise ValueError(f"{given[0]}: an instruction does not use it; leave it out")
         return self

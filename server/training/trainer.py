@@ -21,7 +21,7 @@ from server.engines.base import Engine, TrainingSources
 from server.errors import HeadConflictError, ReadOnlyHeadsError
 from server.training.control import JobControl
 from server.training.recipe import FromInstruction, FromTexts, Recipe
-from value_models.cards import distilled_card, trained_card
+from value_models.cards import SourcePart, distilled_card, trained_card
 from value_models.distillation import InstructedSource, InstructedText, OutputLayer, distil_head, read_texts
 from value_models.errors import HeadFileError, TrainingDataError
 from value_models.given_texts import GivenText, GivenTexts
@@ -89,9 +89,11 @@ def _trained(
     run = score_texts(_Texts(sources.texts, control), made.given, scratch / "texts", made.score, show_progress=False)
     control.enter("fitting")
     data = load_scored_texts(run.folder)
-    trained = train_head(data, made.train)
+    trained = train_head([data], made.train)
     control.check()
-    return trained.head, trained_card(recipe.name, recipe.description, data, made.train, trained, command=COMMAND)
+    parts = [SourcePart(data, 1.0, trained.figures[0])]
+    card = trained_card(recipe.name, trained.head, parts, made.train, description=recipe.description, command=COMMAND)
+    return trained.head, card
 
 
 def _saved(location: str | Path, head: ValueHead, card: HeadCard, scratch: Path) -> HeadCard:

@@ -77,8 +77,7 @@ class EngineTextSource:
         Raises InvalidRequestError or TextsFileError for what `check` refuses.
         """
         encoded = [self._encode(text, settings) for text in texts]
-        limit = min(num_pages_for(_PASS_TOKENS), self.core.page_pool.num_pages - 1)
-        for group in _passes(encoded, limit):
+        for group in passes([len(text.read) for text in encoded], pages_of_a_pass(self.core)):
             states = self.core.states_of([encoded[index].read for index in group])
             for index, states_TD in zip(group, states, strict=True):
                 yield self._rollout(texts[index], encoded[index], states_TD, settings)
@@ -151,12 +150,12 @@ class EngineTextSource:
         return ends[-1:]
 
 
-def _passes(encoded: Sequence[_Encoded], limit: int) -> Iterator[list[int]]:
-    """Indices of texts that are read together, in at most `limit` pages if they are several."""
+def passes(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of texts of so many tokens that are read together, in at most `limit` pages if they are several."""
     group: list[int] = []
     num_pages = 0
-    for index, text in enumerate(encoded):
-        pages = num_pages_for(len(text.read))
+    for index, length in enumerate(lengths):
+        pages = num_pages_for(length)
         if group and num_pages + pages > limit:
             yield group
             group, num_pages = [], 0
@@ -164,3 +163,8 @@ def _passes(encoded: Sequence[_Encoded], limit: int) -> Iterator[list[int]]:
         num_pages += pages
     if group:
         yield group
+
+
+def pages_of_a_pass(core: EngineCore) -> int:
+    """How many pages texts that are read together may take."""
+    return min(num_pages_for(_PASS_TOKENS), core.page_pool.num_pages - 1)

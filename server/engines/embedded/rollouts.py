@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from server.control.params import ControlParams
-from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
 from server.engines.embedded.spare_rows import SpareRows
 from server.engines.instruction import encode_instructed
+from server.engines.rollout_prompts import encode_prompt
 from server.errors import InvalidRequestError
 from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
 from value_models.errors import RolloutError
@@ -97,15 +97,12 @@ class EngineRolloutSource:
             )
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
-        """A prompt's tokens, with an instruction put before it."""
-        if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, self.messages(prompt, instruction))
-        tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(_told(prompt, instruction))["input_ids"]
+        """Raises InvalidRequestError; see `encode_prompt`."""
+        return encode_prompt(self.loaded.tokenizer, prompt, instruction)
 
     def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
-        """Those of a chat that asks a prompt after an instruction."""
-        return [{"role": "user", "content": _told(prompt, instruction)}]
+        """Those of a chat, with an instruction before what the user says last."""
+        return prompt.turns(instruction)
 
     def guided(self, request: GenerationRequest, prompt: RolloutPrompt, instruction: str | None) -> GenerationRequest:
         """The request with its prompt behind the instruction that its control follows, if it does.
@@ -139,19 +136,19 @@ class EngineRolloutSource:
         texts: dict[tuple[str, int], list[str]] = {}
         ended: set[tuple[str, int]] = set()
         for prompt in prompts:
-            request = GenerationRequest(
-                request_id=prompt.id,
-                prompt_token_ids=tuple(self.encode(prompt, instruction)),
-                sampling=SamplingParams(
-                    max_tokens=settings.max_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=response_seed(settings.seed, prompt.id),
-                ),
-                control=control,
-                num_choices=settings.num_samples,
-            )
             try:
+                request = GenerationRequest(
+                    request_id=prompt.id,
+                    prompt_token_ids=tuple(self.encode(prompt, instruction)),
+                    sampling=SamplingParams(
+                        max_tokens=settings.max_tokens,
+                        temperature=settings.temperature,
+                        top_p=settings.top_p,
+                        seed=response_seed(settings.seed, prompt.id),
+                    ),
+                    control=control,
+                    num_choices=settings.num_samples,
+                )
                 request = self.guided(request, prompt, instruction)
                 self.core.check(request)
             except InvalidRequestError as error:
@@ -199,10 +196,6 @@ class EngineRolloutSource:
         stack = self.core.registry.stack(tuple(heads))
         values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
         return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
-
-
-def _told(prompt: RolloutPrompt, instruction: str | None) -> str:
-    return prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
 
 
 def _key(sequence: TokenSequence) -> tuple[str, int]:

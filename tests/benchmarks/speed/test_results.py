@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tool_calls
+from benchmarks import self_pairs, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
 from benchmarks.pinned import report as pinned
 from benchmarks.speed import report
@@ -22,6 +22,10 @@ def sections(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text())
     if "arms" in result:
         return {"bench-tool-calls": tool_calls.table(result)}
+    if "arms_of_self_pairs" in result:
+        return {self_pairs.SECTION: self_pairs.table(result)}
+    if "training_runs" in result:
+        return {training_memory.SECTION: training_memory.table(result)}
     if "attempts" in result:
         return {pinned.SECTION: pinned.table(result)}
     if "dialogues" in result:
