@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.guard import report as guard_report
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
 from benchmarks.quality.report import SECTIONS, TRANSCRIPT_FILE, transcript
@@ -40,11 +39,6 @@ def test_no_field_that_is_said_to_be_held_takes_pinned_control_back() -> None:
     falls = {attempt["field"] for attempt in found["attempts"] if attempt["change"]["high"] < 0}
     assert not falls & {attempt["field"] for attempt in found["attempts"] if attempt["kind"] == "held"}
     assert found["num_prompts"] == 64
-
-
-def test_what_guardrails_do_is_what_the_study_found() -> None:
-    found = json.loads(Path("benchmarks/results/guard.json").read_text())
-    assert section(text_of("docs/control.md"), guard_report.SECTION) == guard_report.table(found)
 
 
 def test_what_objectives_do_is_what_the_study_found() -> None:
