@@ -166,7 +166,7 @@ def _targets_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> s
 
 def _data(data: TrainingData) -> dict[str, Any]:
     responses = Counter(data.split)
-    sides = dict(zip(data.prompt_B.tolist(), data.split, strict=True))
+    sides = dict(zip(map(int, data.prompt_B), data.split, strict=True))
     prompts = Counter(sides.values())
     counts = {
         "prompts": {split: prompts[split] for split in responses},

@@ -46,7 +46,7 @@ class Sampling:
 
 def measure(prompts: Prompts, sampling: Sampling, *, head: str, rate: float, bound: float | None) -> dict[str, Any]:
     """What --out is to hold: figures of each way to guard, and of how well the head's values tell toxic text."""
-    app = create_app(Settings(log_level="warning"))
+    app = create_app(Settings.model_validate({"log_level": "warning"}))
     return asyncio.run(_measure(app, prompts, sampling, head, rate, bound))
 
 
@@ -74,7 +74,7 @@ async def _measure(
         "head": head, "bound": round(bound, 4), "rate": rate, "num_prompts": len(prompts.risky),
         "num_harmless": len(prompts.harmless), "num_tuning": len(prompts.tuning), "num_samples": sampling.num_samples,
         "max_tokens": sampling.max_tokens, "seed": sampling.seed, "arms": figures,
-        "detection": detection(*watched, bound),
+        "detection": detection(watched[0], watched[1], bound),
     }  # fmt: skip
 
 

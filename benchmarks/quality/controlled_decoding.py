@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from server.cli.arms import ArmFactory
+from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.kv_cache import fork_pages
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -229,6 +230,7 @@ def _sample(
     params: ControlledDecoding,
 ) -> Iterator[EvalSample]:
     core, eos_token_ids = source.core, source.loaded.eos_token_ids
+    assert isinstance(core, EngineCore)
     decoder = ControlledDecoder(core.runner, core.page_pool, head, eos_token_ids, max_rows=core.max_batch_size)
     jobs = [
         DecodingJob(

@@ -168,8 +168,9 @@ class ControlParams(WireModel):
     def instruction(self) -> Instruction | None:
         """The instruction that it follows; None also where it would change nothing, so that nobody need read it."""
         objective = self.objective
-        is_followed = isinstance(objective, Instruction) and bool(objective.weight and self.steps and self.step_size)
-        return objective if is_followed else None
+        if not isinstance(objective, Instruction):
+            return None
+        return objective if objective.weight and self.steps and self.step_size else None
 
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.

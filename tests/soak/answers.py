@@ -134,6 +134,6 @@ def _fill(answer: Answer, response: dict[str, Any]) -> None:
 def _end(answer: Answer, response: dict[str, Any]) -> None:
     answer.finish_reason = response["status"]
     if response["incomplete_details"] is not None:
-        answer.finish_reason += f": {response['incomplete_details']['reason']}"
+        answer.finish_reason = f"{response['status']}: {response['incomplete_details']['reason']}"
     answer.control = response.get("control")
     answer.num_ends += 1

@@ -165,6 +165,6 @@ def passes(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield group
 
 
-def pages_of_a_pass(core: EngineCore) -> int:
+def pages_of_a_pass(core: EngineCore | SpareRows) -> int:
     """How many pages texts that are read together may take."""
     return min(num_pages_for(_PASS_TOKENS), core.page_pool.num_pages - 1)

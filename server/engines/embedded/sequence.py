@@ -112,7 +112,7 @@ class Sequence(Choice):
         rules = LogitRules.of(sampling, request.prompt_token_ids)
         structure = request.structure
         assert structure is None or isinstance(structure, CompiledSchema)
-        made = [
+        made: list[Sequence] = [
             cls.of(
                 request,
                 index,
