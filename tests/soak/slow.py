@@ -106,7 +106,7 @@ async def _read(connection: socket.socket, sender: h11.Connection, seen: Seen, p
                 seen.status = event.status_code
                 seen.headers = {name.decode(): value.decode() for name, value in event.headers}
                 await asyncio.sleep(pace.unread_s)
-                if pace.leaves:
+                if pace.leaves and seen.is_stream:
                     seen.has_left = True
                     return
             elif isinstance(event, h11.Data):
