@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-import value_models
 from benchmarks.markdown import header, replace_sections, row
 from benchmarks.speed.system import facts
 from server.control.params import ControlParams
@@ -39,7 +38,7 @@ from value_models.generations import EvalSample
 from value_models.heads import ValueHead
 from value_models.intervals import mean_interval
 from value_models.metrics import EVAL_METRICS
-from value_models.prompt_sets import RolloutPrompt, load_prompts, split_of
+from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file, split_of
 from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings
 
@@ -51,7 +50,6 @@ _PROMPTED = "instruction in the prompt"
 _HEAD = "cheerful"
 _REWARD = "positive"
 _JUDGES = ("textblob_polarity", "afinn")
-_PROMPTS = Path(value_models.__file__).parent / "prompts" / "prompts.jsonl"
 _DISTILLED_PROMPTS = 100
 _ROWS, _WARM_STEPS, _TIMED_STEPS, _TURNS = 8, 4, 24, 5
 
@@ -117,7 +115,7 @@ def measure(model: str, instruction: str, settings: RolloutSettings, num_prompts
     loaded = load_model(model)
     core = EngineCore(loaded, HeadRegistry({}), max_batch_size=32)
     source = EngineInstructedSource(loaded, core)
-    chats = [prompt for prompt in load_prompts(_PROMPTS) if prompt.format == "chat"]
+    chats = [prompt for prompt in load_prompts(own_prompts_file()) if prompt.format == "chat"]
     started_s = time.perf_counter()
     core.use(HeadRegistry({_HEAD: _distilled(source, chats, instruction)}))
     distilled_s = time.perf_counter() - started_s
