@@ -9,7 +9,6 @@ was trained on tell what that did. Enter at `main`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import shutil
@@ -34,7 +33,7 @@ from server.settings import DEFAULT_MODEL
 from value_models.evaluation import Arm, Scoring, evaluate_arms
 from value_models.files import write_text
 from value_models.generations import GenerationStore
-from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
 from value_models.rollouts import RolloutSettings
 from value_models.store import shipped_heads_folder
 
@@ -100,7 +99,7 @@ def _run(head: Path, commands: Sequence[Sequence[str]]) -> float:
 
 def test_prompts(number: int) -> list[RolloutPrompt]:
     chats = [prompt for prompt in read_prompts(None, ["chat"]) if split_of(prompt.id) == "test"]
-    return sorted(chats, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())[:number]
+    return in_mixed_order(chats)[:number]
 
 
 def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,11 @@ def _prompt(record: dict[str, Any], where: str) -> RolloutPrompt:
     except ValidationError as error:
         first = error.errors()[0]
         raise TextsFileError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def in_mixed_order(prompts: Iterable[RolloutPrompt]) -> list[RolloutPrompt]:
+    """By a hash of the id: a file may be sorted by kind, and the first so many should be of every kind."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
 
 
 def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:

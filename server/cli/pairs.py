@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from server.errors import ConfigurationError
 from value_models.files import write_text
 from value_models.generations import EvalSample, GenerationStore
 from value_models.given_texts import MIN_PROMPTS
-from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
 from value_models.rollouts import RolloutSettings
 from value_models.self_pairs import self_pairs
 
@@ -91,9 +90,7 @@ class Pairs(ModelCommand):
                 f"prompts: {len(chosen)} of {len(chats)} chat prompts are taken, and at least {MIN_PROMPTS} are "
                 "needed; see --split"
             )
-        # A file may be sorted by kind; the first so many should be of every kind.
-        chosen.sort(key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
-        return chosen[: self.num_prompts]
+        return in_mixed_order(chosen)[: self.num_prompts]
 
     def _answers(
         self, source: EngineInstructedSource, prompts: Sequence[RolloutPrompt], instruction: str
