@@ -105,12 +105,10 @@ class HeadRequest(BaseModel):
             origin = FieldOrigin("texts")
             records = given_records(self.texts or [], origin)
             given = texts_of(records, origin, good_label=self.good_label, **forms)
-        # Most prompts have one text, of which nothing would be left.
-        train = {"center_by_prompt": self.texts is None, **self._given("center_by_prompt", "metric", "shrinkage")}
         return FromTexts(
             given,
             ScoreSettings(**self._given("max_tokens", "cut_long", "seed")),
-            TrainSettings(**train, **self._given("damping", "ridge", "seed")),
+            TrainSettings(**self._given("center_by_prompt", "metric", "shrinkage", "damping", "ridge", "seed")),
         )
 
     def _from_instruction(self, instruction: str) -> FromInstruction:

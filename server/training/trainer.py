@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ COMMAND = "POST /v1/heads"
 """What the card says that made the head."""
 MAX_STATE_BYTES = 2 * 2**30
 """Of the states and gradients of all texts of a job."""
+_Source = TypeVar("_Source", TextSource, InstructedSource)
 _NICENESS = 10
 """By which a job's thread, and those that compute for it, give way to requests where cores are few."""
 
@@ -159,10 +160,10 @@ class _Room:
             )
 
 
-class _Texts:
-    """A source of texts that tells the job how far it is."""
+class _Watched(Generic[_Source]):
+    """A source that tells the job how far it is, and ends with it."""
 
-    def __init__(self, source: TextSource, control: JobControl) -> None:
+    def __init__(self, source: _Source, control: JobControl) -> None:
         self._source = source
         self._control = control
         self._room = _Room()
@@ -171,29 +172,24 @@ class _Texts:
     def base_model(self) -> dict[str, Any]:
         return self._source.base_model
 
+    def _read(self, *held: Tensor | None) -> None:
+        """One text more, which leaves these in memory. Raises JobCancelledError, TrainingDataError."""
+        self._control.check()
+        self._room.take(*held)
+        self._control.count()
+
+
+class _Texts(_Watched[TextSource]):
     def check(self, given: GivenTexts, settings: ScoreSettings) -> None:
         self._source.check(given, settings)
 
     def score(self, texts: Sequence[GivenText], settings: ScoreSettings) -> Iterator[Rollout]:
         for rollout in self._source.score(texts, settings):
-            self._control.check()
-            self._room.take(rollout.states_TD, rollout.logp_grads_TD, rollout.sampled_grads_TD)
-            self._control.count()
+            self._read(rollout.states_TD, rollout.logp_grads_TD, rollout.sampled_grads_TD)
             yield rollout
 
 
-class _Instructed:
-    """The same of a source of instructed texts."""
-
-    def __init__(self, source: InstructedSource, control: JobControl) -> None:
-        self._source = source
-        self._control = control
-        self._room = _Room()
-
-    @property
-    def base_model(self) -> dict[str, Any]:
-        return self._source.base_model
-
+class _Instructed(_Watched[InstructedSource]):
     @property
     def output(self) -> OutputLayer:
         return self._source.output
@@ -202,7 +198,5 @@ class _Instructed:
         self, prompts: Sequence[RolloutPrompt], instruction: str, contrast: str | None, settings: RolloutSettings
     ) -> Iterator[InstructedText]:
         for text in self._source.texts(prompts, instruction, contrast, settings):
-            self._control.check()
-            self._room.take(text.bare_TD, text.instructed_TD, text.contrasted_TD)
-            self._control.count()
+            self._read(text.bare_TD, text.instructed_TD, text.contrasted_TD)
             yield text
