@@ -29,8 +29,9 @@ from server.engines.embedded.model.kv_cache import fork_pages
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
-from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
+from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.sampler import uniform
+from server.engines.rollout_prompts import response_seed
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
 from value_models.evaluation import Arm

@@ -19,12 +19,12 @@ from server.control.registry import HeadRegistry
 from server.engines import create_engine
 from server.engines.base import Engine
 from server.engines.checkpoint.model_files import ModelFiles
-from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
+from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.sampled_tokens import SampledTokensSource
-from server.engines.rollout_prompts import encode_prompt
+from server.engines.rollout_prompts import encode_prompt, rollout_request
 from server.errors import ConfigurationError, InvalidRequestError
 from server.settings import Settings
-from server.types import FinishReason, GenerationRequest, SamplingParams
+from server.types import FinishReason
 from value_models.errors import RolloutError
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import (
@@ -127,18 +127,7 @@ async def _responses(
     tokens: list[list[int]] = [[] for _ in range(settings.num_samples)]
     reasons: dict[int, FinishReason] = {}
     try:
-        request = GenerationRequest(
-            request_id=prompt.id,
-            prompt_token_ids=tuple(encode_prompt(tokenizer, prompt)),
-            sampling=SamplingParams(
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=response_seed(settings.seed, prompt.id),
-            ),
-            num_choices=settings.num_samples,
-        )
-        stream = engine.generate(request)
+        stream = engine.generate(rollout_request(prompt, encode_prompt(tokenizer, prompt), settings))
     except InvalidRequestError as error:
         raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
     async for chunk in stream:

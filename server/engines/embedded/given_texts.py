@@ -18,8 +18,8 @@ from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
-from server.engines.embedded.rollouts import response_seed
 from server.engines.embedded.spare_rows import SpareRows
+from server.engines.rollout_prompts import response_seed
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 from value_models.errors import TextsFileError
@@ -29,7 +29,7 @@ from value_models.scored_texts import ScoreSettings
 
 _PASS_TOKENS = 1024
 """Texts are read together up to so many tokens; a longer one is read alone."""
-_LOGITS_TOKENS = 256
+LOGITS_TOKENS = 256
 """Of so many tokens at once the logits are in memory."""
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -90,7 +90,7 @@ class EngineTextSource:
         given = torch.tensor(encoded.response, device=states_TD.device)
         grads: list[Tensor] = []
         drawn_grads: list[Tensor] = []
-        for states, tokens in zip(states_TD.split(_LOGITS_TOKENS), given.split(_LOGITS_TOKENS), strict=True):
+        for states, tokens in zip(states_TD.split(LOGITS_TOKENS), given.split(LOGITS_TOKENS), strict=True):
             probabilities = self.core.lm_head.logits(states).softmax(dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             grads.append(self.core.lm_head.logp_grads(states, tokens))

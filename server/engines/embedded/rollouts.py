@@ -5,7 +5,6 @@ Implements `value_models.rollouts.RolloutSource`, and gives evaluation its sampl
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,9 +20,9 @@ from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
 from server.engines.embedded.spare_rows import SpareRows
 from server.engines.instruction import encode_instructed
-from server.engines.rollout_prompts import encode_prompt
+from server.engines.rollout_prompts import encode_prompt, rollout_request
 from server.errors import InvalidRequestError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.errors import RolloutError
 from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.prompt_sets import RolloutPrompt
@@ -137,18 +136,7 @@ class EngineRolloutSource:
         ended: set[tuple[str, int]] = set()
         for prompt in prompts:
             try:
-                request = GenerationRequest(
-                    request_id=prompt.id,
-                    prompt_token_ids=tuple(self.encode(prompt, instruction)),
-                    sampling=SamplingParams(
-                        max_tokens=settings.max_tokens,
-                        temperature=settings.temperature,
-                        top_p=settings.top_p,
-                        seed=response_seed(settings.seed, prompt.id),
-                    ),
-                    control=control,
-                    num_choices=settings.num_samples,
-                )
+                request = rollout_request(prompt, self.encode(prompt, instruction), settings, control=control)
                 request = self.guided(request, prompt, instruction)
                 self.core.check(request)
             except InvalidRequestError as error:
@@ -200,12 +188,6 @@ class EngineRolloutSource:
 
 def _key(sequence: TokenSequence) -> tuple[str, int]:
     return sequence.request.request_id, sequence.index
-
-
-def response_seed(seed: int, prompt_id: str) -> int:
-    """Of the random streams of a prompt's responses."""
-    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:

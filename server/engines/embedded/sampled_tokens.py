@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.given_texts import pages_of_a_pass, passes
+from server.engines.embedded.given_texts import LOGITS_TOKENS, pages_of_a_pass, passes
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.rollout_prompts import encode_prompt
 from server.errors import ContextLengthError
@@ -20,9 +20,6 @@ from value_models.errors import RolloutError
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import Rollout, RolloutSettings
 from value_models.sampled import SampledResponse
-
-_LOGITS_TOKENS = 256
-"""Of so many tokens at once the logits are in memory."""
 
 
 class SampledTokensSource:
@@ -69,6 +66,6 @@ class SampledTokensSource:
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: Sequence[int]) -> Tensor:
-        tokens = torch.tensor(token_ids, device=states_TD.device).split(_LOGITS_TOKENS)
-        parts = zip(states_TD.split(_LOGITS_TOKENS), tokens, strict=True)
+        tokens = torch.tensor(token_ids, device=states_TD.device).split(LOGITS_TOKENS)
+        parts = zip(states_TD.split(LOGITS_TOKENS), tokens, strict=True)
         return torch.cat([self.core.lm_head.logp_grads(states, drawn) for states, drawn in parts])
