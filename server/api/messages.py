@@ -21,10 +21,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_INTEGER, MAX_PROMPTS, check_text
+from server.api.fields import MAX_INTEGER, MAX_PROMPTS
 from server.api.unserved import MESSAGE, REFUSED, ROLE, without_unserved
 from server.calls.calls import MalformedError, json_of, parsed
 from server.types import ChatRendering
+from server.unicode import check_text
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024

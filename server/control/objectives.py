@@ -30,6 +30,7 @@ from torch import Tensor
 from server.control.multipliers import Box, simplex_weights, within_bounds
 from server.control.state import HeldBy
 from server.control.wire import WireModel
+from server.unicode import check_text
 
 MAX_HEADS_PER_REQUEST = 8
 MAX_UNITS_PER_REQUEST = 8192
@@ -48,11 +49,7 @@ def _check_nonzero(weight: float) -> float:
 def _check_instruction(text: str) -> str:
     if not text.strip():
         raise ValueError("must hold more than blanks")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
+    return check_text(text)
 
 
 HeadName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

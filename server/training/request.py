@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from pydantic_core import PydanticCustomError
 
 from server.training.recipe import FromInstruction, FromTexts, Recipe
+from server.unicode import check_text
 from value_models.ascent import Metric
 from value_models.distillation import MIN_PROMPTS, DistilSettings, check_instructions
 from value_models.given_texts import pairs_of, texts_of
@@ -20,16 +21,6 @@ from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_fi
 from value_models.scored_texts import ScoreSettings
 from value_models.store import NAME_PATTERN
 from value_models.training import TrainSettings
-
-
-def _checked(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
-
 
 MAX_TEXTS = 10_000
 MAX_PROMPTS = 1000
@@ -43,7 +34,7 @@ _ONLY_WITH = {
 }
 """Fields that say nothing without one of others."""
 _SOURCES = ("pairs", "texts", "instruction")
-_Text = Annotated[str, AfterValidator(_checked)]
+_Text = Annotated[str, AfterValidator(check_text)]
 _Sentence = Annotated[_Text, Field(max_length=MAX_CHARS)]
 _Word = Annotated[_Text, Field(max_length=256)]
 _Prompt = Annotated[_Sentence, Field(min_length=1)]
