@@ -39,10 +39,10 @@ from value_models.heads import ValueHead
 STREAM, MANAGER = "the-stream", {"authorization": "Bearer manager-key-0123456789"}
 MOST_STEPS = 1.0
 """Of the engine's thread, between two steps."""
-MOST_S = 0.1
+MOST_S = 0.06
 """From one token to the next: less than three usual steps of a model of any size that is used, and a third of what one
 schema takes to compile."""
-HEALTH_S = 0.3
+HEALTH_S = 0.15
 REFUSED = {"unknown fields"}
 USUAL_TOKENS = 60
 
