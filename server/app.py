@@ -11,18 +11,7 @@ from fastapi import APIRouter, FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import (
-    chat,
-    completions,
-    embeddings,
-    handlers,
-    management,
-    models,
-    playground,
-    system,
-    tokens,
-    value,
-)
+from server.api import chat, completions, embeddings, handlers, management, models, playground, system, tokens, value
 from server.api.gate.auth import METRICS_PATH, PUBLIC_PATHS, Gatekeeper
 from server.api.gate.head import HeadAsGet
 from server.api.gate.hosts import ANY, HostGuard
