@@ -13,7 +13,7 @@ from typing import Any
 from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card
-from value_models.training import TrainSettings, ValidationFigures
+from value_models.training import CriticFigures, TrainSettings, ValidationFigures
 from value_models.training_data import TrainingData
 
 _NORMALISATION = "mean and standard deviation of each dimension over training states"
@@ -35,6 +35,7 @@ def trained_card(
     parts: Sequence[SourcePart],
     settings: TrainSettings,
     *,
+    critic: CriticFigures | None = None,
     reward: str | None = None,
     description: str = "",
     command: str,
@@ -52,13 +53,15 @@ def trained_card(
             for part, aim in zip(parts, aims, strict=True)
         ]
         validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
+    if critic is not None:
+        validation["critic"] = critic.as_dict()
     return HeadCard(
         name=name,
         description=description or f"Higher {' and '.join(aims)}",
         base_model=BaseModelCard(**first.data.base_model),
         architecture=architecture_card(head),
         normalisation=_NORMALISATION,
-        metric=_metric_text(settings, [part.data for part in parts]),
+        metric=_metric_text(settings, [part.data for part in parts], critic),
         # Of rollouts their reward alone, by which the head can be evaluated.
         reward=" and ".join(aims) if first.data.is_given else aims[0],
         reward_mean=head.reward_mean,
@@ -114,6 +117,9 @@ def distilled_card(
 
 def figures_text(validation: dict[str, Any]) -> str:
     """A card's figures in a line."""
+    if "critic" in validation:
+        rest = {name: value for name, value in validation.items() if name != "critic"}
+        return f"{figures_text(rest)}; {_critic_text(validation['critic'])}"
     if "sources" in validation:
         return "; ".join(f"of {part['kind']}: {figures_text(part)}" for part in validation["sources"])
     figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
@@ -124,6 +130,18 @@ def figures_text(validation: dict[str, Any]) -> str:
     return f"{figures}; of {order['compared']} {order['what']}, {shares}"
 
 
+def _critic_text(critic: dict[str, Any]) -> str:
+    gains = critic["ascent_gain"]
+    text = f"critic {critic['name']} with lambda {critic['advantage_trace']}"
+    if "explained" in critic:
+        text += f", which explains {critic['explained']:.0%} of the reward"
+    if others := [f"{gain:.3f} by {name}" for name, gain in gains.items() if name != critic["name"]]:
+        return f"{text} (the gain would be {' and '.join(others)})"
+    if "prefix_reward_not_tried" in critic:
+        return f"{text} (prefix_reward was not tried: {critic['prefix_reward_not_tried']})"
+    return text
+
+
 def _aim(data: TrainingData, reward: str | None) -> str:
     if data.is_given:
         return f"{data.kind} of {data.manifest['given']['file']}"
@@ -131,7 +149,7 @@ def _aim(data: TrainingData, reward: str | None) -> str:
     return reward
 
 
-def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData], critic: CriticFigures | None) -> str:
     tokens = " and ".join(dict.fromkeys("validation" if data.is_given else "training" for data in sources))
     unit = f"{_UNIT} {tokens} token"
     if settings.metric == "covariance":
@@ -142,16 +160,18 @@ def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> st
     if any(data.is_given for data in sources):
         damping += " and that of few tokens"
     if len(sources) > 1:
-        ways = ", ".join(_way(settings, data) for data in sources)
+        ways = ", ".join(_way(data, critic) for data in sources)
         return f"natural gradients of equal cost, added by the sources' weights ({ways}); {damping}; {unit}"
     if sources[0].is_given:
-        return f"natural gradient of the {_way(settings, sources[0])}, {damping}; {unit}"
-    return f"natural policy gradient, {_way(settings, sources[0])}, {damping}; {unit}"
+        return f"natural gradient of the {_way(sources[0], critic)}, {damping}; {unit}"
+    return f"natural policy gradient, {_way(sources[0], critic)}, {damping}; {unit}"
 
 
-def _way(settings: TrainSettings, data: TrainingData) -> str:
+def _way(data: TrainingData, critic: CriticFigures | None) -> str:
     if not data.is_given:
-        return f"advantages with lambda {settings.advantage_trace}"
+        assert critic is not None
+        text = f"advantages with lambda {critic.trace}"
+        return text if critic.name == "value" else f"{text} by a critic that saw the reward of the text so far"
     return "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
 
 

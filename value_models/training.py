@@ -22,16 +22,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.critic import Credit, CriticName, PrefixCritic
 from value_models.errors import TrainingDataError
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
 from value_models.order import order_figures
+from value_models.prefix_rewards import MODEL_STRIDE, STRIDE, PrefixReport
 from value_models.rollouts import RunKind
 from value_models.sources import FitSource, token_weights
 from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
+PREFIX_TRACE = 0.9
+"""Lambda with the critic that sees the text so far; docs/tried.md has what others gave."""
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
 
@@ -53,7 +57,24 @@ class TrainSettings(BaseModel):
         default=True, description="without it, as in the paper, the hidden layers are all there is"
     )
     metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
-    advantage_trace: float = Field(default=1.0, ge=0, le=1, description="lambda of the natural metric's advantages")
+    critic: CriticName = Field(
+        default="best",
+        description="of the natural metric's advantages, in training alone: the head's value, one that also sees the "
+        "reward of the text so far, or the better of both on validation prompts",
+    )
+    advantage_trace: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description=f"lambda of the natural metric's advantages; by default 1 with the critic value and {PREFIX_TRACE} "
+        "with prefix_reward",
+    )
+    prefix_stride: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"tokens from one reward of the text so far to the next; by default {STRIDE}, and {MODEL_STRIDE} "
+        "for rewards that are models",
+    )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
@@ -75,10 +96,29 @@ class TrainSettings(BaseModel):
             raise ValueError("has_linear_part: a head needs it, or hidden_widths")
         return self
 
+    @model_validator(mode="after")
+    def _critics_belong_to_the_natural_metric(self) -> Self:
+        given = [name for name in ("critic", "advantage_trace", "prefix_stride") if name in self.model_fields_set]
+        if given and self.metric != "natural":
+            raise ValueError(f"{given[0]}: goes with the metric natural alone; {self.metric} has no advantages")
+        if self.prefix_stride is not None and self.critic == "value":
+            raise ValueError("prefix_stride: goes with the critics best and prefix_reward")
+        return self
+
     def centres(self, kind: RunKind) -> bool:
         """Whether each prompt's mean is subtracted. Most prompts of single texts have one, of which nothing would be
         left."""
         return self.center_by_prompt and (kind != "texts" or "center_by_prompt" in self.model_fields_set)
+
+    @property
+    def wants_prefix_rewards(self) -> bool:
+        """Whether the text so far is to be scored, where that can be done."""
+        return self.metric == "natural" and self.critic != "value"
+
+    def trace_of(self, critic: Literal["value", "prefix_reward"]) -> float:
+        """Lambda of the advantages of a critic."""
+        default = 1.0 if critic == "value" else PREFIX_TRACE
+        return default if self.advantage_trace is None else self.advantage_trace
 
     @property
     def effective_trace(self) -> float:
@@ -105,10 +145,39 @@ class ValidationFigures:
 
 
 @dataclass(slots=True, frozen=True)
+class CriticFigures:
+    """Which critic the natural direction of rollouts was fitted by, and what others would have given."""
+
+    name: Literal["value", "prefix_reward"]
+    trace: float
+    gains: dict[str, float]
+    """`ascent_gain` on validation prompts by critic; one alone where nothing was tried beside it."""
+    explained: float | None = None
+    """Of prefix_reward: the share of the training rewards' variance that it explains on prompts it was not fitted to."""
+    prefix_stride: int | None = None
+    why_not: str | None = None
+    """Why prefix_reward was not tried, where it was to be."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a card has it."""
+        fields = {
+            "name": self.name,
+            "advantage_trace": self.trace,
+            "ascent_gain": {name: round(gain, 4) for name, gain in self.gains.items()},
+            "explained": None if self.explained is None else round(self.explained, 4),
+            "prefix_stride": self.prefix_stride,
+            "prefix_reward_not_tried": self.why_not,
+        }
+        return {name: field for name, field in fields.items() if field is not None}
+
+
+@dataclass(slots=True, frozen=True)
 class TrainedHead:
     head: ValueHead
     figures: list[ValidationFigures]
     """For each source."""
+    critic: CriticFigures | None
+    """Of the natural metric where there are rollouts."""
 
 
 def train_head(
@@ -127,18 +196,68 @@ def train_head(
     ]
     moments = _moments(fitted)
     head = _value_head(fitted, moments, settings)
-    rows_UD = ascent_rows(
+    rollouts = next((source for source in fitted if not source.data.is_given), None)
+    credits, why_not = _credits(rollouts, settings)
+    rows = ascent_rows(
         head,
         fitted,
         moments,
         metric=settings.metric,
         shrinkage=settings.shrinkage,
-        trace=settings.advantage_trace,
+        credits=credits,
         damping=settings.damping,
     )
-    head = calibrated(head.with_ascent(rows_UD), sources)
+    head, credit, gains = _best_way([head.with_ascent(rows_UD) for rows_UD in rows], credits, fitted[0])
+    head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
-    return TrainedHead(head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()}), figures)
+    critic = None
+    if settings.metric == "natural" and rollouts is not None:
+        critic = _critic_figures(credit, gains or {credit.name: figures[0].ascent_gain}, rollouts.data, why_not)
+    head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
+    return TrainedHead(head, figures, critic)
+
+
+def _credits(rollouts: FitSource | None, settings: TrainSettings) -> tuple[list[Credit], str | None]:
+    """The ways of crediting the tokens of rollouts that are to be tried, and why one that was to be is not.
+
+    Raises TrainingDataError where that one was asked for by name.
+    """
+    by_value = Credit(settings.trace_of("value"))
+    if not settings.wants_prefix_rewards:
+        return [by_value], None
+    if rollouts is None or (why_not := _why_no_prefix_critic(rollouts.data)) is not None:
+        why_not = "pairs and texts have scores for advantages" if rollouts is None else why_not
+        if settings.critic == "prefix_reward":
+            raise TrainingDataError(f"critic: prefix_reward cannot be had: {why_not}")
+        return [by_value], why_not
+    by_prefix = Credit(settings.trace_of("prefix_reward"), PrefixCritic.fit(rollouts, ridge=settings.ridge))
+    return [by_prefix] if settings.critic == "prefix_reward" else [by_value, by_prefix], None
+
+
+def _why_no_prefix_critic(data: TrainingData) -> str | None:
+    if isinstance(data.prefixes, str):
+        return data.prefixes
+    if len(data.prompt_B[data.is_in("train")].unique()) < 2:
+        return "it needs two training prompts at least, since it is fitted to others than those it values"
+    return None
+
+
+def _best_way(
+    ways: Sequence[ValueHead], credits: Sequence[Credit], judge: FitSource
+) -> tuple[ValueHead, Credit, dict[str, float]]:
+    """The way that earns most on the judge's validation prompts, and what each of several earns, by critic."""
+    if len(ways) == 1:
+        return ways[0], credits[0], {}
+    gains = [ascent_gain(way, judge, "validation") for way in ways]
+    best = max(range(len(ways)), key=gains.__getitem__)
+    return ways[best], credits[best], {credit.name: gain for credit, gain in zip(credits, gains, strict=True)}
+
+
+def _critic_figures(credit: Credit, gains: dict[str, float], data: TrainingData, why_not: str | None) -> CriticFigures:
+    if credit.critic is None:
+        return CriticFigures("value", credit.trace, gains, why_not=why_not)
+    assert isinstance(data.prefixes, PrefixReport)
+    return CriticFigures("prefix_reward", credit.trace, gains, credit.critic.explained, data.prefixes.stride)
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:
