@@ -119,7 +119,11 @@ class PrefixCritic:
             for part, part_sums in enumerate(sums):
                 if (is_in_N := part_N == part).any():
                     part_sums.add(x_NF[is_in_N.to(x_NF.device)], target_N[is_in_N])
-        fits = [_fitted(MomentSums.pooled(sums[:part] + sums[part + 1 :]), ridge) for part in range(len(sums))]
+        penalty_F = torch.full_like(pivot_F, ridge, dtype=torch.float64)
+        # A response's tokens share one reward, so it is responses that so many coefficients of the state count by.
+        size = len(pivot_F) - features.num_blocks * _PER_BLOCK
+        penalty_F[:size] += size / int(source.data.is_in("train").sum())
+        fits = [_fitted(MomentSums.pooled(sums[:part] + sums[part + 1 :]), penalty_F) for part in range(len(sums))]
         weights_FK = torch.stack([weights_F for weights_F, _ in fits], dim=1)
         bias_K = torch.tensor([bias for _, bias in fits], dtype=torch.float64, device=weights_FK.device)
         return cls(features, part_B, weights_FK.float(), bias_K.float(), _explained(sums, weights_FK, bias_K))
@@ -149,10 +153,10 @@ def _parts(source: FitSource) -> Tensor:
     return part_P[prompt_B]
 
 
-def _fitted(sums: MomentSums, ridge: float) -> tuple[Tensor, float]:
+def _fitted(sums: MomentSums, penalty_F: Tensor) -> tuple[Tensor, float]:
     """Coefficients [F] on the features as they are, float64, and the constant."""
     moments = sums.moments()
-    weights_F = moments.ridge(ridge).double() / moments.scale_D
+    weights_F = moments.ridge(penalty_F).double() / moments.scale_D
     return weights_F, moments.target_mean - float(weights_F @ moments.mean_D)
 
 

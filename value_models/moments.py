@@ -37,8 +37,8 @@ class Moments:
     def normalise(self, states_ND: Tensor) -> Tensor:
         return (states_ND.float() - self.mean_D.float()) / self.scale_D.float()
 
-    def ridge(self, penalty: float) -> Tensor:
-        """Coefficients [D] of the target on the normalised states, float32."""
+    def ridge(self, penalty: float | Tensor) -> Tensor:
+        """Coefficients [D] of the target on the normalised states, float32; the penalty is one, or one of each [D]."""
         eye_DD = torch.eye(len(self.product_D), dtype=torch.float64, device=self.product_D.device)
         return solve(self.correlation_DD + penalty * eye_DD, self.product_D).float()
 
