@@ -13,6 +13,7 @@ Shapes: P prompts, C ways to credit tokens, D hidden size.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from pydantic_settings import CliApp, CliPositionalArg
+from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
 from benchmarks.markdown import header, row
 from benchmarks.study import Study
+from server.cli import run
 from server.cli.command import read_prompts
 from server.errors import ConfigurationError
 from value_models.ascent import MONTE_CARLO, natural_directions
@@ -165,4 +167,4 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    CliApp.run(Critics)
+    raise SystemExit(run("benchmarks.critic:Critics", "python -m benchmarks.critic", sys.argv[1:]))

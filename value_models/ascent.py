@@ -88,8 +88,8 @@ def natural_directions(
         gain_CD = torch.zeros(len(credits), size, dtype=torch.float64, device=device)
         for block in source.data.blocks("train"):
             fisher.add(block.cost_grads_ND)
-            for gain_D, credit in zip(gain_CD, credits, strict=True):
-                gain_D += _advantages(head, source, block, mean_score, credit) @ block.logp_grads_ND
+            for number, credit in enumerate(credits):
+                gain_CD[number] += _advantages(head, source, block, mean_score, credit) @ block.logp_grads_ND
         gains.append(gain_CD / source.data.num_tokens("train"))
     fisher_DD = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
     damped_DD = fisher_DD.clone()
@@ -153,9 +153,7 @@ def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:
     return slope_NU @ head.folded_ascent()
 
 
-def _advantages(
-    head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, credit: Credit
-) -> Tensor:
+def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, credit: Credit) -> Tensor:
     """What each token [N] of a block earned, in standard deviations of the source's training reward.
 
     Of texts that the model did not write: their text's score, less `mean_score`, that of all tokens of the split. So

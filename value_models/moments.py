@@ -82,7 +82,8 @@ class MomentSums:
     def pooled(cls, parts: Sequence[MomentSums]) -> MomentSums:
         """Of everything that was added to several."""
         pivot_D = parts[0]._pivot_D
-        assert pivot_D is not None and all(part._pivot_D is pivot_D for part in parts)
+        assert pivot_D is not None
+        assert all(part._pivot_D is pivot_D for part in parts)
         whole = cls(pivot_D)
         for part in parts:
             whole.weight += part.weight

@@ -12,6 +12,7 @@ Shapes: N tokens of a shard's responses one after the other, B responses.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -165,4 +166,4 @@ def _are_ends(ends: list[object], num_tokens: int, whole: int) -> bool:
     if len(ends) != num_tokens or not all(type(end) is int for end in ends):
         return False
     numbers = [0, *cast("list[int]", ends), whole]
-    return all(before <= after for before, after in zip(numbers, numbers[1:], strict=False))
+    return all(before <= after for before, after in itertools.pairwise(numbers))

@@ -30,8 +30,8 @@ class TokenBlock:
     """Some whole responses. Its tensors are float32 on the device of training, made anew whenever they are read."""
 
     tensors: Mapping[str, Tensor]
-    """`states_ND`, `logp_grads_ND` and, of texts that the model did not write, `sampled_grads_ND`, or, where the text so
-    far was scored, `prefix_rewards_N`; of more tokens than the block's, perhaps in a file."""
+    """`states_ND`, `logp_grads_ND`, of texts that the model did not write `sampled_grads_ND`, where the text so far was
+    scored `prefix_rewards_N`; of more tokens than the block's, perhaps in a file."""
     spans: Sequence[tuple[int, int]]
     """Where the block's tokens are in them."""
     responses: Tensor

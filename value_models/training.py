@@ -34,7 +34,7 @@ from value_models.sources import FitSource, token_weights
 from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
-PREFIX_TRACE = 0.9
+PREFIX_TRACE = 0.8
 """Lambda with the critic that sees the text so far; docs/tried.md has what others gave."""
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
@@ -153,7 +153,7 @@ class CriticFigures:
     gains: dict[str, float]
     """`ascent_gain` on validation prompts by critic; one alone where nothing was tried beside it."""
     explained: float | None = None
-    """Of prefix_reward: the share of the training rewards' variance that it explains on prompts it was not fitted to."""
+    """Of prefix_reward: the share of the training rewards' variance that it explains, without the prompt in its fit."""
     prefix_stride: int | None = None
     why_not: str | None = None
     """Why prefix_reward was not tried, where it was to be."""

@@ -97,9 +97,7 @@ class RunTokens:
             by_name = dict(tensors.by_name)
             if self.prefix_rewards is not None:
                 by_name["prefix_rewards_N"] = self.prefix_rewards.read(shard)
-            yield from blocks_of(
-                by_name, tensors.offsets, is_wanted_B[first:end], device=device, first_response=first
-            )
+            yield from blocks_of(by_name, tensors.offsets, is_wanted_B[first:end], device=device, first_response=first)
 
 
 def load_training_data(
@@ -116,8 +114,8 @@ def load_training_data(
     """Open a run of rollouts and score it, a shard at a time; `prompt_texts` are by id.
 
     `device` is for training and for a reward model, which is loaded in `dtype`. `with_prefixes` scores the text before
-    every token too, or before every `prefix_stride`-th, as far as run and reward allow it; `TrainingData.prefixes` tells
-    why not. Raises RolloutError, RewardError.
+    every token too, or before every `prefix_stride`-th, if run and reward allow it; `TrainingData.prefixes` tells why
+    not. Raises RolloutError, RewardError.
     """
     run = open_rollouts(folder)
     if run.kind != "rollouts":

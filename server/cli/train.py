@@ -134,6 +134,6 @@ def _tell_cost(rollouts: TrainingData) -> None:
     made = rollouts.prefixes
     if isinstance(made, PrefixReport) and made.num_scored:
         print(
-            f"{made.num_scored:,} texts so far were scored in {made.seconds:.0f} s for the critic; the rewards are kept "
-            f"in {made.folder}"
+            f"for the critic {made.num_scored:,} beginnings of responses were scored in {made.seconds:.0f} s; their "
+            f"rewards are kept in {made.folder}"
         )

@@ -1,4 +1,4 @@
-"""The critic that sees the text so far: what it recovers, what it must not have seen, and what it does to a direction."""
+"""The critic that sees the text so far: what it recovers, what it must not have seen, and what it does."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_fit_is_the_ridge_solution_of_the_other_prompts_and_what_it_explains_i
         mean_F = features_NF[part_N != part].mean(0)
         values_N[part_N == part] = ((features_NF[part_N == part] - mean_F) @ weights_F) + y_N.mean()
     assert critic.values(block).double() == pytest.approx(values_N, abs=1e-3)
-    assert critic.explained == pytest.approx(1 - float((target_N - values_N).square().mean() / target_N.var()), abs=1e-3)
+    assert critic.explained == pytest.approx(
+        1 - float((target_N - values_N).square().mean() / target_N.var()), abs=1e-3
+    )
 
 
 def test_no_prompts_rewards_are_in_the_fit_that_values_its_tokens() -> None:
@@ -160,7 +162,8 @@ def test_the_text_so_far_tells_which_token_earned_what() -> None:
         train_head([few], TrainSettings.model_validate({"critic": critic, "damping": 0.0}))
         for critic in ("value", "prefix_reward")
     )
-    assert by_value.critic is not None and by_prefix.critic is not None
+    assert by_value.critic is not None
+    assert by_prefix.critic is not None
     off_value, off_prefix = (1 - cosine(trained.head.folded_ascent()[0], GOAL) for trained in (by_value, by_prefix))
     assert off_prefix < off_value / 2
     assert by_prefix.figures[0].ascent_gain > by_value.figures[0].ascent_gain
@@ -192,7 +195,8 @@ def test_without_rewards_of_the_text_so_far_everything_is_as_with_the_critic_off
     told = train_head([with_prefixes(data, summed_so_far(data))], TrainSettings(critic="value"))
     assert torch.equal(off.head.ascent_UD, default.head.ascent_UD)
     assert torch.equal(off.head.ascent_UD, told.head.ascent_UD)
-    assert off.critic is not None and default.critic is not None
+    assert off.critic is not None
+    assert default.critic is not None
     assert off.critic.why_not is None
     assert default.critic.why_not == "the text so far was not scored"
 
@@ -206,7 +210,8 @@ def test_a_critic_that_cannot_be_had_is_refused_where_it_was_asked_for() -> None
     with pytest.raises(TrainingDataError, match="two training prompts"):
         train_head([one], settings)
     critic = train_head([one], TrainSettings()).critic
-    assert critic is not None and critic.name == "value"
+    assert critic is not None
+    assert critic.name == "value"
     with pytest.raises(TrainingDataError, match="pairs and texts have scores for advantages"):
         train_head([dataclasses.replace(toy_data(), kind="texts")], settings)
 

@@ -153,12 +153,13 @@ def reward(prompts, responses):
 def test_a_reward_that_needs_the_whole_text_leaves_the_heads_own_value(
     fail: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"whole_{fail.split()[0]}"
+    name = f"whole_{fail.split(maxsplit=1)[0]}"
     (tmp_path / f"{name}.py").write_text(WHOLE_ONLY.format(fail=fail))
     monkeypatch.syspath_prepend(tmp_path)
     data = loaded(run, f"{name}:reward")
     trained = train_head([data], TrainSettings())
-    assert trained.critic is not None and trained.critic.why_not is not None
+    assert trained.critic is not None
+    assert trained.critic.why_not is not None
     assert trained.critic.name == "value"
     assert re.search(message, trained.critic.why_not)
 
@@ -182,9 +183,7 @@ def test_ends_that_do_not_fit_the_text_are_refused(ends: object, run: Path) -> N
         loaded(run)
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_heads_own_value(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_leaves_the_heads_own_value(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("read-only file system")
 
@@ -194,6 +193,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_heads_own_value(
 
 def test_the_critic_of_files_is_used_and_told(run: Path) -> None:
     trained = train_head([loaded(run)], TrainSettings(critic="prefix_reward"))
-    assert trained.critic is not None and trained.critic.explained is not None
+    assert trained.critic is not None
+    assert trained.critic.explained is not None
     assert math.isfinite(trained.critic.explained)
     assert trained.critic.as_dict()["prefix_stride"] == 1
