@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -129,22 +130,51 @@ def cost_nats(head: ValueHead, data: TrainingData, split: str) -> float:
     )
 
 
-def ascent_gain(head: ValueHead, source: FitSource, split: str) -> float:
+@dataclass(slots=True, frozen=True)
+class AscentGain:
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
-    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the split's tokens, with s the head's shift and A the reward less the
+    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over a split's tokens, with s the head's shift and A the reward less the
     value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
     that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
     Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike.
     """
-    earned, paid, mean_score = 0.0, 0.0, source.mean_score(split)
-    for block in source.data.blocks(split):
+
+    earned_P: Tensor
+    """Sums of A s . grad by prompt, float64."""
+    paid: float
+    """Sum of (s . grad)^2 / 2."""
+    num_tokens: int
+
+    @property
+    def gain(self) -> float:
+        return float(self._by_prompt().sum())
+
+    def margin(self, other: AscentGain) -> tuple[float, float]:
+        """How much greater the gain is than another's on the same tokens, and the standard error of that, by prompts:
+        infinite for less than two."""
+        difference_P = self._by_prompt() - other._by_prompt()
+        count = len(difference_P)
+        error = float(difference_P.std()) * count**0.5 if count > 1 else math.inf
+        return float(difference_P.sum()), error
+
+    def _by_prompt(self) -> Tensor:
+        return self.earned_P / self.num_tokens / max(self.paid / self.num_tokens, _MIN_COST_NATS) ** 0.5
+
+
+def ascent_gain(head: ValueHead, source: FitSource, split: str) -> AscentGain:
+    """Of a head's way uphill on the tokens of a split."""
+    data = source.data
+    prompts, number_B = data.prompt_B[data.is_in(split)].unique(), torch.zeros_like(data.prompt_B)
+    number_B[data.is_in(split)] = torch.searchsorted(prompts, data.prompt_B[data.is_in(split)])
+    earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
+    for block in data.blocks(split):
         shift_D = shift_of(head, block)
         advantage_N = _advantages(head, source, block, mean_score, MONTE_CARLO)
-        earned += float((advantage_N * vecdot(shift_D, block.logp_grads_ND)).sum(dtype=torch.float64))
+        earned_N = (advantage_N * vecdot(shift_D, block.logp_grads_ND)).double().cpu()
+        earned_P.index_add_(0, block.of_tokens(number_B), earned_N)
         paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))
-    num_tokens = source.data.num_tokens(split)
-    return earned / num_tokens / max(paid / num_tokens, _MIN_COST_NATS) ** 0.5
+    return AscentGain(earned_P, paid, data.num_tokens(split))
 
 
 def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:

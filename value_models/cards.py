@@ -136,7 +136,8 @@ def _critic_text(critic: dict[str, Any]) -> str:
     if "explained" in critic:
         text += f", which explains {critic['explained']:.0%} of the reward"
     if others := [f"{gain:.3f} by {name}" for name, gain in gains.items() if name != critic["name"]]:
-        return f"{text} (the gain would be {' and '.join(others)})"
+        _, error = critic["above_value"]
+        return f"{text} (the gain would be {others[0]}, and the standard error of the difference is {error:.3f})"
     if "prefix_reward_not_tried" in critic:
         return f"{text} (prefix_reward was not tried: {critic['prefix_reward_not_tried']})"
     return text

@@ -36,6 +36,8 @@ from value_models.training_data import TrainingData
 
 PREFIX_TRACE = 0.8
 """Lambda with the critic that sees the text so far; docs/tried.md has what others gave."""
+_CLEAR = 2.0
+"""Standard errors by which the gain of the critic value has to be above that of prefix_reward to be taken instead."""
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
 
@@ -58,9 +60,9 @@ class TrainSettings(BaseModel):
     )
     metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
     critic: CriticName = Field(
-        default="best",
-        description="of the natural metric's advantages, in training alone: the head's value, one that also sees the "
-        "reward of the text so far, or the better of both on validation prompts",
+        default="auto",
+        description="of the natural metric's advantages, in training alone: the head's value, or one that also sees the "
+        "reward of the text so far; auto takes that one if it can be had and validation prompts do not speak against it",
     )
     advantage_trace: float | None = Field(
         default=None,
@@ -102,7 +104,7 @@ class TrainSettings(BaseModel):
         if given and self.metric != "natural":
             raise ValueError(f"{given[0]}: goes with the metric natural alone; {self.metric} has no advantages")
         if self.prefix_stride is not None and self.critic == "value":
-            raise ValueError("prefix_stride: goes with the critics best and prefix_reward")
+            raise ValueError("prefix_stride: goes with the critics auto and prefix_reward")
         return self
 
     def centres(self, kind: RunKind) -> bool:
@@ -130,7 +132,7 @@ class ValidationFigures:
     """What a head does on validation prompts; a card keeps it as `HeadCard.validation`."""
 
     ascent_gain: float
-    """What small edits earn for what they cost; see `ascent_gain` in value_models/ascent.py."""
+    """What small edits earn for what they cost; see `AscentGain` in value_models/ascent.py."""
     r2: dict[str, float]
     """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
     num_train_tokens: int
@@ -152,6 +154,8 @@ class CriticFigures:
     trace: float
     gains: dict[str, float]
     """`ascent_gain` on validation prompts by critic; one alone where nothing was tried beside it."""
+    above_value: tuple[float, float] | None = None
+    """How far the gain of prefix_reward is above that of value, and the standard error of that."""
     explained: float | None = None
     """Of prefix_reward: the share of the training rewards' variance that it explains, without the prompt in its fit."""
     prefix_stride: int | None = None
@@ -164,6 +168,7 @@ class CriticFigures:
             "name": self.name,
             "advantage_trace": self.trace,
             "ascent_gain": {name: round(gain, 4) for name, gain in self.gains.items()},
+            "above_value": None if self.above_value is None else [round(number, 4) for number in self.above_value],
             "explained": None if self.explained is None else round(self.explained, 4),
             "prefix_stride": self.prefix_stride,
             "prefix_reward_not_tried": self.why_not,
@@ -207,12 +212,13 @@ def train_head(
         credits=credits,
         damping=settings.damping,
     )
-    head, credit, gains = _best_way([head.with_ascent(rows_UD) for rows_UD in rows], credits, fitted[0])
+    head, choice = _choice([head.with_ascent(rows_UD) for rows_UD in rows], credits, rollouts)
     head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
     critic = None
     if settings.metric == "natural" and rollouts is not None:
-        critic = _critic_figures(credit, gains or {credit.name: figures[0].ascent_gain}, rollouts.data, why_not)
+        (own,) = (one for one, source in zip(figures, fitted, strict=True) if source is rollouts)
+        critic = _critic_figures(choice, own, rollouts.data, why_not)
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
     return TrainedHead(head, figures, critic)
 
@@ -242,22 +248,41 @@ def _why_no_prefix_critic(data: TrainingData) -> str | None:
     return None
 
 
-def _best_way(
-    ways: Sequence[ValueHead], credits: Sequence[Credit], judge: FitSource
-) -> tuple[ValueHead, Credit, dict[str, float]]:
-    """The way that earns most on the judge's validation prompts, and what each of several earns, by critic."""
-    if len(ways) == 1:
-        return ways[0], credits[0], {}
-    gains = [ascent_gain(way, judge, "validation") for way in ways]
-    best = max(range(len(ways)), key=gains.__getitem__)
-    return ways[best], credits[best], {credit.name: gain for credit, gain in zip(credits, gains, strict=True)}
+@dataclass(slots=True, frozen=True)
+class _Choice:
+    """Of ways of crediting tokens; with figures where there were two."""
+
+    credit: Credit
+    gains: dict[str, float]
+    above_value: tuple[float, float] | None
 
 
-def _critic_figures(credit: Credit, gains: dict[str, float], data: TrainingData, why_not: str | None) -> CriticFigures:
+def _choice(
+    ways: Sequence[ValueHead], credits: Sequence[Credit], rollouts: FitSource | None
+) -> tuple[ValueHead, _Choice]:
+    """The critic that sees more, unless validation prompts clearly speak for the value.
+
+    A small run has few of them, whose noise is greater than what critics differ by, and wherever that was measured
+    (docs/tried.md) it was the better one.
+    """
+    if len(ways) == 1 or rollouts is None:
+        return ways[0], _Choice(credits[0], {}, None)
+    by_value, by_prefix = (ascent_gain(way, rollouts, "validation") for way in ways)
+    margin, error = by_prefix.margin(by_value)
+    taken = 0 if margin < -_CLEAR * error else 1
+    gains = {credit.name: found.gain for credit, found in zip(credits, (by_value, by_prefix), strict=True)}
+    return ways[taken], _Choice(credits[taken], gains, (margin, error))
+
+
+def _critic_figures(
+    choice: _Choice, figures: ValidationFigures, data: TrainingData, why_not: str | None
+) -> CriticFigures:
+    credit, gains = choice.credit, choice.gains or {choice.credit.name: figures.ascent_gain}
     if credit.critic is None:
-        return CriticFigures("value", credit.trace, gains, why_not=why_not)
+        return CriticFigures("value", credit.trace, gains, choice.above_value, why_not=why_not)
     assert isinstance(data.prefixes, PrefixReport)
-    return CriticFigures("prefix_reward", credit.trace, gains, credit.critic.explained, data.prefixes.stride)
+    explained, stride = credit.critic.explained, data.prefixes.stride
+    return CriticFigures("prefix_reward", credit.trace, gains, choice.above_value, explained, stride)
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:
@@ -298,7 +323,7 @@ def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainS
 
 def _figures(head: ValueHead, source: FitSource) -> ValidationFigures:
     """Raises TrainingDataError where validation states or gradients are not finite."""
-    gain = ascent_gain(head, source, "validation")
+    gain = ascent_gain(head, source, "validation").gain
     if not math.isfinite(gain):
         raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
     return ValidationFigures(

@@ -104,7 +104,7 @@ def test_no_direction_earns_more_for_its_cost_than_the_one_that_explains_the_adv
     head = train_head([data], TrainSettings(advantage_trace=1.0, damping=0.0)).head
     source = FitSource(data, 1.0, data.reward_B, 0.0, 1.0)
     gains = [
-        ascent_gain(head.with_ascent(row_D[None] / head.scale_D), source, "validation")
+        ascent_gain(head.with_ascent(row_D[None] / head.scale_D), source, "validation").gain
         for row_D in (GOAL, 5 * GOAL, -GOAL, torch.eye(SIZE)[1], torch.eye(SIZE)[0])
     ]
     assert gains[0] == pytest.approx(gains[1], rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.value_models.test_ascent import GOAL, cosine, held, toy_data
-from value_models.ascent import natural_directions
+from value_models.ascent import AscentGain, natural_directions
 from value_models.critic import NUM_PARTS, Credit, PrefixCritic, PrivilegedFeatures, peer_means
 from value_models.errors import TrainingDataError
 from value_models.prefix_rewards import PrefixReport
@@ -172,21 +173,36 @@ def test_the_text_so_far_tells_which_token_earned_what() -> None:
     assert torch.equal(by_prefix.head.inputs_UD, by_value.head.inputs_UD)
 
 
-@pytest.mark.parametrize("is_telling", [True, False])
-def test_the_best_critic_is_the_one_whose_direction_earns_more_on_validation_prompts(is_telling: bool) -> None:
-    data = toy_data()
-    so_far_N = summed_so_far(data)
-    # What the end is not like leads astray with lambda below 1.
-    told = with_prefixes(data, so_far_N if is_telling else 100 * so_far_N.abs().flip(0))
-    trained = train_head([told], TrainSettings(advantage_trace=0.0))
-    assert trained.critic is not None
-    assert set(trained.critic.gains) == {"value", "prefix_reward"}
-    assert trained.critic.gains[trained.critic.name] == max(trained.critic.gains.values())
-    assert round(max(trained.critic.gains.values()), 4) == trained.figures[0].ascent_gain
-    alone = train_head([told], TrainSettings(critic=trained.critic.name, advantage_trace=0.0))
-    assert torch.equal(alone.head.ascent_UD, trained.head.ascent_UD)
-    if is_telling:
-        assert trained.critic.name == "prefix_reward"
+@pytest.mark.parametrize(("noise", "taken"), [(0.0, "prefix_reward"), (300.0, "value")])
+def test_the_critic_that_sees_more_is_left_where_validation_prompts_clearly_speak_against_it(
+    noise: float, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, rng, values = toy_data(), torch.Generator().manual_seed(0), PrefixCritic.values
+    told = with_prefixes(data, summed_so_far(data))
+
+    def noisy(critic: PrefixCritic, block: TokenBlock) -> Tensor:
+        return values(critic, block) + noise * torch.randn(block.num_tokens, generator=rng)
+
+    monkeypatch.setattr(PrefixCritic, "values", noisy)
+    trained = train_head([told], TrainSettings())
+    critic = trained.critic
+    assert critic is not None
+    assert critic.above_value is not None
+    margin, error = critic.above_value
+    assert margin == pytest.approx(critic.gains["prefix_reward"] - critic.gains["value"])
+    assert (margin < -2 * error) == (taken == "value")
+    assert critic.name == taken
+    assert round(critic.gains[taken], 4) == trained.figures[0].ascent_gain
+
+
+def test_a_margin_is_the_difference_of_gains_and_its_error_that_of_prompts() -> None:
+    one = AscentGain(torch.tensor([4.0, 8.0, 6.0]).double(), paid=40.0, num_tokens=10)
+    other = AscentGain(torch.tensor([1.0, 3.0, 2.0]).double(), paid=10.0, num_tokens=10)
+    assert (one.gain, other.gain) == (pytest.approx(0.9), pytest.approx(0.6))
+    # By prompt 0.1, 0.1 and 0.1 above: there is no noise, and of a single prompt nothing is known of it.
+    assert one.margin(other) == (pytest.approx(0.3), pytest.approx(0.0, abs=1e-12))
+    alone = AscentGain(torch.tensor([4.0]).double(), paid=40.0, num_tokens=10)
+    assert alone.margin(alone) == (0.0, math.inf)
 
 
 def test_without_rewards_of_the_text_so_far_everything_is_as_with_the_critic_off() -> None:
@@ -225,5 +241,5 @@ def test_settings_of_the_critic_belong_to_the_natural_metric(setting: dict[str, 
 
 
 def test_a_stride_is_refused_where_nothing_is_scored() -> None:
-    with pytest.raises(ValidationError, match="prefix_stride: goes with the critics best and prefix_reward"):
+    with pytest.raises(ValidationError, match="prefix_stride: goes with the critics auto and prefix_reward"):
         TrainSettings(critic="value", prefix_stride=4)
