@@ -35,7 +35,7 @@ from value_models.critic import Credit, PrefixCritic
 from value_models.heads import ValueHead
 from value_models.prefix_rewards import PrefixReport
 from value_models.sources import FitSource
-from value_models.training import TrainSettings, train_head
+from value_models.training import PREFIX_TRACE, TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
 
 TRACES = (1.0, 0.95, 0.9, 0.8, 0.6)
@@ -150,15 +150,14 @@ def _intervals(halves: Sequence[PromptSums]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = header(["reward", "critic and lambda", "gain, both halves", "above the value's, 95%", "critic explains"])
+    ways = list(next(iter(result["rewards"].values()))["ways"])
+    best = f"prefix_reward {PREFIX_TRACE:g}"
+    lines = header(["reward", *ways, f"{best} above {ways[0]}, 95%", "explained"])
     for reward, one in result["rewards"].items():
-        for name, way in one["ways"].items():
-            gains = ", ".join(f"{gain:.4f}" for gain in way["gains"])
-            low, high = way["above_value_interval"]
-            is_first = way["above_value_interval"] == [0.0, 0.0]
-            above = "" if is_first else f"{way['above_value']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            share = "" if is_first else ", ".join(f"{share:.2f}" for share in one["explained"])
-            lines.append(row([f"`{reward}`", name, gains, above, share]))
+        gains = [", ".join(f"{gain:.3f}" for gain in one["ways"][way]["gains"]) for way in ways]
+        low, high = one["ways"][best]["above_value_interval"]
+        above = f"{one['ways'][best]['above_value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(row([f"`{reward}`", *gains, above, ", ".join(f"{share:.2f}" for share in one["explained"])]))
     told = (
         f"{result['num_prompts']:,} prompts, {result['num_responses']:,} responses, {result['num_tokens']:,} tokens of "
         f"{result['model']}, top_p {result['rollouts']['top_p']:g}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.conftest import HIDDEN, random_linear_head, write_heads
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
 from value_models.store import load_card, save_card
+from value_models.training import PREFIX_TRACE
 
 
 def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: tuple[list[str], Path]) -> None:
@@ -35,6 +37,7 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert card["base_model"]["hidden_size"] == 32
     assert card["data"]["responses"]["train"] > card["data"]["responses"].get("test", 0)
     assert "r2" in card["validation"]
+    assert set(card["validation"]["critic"]["ascent_gain"]) == {"value", "prefix_reward"}
 
 
 def test_evaluation_writes_json_and_the_card(workshop: tuple[list[str], Path], tmp_path: Path) -> None:
@@ -133,6 +136,12 @@ def test_a_reward_of_the_users_own_is_found_in_the_working_folder_and_needs_an_i
     assert sys.path[-1] == str(tmp_path)
     inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl")]
     train = ["train", "--name", "vowels", "--reward", "mine:vowels", *inputs, "--out", str(tmp_path / "heads")]
+    assert main([*train, "--critic", "prefix_reward", "--prefix-stride", "2"]) == 0
+    kept = json.loads((tmp_path / "heads" / "vowels" / "card.json").read_text())["validation"]["critic"]
+    assert (kept["name"], kept["advantage_trace"], kept["prefix_stride"]) == ("prefix_reward", PREFIX_TRACE, 2)
+    told = capsys.readouterr().out.splitlines()
+    assert re.match(r"for the critic \d+ beginnings of responses were scored in \d+ s; their rewards are", told[-2])
+    assert "; critic prefix_reward with lambda 0.8, which explains" in told[-1]
     assert main([*train, "--metric", "covariance"]) == 0
     card = json.loads((tmp_path / "heads" / "vowels" / "card.json").read_text())
     assert card["reward"] == "mine:vowels"

@@ -61,8 +61,9 @@ class TrainSettings(BaseModel):
     metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
     critic: CriticName = Field(
         default="auto",
-        description="of the natural metric's advantages, in training alone: the head's value, or one that also sees the "
-        "reward of the text so far; auto takes that one if it can be had and validation prompts do not speak against it",
+        description="of the natural metric's advantages, in training alone: the head's value, or one that also sees "
+        "the reward of the text so far; auto takes that one if it can be had, unless validation prompts clearly speak "
+        "against it",
     )
     advantage_trace: float | None = Field(
         default=None,

@@ -67,9 +67,6 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
             self.distil(self.name, self.description, read_prompts(self.prompts, ["chat"]), self.out, settings)
             return
         sources = self._sources(settings)
-        of_rollouts = {"critic", "advantage_trace", "prefix_stride"}
-        if all(data.is_given for data in sources) and (given := sorted(of_rollouts & settings.model_fields_set)):
-            raise ConfigurationError(f"{given[0]}: pairs and texts have scores for advantages; leave it out")
         weights = [self.source_weights.get(data.kind, 1.0) for data in sources]
         trained = train_head(sources, settings, weights=weights)
         folder = (self.out or shipped_heads_folder(sources[0].base_model["name"])) / self.name
@@ -94,7 +91,9 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_sources(kinds)
         device = str(resolve_device(self.device))
         if not kinds:
-            return [load_scored_texts(self.rollouts, device=device)]
+            scored = load_scored_texts(self.rollouts, device=device)
+            self._refuse_critics()
+            return [scored]
         sources: list[TrainingData] = []
         if self.reward is not None:
             allow_rewards_of_the_working_folder()
@@ -122,12 +121,18 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         if kinds and "rollouts" not in kinds:
             if self.prompts is not None:
                 raise ConfigurationError(f"prompts: {kinds[0]} bring their own; leave it out with --{kinds[0]}")
+            self._refuse_critics()
             if len(kinds) > 1 and "rollouts" in self.model_fields_set:
                 raise ConfigurationError("rollouts: pairs and texts are kept in a run each; leave it out with both")
         if len(kinds) < 2 and self.source_weights:
             raise ConfigurationError("source_weights: goes with two of --reward, --pairs and --texts, or all")
         if unknown := [kind for kind in self.source_weights if kind not in kinds]:
             raise ConfigurationError(f"source_weights: no {unknown[0]} are given; there are {' and '.join(kinds)}")
+
+    def _refuse_critics(self) -> None:
+        """Raises ConfigurationError for flags of advantages, which only rollouts have."""
+        if given := sorted({"critic", "advantage_trace", "prefix_stride"} & self.model_fields_set):
+            raise ConfigurationError(f"{given[0]}: pairs and texts have scores for advantages; leave it out")
 
 
 def _tell_cost(rollouts: TrainingData) -> None:
