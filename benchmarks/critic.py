@@ -32,10 +32,11 @@ from server.cli.command import read_prompts
 from server.errors import ConfigurationError
 from value_models.ascent import MONTE_CARLO, natural_directions
 from value_models.critic import Credit, PrefixCritic
+from value_models.critic_choice import PREFIX_TRACE
 from value_models.heads import ValueHead
 from value_models.prefix_rewards import PrefixReport
 from value_models.sources import FitSource
-from value_models.training import PREFIX_TRACE, TrainSettings, train_head
+from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
 
 TRACES = (1.0, 0.95, 0.9, 0.8, 0.6)

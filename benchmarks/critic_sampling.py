@@ -34,13 +34,14 @@ from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
+from value_models.critic_choice import PREFIX_TRACE
 from value_models.generations import EvalSample
 from value_models.intervals import mean_interval
 from value_models.metrics import load_metric
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file, split_of
 from value_models.rewards import load_reward
 from value_models.rollouts import RolloutSettings
-from value_models.training import PREFIX_TRACE, TrainSettings, train_head
+from value_models.training import TrainSettings, train_head
 from value_models.training_data import load_training_data
 
 SETTINGS = {

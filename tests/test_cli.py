@@ -25,10 +25,10 @@ from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from tests.conftest import HIDDEN, random_linear_head, write_heads
+from value_models.critic_choice import PREFIX_TRACE
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
 from value_models.store import load_card, save_card
-from value_models.training import PREFIX_TRACE
 
 
 def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: tuple[list[str], Path]) -> None:

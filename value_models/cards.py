@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from value_models.critic_choice import CriticFigures
 from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card
-from value_models.training import CriticFigures, TrainSettings, ValidationFigures
+from value_models.training import TrainSettings, ValidationFigures
 from value_models.training_data import TrainingData
 
 _NORMALISATION = "mean and standard deviation of each dimension over training states"

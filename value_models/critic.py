@@ -30,7 +30,6 @@ from value_models.moments import Moments, MomentSums
 from value_models.sources import FitSource
 from value_models.token_blocks import TokenBlock
 
-CriticName = Literal["auto", "prefix_reward", "value"]
 NUM_PARTS = 4
 """Of the training prompts: each is valued by a fit to the three others."""
 _POSITIONS = 4

@@ -22,22 +22,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
-from value_models.critic import Credit, CriticName, PrefixCritic
+from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
 from value_models.order import order_figures
-from value_models.prefix_rewards import MODEL_STRIDE, STRIDE, PrefixReport
+from value_models.prefix_rewards import MODEL_STRIDE, STRIDE
 from value_models.rollouts import RunKind
 from value_models.sources import FitSource, token_weights
 from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
-PREFIX_TRACE = 0.8
-"""Lambda with the critic that sees the text so far; docs/tried.md has what others gave."""
-_CLEAR = 2.0
-"""Standard errors by which the gain of the critic value has to be above that of prefix_reward to be taken instead."""
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
 
@@ -69,8 +65,8 @@ class TrainSettings(BaseModel):
         default=None,
         ge=0,
         le=1,
-        description=f"lambda of the natural metric's advantages; by default 1 with the critic value and {PREFIX_TRACE} "
-        "with prefix_reward",
+        description="lambda of the natural metric's advantages; by default "
+        f"{VALUE_TRACE:g} with the critic value and {PREFIX_TRACE:g} with prefix_reward",
     )
     prefix_stride: int | None = Field(
         default=None,
@@ -118,11 +114,6 @@ class TrainSettings(BaseModel):
         """Whether the text so far is to be scored, where that can be done."""
         return self.metric == "natural" and self.critic != "value"
 
-    def trace_of(self, critic: Literal["value", "prefix_reward"]) -> float:
-        """Lambda of the advantages of a critic."""
-        default = 1.0 if critic == "value" else PREFIX_TRACE
-        return default if self.advantage_trace is None else self.advantage_trace
-
     @property
     def effective_trace(self) -> float:
         return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
@@ -145,36 +136,6 @@ class ValidationFigures:
         """As a card has it."""
         counts = {"num_train_tokens": self.num_train_tokens, "num_validation_tokens": self.num_validation_tokens}
         return {"ascent_gain": self.ascent_gain, "r2": self.r2, **counts, **self.order}
-
-
-@dataclass(slots=True, frozen=True)
-class CriticFigures:
-    """Which critic the natural direction of rollouts was fitted by, and what others would have given."""
-
-    name: Literal["value", "prefix_reward"]
-    trace: float
-    gains: dict[str, float]
-    """`ascent_gain` on validation prompts by critic; one alone where nothing was tried beside it."""
-    above_value: tuple[float, float] | None = None
-    """How far the gain of prefix_reward is above that of value, and the standard error of that."""
-    explained: float | None = None
-    """Of prefix_reward: the share of the training rewards' variance that it explains, without the prompt in its fit."""
-    prefix_stride: int | None = None
-    why_not: str | None = None
-    """Why prefix_reward was not tried, where it was to be."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a card has it."""
-        fields = {
-            "name": self.name,
-            "advantage_trace": self.trace,
-            "ascent_gain": {name: round(gain, 4) for name, gain in self.gains.items()},
-            "above_value": None if self.above_value is None else [round(number, 4) for number in self.above_value],
-            "explained": None if self.explained is None else round(self.explained, 4),
-            "prefix_stride": self.prefix_stride,
-            "prefix_reward_not_tried": self.why_not,
-        }
-        return {name: field for name, field in fields.items() if field is not None}
 
 
 @dataclass(slots=True, frozen=True)
@@ -203,87 +164,23 @@ def train_head(
     moments = _moments(fitted)
     head = _value_head(fitted, moments, settings)
     rollouts = next((source for source in fitted if not source.data.is_given), None)
-    credits, why_not = _credits(rollouts, settings)
+    critic_name = settings.critic if settings.metric == "natural" else "value"
+    tried = credits_to_try(rollouts, critic_name, trace=settings.advantage_trace, ridge=settings.ridge)
     rows = ascent_rows(
         head,
         fitted,
         moments,
         metric=settings.metric,
         shrinkage=settings.shrinkage,
-        credits=credits,
+        credits=tried.credits,
         damping=settings.damping,
     )
-    head, choice = _choice([head.with_ascent(rows_UD) for rows_UD in rows], credits, rollouts)
+    ways = [head.with_ascent(rows_UD) for rows_UD in rows]
+    head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
     head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
-    critic = None
-    if settings.metric == "natural" and rollouts is not None:
-        (own,) = (one for one, source in zip(figures, fitted, strict=True) if source is rollouts)
-        critic = _critic_figures(choice, own, rollouts.data, why_not)
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
     return TrainedHead(head, figures, critic)
-
-
-def _credits(rollouts: FitSource | None, settings: TrainSettings) -> tuple[list[Credit], str | None]:
-    """The ways of crediting the tokens of rollouts that are to be tried, and why one that was to be is not.
-
-    Raises TrainingDataError where that one was asked for by name.
-    """
-    by_value = Credit(settings.trace_of("value"))
-    if not settings.wants_prefix_rewards:
-        return [by_value], None
-    if rollouts is None or (why_not := _why_no_prefix_critic(rollouts.data)) is not None:
-        why_not = "pairs and texts have scores for advantages" if rollouts is None else why_not
-        if settings.critic == "prefix_reward":
-            raise TrainingDataError(f"critic: prefix_reward cannot be had: {why_not}")
-        return [by_value], why_not
-    by_prefix = Credit(settings.trace_of("prefix_reward"), PrefixCritic.fit(rollouts, ridge=settings.ridge))
-    return [by_prefix] if settings.critic == "prefix_reward" else [by_value, by_prefix], None
-
-
-def _why_no_prefix_critic(data: TrainingData) -> str | None:
-    if isinstance(data.prefixes, str):
-        return data.prefixes
-    if len(data.prompt_B[data.is_in("train")].unique()) < 2:
-        return "it needs two training prompts at least, since it is fitted to others than those it values"
-    return None
-
-
-@dataclass(slots=True, frozen=True)
-class _Choice:
-    """Of ways of crediting tokens; with figures where there were two."""
-
-    credit: Credit
-    gains: dict[str, float]
-    above_value: tuple[float, float] | None
-
-
-def _choice(
-    ways: Sequence[ValueHead], credits: Sequence[Credit], rollouts: FitSource | None
-) -> tuple[ValueHead, _Choice]:
-    """The critic that sees more, unless validation prompts clearly speak for the value.
-
-    A small run has few of them, whose noise is greater than what critics differ by, and wherever that was measured
-    (docs/tried.md) it was the better one.
-    """
-    if len(ways) == 1 or rollouts is None:
-        return ways[0], _Choice(credits[0], {}, None)
-    by_value, by_prefix = (ascent_gain(way, rollouts, "validation") for way in ways)
-    margin, error = by_prefix.margin(by_value)
-    taken = 0 if margin < -_CLEAR * error else 1
-    gains = {credit.name: found.gain for credit, found in zip(credits, (by_value, by_prefix), strict=True)}
-    return ways[taken], _Choice(credits[taken], gains, (margin, error))
-
-
-def _critic_figures(
-    choice: _Choice, figures: ValidationFigures, data: TrainingData, why_not: str | None
-) -> CriticFigures:
-    credit, gains = choice.credit, choice.gains or {choice.credit.name: figures.ascent_gain}
-    if credit.critic is None:
-        return CriticFigures("value", credit.trace, gains, choice.above_value, why_not=why_not)
-    assert isinstance(data.prefixes, PrefixReport)
-    explained, stride = credit.critic.explained, data.prefixes.stride
-    return CriticFigures("prefix_reward", credit.trace, gains, choice.above_value, explained, stride)
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:

@@ -46,6 +46,11 @@ class TrainingData:
     """What the rewards of the text so far took, which blocks then have as `prefix_rewards_N`; or why there are none."""
 
     @property
+    def prefix_stride(self) -> int | None:
+        """Tokens from one reward of the text so far to the next, where there are any."""
+        return self.prefixes.stride if isinstance(self.prefixes, PrefixReport) else None
+
+    @property
     def is_given(self) -> bool:
         """Whether the model did not write the responses."""
         return self.kind != "rollouts"

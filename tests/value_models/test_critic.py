@@ -14,11 +14,12 @@ from torch import Tensor
 from tests.value_models.test_ascent import GOAL, cosine, held, toy_data
 from value_models.ascent import AscentGain, natural_directions
 from value_models.critic import NUM_PARTS, Credit, PrefixCritic, PrivilegedFeatures, peer_means
+from value_models.critic_choice import PREFIX_TRACE
 from value_models.errors import TrainingDataError
 from value_models.prefix_rewards import PrefixReport
 from value_models.sources import FitSource
 from value_models.token_blocks import HeldTokens, TokenBlock
-from value_models.training import PREFIX_TRACE, TrainSettings, train_head
+from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData
 
 NUM_RESPONSES, LENGTH, SIZE = 400, 9, 3
