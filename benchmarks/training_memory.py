@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import shlex
 import subprocess
@@ -160,7 +159,15 @@ def _text_ends(response: str) -> tuple[int, ...]:
 def in_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """The reward that a response of `write_files` spells, as far as it goes."""
     del prompts
-    return [float(re.match(r"-?\d*\.?\d*", response + "0")[0]) for response in responses]
+    return [_number(response) for response in responses]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        # A beginning such as "-".
+        return 0.0
 
 
 def fit(case: Case) -> dict[str, Any]:

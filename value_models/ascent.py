@@ -165,8 +165,8 @@ class AscentGain:
 def ascent_gain(head: ValueHead, source: FitSource, split: str) -> AscentGain:
     """Of a head's way uphill on the tokens of a split."""
     data = source.data
-    prompts, number_B = data.prompt_B[data.is_in(split)].unique(), torch.zeros_like(data.prompt_B)
-    number_B[data.is_in(split)] = torch.searchsorted(prompts, data.prompt_B[data.is_in(split)])
+    prompts = data.prompts_in(split)
+    number_B = torch.searchsorted(prompts, data.prompt_B)
     earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
     for block in data.blocks(split):
         shift_D = shift_of(head, block)

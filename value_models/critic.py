@@ -109,6 +109,7 @@ class PrefixCritic:
         """One pass over the training tokens, of two prompts at least, with rewards of the text so far."""
         features, part_B = PrivilegedFeatures.of(source), _parts(source)
         sums: list[MomentSums] = []
+        pivot_F = torch.zeros(0)
         for block in source.data.blocks("train"):
             x_NF, target_N = features.of_tokens(block), block.of_tokens(source.standard_B)
             if not sums:
@@ -144,8 +145,7 @@ def peer_means(reward_B: Tensor, prompt_B: Tensor) -> Tensor:
 
 def _parts(source: FitSource) -> Tensor:
     """The part [B] of each training response's prompt, by turns; of others, which no fit sees, the first."""
-    prompt_B, is_train_B = source.data.prompt_B, source.data.is_in("train")
-    prompts = prompt_B[is_train_B].unique()
+    prompt_B, prompts = source.data.prompt_B, source.data.prompts_in("train")
     assert len(prompts) > 1
     part_P = torch.zeros(int(prompt_B.max()) + 1, dtype=torch.int64)
     part_P[prompts] = torch.arange(len(prompts)) % min(NUM_PARTS, len(prompts))

@@ -112,6 +112,6 @@ def _why_no_prefix_critic(rollouts: FitSource | None) -> str | None:
     data = rollouts.data
     if isinstance(data.prefixes, str):
         return data.prefixes
-    if len(data.prompt_B[data.is_in("train")].unique()) < 2:
+    if len(data.prompts_in("train")) < 2:
         return "it needs two training prompts at least, since it is fitted to others than those it values"
     return None

@@ -66,6 +66,10 @@ class TrainingData:
             raise TrainingDataError(f"prompts: none is in the {split} split; it is chosen by the id, so add prompts")
         return is_in_B
 
+    def prompts_in(self, split: str) -> Tensor:
+        """The numbers of a split's prompts, in order. Raises TrainingDataError when there are none."""
+        return torch.tensor(sorted({int(number) for number in self.prompt_B[self.is_in(split)].unbind()}))
+
     def num_tokens(self, split: str) -> int:
         return int(self.lengths_B[self.is_in(split)].sum())
 
