@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from server.cli import main
 from server.cli.command import allow_rewards_of_the_working_folder
@@ -38,6 +38,17 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert card["data"]["responses"]["train"] > card["data"]["responses"].get("test", 0)
     assert "r2" in card["validation"]
     assert set(card["validation"]["critic"]["ascent_gain"]) == {"value", "prefix_reward"}
+
+
+def test_rollouts_tell_where_each_token_begins_in_the_text(workshop: tuple[list[str], Path]) -> None:
+    for path in sorted((workshop[1] / "rollouts").glob("*.jsonl")):
+        lengths = load_file(path.with_suffix(".safetensors"))["offsets"].diff().tolist()
+        for line, length in zip(path.read_text().splitlines(), lengths, strict=True):
+            row = json.loads(line)
+            assert len(row["text_ends"]) == length
+            assert row["text_ends"] == sorted(row["text_ends"])
+            assert row["text_ends"][0] == 0
+            assert row["text_ends"][-1] <= len(row["response"])
 
 
 def test_evaluation_writes_json_and_the_card(workshop: tuple[list[str], Path], tmp_path: Path) -> None:

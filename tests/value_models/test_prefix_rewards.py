@@ -20,6 +20,7 @@ from value_models.prefix_rewards import MODEL_STRIDE, PrefixReport
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import is_read_by_a_model
 from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts
+from value_models.sampled import StreamedText
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_training_data
 
@@ -197,3 +198,11 @@ def test_the_critic_of_files_is_used_and_told(run: Path) -> None:
     assert trained.critic.explained is not None
     assert math.isfinite(trained.critic.explained)
     assert trained.critic.as_dict()["prefix_stride"] == 1
+
+
+def test_a_tokens_text_begins_where_the_chunk_that_holds_it_began() -> None:
+    streamed = StreamedText()
+    for text, num_tokens in (("Hi", 1), ("", 1), (" there", 2), ("!", 1), ("", 1)):
+        streamed.add(text, num_tokens)
+    assert streamed.text == "Hi there!"
+    assert streamed.text_ends == [0, 2, 2, 2, 8, 9]
