@@ -133,7 +133,7 @@ def figures_text(validation: dict[str, Any]) -> str:
 
 def _critic_text(critic: dict[str, Any]) -> str:
     gains = critic["ascent_gain"]
-    text = f"critic {critic['name']} with lambda {critic['advantage_trace']}"
+    text = f"critic {critic['name']} with lambda {critic['advantage_trace']:g}"
     if "explained" in critic:
         text += f", which explains {critic['explained']:.0%} of the reward"
     if others := [f"{gain:.3f} by {name}" for name, gain in gains.items() if name != critic["name"]]:
