@@ -27,6 +27,7 @@ from value_models.errors import RolloutError
 from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import Rollout, RolloutSettings
+from value_models.sampled import StreamedText
 
 
 class EngineRolloutSource:
@@ -45,14 +46,15 @@ class EngineRolloutSource:
 
         Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
         """
-        for sequence, response, _ in self._run(prompts, settings, control=None, instruction=None):
+        for sequence, streamed, _ in self._run(prompts, settings, control=None, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
-                response=response,
+                response=streamed.text,
                 token_ids=tuple(sequence.token_ids),
                 is_finished=sequence.finish_reason is FinishReason.STOP,
+                text_ends=tuple(streamed.text_ends),
                 states_TD=states_TD.cpu(),
                 logp_grads_TD=self._logp_grads(states_TD, sequence.token_ids).cpu(),
             )
@@ -74,7 +76,7 @@ class EngineRolloutSource:
         K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
         """
         bare = {prompt.id: prompt for prompt in prompts}
-        for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
+        for sequence, streamed, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = None if sequence.totals is None else sequence.totals.summary()
             bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
             nll = given_nll = self.nll(torch.stack(sequence.states or []), sequence.token_ids)
@@ -84,7 +86,7 @@ class EngineRolloutSource:
             yield EvalSample(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
-                response=response,
+                response=streamed.text,
                 num_tokens=len(sequence.token_ids),
                 nll=nll,
                 mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll + bound,
@@ -128,11 +130,11 @@ class EngineRolloutSource:
         *,
         control: ControlParams | None,
         instruction: str | None,
-    ) -> Iterator[tuple[TokenSequence, str, float]]:
+    ) -> Iterator[tuple[TokenSequence, StreamedText, float]]:
         """Finished sequences with their texts and what they took: each step's seconds, shared by those it served."""
         spent_s: dict[TokenSequence, float] = {}
         open_sequences: list[TokenSequence] = []
-        texts: dict[tuple[str, int], list[str]] = {}
+        texts: dict[tuple[str, int], StreamedText] = {}
         ended: set[tuple[str, int]] = set()
         for prompt in prompts:
             try:
@@ -143,7 +145,7 @@ class EngineRolloutSource:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
-                texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
+                texts.setdefault((prompt_id, chunk.index), StreamedText()).add(chunk.text, len(chunk.token_ids))
                 if chunk.finish_reason is not None:
                     ended.add((prompt_id, chunk.index))
 
@@ -165,7 +167,7 @@ class EngineRolloutSource:
                 request_id, _ = key = _key(sequence)
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence, 0.0)
+                yield sequence, texts.pop(key), spent_s.pop(sequence, 0.0)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
