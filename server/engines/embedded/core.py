@@ -278,7 +278,7 @@ class EngineCore:
         is_controlled = [sequence.is_controlled for sequence in rows]
         if rows != self._plan_rows or is_controlled != self._is_controlled:
             controls = [s.request.control if acts else None for s, acts in zip(rows, is_controlled, strict=True)]
-            self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
+            self._plan = self.editor.plan(controls, self.registry, device=hidden_BD.device)
             self._plan_rows, self._is_controlled = rows, is_controlled
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
