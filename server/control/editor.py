@@ -124,6 +124,7 @@ class StateEditor:
         self._shifts: dict[tuple[HeadStack, tuple[float, ...]], ops.SharedShift] = {}
         self._shared_rows: SharedRows | None = None
         self._kernels: dict[torch.device, EditKernels | None] = {}
+        self._may_use_kernels = True
         self._bank = HeadBank(unembedding.project)
         self._fused_rows: FusedRows | None = None
 
@@ -132,8 +133,12 @@ class StateEditor:
     ) -> EditPlan:
         """`EditPlan.from_rows` with what this editor's kernels can do. Raises UnknownHeadError."""
         device = torch.device(device)
-        fuses = self._unembedding.is_linear and self._kernels_on(device) is not None
+        fuses = self._unembedding.is_linear and self.kernels_on(device) is not None
         return EditPlan.from_rows(rows, registry, device=device, fuses=fuses)
+
+    def without_kernels(self) -> None:
+        """Leave what comes to torch's operations, to compare with; plans made before are void."""
+        self._may_use_kernels = False
 
     def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
         """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
@@ -244,13 +249,16 @@ class StateEditor:
     ) -> tuple[Tensor, list[SharedEdit]]:
         """The same by the kernels on a GPU."""
         num_rows, device = len(logits_BV), hidden_BD.device
-        kernels = self._kernels_on(device)
+        kernels = self.kernels_on(device)
         assert kernels is not None
         if self._fused_rows is None or not self._fused_rows.are_for(groups, num_rows):
             self._fused_rows = FusedRows(groups, self._bank, num_rows, device)
         return self._fused_rows.edit(kernels, hidden_BD, logits_BV)
 
-    def _kernels_on(self, device: torch.device) -> EditKernels | None:
+    def kernels_on(self, device: torch.device) -> EditKernels | None:
+        """Those of a GPU that edit rows of this device, if any do."""
+        if not self._may_use_kernels:
+            return None
         return _kept(self._kernels, _MAX_DEVICES, device, lambda: edit_kernels_on(device))
 
     def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
@@ -274,7 +282,7 @@ class StateEditor:
 
     def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
         base_RV = base_BV[ascent.group.rows_R]
-        kernels = self._kernels_on(base_RV.device)
+        kernels = self.kernels_on(base_RV.device)
         if self._unembedding.is_linear and kernels is not None:
             scale_R, kl_R = kernels.largest_scales(base_RV, delta_RV, ascent.group.max_kl_R - ROUNDING_NATS)
         elif self._unembedding.is_linear:

@@ -105,22 +105,22 @@ class Compared:
             plan, other = plan.at(state_of), other.at(state_of)
         self.base_BV = unembedding.project(hidden_BD).float()
         self.logits_BV, stats = editor.logits(hidden_BD, plan)
-        editor._kernels = {device: None}
+        editor.without_kernels()
         self.other_BV, other_stats = editor.logits(hidden_BD, other)
         self.numbers, self.other = _by_row(stats), _by_row(other_stats)
 
     def assert_alike(self) -> None:
         assert self.logits_BV.dtype == torch.float32
         assert self.numbers.keys() == self.other.keys()
-        for row, (control, mine) in self.numbers.items():
+        for row, (params, mine) in self.numbers.items():
             other, num_heads = self.other[row][1], (len(mine) - 5) // 2
             (kl, _, held, is_broken, is_open), (other_kl, _, *others) = mine[-5:], other[-5:]
             assert [held, is_broken, is_open] == others, (row, HELD_BY[int(held)], HELD_BY[int(others[0])])
             assert mine[:num_heads] == pytest.approx(other[:num_heads], rel=1e-4, abs=1e-4, nan_ok=True)
-            assert kl <= control.max_kl
+            assert kl <= params.max_kl
             moved_V, other_V = (self.logits_BV - self.base_BV)[row], (self.other_BV - self.base_BV)[row]
             if held == BY_KL and other_kl > 0:
-                assert 0.96 * control.max_kl < kl
+                assert 0.96 * params.max_kl < kl
                 torch.testing.assert_close(moved_V, other_V, rtol=0.03, atol=1e-4)
             else:
                 assert kl == pytest.approx(other_kl, rel=1e-3, abs=1e-5)

@@ -1,0 +1,4 @@
+from benchmarks.edit.command import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""When a GPU's kernels edit, and that they compile for one; what they do is in tests/control/test_fused.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from server.errors import ConfigurationError
+from server.kernels import gpu, native
+from server.kernels.gpu import edit_kernels_on
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _first_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("RECONTROL_KERNELS", raising=False)
+    gpu._is_there.cache_clear()
+    gpu._log_once.cache_clear()
+    yield
+    gpu._is_there.cache_clear()
+    gpu._log_once.cache_clear()
+
+
+def test_on_a_cpu_they_edit_nothing() -> None:
+    assert edit_kernels_on(CPU) is None
+
+
+@needs_triton
+def test_on_a_gpu_they_edit_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
+        assert edit_kernels_on(CUDA) is not edit_kernels_on(CUDA)
+    assert [line.startswith("On the GPU kernels in Triton edit rows") for line in caplog.messages] == [True]
+
+
+def test_told_to_leave_it_to_torch_they_edit_nothing_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_KERNELS", "torch")
+    with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
+        assert edit_kernels_on(CUDA) is None
+    assert caplog.messages == ["On the GPU torch's operations edit rows: RECONTROL_KERNELS asks for them"]
+
+
+def test_without_triton_torch_edits_and_the_log_warns(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert edit_kernels_on(CUDA) is edit_kernels_on(CUDA) is None
+    assert caplog.messages == ["On the GPU torch's operations edit rows, slower: the package triton is not installed"]
+    monkeypatch.setenv("RECONTROL_KERNELS", "triton")
+    with pytest.raises(ConfigurationError, match="needs the package triton"):
+        edit_kernels_on(CUDA)
+
+
+@needs_triton
+def test_asked_for_on_a_cpu_they_need_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECONTROL_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigurationError, match="set TRITON_INTERPRET=1 too"):
+        edit_kernels_on(CPU)
+
+
+def test_asking_for_them_leaves_a_cpus_kernels_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = native.__wrapped__()
+    monkeypatch.setenv("RECONTROL_KERNELS", "triton")
+    asked = native.__wrapped__()
+    assert (None if asked is None else asked.level) == (None if usual is None else usual.level)
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from server.kernels.gpu import ascent_kernel, budget_kernels
+
+CONSTANTS = {"IS_WIDENED": True, "TOLERANCE": 1e-3, "BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "REPORTED": 21}
+WHOLE = ("hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk")
+TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024}
+
+def type_of(name, logits):
+    if name in CONSTANTS or name == "TILE":
+        return "constexpr"
+    if name in WHOLE:
+        return "i32"
+    return {"hidden": "*bf16", "places_B": "*i32", "source": logits}.get(name, "*fp32")
+
+for kernel in (ascent_kernel.ascend, budget_kernels.measure, budget_kernels.probe, budget_kernels.settle, budget_kernels.move):
+    names = kernel.arg_names
+    signature = {name: type_of(name, "*bf16") for name in names}
+    if "IS_WIDENED" not in names and "logits" in names:
+        signature["logits"] = "*bf16"
+    constants = {name: value for name, value in {**CONSTANTS, "TILE": TILES.get(kernel.__name__)}.items() if name in names}
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]) > 0)
+"""
+
+
+@needs_triton
+def test_they_compile_for_a_hopper_gpu_without_one() -> None:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert [(name, is_made) for name, _, is_made in told] == [
+        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move")
+    ]
