@@ -23,11 +23,9 @@ needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason
 @pytest.fixture(autouse=True)
 def _first_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RECONTROL_KERNELS", raising=False)
-    gpu._is_there.cache_clear()
-    gpu._log_once.cache_clear()
+    gpu._are_used_on_a_gpu.cache_clear()
     yield
-    gpu._is_there.cache_clear()
-    gpu._log_once.cache_clear()
+    gpu._are_used_on_a_gpu.cache_clear()
 
 
 def test_on_a_cpu_they_edit_nothing() -> None:
@@ -38,7 +36,9 @@ def test_on_a_cpu_they_edit_nothing() -> None:
 def test_on_a_gpu_they_edit_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
         assert edit_kernels_on(CUDA) is not edit_kernels_on(CUDA)
-    assert [line.startswith("On the GPU kernels in Triton edit rows") for line in caplog.messages] == [True]
+    assert [line.startswith("On the GPU kernels in Triton edit rows and draw tokens") for line in caplog.messages] == [
+        True
+    ]
 
 
 def test_told_to_leave_it_to_torch_they_edit_nothing_and_the_log_says_so(
@@ -47,7 +47,9 @@ def test_told_to_leave_it_to_torch_they_edit_nothing_and_the_log_says_so(
     monkeypatch.setenv("RECONTROL_KERNELS", "torch")
     with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
         assert edit_kernels_on(CUDA) is None
-    assert caplog.messages == ["On the GPU torch's operations edit rows: RECONTROL_KERNELS asks for them"]
+    assert caplog.messages == [
+        "On the GPU torch's operations edit rows and draw tokens: RECONTROL_KERNELS asks for them"
+    ]
 
 
 def test_without_triton_torch_edits_and_the_log_warns(
@@ -55,7 +57,9 @@ def test_without_triton_torch_edits_and_the_log_warns(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert edit_kernels_on(CUDA) is edit_kernels_on(CUDA) is None
-    assert caplog.messages == ["On the GPU torch's operations edit rows, slower: the package triton is not installed"]
+    assert caplog.messages == [
+        "On the GPU torch's operations edit rows and draw tokens, slower: triton is not installed"
+    ]
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
     with pytest.raises(ConfigurationError, match="needs the package triton"):
         edit_kernels_on(CUDA)
@@ -93,12 +97,14 @@ def type_of(name, logits):
         return "i32"
     return {"hidden": "*bf16", "places_B": "*i32", "source": logits}.get(name, "*fp32")
 
-for kernel in (ascent_kernel.ascend, budget_kernels.measure, budget_kernels.probe, budget_kernels.settle, budget_kernels.move):
+kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle", "move"))]
+for kernel in kernels:
     names = kernel.arg_names
     signature = {name: type_of(name, "*bf16") for name in names}
     if "IS_WIDENED" not in names and "logits" in names:
         signature["logits"] = "*bf16"
-    constants = {name: value for name, value in {**CONSTANTS, "TILE": TILES.get(kernel.__name__)}.items() if name in names}
+    known = {**CONSTANTS, "TILE": TILES.get(kernel.__name__)}
+    constants = {name: value for name, value in known.items() if name in names}
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]) > 0)
 """

@@ -1,15 +1,17 @@
-"""The edit of controlled rows on a GPU by kernels in Triton, which comes with torch there; else torch does it.
+"""The edit of controlled rows and the draw on a GPU by kernels in Triton, which comes with torch there.
 
 What stays with torch's operations on a GPU, too: the ascent of heads with hidden layers, control over what a server
-pins, and models with a soft cap on their logits. RECONTROL_KERNELS=torch leaves everything to them. `triton` edits by
+pins, and models with a soft cap on their logits. RECONTROL_KERNELS=torch leaves everything to them. `triton` takes
 these kernels on any device, for tests, where Triton's interpreter stands in for a GPU.
 
 layout.py          where a number lies in the tables that kernels share
 ascent_kernel.py   values, objectives and shifts of rows
 budget_kernels.py  divergences over the vocabulary, the largest scale, the move and the report
 edit.py            both for tensors
+draw_kernel.py     tokens from logits
+draw.py            the same for tensors
 
-Enter at `edit_kernels_on`.
+Enter at `edit_kernels_on`, or ask `are_used_on`.
 """
 
 from __future__ import annotations
@@ -34,36 +36,40 @@ _log = logging.getLogger(__name__)
 def edit_kernels_on(device: torch.device) -> EditKernels | None:
     """Kernels with buffers of their own that edit rows on this device, or None where torch's operations do.
 
-    Which it is on a GPU is logged once. Raises ConfigurationError where RECONTROL_KERNELS asks for Triton and there is
-    none.
+    Raises ConfigurationError as `are_used_on` does.
+    """
+    if not are_used_on(device):
+        return None
+    from server.kernels.gpu.edit import EditKernels
+
+    return EditKernels()
+
+
+def are_used_on(device: torch.device) -> bool:
+    """Whether these kernels or torch's operations edit rows and draw tokens on this device; on a GPU it is logged once.
+
+    Raises ConfigurationError where RECONTROL_KERNELS asks for Triton and there is none.
     """
     told = os.environ.get(VARIABLE, "")
-    if told != "triton" and (device.type != "cuda" or told == "torch" or not _is_there()):
-        if device.type == "cuda" and told == "torch":
-            _log_once(f"On the GPU torch's operations edit rows: {VARIABLE} asks for them")
-        return None
+    if told != "triton":
+        return device.type == "cuda" and _are_used_on_a_gpu(told)
     if not importlib.util.find_spec("triton"):
         raise ConfigurationError(f"{VARIABLE}: 'triton' needs the package triton, which is not installed here")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigurationError(
-            f"{VARIABLE}: 'triton' edits on a CPU by Triton's interpreter alone: TRITON_INTERPRET=1"
+            f"{VARIABLE}: 'triton' on a CPU needs Triton's interpreter; set TRITON_INTERPRET=1 too"
         )
-    from server.kernels.gpu.edit import EditKernels
-
-    if device.type == "cuda":
-        _log_once("On the GPU kernels in Triton edit rows; the first ones of a kind wait until these are compiled")
-    return EditKernels()
+    return True
 
 
 @functools.cache
-def _is_there() -> bool:
-    """Whether Triton is installed; says so once if not."""
-    is_there = importlib.util.find_spec("triton") is not None
-    if not is_there:
-        _log.warning("On the GPU torch's operations edit rows, slower: the package triton is not installed")
-    return is_there
-
-
-@functools.cache
-def _log_once(line: str) -> None:
-    _log.info("%s", line)
+def _are_used_on_a_gpu(told: str) -> bool:
+    """The same for one, and says it."""
+    if told == "torch":
+        _log.info("On the GPU torch's operations edit rows and draw tokens: %s asks for them", VARIABLE)
+        return False
+    if not importlib.util.find_spec("triton"):
+        _log.warning("On the GPU torch's operations edit rows and draw tokens, slower: triton is not installed")
+        return False
+    _log.info("On the GPU kernels in Triton edit rows and draw tokens; the first ones wait until these are compiled")
+    return True
