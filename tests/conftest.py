@@ -38,10 +38,6 @@ from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
-# Triton is told before it is first imported: without a GPU its interpreter runs the kernels of server/kernels/gpu.
-if not torch.cuda.is_available() and not importlib.util.find_spec("vllm"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 HIDDEN = 32
 VOCAB = 258
 EOS = 256

@@ -29,9 +29,12 @@ class _Launched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
         is_view = any(given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns)
+        if name == "to":  # It looks at the same memory only if that is as it is asked for.
+            is_view = result is args[0]
         is_on_device = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs, result)))
-        if is_on_device and not is_view and func._schema.name.removeprefix("aten::") not in _TAKE_MEMORY:
+        if is_on_device and not is_view and name not in _TAKE_MEMORY:
             self.count += 1
         return result
 

@@ -1,4 +1,4 @@
-"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of linear heads in four launches.
+"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of linear heads in five launches.
 
 What a row asks for travels to the device as one table. The heads that are in use lie there in a bank, each with what
 its ascent does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.

@@ -5,6 +5,9 @@ A draw may differ where the number lies within 1e-5 of the border between two to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from server.engines.embedded.sampler import RowSampling, _draw, _filtered, sampl
 pytest.importorskip("triton", reason="triton is not installed; on Linux `make setup` installs it")
 
 from server.kernels.gpu.draw import Drawing, draw
+from tests.triton_interpreter import quicken
 
 NUMBERS = [0.0, 0.03, 0.2, 0.41, 0.5, 0.77, 0.93, 0.9999]
 FILTERS = {
@@ -31,10 +35,13 @@ FILTERS = {
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("no CUDA device" if request.param == "cuda" else "where there is a GPU the kernels are compiled")
-    return request.param
+    if request.param == "cpu":
+        quicken(monkeypatch)
+    with np.errstate(all="ignore"):  # As a GPU has it.
+        yield request.param
 
 
 def logits(num_rows: int, device: str, size: int = 1500) -> Tensor:

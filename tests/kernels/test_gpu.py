@@ -84,20 +84,22 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from server.kernels.gpu import ascent_kernel, budget_kernels
+from server.kernels.gpu import ascent_kernel, budget_kernels, draw_kernel
 
-CONSTANTS = {"IS_WIDENED": True, "TOLERANCE": 1e-3, "BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "REPORTED": 21}
+CODES = {"BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "REPORTED": 21}
+CONSTANTS = {"ROUND": 1, "IS_WIDENED": True, "TOLERANCE": 1e-3, **CODES}
 WHOLE = ("hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk")
-TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024}
+TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 1024}
 
 def type_of(name, logits):
     if name in CONSTANTS or name == "TILE":
         return "constexpr"
     if name in WHOLE:
         return "i32"
-    return {"hidden": "*bf16", "places_B": "*i32", "source": logits}.get(name, "*fp32")
+    return {"hidden": "*bf16", "places_B": "*i32", "tokens_B": "*i64", "source": logits}.get(name, "*fp32")
 
 kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle", "move"))]
+kernels.append(draw_kernel.draw)
 for kernel in kernels:
     names = kernel.arg_names
     signature = {name: type_of(name, "*bf16") for name in names}
@@ -117,5 +119,5 @@ def test_they_compile_for_a_hopper_gpu_without_one() -> None:
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]
     assert [(name, is_made) for name, _, is_made in told] == [
-        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move")
+        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move", "draw")
     ]

@@ -45,7 +45,8 @@ def ascend(
     place = tl.program_id(0)
     entry, out = table + place * ROW_WIDTH, state + place * STATE_WIDTH
     slots = tl.arange(0, SLOTS)
-    is_used = slots < tl.load(entry + COUNT)
+    num_used = tl.load(entry + COUNT).to(tl.int32)
+    is_used = slots < num_used
     heads = tl.load(entry + HEADS + slots).to(tl.int64)
     row = hidden + tl.load(entry + ROW).to(tl.int64) * hidden_stride
     length, units = _read(row, hidden_size, inputs_KD, heads, is_used, TILE)
@@ -65,11 +66,11 @@ def ascend(
         cosines = tl.load(cosines_KK + pairs, mask=are_used, other=0.0)
         earnings = cosines * tl.load(entry + EARNED + slots)[None, :]
         moves = tl.where(tl.load(entry + EARNS) > 0, earnings, effects)
-        weights = _worst_case(units, moves, size, weights, is_marked, slots)
+        weights = _worst_case(units, moves, size, weights, is_marked, num_used, slots)
     elif kind >= TARGET:
         levels = tl.where(is_marked, (tl.load(entry + LEVELS + slots) - mean) / scale, 0.0)
         lowest, highest = tl.load(entry + LOWEST), tl.load(entry + HIGHEST)
-        weights = _onto_levels(units, effects, size, weights, levels, is_marked, lowest, highest, slots)
+        weights = _onto_levels(units, effects, size, weights, levels, is_marked, lowest, highest, num_used, slots)
         weights = _within_bounds(units, effects, size, weights, levels, is_marked, kind == TARGET)
 
     taken = tl.where(is_used, size * weights, 0.0)
@@ -127,34 +128,38 @@ def _is_gate_open(entry, rewards, slots):
 
 
 @triton.jit
-def _worst_case(values, effects, size, weights, is_named, slots):
+def _worst_case(values, effects, size, weights, is_named, num_used, slots):
     """See `WorstCase.step_weights` and `simplex_weights`: weight moves between two heads at a time."""
-    count = tl.sum(is_named.to(tl.int32), axis=0)
+    named = is_named.to(tl.int32)
+    count = tl.sum(named, axis=0)
     effects = weights[:, None] * effects * weights[None, :]
     shares = tl.where(is_named, 1.0 / count, 0.0)
     ends = values * weights + size * tl.sum(shares[:, None] * effects, axis=0)
     for _ in range(tl.where(count == 2, 1, SWEEPS)):
-        for i in range(SLOTS):
-            for j in range(i + 1, SLOTS):
-                if (_at(is_named.to(tl.int32), slots, i) > 0) & (_at(is_named.to(tl.int32), slots, j) > 0):
-                    difference = _row(effects, slots, i) - _row(effects, slots, j)
-                    curvature = size * (_at(difference, slots, i) - _at(difference, slots, j))
-                    wanted = (_at(ends, slots, j) - _at(ends, slots, i)) / tl.maximum(curvature, LEAST_GAIN)
-                    moved = tl.maximum(tl.minimum(wanted, _at(shares, slots, j)), -_at(shares, slots, i))
-                    shares += tl.where(slots == i, moved, 0.0) - tl.where(slots == j, moved, 0.0)
-                    ends += size * moved * difference
+        for i in range(num_used):
+            if _at(named, slots, i) > 0:
+                for j in range(i + 1, num_used):
+                    if _at(named, slots, j) > 0:
+                        # 1 at i and -1 at j, so that a product with it is the difference between the two.
+                        pair = (slots == i).to(tl.float32) - (slots == j).to(tl.float32)
+                        difference = tl.sum(pair[:, None] * effects, axis=0)
+                        curvature = size * tl.sum(pair * difference, axis=0)
+                        wanted = -tl.sum(pair * ends, axis=0) / tl.maximum(curvature, LEAST_GAIN)
+                        moved = tl.maximum(tl.minimum(wanted, _at(shares, slots, j)), -_at(shares, slots, i))
+                        shares += moved * pair
+                        ends += size * moved * difference
     return weights * shares
 
 
 @triton.jit
-def _onto_levels(values, effects, size, weights, levels, is_free, lowest, highest, slots):
+def _onto_levels(values, effects, size, weights, levels, is_free, lowest, highest, num_used, slots):
     """See `Box.weights`: what is added to a free head's weight ends its value on its level."""
     ends = values + size * tl.sum(weights[:, None] * effects, axis=0)
     added = tl.zeros([SLOTS], tl.float32)
     for _ in range(tl.where(tl.sum(is_free.to(tl.int32), axis=0) == 1, 1, SWEEPS)):
-        for k in range(SLOTS):
+        for k in range(num_used):
             if _at(is_free.to(tl.int32), slots, k) > 0:
-                effect = _row(effects, slots, k)
+                effect = tl.sum(tl.where((slots == k)[:, None], effects, 0.0), axis=0)
                 gain = size * _at(effect, slots, k)
                 before = _at(added, slots, k)
                 wanted = before + (_at(levels, slots, k) - _at(ends, slots, k)) / gain
@@ -168,7 +173,7 @@ def _onto_levels(values, effects, size, weights, levels, is_free, lowest, highes
 def _within_bounds(values, effects, size, weights, levels, is_levelled, is_target):
     """See `within_bounds`, and `Target.bounds` or `Floor.bounds`."""
     low = tl.where(is_target, tl.where(values >= levels, levels, -INFINITY), tl.minimum(values, levels))
-    high = tl.where(is_target & (values <= levels), levels, INFINITY)
+    high = tl.where(is_target, tl.where(values <= levels, levels, INFINITY), INFINITY)
     low, high = tl.where(is_levelled, low, -INFINITY), tl.where(is_levelled, high, INFINITY)
     change = size * tl.sum(weights[:, None] * effects, axis=0)
     ends = values + change
@@ -181,11 +186,6 @@ def _within_bounds(values, effects, size, weights, levels, is_levelled, is_targe
 def _at(numbers, slots, place):
     """The one at a place."""
     return tl.sum(tl.where(slots == place, numbers, 0), axis=0)
-
-
-@triton.jit
-def _row(matrix, slots, place):
-    return tl.sum(tl.where((slots == place)[:, None], matrix, 0.0), axis=0)
 
 
 @triton.jit

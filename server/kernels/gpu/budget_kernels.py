@@ -4,7 +4,7 @@ The logits of a row move along a change d, the rows of a basis taken so many tim
 is that of server/control/budget.py, which explains it; here it is evaluated for several scales s in one pass:
 
     measure   KL at 8 scales, halves of each other from the whole edit on, and its curvature at zero
-    probe     KL at 16 scales near the one at which it meets the limit, by a curve through what was measured
+    probe     twice: KL at 16 scales near the one at which it meets the limit, by a curve through what is known by then
     move      the largest scale of all these whose KL is within the limit, the logits there, and the row's report
     settle    that scale and its divergence alone
 
@@ -22,7 +22,7 @@ import triton.language as tl
 
 from server.kernels.gpu import layout
 
-MEASURED_SCALES, PROBED_SCALES, MAX_SPLITS = 8, 16, 64
+MEASURED_SCALES, PROBED_SCALES, NUM_ROUNDS, MAX_SPLITS = 8, 16, 2, 64
 MEASURED_WIDTH, PROBED_WIDTH = 2 * MEASURED_SCALES + 6, 3 * PROBED_SCALES
 
 SLOTS, ROW, COUNT = tl.constexpr(layout.SLOTS), tl.constexpr(layout.ROW), tl.constexpr(layout.COUNT)
@@ -39,7 +39,7 @@ TARGET = tl.constexpr(layout.TARGET)
 SCALES, POINTS, SPLITS = tl.constexpr(MEASURED_SCALES), tl.constexpr(PROBED_SCALES), tl.constexpr(MAX_SPLITS)
 TOTAL, WEIGHTED = tl.constexpr(0), tl.constexpr(MEASURED_SCALES)
 MASS, FIRST, SECOND, TOP, PEAK, CHECK = (tl.constexpr(2 * MEASURED_SCALES + i) for i in range(6))
-MEASURED, PROBED = tl.constexpr(MEASURED_WIDTH), tl.constexpr(PROBED_WIDTH)
+MEASURED, PROBED, ROUNDS = tl.constexpr(MEASURED_WIDTH), tl.constexpr(PROBED_WIDTH), tl.constexpr(NUM_ROUNDS)
 INFINITY = tl.constexpr(float("inf"))
 # Of sums of exponentials, relative to those of the base: what is less says nothing.
 LEAST_TOTAL = tl.constexpr(1e-30)
@@ -101,20 +101,27 @@ def measure(logits, logits_stride, size_V, basis, table, state, measured, num_sp
 
 @triton.jit(do_not_specialize=["num_splits"])
 def probe(
-    logits, logits_stride, size_V, basis, table, state, measured, aims, probed, num_splits, chunk, TILE: tl.constexpr
+    logits, logits_stride, size_V, basis, table, state, measured, aims, probed, num_splits, chunk, ROUND: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, split): likewise, for the scales that `aims` [2, POINTS] ask for, into `probed` [R, splits, PROBED].
+    """Program (r, split): likewise, for the scales that `aims` [2, POINTS] ask for, into the part of this round, 0 or
+    1, of `probed` [R, ROUNDS, splits, PROBED].
 
-    An aim is a share of the limit, or, where it is 0, a place in the bracket.
+    An aim is a share of the limit, or, where it is 0, a place between the scales that the limit is known to be between.
     """
     place, split = tl.program_id(0), tl.program_id(1)
     entry, coefficients = table + place * ROW_WIDTH, state + place * STATE_WIDTH + COEFFICIENTS
     row = logits + tl.load(entry + ROW).to(tl.int64) * logits_stride
     count = tl.load(entry + COUNT).to(tl.int32)
     points = tl.arange(0, POINTS)
-    divergences, slope, _, top, peak, _ = _sum_measured(measured + place * num_splits * MEASURED, num_splits)
+    divergences, slope, mass, top, peak, _ = _sum_measured(measured + place * num_splits * MEASURED, num_splits)
     limit = tl.load(entry + LIMIT)
-    scales = _near(divergences, slope, limit, tl.load(aims + points), tl.load(aims + POINTS + points))
+    low, low_kl, high, high_kl = _between(_measured_scales(), divergences, limit, 0.0, 0.0, 1.0, INFINITY)
+    if ROUND > 0:
+        known, known_kl = _sum_probed(probed + place * ROUNDS * num_splits * PROBED, num_splits, mass)
+        low, low_kl, high, high_kl = _between(known, known_kl, limit, low, low_kl, high, high_kl)
+    wanted = tl.sqrt(tl.maximum(tl.load(aims + points) * limit, 0.0))
+    scales = _near(low, tl.sqrt(low_kl), high, tl.sqrt(high_kl), slope, wanted, tl.load(aims + POINTS + points))
 
     begin = split * chunk
     end = tl.minimum(begin + chunk, size_V)
@@ -129,7 +136,7 @@ def probe(
         tilted = tl.exp(base - top)[None, :] * tl.exp(scales[:, None] * below[None, :])
         totals += tilted
         weighted += tilted * below[None, :]
-    out = probed + (place * num_splits + split) * PROBED
+    out = probed + ((place * ROUNDS + ROUND) * num_splits + split) * PROBED
     tl.store(out + points, scales)
     tl.store(out + POINTS + points, tl.sum(totals, axis=1))
     tl.store(out + 2 * POINTS + points, tl.sum(weighted, axis=1))
@@ -203,7 +210,7 @@ def _tell(
     held = tl.where(is_nonfinite, 0.0, held)
     kind = tl.load(entry + KIND)
     levels = (tl.load(entry + LEVELS + slots) - mean) / reward_scale
-    is_levelled = (tl.load(entry + MARKED + slots) > 0) & (kind >= TARGET)
+    is_levelled = tl.load(entry + MARKED + slots) * tl.where(kind >= TARGET, 1.0, 0.0) > 0
     is_at_level = tl.max((is_levelled & (tl.abs(after - levels) <= TOLERANCE)).to(tl.int32), axis=0) > 0
     held = tl.where((held == 0.0) & is_at_level, BY_LEVEL + kind - TARGET, held)
     is_open = tl.load(out + IS_OPEN)
@@ -280,26 +287,44 @@ def _sum_measured(parts, num_splits):
 
 
 @triton.jit
-def _near(divergences, slope, limit, aims, places):
-    """Scales at which the divergence should be these shares of the limit.
+def _sum_probed(parts, num_splits, mass):
+    """A round's scales of a row, and the divergences there."""
+    splits, points = tl.arange(0, SPLITS), tl.arange(0, POINTS)
+    is_there = (splits < num_splits)[:, None]
+    each = parts + splits[:, None] * PROBED + points[None, :]
+    scales = tl.load(parts + points)
+    total = tl.sum(tl.load(each + POINTS, mask=is_there, other=0.0), axis=0)
+    weighted = tl.sum(tl.load(each + 2 * POINTS, mask=is_there, other=0.0), axis=0)
+    return scales, _divergence(scales, total, weighted, mass)
 
-    Its root follows s / (a + b s) between the measured scales that the limit lies between, or zero, where the slope is
-    known; that is a straight line or one that levels off. Where this leads nowhere, the root is taken for straight.
-    """
-    scales = _measured_scales()
+
+@triton.jit
+def _between(scales, divergences, limit, low, low_kl, high, high_kl):
+    """The scales that the limit lies between, and their divergences, given those known so far and new ones."""
     is_inside = divergences <= limit
-    low = tl.max(tl.where(is_inside, scales, 0.0), axis=0)
-    high = tl.min(tl.where((is_inside == 0) & (scales > low), scales, 1.0), axis=0)
-    low_root = tl.sqrt(tl.max(tl.where(is_inside & (scales == low), divergences, 0.0), axis=0))
-    high_root = tl.sqrt(tl.max(tl.where(scales == high, divergences, 0.0), axis=0))
+    inside = tl.max(tl.where(is_inside, scales, low), axis=0)
+    at_inside = tl.max(tl.where(is_inside & (scales == inside), divergences, 0.0), axis=0)
+    low, low_kl = inside, tl.where(inside > low, at_inside, low_kl)
+    beyond = tl.min(tl.where((is_inside == 0) & (scales > low), scales, high), axis=0)
+    at_beyond = tl.max(tl.where(scales == beyond, divergences, 0.0), axis=0)
+    is_new = tl.max(tl.where((is_inside == 0) & (scales == beyond), 1, 0), axis=0) > 0
+    return low, low_kl, beyond, tl.where(is_new, at_beyond, high_kl)
+
+
+@triton.jit
+def _near(low, low_root, high, high_root, slope, wanted, places):
+    """Scales at which the root of the divergence should be as wanted.
+
+    It follows s / (a + b s) between the two scales, of which the lower may be zero, where the slope is known: a
+    straight line, or one that levels off. Where this leads nowhere, it is taken for straight.
+    """
     low_inverse = tl.where(low > 0, low / low_root, 1.0 / slope)
     steepness = (high / high_root - low_inverse) / (high - low)
-    wanted = tl.sqrt(tl.maximum(aims * limit, 0.0))
     curved = wanted * (low_inverse - steepness * low) / (1.0 - steepness * wanted)
     share = (curved - low) / (high - low)
     straight = tl.where(high_root < INFINITY, (wanted - low_root) / (high_root - low_root), 0.5)
     share = tl.where((tl.abs(share) < INFINITY) & (steepness * wanted < 1.0), share, straight)
-    share = tl.where((aims > 0) & (tl.abs(share) < INFINITY), share, places)
+    share = tl.where((wanted > 0) & (tl.abs(share) < INFINITY), share, places)
     share = tl.minimum(tl.maximum(share, MARGIN), 1.0 - MARGIN)
     return low + share * (high - low)
 
@@ -309,20 +334,9 @@ def _largest(measured, probed, place, num_splits, limit):
     """The largest scale of those evaluated that is within the limit, 0 if none is, its divergence, and whether all
     changes are finite."""
     divergences, _, mass, _, _, is_finite = _sum_measured(measured + place * num_splits * MEASURED, num_splits)
-    scales = _measured_scales()
-    splits, points = tl.arange(0, SPLITS), tl.arange(0, POINTS)
-    is_there = (splits < num_splits)[:, None]
-    parts = probed + place * num_splits * PROBED
-    each = parts + splits[:, None] * PROBED + points[None, :]
-    nearer = tl.load(parts + points)
-    total = tl.sum(tl.load(each + POINTS, mask=is_there, other=0.0), axis=0)
-    weighted = tl.sum(tl.load(each + 2 * POINTS, mask=is_there, other=0.0), axis=0)
-    nearer_divergences = _divergence(nearer, total, weighted, mass)
-
-    is_inside, is_near_inside = divergences <= limit, nearer_divergences <= limit
-    measured_scale = tl.max(tl.where(is_inside, scales, 0.0), axis=0)
-    scale = tl.maximum(measured_scale, tl.max(tl.where(is_near_inside, nearer, 0.0), axis=0))
-    at_measured = tl.max(tl.where(is_inside & (scales == scale), divergences, 0.0), axis=0)
-    at_near = tl.max(tl.where(is_near_inside & (nearer == scale), nearer_divergences, 0.0), axis=0)
-    divergence = tl.maximum(at_measured, at_near)
-    return tl.where(is_finite, scale, 0.0), tl.where(is_finite, divergence, 0.0), is_finite
+    low, low_kl, high, high_kl = _between(_measured_scales(), divergences, limit, 0.0, 0.0, 1.0, INFINITY)
+    for round_place in range(ROUNDS):
+        parts = probed + (place * ROUNDS + round_place) * num_splits * PROBED
+        scales, probed_kl = _sum_probed(parts, num_splits, mass)
+        low, low_kl, high, high_kl = _between(scales, probed_kl, limit, low, low_kl, high, high_kl)
+    return tl.where(is_finite, low, 0.0), tl.where(is_finite, low_kl, 0.0), is_finite

@@ -1,9 +1,9 @@
 """The kernels of an edit on a GPU for tensors: tables, buffers and launches, without waiting for the device.
 
-Four launches edit any number of rows: `ascend`, `measure`, `probe` and `move`. Which programs run depends on shapes
-alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token is in
-the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors without
-values, the same runs without a GPU: the latter only counts. Enter at `EditKernels`.
+Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Which programs run depends on
+shapes alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token
+is in the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors
+without values, the same runs without a GPU: the latter only counts. Enter at `EditKernels`.
 
 Shapes: B rows of a step, R edited rows, K heads, D hidden size, V vocabulary.
 """
@@ -18,17 +18,17 @@ import triton
 from torch import Tensor
 
 from server.kernels.gpu import ascent_kernel, budget_kernels, layout
-from server.kernels.gpu.budget_kernels import MAX_SPLITS, MEASURED_WIDTH, PROBED_WIDTH
+from server.kernels.gpu.budget_kernels import MAX_SPLITS, MEASURED_WIDTH, NUM_ROUNDS, PROBED_WIDTH
 
 # Two for each of the 132 multiprocessors of an H100, twice.
 _PROGRAMS = 528
 _HIDDEN_TILE = 512
 # Numbers of a tile times scales are what a program holds at once.
 _MEASURED_TILE, _PROBED_TILE, _MOVED_TILE = 1024, 512, 1024
-_AIMS = (1.25, 1.1, 1.04, 1.015, 0.995, 0.98, 0.96, 0.93, 0.88, 0.8, 0.65, 0.4, 0.0, 0.0, 0.0, 0.0)
+_AIMS = (1.1, 1.03, 1.005, 0.99, 0.975, 0.95, 0.9, 0.8, 0.6, 0.3, *(0.0,) * 6)
 """Of the limit, the divergences that scales are guessed for: around it, since guesses err to both sides."""
-_PLACES = (0.5,) * 12 + (0.5, 0.125, 2.0**-6, 2.0**-10)
-"""Of the bracket, where the curve leads nowhere, and where an aim of 0 asks for it."""
+_PLACES = (0.5, 0.25, *(2.0**-power for power in range(4, 20, 2)), *(seventh / 7 for seventh in range(1, 7)))
+"""Between the two scales known to be around the limit's, where the curve leads nowhere, and where an aim is 0."""
 REPORT_WIDTH = 2 * layout.SLOTS + layout.NUM_REPORTED
 
 
@@ -116,12 +116,13 @@ class EditKernels:
         (num_rows, _), (_, size), device = table_RW.shape, logits_BV.shape, logits_BV.device
         splits = _splits(num_rows, size)
         measured = self._buffer("measured", device, num_rows, splits[0], MEASURED_WIDTH)
-        probed = self._buffer("probed", device, num_rows, splits[0], PROBED_WIDTH)
+        probed = self._buffer("probed", device, num_rows, NUM_ROUNDS, splits[0], PROBED_WIDTH)
         shared = (logits_BV, logits_BV.stride(0), size, basis_KV, table_RW, state, measured)
         grid = (num_rows, splits[0])
         self._launch(budget_kernels.measure, grid, *shared, *splits, TILE=_MEASURED_TILE)
         aims = self._buffer("aims", device, 2, len(_AIMS), fill=lambda aims: aims.copy_(torch.tensor([_AIMS, _PLACES])))
-        self._launch(budget_kernels.probe, grid, *shared, aims, probed, *splits, TILE=_PROBED_TILE)
+        for number in range(NUM_ROUNDS):
+            self._launch(budget_kernels.probe, grid, *shared, aims, probed, *splits, ROUND=number, TILE=_PROBED_TILE)
         return measured, probed, splits
 
     def _buffer(self, name: str, device: torch.device, *shape: int, fill: Any = None) -> Tensor:

@@ -13,7 +13,7 @@ from benchmarks.edit.launches import count
 
 RESULT = json.loads(Path("benchmarks/results/edit-launches.json").read_text())
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-KERNELS = 4
+KERNELS = 5
 """The launches of rows of linear heads, however many and whatever they ask for."""
 
 
@@ -22,7 +22,7 @@ def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
 
 
-def test_rows_of_linear_heads_take_four_launches_where_torch_takes_a_hundred() -> None:
+def test_rows_of_linear_heads_take_five_launches_where_torch_takes_a_hundred() -> None:
     counted = count(Shape(16, 32, 500))
     for name in ("one head", "three heads mixed", "worst case of three heads"):
         assert counted[name]["kernels"] == KERNELS
