@@ -21,8 +21,10 @@ from server.errors import ConfigurationError
 from value_models.store import shipped_heads_folder
 
 _PAGE_TOKENS = 128
-Part = Literal["offline", "online", "step", "quantization", "long", "neighbours"]
-_USUAL_PARTS: list[Part] = ["offline", "online", "step", "quantization"]
+PartName = Literal["offline", "online", "step", "quantization", "long", "neighbours"]
+Part = Callable[[Callable[[dict[str, Any]], object]], dict[str, Any]]
+"""Measures, and says after every turn what it has."""
+_USUAL_PARTS: list[PartName] = ["offline", "online", "step", "quantization"]
 _PROFILED_ROWS = 32
 _LEAST_LONG_LEN = 1024
 
@@ -45,9 +47,9 @@ class Speed(Measurement):
         [name for name in ARMS if name not in BESIDE_VLLM],
         description=f"comma-separated, of: {', '.join(ARMS)}; by default without {', '.join(BESIDE_VLLM)}",
     )
-    only: list[Part] = Field(
+    only: list[PartName] = Field(
         _USUAL_PARTS,
-        description=f"comma-separated, of: {', '.join(get_args(Part))}; by default without the last two",
+        description=f"comma-separated, of: {', '.join(get_args(PartName))}; by default without the last two",
     )
     batch_sizes: list[Positive] = Field([1, 8, 32, 64], description="comma-separated, of offline batches")
     rates: list[Annotated[float, Field(gt=0)]] = Field([1, 2, 4], description="comma-separated requests a second")
@@ -110,35 +112,38 @@ class Speed(Measurement):
             if part not in self.only:
                 continue
             try:
-                result[part] = measure()
+                # What has been measured outlives whatever happens to the rest.
+                result[part] = measure(lambda so_far, part=part: self.write({**result, part: so_far}))
             except PeerError as error:
                 # Of a look into our own engine; arms that fail say so in their figures.
                 result[part] = {"failed": str(error)}
                 print(f"{part} failed: {error}", flush=True)
-            self.write(result)  # What has been measured outlives whatever happens to the rest.
+            self.write(result)
         return result
 
-    def _parts(self, setup: Setup, arms: list[str], found: dict[str, Found]) -> dict[str, Callable[[], dict[str, Any]]]:
+    def _parts(self, setup: Setup, arms: list[str], found: dict[str, Found]) -> dict[str, Part]:
         """What can be measured here, in this order."""
         workload, repeats = self._workload(setup), self.repeats
         serving = [arm for arm in arms if _has_server(arm)]
-        parts: dict[str, Callable[[], dict[str, Any]]] = {}
+        parts: dict[str, Part] = {}
         if arms:
             sizes = {"batch_sizes": self.batch_sizes, "repeats": repeats}
-            parts["offline"] = lambda: offline.measure(setup, arms, found, workload, **sizes)
+            parts["offline"] = lambda keep: offline.measure(setup, arms, found, workload, keep=keep, **sizes)
         if serving:
-            parts["online"] = lambda: online.measure(setup, serving, found, workload, self._load())
-        parts["step"] = lambda: own_engine.profile(setup, workload, rows=_PROFILED_ROWS)
+            parts["online"] = lambda keep: online.measure(setup, serving, found, workload, self._load(), keep=keep)
+        parts["step"] = lambda _: own_engine.profile(setup, workload, rows=_PROFILED_ROWS)
         if setup.device == "cpu" and setup.dtype == "bfloat16":
-            parts["quantization"] = lambda: own_engine.quantization_loss(setup, workload)
+            parts["quantization"] = lambda _: own_engine.quantization_loss(setup, workload)
         if arms and "long" in self.only:
             lengths = {"lengths": self.long_prompts, "repeats": repeats}
             roomy = self._roomy(setup)
-            parts["long"] = lambda: long_prompts.measure(roomy, arms, found, workload, **lengths)
+            parts["long"] = lambda keep: long_prompts.measure(roomy, arms, found, workload, keep=keep, **lengths)
         if arms:
             rows = self.neighbour_rows
             beside = replace(setup, max_batch_size=rows, kv_cache_gib=self._kv_cache_gib(setup, rows, setup.max_len))
-            parts["neighbours"] = lambda: neighbours.measure(beside, arms, found, workload, rows=rows, repeats=repeats)
+            parts["neighbours"] = lambda keep: neighbours.measure(
+                beside, arms, found, workload, rows=rows, repeats=repeats, keep=keep
+            )
         return parts
 
     def _roomy(self, setup: Setup) -> Setup:

@@ -23,7 +23,7 @@ from benchmarks.speed.peers import ARMS, PEERS, Found, objectives
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.servers import END_S
 from benchmarks.speed.setup import Setup, Workload
-from benchmarks.speed.turns import Key
+from benchmarks.speed.turns import Keep, Key, Results
 
 NUM_STREAMS = 4
 """Streams that run beside a long prompt."""
@@ -48,16 +48,22 @@ def measure(
     *,
     lengths: Sequence[int],
     repeats: int,
-) -> dict[str, Any]:
+    keep: Keep,
+) -> dict[str, Results]:
     """`alone` and `beside`: by arm, its peer's facts and its figures at each length. The setup has room for them."""
-    alone = _Alone(setup, found, workload).run(arms, lengths, repeats, warm_up=True)
-    for result in alone.values():
-        result["lengths"] = {length: _alone(int(length), turns) for length, turns in result.pop("turns").items()}
+
+    def keep_alone(alone: Results) -> None:
+        keep({"alone": alone, "beside": {}})
+
+    def keep_beside(beside: Results) -> None:
+        keep({"alone": alone, "beside": beside})
+
+    alone = _Alone(setup, found, workload).run(arms, lengths, repeats, warm_up=True, keep=keep_alone)
     serving = [arm for arm in arms if PEERS[ARMS[arm].peer].server is not None]
-    beside = _Beside(setup, found, workload).run(serving, lengths, repeats, warm_up=False) if serving else {}
-    for result in beside.values():
-        result["lengths"] = {length: _beside(turns) for length, turns in result.pop("turns").items()}
-    return {"alone": alone, "beside": beside}
+    beside = _Beside(setup, found, workload)
+    if not serving:
+        return {"alone": alone, "beside": {}}
+    return {"alone": alone, "beside": beside.run(serving, lengths, repeats, warm_up=False, keep=keep_beside)}
 
 
 async def gaps_beside(url: str, running: Sequence[Mapping[str, Any]], prompt: Mapping[str, Any]) -> Gaps:
@@ -101,15 +107,21 @@ class Gaps:
 
 class _Alone(Engines):
     kind = "long"
+    keys = "lengths"
 
     def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
         prompts = replace(self.workload, prompt_tokens=int(key)).prompts(1, "long", key, repeat)
         seed = self.workload.seed_of("long", key, repeat)
         return self.generate(ARMS[arm].peer, prompts, 1, seed, objectives(ARMS[arm], self.setup.heads))
 
+    def figures(self, key: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        seconds = [turn["seconds"] for turn in turns]
+        return {"ttft_s": spread(seconds), "tokens_per_s": spread([int(key) / one for one in seconds])}
+
 
 class _Beside(Servers):
     kind = "long-beside"
+    keys = "lengths"
 
     def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
         """First the streams and one long prompt, then a short prompt alone, then one behind several long ones."""
@@ -139,6 +151,10 @@ class _Beside(Servers):
             "short_behind_s": short_behind.ttft_s,
         }
 
+    def figures(self, key: str, turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        del key
+        return {name: spread([turn[name] for turn in turns]) for name in turns[0]}
+
     @staticmethod
     def _few(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**body, "max_tokens": FEW_TOKENS} for body in bodies]
@@ -149,15 +165,6 @@ def _answered(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
     if error := next((outcome.error for outcome in outcomes if outcome.error), None):
         raise PeerError(f"a prompt failed: {error}")
     return outcomes
-
-
-def _alone(length: int, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    seconds = [turn["seconds"] for turn in turns]
-    return {"ttft_s": spread(seconds), "tokens_per_s": spread([length / one for one in seconds])}
-
-
-def _beside(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {name: spread([turn[name] for turn in turns]) for name in turns[0]}
 
 
 class _Stream:

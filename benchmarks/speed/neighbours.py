@@ -16,7 +16,7 @@ from benchmarks.speed.offline import Engines
 from benchmarks.speed.peers import ARMS, Found, objectives
 from benchmarks.speed.process import Child
 from benchmarks.speed.setup import Setup, Workload
-from benchmarks.speed.turns import Key
+from benchmarks.speed.turns import Keep, Key, Results
 
 ALONE, BUSY, TWO = "alone", "busy core", "two"
 CONDITIONS = (ALONE, BUSY, TWO)
@@ -25,18 +25,22 @@ _BUSY_CHILD = "busy-core"
 
 
 def measure(
-    setup: Setup, arms: Sequence[str], found: Mapping[str, Found], workload: Workload, *, rows: int, repeats: int
-) -> dict[str, Any]:
+    setup: Setup,
+    arms: Sequence[str],
+    found: Mapping[str, Found],
+    workload: Workload,
+    *,
+    rows: int,
+    repeats: int,
+    keep: Keep,
+) -> Results:
     """By arm, its peer's facts and its tokens a second in each condition at so many rows, of both engines together."""
-    results = _Neighbours(setup, found, workload, rows).run(arms, CONDITIONS, repeats, warm_up=True)
-    for result in results.values():
-        turns = result.pop("turns")
-        result["conditions"] = {name: _condition(turns[name]) for name in CONDITIONS if name in turns}
-    return results
+    return _Neighbours(setup, found, workload, rows).run(arms, CONDITIONS, repeats, warm_up=True, keep=keep)
 
 
 class _Neighbours(Engines):
     kind = "neighbours"
+    keys = "conditions"
 
     def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload, rows: int) -> None:
         super().__init__(setup, found, workload)
@@ -63,6 +67,12 @@ class _Neighbours(Engines):
                 return self._batches(arm, [peer, _twin(peer)], repeat)
         return self._batches(arm, [peer], repeat)
 
+    def figures(self, key: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        del key
+        rates = [turn["num_tokens"] / turn["seconds"] for turn in turns]
+        seconds = [turn["seconds"] for turn in turns]
+        return {"num_tokens": turns[0]["num_tokens"], "tokens_per_s": spread(rates), "seconds": seconds}
+
     def _batches(self, arm: str, names: Sequence[str], repeat: int) -> dict[str, Any]:
         """A batch by each of these children at the same time, until the last is done."""
         steer, new_tokens = objectives(ARMS[arm], self.setup.heads), self.workload.new_tokens
@@ -80,9 +90,3 @@ class _Neighbours(Engines):
 
 def _twin(peer: str) -> str:
     return f"{peer}-second"
-
-
-def _condition(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rates = [turn["num_tokens"] / turn["seconds"] for turn in turns]
-    seconds = [turn["seconds"] for turn in turns]
-    return {"num_tokens": turns[0]["num_tokens"], "tokens_per_s": spread(rates), "seconds": seconds}

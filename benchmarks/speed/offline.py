@@ -10,7 +10,7 @@ from benchmarks.speed.figures import spread
 from benchmarks.speed.peers import ARMS, PEERS, Found, child_env, objectives, worker_command
 from benchmarks.speed.process import PeerError, Worker
 from benchmarks.speed.setup import Setup, Workload
-from benchmarks.speed.turns import Key, Turns
+from benchmarks.speed.turns import Keep, Key, Results, Turns
 
 _TIMEOUT_S = 3600.0
 """For one command: a large model may load for long, and a slow peer take long for its batch."""
@@ -24,12 +24,10 @@ def measure(
     *,
     batch_sizes: Sequence[int],
     repeats: int,
-) -> dict[str, Any]:
+    keep: Keep,
+) -> Results:
     """By arm, its peer's facts and its figures at each batch size; each size is run once before what counts."""
-    results = _Offline(setup, found, workload).run(arms, batch_sizes, repeats, warm_up=True)
-    for result in results.values():
-        result["batches"] = {size: _batch(turns) for size, turns in result.pop("turns").items()}
-    return results
+    return _Offline(setup, found, workload).run(arms, batch_sizes, repeats, warm_up=True, keep=keep)
 
 
 class Engines(Turns):
@@ -79,6 +77,7 @@ class Engines(Turns):
 
 class _Offline(Engines):
     kind = "offline"
+    keys = "batches"
 
     def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
         size, workload = int(key), self.workload
@@ -88,13 +87,12 @@ class _Offline(Engines):
             ARMS[arm].peer, prompts, workload.new_tokens, seed, objectives(ARMS[arm], self.setup.heads)
         )
 
-
-def _batch(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch size's repeats."""
-    result: dict[str, Any] = {
-        "tokens_per_s": spread([turn["num_tokens"] / turn["seconds"] for turn in turns]),
-        "seconds": [turn["seconds"] for turn in turns],
-    }
-    if "edits" in turns[-1]:
-        result["edits"] = [turn["edits"] for turn in turns]
-    return result
+    def figures(self, key: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        del key
+        result: dict[str, Any] = {
+            "tokens_per_s": spread([turn["num_tokens"] / turn["seconds"] for turn in turns]),
+            "seconds": [turn["seconds"] for turn in turns],
+        }
+        if "edits" in turns[-1]:
+            result["edits"] = [turn["edits"] for turn in turns]
+        return result

@@ -20,7 +20,7 @@ from benchmarks.speed.figures import Outcome, spread, streams
 from benchmarks.speed.peers import ARMS, PEERS, Found, child_env, objectives
 from benchmarks.speed.servers import END_S, Server, free_port
 from benchmarks.speed.setup import Setup, Workload
-from benchmarks.speed.turns import Key, Turns
+from benchmarks.speed.turns import Keep, Key, Results, Turns
 
 _TIMEOUT_S = 3600.0
 """Until a server is ready: a large model may load, and another compile, for long."""
@@ -46,13 +46,10 @@ class Load:
 
 
 def measure(
-    setup: Setup, arms: Sequence[str], found: Mapping[str, Found], workload: Workload, load: Load
-) -> dict[str, Any]:
+    setup: Setup, arms: Sequence[str], found: Mapping[str, Found], workload: Workload, load: Load, *, keep: Keep
+) -> Results:
     """By arm, its peer's facts and its figures at each rate."""
-    results = _Online(setup, found, workload, load).run(arms, load.rates, load.repeats, warm_up=False)
-    for result in results.values():
-        result["rates"] = {rate: _rate(turns) for rate, turns in result.pop("turns").items()}
-    return results
+    return _Online(setup, found, workload, load).run(arms, load.rates, load.repeats, warm_up=False, keep=keep)
 
 
 def streaming_client(url: str) -> httpx.AsyncClient:
@@ -161,6 +158,7 @@ class Servers(Turns):
 
 class _Online(Servers):
     kind = "online"
+    keys = "rates"
 
     def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload, load: Load) -> None:
         super().__init__(setup, found, workload)
@@ -178,13 +176,13 @@ class _Online(Servers):
             raise server.failure("the server ended")
         return streams(outcomes, ttft_s=load.ttft_s, itl_s=load.itl_s)
 
-
-def _rate(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One rate's repeats: each figure's spread over those in which a request came through."""
-    result: dict[str, Any] = {"repeats": list(turns), "goodput": spread([turn["goodput"] for turn in turns])}
-    for name in _TIMES:
-        found = [turn[name] for turn in turns if turn[name] is not None]
-        result[name] = {p: spread([figures[p] for figures in found]) for p in found[0]} if found else None
-    tokens = [turn["tokens_per_s"] for turn in turns if turn["tokens_per_s"] is not None]
-    result["tokens_per_s"] = spread(tokens) if tokens else None
-    return result
+    def figures(self, key: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Each figure's spread over the repeats in which a request came through."""
+        del key
+        result: dict[str, Any] = {"repeats": list(turns), "goodput": spread([turn["goodput"] for turn in turns])}
+        for name in _TIMES:
+            found = [turn[name] for turn in turns if turn[name] is not None]
+            result[name] = {p: spread([figures[p] for figures in found]) for p in found[0]} if found else None
+        tokens = [turn["tokens_per_s"] for turn in turns if turn["tokens_per_s"] is not None]
+        result["tokens_per_s"] = spread(tokens) if tokens else None
+        return result

@@ -6,7 +6,7 @@ Knows nothing of what is measured; `offline` and `online` say it. Enter at `Turn
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +20,18 @@ WARM_UP = -1
 """The repeat that is run but not kept."""
 Key = float | str
 """What a turn is of: a batch size, a rate, a length, or a condition's name."""
+Results = dict[str, dict[str, Any]]
+"""By arm."""
+Keep = Callable[[Results], object]
+"""Takes what has been measured so far."""
 
 
 class Turns(ABC):
     """One part of the benchmark."""
 
     kind: ClassVar[str]
+    keys: ClassVar[str]
+    """What results call figures by key."""
 
     def __init__(self, setup: Setup, found: Mapping[str, Found], workload: Workload) -> None:
         self.setup = setup
@@ -42,19 +48,21 @@ class Turns(ABC):
     def turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any]:
         """The figures of one turn of a peer that is awake. Raises PeerError."""
 
+    @abstractmethod
+    def figures(self, key: str, turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What is told of a key's repeats, of which there is one at least."""
+
     def last_facts(self, peer: str) -> dict[str, Any]:
         """What only the peer itself can tell, when all turns are over. Raises PeerError."""
         del peer
         return {}
 
-    def run(
-        self, arms: Sequence[str], keys: Sequence[Key], repeats: int, *, warm_up: bool
-    ) -> dict[str, dict[str, Any]]:
-        """By arm: facts of its peer, and `turns`: by key, the figures of every repeat.
+    def run(self, arms: Sequence[str], keys: Sequence[Key], repeats: int, *, warm_up: bool, keep: Keep) -> Results:
+        """By arm: facts of its peer, and under `keys` the figures by key. `keep` gets them after every turn.
 
         A peer that fails says so under `failed` and keeps what it had; the others go on.
         """
-        results: dict[str, dict[str, Any]] = {arm: {"turns": {}} for arm in arms}
+        done: dict[str, dict[str, list[dict[str, Any]]]] = {arm: {} for arm in arms}
         peers = list(dict.fromkeys(ARMS[arm].peer for arm in arms))
         # Every arm comes first once in a while.
         turns = [
@@ -69,15 +77,25 @@ class Turns(ABC):
                 self._start(peer)
             for key, repeat, arm in (progress := tqdm(turns, desc=self.kind, unit="turn")):
                 progress.set_postfix_str(f"{arm} {_label(key)}")
-                figures = self._figures(arm, key, repeat)
+                figures = self._turn(arm, key, repeat)
                 if figures is not None and repeat != WARM_UP:
-                    results[arm]["turns"].setdefault(_label(key), []).append(figures)
+                    done[arm].setdefault(_label(key), []).append(figures)
+                    keep(self._results(done))
             for peer in peers:
                 self._finish(peer)
         finally:
             for child in self.children.values():
                 child.end()
-        return {arm: {**result, **self._facts[ARMS[arm].peer]} for arm, result in results.items()}
+        return self._results(done)
+
+    def _results(self, done: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> Results:
+        return {
+            arm: {
+                **self._facts[ARMS[arm].peer],
+                self.keys: {key: self.figures(key, turns) for key, turns in by_key.items()},
+            }
+            for arm, by_key in done.items()
+        }
 
     def log(self, peer: str) -> Path:
         return self.setup.work / "logs" / f"{peer}-{self.kind}.log"
@@ -90,7 +108,7 @@ class Turns(ABC):
         except (PeerError, OSError) as error:
             self._fail(peer, error)
 
-    def _figures(self, arm: str, key: Key, repeat: int) -> dict[str, Any] | None:
+    def _turn(self, arm: str, key: Key, repeat: int) -> dict[str, Any] | None:
         """None when the peer has failed, now or before."""
         peer = ARMS[arm].peer
         if "failed" in self._facts[peer]:

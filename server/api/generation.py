@@ -325,7 +325,7 @@ async def start(
         opening=opening,
     )
     if max_tokens is None:
-        asked = with_rest_of_context(asked, max(map(len, prompts)), info)
+        asked = with_rest_of_context(asked, max(map(len, prompts)), info, field=body.size_field)
     requests = requests_for(request, prompts, asked)
     check_size(requests, info, field=body.size_field)
     if not body.stream:

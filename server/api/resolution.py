@@ -13,7 +13,7 @@ from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams, UnderPinned
 from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
-from server.errors import InvalidRequestError, UnknownHeadError, UnknownModelError
+from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import GenerationRequest, Opening, SamplingParams
 
 MAX_SEQUENCES = 256
@@ -212,8 +212,19 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
     return best_of
 
 
-def with_rest_of_context(asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> GenerationRequest:
-    """With as many new tokens as fit behind the prompt, within what one body may ask for."""
+def with_rest_of_context(
+    asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo, *, field: str
+) -> GenerationRequest:
+    """With as many new tokens as fit behind the prompt, within what one body may ask for.
+
+    Raises ContextLengthError for a prompt that leaves no room for one.
+    """
+    if num_prompt_tokens >= info.max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {info.max_model_len} tokens. The prompt has {num_prompt_tokens}, "
+            "which leaves no room for a new one.",
+            param=field,
+        )
     most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
     most_new = MAX_NEW_TOKENS // asked.num_sequences
     max_tokens = max(min(info.max_model_len - num_prompt_tokens, most_new, most_told), 1)

@@ -170,7 +170,7 @@ class Evaluation(HeadsModelCommand):
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = self.reward_of(card)
         scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
-        instruction = self.instruction or _INSTRUCTIONS.get(reward)
+        instruction = self.instruction_of(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
                 f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
@@ -197,6 +197,10 @@ class Evaluation(HeadsModelCommand):
                 f"reward: {card.name} was trained on {card.reward}, which score no other text; give one"
             )
         return self.reward or check_built_in(card.reward, f"the card of {card.name}")
+
+    def instruction_of(self, reward: str) -> str | None:
+        """What prompting puts before each prompt to raise a reward."""
+        return self.instruction or _INSTRUCTIONS.get(reward)
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)

@@ -78,7 +78,7 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     is a mistake of the program's own and is raised, for its traceback to be reported.
     """
     limit_threads()
-    _running.set(f"{program} {shlex.join(words)}".strip())
+    before = _running.set(f"{program} {shlex.join(words)}".strip())
     command = _command_at(path)
     command.model_config["cli_prog_name"] = program
     handler = logging.StreamHandler()
@@ -104,6 +104,8 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
         # The prefix is pydantic-settings' own, of a flag that does not exist or lacks its value.
         _say(program, str(error).removeprefix("error parsing CLI: "))
         return 2
+    finally:
+        _running.reset(before)
     return 0
 
 

@@ -77,7 +77,10 @@ class StrengthSearch:
 
     def matched(self, method: Method) -> float:
         """The strength at which a method diverges as far as the head."""
-        wanted_kl = self._own().mean("kl")
+        return self.at_divergence(method, self._own().mean("kl"))
+
+    def at_divergence(self, method: Method, wanted_kl: float) -> float:
+        """The strength at which a method diverges so far, in nats a token."""
         return _nearest(self._tried(method, wanted_kl), wanted_kl).strength
 
     def _own(self) -> Point:

@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from server.control.objectives import HeadName, Level
+from server.control.wire import WireModel
 
 MAX_TOKENS = 2**31
 
 
-class _Condition(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Gate(_Condition):
+class Gate(WireModel):
     """Act only where a head's value, before the edit and in reward units, is below one level or above another.
 
     Once open it closes only when the value is `hysteresis` beyond the level, so that it does not flutter.
@@ -51,7 +48,7 @@ class Gate(_Condition):
         return 1.0 if self.above is None else -1.0
 
 
-class Window(_Condition):
+class Window(WireModel):
     """Act on the tokens from `start` up to, and without, `end`."""
 
     start: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
@@ -67,7 +64,7 @@ class Window(_Condition):
         return self.start <= token and (self.end is None or token < self.end)
 
 
-class _Ramp(_Condition):
+class _Ramp(WireModel):
     tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     to: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
 
@@ -76,7 +73,7 @@ class _Ramp(_Condition):
         return max(1.0 - token / self.tokens, 0.0)
 
 
-class Constant(_Condition):
+class Constant(WireModel):
     """Full strength throughout."""
 
     type: Literal["constant"]
@@ -103,7 +100,7 @@ class Cosine(_Ramp):
         return self.to + (1.0 - self.to) * 0.5 * (1.0 - math.cos(math.pi * self._left(token)))
 
 
-class Exponential(_Condition):
+class Exponential(WireModel):
     """Half of the strength is gone every `half_life` tokens."""
 
     type: Literal["exponential"]

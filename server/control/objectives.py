@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, FiniteFloat
 from torch import Tensor
 
 from server.control.multipliers import Box, simplex_weights, within_bounds
 from server.control.state import HeldBy
+from server.control.wire import WireModel
 
 MAX_HEADS_PER_REQUEST = 8
 MAX_UNITS_PER_REQUEST = 8192
@@ -84,8 +85,7 @@ class Terms:
         )
 
 
-class BaseObjective(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class BaseObjective(WireModel):
     held_by: ClassVar[HeldBy | None] = None
     """The reason that is reported for a value that rests on a level."""
     looks_ahead: ClassVar[bool] = False

@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
 from server.control.state import Segment
+from server.control.wire import WireModel
 from server.errors import ConfigurationError
 
 # Ranges whose corners the stress study of the shipped heads measures: the text keeps most of its diversity there.
@@ -32,21 +33,19 @@ TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
 Phase = Literal["answer", "reasoning", "both"]
 
 
-class Blocks(BaseModel):
+class Blocks(WireModel):
     """Sample so many continuations of `block_tokens` tokens, keep the best by the objective, and go on from there.
 
     Candidate 0 of every block draws from the choice's own stream, candidate j from the one keyed by seed, choice and j;
     a number of a stream is keyed by the token's place in the response, so one candidate gives what no search gives.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
     type: Literal["blocks"]
     candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 4
     block_tokens: Annotated[int, Field(ge=1, le=MAX_BLOCK_TOKENS)] = 8
 
 
-class ControlParams(BaseModel):
+class ControlParams(WireModel):
     """One request's control: ascend `objective` by `steps` steps of `step_size`, within every budget.
 
     An ascent of length steps x step_size = 1 costs a trained head 0.1 nats a token on average
@@ -54,7 +53,7 @@ class ControlParams(BaseModel):
     when it acts and how strongly (server/control/conditions.py). What is below a field is its text in /openapi.json.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     objective: Objective
     step_size: Annotated[FiniteFloat, Field(ge=0.0, le=MAX_STEP_SIZE)] = 0.12
