@@ -15,6 +15,7 @@ import torch
 from benchmarks.edit.cases import CASES, Shape, Step
 
 _WARM_UP = 3
+_WARM_UP_ON_A_CPU = 1
 
 
 def measure(shapes: Sequence[Shape], device: torch.device, *, repeats: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _graph(step: Step) -> tuple[Any, torch.Tensor]:
 
 
 def _median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    for _ in range(_WARM_UP):
+    for _ in range(_WARM_UP if device.type == "cuda" else _WARM_UP_ON_A_CPU):
         run()
     return statistics.median(_ms(run, device) for _ in range(repeats))
 

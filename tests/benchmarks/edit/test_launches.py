@@ -2,35 +2,45 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.edit.cases import CASES, Shape, Step
 from benchmarks.edit.command import main, table
 from benchmarks.edit.launches import count
+from tests.triton_interpreter import quicken
 
 RESULT = json.loads(Path("benchmarks/results/edit-launches.json").read_text())
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 KERNELS = 5
 """The launches of rows of linear heads, however many and whatever they ask for."""
+BEYOND = KERNELS - 1
+"""The last of them widens the logits too, which is a launch of its own without control."""
 
 
 @pytest.fixture(autouse=True)
-def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
+    if importlib.util.find_spec("triton"):
+        quicken(monkeypatch)
+    with np.errstate(all="ignore"):
+        yield
 
 
 def test_rows_of_linear_heads_take_five_launches_where_torch_takes_a_hundred() -> None:
     counted = count(Shape(16, 32, 500))
+    assert counted.keys() == CASES.keys()
     for name in ("one head", "three heads mixed", "worst case of three heads"):
-        assert counted[name]["kernels"] == KERNELS
+        assert counted[name]["kernels"] == BEYOND
         assert counted[name]["torch"] > 100
 
 
 def test_what_changes_from_token_to_token_travels_in_two_copies_more() -> None:
-    assert count(Shape(16, 32, 500))["gate, window and a response's budget"]["kernels"] == KERNELS + 2
+    assert count(Shape(16, 32, 500))["gate, window and a response's budget"]["kernels"] == BEYOND + 2
 
 
 def test_a_head_with_a_hidden_layer_leaves_its_search_to_the_kernels() -> None:
