@@ -1,3 +1,5 @@
+"""`python -m benchmarks.edit`; its flags are in `command`."""
+
 from benchmarks.edit.command import main
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from benchmarks.edit import launches, times
 from benchmarks.edit.cases import Shape
 from benchmarks.markdown import header, replace_sections, row
 from benchmarks.speed.system import facts
-from server.errors import ConfigurationError
 from server.kernels import VARIABLE
 from value_models.files import write_text
 
@@ -26,11 +25,11 @@ SECTION = "bench-edit-launches"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises ConfigurationError where Triton is not installed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(given)
+    parser = _parser()
+    args = parser.parse_args(given)
     if not importlib.util.find_spec("triton"):
-        raise ConfigurationError("benchmarks.edit: the package triton is not installed here")
+        parser.error("the package triton is not installed here")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [Shape(rows, args.hidden, args.vocabulary) for rows in args.rows]
     result: dict[str, Any] = {
