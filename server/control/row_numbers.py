@@ -32,7 +32,7 @@ _KINDS: dict[type[BaseObjective], int] = {
     Target: layout.TARGET,
     Floor: layout.FLOOR,
 }
-_ADDED = {Target: (-1.0, 1.0), Floor: (0.0, MAX_ABS_WEIGHT)}
+_ADDED: dict[type[BaseObjective], tuple[float, float]] = {Target: (-1.0, 1.0), Floor: (0.0, MAX_ABS_WEIGHT)}
 """The least and the most that is added to the weight of a head with a level."""
 assert layout.SLOTS == MAX_HEADS_PER_REQUEST
 

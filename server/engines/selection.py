@@ -106,6 +106,6 @@ def _lacks_vllm() -> str | None:
 
 
 def _vllm_architectures() -> frozenset[str]:
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    from vllm import ModelRegistry  # pyright: ignore
 
     return frozenset(ModelRegistry.get_supported_archs())

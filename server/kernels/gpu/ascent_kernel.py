@@ -1,3 +1,4 @@
+# type: ignore  (Triton compiles this language; it is not run as Python)
 """The ascent of rows over linear heads as one Triton kernel: values, gate, objective, shift, and the cap on the shift.
 
 One program takes one row. What server/control/ascent.py, objectives.py and multipliers.py do for many rows and any

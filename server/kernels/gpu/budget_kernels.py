@@ -1,3 +1,4 @@
+# type: ignore  (Triton compiles this language; it is not run as Python)
 """What is as large as the vocabulary of an edit on a GPU, as Triton kernels: divergences, the scale, the move.
 
 The logits of a row move along a change d, the rows of a basis taken so many times. The divergence KL(s) of such a move

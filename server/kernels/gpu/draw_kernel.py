@@ -1,3 +1,4 @@
+# type: ignore  (Triton compiles this language; it is not run as Python)
 """Drawing tokens on a GPU as one Triton kernel: softmax, min-p, top-k, top-p and the draw, without sorting.
 
 One program takes one row. A filter keeps what is above a weight, relative to the most likely token's. Which weight

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from server.kernels.gpu import ascent_kernel, budget_kernels, layout
@@ -144,10 +143,10 @@ class EditKernels:
 
 def _splits(num_rows: int, size: int) -> tuple[int, int]:
     """Parts of each row's vocabulary and the size of one: as many as fill the device, each of whole tiles."""
-    num_tiles = triton.cdiv(size, _MEASURED_TILE)
+    num_tiles = -(-size // _MEASURED_TILE)
     wanted = max(1, min(_PROGRAMS // num_rows, MAX_SPLITS, num_tiles))
-    chunk = triton.cdiv(num_tiles, wanted) * _MEASURED_TILE
-    return triton.cdiv(size, chunk), chunk
+    chunk = -(-num_tiles // wanted) * _MEASURED_TILE
+    return -(-size // chunk), chunk
 
 
 def _given_rows(table_RW: Tensor) -> None:
