@@ -27,7 +27,7 @@ from tests.triton_interpreter import quicken
 from value_models.heads import ValueHead
 
 VOCAB = 3001
-BY_KL = HELD_BY.index(HeldBy.MAX_KL)
+BY_KL, BY_RESPONSE_KL = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_RESPONSE_KL)
 
 
 class Unembedding:
@@ -124,8 +124,8 @@ class Compared:
             assert mine[:num_heads] == pytest.approx(other[:num_heads], rel=1e-4, abs=1e-4, nan_ok=True)
             assert kl <= params.max_kl
             moved_V, other_V = (self.logits_BV - self.base_BV)[row], (self.other_BV - self.base_BV)[row]
-            if held == BY_KL and other_kl > 0:
-                assert 0.96 * params.max_kl < kl
+            if held in (BY_KL, BY_RESPONSE_KL) and other_kl > 0:
+                assert 0.96 * ((params.max_response_kl if held == BY_RESPONSE_KL else None) or params.max_kl) < kl
                 assert ratio > 0.98 * other_ratio
                 torch.testing.assert_close(moved_V, other_V * (ratio / other_ratio), rtol=1e-3, atol=1e-4)
             else:
