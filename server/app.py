@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 
@@ -31,6 +31,7 @@ from server.engines.base import Engine
 from server.errors import ConfigurationError
 from server.settings import PINNED_REFUSES, Settings
 from server.telemetry import Telemetry
+from server.training.jobs import HeadJobs
 from server.watch import HeadWatch
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     provider = _trace_provider(settings.otlp_endpoint)
     shared_rates = _shared_rates(settings.rate_limit_storage)
     workers = Workers()
+    jobs = HeadJobs(engine, telemetry, pinned=() if pinned is None else tuple(pinned.head_names))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,11 +62,13 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
         if shared_rates is not None:
             await shared_rates.check()
         watch = _start_watch(settings, engine, telemetry)
+        jobs.open()
         try:
             yield
         finally:
             if watch is not None:
                 watch.cancel()
+            await jobs.close()
             await engine.stop()
             if shared_rates is not None:
                 await shared_rates.close()
@@ -75,14 +79,13 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     # The interactive docs load scripts from other hosts; /openapi.json stays.
     # A redirect would be built from the Host header, so a path with a slash too many is a 404.
     app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.engine = engine
-    app.state.telemetry = telemetry
-    app.state.pinned = pinned
-    app.state.workers = workers
-    app.state.pinned_refuses = settings.pinned_refuses
+    app.state.engine, app.state.telemetry = engine, telemetry
+    app.state.workers, app.state.jobs = workers, jobs
+    app.state.pinned, app.state.pinned_refuses = pinned, settings.pinned_refuses
     app.state.request_timeout_s = settings.request_timeout_s
     app.state.stream_ping_s = settings.stream_ping_s
     app.state.guardrail_finish_reason = settings.guardrail_finish_reason
+    app.state.guardrail_replacement = settings.guardrail_replacement
     app.state.is_draining = False
     app.state.cache_salt = _cache_salt(settings)
     handlers.install(app)
@@ -95,11 +98,19 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     app.add_middleware(HeadAsGet)
     app.add_middleware(Identity, count=telemetry.count_response)
     _allow_origins(app, settings)
-    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
-    routers += [management.router] if management_keys else []
-    for router in [*routers, playground.router] if settings.playground else routers:
+    for router in _routers(settings, has_management=bool(management_keys)):
         app.include_router(router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     return app
+
+
+def _routers(settings: Settings, *, has_management: bool) -> list[APIRouter]:
+    routers = [m.router for m in (completions, chat, responses, value, embeddings, models, tokens, system)]
+    if has_management:
+        # Training's libraries take time to import, and most servers have nobody to train heads for.
+        from server.api import head_jobs
+
+        routers += [management.router, head_jobs.router]
+    return [*routers, playground.router] if settings.playground else routers
 
 
 def _allow_origins(app: FastAPI, settings: Settings) -> None:
@@ -209,14 +220,18 @@ def _pinned_control(settings: Settings) -> ControlParams | None:
         raise ConfigurationError("pinned_control: search: not allowed, since every choice would take several rows")
     if pinned.phase == "reasoning":
         raise ConfigurationError("pinned_control: phase: not reasoning alone, since callers can turn reasoning off")
+    if settings.engine == "vllm" and pinned.repairs:
+        raise ConfigurationError("pinned_control: on_stop: the vLLM engine only stops")
     if "in_calls" not in pinned.model_fields_set:
         # Or a caller could have all of a text as a tool's arguments, where no control acts.
         pinned = pinned.model_copy(update={"in_calls": True})
+    if pinned.stop_below is not None and not pinned.in_calls:
+        raise ConfigurationError("pinned_control: in_calls: not false with stop_below, since callers can force calls")
     return pinned
 
 
 def check_pinned(app: FastAPI) -> None:
-    """Raises ConfigurationError when the started engine lacks a head that the settings pin."""
+    """Raises ConfigurationError when the started engine lacks what the settings pin."""
     pinned: ControlParams | None = app.state.pinned
     heads = app.state.engine.info.heads
     missing = [name for name in pinned.head_names if name not in heads] if pinned else []
@@ -224,3 +239,6 @@ def check_pinned(app: FastAPI) -> None:
         raise ConfigurationError(
             f"pinned_control: no head {', '.join(missing)} is loaded; there are {', '.join(heads) or 'none'}"
         )
+    over_turns = pinned and pinned.over_turns
+    if over_turns and over_turns.held_heads and not app.state.engine.info.can_score:
+        raise ConfigurationError("pinned_control: over_turns: hold is not served by this engine, which reads no values")

@@ -9,8 +9,10 @@
     |-- NotFoundError            404
     |   |-- UnsupportedPathError 404   a path of OpenAI's that this server does not have, with what it has instead
     |   |-- UnknownHeadError     404   lists the heads that exist
-    |   `-- UnknownModelError    404   lists the model ids that exist
+    |   |-- UnknownModelError    404   lists the model ids that exist
+    |   `-- UnknownJobError      404
     |-- HeadConflictError        409   a head that is loaded already, or pinned
+    |   `-- ReadOnlyHeadsError   409   the folder of heads cannot be written
     |-- SlowBodyError            408   a body that did not come in time
     |-- BodyTooLargeError        413
     |-- MediaTypeError           415   a body that is not JSON
@@ -95,9 +97,17 @@ class UnknownModelError(NotFoundError):
         super().__init__(f"There is no model {name!r}. Known models: {', '.join(sorted(known))}.", param="model")
 
 
+class UnknownJobError(NotFoundError):
+    code = "job_not_found"
+
+
 class HeadConflictError(RecontrolError):
     code = "head_conflict"
     status = 409
+
+
+class ReadOnlyHeadsError(HeadConflictError):
+    code = "heads_read_only"
 
 
 class SlowBodyError(RecontrolError):

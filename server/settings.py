@@ -38,7 +38,9 @@ PINNED_REFUSES = ("logit_bias", "repetition_penalty", "temperature", "presence_p
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
-_EMBEDDED_ONLY = ("quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water")
+_EMBEDDED_ONLY = (
+    "quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water", "guardrail_replacement"
+)  # fmt: skip
 _ONLY_IN = {"embedded": ("adapter", *_EMBEDDED_ONLY), "vllm": _VLLM_ONLY}
 """The settings that only this engine has."""
 
@@ -147,6 +149,12 @@ class Settings(BaseSettings):
     guardrail_finish_reason: Literal["content_filter", "guardrail"] = Field(
         "content_filter", description="of what a guardrail ends; clients that know OpenAI's alone refuse the other"
     )
+    guardrail_replacement: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="text with which a guardrail ends responses whose on_stop is replace and has no text of its own",
+    )
     stream_ping_s: Annotated[
         float,
         Field(ge=0, allow_inf_nan=False, description="silence on a stream that a comment breaks; 0 sends none"),
@@ -170,7 +178,7 @@ class Settings(BaseSettings):
 
     api_keys: SecretStr | None = Field(None, description="keys, or sha256:<hex> of keys, between commas")
     api_keys_file: Path | None = Field(None, description="file with a key, or sha256:<hex> of one, on each line")
-    management_keys: SecretStr | None = Field(None, description="keys for /v1/management, which needs them to exist")
+    management_keys: SecretStr | None = Field(None, description="keys for managing and training heads, which need one")
     management_keys_file: Path | None = Field(None, description="the same from a file")
     inspect_keys: SecretStr | None = Field(
         None, description="keys that may also see states and log-probabilities of prompts, from which heads can be read"

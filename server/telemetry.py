@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from server.control.state import HeldBy
 from server.engines.base import EngineStatus
-from server.types import FinishReason, TokenEdit
+from server.types import FinishReason, GuardReport, TokenEdit
 
 _PREFIX = "recontrol"
 VLLM_METRICS = frozenset({
@@ -42,6 +42,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _KL_NATS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 _BUDGETS = (HeldBy.MAX_KL, HeldBy.MAX_RESPONSE_KL, HeldBy.MAX_SHIFT)
 _SIGNS = ("positive", "negative")
+JOB_ENDS = ("succeeded", "failed", "cancelled")
 _RATIO = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -83,6 +84,8 @@ class Telemetry:
         self._responses = self._counter(
             "http_responses", "By route, status 499: the client has gone", "route", "status"
         )
+        self._head_jobs = self._gauge("head_jobs", "Jobs that train a head and have not ended", "status")
+        self._ended_jobs = self._counter("head_jobs_ended", "Jobs that trained a head, by how they ended", "status")
         self._edit_duration = self._histogram("edit_duration_seconds", "Edit and LM head of a controlled step", _EDIT_S)
         self._controlled = self._counter("controlled_tokens", "Tokens drawn under control", "head")
         self._value_before = self._histogram("value_before", "Head value before the edit", _value_buckets(), "head")
@@ -93,14 +96,23 @@ class Telemetry:
         self._shift = self._histogram("edit_shift_ratio", "Length of the shift over the state's", _RATIO)
         self._limited = self._counter("budget_limited_tokens", "Edits held back by a budget")
         self._nonfinite = self._counter("nonfinite_edits", "Edits dropped for not being finite")
+        self._retries = self._counter("guardrail_retries", "Times that a guardrail drew again")
+        self._replacements = self._counter("guardrail_replacements", "Responses that a guardrail ended with its text")
+        self._taken_back = self._counter(
+            "guardrail_taken_back_tokens", "Tokens that guardrails took back, not in usage"
+        )
 
     def bind(self, model: str, heads: Iterable[str]) -> None:
         """Name the model and create every labelled series, so that they exist with zero from the start."""
         self._model = model
         for reason in FinishReason:
             self._success.labels(model, reason.value)
+        for status in JOB_ENDS:
+            self._ended_jobs.labels(model, status)
+        self.set_head_jobs(queued=0, running=0)
         self.bind_heads(heads)
-        for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite):
+        for collector in (self._prompt_tokens, self._generation_tokens, self._limited, self._nonfinite,
+                          self._retries, self._replacements, self._taken_back):  # fmt: skip
             collector.labels(model)
         self.on_step(EngineStatus(is_running=False, num_running=0, num_waiting=0, kv_cache_usage=0.0))
 
@@ -146,6 +158,11 @@ class Telemetry:
     def on_edit(self, *, duration_s: float) -> None:
         self._edit_duration.labels(self._model).observe(duration_s)
 
+    def on_guardrail(self, report: GuardReport) -> None:
+        self._retries.labels(self._model).inc(report.retries)
+        self._replacements.labels(self._model).inc(report.replaced)
+        self._taken_back.labels(self._model).inc(report.tokens_taken_back)
+
     def on_finish(
         self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None:
@@ -164,6 +181,14 @@ class Telemetry:
             total = getattr(status, name)
             counter.labels(self._model).inc(max(total - self._grown[name], 0))
             self._grown[name] = total
+
+    def set_head_jobs(self, *, queued: int, running: int) -> None:
+        self._head_jobs.labels(self._model, "queued").set(queued)
+        self._head_jobs.labels(self._model, "running").set(running)
+
+    def count_head_job(self, status: str) -> None:
+        """`status` is one of JOB_ENDS."""
+        self._ended_jobs.labels(self._model, status).inc()
 
     def count_response(self, route: str | None, status: int) -> None:
         """`route` is the template of one that there is, such as /v1/management/heads/{name}/load; None for no other."""
@@ -185,8 +210,8 @@ class Telemetry:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, ("model_name", *labels), registry=self._registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, ("model_name",), registry=self._registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, ("model_name", *labels), registry=self._registry)
 
 
 class _VllmNames(Collector):

@@ -144,6 +144,8 @@ class GenerationRequest:
     """With this there is one choice, without control, and `max_tokens` is 0."""
     opening: Opening | None = None
     """Of a response that is told apart into reasoning and answer; None for one that is all answer."""
+    instructed_token_ids: tuple[int, ...] = ()
+    """The prompt behind the instruction of `control`, as `Engine.encode_instructed` gives it; empty without one."""
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -164,6 +166,21 @@ class GenerationRequest:
     def num_sequences(self) -> int:
         """Texts that are sampled at once for it."""
         return (self.best_of or self.num_choices) * (1 if self.search is None else self.search.candidates)
+
+    @property
+    def max_drawn(self) -> int:
+        """Tokens that may be drawn for each of them, whether they are kept or not."""
+        return self.sampling.max_tokens + self.max_redrawn
+
+    @property
+    def max_redrawn(self) -> int:
+        """Of these, what a guardrail may take back beside those that are kept."""
+        return 0 if self.control is None or self.sampling.max_tokens == 0 else self.control.max_redrawn
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step that they take: with an instruction each has a second one, which reads that."""
+        return self.num_sequences * (2 if self.instructed_token_ids else 1)
 
     @property
     def sequences_param(self) -> str:
@@ -238,6 +255,17 @@ class BrokenBound:
 
 
 @dataclass(slots=True, frozen=True)
+class GuardReport:
+    """What a guardrail did to a choice, where it does more than to end it."""
+
+    retries: int
+    tokens_taken_back: int
+    """Tokens that were drawn and are no part of the text."""
+    replaced: bool
+    """Whether the text ends with the guardrail's."""
+
+
+@dataclass(slots=True, frozen=True)
 class ControlSummary:
     """A choice's edits taken together: means over its tokens, and the largest KL."""
 
@@ -253,6 +281,8 @@ class ControlSummary:
     nonfinite_edits: int
     stopped_by: dict[str, BrokenBound] | None = None
     """By head, where the guardrail ended the choice."""
+    guardrail: GuardReport | None = None
+    """Of one that repairs or holds tokens back."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -271,9 +301,10 @@ class PromptValues:
 class GenerationChunk:
     """One token of one choice (or, with no token, text that was held back, or the end).
 
-    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. The request's first chunk with
-    a token carries `prompt_logprobs` when asked for; entry 0 is None, since nothing predicts the first token. Where
-    candidates compete, chunks without text tell of each token that is drawn, and those of the winner come later.
+    Exactly one chunk of each choice has a `finish_reason`, and it is that choice's last. `prompt_logprobs` come, when
+    asked for, before or with the request's first token; entry 0 is None, since nothing predicts the first token. Where
+    candidates compete, chunks without text tell of each token that is drawn, and those of the winner come later; where
+    a guardrail holds tokens back, they tell of each that is held.
     """
 
     index: int = 0
@@ -296,7 +327,10 @@ class GenerationChunk:
     error: str | None = None
     """A sentence for the user, without inner details; it comes with FinishReason.ERROR."""
     num_drawn: int = 0
-    """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, what was paid."""
+    """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, the usage."""
+    num_held: int = 0
+    """Tokens that a guardrail has begun to hold back, less those that it has let go with this chunk. Over all chunks,
+    those that it has taken back, which are paid for and are no part of the usage."""
 
 
 @dataclass(slots=True, frozen=True)

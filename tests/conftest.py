@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ CONFIGS = {
     "wide_qwen2": lambda: Qwen2Config(**{**_ROPE, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests with one id, processes that share them out run only one, and say nothing of the others."""
+    twice = [nodeid for nodeid, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if twice:
+        raise pytest.UsageError(f"several tests have the id {twice[0]}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -111,6 +119,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def roomy_folder(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama's folder with room for longer texts, such as what tools are told by."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path_factory.mktemp("roomy") / "llama-roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_a_killed_score_goes_on_where_it_stopped(
         (["score", "--pairs", "nowhere"], "nowhere cannot be read (No such file or directory)"),
         (["train", "--name", "x"], "reward: give one, or --pairs FILE, --texts FILE, --instruction"),
         (["train", "--name", "x", "--cut-long"], "cut_long: goes with --pairs or --texts alone"),
-        (["train", "--name", "x", "--pairs", "mine.jsonl", "--reward", "plain"], "reward: pairs bring their own"),
+        (["train", "--name", "x", "--pairs", "mine.jsonl", "--reward", "plain"], "runs/rollouts holds no rollouts"),
         (["train", "--name", "x", "--pairs", "mine.jsonl", "--prompts", "p"], "prompts: pairs bring their own"),
         (["train", "--name", "x", "--pairs", "mine.jsonl", "--max-tokens", "2"], "mine.jsonl, line 1: the response"),
         (["train", "--name", "x", "--pairs", "torn.jsonl"], "torn.jsonl, line 3: no JSON object"),

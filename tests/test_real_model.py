@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.tool_calls import TOOLS, verdict
 from server.app import create_app
+from server.control.objectives import Instruction
+from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.checkpoint.packaged import default_model_folder
 from server.engines.embedded.core import EngineCore
@@ -35,6 +37,7 @@ from value_models.rewards import positive
 pytestmark = pytest.mark.slow
 HEADS = {"brevity", "neutral", "nontoxic", "plain", "positive", "relevance"}
 ROOT = Path(__file__).parent.parent
+CHEER = "Always answer cheerfully."
 PROMPTS = ["Tell me about cats.", "My flight was cancelled.", "How does a bridge stand?", "Write a note to my boss."]
 CONTROLS: list[dict[str, Any] | None] = [
     None,
@@ -75,6 +78,7 @@ def test_every_sample_of_the_sdk_on_a_page_runs_as_it_is_written(
     ("program", "flags", "shown"),
     [
         ("sdk_control", [], "positive and plain: "),
+        ("instruction_guidance", [], "weight 1 and positive: "),
         ("guardrail", ["--bound", "1.5"], "finish reason: content_filter"),
         ("best_of_value", ["--candidates", "3"], "+0."),
         ("tool_calling", [], "get_weather({"),
@@ -320,13 +324,50 @@ def test_seed_minus_one_gives_another_text_each_time(url: str) -> None:
     assert texts[0] != texts[1]
 
 
-def test_greedy_text_in_float32_is_that_of_transformers_generate() -> None:
-    folder = default_model_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("The three laws of motion are")["input_ids"]
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def in_float32() -> tuple[Any, EngineCore]:
+    """The model by transformers and by this engine."""
+    plain = AutoModelForCausalLM.from_pretrained(default_model_folder(), dtype=torch.float32)
+    return plain, EngineCore(load_model(DEFAULT_MODEL, dtype="float32"), HeadRegistry({}), max_batch_size=2)
+
+
+def greedy(plain: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
-    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-    core = EngineCore(load_model(DEFAULT_MODEL, dtype="float32"), HeadRegistry({}), max_batch_size=2)
+    whole = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    return whole[0, len(prompt) :].tolist()
+
+
+def test_greedy_text_in_float32_is_that_of_transformers_generate(in_float32: tuple[Any, EngineCore]) -> None:
+    plain, core = in_float32
+    prompt = AutoTokenizer.from_pretrained(default_model_folder())("The three laws of motion are")["input_ids"]
     request = GenerationRequest("r", tuple(prompt), SamplingParams(max_tokens=24, temperature=0.0))
-    assert run(core, [request])["r", 0].token_ids == expected[0, len(prompt) :].tolist()
+    assert run(core, [request])["r", 0].token_ids == greedy(plain, prompt)
+
+
+def test_an_instruction_of_weight_one_gives_greedily_what_transformers_gives_after_the_system_message(
+    in_float32: tuple[Any, EngineCore],
+) -> None:
+    plain, core = in_float32
+    tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
+    system, user = ({"role": role, "content": text} for role, text in (("system", CHEER), ("user", PROMPTS[1])))
+    bare, instructed = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in ([user], [system, user])
+    )
+    free = ControlParams.without_limits(Instruction(type="instruction", text=CHEER), step_size=1.0, steps=1)
+    request = GenerationRequest(
+        "r", tuple(bare), SamplingParams(max_tokens=24, temperature=0.0), free, instructed_token_ids=tuple(instructed)
+    )
+    told = run(core, [request])["r", 0].token_ids
+    assert told == greedy(plain, instructed)
+    assert told != greedy(plain, bare)
+
+
+def test_following_an_instruction_over_http_moves_answers_within_the_budget(url: str) -> None:
+    objective = {"type": "instruction", "text": CHEER, "weight": 3.0}
+    for index in range(3):
+        bodies = [ask(index), ask(index) | {"control": {"objective": objective, "max_kl": 0.2}}]
+        answers = [httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json() for body in bodies]
+        base, guided = (answer["choices"][0] for answer in answers)
+        assert 0 < guided["control"]["mean_kl"] <= guided["control"]["max_kl"] <= 0.2
+        assert guided["message"] != base["message"]

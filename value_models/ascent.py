@@ -10,25 +10,36 @@ what the natural one asks. Advantages come from the head's own values (generalis
 credited with what it changed and not with the luck of the whole response. Texts that the model did not write have their
 scores for advantages, and the Fisher information is that of tokens which the model draws in the same states.
 
+From several sources each gives the direction that its own advantages ask for, by the Fisher information of all their
+tokens. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of
+tokens decides how much a source counts.
+
 All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average over training states, to
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
 at `ascent_rows`, `calibrated` and `ascent_gain`.
 
-Shapes: N tokens of all responses one after the other, D hidden size, U units of a head.
+Tokens are read in blocks, in one pass for a direction and one for its length, and only sums are kept.
+
+Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head.
 
 Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimensional continuous control using GAE.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from value_models.errors import TrainingDataError
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.linalg import solve, vecdot
-from value_models.moments import CHUNK_TOKENS, Moments
+from value_models.moments import GramSum, Moments
+from value_models.sources import FitSource
+from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
 Metric = Literal["natural", "covariance", "identity"]
@@ -37,16 +48,15 @@ _MIN_COST_NATS = 1e-12
 
 def ascent_rows(
     head: ValueHead,
-    data: TrainingData,
+    sources: Sequence[FitSource],
     moments: Moments,
-    standard_B: Tensor,
     *,
     metric: Metric,
     shrinkage: float,
     trace: float,
     damping: float,
 ) -> Tensor:
-    """Rows [U, D] over the normalised state, not yet calibrated. `standard_B` are the rewards that the head predicts.
+    """Rows [U, D] over the normalised state, not yet calibrated.
 
     `shrinkage` belongs to the covariance metric; `trace` (lambda of the advantages) and `damping` (added to the Fisher
     information, relative to its mean eigenvalue) to the natural one. There the linear unit alone has a row.
@@ -55,78 +65,95 @@ def ascent_rows(
         return head.inputs_UD.clone()
     if metric == "covariance":
         return head.inputs_UD @ moments.metric(shrinkage)
-    tokens_N = data.tokens_of("train")
-    if data.is_given:
-        advantage_N = _given_advantages(data, standard_B, tokens_N)
+    if any(source.data.is_given for source in sources):
         # A handful of texts tells little of the Fisher information of so many dimensions.
-        damping += len(head.scale_D) / len(tokens_N)
-    else:
-        values_N = _standardised_values(head, data)
-        advantage_N = data.lambda_returns(standard_B, values_N, trace=trace) - values_N
+        damping += len(head.scale_D) / sum(source.data.num_tokens("train") for source in sources)
     rows_UD = torch.zeros_like(head.inputs_UD)
-    rows_UD[0] = natural_direction(data, tokens_N, advantage_N, damping=damping) / head.scale_D
+    rows_UD[0] = natural_direction(head, sources, trace=trace, damping=damping) / head.scale_D
     return rows_UD
 
 
-def natural_direction(data: TrainingData, tokens_N: Tensor, advantage_N: Tensor, *, damping: float) -> Tensor:
-    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad], over the given tokens."""
-    size = data.states_ND.shape[1]
-    fisher_DD, gain_D = torch.zeros(size, size), torch.zeros(size)
-    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-        drawn = data.cost_grads_ND[chunk].float()
-        fisher_DD += drawn.T @ drawn
-        gain_D += advantage_N[chunk] @ data.logp_grads_ND[chunk].float()
-    damped_DD = fisher_DD + damping * fisher_DD.diagonal().mean() * torch.eye(size)
-    return solve(damped_DD, gain_D)
+def natural_direction(head: ValueHead, sources: Sequence[FitSource], *, trace: float, damping: float) -> Tensor:
+    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad] over training tokens, of several sources their sum."""
+    size, device = head.hidden_size, head.scale_D.device
+    fisher, gains = GramSum(size, device), list[Tensor]()
+    for source in sources:
+        mean_score = source.mean_score("train")
+        gain_D = torch.zeros(size, dtype=torch.float64, device=device)
+        for block in source.data.blocks("train"):
+            fisher.add(block.cost_grads_ND)
+            gain_D += _advantages(head, source, block, mean_score, trace=trace) @ block.logp_grads_ND
+        gains.append(gain_D / source.data.num_tokens("train"))
+    fisher_DD = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
+    damped_DD = fisher_DD.clone()
+    damped_DD.diagonal().add_(damping * fisher_DD.diagonal().mean())
+    directions = [solve(damped_DD, gain_D) for gain_D in gains]
+    if len(sources) > 1:
+        costs = [max(0.5 * float(u_D @ fisher_DD @ u_D), _MIN_COST_NATS) for u_D in directions]
+        directions = [
+            source.weight * u_D / cost**0.5 for source, u_D, cost in zip(sources, directions, costs, strict=True)
+        ]
+    return torch.stack(directions).sum(0).float()
 
 
-def calibrated(head: ValueHead, data: TrainingData) -> ValueHead:
+def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:
     """The head with its rows scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average.
 
     Over training tokens of rollouts, and over validation tokens of given texts: those may be so few that the rows
-    follow what training tokens happen to cost little.
+    follow what training tokens happen to cost little. Raises TrainingDataError where states or gradients are not
+    finite.
     """
-    total_nats, tokens_N = 0.0, data.tokens_of("validation" if data.is_given else "train")
-    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-        _, slope_U = head.readout(head.units(data.states_ND[chunk]))
-        shift_D = slope_U @ head.folded_ascent()
-        change = vecdot(shift_D, data.cost_grads_ND[chunk].float())
-        total_nats += 0.5 * float(change.square().sum())
-    cost_nats = max(total_nats / len(tokens_N), _MIN_COST_NATS)
-    return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / cost_nats) ** 0.5)
+    splits = [(data, "validation" if data.is_given else "train") for data in sources]
+    total_nats = sum(cost_nats(head, data, split) for data, split in splits)
+    if not math.isfinite(total_nats):
+        raise TrainingDataError("rollouts: states or gradients hold numbers that are not finite; make them anew")
+    mean_nats = max(total_nats / sum(data.num_tokens(split) for data, split in splits), _MIN_COST_NATS)
+    return head.with_ascent(head.ascent_UD * (UNIT_COST_NATS / mean_nats) ** 0.5)
 
 
-def ascent_gain(head: ValueHead, data: TrainingData, standard_B: Tensor, tokens_N: Tensor) -> float:
+def cost_nats(head: ValueHead, data: TrainingData, split: str) -> float:
+    """What an ascent of length 1 costs all tokens of a split together, to second order."""
+    return sum(
+        0.5 * float(vecdot(shift_of(head, block), block.cost_grads_ND).square().sum(dtype=torch.float64))
+        for block in data.blocks(split)
+    )
+
+
+def ascent_gain(head: ValueHead, source: FitSource, split: str) -> float:
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
-    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the given tokens, with s the head's shift and A the reward less the
+    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the split's tokens, with s the head's shift and A the reward less the
     value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
     that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
     """
-    earned, paid = 0.0, 0.0
-    if data.is_given:
-        advantage_N = _given_advantages(data, standard_B, tokens_N)
-    else:
-        advantage_N = standard_B[data.response_of_tokens()] - _standardised_values(head, data)
-    for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-        _, slope_U = head.readout(head.units(data.states_ND[chunk]))
-        shift_D = slope_U @ head.folded_ascent()
-        earned += float(advantage_N[chunk] @ vecdot(shift_D, data.logp_grads_ND[chunk].float()))
-        paid += 0.5 * float(vecdot(shift_D, data.cost_grads_ND[chunk].float()).square().sum())
-    return earned / len(tokens_N) / max(paid / len(tokens_N), _MIN_COST_NATS) ** 0.5
+    earned, paid, mean_score = 0.0, 0.0, source.mean_score(split)
+    for block in source.data.blocks(split):
+        shift_D = shift_of(head, block)
+        advantage_N = _advantages(head, source, block, mean_score, trace=1.0)
+        earned += float((advantage_N * vecdot(shift_D, block.logp_grads_ND)).sum(dtype=torch.float64))
+        paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))
+    num_tokens = source.data.num_tokens(split)
+    return earned / num_tokens / max(paid / num_tokens, _MIN_COST_NATS) ** 0.5
 
 
-def _standardised_values(head: ValueHead, data: TrainingData) -> Tensor:
-    """Each token's value [N], in standard deviations of the training reward."""
-    return torch.cat([head.readout(head.units(states))[0] for states in torch.split(data.states_ND, CHUNK_TOKENS)])
+def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:
+    """How an ascent of length 1 moves each token's state, [N, D]."""
+    _, slope_NU = head.readout(head.units(block.states_ND))
+    return slope_NU @ head.folded_ascent()
 
 
-def _given_advantages(data: TrainingData, standard_B: Tensor, tokens_N: Tensor) -> Tensor:
-    """Of tokens [N] of texts that the model did not write: their text's score, less its mean over the given tokens.
+def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, *, trace: float) -> Tensor:
+    """What each token [N] of a block earned, in standard deviations of the source's training reward.
 
-    So E[A grad] is the gradient of the margin between better and worse texts. What the mean leaves out is that all
-    texts become likelier, since gradients of texts of others do not vanish in the mean. No value is subtracted: there
-    are few texts, and a value fitted to them knows most of their scores, of which nothing would be left.
+    Of texts that the model did not write: their text's score, less `mean_score`, that of all tokens of the split. So
+    E[A grad] is the gradient of the margin between better and worse texts. What the mean leaves out is that all texts
+    become likelier, since gradients of texts of others do not vanish in the mean. No value is subtracted: there are few
+    texts, and a value fitted to them knows most of their scores, of which nothing would be left.
     """
-    score_N = standard_B[data.response_of_tokens()]
-    return score_N - score_N[tokens_N].mean()
+    if source.data.is_given:
+        return block.of_tokens(source.standard_B - mean_score).to(head.scale_D.device)
+    values_N = head.readout(head.units(block.states_ND))[0]
+    if trace == 1.0:
+        return block.of_tokens(source.standard_B).to(values_N.device) - values_N
+    returns_N = block.lambda_returns(source.standard_B, values_N.cpu(), trace=trace)
+    return returns_N.to(values_N.device) - values_N

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from value_models.ascent import calibrated
 from value_models.errors import TrainingDataError
@@ -65,22 +66,31 @@ def static_vector_head(data: TrainingData) -> ValueHead:
     States of responses above the training split's median reward (or at it, when it is the largest) less those of the
     others. Raises TrainingDataError when all rewards are the same.
     """
-    is_train_B, response_N = data.is_in("train"), data.response_of_tokens()
+    is_train_B = data.is_in("train")
     rewards = data.reward_B[is_train_B]
     if bool((rewards == rewards[0]).all()):
         raise TrainingDataError("reward: the training responses all have the same reward; there are no two classes")
     median = rewards.median()
     is_high_B = data.reward_B >= median if rewards.max() == median else data.reward_B > median
-    is_high_N, is_low_N = (is_high_B & is_train_B)[response_N], (~is_high_B & is_train_B)[response_N]
-    difference_D = data.states_ND[is_high_N].float().mean(0) - data.states_ND[is_low_N].float().mean(0)
+    means = torch.stack([_mean_state(data, is_high_B & is_train_B), _mean_state(data, ~is_high_B & is_train_B)])
+    difference_D = (means[0] - means[1]).float()
+    counts = torch.stack([data.lengths_B[chosen & is_train_B].sum() for chosen in (is_high_B, ~is_high_B)]).double()
     head = LinearHead(
-        mean_D=data.states_ND[is_high_N | is_low_N].float().mean(0),
+        mean_D=counts @ means / counts.sum(),
         scale_D=torch.ones_like(difference_D),
         inputs_UD=(difference_D / vector_norm(difference_D))[None],
         input_bias_U=torch.zeros(1),
         ascent_UD=difference_D[None],
     )
-    return calibrated(head, data)
+    return calibrated(head, [data])
+
+
+def _mean_state(data: TrainingData, is_wanted_B: Tensor) -> Tensor:
+    """Over all tokens of some responses, [D] float64."""
+    total_D = torch.zeros(())
+    for block in data.tokens.blocks(is_wanted_B, device=data.device):
+        total_D = total_D + block.states_ND.sum(0, dtype=torch.float64)
+    return total_D / data.lengths_B[is_wanted_B].sum()
 
 
 STATIC_VECTOR = Baseline(static_vector_head, "linear")

@@ -28,7 +28,7 @@ from torch import Tensor
 from value_models.errors import InstructionError
 from value_models.heads import UNIT_COST_NATS, LinearHead, ValueHead
 from value_models.linalg import solve
-from value_models.moments import Moments
+from value_models.moments import MomentSums
 from value_models.prompt_sets import RolloutPrompt, split_of
 from value_models.rollouts import RolloutSettings
 
@@ -87,7 +87,7 @@ class InstructedSource(Protocol):
     def texts(
         self, prompts: Sequence[RolloutPrompt], instruction: str, contrast: str | None, settings: RolloutSettings
     ) -> Iterator[InstructedText]:
-        """A response to each prompt after the instruction, and one after the contrast."""
+        """A response to each prompt after the instruction, and then, in any order again, one after the contrast."""
         ...
 
 
@@ -162,7 +162,9 @@ def read_texts(
         )
     # Everything that the model may say has to be among the texts, also what top_p would cut off.
     sampling = RolloutSettings(num_samples=1, max_tokens=settings.max_tokens, top_p=1.0, seed=settings.seed)
-    texts = list(source.texts(chats, instruction, contrast, sampling))
+    # Whatever order they came in: sums are rounded by it.
+    place = {prompt.id: index for index, prompt in enumerate(chats)}
+    texts = sorted(source.texts(chats, instruction, contrast, sampling), key=lambda text: place[text.prompt_id])
     lengths = torch.tensor([0] + [len(text.token_ids_T) for text in texts])
     return InstructedTexts(
         token_ids_N=torch.cat([text.token_ids_T for text in texts]),
@@ -225,16 +227,19 @@ def _value_head(
 ) -> tuple[ValueHead, dict[str, Any]]:
     """The head without its way uphill, and what its value explains of validation texts."""
     train_N, validation_N = texts.tokens_of("train"), texts.tokens_of("validation")
-    moments = Moments.of(texts.bare_ND, train_N)
     reward_B = _mean_by_text(texts, [(train_N, train), (validation_N, validation)])
     is_train_B = torch.tensor([name == "train" for name in texts.split])
     mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
     target_N = ((reward_B - mean) / scale)[texts.text_of_tokens()]
+    sums = MomentSums()
+    for chunk in torch.split(train_N, max(_CHUNK_NUMBERS // texts.bare_ND.shape[1], 1)):
+        sums.add(texts.bare_ND[chunk].float(), target_N[chunk])
+    moments = sums.moments()
     truth_N = target_N[validation_N]
     variance = max(float(truth_N.var(correction=0)), 1e-12)
     fits: list[tuple[float, float, ValueHead]] = []
     for ridge in _RIDGES if settings.ridge is None else (settings.ridge,):
-        linear_D = moments.ridge(texts.bare_ND, train_N, target_N, ridge)
+        linear_D = moments.ridge(ridge)
         head = LinearHead(
             mean_D=moments.mean_D,
             scale_D=moments.scale_D,

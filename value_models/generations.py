@@ -145,4 +145,5 @@ class GenerationStore:
 
 def _digest(prompt: RolloutPrompt) -> str:
     """Of what a response depends on: the id keys its random stream."""
-    return hashlib.sha256(f"{prompt.id}\n{prompt.format}\n{prompt.text}".encode()).hexdigest()[:24]
+    asked = prompt.text if prompt.messages is None else json.dumps(prompt.messages)
+    return hashlib.sha256(f"{prompt.id}\n{prompt.format}\n{asked}".encode()).hexdigest()[:24]

@@ -1,8 +1,9 @@
 """Texts that users bring to train a head on: pairs of a better and a worse response, or single texts with numbers.
 
 Pairs are those of direct preference optimisation, in TRL's forms: `prompt`, `chosen` and `rejected` as strings or as
-lists of messages, or `chosen` and `rejected` alone, which begin with the prompt. A file is read and checked as a whole
-before anything is done with it. Knows nothing of models or tokens. Enter at `read_pairs` and `read_texts`.
+lists of messages, or `chosen` and `rejected` alone, which begin with the prompt. All are read and checked before
+anything is done with them. Knows nothing of models or tokens. Enter at `read_pairs` and `read_texts` with a file, at
+`pairs_of` and `texts_of` with records.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from value_models.errors import TextsFileError
-from value_models.lines import Record, read_records
+from value_models.lines import FileOrigin, Origin, Record, read_records
+from value_models.messages import Message, check_is_prompt, read_messages, read_prompt_messages, read_text
 
 MIN_PROMPTS = 8
 """Fewer leave nothing to learn from beside what is held out."""
 _VALIDATION_SHARE = 0.2
 _MIN_VALIDATION = 2
-Message = dict[str, str]
 Prompt = str | tuple[Message, ...]
 """A text that is continued as it is, or a conversation that goes through the chat template."""
 Kind = Literal["pairs", "texts"]
 _PAIR_FIELDS = ("prompt", "messages", "chosen", "rejected")
 _TEXT_FIELDS = ("text", "prompt", "messages", "response", "completion", "label", "score")
-_ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(slots=True, frozen=True)
@@ -51,9 +51,9 @@ class GivenText:
 
 @dataclass(slots=True, frozen=True)
 class GivenTexts:
-    """A file of them, in its order; of pairs, each chosen text is followed by its rejected one."""
+    """All of a file or a request, in their order; of pairs, each chosen text is followed by its rejected one."""
 
-    path: Path
+    origin: Origin
     kind: Kind
     texts: list[GivenText]
 
@@ -63,7 +63,7 @@ class GivenTexts:
         if num_prompts < MIN_PROMPTS:
             held = f"{len(self.texts) // 2} pairs" if self.kind == "pairs" else f"{len(self.texts)} texts"
             raise TextsFileError(
-                f"{self.path} holds {held} of {num_prompts} different prompts; at least {MIN_PROMPTS} are needed, "
+                f"{self.origin}: {held} of {num_prompts} different prompts; at least {MIN_PROMPTS} are needed, "
                 "since a fifth is held out"
             )
 
@@ -76,18 +76,25 @@ class GivenTexts:
         return digest.hexdigest()
 
     def where(self, text: GivenText) -> str:
-        return f"{self.path}, line {text.line}"
+        return self.origin.at(text.line)
 
 
 def read_pairs(path: Path, *, as_chat: bool = False, ignore: Sequence[str] = ()) -> GivenTexts:
-    """Read pairs. With `as_chat` a prompt that is a string is what a user asks. `ignore` names fields to leave out.
+    """Read a file of pairs; see `pairs_of`. Raises TextsFileError with the line's number, MissingPackageError."""
+    return pairs_of(read_records(path), FileOrigin(path), as_chat=as_chat, ignore=ignore)
 
-    Raises TextsFileError with the line's number, MissingPackageError.
+
+def pairs_of(
+    records: Iterable[Record], origin: Origin, *, as_chat: bool = False, ignore: Sequence[str] = ()
+) -> GivenTexts:
+    """Pairs. With `as_chat` a prompt that is a string is what a user asks. `ignore` names fields to leave out.
+
+    Raises TextsFileError, which says of which record.
     """
     texts: list[GivenText] = []
     seen: dict[frozenset[tuple[str, str]], int] = {}
-    for number, record in read_records(path):
-        where = f"{path}, line {number}"
+    for number, record in records:
+        where = origin.at(number)
         _check_fields(record, _PAIR_FIELDS, ("chosen", "rejected"), ignore, where)
         pair = _pair(record, as_chat, where)
         prompt, chosen, rejected = pair
@@ -95,39 +102,55 @@ def read_pairs(path: Path, *, as_chat: bool = False, ignore: Sequence[str] = ())
             raise TextsFileError(f"{where}: chosen and rejected are equal; which one is better?")
         key = frozenset({(json.dumps(prompt), chosen), (json.dumps(prompt), rejected)})
         if key in seen:
-            raise TextsFileError(f"{where}: the same two responses as in line {seen[key]}; leave one of the lines out")
+            raise TextsFileError(
+                f"{where}: the same two responses as in {origin.item(seen[key])}; leave one of them out"
+            )
         seen[key] = number
         texts += [GivenText(number, prompt, chosen, 1.0), GivenText(number, prompt, rejected, -1.0, 1)]
-    return GivenTexts(path, "pairs", _some(texts, path))
+    return GivenTexts(origin, "pairs", _some(texts, origin))
 
 
 def read_texts(
     path: Path, *, good_label: str | None = None, as_chat: bool = False, ignore: Sequence[str] = ()
 ) -> GivenTexts:
-    """Read single texts with a score or a label each, which are 1 and 0; `good_label` is the one to raise.
+    """Read a file of single texts; see `texts_of`.
 
-    Without it the greater of two numbers is, and true. Raises TextsFileError with the line's number,
-    MissingPackageError.
+    Raises TextsFileError with the line's number, MissingPackageError.
+    """
+    return texts_of(read_records(path), FileOrigin(path), good_label=good_label, as_chat=as_chat, ignore=ignore)
+
+
+def texts_of(
+    records: Iterable[Record],
+    origin: Origin,
+    *,
+    good_label: str | None = None,
+    as_chat: bool = False,
+    ignore: Sequence[str] = (),
+) -> GivenTexts:
+    """Single texts with a score or a label each, which are 1 and 0; `good_label` is the one to raise.
+
+    Without it the greater of two numbers is, and true. Raises TextsFileError, which says of which record.
     """
     found: list[tuple[int, Prompt, str, dict[str, Any]]] = []
     seen: dict[tuple[str, str], int] = {}
-    for number, record in read_records(path):
-        where = f"{path}, line {number}"
+    for number, record in records:
+        where = origin.at(number)
         _check_fields(record, _TEXT_FIELDS, (), ignore, where)
         prompt, response = _single(record, as_chat, where)
         key = (json.dumps(prompt), response)
         if key in seen:
-            raise TextsFileError(f"{where}: the same text as in line {seen[key]}; leave one of the lines out")
+            raise TextsFileError(f"{where}: the same text as in {origin.item(seen[key])}; leave one of them out")
         seen[key] = number
         found.append((number, prompt, response, record))
-    scores = _scores([(number, record) for number, _, _, record in found], good_label, path)
+    scores = _scores([(number, record) for number, _, _, record in found], good_label, origin)
     texts = [
         GivenText(number, prompt, response, score)
         for (number, prompt, response, _), score in zip(found, scores, strict=True)
     ]
     if texts and len({text.score for text in texts}) == 1:
-        raise TextsFileError(f"{path}: all texts have the same score; a head needs better and worse ones")
-    return GivenTexts(path, "texts", _some(texts, path))
+        raise TextsFileError(f"{origin}: all texts have the same score; a head needs better and worse ones")
+    return GivenTexts(origin, "texts", _some(texts, origin))
 
 
 def validation_prompts(prompt_ids: Iterable[str]) -> set[str]:
@@ -149,7 +172,7 @@ def _pair(record: dict[str, Any], as_chat: bool, where: str) -> tuple[Prompt, st
                 f"{where}: chosen and rejected differ before their last message; both must answer the same prompt"
             )
         return _prompt_of_messages(record, before, where), better, worse
-    better, worse = _text(chosen, "chosen", where), _text(rejected, "rejected", where)
+    better, worse = read_text(chosen, "chosen", where), read_text(rejected, "rejected", where)
     prompt = _prompt(record, as_chat, where)
     if prompt is None:
         if as_chat:
@@ -167,21 +190,21 @@ def _single(record: dict[str, Any], as_chat: bool, where: str) -> tuple[Prompt, 
         raise TextsFileError(f"{where}: {' and '.join(responses)} both hold the text; give one of them")
     if not responses:
         if "messages" not in record or "prompt" in record:
-            raise TextsFileError(f"{where}: text, response or messages is missing; the line has {_names(record)}")
+            raise TextsFileError(f"{where}: text, response or messages is missing; it has {_names(record)}")
         before, response = _ending(record["messages"], "messages", where)
-        return _no_empty_prompt(before, "messages", where), response
+        return check_is_prompt(before, "messages", where), response
     name = responses[0]
     if name == "text":
         if "prompt" in record or "messages" in record:
             raise TextsFileError(f"{where}: text stands for itself; with a prompt, call it response")
-        return "", _text(record[name], name, where)
+        return "", read_text(record[name], name, where)
     if isinstance(record[name], list):
         before, response = _ending(record[name], name, where)
         return _prompt_of_messages(record, before, where), response
     prompt = _prompt(record, as_chat, where)
     if prompt is None:
         raise TextsFileError(f"{where}: prompt or messages is missing; a text that has none is called text")
-    return prompt, _text(record[name], name, where)
+    return prompt, read_text(record[name], name, where)
 
 
 def _prompt(record: dict[str, Any], as_chat: bool, where: str) -> Prompt | None:
@@ -189,14 +212,13 @@ def _prompt(record: dict[str, Any], as_chat: bool, where: str) -> Prompt | None:
     if "prompt" in record and "messages" in record:
         raise TextsFileError(f"{where}: prompt and messages both hold the prompt; give one of them")
     if "messages" in record:
-        return _no_empty_prompt(_messages(record["messages"], "messages", where), "messages", where)
+        return read_prompt_messages(record["messages"], "messages", where)
     if "prompt" not in record:
         return None
     prompt: object = record["prompt"]
     if isinstance(prompt, list):
-        messages = _messages(cast("list[object]", prompt), "prompt", where)
-        return _no_empty_prompt(messages, "prompt", where)
-    text = _text(prompt, "prompt", where)
+        return read_prompt_messages(cast("list[object]", prompt), "prompt", where)
+    text = read_text(prompt, "prompt", where)
     return ({"role": "user", "content": text},) if as_chat else text
 
 
@@ -204,7 +226,7 @@ def _prompt_of_messages(record: dict[str, Any], before: tuple[Message, ...], whe
     """What messages answer: those before the last one, and those that the prompt holds by itself."""
     given = _prompt(record, True, where)
     if given is None:
-        return _no_empty_prompt(before, "chosen", where)
+        return check_is_prompt(before, "chosen", where)
     assert not isinstance(given, str)
     # Some sets keep the question beside whole conversations.
     if not before or given == before or (isinstance(record.get("prompt"), str) and given[0] in before):
@@ -212,43 +234,12 @@ def _prompt_of_messages(record: dict[str, Any], before: tuple[Message, ...], whe
     raise TextsFileError(f"{where}: the conversations do not begin with the prompt beside them; leave one of them out")
 
 
-def _no_empty_prompt(messages: tuple[Message, ...], field: str, where: str) -> tuple[Message, ...]:
-    if not messages:
-        raise TextsFileError(f"{where}: {field}: there is no message before the answer")
-    if messages[-1]["role"] == "assistant":
-        raise TextsFileError(f"{where}: {field}: an answer follows a message of the assistant; it must follow a user's")
-    return messages
-
-
 def _ending(value: object, field: str, where: str) -> tuple[tuple[Message, ...], str]:
     """The messages before the last one, and that one's text, which must be the assistant's."""
-    messages = _messages(value, field, where)
+    messages = read_messages(value, field, where)
     if not messages or messages[-1]["role"] != "assistant":
         raise TextsFileError(f"{where}: {field}: the last message must be of the role assistant")
     return messages[:-1], messages[-1]["content"]
-
-
-def _messages(value: object, field: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise TextsFileError(f"{where}: {field}: a list of messages is needed, each with role and content")
-    messages: list[Message] = []
-    for index, item in enumerate(cast("list[object]", value)):
-        at = f"{field}.{index}"
-        message = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
-        if set(message) != {"role", "content"}:
-            raise TextsFileError(f"{where}: {at}: a message has the fields role and content and no others")
-        if message["role"] not in _ROLES:
-            raise TextsFileError(f"{where}: {at}.role: must be one of {', '.join(_ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message["content"], f"{at}.content", where)})
-    return tuple(messages)
-
-
-def _text(value: object, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise TextsFileError(f"{where}: {field}: must be a text")
-    if not value.strip():
-        raise TextsFileError(f"{where}: {field}: is empty")
-    return value
 
 
 def _shared_words(a: str, b: str) -> int:
@@ -259,16 +250,16 @@ def _shared_words(a: str, b: str) -> int:
     return len(a[:shared].rstrip())
 
 
-def _scores(records: list[Record], good_label: str | None, path: Path) -> list[float]:
+def _scores(records: list[Record], good_label: str | None, origin: Origin) -> list[float]:
     """Of all lines, in one scale."""
     named = "label" if any("label" in record for _, record in records) else "score"
     values: list[Any] = []
     for number, record in records:
-        where = f"{path}, line {number}"
+        where = origin.at(number)
         if "label" in record and "score" in record:
             raise TextsFileError(f"{where}: label and score both say how good the text is; give one of them")
         if named not in record:
-            raise TextsFileError(f"{where}: {named} is missing; every line of a file needs the same of label and score")
+            raise TextsFileError(f"{where}: {named} is missing; every text needs the same of label and score")
         values.append(record[named])
         if named == "score" and (isinstance(values[-1], bool) or not _is_finite(values[-1])):
             raise TextsFileError(f"{where}: score: must be a finite number; labels go into label")
@@ -277,31 +268,32 @@ def _scores(records: list[Record], good_label: str | None, path: Path) -> list[f
                 f"{where}: label: must be true or false, a whole number or a text; numbers of any kind go into score"
             )
         if named == "label" and type(values[-1]) is not type(values[0]):
-            raise TextsFileError(f"{where}: label: is of another kind than in line {records[0][0]}")
+            raise TextsFileError(f"{where}: label: is of another kind than in {origin.item(records[0][0])}")
     if named == "score":
         if good_label is not None:
-            raise TextsFileError(f"{path}: has scores and no labels, so leave --good-label out")
+            raise TextsFileError(f"{origin}: has scores and no labels, so leave --good-label out")
         return [float(value) for value in values]
-    return _label_scores(values, [number for number, _ in records], good_label, path)
+    return _label_scores(values, [number for number, _ in records], good_label, origin)
 
 
-def _label_scores(labels: list[Any], lines: list[int], good_label: str | None, path: Path) -> list[float]:
+def _label_scores(labels: list[Any], lines: list[int], good_label: str | None, origin: Origin) -> list[float]:
     distinct = list(dict.fromkeys(labels))
     if len(distinct) > 2:
         line = lines[labels.index(distinct[2])]
         raise TextsFileError(
-            f"{path}, line {line}: label: {distinct[2]!r} is a third one; there may be two, and score takes any number"
+            f"{origin.at(line)}: label: {distinct[2]!r} is a third one; there may be two, and score takes any number"
         )
     words = {json.dumps(label) if not isinstance(label, str) else label: label for label in distinct}
     if good_label is None:
         if any(isinstance(label, str) for label in distinct):
             raise TextsFileError(
-                f"{path}: the labels are {' and '.join(map(repr, words))}; say which one is wanted with --good-label"
+                f"{origin}: the labels are {' and '.join(map(repr, words))}; say which one is wanted with --good-label"
             )
         good = max(distinct, default=None)
     elif good_label not in words:
         raise TextsFileError(
-            f"{path}: --good-label {good_label!r} is in no line; the labels are {' and '.join(map(repr, words))}"
+            f"{origin}: no text has the label {good_label!r} of --good-label; the labels are "
+            f"{' and '.join(map(repr, words))}"
         )
     else:
         good = words[good_label]
@@ -320,7 +312,7 @@ def _check_fields(
 ) -> None:
     for name in needed:
         if name not in record:
-            raise TextsFileError(f"{where}: {name} is missing; the line has {_names(record)}")
+            raise TextsFileError(f"{where}: {name} is missing; it has {_names(record)}")
     if unknown := [name for name in record if name not in known and name not in ignore]:
         raise TextsFileError(
             f"{where}: unknown fields {', '.join(unknown)}; known are {', '.join(known)}, and --ignore-fields "
@@ -332,7 +324,7 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(record) or "no fields"
 
 
-def _some(texts: list[GivenText], path: Path) -> list[GivenText]:
+def _some(texts: list[GivenText], origin: Origin) -> list[GivenText]:
     if not texts:
-        raise TextsFileError(f"{path} is empty")
+        raise TextsFileError(f"{origin} is empty")
     return texts

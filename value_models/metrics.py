@@ -82,6 +82,12 @@ def clean_words(text: str) -> float:
     return 0.0 - _share_in(_profanities(), text)
 
 
+def profane_spans(text: str) -> list[tuple[int, int]]:
+    """Where words on that list begin and end in a text."""
+    found = [(match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)]
+    return [(start, end) for start, end, word in found if word.removesuffix("'s") in _profanities()]
+
+
 def empath_peaceful(text: str) -> float:
     """Minus the share of words in one or more of Empath's categories of hostility, swearing and sex (Fast et al. 2016).
 

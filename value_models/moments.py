@@ -1,8 +1,10 @@
-"""First and second moments of training states: normalisation, the ascent metric, and the ridge fit they make exact.
+"""Moments of training states, summed over a stream: normalisation, the ascent metric, and the ridge fit that they give.
 
-Knows nothing of heads or rewards. Enter at `Moments.of`.
+Blocks are multiplied in float32 and summed in float64, less the first block's mean, so that the result depends neither
+on how many tokens there are nor on how large their mean is. Memory is three hidden sizes squared, whatever the number
+of tokens. Knows nothing of heads or rewards. Enter at `MomentSums`, and at `GramSum` for second moments alone.
 
-Shapes: N tokens, D hidden size.
+Shapes: N tokens of a block, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,42 +16,81 @@ from torch import Tensor
 
 from value_models.linalg import solve
 
-CHUNK_TOKENS = 65_536
 _MIN_SCALE = 1e-4
+_PANEL = 1024
+"""Columns that are multiplied at once; the half below the diagonal is left out, which saves much of large matrices."""
 
 
 @dataclass(slots=True)
 class Moments:
-    """Mean and scale of the training states, and their correlation matrix."""
+    """Mean and scale of the training states, their correlation matrix, and that of each with a target; float64."""
 
     mean_D: Tensor
     scale_D: Tensor
     correlation_DD: Tensor
-
-    @classmethod
-    def of(cls, states_ND: Tensor, tokens_N: Tensor) -> Moments:
-        size = states_ND.shape[1]
-        total_D, square_DD = torch.zeros(size), torch.zeros(size, size)
-        for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-            states = states_ND[chunk].float()
-            total_D += states.sum(0)
-            square_DD += states.T @ states
-        mean_D = total_D / len(tokens_N)
-        covariance_DD = square_DD / len(tokens_N) - torch.outer(mean_D, mean_D)
-        scale_D = covariance_DD.diagonal().clamp(min=_MIN_SCALE**2).sqrt()
-        return cls(mean_D, scale_D, covariance_DD / torch.outer(scale_D, scale_D))
+    product_D: Tensor
+    """Mean product of the normalised states with the target."""
 
     def normalise(self, states_ND: Tensor) -> Tensor:
-        return (states_ND.float() - self.mean_D) / self.scale_D
+        return (states_ND.float() - self.mean_D.float()) / self.scale_D.float()
 
-    def ridge(self, states_ND: Tensor, tokens_N: Tensor, target_N: Tensor, penalty: float) -> Tensor:
-        """Coefficients [D] of the target on the normalised states."""
-        product_D = torch.zeros_like(self.mean_D)
-        for chunk in torch.split(tokens_N, CHUNK_TOKENS):
-            product_D += self.normalise(states_ND[chunk]).T @ target_N[chunk]
-        regularised_DD = self.correlation_DD + penalty * torch.eye(len(product_D))
-        return solve(regularised_DD, product_D / len(tokens_N))
+    def ridge(self, penalty: float) -> Tensor:
+        """Coefficients [D] of the target on the normalised states, float32."""
+        eye_DD = torch.eye(len(self.product_D), dtype=torch.float64, device=self.product_D.device)
+        return solve(self.correlation_DD + penalty * eye_DD, self.product_D).float()
 
     def metric(self, shrinkage: float) -> Tensor:
-        """The correlation matrix [D, D], shrunk towards the identity."""
-        return (1 - shrinkage) * self.correlation_DD + shrinkage * torch.eye(len(self.mean_D))
+        """The correlation matrix [D, D], shrunk towards the identity, float32."""
+        eye_DD = torch.eye(len(self.mean_D), dtype=torch.float64, device=self.mean_D.device)
+        return ((1 - shrinkage) * self.correlation_DD + shrinkage * eye_DD).float()
+
+
+class GramSum:
+    """sum w x^T x over blocks."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._upper_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, x_ND: Tensor, weight: float = 1.0) -> None:
+        for first in range(0, x_ND.shape[1], _PANEL):
+            panel = x_ND[:, first : first + _PANEL].T @ x_ND[:, first:]
+            self._upper_DD[first : first + _PANEL, first:].add_(panel, alpha=weight)
+
+    def matrix(self) -> Tensor:
+        """[D, D], float64. Nothing may be added afterwards."""
+        upper_DD = self._upper_DD.triu_()
+        return upper_DD.add_(upper_DD.triu(1).T)
+
+
+class MomentSums:
+    """What `moments` are of, as blocks are added."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._pivot_D: Tensor | None = None
+
+    def add(self, states_ND: Tensor, target_N: Tensor, weight: float = 1.0) -> None:
+        """States [N, D] float32 with their targets; `weight` is of each token."""
+        if self._pivot_D is None:
+            self._pivot_D = states_ND.mean(0)
+            self._gram = GramSum(states_ND.shape[1], states_ND.device)
+            self._total_D = torch.zeros_like(self._pivot_D, dtype=torch.float64)
+            self._product_D = torch.zeros_like(self._total_D)
+            self._target = 0.0
+        states_ND = states_ND - self._pivot_D
+        self._weight += weight * len(states_ND)
+        self._gram.add(states_ND, weight)
+        self._total_D += weight * states_ND.sum(0, dtype=torch.float64)
+        self._product_D.add_(target_N.to(states_ND.device) @ states_ND, alpha=weight)
+        self._target += weight * float(target_N.sum(dtype=torch.float64))
+
+    def moments(self) -> Moments:
+        """Of what was added, at least one token. Nothing may be added afterwards."""
+        assert self._pivot_D is not None
+        offset_D = self._total_D / self._weight
+        covariance_DD = self._gram.matrix().div_(self._weight)
+        covariance_DD -= torch.outer(offset_D, offset_D)
+        scale_D = covariance_DD.diagonal().clamp(min=_MIN_SCALE**2).sqrt()
+        covariance_DD.div_(scale_D).div_(scale_D[:, None])
+        product_D = (self._product_D - offset_D * self._target) / self._weight / scale_D
+        return Moments(self._pivot_D + offset_D, scale_D, covariance_DD, product_D)

@@ -2,7 +2,7 @@
 
 Knows nothing of files or servers. Enter at `order_figures`.
 
-Shapes: B responses, N tokens, D hidden size.
+Shapes: B responses, N tokens of a block, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from value_models.ascent import cost_nats, shift_of
 from value_models.heads import ValueHead
 from value_models.linalg import vecdot
-from value_models.moments import CHUNK_TOKENS
 from value_models.training_data import TrainingData
 
 _MAX_COMPARED = 4000
@@ -31,13 +31,14 @@ def order_figures(head: ValueHead, data: TrainingData) -> dict[str, Any]:
     """
     if not data.is_given:
         return {}
-    change_N, cost_N = _changes(head, data)
-    lengths_B = data.offsets[1:] - data.offsets[:-1]
-    gained_B = torch.zeros(len(lengths_B)).index_add_(0, data.response_of_tokens(), change_N)
-    if data.kind == "texts":
-        gained_B = gained_B / lengths_B
-    value_B = head.value(data.states_ND[data.offsets[1:] - 1])
     held_out = data.is_in("validation")
+    gained_B, value_B = torch.zeros(len(held_out)), torch.zeros(len(held_out))
+    for block in data.blocks("validation"):
+        change_N = vecdot(shift_of(head, block), block.logp_grads_ND).cpu()
+        gained_B.index_add_(0, block.responses.repeat_interleave(block.lengths), change_N)
+        value_B[block.responses] = head.value(block.states_ND[block.last_tokens()]).cpu()
+    if data.kind == "texts":
+        gained_B = gained_B / data.lengths_B
     better, worse = _compared(data, held_out)
     return {
         "order": {
@@ -46,20 +47,8 @@ def order_figures(head: ValueHead, data: TrainingData) -> dict[str, Any]:
             "by_direction": _share_in_order(gained_B, better, worse),
             "by_value": _share_in_order(value_B, better, worse),
         },
-        "train_unit_cost_nats": round(float(cost_N[data.tokens_of("train")].mean()), 4),
+        "train_unit_cost_nats": round(cost_nats(head, data, "train") / data.num_tokens("train"), 4),
     }
-
-
-def _changes(head: ValueHead, data: TrainingData) -> tuple[Tensor, Tensor]:
-    """What an ascent of length 1 adds to each token's log-probability, and what it costs, to second order; [N]."""
-    changes: list[Tensor] = []
-    costs: list[Tensor] = []
-    for chunk in torch.split(torch.arange(len(data.states_ND)), CHUNK_TOKENS):
-        _, slope_U = head.readout(head.units(data.states_ND[chunk]))
-        shift_D = slope_U @ head.folded_ascent()
-        changes.append(vecdot(shift_D, data.logp_grads_ND[chunk].float()))
-        costs.append(0.5 * vecdot(shift_D, data.cost_grads_ND[chunk].float()).square())
-    return torch.cat(changes), torch.cat(costs)
 
 
 def _compared(data: TrainingData, is_in_B: Tensor) -> tuple[Tensor, Tensor]:

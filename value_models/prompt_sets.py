@@ -7,19 +7,23 @@ responses. Enter at `load_prompts` and PROMPT_SETS; to add a published set, writ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from value_models.errors import RolloutError
+from value_models.errors import RolloutError, TextsFileError
+from value_models.lines import read_records
+from value_models.messages import Message, read_prompt_messages, transcript
 from value_models.packages import package_folder
 
 
 class RolloutPrompt(BaseModel):
     """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
 
+    A chat may be a whole conversation (`messages`), whose `text` is its transcript: what rewards and judges see.
     `reference` is a response that people liked, for win rates; nothing is trained on it. SHP calls it `preferred`.
     """
 
@@ -30,35 +34,70 @@ class RolloutPrompt(BaseModel):
     kind: str = ""
     text: str = Field(min_length=1, alias="prompt")
     reference: str | None = Field(default=None, validation_alias=AliasChoices("reference", "preferred"))
+    messages: tuple[Message, ...] | None = None
+
+    def turns(self, instruction: str | None = None) -> list[Message]:
+        """A chat's messages, with an instruction put before what the user says last."""
+        turns = list(self.messages or ({"role": "user", "content": self.text},))
+        if instruction is not None:
+            turns[-1] = {**turns[-1], "content": f"{instruction}\n\n{turns[-1]['content']}"}
+        return turns
+
+    def identity(self) -> str:
+        """As JSON, all that a response depends on."""
+        return self.model_dump_json(exclude={"reference", *(() if self.messages else ("messages",))})
+
+
+def own_prompts_file() -> Path:
+    """The prompts this project wrote, which ship with the package."""
+    return Path(__file__).parent / "prompts" / "prompts.jsonl"
 
 
 def load_prompts(path: Path) -> list[RolloutPrompt]:
-    """Read JSON lines of {"id", "prompt", "format"?, "kind"?}. Raises RolloutError with the line's number."""
+    """Read lines of {"prompt" or "messages", "id"?, "format"?, "kind"?, "reference"?}, JSON lines or parquet.
+
+    A prompt without an id gets one of its text. Raises RolloutError with the line's number, MissingPackageError.
+    """
     prompts: list[RolloutPrompt] = []
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     try:
-        # Not splitlines(): it also cuts at U+2028 and the like, which JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise RolloutError(f"prompts: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RolloutError(f"prompts: {path} is not UTF-8 ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = RolloutPrompt.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise RolloutError(f"prompts: {path}, line {number}: {where}: {first['msg']}") from error
-        if prompt.id in seen:
-            raise RolloutError(f"prompts: {path}, line {number}: the id {prompt.id!r} occurs twice")
-        seen.add(prompt.id)
-        prompts.append(prompt)
+        for number, record in read_records(path):
+            prompt = _prompt(record, f"{path}, line {number}")
+            if prompt.id in seen:
+                what = f"the id {prompt.id!r} occurs twice" if "id" in record else "the same prompt"
+                raise TextsFileError(f"{path}, line {number}: {what}, as in line {seen[prompt.id]}")
+            seen[prompt.id] = number
+            prompts.append(prompt)
+    except TextsFileError as error:
+        raise RolloutError(f"prompts: {error}") from error
     if not prompts:
         raise RolloutError(f"prompts: {path} holds none")
     return prompts
+
+
+def _prompt(record: dict[str, Any], where: str) -> RolloutPrompt:
+    """Raises TextsFileError."""
+    given = dict(record)
+    if "messages" in given:
+        if {"prompt", "text"} & given.keys():
+            raise TextsFileError(f"{where}: prompt and messages both hold the prompt; give one of them")
+        if given.get("format", "chat") != "chat":
+            raise TextsFileError(f"{where}: format: messages are a chat; a text that is continued is called prompt")
+        given["messages"] = read_prompt_messages(given["messages"], "messages", where)
+        given["prompt"] = transcript(given["messages"])
+    if "id" not in given:
+        asked = json.dumps([given.get("format", "chat"), given.get("messages"), given.get("prompt", given.get("text"))])
+        given["id"] = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    try:
+        return RolloutPrompt.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TextsFileError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def in_mixed_order(prompts: Iterable[RolloutPrompt]) -> list[RolloutPrompt]:
+    """By a hash of the id: a file may be sorted by kind, and the first so many should be of every kind."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
 
 
 def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:

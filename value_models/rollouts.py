@@ -4,7 +4,7 @@ The model sampled them, or they are texts of others that it only read (scored_te
 `manifest.json` (settings, base model, prompts' digest) and for each block of prompts a pair `shard-00000.safetensors`
 (states, gradients, token ids, offsets) and `shard-00000.jsonl` (one line a response). The JSONL is renamed into place
 last, so a shard counts only when it is whole; a killed run goes on where it stopped. Knows nothing of models: a
-`RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`.
+`RolloutSource` samples. Enter at `collect_rollouts` and `open_rollouts`; shards.py reads the files.
 
 State t of a response is the post-norm state that predicts its token t, so the first one has seen the prompt alone.
 
@@ -24,17 +24,18 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
 
 from value_models.errors import RolloutError
 from value_models.files import SCRATCH_SUFFIX, write_text, write_whole
 from value_models.prompt_sets import RolloutPrompt
+from value_models.shards import SAMPLED, ShardTensors, map_tensors, read_rows, shard_path
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+ROW_FIELDS = ("prompt_id", "sample", "response", "is_finished")
 RunKind = Literal["rollouts", "pairs", "texts"]
 """Whether the model sampled the responses, or which kind of given texts they are."""
 
@@ -82,19 +83,6 @@ class RolloutSource(Protocol):
 
 
 @dataclass(slots=True, frozen=True)
-class RolloutShard:
-    """One shard in memory: response i has the tokens and states offsets[i]..offsets[i+1]."""
-
-    rows: list[dict[str, Any]]
-    """prompt_id, sample, response, is_finished of each response."""
-    states_ND: Tensor
-    logp_grads_ND: Tensor
-    token_ids_N: Tensor
-    offsets: list[int]
-    sampled_grads_ND: Tensor | None = None
-
-
-@dataclass(slots=True, frozen=True)
 class RolloutSet:
     folder: Path
     manifest: dict[str, Any]
@@ -107,10 +95,20 @@ class RolloutSet:
     def kind(self) -> RunKind:
         return self.manifest.get("given", {}).get("kind", "rollouts")
 
-    def shards(self) -> Iterator[RolloutShard]:
-        """Read the shards, each when it is its turn. Raises RolloutError where one is damaged."""
-        for index in range(self.manifest["num_shards"]):
-            yield _read_shard(self.folder, index, is_given=self.kind != "rollouts")
+    @property
+    def num_shards(self) -> int:
+        return self.manifest["num_shards"]
+
+    def rows(self, index: int) -> list[dict[str, Any]]:
+        """Of a shard: prompt_id, sample, response, is_finished, and of given texts prompt, score and line.
+
+        Raises RolloutError where it is damaged.
+        """
+        return read_rows(self.folder, index, ROW_FIELDS if self.kind == "rollouts" else (*ROW_FIELDS, "score"))
+
+    def tensors(self, index: int) -> ShardTensors:
+        """Of a shard, backed by its file. Raises RolloutError where it is damaged."""
+        return map_tensors(self.folder, index, is_given=self.kind != "rollouts")
 
 
 def collect_rollouts(
@@ -119,33 +117,50 @@ def collect_rollouts(
     folder: Path,
     settings: RolloutSettings,
     *,
+    sampled_by: str | None = None,
     show_progress: bool | None = None,
 ) -> RolloutSet:
     """Sample what is missing of a run and return it whole.
 
-    `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run, when an id
-    occurs twice, or when the source does not give exactly the responses asked for.
+    `sampled_by` names the engine whose responses the source only reads, where it does. `show_progress` None shows a bar
+    on a terminal. Raises RolloutError when the folder holds another run, when an id occurs twice, or when the source
+    does not give exactly the responses asked for.
     """
-    if len({prompt.id for prompt in prompts}) != len(prompts):
-        raise RolloutError("prompts: an id occurs twice; a response could not be told from another's")
-    blocks = [
-        list(prompts[first : first + settings.prompts_per_shard])
-        for first in range(0, len(prompts), settings.prompts_per_shard)
-    ]
-    manifest = {
-        "format": FORMAT,
-        "base_model": source.base_model,
-        "settings": settings.model_dump(),
-        "prompts_sha256": _digest(prompts),
-        "num_prompts": len(prompts),
-        "num_shards": len(blocks),
-    }
+    manifest = rollouts_manifest(source.base_model, prompts, settings, sampled_by=sampled_by)
+    blocks = prompt_blocks(prompts, settings)
 
     def sample(index: int) -> list[Rollout]:
         return _checked(list(source.sample(blocks[index], settings)), settings, blocks[index])
 
     sizes = [len(block) * settings.num_samples for block in blocks]
     return collect_shards(folder, manifest, sizes, sample, show_progress=show_progress)
+
+
+def prompt_blocks(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> list[list[RolloutPrompt]]:
+    """The prompts of each shard."""
+    size = settings.prompts_per_shard
+    return [list(prompts[first : first + size]) for first in range(0, len(prompts), size)]
+
+
+def rollouts_manifest(
+    base_model: dict[str, Any],
+    prompts: Sequence[RolloutPrompt],
+    settings: RolloutSettings,
+    *,
+    sampled_by: str | None = None,
+) -> dict[str, Any]:
+    """What tells one run from another; see `collect_rollouts`. Raises RolloutError when an id occurs twice."""
+    if len({prompt.id for prompt in prompts}) != len(prompts):
+        raise RolloutError("prompts: an id occurs twice; a response could not be told from another's")
+    return {
+        "format": FORMAT,
+        "base_model": base_model,
+        "settings": settings.model_dump(),
+        "prompts_sha256": _digest(prompts),
+        "num_prompts": len(prompts),
+        "num_shards": len(prompt_blocks(prompts, settings)),
+        **({} if sampled_by is None else {"sampled_by": sampled_by}),
+    }
 
 
 def collect_shards(
@@ -160,14 +175,14 @@ def collect_shards(
 
     `show_progress` None shows a bar on a terminal. Raises RolloutError when the folder holds another run.
     """
-    _claim(folder, manifest)
+    claim_run(folder, manifest)
     with tqdm(
         total=sum(sizes),
         unit="response",
         disable=not sys.stderr.isatty() if show_progress is None else not show_progress,
     ) as bar:
         for index, size in enumerate(sizes):
-            if not _shard(folder, index, ".jsonl").exists():
+            if not shard_path(folder, index, ".jsonl").exists():
                 started_s = time.perf_counter()
                 num_tokens = _write_shard(folder, index, make(index))
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started_s):.0f} tokens/s")
@@ -185,7 +200,7 @@ def open_rollouts(folder: Path) -> RolloutSet:
     version = manifest.get("format")
     if version != FORMAT:
         raise RolloutError(f"{folder} has format {version}, this version reads {FORMAT}; sample them anew")
-    missing = [i for i in range(manifest["num_shards"]) if not _shard(folder, i, ".jsonl").exists()]
+    missing = [i for i in range(manifest["num_shards"]) if not shard_path(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
             f"{folder} lacks {len(missing)} of {manifest['num_shards']} shards; the command that began it goes on with "
@@ -194,8 +209,11 @@ def open_rollouts(folder: Path) -> RolloutSet:
     return RolloutSet(folder, manifest)
 
 
-def _claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make the folder this run's, or check that it is; remove what a killed run left half-written."""
+def claim_run(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder this run's, or check that it is; remove what a killed run left half-written.
+
+    Raises RolloutError when it holds another run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"*{SCRATCH_SUFFIX}"):
         leftover.unlink()
@@ -239,31 +257,11 @@ def _write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> int:
     sampled = [rollout.sampled_grads_TD for rollout in rollouts if rollout.sampled_grads_TD is not None]
     if sampled:
         assert len(sampled) == len(rollouts)
-        tensors["sampled_grads_ND"] = torch.cat(sampled).contiguous()
-    write_whole(_shard(folder, index, ".safetensors"), lambda scratch: save_file(tensors, scratch))
-    fields = ("prompt_id", "sample", "response", "is_finished")
-    rows = [{name: getattr(rollout, name) for name in fields} | dict(rollout.about) for rollout in rollouts]
-    write_text(_shard(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        tensors[SAMPLED] = torch.cat(sampled).contiguous()
+    write_whole(shard_path(folder, index, ".safetensors"), lambda scratch: save_file(tensors, scratch))
+    rows = [{name: getattr(rollout, name) for name in ROW_FIELDS} | dict(rollout.about) for rollout in rollouts]
+    write_text(shard_path(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
-
-
-def _read_shard(folder: Path, index: int, *, is_given: bool) -> RolloutShard:
-    rows, tensors = _shard(folder, index, ".jsonl"), _shard(folder, index, ".safetensors")
-    try:
-        read = load_file(tensors)
-        return RolloutShard(
-            rows=[json.loads(line) for line in rows.read_text().splitlines()],
-            states_ND=read["states_ND"],
-            logp_grads_ND=read["logp_grads_ND"],
-            token_ids_N=read["token_ids_N"],
-            offsets=[int(offset) for offset in read["offsets"].unbind()],
-            sampled_grads_ND=read["sampled_grads_ND"] if is_given else None,
-        )
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise RolloutError(
-            f"{tensors} or {rows.name} beside it is damaged ({error}); delete both, and the command that "
-            "made them makes them anew"
-        ) from error
 
 
 def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:
@@ -288,10 +286,6 @@ def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequ
     return [by_key[key] for key in wanted]
 
 
-def _shard(folder: Path, index: int, suffix: str) -> Path:
-    return folder / f"shard-{index:05d}{suffix}"
-
-
 def _digest(prompts: Sequence[RolloutPrompt]) -> str:
-    lines = "".join(prompt.model_dump_json(exclude={"reference"}) for prompt in prompts)
+    lines = "".join(prompt.identity() for prompt in prompts)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -53,7 +53,7 @@ def run_manifest(source: TextSource, given: GivenTexts, settings: ScoreSettings)
         "format": FORMAT,
         "base_model": source.base_model,
         "settings": settings.model_dump(),
-        "given": {"kind": given.kind, "file": given.path.name, "sha256": given.sha256},
+        "given": {"kind": given.kind, "file": given.origin.name, "sha256": given.sha256},
         "num_prompts": len({text.prompt_id for text in given.texts}),
         "num_shards": num_shards,
     }

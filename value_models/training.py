@@ -1,36 +1,39 @@
-"""Fitting a value head to rollouts: targets, normalisation, a small network with early stopping, the way uphill.
+"""Fitting a value head to rollouts or texts: normalisation, the linear part, hidden layers, the way uphill, figures.
 
-The linear part is the ridge solution, which is exact; hidden layers, if any, start from it and learn what is left.
-Splits are by prompt, so validation figures are on prompts that the fit has not seen. Knows nothing of language models
-or servers. Enter at `train_head`.
+The linear part is the ridge solution, which is exact; hidden layers, if any, start from it and learn what is left
+(network.py). Splits are by prompt, so validation figures are on prompts that the fit has not seen. Data comes in
+blocks, several times over, and what is in memory does not grow with the number of tokens. Knows nothing of language
+models or servers. Enter at `train_head`.
 
-Shapes: N tokens of all responses one after the other, B responses, D hidden size, H head width.
+Shapes: N tokens of a block, B responses of a source, D hidden size.
 """
 
-# torch leaves types out of `manual_seed`, `Tensor.backward` and an optimiser's `step`.
+# torch leaves types out of `manual_seed`.
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
 from value_models.errors import TrainingDataError
-from value_models.heads import LinearHead, MLPHead, ValueHead
-from value_models.moments import CHUNK_TOKENS, Moments
-from value_models.targets import center_by_prompt
+from value_models.heads import LinearHead, ValueHead, head_from_tensors
+from value_models.moments import Moments, MomentSums
+from value_models.network import Network, fit
+from value_models.order import order_figures
+from value_models.rollouts import RunKind
+from value_models.sources import FitSource, token_weights
+from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
-_log = logging.getLogger(__name__)
-_MIN_REWARD_SCALE = 1e-5
+_POSITIONS = (0, 10, 20, 40, 60)
+"""Tokens of responses at which the explained variance is looked at."""
 
 
 class TrainSettings(BaseModel):
@@ -40,7 +43,9 @@ class TrainSettings(BaseModel):
 
     targets: Literal["monte_carlo", "td_lambda", "td_one_step"] = "monte_carlo"
     trace: float = Field(default=0.95, ge=0, le=1, description="lambda of td_lambda")
-    center_by_prompt: bool = Field(default=True, description="subtract each prompt's mean reward")
+    center_by_prompt: bool = Field(
+        default=True, description="subtract each prompt's mean reward; of --texts only where it is asked for"
+    )
     hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="hidden layers beside the linear part; none by default"
     )
@@ -70,6 +75,11 @@ class TrainSettings(BaseModel):
             raise ValueError("has_linear_part: a head needs it, or hidden_widths")
         return self
 
+    def centres(self, kind: RunKind) -> bool:
+        """Whether each prompt's mean is subtracted. Most prompts of single texts have one, of which nothing would be
+        left."""
+        return self.center_by_prompt and (kind != "texts" or "center_by_prompt" in self.model_fields_set)
+
     @property
     def effective_trace(self) -> float:
         return {"monte_carlo": 1.0, "td_one_step": 0.0}.get(self.targets, self.trace)
@@ -85,188 +95,134 @@ class ValidationFigures:
     """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
     num_train_tokens: int
     num_validation_tokens: int
+    order: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of given texts; see `order_figures` in value_models/order.py."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a card has it."""
+        counts = {"num_train_tokens": self.num_train_tokens, "num_validation_tokens": self.num_validation_tokens}
+        return {"ascent_gain": self.ascent_gain, "r2": self.r2, **counts, **self.order}
 
 
 @dataclass(slots=True, frozen=True)
 class TrainedHead:
     head: ValueHead
-    figures: ValidationFigures
+    figures: list[ValidationFigures]
+    """For each source."""
 
 
-def train_head(data: TrainingData, settings: TrainSettings) -> TrainedHead:
-    """Fit one head. The result is deterministic for a seed on one machine.
+def train_head(
+    sources: Sequence[TrainingData], settings: TrainSettings, *, weights: Sequence[float] | None = None
+) -> TrainedHead:
+    """Fit one head to one source or several, which count by `weights`, by default all the same.
 
-    Raises TrainingDataError when a split is empty, or when the rewards are all the same.
+    The value predicts in the first source's unit. Of rewards in standard deviations it is the weighted least-squares
+    fit; for the way uphill see ascent.py. The result is deterministic for a seed on one machine. Raises
+    TrainingDataError when a split is empty, when the rewards are all the same, or when states are not finite.
     """
     torch.manual_seed(settings.seed)
-    train_N, validation_N = data.tokens_of("train"), data.tokens_of("validation")
-    moments = Moments.of(data.states_ND, train_N)
-    reward_B = center_by_prompt(data.reward_B, data.prompt_B) if settings.center_by_prompt else data.reward_B
-    is_train_B = data.is_in("train")
-    mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
-    if not scale > _MIN_REWARD_SCALE:
-        within = " within each prompt (sample several responses a prompt)" if settings.center_by_prompt else ""
-        raise TrainingDataError(f"reward: the training responses all have the same reward{within}; nothing to learn")
-    standard_B = (reward_B - mean) / scale
-    target_N = standard_B[data.response_of_tokens()]
-
-    # Given texts are few, and a response's tokens share one score, so that it is responses that count.
-    few = len(moments.mean_D) / int(is_train_B.sum()) if data.is_given else 0.0
-    linear_D = moments.ridge(data.states_ND, train_N, target_N, settings.ridge + few)
-    if settings.hidden_widths:
-        network = _Network(linear_D if settings.has_linear_part else None, len(linear_D), settings.hidden_widths)
-        _fit(network, data, moments, target_N, settings, train_N, validation_N)
-        head = network.head(moments, mean, scale)
-    else:
-        head = LinearHead(
-            mean_D=moments.mean_D,
-            scale_D=moments.scale_D,
-            inputs_UD=linear_D[None],
-            input_bias_U=torch.zeros(1),
-            reward_mean=mean,
-            reward_scale=scale,
-        )
+    fitted = [
+        FitSource.of(data, weight=weight, is_centred=settings.centres(data.kind))
+        for data, weight in zip(sources, weights or [1.0] * len(sources), strict=True)
+    ]
+    moments = _moments(fitted)
+    head = _value_head(fitted, moments, settings)
     rows_UD = ascent_rows(
         head,
-        data,
+        fitted,
         moments,
-        standard_B,
         metric=settings.metric,
         shrinkage=settings.shrinkage,
         trace=settings.advantage_trace,
         damping=settings.damping,
     )
-    head = calibrated(head.with_ascent(rows_UD), data)
-    figures = ValidationFigures(
-        ascent_gain=round(ascent_gain(head, data, standard_B, validation_N), 4),
-        r2=_r2_by_position(head, data, target_N * scale + mean, validation_N),
-        num_train_tokens=len(train_N),
-        num_validation_tokens=len(validation_N),
-    )
-    return TrainedHead(head, figures)
+    head = calibrated(head.with_ascent(rows_UD), sources)
+    figures = [_figures(head, source) for source in fitted]
+    return TrainedHead(head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()}), figures)
 
 
-class _Network(nn.Module):
-    """The trainable twin of `MLPHead`."""
+def _moments(sources: Sequence[FitSource]) -> Moments:
+    """Of the training states, with the rewards of their responses as the target."""
+    sums = MomentSums()
+    for source, weight in zip(sources, token_weights(sources), strict=True):
+        for block in source.data.blocks("train"):
+            sums.add(block.states_ND, block.of_tokens(source.standard_B), weight)
+    moments = sums.moments()
+    if not bool(moments.correlation_DD.isfinite().all()):
+        raise TrainingDataError("rollouts: training states hold numbers that are not finite; make them anew")
+    return moments
 
-    def __init__(self, linear_D: Tensor | None, hidden_size: int, hidden_widths: tuple[int, ...]) -> None:
-        """It starts as the linear part alone, where there is one."""
-        super().__init__()
-        self.linear_D = nn.Parameter(
-            torch.zeros(hidden_size) if linear_D is None else linear_D.clone(), requires_grad=linear_D is not None
-        )
-        sizes = [hidden_size, *hidden_widths]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self.out = nn.Linear(sizes[-1], 1)
-        nn.init.zeros_(self.out.bias)
-        if linear_D is not None:
-            nn.init.zeros_(self.out.weight)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        active = x_ND
-        for layer in self.layers:
-            active = functional.relu(layer(active))
-        return x_ND @ self.linear_D + self.out(active)[:, 0]
-
-    def head(self, moments: Moments, mean: float, scale: float) -> MLPHead:
-        first: Any = self.layers[0]
-        later: list[Any] = list(self.layers[1:])
-        return MLPHead(
+def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainSettings) -> ValueHead:
+    """Without its way uphill."""
+    penalty = settings.ridge
+    if any(source.data.is_given for source in sources):
+        # Given texts are few, and a response's tokens share one score, so that it is responses that count.
+        penalty += len(moments.mean_D) / sum(int(source.data.is_in("train").sum()) for source in sources)
+    linear_D = moments.ridge(penalty)
+    mean, scale = sources[0].mean, sources[0].scale
+    if not settings.hidden_widths:
+        return LinearHead(
             mean_D=moments.mean_D,
             scale_D=moments.scale_D,
-            inputs_UD=torch.cat([self.linear_D[None], first.weight]).detach(),
-            input_bias_U=torch.cat([torch.zeros(1), first.bias.detach()]),
+            inputs_UD=linear_D[None],
+            input_bias_U=torch.zeros_like(linear_D[:1]),
             reward_mean=mean,
             reward_scale=scale,
-            hidden_weights=[layer.weight.detach() for layer in later],
-            hidden_biases=[layer.bias.detach() for layer in later],
-            out_weight_H=self.out.weight.detach()[0],
-            out_bias=self.out.bias.detach()[0],
         )
+    # Drawn on the CPU, so that a seed is the same network everywhere.
+    start_D = linear_D.cpu() if settings.has_linear_part else None
+    network = Network(start_D, len(linear_D), settings.hidden_widths).to(linear_D.device)
+    fit(network, sources, moments, settings)
+    return network.head(moments, mean, scale)
 
 
-def _fit(
-    network: _Network,
-    data: TrainingData,
-    moments: Moments,
-    reward_N: Tensor,
-    settings: TrainSettings,
-    train_N: Tensor,
-    validation_N: Tensor,
-) -> None:
-    """Minimise the squared error with early stopping; leaves the best weights in the network."""
-    decayed = [p for name, p in network.named_parameters() if name.endswith("weight")]
-    others = [p for name, p in network.named_parameters() if not name.endswith("weight")]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-    )
-    best_loss, best_state, waited = float("inf"), {}, 0
-    for epoch in range(settings.max_epochs + 1):
-        # Validation is always against the reward itself, so that target types can be compared; first the linear part's.
-        values_N = _values(network, data, moments, validation_N)
-        validation_loss = float(functional.mse_loss(values_N, reward_N[validation_N]))
-        _log.info("after %d epochs: validation loss %.4f", epoch, validation_loss)
-        if validation_loss < best_loss:
-            best_loss, waited = validation_loss, 0
-            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        else:
-            waited += 1
-        if waited >= settings.patience or epoch == settings.max_epochs:
-            break
-        targets_of = _targets(network, data, moments, reward_N, settings)
-        for batch in torch.split(train_N[torch.randperm(len(train_N))], settings.batch_size):
-            loss = functional.mse_loss(network(moments.normalise(data.states_ND[batch])), targets_of(batch))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    network.load_state_dict(best_state)
-
-
-def _targets(
-    network: _Network, data: TrainingData, moments: Moments, reward_N: Tensor, settings: TrainSettings
-) -> Callable[[Tensor], Tensor]:
-    """Token indices -> detached targets for one epoch.
-
-    Lambda-returns take the network's values at the epoch's start; one-step targets take them as it learns, since a
-    value that moves back one token an epoch would never reach the first.
-    """
-    if settings.effective_trace == 1.0:
-        return lambda batch: reward_N[batch]
-    last = data.offsets[1:] - 1
-    if settings.effective_trace == 0.0:
-        is_last_N = torch.zeros(len(reward_N), dtype=torch.bool)
-        is_last_N[last] = True
-
-        def one_step(batch: Tensor) -> Tensor:
-            following = (batch + 1).clamp(max=len(reward_N) - 1)
-            return torch.where(is_last_N[batch], reward_N[batch], _values(network, data, moments, following))
-
-        return one_step
-    values_N = _values(network, data, moments, torch.arange(len(reward_N)))
-    target_N = data.lambda_returns(reward_N[last], values_N, trace=settings.effective_trace)
-    return lambda batch: target_N[batch]
-
-
-@torch.no_grad()
-def _values(network: _Network, data: TrainingData, moments: Moments, tokens_N: Tensor) -> Tensor:
-    return torch.cat(
-        [network(moments.normalise(data.states_ND[chunk])) for chunk in torch.split(tokens_N, CHUNK_TOKENS)]
+def _figures(head: ValueHead, source: FitSource) -> ValidationFigures:
+    """Raises TrainingDataError where validation states or gradients are not finite."""
+    gain = ascent_gain(head, source, "validation")
+    if not math.isfinite(gain):
+        raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
+    return ValidationFigures(
+        ascent_gain=round(gain, 4),
+        r2=_r2_by_position(head, source, "validation"),
+        num_train_tokens=source.data.num_tokens("train"),
+        num_validation_tokens=source.data.num_tokens("validation"),
+        order=order_figures(head, source.data),
     )
 
 
-def _r2_by_position(head: ValueHead, data: TrainingData, target_N: Tensor, tokens_N: Tensor) -> dict[str, float]:
-    """Share of the reward's variance that the head explains on given tokens, overall and at some positions."""
-    values_N = torch.cat([head.value(data.states_ND[chunk]) for chunk in torch.split(tokens_N, CHUNK_TOKENS)])
-    position_N, truth_N = data.position_of_tokens()[tokens_N], target_N[tokens_N]
-    figures = {"all": _r2(values_N, truth_N)}
-    for position in (0, 10, 20, 40, 60):
-        at = position_N == position
-        if at.sum() > 1:
-            figures[f"token_{position}"] = _r2(values_N[at], truth_N[at])
-    return figures
+class _Explained:
+    """Share of a reward's variance that values explain, as blocks are added."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = self._squares = self._errors = 0.0
+
+    def add(self, values: Tensor, truth: Tensor) -> None:
+        truth = truth.double()
+        self.count += len(truth)
+        self._sum += float(truth.sum())
+        self._squares += float(truth.square().sum())
+        self._errors += float((values - truth).square().sum())
+
+    def share(self) -> float:
+        variance = self._squares / self.count - (self._sum / self.count) ** 2
+        return 1.0 - self._errors / self.count / max(variance, 1e-12)
 
 
-def _r2(values: Tensor, truth: Tensor) -> float:
-    variance = float(((truth - truth.mean()) ** 2).mean())
-    return 1.0 - float(((values - truth) ** 2).mean()) / max(variance, 1e-12)
+def _r2_by_position(head: ValueHead, source: FitSource, split: str) -> dict[str, float]:
+    """Share of the reward's variance that the head explains on a split's tokens, overall and at some positions."""
+    explained = {"all": _Explained(), **{f"token_{position}": _Explained() for position in _POSITIONS}}
+    for block in source.data.blocks(split):
+        values_N, truth_N = _standard_values(head, block), block.of_tokens(source.standard_B)
+        explained["all"].add(values_N, truth_N)
+        position_N = block.position_of_tokens()
+        for position in _POSITIONS:
+            at = position_N == position
+            explained[f"token_{position}"].add(values_N[at], truth_N[at])
+    return {name: part.share() for name, part in explained.items() if part.count > 1 or name == "all"}
+
+
+def _standard_values(head: ValueHead, block: TokenBlock) -> Tensor:
+    """[N], in standard deviations of the training reward, float64."""
+    return head.readout(head.units(block.states_ND))[0].cpu().double()

@@ -1,12 +1,14 @@
-"""Scored rollouts: what a head is fitted to. Enter at `load_training_data` and
-`load_scored_texts`.
+"""Scored rollouts or texts: what a head is fitted to. Enter at `load_training_data` and `load_scored_texts`.
 
-Shapes: N tokens of all responses one after the other, B responses, T longest response, D hidden size.
+Of each response a few numbers are in memory: its score, its prompt's number, its length, its side of the split. States
+and gradients come in blocks from the run's files, text only while a shard is scored.
+
+Shapes: N tokens of a block, B responses, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,16 @@ from value_models.given_texts import validation_prompts
 from value_models.prompt_sets import split_of
 from value_models.rewards import load_reward
 from value_models.rollouts import RolloutSet, RunKind, open_rollouts
-from value_models.targets import lambda_returns, terminal_rewards
+from value_models.scores import RunScores
+from value_models.shards import damaged
+from value_models.token_blocks import TokenBlock, TokenSource, blocks_of
 
 
 @dataclass(slots=True)
 class TrainingData:
     """`offsets` are B + 1; `split` holds train, validation or test for each response."""
 
-    states_ND: Tensor
-    logp_grads_ND: Tensor
-    """Gradient of each token's log-probability by its state; see `value_models.rollouts.Rollout`."""
+    tokens: TokenSource
     offsets: Tensor
     prompt_B: Tensor
     reward_B: Tensor
@@ -36,8 +38,8 @@ class TrainingData:
     base_model: dict[str, Any]
     manifest: dict[str, Any]
     kind: RunKind = "rollouts"
-    sampled_grads_ND: Tensor | None = None
-    """Of texts that the model did not write: the gradients of tokens that it draws in the same states."""
+    device: str = "cpu"
+    """Where blocks are put, and so what is computed of them."""
 
     @property
     def is_given(self) -> bool:
@@ -45,9 +47,8 @@ class TrainingData:
         return self.kind != "rollouts"
 
     @property
-    def cost_grads_ND(self) -> Tensor:
-        """Gradients whose second moment is the Fisher information: those of tokens that the model itself draws."""
-        return self.logp_grads_ND if self.sampled_grads_ND is None else self.sampled_grads_ND
+    def lengths_B(self) -> Tensor:
+        return self.offsets[1:] - self.offsets[:-1]
 
     def is_in(self, split: str) -> Tensor:
         """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""
@@ -56,92 +57,116 @@ class TrainingData:
             raise TrainingDataError(f"prompts: none is in the {split} split; it is chosen by the id, so add prompts")
         return is_in_B
 
-    def tokens_of(self, split: str) -> Tensor:
-        """Indices of the tokens whose response is in a split. Raises TrainingDataError when there is none."""
-        return self.is_in(split)[self.response_of_tokens()].nonzero()[:, 0]
+    def num_tokens(self, split: str) -> int:
+        return int(self.lengths_B[self.is_in(split)].sum())
 
-    def response_of_tokens(self) -> Tensor:
-        """The response that each token belongs to, [N]."""
-        lengths = self.offsets[1:] - self.offsets[:-1]
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    def blocks(self, split: str | None, *, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
+        """The responses of a split, or all, in order; `order` draws another one of the files.
 
-    def position_of_tokens(self) -> Tensor:
-        """Each token's place in its response, [N]."""
-        return torch.arange(self.states_ND.shape[0]) - self.offsets[:-1][self.response_of_tokens()]
-
-    def lambda_returns(self, reward_B: Tensor, values_N: Tensor, *, trace: float) -> Tensor:
-        """The lambda-returns [N] of each response's terminal reward and its tokens' values; see targets.py."""
-        response_N, position_N = self.response_of_tokens(), self.position_of_tokens()
-        shape = (len(reward_B), int(position_N.max()) + 1)
-        mask_BT = torch.zeros(shape, dtype=torch.bool)
-        mask_BT[response_N, position_N] = True
-        values_BT = torch.zeros(shape)
-        values_BT[response_N, position_N] = values_N
-        returns_BT = lambda_returns(terminal_rewards(reward_B, mask_BT), values_BT, mask_BT, trace=trace)
-        return returns_BT[response_N, position_N]
+        Raises TrainingDataError when the split has none, RolloutError where a file is damaged.
+        """
+        is_wanted_B = torch.ones(len(self.split), dtype=torch.bool) if split is None else self.is_in(split)
+        return self.tokens.blocks(is_wanted_B, device=self.device, order=order)
 
 
-def load_training_data(folder: Path, reward_name: str, prompt_texts: dict[str, str]) -> TrainingData:
-    """Read a run of rollouts and score it; `prompt_texts` are by id. Raises RolloutError, RewardError."""
+@dataclass(slots=True)
+class RunTokens:
+    """The tokens of a run, of which the file that is being read is mapped and no other."""
+
+    run: RolloutSet
+    first_responses: list[int]
+    """Of each shard, and at the end the number of responses."""
+    offsets: Tensor
+
+    def blocks(self, is_wanted_B: Tensor, *, device: str, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
+        """Raises RolloutError where a file is damaged, or is another than it was."""
+        num_shards = self.run.num_shards
+        shards = torch.arange(num_shards) if order is None else torch.randperm(num_shards, generator=order)
+        for shard in map(int, shards.unbind()):
+            first, end = self.first_responses[shard : shard + 2]
+            if not is_wanted_B[first:end].any():
+                continue
+            tensors = self.run.tensors(shard)
+            if not torch.equal(tensors.offsets, self.offsets[first : end + 1] - self.offsets[first]):
+                raise damaged(self.run.folder, shard, "it is another than a minute ago")
+            yield from blocks_of(
+                tensors.by_name, tensors.offsets, is_wanted_B[first:end], device=device, first_response=first
+            )
+
+
+def load_training_data(
+    folder: Path, reward_name: str, prompt_texts: dict[str, str], *, device: str = "cpu", dtype: str = "auto"
+) -> TrainingData:
+    """Open a run of rollouts and score it, a shard at a time; `prompt_texts` are by id.
+
+    `device` is for training and for a reward model, which is loaded in `dtype`. Raises RolloutError, RewardError.
+    """
     run = open_rollouts(folder)
     if run.kind != "rollouts":
         raise RolloutError(f"{folder} holds {run.kind} with scores of their own; leave --reward out")
-    reward = load_reward(reward_name)
-
-    def score(rows: list[dict[str, Any]]) -> list[float]:
+    scores = RunScores(folder, reward_name, load_reward(reward_name, device=device, dtype=dtype), dtype=dtype)
+    reader = _Reader(run)
+    for shard in range(run.num_shards):
+        rows = run.rows(shard)
         prompt_ids = [row["prompt_id"] for row in rows]
         if unknown := set(prompt_ids) - set(prompt_texts):
             one = f"{min(unknown)!r} for one"
             raise RolloutError(f"prompts: {len(unknown)} prompts of {folder} are not in the file, {one}")
-        return reward([prompt_texts[prompt_id] for prompt_id in prompt_ids], [row["response"] for row in rows])
+        texts, responses = [prompt_texts[prompt_id] for prompt_id in prompt_ids], [row["response"] for row in rows]
+        reader.add(shard, rows, scores.of(shard, texts, responses))
+    return reader.data([split_of(prompt_id) for prompt_id in reader.prompts], device)
 
-    return _load(run, score, split_of)
 
-
-def load_scored_texts(folder: Path) -> TrainingData:
-    """Read a run of given texts, which have scores of their own; a fifth of the prompts is held out.
+def load_scored_texts(folder: Path, *, device: str = "cpu") -> TrainingData:
+    """Open a run of given texts, which have scores of their own; a fifth of the prompts is held out.
 
     Raises RolloutError.
     """
     run = open_rollouts(folder)
     if run.kind == "rollouts":
         raise RolloutError(f"{folder} holds sampled responses, which have no scores of their own; give --reward")
+    reader = _Reader(run)
+    for shard in range(run.num_shards):
+        rows = run.rows(shard)
+        reader.add(shard, rows, [row["score"] for row in rows])
+    held_out = validation_prompts(reader.prompts)
+    return reader.data(["validation" if prompt_id in held_out else "train" for prompt_id in reader.prompts], device)
 
-    def score(rows: list[dict[str, Any]]) -> list[float]:
-        held_out.update(validation_prompts(row["prompt_id"] for row in rows))
-        return [row["score"] for row in rows]
 
-    held_out: set[str] = set()
-    return _load(run, score, lambda prompt_id: "validation" if prompt_id in held_out else "train")
+class _Reader:
+    """What is kept of a run's shards as they pass."""
 
+    def __init__(self, run: RolloutSet) -> None:
+        self._run = run
+        self.prompts: dict[str, int] = {}
+        """Numbers by id, in the order in which ids came."""
+        self._first_responses = [0]
+        self._prompt_B: list[Tensor] = []
+        self._reward_B: list[Tensor] = []
+        self._lengths: list[Tensor] = []
 
-def _load(
-    run: RolloutSet, score: Callable[[list[dict[str, Any]]], list[float]], split: Callable[[str], str]
-) -> TrainingData:
-    """`score` is asked once, for all responses; then `split` is, for each prompt's id."""
-    states: list[Tensor] = []
-    grads: list[Tensor] = []
-    sampled: list[Tensor] = []
-    offsets, rows = [0], list[dict[str, Any]]()
-    for shard in run.shards():
-        states.append(shard.states_ND)
-        grads.append(shard.logp_grads_ND)
-        if shard.sampled_grads_ND is not None:
-            sampled.append(shard.sampled_grads_ND)
-        offsets += [offsets[-1] + end for end in shard.offsets[1:]]
-        rows += shard.rows
-    reward_B = torch.tensor(score(rows))
-    prompt_ids = [row["prompt_id"] for row in rows]
-    numbers = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
-    return TrainingData(
-        states_ND=torch.cat(states),
-        logp_grads_ND=torch.cat(grads),
-        offsets=torch.tensor(offsets),
-        prompt_B=torch.tensor([numbers[prompt_id] for prompt_id in prompt_ids]),
-        reward_B=reward_B,
-        split=[split(prompt_id) for prompt_id in prompt_ids],
-        base_model=run.base_model,
-        manifest=run.manifest,
-        kind=run.kind,
-        sampled_grads_ND=torch.cat(sampled) if sampled else None,
-    )
+    def add(self, shard: int, rows: list[dict[str, Any]], scores: list[float]) -> None:
+        """Raises RolloutError where the shard's files do not fit."""
+        offsets = self._run.tensors(shard).offsets.clone()
+        if len(offsets) != len(rows) + 1:
+            raise damaged(self._run.folder, shard, f"{len(rows)} lines, but tensors of {len(offsets) - 1} responses")
+        numbers = [self.prompts.setdefault(row["prompt_id"], len(self.prompts)) for row in rows]
+        self._first_responses.append(self._first_responses[-1] + len(rows))
+        self._prompt_B.append(torch.tensor(numbers))
+        self._reward_B.append(torch.tensor(scores, dtype=torch.float32))
+        self._lengths.append(offsets.diff())
+
+    def data(self, split_of_prompts: list[str], device: str) -> TrainingData:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self._lengths).cumsum(0)])
+        prompt_B = torch.cat(self._prompt_B)
+        return TrainingData(
+            tokens=RunTokens(self._run, self._first_responses, offsets),
+            offsets=offsets,
+            prompt_B=prompt_B,
+            reward_B=torch.cat(self._reward_B),
+            split=[split_of_prompts[number] for number in map(int, prompt_B.unbind())],
+            base_model=self._run.base_model,
+            manifest=self._run.manifest,
+            kind=self._run.kind,
+            device=device,
+        )

@@ -24,12 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from server.cli.arms import ArmFactory
+from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.kv_cache import fork_pages
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
-from server.engines.embedded.rollouts import EngineRolloutSource, response_seed
+from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.sampler import uniform
+from server.engines.rollout_prompts import response_seed
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
 from value_models.evaluation import Arm
@@ -229,6 +231,7 @@ def _sample(
     params: ControlledDecoding,
 ) -> Iterator[EvalSample]:
     core, eos_token_ids = source.core, source.loaded.eos_token_ids
+    assert isinstance(core, EngineCore)
     decoder = ControlledDecoder(core.runner, core.page_pool, head, eos_token_ids, max_rows=core.max_batch_size)
     jobs = [
         DecodingJob(

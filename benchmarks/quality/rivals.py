@@ -53,7 +53,7 @@ def re_control(
 def re_control_head(data: TrainingData) -> ValueHead:
     """A head whose step of size a is a times the gradient of the value by the state itself, in standard deviations of
     the reward. Raises TrainingDataError."""
-    head = train_head(data, _PUBLISHED_TRAINING).head
+    head = train_head([data], _PUBLISHED_TRAINING).head
     # Rows over the normalised state x = (h - mean) / scale whose shift of h is dV/dh = (dV/dx) / scale.
     return head.with_ascent(head.inputs_UD / head.scale_D.square())
 

@@ -51,6 +51,8 @@ class Roads(Evaluation):
     def check_flags(self) -> None:
         if given := sorted(_UNUSED & self.model_fields_set):
             raise ValueError(f"{given[0]}: this study does not use it; leave it out")
+        if self.into is not None and self.out is None:
+            raise ValueError("into: goes with --out, the file that the page shows")
         super().check_flags()
 
     def study_of(self, loaded: LoadedModel, registry: HeadRegistry) -> Study:

@@ -122,7 +122,8 @@ class Workshop:
 
     def _write_files(self, prompts: dict[str, RolloutPrompt]) -> None:
         """The pairs and the texts, from the rollouts and their rewards."""
-        rows = [row for shard in open_rollouts(self._folder / "rollouts").shards() for row in shard.rows]
+        run = open_rollouts(self._folder / "rollouts")
+        rows = [row for shard in range(run.num_shards) for row in run.rows(shard)]
         texts = [prompts[row["prompt_id"]].text for row in rows]
         rewards = load_reward(self._aim.reward)(texts, [row["response"] for row in rows])
         scored = [

@@ -13,6 +13,7 @@ from server.api.generation import Choice, Generation, read_chat, shown_logprobs,
 from server.api.schemas import ChatBody
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
+from server.api.turns import Conversation, turn_of
 from server.api.writer import ChoicesWriter
 from server.calls.calls import CallDelta
 from server.engines.base import Engine
@@ -27,19 +28,21 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     engine: Engine = request.app.state.engine
     tools = resolve_tools(body, engine.info.call_format)
     rendering = body.rendering(reasoning_effort=body.reasoning_effort, tools=tools.offered)
-    prompt, opening = await read_chat(request, body.messages, rendering)
+    chat = await read_chat(request, body, body.messages, rendering)
     generation = await start(
         request,
         body,
-        [prompt],
+        [chat.prompt],
         # None is, as in vLLM, up to the end of the context, within what one body may ask for.
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         tools=tools,
-        opening=opening,
+        opening=chat.opening,
+        turn=await turn_of(request, body, Conversation(body.messages, rendering)),
+        instructed=None if chat.instructed is None else [chat.instructed],
         hides_reasoning=body.include_reasoning is False,
     )
-    return await _ChatWriter(request, body, generation, has_reasoning=opening is not None).respond()
+    return await _ChatWriter(request, body, generation, has_reasoning=chat.opening is not None).respond()
 
 
 class _ChatWriter(ChoicesWriter):

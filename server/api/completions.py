@@ -27,6 +27,9 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     if body.echo and body.logprobs is not None:
         check_may_inspect(request, "echo with logprobs")
     texts, prompts = await tokenized(request, lambda: _prompts(engine, body))
+    instructed = None
+    if (instruction := body.instruction) is not None:
+        instructed = await tokenized(request, lambda: [engine.encode_instructed(instruction, ids) for ids in prompts])
     echoed = None
     if texts is not None:
         has_logprobs = body.logprobs is not None
@@ -39,6 +42,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         best_of=body.best_of,
+        instructed=instructed,
     )
     return await _CompletionWriter(request, body, generation, echoed).respond()
 

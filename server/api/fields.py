@@ -16,6 +16,7 @@ from server.types import (
     MAX_STOP_TOKEN_IDS,
     Bias,
 )
+from server.unicode import check_text
 
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 131_072
@@ -49,15 +50,6 @@ def _check_prompt(prompt: Any) -> Any:
             raise ValueError("must not hold an empty list")
         return [_checked_tokens(item) for item in prompt]
     raise ValueError(f"must be {_PROMPT_FORMS}")
-
-
-def check_text(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
 
 
 def _checked_tokens(items: list[Any]) -> list[int]:

@@ -27,6 +27,7 @@ from server.api.resolution import (
     resolve_control,
     resolve_phase,
     sampling_params,
+    with_replacement,
     with_rest_of_context,
 )
 from server.api.schemas import GenerationBody
@@ -34,6 +35,7 @@ from server.api.structure import structure_of
 from server.api.tools import ToolPlan
 from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
+from server.control.turns import Turn
 from server.engines.base import ChunkStream, Engine
 from server.errors import (
     DeadlineExceededError,
@@ -92,7 +94,11 @@ class Generation:
     num_told: int = 0
     """Tokens and log-probabilities of the chunks that were given out."""
     num_drawn: int = 0
-    """Tokens that the engine told of, which is what is paid for, whether or not anybody reads them."""
+    """Tokens of the usage that the engine told of, whether or not anybody reads them."""
+    num_held: int = 0
+    """Beside them, tokens that a guardrail holds back or has taken back: they are paid for too."""
+    num_instructed_tokens: int = 0
+    """Of prompts behind the instruction that control follows. They are paid for, and each new token then twice."""
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     """By prompt index, from before the prompt's first chunk is given out."""
 
@@ -113,8 +119,9 @@ class Generation:
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
         summary = shown(asdict(control))
-        if control.stopped_by is None:
-            del summary["stopped_by"]
+        for name in ("stopped_by", "guardrail"):
+            if getattr(control, name) is None:
+                del summary[name]
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
@@ -142,10 +149,10 @@ class Generation:
                 self.num_told += _size(chunk)
                 if self.hides_reasoning:
                     chunk = _without_reasoning(chunk)
-                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
-                    continue  # It only counts.
                 if chunk.prompt_logprobs is not None:
                     self.prompt_logprobs[prompt_index] = chunk.prompt_logprobs
+                if not (chunk.token_ids or chunk.text or chunk.reasoning or chunk.finish_reason):
+                    continue  # It only counts.
                 num_open -= chunk.finish_reason is not None
                 yield prompt_index * self.num_choices + chunk.index, chunk
         finally:
@@ -165,13 +172,16 @@ class Generation:
         await _close(self.streams)
         prompt_tokens = self.usage.prompt_tokens
         if self.charge is not None:
-            self.charge.settle(prompt_tokens + self.num_drawn)
+            rows = 2 if self.num_instructed_tokens else 1
+            num_new = self.num_drawn + self.num_held
+            self.charge.settle(prompt_tokens + self.num_instructed_tokens + rows * num_new)
         self.facts |= {"prompt_tokens": prompt_tokens, "completion_tokens": self.num_drawn}
 
     async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
         try:
             async for chunk in stream:
                 self.num_drawn += chunk.num_drawn
+                self.num_held += chunk.num_held
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
                 if queue.size > _MAX_UNREAD:
                     await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
@@ -272,15 +282,27 @@ async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bo
     return result
 
 
+@dataclass(slots=True, frozen=True)
+class ReadChat:
+    """A conversation's token ids, alone and behind the instruction that control follows, if it does."""
+
+    prompt: list[int]
+    instructed: list[int] | None
+    opening: Opening | None
+    """How the response to it begins."""
+
+
 async def read_chat(
-    request: Request, messages: Sequence[ChatMessage], rendering: ChatRendering
-) -> tuple[list[int], Opening | None]:
-    """A conversation's token ids, and how the response to it begins. Raises as `tokenized` does."""
+    request: Request, body: GenerationBody, messages: Sequence[ChatMessage], rendering: ChatRendering
+) -> ReadChat:
+    """Raises as `tokenized` does."""
     engine: Engine = request.app.state.engine
 
-    def read() -> tuple[list[int], Opening | None]:
+    def read() -> ReadChat:
         plain = ChatMessage.plain(messages)
-        return engine.encode_chat(plain, rendering), engine.opening(plain, rendering)
+        prompt, instruction = engine.encode_chat(plain, rendering), body.instruction
+        instructed = None if instruction is None else engine.encode_instructed(instruction, prompt, plain, rendering)
+        return ReadChat(prompt, instructed, engine.opening(plain, rendering))
 
     return await tokenized(request, read)
 
@@ -292,22 +314,25 @@ async def start(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    instructed: list[list[int]] | None = None,
     prompt_logprobs: bool = False,
     best_of: int | None = None,
     opening: Opening | None = None,
     hides_reasoning: bool = False,
     tools: ToolPlan | None = None,
+    turn: Turn | None = None,
 ) -> Generation:
     """Check everything, then queue a request for each prompt; `max_tokens` None asks for the rest of the context.
 
-    `opening` is how responses begin that are told apart into reasoning and answer. Raises a RecontrolError with nothing
-    left queued.
+    `opening` is how responses begin that are told apart into reasoning and answer, `turn` where one stands in its
+    conversation, if there is any, and `instructed` are the prompts behind the instruction that control follows. Raises
+    a RecontrolError with nothing left queued.
     """
     state = request.app.state
     engine: Engine = state.engine
     info, num_choices = engine.info, body.num_choices
-    control = resolve_control(body, info, state.pinned)
-    control = resolve_phase(control, opening, info)
+    control = resolve_control(body, info, state.pinned, turn)
+    control = with_replacement(resolve_phase(control, opening, info), state.guardrail_replacement)
     held = tools if tools is not None and tools.structure is not None else None
     if state.pinned is not None:
         check_beside_pinned(body, state.pinned_refuses)
@@ -325,8 +350,13 @@ async def start(
         opening=opening,
     )
     if max_tokens is None:
-        asked = with_rest_of_context(asked, max(map(len, prompts)), info, field=body.size_field)
+        longest, instructed_longest = (max(map(len, some), default=0) for some in (prompts, instructed or ()))
+        asked = with_rest_of_context(asked, longest, info, field=body.size_field, num_instructed=instructed_longest)
     requests = requests_for(request, prompts, asked)
+    if instructed is not None:
+        requests = [
+            replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)
+        ]
     check_size(requests, info, field=body.size_field)
     if not body.stream:
         check_told(requests)
@@ -394,6 +424,7 @@ async def queue(
     generation = Generation(
         engine=engine,
         prompts=[list(one.prompt_token_ids) for one in requests],
+        num_instructed_tokens=sum(len(one.instructed_token_ids) for one in requests),
         num_choices=requests[0].num_choices,
         streams=streams,
         charge=charge,
@@ -410,8 +441,10 @@ async def queue(
 
 
 def _num_tokens(requests: Sequence[GenerationRequest], max_tokens: int) -> int:
-    """Of the prompts, and new ones where each text gets so many."""
-    return sum(len(one.prompt_token_ids) + one.num_sequences * max_tokens for one in requests)
+    """Of the prompts, and new ones where each text gets so many, with those that guardrails may take back; with an
+    instruction both are read twice."""
+    num_prompt_tokens = sum(len(one.prompt_token_ids) + len(one.instructed_token_ids) for one in requests)
+    return num_prompt_tokens + sum(one.num_rows * (max_tokens + one.max_redrawn) for one in requests)
 
 
 def _within(requests: list[GenerationRequest], num_tokens: int) -> list[GenerationRequest]:
@@ -419,7 +452,7 @@ def _within(requests: list[GenerationRequest], num_tokens: int) -> list[Generati
     max_tokens = requests[0].sampling.max_tokens
     if num_tokens >= _num_tokens(requests, max_tokens):
         return requests
-    max_tokens = (num_tokens - _num_tokens(requests, 0)) // sum(one.num_sequences for one in requests)
+    max_tokens = (num_tokens - _num_tokens(requests, 0)) // sum(one.num_rows for one in requests)
     sampling = requests[0].sampling.model_copy(update={"max_tokens": max_tokens})
     return [replace(one, sampling=sampling) for one in requests]
 

@@ -110,13 +110,22 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    headers = error.headers
     if error.status_code == 404:
         message = f"There is no {request.method} {request.scope['path']}."
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {request.scope['path']}."
+        headers = {"Allow": _allowed_methods(request, error)}
     else:
         message = str(error.detail)
-    return JSONResponse(_body(error.status_code, message, None, None), error.status_code, error.headers)
+    return JSONResponse(_body(error.status_code, message, None, None), error.status_code, headers)
+
+
+def _allowed_methods(request: Request, error: HTTPException) -> str:
+    """What the framework tells, which is of the path's first route, and what the document has of others."""
+    told = (error.headers or {}).get("Allow", "").split(", ")
+    described = request.app.openapi()["paths"].get(request.scope["path"], {})
+    return ", ".join(sorted({*told, *map(str.upper, described)} - {""}))
 
 
 def _code(pydantic_type: str) -> str:

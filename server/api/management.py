@@ -19,13 +19,13 @@ from server.errors import AuthenticationError, HeadConflictError, HeadMismatchEr
 from server.telemetry import Telemetry
 
 
-def _require_manager(request: Request) -> None:
+def require_manager(request: Request) -> None:
     """The gate has seen to it; a path that got past it some other way ends here."""
     if not context_of(request).is_manager:
         raise AuthenticationError("This path needs a management key.")
 
 
-router = APIRouter(prefix=f"{MANAGEMENT_PREFIX}heads", dependencies=[Depends(_require_manager)])
+router = APIRouter(prefix=f"{MANAGEMENT_PREFIX}heads", dependencies=[Depends(require_manager)])
 
 
 @router.post("/{name}/load")

@@ -21,10 +21,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_INTEGER, MAX_PROMPTS, check_text
+from server.api.fields import MAX_INTEGER, MAX_PROMPTS
 from server.api.unserved import MESSAGE, REFUSED, ROLE, without_unserved
 from server.calls.calls import MalformedError, json_of, parsed
 from server.types import ChatRendering
+from server.unicode import check_text
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
@@ -177,6 +178,15 @@ class ChatMessage(BaseModel):
             raise PydanticCustomError("field", "{name}: {reason}", {"name": name, "reason": reason})
         return self
 
+    @model_validator(mode="after")
+    def _tells_its_calls_apart(self) -> ChatMessage:
+        places: dict[str, int] = {}
+        for i, call in enumerate(self.tool_calls or ()):
+            if (first := places.setdefault(call.id, i)) != i:
+                context = {"name": f"tool_calls.{i}.id", "first": first}
+                raise PydanticCustomError("field", "{name}: it is the id of tool_calls.{first} already", context)
+        return self
+
     @property
     def text(self) -> str:
         """Its texts, with a line end between two, as in vLLM."""
@@ -186,8 +196,13 @@ class ChatMessage(BaseModel):
     @staticmethod
     def plain(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         """Messages as an engine takes them; a tool's has the name of the function that it answers for."""
-        names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
-        return [message._plain(names.get(message.tool_call_id or "")) for message in messages]
+        told: list[dict[str, Any]] = []
+        # A later turn may use an id again, for a call of another function.
+        names: dict[str, str] = {}
+        for message in messages:
+            names |= {call.id: call.function.name for call in message.tool_calls or ()}
+            told.append(message._plain(names.get(message.tool_call_id or "")))
+        return told
 
     def _plain(self, called: str | None) -> dict[str, Any]:
         more = {

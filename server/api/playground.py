@@ -1,4 +1,5 @@
-"""GET / and its assets: the page that shows what control does. Static files of `server/playground/`, no build step.
+"""GET / and /train: the pages that show what control does and train a head. Static files of `server/playground/`, no
+build step.
 
 They are public, since a browser sends no key for them; what the page asks of the server needs its key as ever. Only
 the names listed here are served, so that no request chooses a file. Enter at `router` and `PATHS`.
@@ -12,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from starlette.responses import FileResponse
 
 _FOLDER = Path(__file__).parents[1] / "playground"
-_PAGE = "index.html"
+_PAGES = {"/": "index.html", "/train": "train.html"}
 _SCRIPT, _STYLE = "text/javascript; charset=utf-8", "text/css; charset=utf-8"
 _ASSETS = {
     "icon.svg": "image/svg+xml",
@@ -28,10 +29,12 @@ _ASSETS = {
     "pane.js": _SCRIPT,
     "request.js": _SCRIPT,
     "snippets.js": _SCRIPT,
+    "stream.js": _SCRIPT,
     "trace.js": _SCRIPT,
+    "train.js": _SCRIPT,
     "view.js": _SCRIPT,
 }
-PATHS = frozenset({"/", *(f"/playground/{name}" for name in _ASSETS)})
+PATHS = frozenset({*_PAGES, *(f"/playground/{name}" for name in _ASSETS)})
 """What the gate lets through without a key."""
 _HEADERS = {
     # Nothing inline and nothing from another host; strings never become markup or script.
@@ -51,8 +54,9 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
+@router.get("/train")
 def page(request: Request) -> Response:
-    return _file(request, _PAGE, "text/html; charset=utf-8")
+    return _file(request, _PAGES[request.scope["path"]], "text/html; charset=utf-8")
 
 
 @router.get("/playground/{name}")

@@ -12,6 +12,8 @@ from typing import Any
 from server.api.schemas import GenerationBody
 from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams, UnderPinned
+from server.control.repair import OnStop, Retry, Stop
+from server.control.turns import Turn
 from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError, UnknownModelError
 from server.types import GenerationRequest, Opening, SamplingParams
@@ -24,7 +26,9 @@ MAX_PROMPT_SCORES = 2**18
 MAX_TOLD_SCORES = 2**20
 """Log-probabilities of new tokens in an answer that is no stream: some 100 MB of text."""
 _WEIGHTS = "control.objective.weights"
-_COMPOSED = frozenset({"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"})
+_COMPOSED = frozenset(
+    {"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "on_stop", "search", "trace"}
+)
 """Fields of control that a caller may have beside what is pinned; the others are refused."""
 
 
@@ -57,14 +61,24 @@ def sampling_params(
     )
 
 
-def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParams | None) -> ControlParams | None:
-    """The body's control, or the default one behind `base@head`, with what the server pins.
+def resolve_control(
+    body: GenerationBody, info: EngineInfo, pinned: ControlParams | None, turn: Turn | None = None
+) -> ControlParams | None:
+    """The body's control, or the default one behind `base@head`, with what the server pins, both at that turn.
 
-    Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
+    Without a turn, which is a completion, what the server pins is as at the first, and a caller's that changes over
+    turns is refused. Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
     """
+    asked = body.control
+    if asked is not None and asked.over_turns is not None and turn is None:
+        raise InvalidRequestError(
+            "control.over_turns: a completion has no turns; ask for a chat or a response, or leave it out",
+            param="control.over_turns",
+        )
+    asked, pinned = (control and control.at_turn(turn or Turn()) for control in (asked, pinned))
     head = head_of_model(body.model, info)
     if head is not None:
-        if body.control is not None:
+        if asked is not None:
             raise InvalidRequestError(
                 f"control: the model id {body.model!r} already chooses an objective; use {info.model_id!r} with "
                 "control",
@@ -73,8 +87,8 @@ def resolve_control(body: GenerationBody, info: EngineInfo, pinned: ControlParam
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
-    check_heads(body.control, info.heads)
-    control = with_pinned(body.control, pinned)
+    check_heads(asked, info.heads)
+    control = with_pinned(asked, pinned)
     _check_units(control, info)
     return control
 
@@ -113,7 +127,8 @@ def with_pinned(
     What is pinned acts first, as if it were alone, and the caller's heads are added as far as `UnderPinned` says. They
     are scaled down, if need be, so that they weigh no more than the pinned ones together (by sum of sizes). Budgets are
     the larger of the two, a bound of either guardrail ends the response, and of what a caller searches for nothing is
-    kept that the pinned heads score lower than without the search. A pinned gate, window and schedule hold for the
+    kept that the pinned heads score lower than without the search. What is pinned as `on_stop` holds for both
+    guardrails, but only pinned bounds let it draw again. A pinned gate, window and schedule hold for the
     caller's heads too. Whatever else a caller may ask for is refused; so are weights of heads that the pinned control
     names anywhere, since those would move its gate or its guardrail.
 
@@ -136,6 +151,7 @@ def with_pinned(
             "allowed",
             param=field,
         )
+    on_stop = _on_stop(asked, pinned)
     allowed, total = (sum(map(abs, weights.values())) for weights in (mine.weights, theirs))
     share = allowed / total if total > allowed else 1.0
     weights = {**{name: weight * share for name, weight in theirs.items()}, **mine.weights}
@@ -150,10 +166,38 @@ def with_pinned(
         max_kl=max(asked.max_kl, pinned.max_kl),
         max_shift=max(asked.max_shift, pinned.max_shift),
         stop_below=_highest(asked.stop_below or {}, pinned.stop_below or {}) or None,
+        on_stop=on_stop,
         search=asked.search,
         trace=asked.trace,
         pinned=pinned,
     )
+
+
+def _on_stop(asked: ControlParams, pinned: ControlParams) -> OnStop:
+    """The pinned one, or a caller's that only ends responses: to draw again until a caller's head is content would be a
+    search by that head. Raises InvalidRequestError."""
+    field, is_asked = "control.on_stop", asked.on_stop != Stop()
+    if is_asked and pinned.on_stop != Stop():
+        raise InvalidRequestError(f"{field}: not allowed here, since this server pins its own", param=field)
+    if isinstance(asked.on_stop, Retry):
+        raise InvalidRequestError(
+            f"{field}: retry is not allowed here, since this server pins heads; stop and replace are", param=field
+        )
+    if asked.search is not None and pinned.repairs:
+        raise InvalidRequestError(
+            "control.search: not allowed here, since this server's guardrail holds text back", param="control.search"
+        )
+    return asked.on_stop if is_asked else pinned.on_stop
+
+
+def with_replacement(control: ControlParams | None, replacement: str | None) -> ControlParams | None:
+    """Control whose guardrail ends with the server's text, if it has one, where the request gives none."""
+    on_stop = Stop() if control is None else control.on_stop
+    if control is None or replacement is None or isinstance(on_stop, Stop):
+        return control
+    if on_stop.ends_with is None or on_stop.replacement is not None:
+        return control
+    return control.model_copy(update={"on_stop": on_stop.model_copy(update={"replacement": replacement})})
 
 
 def _weights_beside_pinned(asked: ControlParams) -> dict[str, float]:
@@ -207,17 +251,20 @@ def resolve_best_of(best_of: int | None, num_choices: int, control: ControlParam
         problem = "needs control, whose objective says which are the best; without it, ask for n choices"
     elif control.search is not None:
         problem = "not allowed with control.search, which keeps the best already"
+    elif control.repairs:
+        problem = "not allowed with a guardrail that repairs or holds text back (control.on_stop)"
     if problem is not None:
         raise InvalidRequestError(f"best_of: {problem}", param="best_of")
     return best_of
 
 
 def with_rest_of_context(
-    asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo, *, field: str
+    asked: GenerationRequest, num_prompt_tokens: int, info: EngineInfo, *, field: str, num_instructed: int = 0
 ) -> GenerationRequest:
     """With as many new tokens as fit behind the prompt, within what one body may ask for.
 
-    Raises ContextLengthError for a prompt that leaves no room for one.
+    `num_instructed` are its tokens behind an instruction; where they leave no room, the engine's check says so. Raises
+    ContextLengthError for a prompt that leaves no room for one.
     """
     if num_prompt_tokens >= info.max_model_len:
         raise ContextLengthError(
@@ -226,8 +273,9 @@ def with_rest_of_context(
             param=field,
         )
     most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
-    most_new = MAX_NEW_TOKENS // asked.num_sequences
-    max_tokens = max(min(info.max_model_len - num_prompt_tokens, most_new, most_told), 1)
+    most_new = MAX_NEW_TOKENS // asked.num_sequences - (0 if asked.control is None else asked.control.max_redrawn)
+    most_here = info.max_model_len - max(num_prompt_tokens, num_instructed)
+    max_tokens = max(min(most_here, most_new, most_told), 1)
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
@@ -248,10 +296,11 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field
         )
     for request in requests:
         check_context(len(request.prompt_token_ids), max_tokens, info.max_model_len, param=field)
-    if num_sequences * max_tokens > MAX_NEW_TOKENS:
+    if num_sequences * first.max_drawn > MAX_NEW_TOKENS:
+        redrawn = f" and {first.max_redrawn} that control.on_stop may draw again" if first.max_redrawn else ""
         raise InvalidRequestError(
-            f"{field}: {num_sequences} sequences x {max_tokens} tokens exceed the {MAX_NEW_TOKENS} new tokens that one "
-            "request may ask for",
+            f"{field}: {num_sequences} sequences x {max_tokens} tokens{redrawn} exceed the {MAX_NEW_TOKENS} new tokens "
+            "that one request may ask for",
             param=field,
         )
 

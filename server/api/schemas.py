@@ -77,6 +77,12 @@ class GenerationBody(WithUnserved):
     def num_choices(self) -> int:
         return 1
 
+    @property
+    def instruction(self) -> str | None:
+        """The text of the instruction that control follows, if it does."""
+        followed = None if self.control is None else self.control.instruction
+        return None if followed is None else followed.text
+
     def asked(self, name: str) -> tuple[str, Any]:
         """The field of this body that does what a chat's or a completion's of this name does, and what it asks for."""
         return name, getattr(self, name, None)

@@ -15,10 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.api.fields import check_text
 from server.api.unserved import STRUCTURE, Unserved, WithUnserved
 from server.engines.base import Engine
 from server.errors import InvalidRequestError
+from server.unicode import check_text
 
 MAX_SCHEMA_CHARS = 32_768
 MAX_SCHEMA_DEPTH = 64

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import MAX_PROMPT_TOKENS, TokenId, check_text
+from server.api.fields import MAX_PROMPT_TOKENS, TokenId
 from server.api.generation import tokenized
 from server.api.json_text import json_bytes
 from server.api.messages import ChatMessage, Messages, TemplateFields
@@ -18,6 +18,7 @@ from server.api.tools import Tools, offered
 from server.api.unserved import WithUnserved
 from server.engines.base import Engine, check_token_ids
 from server.errors import UnknownModelError
+from server.unicode import check_text
 
 router = APIRouter()
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from server.api.fields import check_text
 from server.api.structure import MAX_SCHEMA_DEPTH, Structure, check_schema, wanted_structure
 from server.calls.calls import MAX_CALLS
 from server.calls.formats import CallFormat
@@ -23,6 +22,7 @@ from server.calls.reader import CallRules
 from server.calls.structure import CallStructure
 from server.engines.base import Engine
 from server.errors import InvalidRequestError
+from server.unicode import check_text
 
 MAX_TOOLS = 128
 MAX_TOOL_CHARS = 65_536

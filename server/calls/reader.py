@@ -242,8 +242,8 @@ class HeldReader:
 
     def end(self) -> tuple[str, tuple[CallDelta, ...]]:
         rest, self._held = self._held, ""
-        # Behind a call it is the beginning of what ends it, or of another whose name nobody knows.
-        return "" if self.num_calls and not self._is_broken else rest, ()
+        # In its frame it is the beginning of what ends a call, or of one whose name nobody knows yet.
+        return rest if self._is_broken else "", ()
 
     def copy(self) -> HeldReader:
         other = copy.copy(self)

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-import value_models
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
@@ -19,7 +18,7 @@ from server.engines.heads import HeadSource
 from server.errors import ConfigurationError
 from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB, HeadsLocation
 from value_models.head_folder import is_url
-from value_models.prompt_sets import RolloutPrompt, load_prompts
+from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file
 
 
 class Command(BaseSettings):
@@ -103,14 +102,9 @@ def allow_rewards_of_the_working_folder() -> None:
         sys.path.append(folder)
 
 
-def default_prompts_file() -> Path:
-    """The prompts this project wrote, which ship with the package."""
-    return Path(value_models.__file__).parent / "prompts" / "prompts.jsonl"
-
-
 def read_prompts(path: Path | None, formats: Collection[str] = ("chat", "text")) -> list[RolloutPrompt]:
     """Those of a format, from a file or the project's own. Raises RolloutError, ConfigurationError."""
-    prompts = [prompt for prompt in load_prompts(path or default_prompts_file()) if prompt.format in formats]
+    prompts = [prompt for prompt in load_prompts(path or own_prompts_file()) if prompt.format in formats]
     if not prompts:
         source = path or "the project's own file"
         raise ConfigurationError(f"formats: {source} holds no {' or '.join(formats)} prompts; see --formats")

@@ -200,6 +200,8 @@ class Protocol(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", b"1"))
         for event in (
             h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
             h11.Data(data=body),

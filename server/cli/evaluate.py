@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from value_models.files import write_text
 from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
-from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
 from value_models.rewards import check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
@@ -239,9 +238,7 @@ class Evaluation(HeadsModelCommand):
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
         served = read_prompts(path, self.formats)
-        chosen = [prompt for prompt in served if split in ("all", split_of(prompt.id))]
-        # A file may be sorted by kind; the first so many should be of every kind.
-        chosen.sort(key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
+        chosen = in_mixed_order(prompt for prompt in served if split in ("all", split_of(prompt.id)))
         if not chosen:
             source = path or "the project's own prompts"
             raise ConfigurationError(f"prompts: none of the {len(served)} of {source} is in the {split} split")

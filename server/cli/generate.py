@@ -19,6 +19,7 @@ from server.control.registry import HeadRegistry
 from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.instruction import encode_instructed
 from server.errors import ConfigurationError, GenerationError
 from server.types import (
     FinishReason,
@@ -53,14 +54,16 @@ class _PromptCommand(HeadsModelCommand):
     ) -> str:
         """One response to the prompt. Raises GenerationError, ContextLengthError, UnknownHeadError."""
         tokenizer: Any = loaded.tokenizer
-        if self.chat:
-            token_ids = encode_chat(tokenizer, [{"role": "user", "content": self.prompt}])
-        else:
-            token_ids = tokenizer(self.prompt)["input_ids"]
+        messages = [{"role": "user", "content": self.prompt}] if self.chat else None
+        token_ids = tokenizer(self.prompt)["input_ids"] if messages is None else encode_chat(tokenizer, messages)
+        followed = None if control is None else control.instruction
+        instructed = () if followed is None else encode_instructed(tokenizer, followed.text, token_ids, messages)
         sampling = SamplingParams(
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
-        request = GenerationRequest("command-line", tuple(token_ids), sampling, control)
+        request = GenerationRequest(
+            "command-line", tuple(token_ids), sampling, control, instructed_token_ids=tuple(instructed)
+        )
         core.check(request)
         texts: list[str] = []
 

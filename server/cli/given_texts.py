@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -16,6 +17,7 @@ from server.errors import ConfigurationError
 from value_models.given_texts import GivenTexts, read_pairs, read_texts
 from value_models.rollouts import RolloutSet
 from value_models.scored_texts import ScoreSettings, run_manifest, score_texts
+from value_models.store import BaseModelCard
 
 _SCORED = Path("runs/scored")
 _ONLY_WITH_TEXTS = ("good_label", "plain_as_chat", "ignore_fields", "max_tokens", "cut_long")
@@ -37,37 +39,53 @@ class GivenTextsCommand(ModelCommand):
     cut_long: bool = Field(False, description="cut given responses that are longer; without it they are refused")
 
     @model_validator(mode="after")
-    def _with_a_file_of_one_kind(self) -> Self:
-        if self.pairs is not None and self.texts is not None:
-            raise ValueError("texts: give either --pairs or --texts")
-        if self.good_label is not None and self.pairs is not None:
+    def _with_a_file(self) -> Self:
+        if self.good_label is not None and self.texts is None and self.pairs is not None:
             raise ValueError("good_label: pairs have no labels; it goes with --texts")
         if self.pairs is None and self.texts is None:
             self.refuse_without("--pairs or --texts", _ONLY_WITH_TEXTS)
         return self
 
-    def read_given(self) -> GivenTexts | None:
-        """What --pairs or --texts names. Raises TextsFileError, MissingPackageError."""
+    def read_given(self) -> list[GivenTexts]:
+        """What --pairs and --texts name. Raises TextsFileError, MissingPackageError."""
+        found: list[GivenTexts] = []
         if self.pairs is not None:
-            return read_pairs(self.pairs, as_chat=self.plain_as_chat, ignore=self.ignore_fields)
+            found.append(read_pairs(self.pairs, as_chat=self.plain_as_chat, ignore=self.ignore_fields))
         if self.texts is not None:
-            return read_texts(
-                self.texts, good_label=self.good_label, as_chat=self.plain_as_chat, ignore=self.ignore_fields
+            found.append(
+                read_texts(
+                    self.texts, good_label=self.good_label, as_chat=self.plain_as_chat, ignore=self.ignore_fields
+                )
             )
-        return None
+        return found
 
-    def score(self, given: GivenTexts, folder: Path | None, *, seed: int) -> RolloutSet:
-        """Read the texts into a run; without a folder into one of its own below runs/scored.
+    def score(
+        self,
+        given: Sequence[GivenTexts],
+        folder: Path | None,
+        *,
+        seed: int,
+        base_model: BaseModelCard | None = None,
+    ) -> list[RolloutSet]:
+        """Read the texts of each file into a run; without a folder into one of its own below runs/scored.
 
-        Raises TextsFileError, RolloutError, ModelLoadError, ConfigurationError.
+        `base_model`, if given, is the one that rollouts beside them are of. Raises TextsFileError, RolloutError,
+        ModelLoadError, ConfigurationError.
         """
         loaded = self.load()
+        if base_model is not None and (differences := base_model.differences(loaded.identity)):
+            raise ConfigurationError(f"model: the rollouts are of another one ({differences[0]}); name it with --model")
         source = EngineTextSource(loaded, self.core(loaded, HeadRegistry({})))
         settings = ScoreSettings(max_tokens=self.max_tokens, cut_long=self.cut_long, seed=seed)
-        if folder is None:
-            manifest = json.dumps(run_manifest(source, given, settings), sort_keys=True)
-            folder = _SCORED / hashlib.sha256(manifest.encode()).hexdigest()[:16]
-        return score_texts(source, given, folder, settings, show_progress=True)
+        for texts in given:
+            # Of all files, before anything is written of one.
+            source.check(texts, settings)
+        runs: list[RolloutSet] = []
+        for texts in given:
+            manifest = json.dumps(run_manifest(source, texts, settings), sort_keys=True)
+            own = _SCORED / hashlib.sha256(manifest.encode()).hexdigest()[:16]
+            runs.append(score_texts(source, texts, folder or own, settings, show_progress=True))
+        return runs
 
 
 class Score(GivenTextsCommand):
@@ -80,8 +98,10 @@ class Score(GivenTextsCommand):
     seed: int = Field(0, description="of the tokens that the model draws beside those of the texts")
 
     def cli_cmd(self) -> None:
+        if self.pairs is not None and self.texts is not None:
+            raise ConfigurationError("texts: give either --pairs or --texts, since a run holds one kind")
         given = self.read_given()
-        if given is None:
+        if not given:
             raise ConfigurationError("pairs: give --pairs FILE or --texts FILE")
-        run = self.score(given, self.out, seed=self.seed)
-        print(f"{len(given.texts)} texts are in {run.folder}")
+        (run,) = self.score(given, self.out, seed=self.seed)
+        print(f"{len(given[0].texts)} texts are in {run.folder}")

@@ -63,6 +63,8 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.is_draining = True
+        # What they have read goes with them, and requests get all of the machine.
+        self._app.state.jobs.stop()
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._grace_s
         if self.server_state.tasks:

@@ -15,10 +15,10 @@ from server.cli.command import ModelCommand
 from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.instructed import EngineInstructedSource
+from value_models.cards import distilled_card
 from value_models.distillation import MIN_PROMPTS, DistilSettings, check_instructions, distil_head, read_texts
-from value_models.heads import UNIT_COST_NATS
 from value_models.prompt_sets import RolloutPrompt
-from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head, shipped_heads_folder
+from value_models.store import save_head, shipped_heads_folder
 from value_models.training import TrainSettings
 
 _DEFAULTS = DistilSettings()
@@ -45,7 +45,8 @@ class InstructionCommand(ModelCommand):
             self.refuse_without("--instruction", _ONLY_WITH_AN_INSTRUCTION)
             return self
         check_instructions(self.instruction, self.contrast)
-        unused = {"reward", "rollouts", "pairs", "texts", *TrainSettings.model_fields} - _SHARED_SETTINGS
+        others = {"reward", "rollouts", "pairs", "texts", "source_weights"}
+        unused = (others | TrainSettings.model_fields.keys()) - _SHARED_SETTINGS
         if given := sorted(unused & self.model_fields_set):
             raise ValueError(f"{given[0]}: an instruction does not use it; leave it out")
         return self
@@ -70,31 +71,15 @@ class InstructionCommand(ModelCommand):
         texts = read_texts(source, prompts, self.instruction, self.contrast, distil_settings)
         distilled = distil_head(texts, source.output, distil_settings)
         folder = (out or shipped_heads_folder(source.base_model["name"])) / name
-        other = "without it" if self.contrast is None else f"after {self.contrast!r}"
-        card = HeadCard(
-            name=name,
-            description=description or f"Like answers after {self.instruction!r} rather than {other}",
-            base_model=BaseModelCard(**source.base_model),
-            architecture=architecture_card(distilled.head),
-            normalisation="mean and standard deviation of each dimension over training states",
-            metric=f"natural gradient towards the instructed distributions, exact Fisher information, damping "
-            f"{distilled.validation['damping']}; an ascent of length 1 costs {UNIT_COST_NATS} nats a training token",
-            reward="instruction",
-            reward_mean=distilled.head.reward_mean,
-            reward_scale=distilled.head.reward_scale,
-            targets="mean over a response's tokens of the log of how much likelier the instruction makes them, in nats "
-            f"a token; against the model {other}",
-            data={
-                "instruction": self.instruction,
-                "contrast": self.contrast,
-                "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
-                "prompts": texts.num_prompts,
-                "responses": {split: texts.split.count(split) for split in texts.num_prompts},
-                "tokens": len(texts.token_ids_N),
-                "settings": distil_settings.model_dump(),
-            },
-            validation=distilled.validation,
-            distillation=distilled.distillation,
+        card = distilled_card(
+            name,
+            description,
+            source.base_model,
+            texts,
+            distil_settings,
+            distilled,
+            instruction=self.instruction,
+            contrast=self.contrast,
             command=command_line(),
         )
         save_head(folder, distilled.head, card)

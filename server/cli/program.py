@@ -1,8 +1,7 @@
-"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, score, train, eval.
+"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, eval.
 
-Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. The only
-package that sees both the server and the training side of `value_models`. Enter at `main`; to add a command, write one
-class and put it in COMMANDS.
+Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. Enter at `main`;
+to add a command, write one class and put it in COMMANDS.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ COMMANDS = {
     "heads import": "server.cli.heads:HeadsImport",
     "heads publish": "server.cli.heads:HeadsPublish",
     "prompts": "server.cli.train:Prompts",
-    "rollouts": "server.cli.train:Rollouts",
+    "rollouts": "server.cli.rollouts:Rollouts",
+    "pairs": "server.cli.pairs:Pairs",
     "score": "server.cli.given_texts:Score",
     "train": "server.cli.train:Train",
     "eval": "server.cli.evaluate:Eval",

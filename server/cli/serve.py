@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -102,9 +103,17 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
     server = DrainingServer(
         app, _connection_limits(settings), grace_s=settings.shutdown_grace_s, log_level=settings.log_level
     )
+    _keep_what_stays()
     # uvicorn raises it anew when the server has ended, which then ends as any process does that was told to.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     await server.serve(sockets)
+
+
+def _keep_what_stays() -> None:
+    """Python's garbage collector looks at every object now and then, and holds up all threads meanwhile: a third of a
+    second for the libraries, the model and the tokenizer. These are here to stay, so it need not look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

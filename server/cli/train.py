@@ -1,61 +1,27 @@
-"""`recontrol prompts`, `recontrol rollouts` and `recontrol train`: from prompts to a value head."""
+"""`recontrol prompts` and `recontrol train`: published prompts, and from rollouts or texts to a value head."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from server.cli.command import (
-    Command,
-    ModelCommand,
-    allow_rewards_of_the_working_folder,
-    read_prompts,
-)
+from server.cli.command import Command, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.given_texts import GivenTextsCommand
 from server.cli.instruction import InstructionCommand
 from server.cli.program import command_line
-from server.control.registry import HeadRegistry
-from server.engines.embedded.rollouts import EngineRolloutSource
+from server.engines.devices import resolve_device
 from server.errors import ConfigurationError
+from value_models.cards import SourcePart, figures_text, trained_card
 from value_models.files import write_text
-from value_models.heads import UNIT_COST_NATS
-from value_models.order import order_figures
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
-from value_models.rollouts import RolloutSettings, collect_rollouts
-from value_models.store import (
-    NAME_PATTERN,
-    BaseModelCard,
-    HeadCard,
-    architecture_card,
-    save_head,
-    shipped_heads_folder,
-)
+from value_models.rollouts import RunKind
+from value_models.store import NAME_PATTERN, BaseModelCard, save_head, shipped_heads_folder
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData, load_scored_texts, load_training_data
-
-_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a training token"
-
-
-class Rollouts(ModelCommand, RolloutSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Sample responses with their hidden states; goes on where a killed run stopped."""
-
-    out: Path = Field(Path("runs/rollouts"), description="folder of the run")
-    prompts: Path | None = Field(None, description="JSON lines; by default the project's own prompts")
-    formats: list[Literal["chat", "text"]] = Field(["chat", "text"], description="which of them")
-
-    def cli_cmd(self) -> None:
-        prompts = read_prompts(self.prompts, self.formats)
-        loaded = self.load()
-        source = EngineRolloutSource(loaded, self.core(loaded, HeadRegistry({})))
-        settings = RolloutSettings(**{name: getattr(self, name) for name in RolloutSettings.model_fields})
-        collect_rollouts(source, prompts, self.out, settings, show_progress=True)
-        print(f"{len(prompts) * settings.num_samples} responses are in {self.out}")
 
 
 class Prompts(Command):
@@ -74,8 +40,8 @@ class Prompts(Command):
 class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
     InstructionCommand, GivenTextsCommand, TrainSettings
 ):
-    """Fit a value head to rollouts and a reward, to pairs or texts of your own, or to an instruction, and write it with
-    its card."""
+    """Fit a value head to rollouts and a reward, to pairs or texts of your own, to several of these, or to an
+    instruction, and write it with its card."""
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
     reward: str | None = Field(
@@ -84,110 +50,74 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
     description: str = ""
     rollouts: Path = Field(
         Path("runs/rollouts"),
-        description="folder of a complete run; with --pairs or --texts where one is kept, by default below runs/scored",
+        description="folder of a complete run; with --pairs or --texts alone where theirs is kept, by default below "
+        "runs/scored",
+    )
+    source_weights: dict[RunKind, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, description="how much each of several sources counts, as in rollouts=1,pairs=0.5; by default 1"
     )
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     out: Path | None = Field(None, description="folder of heads; by default the shipped heads of the run's model")
 
     def cli_cmd(self) -> None:
-        settings = TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
+        given = {name: getattr(self, name) for name in TrainSettings.model_fields if name in self.model_fields_set}
+        settings = TrainSettings(**given)
         if self.instruction is not None:
             self.distil(self.name, self.description, read_prompts(self.prompts, ["chat"]), self.out, settings)
             return
-        data = self._data(settings)
-        if data.kind == "texts" and "center_by_prompt" not in self.model_fields_set:
-            # Most prompts have one text, of which nothing would be left.
-            settings = settings.model_copy(update={"center_by_prompt": False})
-        if data.is_given and settings.advantage_trace != 1.0:
+        sources = self._sources(settings)
+        if all(data.is_given for data in sources) and settings.advantage_trace != 1.0:
             raise ConfigurationError("advantage_trace: pairs and texts have scores for advantages; leave it out")
-        trained = train_head(data, settings)
-        folder = (self.out or shipped_heads_folder(data.base_model["name"])) / self.name
-        aim = self.reward or f"{data.kind} of {data.manifest['given']['file']}"
-        card = HeadCard(
-            name=self.name,
-            description=self.description or f"Higher {aim}",
-            base_model=BaseModelCard(**data.base_model),
-            architecture=architecture_card(trained.head),
-            normalisation="mean and standard deviation of each dimension over training states",
-            metric=_metric_text(settings, data),
-            reward=aim,
-            reward_mean=trained.head.reward_mean,
-            reward_scale=trained.head.reward_scale,
-            targets=_targets_text(settings),
-            data=_data(data),
-            validation={**asdict(trained.figures), **order_figures(trained.head, data)},
-            command=command_line(),
-        )
+        weights = [self.source_weights.get(data.kind, 1.0) for data in sources]
+        trained = train_head(sources, settings, weights=weights)
+        folder = (self.out or shipped_heads_folder(sources[0].base_model["name"])) / self.name
+        parts = [
+            SourcePart(data, weight, figures)
+            for data, weight, figures in zip(sources, weights, trained.figures, strict=True)
+        ]
+        card = trained_card(
+            self.name, trained.head, parts, settings,
+            reward=self.reward, description=self.description, command=command_line(),
+        )  # fmt: skip
         save_head(folder, trained.head, card)
-        print(f"{folder}: on validation prompts {_figures_text(card.validation)}")
+        print(f"{folder}: on validation prompts {figures_text(card.validation)}")
 
-    def _data(self, settings: TrainSettings) -> TrainingData:
-        """Raises RolloutError, RewardError, TextsFileError, ConfigurationError."""
+    def _sources(self, settings: TrainSettings) -> list[TrainingData]:
+        """Rollouts, pairs, texts: what is named of them, in this order.
+
+        Raises RolloutError, RewardError, TextsFileError, ConfigurationError.
+        """
         given = self.read_given()
-        if given is not None:
-            for name in ("reward", "prompts"):
-                if getattr(self, name) is not None:
-                    raise ConfigurationError(f"{name}: {given.kind} bring their own; leave it out with --{given.kind}")
-            folder = self.rollouts if "rollouts" in self.model_fields_set else None
-            return load_scored_texts(self.score(given, folder, seed=settings.seed).folder)
-        if self.reward is None:
-            if "rollouts" not in self.model_fields_set:
-                raise ConfigurationError(
-                    "reward: give one, or --pairs FILE, --texts FILE, --instruction, or --rollouts with a run of "
-                    "`recontrol score`"
-                )
-            return load_scored_texts(self.rollouts)
-        allow_rewards_of_the_working_folder()
-        texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
-        return load_training_data(self.rollouts, self.reward, texts)
+        kinds = [*(["rollouts"] if self.reward is not None else []), *(texts.kind for texts in given)]
+        self._check_sources(kinds)
+        device = str(resolve_device(self.device))
+        if not kinds:
+            return [load_scored_texts(self.rollouts, device=device)]
+        sources: list[TrainingData] = []
+        if self.reward is not None:
+            allow_rewards_of_the_working_folder()
+            texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
+            sources.append(load_training_data(self.rollouts, self.reward, texts, device=device, dtype=self.dtype))
+        if given:
+            own_folder = self.rollouts if self.reward is None and "rollouts" in self.model_fields_set else None
+            base_model = BaseModelCard(**sources[0].base_model) if sources else None
+            runs = self.score(given, own_folder, seed=settings.seed, base_model=base_model)
+            sources += [load_scored_texts(run.folder, device=device) for run in runs]
+        return sources
 
-
-def _figures_text(validation: dict[str, Any]) -> str:
-    figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
-    order = validation.get("order")
-    if not order or not order["compared"]:
-        return figures
-    shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
-    return f"{figures}; of {order['compared']} {order['what']}, {shares}"
-
-
-def _metric_text(settings: TrainSettings, data: TrainingData) -> str:
-    if settings.metric == "natural":
-        if data.is_given:
-            of = "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
-            return (
-                f"natural gradient of the {of}, damping {settings.damping} and that of few tokens; "
-                f"{_UNIT.replace('training', 'validation')}"
+    def _check_sources(self, kinds: list[str]) -> None:
+        """Raises ConfigurationError for flags that do not go with these kinds of sources."""
+        if not kinds and "rollouts" not in self.model_fields_set:
+            raise ConfigurationError(
+                "reward: give one, or --pairs FILE, --texts FILE, --instruction, or --rollouts with a run of "
+                "`recontrol score`"
             )
-        return (
-            f"natural policy gradient, advantages with lambda {settings.advantage_trace}, damping {settings.damping}; "
-        ) + _UNIT
-    if settings.metric == "covariance":
-        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {_UNIT}"
-    return f"identity; {_UNIT}"
-
-
-def _targets_text(settings: TrainSettings) -> str:
-    centred = ", centred by prompt" if settings.center_by_prompt else ""
-    trace = f"({settings.trace})" if settings.targets == "td_lambda" else ""
-    return f"{settings.targets}{trace}{centred}"
-
-
-def _data(data: TrainingData) -> dict[str, object]:
-    responses = Counter(data.split)
-    prompts = {split: len({int(p) for p, s in zip(data.prompt_B, data.split, strict=True) if s == split})
-               for split in responses}  # fmt: skip
-    counts = {"prompts": prompts, "responses": dict(responses), "tokens": int(data.offsets[-1])}
-    if data.is_given:
-        return {
-            "split": "by a digest of the prompt: 80% train, 20% validation",
-            **counts,
-            "given": data.manifest["given"],
-            "read": data.manifest["settings"],
-        }
-    return {
-        "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
-        **counts,
-        "rollouts": data.manifest["settings"],
-        "prompts_sha256": data.manifest["prompts_sha256"],
-    }
+        if kinds and "rollouts" not in kinds:
+            if self.prompts is not None:
+                raise ConfigurationError(f"prompts: {kinds[0]} bring their own; leave it out with --{kinds[0]}")
+            if len(kinds) > 1 and "rollouts" in self.model_fields_set:
+                raise ConfigurationError("rollouts: pairs and texts are kept in a run each; leave it out with both")
+        if len(kinds) < 2 and self.source_weights:
+            raise ConfigurationError("source_weights: goes with two of --reward, --pairs and --texts, or all")
+        if unknown := [kind for kind in self.source_weights if kind not in kinds]:
+            raise ConfigurationError(f"source_weights: no {unknown[0]} are given; there are {' and '.join(kinds)}")

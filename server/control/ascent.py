@@ -66,6 +66,8 @@ class Ascent:
 def ascend(hidden_BD: Tensor, group: EditGroup) -> Ascent:
     stack = group.stack
     hidden_RD = hidden_BD[group.rows_R].float()
+    if not stack.heads:
+        return _staying(hidden_RD, group)
     start_RU = stack.inputs(hidden_RD)
     size_R, is_open_R = group.step_size_R, None
     if group.gates is not None:
@@ -89,6 +91,23 @@ def room_beside(pinned: Ascent, added: Ascent, more_R: Tensor, max_shift_R: Tens
     ratio_R = added.joined_with(pinned, torch.ones_like(more_R), more_R, hidden_RD).shift_ratio_R
     left_R = (max_shift_R - pinned.shift_ratio_R).clamp(min=0.0)
     return torch.where(ratio_R > left_R, left_R / ratio_R, 1.0)
+
+
+def _staying(hidden_RD: Tensor, group: EditGroup) -> Ascent:
+    """Of states [R, D] that no head moves."""
+    none_RU, zero_R = hidden_RD[:, :0], torch.zeros_like(hidden_RD[:, 0])
+    return Ascent(
+        group=group,
+        units_RU=none_RU,
+        coefficients_RU=none_RU,
+        climb_RU=none_RU,
+        share_R=torch.ones_like(zero_R),
+        shift_RD=torch.zeros_like(hidden_RD),
+        shift_ratio_R=zero_R,
+        is_capped_R=zero_R > 0,
+        is_nonfinite_R=zero_R > 0,
+        is_gate_open_R=None,
+    )
 
 
 def _capped(hidden_RD: Tensor, start_RU: Tensor, group: EditGroup, size_R: Tensor, is_open_R: Tensor | None) -> Ascent:

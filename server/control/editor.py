@@ -3,7 +3,8 @@
 For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
 scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
 its own state. Groups whose rows share their shift are edited natively where that can be (shared.py), and those of
-linear heads on a GPU by kernels (fused.py).
+linear heads on a GPU by kernels (fused.py). Rows that follow an instruction add its move of the logits to that of the
+shift (guidance.py), under the same budget.
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
 it is told how states become logits. Enter at `StateEditor.logits`.
@@ -13,7 +14,7 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from server.control.ascent import TOLERANCE, Ascent, ascend, ascend_beside, leaves_bounds, room_beside
 from server.control.budget import ROUNDING_NATS, largest_added_scale, largest_general_scale, largest_linear_scale
 from server.control.fused import FusedRows, HeadBank
+from server.control.guidance import InstructedLogits, guidance_weights, instructed_states
 from server.control.params import ControlParams
 from server.control.pinned import loses_ground, pinned_share
 from server.control.plan import EditGroup, EditPlan
@@ -113,6 +115,8 @@ class _Edit:
     """Rows that a budget of KL held, of an edit over pinned heads, whose scale is its own; None of any other."""
     is_dropped_R: Tensor | None = None
     """Rows of such an edit that would have taken back what is pinned."""
+    guidance_R: Tensor | None = None
+    """The weights of instructions that act; None of rows without any."""
 
 
 class StateEditor:
@@ -140,9 +144,14 @@ class StateEditor:
         """Leave what comes to torch's operations, to compare with; plans made before are void."""
         self._may_use_kernels = False
 
-    def logits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[Tensor, list[GroupStats]]:
-        """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's."""
-        edits, shared, logits_BV = self._edits(hidden_BD, plan)
+    def logits(
+        self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor] | None = None
+    ) -> tuple[Tensor, list[GroupStats]]:
+        """Logits [B, V] float32 after control; rows outside the plan are bit-identical to the base model's.
+
+        `instructed` holds the state [D] behind the instructed text of each row that follows an instruction.
+        """
+        edits, shared, logits_BV = self._edits(hidden_BD, plan, instructed or {})
         for edit in edits:
             rows_R = edit.ascent.group.rows_R
             logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
@@ -150,7 +159,9 @@ class StateEditor:
             logits_BV = self._unembedding.finish(logits_BV)
         return logits_BV, _all_stats(edits, shared)
 
-    def _edits(self, hidden_BD: Tensor, plan: EditPlan) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
+    def _edits(
+        self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor]
+    ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
         projection. These have been moved by the shared and fused edits already."""
         can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
@@ -164,13 +175,16 @@ class StateEditor:
                 sharing.append(group)
             else:
                 ascents.append(ascend(hidden_BD, group.pinned or group))
-        # One product with the LM head serves the states and the shifts, but those of linear heads need none.
+        # One product with the LM head serves all states and shifts, but those of linear heads need none.
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
-        shifts = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
-        projected = self._unembedding.project(torch.cat([hidden_BD, *shifts]) if shifts else hidden_BD)
+        added = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
+        added += [state_D[None] for state_D in instructed_states((ascent.group for ascent in ascents), instructed)]
+        projected = self._unembedding.project(torch.cat([hidden_BD, *added]) if added else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        deltas = iter(torch.split(projected[num_rows:].float(), [shift.shape[0] for shift in shifts]))
+        parts = torch.split(projected[num_rows:].float(), [len(part) for part in added])
+        deltas = iter(parts[: len(nonlinear)])
         base_BV = projected[:num_rows]
+        guidance = InstructedLogits(base_BV, [part[0] for part in parts[len(nonlinear) :]])
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
         assert not (fused and sharing), "rows of linear heads are all the kernels' or none"
@@ -178,10 +192,11 @@ class StateEditor:
         base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
         edits: list[_Edit] = []
         for ascent in ascents:
-            stack = ascent.group.stack
-            is_linear = stack.has_constant_slope
-            delta_RV = self._row_logits_of(stack)(ascent.coefficients_RU) if is_linear else next(deltas)
-            edits.append(self._within_budget(ascent, delta_RV, base_BV))
+            delta_RV = self._delta(ascent, deltas, num_logits=base_BV.shape[1])
+            weight_R = guidance_weights(ascent)
+            if weight_R is not None:
+                delta_RV = delta_RV + guidance.moves(ascent.group, weight_R)
+            edits.append(self._within_budget(ascent, delta_RV, base_BV, weight_R))
         over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
         edits = [
             self._over_pinned(over[id(edit.ascent.group)], edit, hidden_BD, base_BV)
@@ -190,6 +205,13 @@ class StateEditor:
             for edit in edits
         ]
         return edits, shared, base_BV
+
+    def _delta(self, ascent: Ascent, deltas: Iterator[Tensor], *, num_logits: int) -> Tensor:
+        """What an ascent changes of the projected logits [R, V]; `deltas` are those of stacks that are not linear."""
+        stack = ascent.group.stack
+        if not stack.heads:
+            return ascent.shift_ratio_R.new_zeros(len(ascent.shift_ratio_R), num_logits)
+        return self._row_logits_of(stack)(ascent.coefficients_RU) if stack.has_constant_slope else next(deltas)
 
     def _over_pinned(self, group: EditGroup, pinned: _Edit, hidden_BD: Tensor, base_BV: Tensor) -> _Edit:
         """The edit of pinned heads with as much of the callers' as budgets leave room for and takes nothing back."""
@@ -280,7 +302,9 @@ class StateEditor:
             lambda: shared_shift(stack, coefficients, self._row_logits_of(stack)),
         )
 
-    def _within_budget(self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor) -> _Edit:
+    def _within_budget(
+        self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor, guidance_R: Tensor | None = None
+    ) -> _Edit:
         base_RV = base_BV[ascent.group.rows_R]
         kernels = self.kernels_on(base_RV.device)
         if self._unembedding.is_linear and kernels is not None:
@@ -301,6 +325,7 @@ class StateEditor:
             delta_RV=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
             is_outside_R=is_outside_R,
+            guidance_R=guidance_R,
         )
 
 
@@ -332,9 +357,12 @@ def _stats(edit: _Edit) -> GroupStats:
     before_RK, _ = stack.readout(ascent.units_RU)
     after_RK, _ = stack.readout(ascent.units_RU + scale_R[:, None] * ascent.climb_RU)
     is_open_R = torch.ones_like(scale_R) if ascent.is_gate_open_R is None else ascent.is_gate_open_R.float()
+    is_moved_R = ascent.shift_ratio_R > 0
+    if edit.guidance_R is not None:
+        is_moved_R = is_moved_R | (edit.guidance_R != 0)
     columns = [
-        # No shift, no divergence: what is left of it would be rounding.
-        torch.where(ascent.shift_ratio_R > 0, edit.kl_R, 0.0),
+        # No move, no divergence: what is left of it would be rounding.
+        torch.where(is_moved_R, edit.kl_R, 0.0),
         ascent.shift_ratio_R * scale_R,
         _held_by(edit, after_RK).float(),
         edit.is_nonfinite_R.float(),

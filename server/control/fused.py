@@ -113,8 +113,11 @@ def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
     table_RW = group.fixed_RW.clone()
     table_RW[:, layout.HEADS : layout.HEADS + len(places)] = torch.tensor(places, dtype=torch.float32)
     columns: dict[int, Tensor] = {
-        layout.ROW: group.rows_R, layout.SIZE: group.step_size_R, layout.LIMIT: group.max_kl_R - ROUNDING_NATS,
-    }  # fmt: skip
+        layout.ROW: group.rows_R,
+        # Rows without steps have an infinite step at most, which no weight of theirs may meet.
+        layout.SIZE: torch.where(group.steps_R > 0, group.step_size_R, 0.0),
+        layout.LIMIT: group.max_kl_R - ROUNDING_NATS,
+    }
     table_RW[:, layout.KL_HELD] = _BY_KL
     if group.kl_held_R is not None:
         columns[layout.KL_HELD] = group.kl_held_R

@@ -11,6 +11,8 @@ ascent moves every value. They are the slope at the end of the step instead of a
 not passed, a floor not broken and the worst of several heads not left for the next worst. Where all heads are linear,
 one step of any length is exact. A class that looks ahead is asked at the rewards to be expected instead of at values.
 
+An instruction stands apart: it names no heads, and moves the logits by what the model itself makes of it (guidance.py).
+
 Shapes: R rows, K heads; effects_RKK[r, k, l] is the change of value l, or of reward l for a class that looks ahead, by
 a step of length one along head k.
 """
@@ -28,18 +30,26 @@ from torch import Tensor
 from server.control.multipliers import Box, simplex_weights, within_bounds
 from server.control.state import HeldBy
 from server.control.wire import WireModel
+from server.unicode import check_text
 
 MAX_HEADS_PER_REQUEST = 8
 MAX_UNITS_PER_REQUEST = 8192
 """Of all those heads together."""
 MAX_ABS_WEIGHT = 10.0
 MAX_ABS_LEVEL = 1e6
+MAX_INSTRUCTION_CHARS = 8192
 
 
 def _check_nonzero(weight: float) -> float:
     if weight == 0:
         raise ValueError("must not be 0; leave the head out instead")
     return weight
+
+
+def _check_instruction(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must hold more than blanks")
+    return check_text(text)
 
 
 HeadName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -299,7 +309,39 @@ def _default_type(objective: object) -> object:
     )
 
 
-Objective = Annotated[WeightedSum | WorstCase | Target | Floor, Discriminator("type"), BeforeValidator(_default_type)]
+HeadsObjective = Annotated[
+    WeightedSum | WorstCase | Target | Floor, Discriminator("type"), BeforeValidator(_default_type)
+]
+"""Those that the values of heads say all of."""
+NO_HEADS = WeightedSum.model_construct(weights={})
+"""What an instruction alone asks of heads."""
+
+
+class Instruction(BaseObjective):
+    """Go where an instruction would lead: move the next token's logits by weight x what it changes of them.
+
+    With weight 1 and budget enough, tokens are drawn as after the instruction itself; a larger weight goes on in that
+    direction, and a negative one steers away. `beside` is an objective over heads that the same edit follows too.
+    Source: Sanchez et al. 2023 (classifier-free guidance for language models, arXiv 2306.17806).
+    """
+
+    type: Literal["instruction"]
+    text: Annotated[str, Field(max_length=MAX_INSTRUCTION_CHARS), AfterValidator(_check_instruction)]
+    weight: Weight = 1.0
+    beside: HeadsObjective | None = None
+
+    @property
+    def named_heads(self) -> dict[str, str]:
+        return {} if self.beside is None else {n: f"beside.{field}" for n, field in self.beside.named_heads.items()}
+
+    @property
+    def is_null(self) -> bool:
+        return self.weight == 0 and (self.beside is None or self.beside.is_null)
+
+
+Objective = Annotated[
+    WeightedSum | WorstCase | Target | Floor | Instruction, Discriminator("type"), BeforeValidator(_default_type)
+]
 
 
 def _weighted_where_named(values_RK: Tensor, terms: Terms) -> Tensor:

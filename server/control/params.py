@@ -12,10 +12,22 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.control.conditions import Gate, Schedule, Window
-from server.control.objectives import MAX_HEADS_PER_REQUEST, Levels, Objective, WeightedSum
+from server.control.objectives import (
+    MAX_HEADS_PER_REQUEST,
+    NO_HEADS,
+    Floor,
+    HeadsObjective,
+    Instruction,
+    Levels,
+    Objective,
+    WeightedSum,
+)
+from server.control.repair import OnStop, Retry, Stop
 from server.control.state import Segment
+from server.control.turns import OverTurns, Turn
 from server.control.wire import WireModel
 from server.errors import ConfigurationError
 
@@ -75,15 +87,44 @@ class ControlParams(WireModel):
     schedule: Schedule | None = None
     stop_below: Levels | None = None
     """End the response at the token whose state, after control, has a value below its head's bound."""
+    on_stop: OnStop = Stop()
+    """What is done there instead, and how much of the text is held back until it is safe."""
     search: Blocks | None = None
     """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
+    over_turns: OverTurns | None = None
+    """How the bounds of `stop_below` and `floors` change over the turns of a conversation."""
+
+    @model_validator(mode="after")
+    def _changes_bounds_that_there_are(self) -> ControlParams:
+        for field, rules in (self.over_turns.rules if self.over_turns is not None else {}).items():
+            bounds = self.bounds[field]
+            for head, rule in rules.items():
+                name, problem = f"over_turns.{field}.{head}", None
+                if head not in bounds:
+                    where = "stop_below" if field == "stop_below" else "an objective of type floor"
+                    problem = f"has no bound in {where} that could change over turns"
+                elif rule.to is not None and rule.to < bounds[head]:
+                    name, problem = f"{name}.to", f"must be {bounds[head]:g}, the bound that rises to it, or more"
+                if problem is not None:
+                    raise PydanticCustomError("field", "{name}: {problem}", {"name": name, "problem": problem})
+        return self
 
     @model_validator(mode="after")
     def _names_few_heads(self) -> ControlParams:
         if len(self.named_heads) > MAX_HEADS_PER_REQUEST:
             raise ValueError(f"at most {MAX_HEADS_PER_REQUEST} heads may be named in all")
+        return self
+
+    @model_validator(mode="after")
+    def _repairs_a_guardrail(self) -> ControlParams:
+        if self.on_stop != Stop() and self.stop_below is None:
+            raise ValueError("on_stop goes with stop_below, which has the bounds")
+        if self.repairs and self.search is not None:
+            raise ValueError(f"search goes with on_stop stop alone, without hold_tokens; not with {self.on_stop.type}")
+        if isinstance(self.on_stop, Retry) and isinstance(self.objective, Instruction):
+            raise ValueError("on_stop retry does not go with an instruction, whose reading cannot be taken back")
         return self
 
     @property
@@ -101,6 +142,36 @@ class ControlParams(WireModel):
         """The heads that are named anywhere in it, in a fixed order."""
         return tuple(sorted(self.named_heads))
 
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """What may change over turns: bounds by field and head, in reward units."""
+        floors = self.objective.floors if isinstance(self.objective, Floor) else {}
+        return {"stop_below": self.stop_below or {}, "floors": floors}
+
+    def at_turn(self, turn: Turn) -> ControlParams:
+        """With the bounds of that turn, which stay."""
+        if self.over_turns is None:
+            return self
+        now = {field: self.over_turns.bounds(field, bounds, turn) for field, bounds in self.bounds.items()}
+        changed: dict[str, Any] = {"over_turns": None, "stop_below": now["stop_below"] or None}
+        if isinstance(self.objective, Floor):
+            changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})
+        return self.model_copy(update=changed)
+
+    @property
+    def heads_objective(self) -> HeadsObjective:
+        """What its objective asks of heads."""
+        objective = self.objective
+        return objective if not isinstance(objective, Instruction) else objective.beside or NO_HEADS
+
+    @property
+    def instruction(self) -> Instruction | None:
+        """The instruction that it follows; None also where it would change nothing, so that nobody need read it."""
+        objective = self.objective
+        if not isinstance(objective, Instruction):
+            return None
+        return objective if objective.weight and self.steps and self.step_size else None
+
     def acts_on(self, segment: Segment | None) -> bool:
         """Whether a token of this part is drawn under control; None is one that may still begin either.
 
@@ -109,6 +180,31 @@ class ControlParams(WireModel):
         if segment is Segment.CALL:
             return self.in_calls and self.phase != "reasoning"
         return self.phase in ("both", segment)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether its guardrail does more than to end the response at the token, or holds tokens back."""
+        return self.stop_below is not None and (self.on_stop.type != "stop" or self.on_stop.hold_tokens > 0)
+
+    @property
+    def max_redrawn(self) -> int:
+        """Tokens that its guardrail may draw and take back, beside those that are kept."""
+        if not isinstance(self.on_stop, Retry) or self.stop_below is None:
+            return 0
+        return self.on_stop.max_retries * (self.on_stop.rewind_tokens + 1)
+
+    def may_retry(self, value_after: Mapping[str, float]) -> bool:
+        """Whether a bound is broken for which tokens may be drawn again."""
+        return isinstance(self.on_stop, Retry) and self.breaks_guardrail(value_after)
+
+    def strengthened(self, num_retries: int) -> ControlParams:
+        """This control after so many retries: larger steps, where that is asked for, within the same budgets."""
+        growth = self.on_stop.step_growth if isinstance(self.on_stop, Retry) else 1.0
+        if growth == 1.0 or self.steps == 0:
+            return self
+        # What is unchecked may have larger steps already; they never become smaller.
+        largest = max(MAX_STEP_SIZE, self.step_size)
+        return self.model_copy(update={"step_size": min(self.step_size * growth**num_retries, largest)})
 
     def breaks_guardrail(self, value_after: Mapping[str, float]) -> bool:
         return bool(self.broken_bounds(value_after))
@@ -152,6 +248,14 @@ class UnderPinned(ControlParams):
     """
 
     pinned: ControlParams
+
+    def may_retry(self, value_after: Mapping[str, float]) -> bool:
+        """For a pinned bound alone: to draw again until a caller's head is content would be a search by that head."""
+        return isinstance(self.on_stop, Retry) and self.pinned.breaks_guardrail(value_after)
+
+    def strengthened(self, num_retries: int) -> ControlParams:
+        pinned = self.pinned.strengthened(num_retries)
+        return super().strengthened(num_retries).model_copy(update={"pinned": pinned})
 
     @property
     def own_weights(self) -> dict[str, float]:

@@ -83,6 +83,8 @@ class EditGroup:
     fixed_RW: Tensor | None = None
     """What the kernels of a GPU's edit have to know of each held row (row_numbers.py), where they do this group. Then
     its other tensors lie on the host, and it has no `objectives`."""
+    guidance_R: Tensor | None = None
+    """The weights of the rows' instructions; None of rows without."""
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
         """The group for the token that comes next, given the rows' states."""
@@ -98,6 +100,7 @@ class EditGroup:
             gates=_gates(self.stack, pairs, device),
             held_R=on_device([HELD_BY.index(reason) for reason in reasons], device),
             kl_held_R=on_device([HELD_BY.index(reason) for reason in kl_reasons], device),
+            guidance_R=_guidance(self.controls, strengths, device),
             pinned=None if self.pinned is None else self.pinned.at(state_of),
         )
 
@@ -120,14 +123,14 @@ class EditPlan:
         With `fuses`, rows that the kernels of a GPU's edit can do are planned for them. Raises UnknownHeadError.
         """
         device = torch.device(device)
-        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool, bool], list[int]] = {}
+        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
                 stack = registry.stack(control.head_names)
                 is_fused = fuses and can_fuse(stack, control)
-                is_shared = stack.has_constant_slope and device.type == "cpu" and not is_fused
+                is_shared = stack.has_constant_slope and device.type == "cpu" and not fuses
                 coefficients = _coefficients(stack, control) if is_shared else None
-                key = (stack, coefficients, isinstance(control, UnderPinned), is_fused)
+                key = (stack, coefficients, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
                 members.setdefault(key, []).append(index)
         return cls(tuple(_group_of(key, indices, rows, device) for key, indices in members.items()))
 
@@ -139,12 +142,12 @@ class EditPlan:
 
 
 def _group_of(
-    key: tuple[HeadStack, tuple[float, ...] | None, bool, bool],
+    key: tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool],
     indices: list[int],
     rows: Sequence[ControlParams | None],
     device: torch.device,
 ) -> EditGroup:
-    stack, coefficients, is_over, is_fused = key
+    stack, coefficients, is_over, _, is_fused = key
     if is_fused:
         return _group((stack, None), indices, rows, torch.device("cpu"), is_fused=True)
     return (_group_over_pinned if is_over else _group)((stack, coefficients), indices, rows, device)
@@ -156,7 +159,9 @@ def _is_paced(control: ControlParams) -> bool:
 
 def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
     """What the ascent rows are multiplied by, where neither state nor token changes it."""
-    if not isinstance(control.objective, WeightedSum) or isinstance(control, UnderPinned) or _is_paced(control):
+    if not isinstance(control.heads_objective, WeightedSum) or control.instruction is not None:
+        return None
+    if not stack.names or isinstance(control, UnderPinned) or _is_paced(control):
         return None
     steps, size = _steps(stack, control)
     taken_K = torch.tensor(size * steps) * torch.tensor(_weights(stack, control))
@@ -164,7 +169,7 @@ def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...]
 
 
 def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
-    objective = control.objective
+    objective = control.heads_objective
     weights = objective.weights if isinstance(objective, WeightedSum) else {}
     weights = control.own_weights if isinstance(control, UnderPinned) else weights
     return [weights.get(name, 0.0) for name in stack.names]
@@ -173,7 +178,7 @@ def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
 def _steps(stack: HeadStack, control: ControlParams) -> tuple[int, float]:
     """Number and size of the steps; where all heads are linear, n steps are one of n times the size."""
     # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
-    steps = 0 if control.objective.is_null or control.step_size == 0 else control.steps
+    steps = 0 if control.heads_objective.is_null or control.step_size == 0 else control.steps
     return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
 
 
@@ -188,6 +193,14 @@ def _max_kl(control: ControlParams, state: ControlState) -> tuple[float, HeldBy]
     if control.max_response_kl is None or control.max_kl <= (left := control.max_response_kl - state.nats_spent):
         return control.max_kl, HeldBy.MAX_KL
     return left, HeldBy.MAX_RESPONSE_KL
+
+
+def _guidance(controls: Sequence[ControlParams], strengths: Sequence[float], device: torch.device) -> Tensor | None:
+    instructions = [control.instruction for control in controls]
+    if not any(instructions):
+        return None
+    weights = [0.0 if instruction is None else instruction.weight for instruction in instructions]
+    return on_device([weight * strength for weight, strength in zip(weights, strengths, strict=True)], device)
 
 
 def _gates(
@@ -221,7 +234,7 @@ def _group(
     held = indices * 2 if len(indices) == 1 else indices
     controls = tuple(control for i in held if (control := rows[i]) is not None)
     steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
-    objectives = [control.objective for control in controls]
+    objectives = [control.heads_objective for control in controls]
     is_constant = all(isinstance(objective, WeightedSum) for objective in objectives)
     group = EditGroup(
         stack=stack,
@@ -240,6 +253,7 @@ def _group(
         coefficients=coefficients,
         is_paced=any(map(_is_paced, controls)),
         fixed_RW=fixed_numbers(stack, controls) if is_fused else None,
+        guidance_R=_guidance(controls, [1.0] * len(controls), device),
     )
     return group.at(lambda _: ControlState()) if group.is_paced else group
 

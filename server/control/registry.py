@@ -27,6 +27,7 @@ from server.kernels.linear import FrozenLinear, frozen_linear
 from value_models.errors import HeadFileError
 from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
+from value_models.linear import PackedLinear
 from value_models.store import HeadCard
 
 _log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class HeadStack:
 
     def readout(self, units_RU: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Standardised values [R, K], and each head's own slope over its units, K tensors [R, U_k]."""
+        if not self.heads:
+            return units_RU, []
         parts = [head.readout(units_RU[:, span]) for head, span in zip(self.heads, self.spans, strict=True)]
         return torch.stack([value_R for value_R, _ in parts], dim=1), [slope for _, slope in parts]
 
@@ -106,6 +109,8 @@ class HeadStack:
 
     def rewards(self, standardised_RK: Tensor) -> Tensor:
         """Standardised values in reward units, [R, K]."""
+        if not self.heads:
+            return standardised_RK
         return self.reward_mean_K + self.reward_scale_K * standardised_RK
 
     def _between(self, gram: FrozenLinear, slopes: Sequence[Tensor]) -> Tensor:
@@ -210,7 +215,10 @@ class HeadRegistry:
                 raise UnknownHeadError(name, self._heads, param=param)
 
     def stack(self, names: tuple[str, ...]) -> HeadStack:
-        """The named heads as one, in the order given. Raises UnknownHeadError."""
+        """The named heads as one, in the order given; of no names a stack whose maps nobody calls.
+
+        Raises UnknownHeadError.
+        """
         if names not in self._stacks:
             self.check(names)
             heads = tuple(self._heads[name] for name in names)
@@ -258,6 +266,10 @@ def base_warning(
 
 
 def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[float] | None) -> HeadStack:
+    if not heads:
+        none = torch.empty(0)
+        no_map = PackedLinear(torch.empty(0, 0))
+        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None)
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])

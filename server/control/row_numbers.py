@@ -38,9 +38,11 @@ assert layout.SLOTS == MAX_HEADS_PER_REQUEST
 
 
 def can_fuse(stack: HeadStack, control: ControlParams) -> bool:
-    """Whether the kernels can do it: all heads linear, an objective that they know, and nothing pinned beneath."""
-    is_known = type(control.objective) in _KINDS and not isinstance(control, UnderPinned)
-    return is_known and stack.has_constant_slope and len(stack.names) <= layout.SLOTS
+    """Whether the kernels can do it: linear heads alone, an objective that they know, no instruction that acts, and
+    nothing pinned beneath."""
+    is_known = type(control.heads_objective) in _KINDS and control.instruction is None
+    has_linear_heads = stack.has_constant_slope and 0 < len(stack.names) <= layout.SLOTS
+    return is_known and has_linear_heads and not isinstance(control, UnderPinned)
 
 
 def fixed_numbers(stack: HeadStack, controls: Sequence[ControlParams]) -> Tensor:
@@ -49,7 +51,7 @@ def fixed_numbers(stack: HeadStack, controls: Sequence[ControlParams]) -> Tensor
 
 
 def _fixed(stack: HeadStack, control: ControlParams) -> list[float]:
-    objective = control.objective
+    objective = control.heads_objective
     row = [0.0] * layout.ROW_WIDTH
     row[layout.COUNT] = len(stack.names)
     row[layout.KIND] = _KINDS[type(objective)]

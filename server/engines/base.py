@@ -5,9 +5,10 @@ Knows no torch and no HTTP. Enter at `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.calls.formats import CallFormat
 from server.calls.structure import CallStructure
@@ -18,10 +19,15 @@ from server.types import (
     FinishReason,
     GenerationChunk,
     GenerationRequest,
+    GuardReport,
     Opening,
     TokenEdit,
     TokenText,
 )
+
+if TYPE_CHECKING:
+    from value_models.distillation import InstructedSource
+    from value_models.scored_texts import TextSource
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,6 +92,10 @@ class EngineObserver(Protocol):
     def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None: ...
     def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
     def on_edit(self, *, duration_s: float) -> None: ...
+    def on_guardrail(self, report: GuardReport) -> None:
+        """What one that repairs or holds tokens back did to a choice that has ended."""
+        ...
+
     def on_finish(
         self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None: ...
@@ -98,10 +108,22 @@ class NullObserver:
     def on_first_token(self, *, queue_s: float, prefill_s: float, ttft_s: float) -> None: ...
     def on_token(self, *, inter_token_s: float | None, edit: TokenEdit | None) -> None: ...
     def on_edit(self, *, duration_s: float) -> None: ...
+    def on_guardrail(self, report: GuardReport) -> None: ...
     def on_finish(
         self, *, reason: FinishReason, e2e_s: float, decode_s: float | None, prompt_tokens: int, generation_tokens: int
     ) -> None: ...
     def on_step(self, status: EngineStatus) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class TrainingSources:
+    """What a head can be trained with while the engine serves. `close` gives up what it still reads."""
+
+    texts: TextSource
+    instructed: InstructedSource
+    heads_location: str | Path
+    """The folder or store that heads are loaded from."""
+    close: Callable[[], None]
 
 
 class ChunkStream(Protocol):
@@ -138,6 +160,19 @@ class Engine(Protocol):
 
         A message has a role and content, and may have a name and reasoning_content; an assistant's may have tool_calls,
         whose arguments are objects, and a tool's has a tool_call_id. Raises InvalidRequestError.
+        """
+        ...
+
+    def encode_instructed(
+        self,
+        text: str,
+        prompt_token_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        rendering: ChatRendering | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt behind an instruction, for `GenerationRequest.instructed_token_ids`. From any thread.
+
+        `messages` are those that the prompt's tokens were made of; without any it is plain. Raises InvalidRequestError.
         """
         ...
 
@@ -202,6 +237,14 @@ class Engine(Protocol):
         """Offer the head no more, and return when the last request that runs under it has ended.
 
         Raises UnknownHeadError, and HeadConflictError when the head was loaded again before that.
+        """
+        ...
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        """Access for one thread, not the event loop's, that trains a head in the rows that requests leave.
+
+        `check` is called every fraction of a second in that thread and may raise to end the work. Raises
+        UnsupportedFieldError where this engine trains no heads, EngineStoppedError.
         """
         ...
 

@@ -119,6 +119,24 @@ def begun_turn(
     return whole[num_shared:], bool(said.strip())
 
 
+def default_system(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    rendering: ChatRendering | None = None,
+    call_format: CallFormat | None = None,
+) -> str:
+    """What the template says in the place of a system message where these messages have none; mostly nothing."""
+    rendering, mark = rendering or ChatRendering(), secrets.token_hex(16)
+    try:
+        bare = _text(tokenizer, messages, rendering, call_format)
+        told = _text(tokenizer, [{"role": "system", "content": mark}, *messages], rendering, call_format)
+    except InvalidRequestError:
+        return ""
+    before, _, behind = told.partition(mark)
+    is_around = mark in told and bare.startswith(before) and bare.endswith(behind)
+    return bare[len(before) : len(bare) - len(behind)] if is_around and len(bare) > len(before + behind) else ""
+
+
 def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering, call_format: CallFormat | None) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("messages: this model has no chat template; use /v1/completions", param="messages")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from server.control.objectives import Instruction
 from server.engines.base import check_context, check_heads, check_token_ids
-from server.errors import InvalidRequestError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.types import GenerationRequest
 
 
@@ -20,9 +21,17 @@ def check_is_text(request: GenerationRequest, placeholder_ids: Collection[int]) 
 
 def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
     """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
+    if request.control is not None and request.control.over_turns is not None:
+        raise InvalidRequestError(
+            "control.over_turns: only a chat that the server answers has turns; give bounds that stay",
+            param="control.over_turns",
+        )
     check_heads(request, heads)
+    _check_instruction(request, vocab_size=vocab_size, max_model_len=max_model_len)
     if request.scoring is not None:
         assert (request.num_choices, request.sampling.max_tokens, request.control) == (1, 0, None)
+    if request.control is not None and request.control.repairs:
+        assert (request.search, request.best_of) == (None, None)
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequestError("prompt: must hold at least one token", param="prompt")
@@ -33,3 +42,32 @@ def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_s
             "ignore_eos: not allowed with structured output, which says where the text ends", param="ignore_eos"
         )
     check_context(len(prompt), sampling.max_tokens, max_model_len)
+
+
+def _check_instruction(request: GenerationRequest, *, vocab_size: int, max_model_len: int) -> None:
+    """Of control that follows one. Raises InvalidRequestError or ContextLengthError."""
+    instructed = request.instructed_token_ids
+    has_instruction = request.control is not None and request.control.instruction is not None
+    assert has_instruction == bool(instructed), "the prompt behind the instruction goes with control that follows it"
+    if request.control is not None and isinstance(request.control.objective, Instruction):
+        _check_compares_nothing(request)
+    if not instructed:
+        return
+    param = "control.objective.text"
+    check_token_ids(instructed, vocab_size, param=param)
+    if len(instructed) + request.sampling.max_tokens > max_model_len:
+        raise ContextLengthError(
+            f"{param}: behind this instruction the prompt has {len(instructed)} tokens (without it "
+            f"{len(request.prompt_token_ids)}), and {request.sampling.max_tokens} new ones are asked for; together "
+            f"they must not exceed this model's maximum context length of {max_model_len} tokens",
+            param=param,
+        )
+
+
+def _check_compares_nothing(request: GenerationRequest) -> None:
+    """An instruction gives no score by which texts could be compared. Raises InvalidRequestError."""
+    param = "best_of" if request.best_of is not None else "control.search"
+    if request.best_of is not None or request.search is not None:
+        raise InvalidRequestError(
+            f"{param}: not allowed with an objective of type instruction, which gives texts no score", param=param
+        )

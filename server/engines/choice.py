@@ -3,8 +3,9 @@
 A token comes with the editor's numbers if control acts on it. What it completes of the text goes out in a chunk, as
 reasoning, as the answer or as calls of tools, unless it may begin a mark between them or a stop string. Stop strings
 and calls are looked for behind the reasoning alone. The choice ends at an end-of-text token, a stop string, a broken
-guardrail, the last call or the last token asked for, in this order. Knows nothing of models, scheduling or threads.
-Enter at `Choice.grow`.
+guardrail, the last call or the last token asked for, in this order. A guardrail that repairs (guard.py) comes first:
+an engine asks `breaks_guard` before it grows a choice, and then `turn_back`. Knows nothing of models, scheduling or
+threads. Enter at `Choice.grow`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any, Self
 
 from server.calls.calls import CallDelta
 from server.calls.reader import CallReader
+from server.control.params import ControlParams
 from server.engines.base import EngineObserver
 from server.engines.edits import EditTotals, token_edit
+from server.engines.guard import Guard
 from server.engines.segments import Markup, Piece, Segment, SegmentTracker
 from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
 from server.types import (
@@ -32,6 +35,18 @@ from server.types import (
 )
 
 FAILED = "The request failed inside the engine."
+
+
+@dataclass(slots=True, frozen=True)
+class SavedText:
+    """Where a choice stood before a token, in copies; it can be gone back to once."""
+
+    num_tokens: int
+    detokenizer: TextOfTokens
+    stop: StopMatcher
+    segments: SegmentTracker | None
+    totals: EditTotals | None
+    calls: CallReader | None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -51,6 +66,8 @@ class Choice:
     """Of a response that is told apart into reasoning and answer."""
     calls: CallReader | None = None
     """Of a request with rules for calls."""
+    guard: Guard | None = None
+    """Of a request whose guardrail repairs or holds tokens back."""
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0
     """When the engine began with it."""
@@ -86,6 +103,7 @@ class Choice:
             observer=observer,
             segments=None if markup is None or request.opening is None else SegmentTracker(markup, request.opening),
             calls=None if request.calls is None else request.calls.reader(),
+            guard=Guard.of(control, index),
             **own,
         )
 
@@ -106,10 +124,20 @@ class Choice:
         return Segment.CALL if is_in_call and segment is not Segment.REASONING else segment
 
     @property
+    def control(self) -> ControlParams | None:
+        """The request's, which a guardrail may have made stronger."""
+        return self.request.control if self.guard is None else self.guard.control
+
+    @property
     def is_controlled(self) -> bool:
         """Whether control acts on its next token."""
         control = self.request.control
         return control is not None and control.acts_on(self.next_segment)
+
+    @property
+    def acting_control(self) -> ControlParams | None:
+        """What acts on its next token."""
+        return self.control if self.is_controlled else None
 
     def grow(
         self,
@@ -170,6 +198,9 @@ class Choice:
         if self.totals is None:
             return None
         summary, control = self.totals.summary(), self.request.control
+        if self.guard is not None:
+            stopped_by = self.guard.broken if reason is FinishReason.GUARDRAIL else None
+            return replace(summary, stopped_by=stopped_by, guardrail=self.guard.report)
         if reason is not FinishReason.GUARDRAIL or control is None:
             return summary
         values = self.totals.last_values_after
@@ -179,10 +210,54 @@ class Choice:
     def follow(self, other: Choice) -> None:
         """Take over text and totals of another choice of the request, in copies."""
         self.token_ids = list(other.token_ids)
-        self.detokenizer, self.stop = other.detokenizer.copy(), other.stop.copy()
-        self.segments = None if other.segments is None else other.segments.copy()
-        self.totals = None if other.totals is None else other.totals.copy()
-        self.calls = None if other.calls is None else other.calls.copy()
+        self.go_back_to(other.saved())
+
+    def saved(self) -> SavedText:
+        """Where it stands now."""
+        return SavedText(
+            num_tokens=len(self.token_ids),
+            detokenizer=self.detokenizer.copy(),
+            stop=self.stop.copy(),
+            segments=None if self.segments is None else self.segments.copy(),
+            totals=None if self.totals is None else self.totals.copy(),
+            calls=None if self.calls is None else self.calls.copy(),
+        )
+
+    def go_back_to(self, saved: SavedText) -> None:
+        """Forget the tokens that have come since."""
+        del self.token_ids[saved.num_tokens :]
+        self.detokenizer, self.stop = saved.detokenizer, saved.stop
+        self.segments, self.totals, self.calls = saved.segments, saved.totals, saved.calls
+
+    def breaks_guard(self, numbers: Sequence[float] | None) -> bool:
+        """Whether the state that its next token was drawn from, whose edit has these numbers, breaks a bound of a
+        guardrail that repairs; the choice is then not to grow by the token but to `turn_back`."""
+        if self.guard is None or self.totals is None or numbers is None or not self.is_controlled:
+            return False
+        return self.guard.control.breaks_guardrail(token_edit(self.totals.names, numbers).value_after)
+
+    def turn_back(self, numbers: Sequence[float], state: Any) -> Any:
+        """Take back what the guardrail holds of it, and give the state to draw again from: one that was held, or this
+        one of the token that broke a bound. None where the choice ends, with `guarded_end`."""
+        assert self.guard is not None
+        assert self.totals is not None
+        values = token_edit(self.totals.names, numbers).value_after
+        count = self.guard.go_back(values, is_greedy=self.request.sampling.temperature == 0)
+        taken_back = self.guard.take_back(count)
+        if taken_back is not None:
+            self.go_back_to(taken_back.before)
+        if count is None:
+            return None
+        return state if taken_back is None else taken_back.state
+
+    def guarded_end(self) -> GenerationChunk:
+        """The last chunk of a choice that its guardrail ends: the rest of what is kept, and the guardrail's text."""
+        assert self.guard is not None
+        chunk, text = self.rest(), self.guard.control.on_stop.ends_with
+        if text is None:
+            return chunk
+        self.guard.has_replaced = True
+        return replace(chunk, text=chunk.text + text)
 
     def waits_s(self, now_s: float) -> tuple[float, float]:
         """How long it was queued, and then how long until the first token, which has come now."""
@@ -196,7 +271,7 @@ class Choice:
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
         """A token that it has grown by."""
         inter_token_s = None
-        if len(self.token_ids) == 1:
+        if not self.first_token_s:
             self.observe_first_token(now_s)
         else:
             inter_token_s = now_s - self.last_token_s
@@ -205,6 +280,8 @@ class Choice:
 
     def observe_finish(self, reason: FinishReason, now_s: float, *, prompt_tokens: int) -> None:
         """`prompt_tokens` is what was computed of the prompt."""
+        if self.guard is not None:
+            self.observer.on_guardrail(self.guard.report)
         self.observer.on_finish(
             reason=reason,
             e2e_s=now_s - self.arrival_s,

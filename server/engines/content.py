@@ -63,6 +63,11 @@ class ControlTokens:
             }
         return [self.marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
 
+    @property
+    def added_before(self) -> list[int]:
+        """What the tokenizer adds before a text, such as BOS."""
+        return self._added_around[0]
+
     def encode(self, rendered: str, mark: str | None = None, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered conversation, whose contents were marked; without a mark none of them had to be.
 

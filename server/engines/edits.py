@@ -46,7 +46,7 @@ class EditTotals:
     def add(self, numbers: Sequence[float]) -> None:
         kl, shift_ratio, held_by, _, is_gate_open = numbers[-5:]
         self._num_tokens += 1
-        self._num_moved += shift_ratio > 0
+        self._num_moved += shift_ratio > 0 or kl > 0
         self._max_kl = max(self._max_kl, kl)
         self._is_gate_open = bool(is_gate_open)
         self._held[held_by] += 1

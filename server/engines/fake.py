@@ -12,13 +12,20 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from server.calls.formats import FORMATS
 from server.calls.structure import CallStructure
-from server.engines.base import ChunkStream, EngineInfo, EngineObserver, EngineStatus, NullObserver
+from server.engines.base import (
+    ChunkStream,
+    EngineInfo,
+    EngineObserver,
+    EngineStatus,
+    NullObserver,
+    TrainingSources,
+)
 from server.engines.checks import check_request
 from server.engines.choice import Choice
 from server.engines.segments import FORMATS as REASONING_FORMATS
@@ -70,6 +77,7 @@ class FakeEngine:
     """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there.
 
     `spare_heads` lie in its folder, so to speak, and can be loaded. With `text`, in ASCII, every answer is that text.
+    `value_of` says what every head's value is at a token, given its place and the guardrail's retries so far.
     With `reasoning_tokens`, chats reason for so many letters first, between marks of several tokens each, of which the
     prompt has the first if it `opens_reasoning`.
     """
@@ -87,6 +95,7 @@ class FakeEngine:
         call_format: str = "hermes",
         reasoning_tokens: int | None = None,
         opens_reasoning: bool = False,
+        value_of: Callable[[int, int], float] = lambda place, num_retries: 0.5,  # noqa: ARG005
     ) -> None:
         self.info = EngineInfo(
             "fake",
@@ -99,6 +108,7 @@ class FakeEngine:
         )
         self._reasoning_tokens = reasoning_tokens or 0
         self._opens_reasoning = opens_reasoning
+        self._value_of = value_of
         self._text = text
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
@@ -126,6 +136,17 @@ class FakeEngine:
         if rendering is not None and rendering.continue_final_message:
             return self.encode(text.removesuffix("\n"))
         return self.encode(text + self._begun_turn(messages, rendering))
+
+    def encode_instructed(
+        self,
+        text: str,
+        prompt_token_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        rendering: ChatRendering | None = None,
+    ) -> list[int]:
+        if messages is None:
+            return [*self.encode(f"{text}\n\n"), *prompt_token_ids]
+        return self.encode_chat([{"role": "system", "content": text}, *messages], rendering)
 
     def opening(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> Opening | None:
         if not self.info.marks_reasoning:
@@ -190,6 +211,10 @@ class FakeEngine:
             raise UnknownHeadError(name, self.info.heads)
         self.info = self.info.without_head(name)
 
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        del check
+        raise UnsupportedFieldError("heads: the fake engine trains none, since it has no model")
+
     def forget(self, num_unfinished: int) -> None:
         """A stream has been closed with this many choices unfinished: they end as aborted."""
         self.num_open -= 1
@@ -218,24 +243,39 @@ class FakeEngine:
             if not self._is_running:
                 yield choice.finish(FinishReason.ABORT)
                 break
-            yield self._grown(choice, scores if index == 0 else None)
+            for chunk in self._grown(choice, scores if index == 0 else None):
+                yield chunk
         assert choice.finish_reason is not None
         choice.observe_finish(choice.finish_reason, time.monotonic(), prompt_tokens=len(request.prompt_token_ids))
 
-    def _grown(self, choice: Choice, scores: tuple[TokenLogprob | None, ...] | None) -> GenerationChunk:
-        """The chunk of one more token; its heads' values are all the same."""
-        request, position = choice.request, len(choice.token_ids)
-        token_id, num_top = self._token(request, choice.index, position), request.sampling.logprobs
+    def _grown(self, choice: Choice, scores: tuple[TokenLogprob | None, ...] | None) -> list[GenerationChunk]:
+        """What goes out when one more token was drawn."""
+        position, guard = len(choice.token_ids), choice.guard
+        num_retries = 0 if guard is None else guard.num_retries
         numbers = (
             None
             if not choice.is_controlled or choice.totals is None
-            else [0.5] * (2 * len(choice.totals.names)) + _UNMOVED
+            else [self._value_of(position, num_retries)] * (2 * len(choice.totals.names)) + _UNMOVED
         )
+        if guard is not None and numbers is not None and choice.breaks_guard(numbers):
+            is_over = choice.turn_back(numbers, position) is None
+            end = [choice.finish(FinishReason.GUARDRAIL, choice.guarded_end())] if is_over else []
+            return [guard.dropped(), *end]
+        if guard is not None:
+            guard.hold(choice.saved(), position, is_watched=choice.is_controlled)
+        chunk = self._grown_by_one(choice, numbers, scores if position == 0 else None)
+        return [chunk] if guard is None else guard.take(chunk)
+
+    def _grown_by_one(
+        self, choice: Choice, numbers: list[float] | None, scores: tuple[TokenLogprob | None, ...] | None
+    ) -> GenerationChunk:
+        request, position = choice.request, len(choice.token_ids)
+        token_id, num_top = self._token(choice, position), request.sampling.logprobs
         chunk = choice.grow(
             token_id,
             numbers,
             logprob=None if num_top is None else self._logprob(token_id, num_top),
-            prompt_logprobs=scores if position == 0 else None,
+            prompt_logprobs=scores,
         )
         chunk = replace(chunk, num_drawn=_num_drawn(request, choice.index))
         choice.observe_token(chunk.edit, time.monotonic())
@@ -255,7 +295,8 @@ class FakeEngine:
             return self._failed(choice, chunk)
         return choice.finish(FinishReason.LENGTH, replace(chunk, prompt_values=_prompt_values(choice.request)))
 
-    def _token(self, request: GenerationRequest, index: int, position: int) -> int:
+    def _token(self, choice: Choice, position: int) -> int:
+        request, guard = choice.request, choice.guard
         begin, end = _MARKS
         before, reasoned = "", ""
         if request.opening in (Opening.REASONING, Opening.EITHER):
@@ -269,7 +310,8 @@ class FakeEngine:
         text = request.structure if self._text is None else self._text
         if isinstance(text, str) and at >= 0:
             return ord(text[at]) if at < len(text) else _END
-        key = repr((request.sampling.seed, index, position, request.prompt_token_ids)).encode()
+        stream = (request.sampling.seed, choice.index, position, request.prompt_token_ids)
+        key = repr(stream if guard is None or not guard.num_retries else (*stream, guard.num_retries)).encode()
         return _LETTERS[hashlib.blake2b(key, digest_size=1).digest()[0] % len(_LETTERS)]
 
     def _logprob(self, token_id: int, num_top: int = 0) -> TokenLogprob:

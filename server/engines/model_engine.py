@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from server.calls.formats import CallFormat
 from server.control.registry import HeadRegistry
-from server.engines.base import EngineInfo
+from server.engines.base import EngineInfo, TrainingSources
 from server.engines.chat_template import begun_turn, call_format_of
 from server.engines.heads import HeadSource, OfferedHead, facts
 from server.engines.segments import Markup, OutputFormat
@@ -27,6 +27,7 @@ from server.errors import (
     InvalidRequestError,
     OverloadedError,
     UnknownHeadError,
+    UnsupportedFieldError,
 )
 from server.settings import Settings
 from server.types import ChatRendering, GenerationRequest, Opening
@@ -44,7 +45,7 @@ class ModelEngine(Tokenization):
         self._heads: HeadSource | None = None
         self._managing = asyncio.Lock()
         self._num_open = 0
-        """Sequences of requests whose streams are open."""
+        """Rows of requests whose streams are open, whether they run or wait."""
 
     @property
     def info(self) -> EngineInfo:
@@ -83,6 +84,13 @@ class ModelEngine(Tokenization):
                     await self._drop_head(name)
                     return
             await asyncio.sleep(_UNLOAD_POLL_S)
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        """See `Engine.training_sources`."""
+        del check
+        raise UnsupportedFieldError(
+            f"heads: the {self._settings.engine} engine trains none while it serves; `recontrol train` does"
+        )
 
     @cached_property
     def _output_format(self) -> OutputFormat | None:
@@ -127,7 +135,7 @@ class ModelEngine(Tokenization):
 
     def _check_room(self, request: GenerationRequest) -> None:
         """Raises InvalidRequestError for a request that could never run, OverloadedError for one that must wait."""
-        capacity, wanted = self._settings.max_batch_size + self._settings.max_waiting, request.num_sequences
+        capacity, wanted = self._settings.max_batch_size + self._settings.max_waiting, request.num_rows
         if wanted > capacity:
             param = request.sequences_param
             raise InvalidRequestError(f"{param}: this server holds {capacity} sequences at most", param=param)

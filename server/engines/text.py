@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from server.calls.formats import CallFormat
 from server.engines.chat_template import encode_chat, template_of
+from server.engines.instruction import encode_instructed
 from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
 
@@ -51,6 +52,16 @@ class Tokenization(ABC):
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], rendering: ChatRendering | None = None) -> list[int]:
         with self._reading(len(repr((messages, rendering)))) as tokenizer:
             return encode_chat(tokenizer, messages, rendering, self._call_format)
+
+    def encode_instructed(
+        self,
+        text: str,
+        prompt_token_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        rendering: ChatRendering | None = None,
+    ) -> list[int]:
+        with self._reading(len(text) + len(prompt_token_ids) + len(repr((messages, rendering)))) as tokenizer:
+            return encode_instructed(tokenizer, text, prompt_token_ids, messages, rendering, self._call_format)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))

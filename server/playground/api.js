@@ -20,6 +20,13 @@ export async function get(path, key) {
   return parsed(await unbroken(response.text()));
 }
 
+/** A POST below /v1/, with a body or without. Throws ApiError. */
+export async function post(path, body, key) {
+  const options = body === null ? {} : { body: JSON.stringify(body), headers: { "content-type": "application/json" } };
+  const response = await send(path, key, { method: "POST", ...options });
+  return parsed(await unbroken(response.text()));
+}
+
 /** The events of a streamed POST below /v1/, as they come; aborting `signal` hangs up. Throws ApiError. */
 export async function* events(path, body, key, signal) {
   const headers = { "content-type": "application/json" };

@@ -43,6 +43,7 @@ export class RequestForm {
       prompt: byId("prompt").value,
       objective: byId("objective").value,
       heads: this.#heads.read(),
+      instruction: { text: byId("instruction").value, weight: number("instruction-weight") },
       maxKl: number("max-kl"),
       stepSize: number("step-size"),
       temperature: number("temperature"),

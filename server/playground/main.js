@@ -1,12 +1,13 @@
 // The page: form, both sides, chart and snippets put together. Enter here.
 
-import { ApiError, baseUrl, events, get } from "./api.js";
+import { ApiError, baseUrl, get } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, element } from "./dom.js";
 import { RequestForm } from "./form.js";
 import { Pane, showProblem } from "./pane.js";
 import { alignedRequest, baseRequest } from "./request.js";
 import { curl, python } from "./snippets.js";
+import { fill } from "./stream.js";
 import { TraceCard } from "./trace.js";
 import { choices, viewOf } from "./view.js";
 
@@ -91,36 +92,14 @@ async function generate() {
   sides.forEach(([pane]) => pane.begin(view));
   draw();
   if (matchMedia(NARROW).matches) byId("responses").scrollIntoView({ block: "start" });
-  const endings = await Promise.all(sides.map(([pane, request]) => fill(pane, request, controller.signal)));
+  const isNewest = () => running === controller || running === null;
+  const options = { key, signal: controller.signal, isNewest, onEvent: drawSoon };
+  const endings = await Promise.all(sides.map(([pane, request]) => fill(pane, request, options)));
   if (running !== controller) return;
   running = null;
   byId("stop").setAttribute("aria-disabled", "true");
   draw();
   announce(endings.includes("failed") ? "Failed." : endings.includes("stopped") ? "Stopped." : ended());
-}
-
-async function fill(pane, { path, body }, signal) {
-  let reason = null;
-  try {
-    for await (const event of events(path, body, key, signal)) {
-      const [choice] = event.choices;
-      // The last event tells the end; where it carries no token it would count as one.
-      if (choice.control_trace || choice.text || choice.delta?.content || choice.delta?.reasoning_content) pane.add(choice);
-      reason = choice.finish_reason ?? reason;
-      drawSoon();
-    }
-  } catch (error) {
-    if (error instanceof ApiError) {
-      pane.fail(error);
-      return "failed";
-    }
-    if (error.name !== "AbortError") throw error;
-    // A newer run has the pane now.
-    if (running?.signal === signal || running === null) pane.end(null);
-    return "stopped";
-  }
-  pane.end(reason);
-  return "ended";
 }
 
 function stop() {

@@ -20,6 +20,8 @@ const TINT_PERCENT = 50; // of the colour in a token's background, at most
  */
 export class Pane {
   tokens = [];
+  /** Whether the last response came to its own end. */
+  isWhole = false;
   #section;
   #text;
   #problem;
@@ -44,6 +46,7 @@ export class Pane {
 
   begin(view) {
     this.tokens = [];
+    this.isWhole = false;
     this.#view = view;
     this.#text.replaceChildren();
     this.#problem.hidden = true;
@@ -65,6 +68,7 @@ export class Pane {
 
   /** `reason` is a finish reason, or null where the response was stopped from here. */
   end(reason) {
+    this.isWhole = reason in ENDINGS;
     this.#section.classList.remove("running");
     this.#showSpeed();
     const facts = [...this.#facts(), ["ended", reason === null ? STOPPED : (ENDINGS[reason] ?? reason)]];

@@ -26,7 +26,7 @@ export function baseRequest({ path, body }) {
 /** The heads that a body names anywhere, whose values are therefore reported. */
 export function namedHeads({ control }) {
   if (!control) return [];
-  const { weights, values, floors } = control.objective;
+  const { weights, values, floors } = overHeads(control.objective);
   const gate = control.gate ? [control.gate.head] : [];
   return [...new Set([weights, values, floors, control.stop_below].flatMap((map) => Object.keys(map ?? {})).concat(gate))];
 }
@@ -34,7 +34,7 @@ export function namedHeads({ control }) {
 /** The levels that a body sets for a head's value: [what it is, level]. */
 export function levelsOf({ control }, head) {
   if (!control) return [];
-  const { values, floors } = control.objective;
+  const { values, floors } = overHeads(control.objective);
   const gate = control.gate?.head === head ? (control.gate.below ?? control.gate.above) : undefined;
   const levels = [
     ["target", values?.[head]],
@@ -43,6 +43,11 @@ export function levelsOf({ control }, head) {
     ["guardrail", control.stop_below?.[head]],
   ];
   return levels.filter(([, level]) => level !== undefined);
+}
+
+/** What an objective asks of heads, if it asks anything. */
+function overHeads(objective) {
+  return objective.type === "instruction" ? (objective.beside ?? {}) : objective;
 }
 
 function messagesOf({ system, prompt }) {
@@ -68,7 +73,12 @@ function controlOf(form) {
   });
 }
 
-function objectiveOf({ objective: type, heads }) {
+function objectiveOf({ instruction: { text, weight }, ...form }) {
+  const beside = headsObjectiveOf(form);
+  return text.trim() ? given({ type: "instruction", text, weight, beside }) : beside;
+}
+
+function headsObjectiveOf({ objective: type, heads }) {
   const chosen = heads.filter((head) => head.isOn);
   if (!chosen.length) return null;
   const map = (some, field) => Object.fromEntries(some.map((head) => [head.name, head[field]]));

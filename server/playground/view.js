@@ -76,7 +76,10 @@ function klView(body) {
 }
 
 function rows(base, aligned, head) {
-  const names = ["Index", "Base token", head, "Aligned token", `${head} before`, `${head} after`, "KL", "Held by"];
+  // An instruction alone names no head.
+  const ofHead = (...cells) => (head ? cells : []);
+  const edited = ofHead(`${head} before`, `${head} after`);
+  const names = ["Index", "Base token", ...ofHead(head), "Aligned token", ...edited, "KL", "Held by"];
   const count = Math.max(base.length, aligned.length);
   const text = (token) => (token ? JSON.stringify(token.text).slice(1, -1) : "");
   const value = (number) => (number === undefined ? "" : figure(number, 3));
@@ -85,10 +88,9 @@ function rows(base, aligned, head) {
     return [
       String(i),
       text(base[i]),
-      value(left?.value_after[head]),
+      ...ofHead(value(left?.value_after[head])),
       text(aligned[i]),
-      value(right?.value_before[head]),
-      value(right?.value_after[head]),
+      ...ofHead(value(right?.value_before[head]), value(right?.value_after[head])),
       value(right?.kl),
       right?.held_by ? heldBy(right.held_by) : "",
     ];

@@ -36,10 +36,18 @@ BAD_FIELDS = [
     *[("best_of", value) for value in [2, 129, *BAD_NUMBERS]],
     *[("suffix", "x"), ("echo", "yes"), ("guided_json", {}), ("truncate_prompt_tokens", 1)],
 ]
+BOUNDED: dict[str, Any] = {"stop_below": {"plain": 0.5}}
 BAD_PROMPTS: list[Any] = [
     "", [], [[]], [""], ["a", ""], [[1], []], [256], [-1], [2**63], [1.5], [True], [[1], "a"], 3, None, {}, ["a"] * 65,
 ]  # fmt: skip
 BAD_COUNTS: list[Any] = [0, 1.5, 2**63, *BAD_NUMBERS]
+BOUND: dict[str, Any] = {"stop_below": {"plain": 0.0}}
+
+
+def retry(**fields: Any) -> dict[str, Any]:
+    return {"type": "retry", **fields}
+
+
 BAD_CONTROLS: list[tuple[str, Any]] = [
     ("control.objective", {}),
     ("control.objective", {"objective": {"weights": {}}}),
@@ -72,7 +80,42 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
         ]
     ],
     *[("control.stop_below", {"stop_below": v}) for v in [{}, 3, {"plain": "1"}, {"plain": 1e308}]],
+    ("control", {"on_stop": "retry"}),
+    *[("control.on_stop", {**BOUND, "on_stop": v}) for v in [3, []]],
+    *[("control.on_stop.type", {**BOUND, "on_stop": v}) for v in ["undo", {}, {"type": "undo"}, {"hold_tokens": 3}]],
+    *[("control.on_stop.max_retries", {**BOUND, "on_stop": retry(max_retries=v)}) for v in [17, *BAD_COUNTS]],
+    *[("control.on_stop.rewind_tokens", {**BOUND, "on_stop": retry(rewind_tokens=v)}) for v in [257, *BAD_COUNTS]],
+    *[("control.on_stop.hold_tokens", {**BOUND, "on_stop": retry(hold_tokens=v)}) for v in [257, *BAD_COUNTS]],
+    *[("control.on_stop.step_growth", {**BOUND, "on_stop": retry(step_growth=v)}) for v in [0.9, 4.1, *BAD_NUMBERS]],
+    *[("control.on_stop.then", {**BOUND, "on_stop": retry(then=v)}) for v in ["retry"]],
+    *[("control.on_stop", {**BOUND, "on_stop": retry(**v)}) for v in [{"rewind_tokens": 9}, {"replacement": "a"}]],
+    *[
+        ("control.on_stop.replacement", {**BOUND, "on_stop": {"type": "replace", "replacement": v}})
+        for v in ["", "a" * 4097, 3]
+    ],
+    ("control.on_stop.max_retries", {**BOUND, "on_stop": {"type": "stop", "max_retries": 1}}),
+    *[
+        ("control", {**BOUND, "on_stop": v, "search": {"type": "blocks"}})
+        for v in ["retry", "replace", {"type": "stop", "hold_tokens": 1}]
+    ],
     *[("control.window", {"window": v}) for v in [3, {"start": -1}, {"end": 0}, {"start": 3, "end": 3}]],
+    *[("control.over_turns", {"over_turns": v}) for v in [3, {}, {"gates": {}}]],
+    *[("control.over_turns.stop_below", {**BOUNDED, "over_turns": {"stop_below": v}}) for v in [3, {}]],
+    *[
+        ("control.over_turns.stop_below.plain", {**BOUNDED, "over_turns": {"stop_below": {"plain": v}}})
+        for v in [3, {}, {"tighten": 0.1}, {"to": 0.9}]
+    ],
+    *[
+        (f"control.over_turns.stop_below.plain.{name}", {**BOUNDED, "over_turns": {"stop_below": {"plain": rule}}})
+        for name in ("tighten", "hold")
+        for rule in [{"to": 1, name: v} for v in [-0.1, 3e6, "1", 1e999]]
+    ],
+    (
+        "control.over_turns.stop_below.plain.to",
+        {**BOUNDED, "over_turns": {"stop_below": {"plain": {"tighten": 0.1, "to": 0.4}}}},
+    ),
+    ("control.over_turns.stop_below.positive", {**BOUNDED, "over_turns": {"stop_below": {"positive": {"hold": 0.5}}}}),
+    ("control.over_turns.floors.plain", {**BOUNDED, "over_turns": {"floors": {"plain": {"hold": 0.5}}}}),
     *[("control.schedule.type", {"schedule": v}) for v in [{}, {"type": "sine"}]],
     *[("control.schedule.tokens", {"schedule": {"type": "linear", "tokens": v}}) for v in [0, 1.5, *BAD_NUMBERS]],
     *[("control.schedule.to", {"schedule": {"type": "cosine", "tokens": 3, "to": v}}) for v in [2, *BAD_NUMBERS]],

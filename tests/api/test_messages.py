@@ -11,6 +11,7 @@ from openai.types.chat import ChatCompletion, ParsedChatCompletionMessage
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
+from server.api.messages import ChatMessage
 from server.types import ChatRendering
 from tests.api.conftest import chat
 
@@ -130,6 +131,18 @@ def test_calls_and_their_answers_are_told_to_the_template(told: tuple[TestClient
     given = [call["function"]["arguments"] for call in assistant["tool_calls"]]
     assert given == [{"a": 2}, {}, "{", '{"a": NaN}', '{"a": [1e999]}']
     assert tool == {"role": "tool", "content": "4", "name": "add", "tool_call_id": "call-0"}
+
+
+def test_a_later_turn_may_use_the_id_of_a_call_again_for_another_function() -> None:
+    turns = [
+        [
+            {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": name}}]},
+            {"role": "tool", "tool_call_id": "a", "content": "4"},
+        ]
+        for name in ("add", "now")
+    ]
+    messages = [ChatMessage.model_validate(message) for turn in turns for message in turn]
+    assert [message["name"] for message in ChatMessage.plain(messages) if message["role"] == "tool"] == ["add", "now"]
 
 
 def test_the_older_form_of_an_answer_is_refused_with_the_reason(client: TestClient) -> None:

@@ -17,7 +17,8 @@ NAMES = {
     "request_prompt_tokens", "request_generation_tokens", "edit_duration_seconds", "controlled_tokens",
     "value_before", "value_after", "value_before_magnitude", "value_after_magnitude", "edit_kl", "edit_shift_ratio",
     "budget_limited_tokens", "nonfinite_edits", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits",
-    "prefix_cache_evictions", "http_responses",
+    "prefix_cache_evictions", "http_responses", "guardrail_retries", "guardrail_replacements",
+    "guardrail_taken_back_tokens",
 }  # fmt: skip
 
 

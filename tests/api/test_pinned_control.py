@@ -129,6 +129,8 @@ OTHER_OBJECTIVES: list[dict[str, Any]] = [
     {"type": "worst_case", "weights": {"plain": 1.0}},
     {"type": "target", "values": {"plain": 1.0}},
     {"type": "floor", "weights": {"plain": 1.0}, "floors": {"plain": 1.0}},
+    {"type": "instruction", "text": "Be rude."},
+    {"type": "instruction", "text": "Be rude.", "beside": {"weights": {"positive": 1.0}}},
 ]
 
 
@@ -152,7 +154,7 @@ def test_only_weighted_sums_can_be_put_together(make_app: Callable[..., FastAPI]
 
 def test_every_field_of_control_is_put_together_or_refused() -> None:
     told = {field.removeprefix("control.").partition(".")[0] for field in HOLDING_BACK}
-    composed = {"step_size", "steps", "max_kl", "max_shift", "stop_below", "search", "trace"}
+    composed = {"step_size", "steps", "max_kl", "max_shift", "stop_below", "on_stop", "over_turns", "search", "trace"}
     assert told | composed == set(ControlParams.model_fields)
 
 

@@ -63,13 +63,16 @@ NOT_HELD: dict[str, Any] = {
 # Put together with what is pinned, or refused by name.
 COMPOSED: dict[str, Any] = {
     "objective": OTHERS["objective"], "step_size": 0.0, "steps": 0, "max_kl": 0.001, "max_shift": 0.001,
-    "stop_below": {"plain": -1e6}, "search": {"type": "blocks", "candidates": 2}, "trace": True,
+    "stop_below": {"plain": -1e6}, "on_stop": {"type": "replace", "hold_tokens": 4},
+    "search": {"type": "blocks", "candidates": 2}, "trace": True,
 }  # fmt: skip
 REFUSED_CONTROL: dict[str, Any] = {
     "phase": "answer", "in_calls": True,
     "max_response_kl": 0.001, "gate": {"head": "positive", "below": -1e6}, "window": {"start": 100},
     "schedule": {"type": "exponential", "half_life": 0.01},
 }  # fmt: skip
+# Bounds of the caller's own that rise with the turns of a chat; put together with what is pinned, as bounds are.
+OVER_TURNS = {"stop_below": {"plain": -1e6}, "over_turns": {"stop_below": {"plain": {"tighten": 1.0, "to": 0.0}}}}
 BLOCKS: dict[str, Any] = {"type": "blocks", "candidates": 2, "block_tokens": 2}
 # Of texts that are there already; no token is drawn.
 READS = {"model", "input", "messages", "heads", "per_token", "hidden_state", "user", "timeout_s"}
@@ -83,7 +86,7 @@ def fields_of(*bodies: type[BaseModel]) -> set[str]:
 def test_every_field_of_a_request_is_judged() -> None:
     judged = INERT.keys() | CUTS.keys() | REDRAWN.keys() | PROMPTS.keys() | OUTWEIGHS.keys() | NOT_HELD.keys()
     assert judged == fields_of(CompletionBody, ChatBody)
-    assert COMPOSED.keys() | REFUSED_CONTROL.keys() == fields_of(ControlParams)
+    assert COMPOSED.keys() | OVER_TURNS.keys() | REFUSED_CONTROL.keys() == fields_of(ControlParams)
     assert BLOCKS.keys() == fields_of(Blocks)
     assert fields_of(ValueBody) == READS
     assert set(PINNED_REFUSES) == OUTWEIGHS.keys()
@@ -118,9 +121,11 @@ def test_no_field_reaches_the_engine_without_what_is_pinned(
             send, body = asked(field, value)
             assert send(client, **body).status_code == 200, field
     for field, value in COMPOSED.items():
-        assert complete(client, model="tiny", max_tokens=4, control={**OTHERS, field: value}).status_code == 200, field
+        asked_control = {**OTHERS, field: value} | ({"stop_below": {"plain": -1e6}} if field == "on_stop" else {})
+        assert complete(client, model="tiny", max_tokens=4, control=asked_control).status_code == 200, field
     # Pinned control acts in calls of tools, too.
     expected = ControlParams.model_validate({**PINNED, "in_calls": True})
+    assert chat(client, model="tiny", max_tokens=4, control={**OTHERS, **OVER_TURNS}).status_code == 200
     for request in requests:
         control = request.control.pinned if isinstance(request.control, UnderPinned) else request.control
         assert control == expected
@@ -135,6 +140,15 @@ def test_pinned_control_is_beneath_calls_of_tools(make_app: Callable[..., FastAP
         for choice in ("auto", NOT_HELD["tool_choice"]):
             assert chat(client, tools=[TOOL], tool_choice=choice, max_tokens=4).status_code == 200
     assert [request.control.objective.weights for request in requests] == [{"plain": 1.0}] * 2
+
+
+def test_a_pinned_guardrail_watches_a_forced_call(make_app: Callable[..., FastAPI]) -> None:
+    guarded = {**PINNED, "stop_below": {"plain": 1e6}}
+    with TestClient(make_app(settings={"pinned_control": json.dumps(guarded)})) as client:
+        (choice,) = chat(client, tools=[TOOL], tool_choice="required", max_tokens=80).json()["choices"]
+    assert choice["finish_reason"] == "content_filter"
+    with pytest.raises(ConfigurationError, match="pinned_control: in_calls: not false with stop_below"):
+        make_app(settings={"pinned_control": json.dumps({**guarded, "in_calls": False})})
 
 
 def text(response: Any) -> str:

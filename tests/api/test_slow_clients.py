@@ -109,7 +109,9 @@ def test_where_all_connections_have_requests_another_one_is_refused(make_app: Ca
     app = make_app(token_delay_s=0.05)
     with serving(app, max_connections=1) as url, connected(url, UNREAD):
         assert eventually(lambda: app.state.engine.num_open == 1)
-        assert rest(sent(url, b"")).startswith(b"HTTP/1.1 503")
+        answer = rest(sent(url, b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"\r\nretry-after: 1\r\n" in answer
 
 
 def test_a_client_that_takes_a_byte_now_and_then_does_not_read(make_app: Callable[..., FastAPI]) -> None:

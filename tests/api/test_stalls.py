@@ -1,15 +1,18 @@
 """The largest requests that are allowed, one by one: none of them holds up the event loop, on which all others wait.
 
-A stall of half a second of computing is allowed; without care these took seconds.
+Counted is what the loop's own thread computes at one go, which a busy machine does not change, and beside it what the
+whole process does meanwhile, since a thread in C may hold up the loop too. Without care these took seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -21,22 +24,47 @@ from server.api.json_text import json_bytes
 from tests.api.conftest import complete
 from tests.api.test_incidents import JSON
 
-MOST_S = 1.0
+MOST_S = 0.15
+"""Of the loop's own thread: two megabytes of JSON take half of it to parse, more where others share the caches."""
+MOST_OF_ALL_S = 1.0
+"""Of all threads together, which may compute side by side."""
 MIB = 2**20
+_MOST_TIMES = 3
 ROOM = {"max_body_bytes": 2 * MIB}
 
 
-async def longest_stall_s(app: FastAPI, path: str, body: dict[str, Any]) -> tuple[float, httpx.Response]:
-    """Of the event loop while the app answers, in time that this process computed: others may compute too."""
+@dataclass(slots=True)
+class Stall:
+    """The longest that was computed between two turns of the loop: by its own thread, and by all."""
+
+    own_s: float = 0.0
+    all_s: float = 0.0
+
+    @property
+    def is_short(self) -> bool:
+        return self.own_s < MOST_S and self.all_s < MOST_OF_ALL_S
+
+
+async def longest_stall(app: FastAPI, path: str, body: dict[str, Any]) -> tuple[Stall, httpx.Response]:
+    """Of the event loop while the app answers; the shortest of up to three times, since caches of others spoil some."""
+    for _ in range(_MOST_TIMES):
+        stall, response = await _stall_once(app, path, body)
+        if stall.is_short:
+            break
+    return stall, response
+
+
+async def _stall_once(app: FastAPI, path: str, body: dict[str, Any]) -> tuple[Stall, httpx.Response]:
     content = json.dumps(body, separators=(",", ":")).encode()
     assert len(content) <= 2 * MIB
-    gaps: list[float] = []
+    stall = Stall()
 
     async def probe() -> None:
         while True:
-            before_s = time.process_time()
+            own_s, all_s = time.thread_time(), time.process_time()
             await asyncio.sleep(0.002)
-            gaps.append(time.process_time() - before_s)
+            stall.own_s = max(stall.own_s, time.thread_time() - own_s)
+            stall.all_s = max(stall.all_s, time.process_time() - all_s)
 
     async with (
         app.router.lifespan_context(app),
@@ -49,7 +77,15 @@ async def longest_stall_s(app: FastAPI, path: str, body: dict[str, Any]) -> tupl
         probing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await probing
-    return max(gaps), response
+    return stall, response
+
+
+@pytest.fixture(autouse=True)
+def _without_garbage_collection() -> Iterator[None]:
+    """Which would look at all that this session of tests has made; a server's need not (`server/cli/serve.py`)."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 TEXT = "plain text, as it comes " * (MIB // 48)
@@ -69,9 +105,9 @@ TEXT = "plain text, as it comes " * (MIB // 48)
 async def test_texts_as_long_as_bodies_may_be_do_not_hold_up_others(
     make_embedded_app: Callable[..., FastAPI], path: str, body: dict[str, Any]
 ) -> None:
-    stall_s, response = await longest_stall_s(make_embedded_app(**ROOM), path, body)
+    stall, response = await longest_stall(make_embedded_app(**ROOM), path, body)
     assert response.status_code == 200
-    assert stall_s < MOST_S
+    assert stall.is_short, stall
 
 
 FLOODS: dict[str, Any] = {
@@ -101,25 +137,25 @@ async def test_a_body_full_of_what_there_is_no_place_for_is_refused_at_once(
     make_app: Callable[..., FastAPI], path: str, flood: str
 ) -> None:
     body = {"model": "fake", "prompt": "hi", **FLOODS[flood]}
-    stall_s, response = await longest_stall_s(make_app(settings=ROOM), path, body)
+    stall, response = await longest_stall(make_app(settings=ROOM), path, body)
     assert response.status_code == 400
     assert len(response.content) < 2000
-    assert stall_s < MOST_S
+    assert stall.is_short, stall
 
 
 async def test_a_text_may_hold_as_many_brackets_as_it_likes(make_app: Callable[..., FastAPI]) -> None:
     prompt = '[{"\\' * 100_000
-    stall_s, response = await longest_stall_s(make_app(settings=ROOM), "/tokenize", {"prompt": prompt})
+    stall, response = await longest_stall(make_app(settings=ROOM), "/tokenize", {"prompt": prompt})
     assert (response.status_code, response.json()["count"]) == (200, len(prompt))
-    assert stall_s < MOST_S
+    assert stall.is_short, stall
 
 
 async def test_an_answer_with_all_log_probabilities_is_written_beside_others(make_app: Callable[..., FastAPI]) -> None:
     body = {"model": "fake", "prompt": "hi", "max_tokens": 600, "n": 16, "logprobs": 20}
-    stall_s, response = await longest_stall_s(make_app(), "/v1/completions", body)
+    stall, response = await longest_stall(make_app(), "/v1/completions", body)
     assert response.status_code == 200
     assert len(response.content) > MIB
-    assert stall_s < MOST_S
+    assert stall.is_short, stall
 
 
 def test_an_answer_that_is_no_stream_holds_no_more_log_probabilities_than_fit(client: TestClient) -> None:
@@ -142,9 +178,9 @@ async def test_a_long_prompt_with_log_probabilities_is_told_beside_others(
         "logprobs": 20,
         "stream": stream,
     }
-    stall_s, response = await longest_stall_s(make_app(), "/v1/completions", body)
+    stall, response = await longest_stall(make_app(), "/v1/completions", body)
     assert response.status_code == 200
-    assert stall_s < MOST_S
+    assert stall.is_short, stall
 
 
 @pytest.mark.parametrize(

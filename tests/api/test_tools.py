@@ -117,6 +117,11 @@ def test_a_forced_call_that_the_limit_cuts_ends_by_length(ask: Callable[..., dic
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Be'
 
 
+def test_a_forced_call_that_the_limit_cuts_before_its_name_is_no_text(ask: Callable[..., dict[str, Any]]) -> None:
+    choice = ask(tool_choice="required", max_tokens=4)
+    assert (choice["message"], choice["finish_reason"]) == ({"role": "assistant", "content": ""}, "length")
+
+
 def test_every_choice_has_its_own_calls(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(text=CALL)) as client:
         choices = chat(client, tools=TOOLS, max_tokens=100, n=2).json()["choices"]
@@ -282,6 +287,7 @@ def test_a_model_whose_form_of_calls_is_not_known_takes_no_tools(make_app: Calla
         ([{**HI, "tool_call_id": "a"}], "messages.0.tool_call_id"),
         ([{**HI, "tool_calls": [call("a")]}], "messages.0.tool_calls"),
         ([{"role": "assistant", "tool_calls": [call("")]}], "messages.0.tool_calls.0.id"),
+        ([HI, {"role": "assistant", "tool_calls": [call("a"), call("b"), call("a")]}], "messages.1.tool_calls.2.id"),
         ([{"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}], "messages.0.tool_calls.0.function"),
         ([{"role": "assistant", "tool_calls": [call("a")]}, {"role": "tool", "tool_call_id": "a"}],
          "messages.1.content"),

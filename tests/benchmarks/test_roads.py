@@ -71,3 +71,10 @@ def test_a_row_of_the_table_is_a_road(result: dict[str, Any]) -> None:
 def test_a_flag_that_the_study_does_not_use_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert study(*flags, "--methods", "prompting") == 2
     assert "methods: this study does not use it" in capsys.readouterr().err
+
+
+def test_a_page_without_a_file_is_refused_before_anything_is_made(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(*flags, "--into", "page.md") == 2
+    assert "into: goes with --out" in capsys.readouterr().err

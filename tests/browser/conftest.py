@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 from fastapi import FastAPI
+from pydantic import SecretStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.app import create_app
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_app"]  # a fixture here too
 
+MANAGER = "k-manager-0123456789"
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 320, "height": 640}
 
@@ -129,7 +131,7 @@ class Recorded:
 
 @dataclass
 class Tiny:
-    """A served tiny random model with the heads `positive` and `plain`."""
+    """A served tiny random model with the heads `positive` and `plain`, which MANAGER may train others for."""
 
     url: str
     app: FastAPI
@@ -149,7 +151,13 @@ def tiny(
     identity = load_model(model, device="cpu", dtype="float32").identity
     write_heads(heads_dir, {"positive": heads["good"], "plain": heads["line"]}, identity)
     settings = Settings(
-        model=model, served_model_name="tiny", heads_dir=heads_dir, device="cpu", dtype="float32", max_batch_size=4
+        model=model,
+        served_model_name="tiny",
+        heads_dir=heads_dir,
+        device="cpu",
+        dtype="float32",
+        max_batch_size=4,
+        management_keys=SecretStr(MANAGER),
     )
     telemetry, bodies = Telemetry(), []
     app = create_app(settings, EmbeddedEngine(settings, observer=telemetry), telemetry)

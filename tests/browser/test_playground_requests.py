@@ -118,6 +118,18 @@ def guardrail(page: Page) -> None:
     page.get_by_label("Bound").fill("-3")
 
 
+def instruction(page: Page) -> None:
+    open_advanced(page)
+    page.get_by_label("Instruction", exact=True).fill("Be glad.")
+    page.get_by_label("Weight of the instruction").fill("1.5")
+
+
+def instruction_alone(page: Page) -> None:
+    page.get_by_role("checkbox", name="positive").uncheck()
+    open_advanced(page)
+    page.get_by_label("Instruction", exact=True).fill("Be glad.")
+
+
 def limits(page: Page) -> None:
     open_advanced(page)
     page.get_by_label("Max KL per response").fill("4")
@@ -140,6 +152,8 @@ FORMS: list[tuple[Callable[[Any], None], dict[str, Any]]] = [
     ),
     (half_life, {"objective": POSITIVE, "schedule": {"type": "exponential", "half_life": 12.5}}),
     (guardrail, {"objective": POSITIVE, "stop_below": {"plain": -3}}),
+    (instruction, {"objective": {"type": "instruction", "text": "Be glad.", "weight": 1.5, "beside": POSITIVE}}),
+    (instruction_alone, {"objective": {"type": "instruction", "text": "Be glad."}}),
     (
         limits,
         {"objective": POSITIVE, "max_response_kl": 4, "max_shift": 0.5, "steps": 4, "max_kl": 0.25, "step_size": 0.4},

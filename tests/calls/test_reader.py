@@ -256,3 +256,10 @@ def test_a_held_call_that_the_limit_cuts_keeps_the_arguments_so_far(form: str) -
     text = held(form, ("weather", '{"city": "Be'))
     cut = text[: text.index('"Be') + 3]
     assert read(form, list(cut), is_held=True) == ("", [("weather", '{"city": "Be')])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_of_a_held_call_that_the_limit_cuts_before_its_name_is_whole_nothing_is_told(form: str) -> None:
+    text = held(form, ("weather", "{}"))
+    cuts = range(text.index("weather") + len("weather"))
+    assert {cut: read(form, list(text[:cut]), is_held=True) for cut in cuts} == dict.fromkeys(cuts, ("", []))

@@ -92,7 +92,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     buildah = [require("buildah", "Debian package buildah"), "--root", str(store), "--runroot", str(folder / "run")]
     build = [*buildah, "bud", "--isolation", "chroot", "--quiet"]
     try:
-        base, _, _ = values("FROM")[0].partition(" ")
+        base = values("ARG")[0].removeprefix("PYTHON_IMAGE=")
         check([*build, "--tag", base, str(stand_in_base(folder))])
         # Docker's format: the other one has no health check.
         target = ["--format", "docker", "--pull-never", "--target", "cpu", "--tag", "cpu"]
@@ -238,7 +238,7 @@ def test_what_the_dockerfile_copies_makes_a_wheel_with_all_that_the_image_serves
     """The image installs the wheel and not the folder, so the shipped heads and cards must be in it."""
     context = tmp_path / "context"
     context.mkdir()
-    for name in [word for value in values("COPY") if "--from" not in value for word in value.split()[:-1]]:
+    for name in {word: None for value in values("COPY") if "--from" not in value for word in value.split()[:-1]}:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

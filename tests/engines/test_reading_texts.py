@@ -15,6 +15,7 @@ from server.engines.embedded.given_texts import EngineTextSource
 from server.engines.embedded.model.loader import LoadedModel
 from value_models.errors import TextsFileError
 from value_models.given_texts import GivenText, GivenTexts, Prompt
+from value_models.lines import FileOrigin
 from value_models.rollouts import Rollout
 from value_models.scored_texts import ScoreSettings
 
@@ -30,7 +31,7 @@ def source(load_tiny: Callable[..., LoadedModel]) -> EngineTextSource:
 
 
 def given(*texts: GivenText) -> GivenTexts:
-    return GivenTexts(Path("p.jsonl"), "texts", [*texts, *TEXTS[len(texts) :]])
+    return GivenTexts(FileOrigin(Path("p.jsonl")), "texts", [*texts, *TEXTS[len(texts) :]])
 
 
 def same(a: Rollout, b: Rollout) -> bool:

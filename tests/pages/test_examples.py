@@ -12,14 +12,17 @@ from types import ModuleType
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.telemetry import Telemetry
-from tests.api.conftest import serving
+from tests.api.conftest import make_embedded_app, serving
+from tests.api.test_access import MANAGER
 from tests.pages.pages import text_of
 
+__all__ = ["make_embedded_app"]  # a fixture here too
 CONTROLLED = {"model": "fake", "prompt": "hi", "max_tokens": 4, "control": {"objective": {"weights": {"plain": 1}}}}
 
 
@@ -31,7 +34,7 @@ def module_of(program: str) -> ModuleType:
 
 def test_every_example_is_described_on_the_page_and_short() -> None:
     programs = sorted(path.name for path in Path("examples").glob("*.py"))
-    assert len(programs) == 8
+    assert len(programs) == 10
     assert all(f"]({name})" in text_of("examples/README.md") for name in programs)
     assert all(len(text_of(f"examples/{name}").splitlines()) < 120 for name in programs)
 
@@ -69,6 +72,21 @@ def test_ten_pairs_become_a_head_that_is_compared_with_the_base_model(
     assert json.loads((tmp_path / "heads/kind/card.json").read_text())["reward"] == "pairs of pairs.jsonl"
     assert "[base] " in done.stdout
     assert "[kind] " in done.stdout
+
+
+def test_a_server_that_runs_makes_a_head_of_pairs_and_answers_under_it(
+    make_embedded_app: Callable[..., FastAPI],
+) -> None:
+    with serving(make_embedded_app(management_keys=MANAGER)) as url:
+        command = [sys.executable, "examples/train_over_http.py", "--url", url, "--management-key"]
+        done = subprocess.run([*command, MANAGER], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "trained in " in done.stdout
+        assert "[base] " in done.stdout
+        assert "[kind] " in done.stdout
+        done = subprocess.run([*command, "wrong"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "management key" in done.stderr
 
 
 @pytest.mark.slow

@@ -14,7 +14,11 @@ from server.api.schemas import ChatBody, CompletionBody
 from server.api.unserved import CHAT, COMPLETION, GENERATION, RESPONSE, Unserved
 from server.api.value import MAX_READ_TOKENS, ValueBody
 from server.calls.formats import FORMATS
+from server.engines.embedded.background import BESIDE_REQUESTS
 from server.settings import Settings
+from server.training.jobs import MAX_ENDED, MAX_QUEUED
+from server.training.request import MAX_CHARS, MAX_PROMPTS, MAX_TEXTS, HeadRequest
+from server.training.trainer import MAX_STATE_BYTES
 
 BOTH = COMPLETION | CHAT
 TESTS = Path("tests/api/test_incidents.py")
@@ -85,6 +89,14 @@ def test_the_table_of_scoring_has_every_field_and_no_other() -> None:
     assert sorted(named) == sorted(ValueBody.model_fields)
     assert f"{MAX_READ_TOKENS:,} tokens" in scoring
     assert f"{MAX_PROMPT_SCORES:,} values" in scoring
+
+
+def test_the_table_of_what_a_head_is_trained_by_has_every_field_and_no_other() -> None:
+    rows = SECTIONS["Management"].split("### Training heads")[1].split("The answer is a 202")[0].splitlines()
+    named = [name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(HeadRequest.model_fields)
+    limits = (MAX_TEXTS, MAX_PROMPTS, MAX_CHARS, MAX_QUEUED, MAX_ENDED, BESIDE_REQUESTS, MAX_STATE_BYTES // 2**30)
+    assert all(f"{limit:,}" in SECTIONS["Management"] for limit in limits)
 
 
 def test_the_settings_that_it_names_exist() -> None:

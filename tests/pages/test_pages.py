@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from benchmarks.guard.command import Guard
+from benchmarks.pinned.command import Pinned
 from benchmarks.quality.command import Quality
 from benchmarks.quality.report import Report
 from benchmarks.speed.command import Speed
 from server.cli.program import COMMANDS, command_class
 from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
+from server.control.repair import DEFAULT_REPLACEMENT, Replace, Retry, Stop
 from tests.clients.lm_evaluation.command import LmEvaluation
 from tests.pages.pages import PAGES, anchors, text_of
 from tests.soak.command import Soak
@@ -19,6 +22,8 @@ from tests.soak.command import Soak
 API_PAGE = text_of("docs/http-api.md")
 PROGRAMS: dict[str, type[BaseModel]] = {
     **{f"recontrol {name}": command_class(name) for name in COMMANDS},
+    "python -m benchmarks.guard": Guard,
+    "python -m benchmarks.pinned": Pinned,
     "python -m benchmarks.quality": Quality,
     "python -m benchmarks.quality.report": Report,
     "python -m benchmarks.speed": Speed,
@@ -40,7 +45,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_command_of_ours_that_a_page_tells_to_run_exists_with_its_flags(page: Path) -> None:
     shown = page.read_text()
     ours = (
-        r"(?:recontrol|python -m (?:benchmarks\.(?:speed|quality(?:\.report)?)"
+        r"(?:recontrol|python -m (?:benchmarks\.(?:guard|pinned|speed|quality(?:\.report)?)"
         r"|tests\.(?:soak|clients\.lm_evaluation)))"
     )
     lines = re.findall(rf"(?m)^    (?:\w+=\S+ )*(?:\.venv/bin/)?({ours} .+?)(?:  +#.*)?$", shown)
@@ -127,3 +132,15 @@ def test_the_table_of_control_fields_tells_defaults_and_ranges(field: str, defau
     (row,) = [line for line in text_of("docs/control.md").splitlines() if line.startswith(f"| `{field}`")]
     assert f"| {default} |" in row
     assert f"{largest:g} |" in row
+
+
+def test_the_table_of_a_guardrails_repair_tells_every_field_with_its_default() -> None:
+    part = text_of("docs/control.md").partition("\n### Repair\n")[2].partition("\n## ")[0]
+    rows = {found[1]: line for line in part.splitlines() if (found := re.match(r"\| `(\w+)` \|", line))}
+    assert rows.keys() == {name for kind in (Stop, Retry, Replace) for name in kind.model_fields} - {"type"}
+    for name, row in rows.items():
+        for kind in (Retry, Replace):
+            default = kind.model_fields[name].default if name in kind.model_fields else None
+            told = default if isinstance(default, str) or default is None else f"{default:g}"
+            assert told is None or f"| {told}" in row
+    assert f"`{DEFAULT_REPLACEMENT}`" in part

@@ -11,6 +11,7 @@ from server.control.objectives import BaseObjective
 from server.control.params import ControlParams
 from server.engines.fake import FakeEngine
 from server.settings import DEFAULT_MODEL, Settings
+from server.training.request import HeadRequest
 from tests.pages.pages import PAGES, blocks, curl_bodies, text_of
 from value_models.store import CARD_FILE, shipped_heads_folder
 
@@ -20,6 +21,7 @@ REQUESTS = [
     pytest.param(path, body, id=f"{page}-{index}")
     for page in PAGES
     for index, (path, body) in enumerate(curl_bodies(text_of(page)))
+    if path != "/v1/heads"
 ]
 
 
@@ -31,9 +33,10 @@ def fake_client() -> TestClient:
     "control", CONTROLS, ids=lambda control: "-".join([control["objective"].get("type", ""), *control])
 )
 def test_every_example_of_control_is_accepted_as_it_is_written(control: dict[str, Any]) -> None:
-    body = {"model": "fake", "prompt": "hi", "max_tokens": 2, "control": control}
+    # A chat, since a completion has no turns.
+    body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "control": control}
     with fake_client() as client:
-        response = client.post("/v1/completions", json=body)
+        response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     assert set(response.json()["choices"][0]["control"]["value_after"]) == set(ControlParams(**control).head_names)
 
@@ -53,6 +56,12 @@ def test_every_request_that_a_page_sends_with_curl_is_accepted(path: str, sent: 
     with fake_client() as client:
         response = client.post(path, json=body)
     assert response.status_code == 200, response.text
+
+
+def test_the_request_that_trains_a_head_makes_what_it_says() -> None:
+    (sent,) = [body for path, body in curl_bodies(text_of("docs/http-api.md")) if path == "/v1/heads"]
+    recipe = HeadRequest.model_validate_json(sent).recipe()
+    assert (recipe.name, recipe.source.method, recipe.source.num_texts) == ("cheerful", "instruction", 400)
 
 
 def test_there_are_requests_to_copy_on_the_readme_and_the_pages_for_clients() -> None:

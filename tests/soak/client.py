@@ -1,53 +1,40 @@
 """Sends one planned request over HTTP as its plan says, leaves where the plan says so, and keeps what came back.
 
-Knows nothing of what should have come back (judge.py). Enter at `Client.ask`.
+It sends a request again as OpenAI's clients do: after 429 and 503, after a time in which nothing came, and where a
+connection breaks before anything did. Knows nothing of what should have come back (judge.py). Enter at `Client.ask`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
-from typing import Any, Self
+from collections import Counter
+from typing import Self
 
 import httpx
 
 from tests.soak.plan import Planned
+from tests.soak.seen import Seen
+from tests.soak.slow import Crowd, exchange
 
-_TIMEOUT_S = 300.0
+MAX_CONNECTIONS = 96
+"""Of the soaked server: more than there are clients, and as many as a crowd has."""
+_TIMEOUT_S = 120.0
 """Far beyond what any request takes: one that is not answered by then is lost."""
 _MOST_RETRIES = 200
+_NUM_IMPATIENT = 2
+"""Times that a client which retries waits only a while."""
+_CROWD_S = 0.5
+_BACKOFF_S = 0.1
+_BUSY = (429, 503)
 _NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-
-
-@dataclass(slots=True)
-class Seen:
-    """What one client saw."""
-
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    body: str = ""
-    """Of an answer that came whole."""
-    events: list[str] = field(default_factory=list)
-    """Of a stream: what stands behind each `data: `."""
-    strays: list[str] = field(default_factory=list)
-    """Lines of a stream that are no events."""
-    has_left: bool = False
-    """The client went before the end, as planned."""
-    error: str | None = None
-    """The connection broke, or nothing came in time."""
-    num_refused: int = 0
-    """Answers 429, after each of which the request was sent again."""
-
-    @property
-    def is_stream(self) -> bool:
-        return self.headers.get("content-type", "").startswith("text/event-stream")
 
 
 class Client:
     """Of one server, with a key of its own."""
 
     def __init__(self, url: str, key: str) -> None:
+        self._url = url
         self._http = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=_NO_LIMIT)
         self._authorization = {"authorization": f"Bearer {key}"}
 
@@ -58,43 +45,54 @@ class Client:
         await self._http.aclose()
 
     async def ask(self, planned: Planned, request_id: str) -> Seen:
-        """Send it, and again after each 429, as OpenAI's clients do."""
-        num_refused = 0
+        """Send it, and again while it has to be."""
+        if planned.fault != "crowd":
+            return await self._until_answered(planned, request_id)
+        async with Crowd(self._url, MAX_CONNECTIONS, self._authorization).held():
+            asking = asyncio.create_task(self._until_answered(planned, request_id))
+            await asyncio.sleep(_CROWD_S)
+        return await asking
+
+    async def _until_answered(self, planned: Planned, request_id: str) -> Seen:
+        retried: Counter[str] = Counter()
+        statuses: list[int] = []
+        unheard: list[str] = []
         while True:
-            seen = await self._once(planned, f"{request_id}-{num_refused}")
-            seen.num_refused = num_refused
-            if seen.status != httpx.codes.TOO_MANY_REQUESTS or num_refused >= _MOST_RETRIES or _problem_429(seen):
+            seen = await self._once(planned, f"{request_id}-{retried.total()}", retried["timeout"])
+            statuses += [] if seen.status is None else [seen.status]
+            reason = _reason_to_retry(planned, seen)
+            if reason is None or retried.total() >= _MOST_RETRIES:
+                seen.retried, seen.statuses, seen.unheard = retried, statuses, unheard
                 return seen
-            num_refused += 1
-            await asyncio.sleep(float(seen.headers["retry-after"]))
+            unheard += [seen.request_id] if reason == "broken" else []
+            retried[reason] += 1
+            await asyncio.sleep(float(seen.headers.get("retry-after", _BACKOFF_S)))
 
-    async def post(self, path: str, body: dict[str, Any], request_id: str) -> Seen:
-        """One request to its end, whatever it asks for."""
-        seen = Seen()
-        await self._fetch(seen, "POST", path, json.dumps(body).encode(), self._headers(request_id))
-        return seen
-
-    async def _once(self, planned: Planned, request_id: str) -> Seen:
-        seen = Seen()
-        headers = self._headers(request_id)
-        if (bad := planned.refused) is not None:
-            own = headers if bad.has_key else {"x-request-id": request_id}
-            await self._fetch(seen, bad.method, bad.path, bad.content, {**own, **bad.headers})
+    async def _once(self, planned: Planned, request_id: str, num_timeouts: int) -> Seen:
+        seen = Seen(request_id=request_id)
+        method, path, content, headers = self._request(planned, request_id)
+        if planned.pace is not None:
+            seen = await exchange(self._url, method, path, content, headers, pace=planned.pace, timeout_s=_TIMEOUT_S)
+            seen.request_id = request_id
             return seen
-        content = json.dumps(planned.body).encode()
-        if planned.fault == "cancel":
-            try:
-                async with asyncio.timeout(planned.leave_after):
-                    await self._fetch(seen, "POST", planned.path, content, headers)
-            except TimeoutError:
-                seen.has_left = True
-            return seen
+        patience_s = None
+        if planned.fault == "cancel" or (planned.fault == "retry" and num_timeouts < _NUM_IMPATIENT):
+            patience_s = planned.leave_after
         leave_after = int(planned.leave_after) if planned.fault == "disconnect" else None
-        await self._fetch(seen, "POST", planned.path, content, headers, leave_after=leave_after)
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._fetch(seen, method, path, content, headers, leave_after=leave_after)
+        except TimeoutError:
+            seen.has_left = True
         return seen
 
-    def _headers(self, request_id: str) -> dict[str, str]:
-        return {"content-type": "application/json", "x-request-id": request_id, **self._authorization}
+    def _request(self, planned: Planned, request_id: str) -> tuple[str, str, bytes, dict[str, str]]:
+        """Method, path, body and headers."""
+        headers = {"content-type": "application/json", "x-request-id": request_id, **self._authorization}
+        if (bad := planned.refused) is None:
+            return "POST", planned.path, json.dumps(planned.body).encode(), headers
+        own = headers if bad.has_key else {"x-request-id": request_id}
+        return bad.method, bad.path, bad.content, {**own, **bad.headers}
 
     async def _fetch(
         self,
@@ -111,13 +109,10 @@ class Client:
             async with self._http.stream(method, path, content=content, headers=headers) as response:
                 seen.status, seen.headers = response.status_code, dict(response.headers)
                 if not seen.is_stream:
-                    seen.body = (await response.aread()).decode()
+                    seen.take((await response.aread()).decode())
                     return
                 async for line in response.aiter_lines():
-                    if line.startswith("data: "):
-                        seen.events.append(line.removeprefix("data: "))
-                    elif line:
-                        seen.strays.append(line)
+                    seen.take_line(line)
                     if leave_after is not None and len(seen.events) >= leave_after:
                         seen.has_left = True
                         return
@@ -125,6 +120,16 @@ class Client:
             seen.error = repr(error)
 
 
-def _problem_429(seen: Seen) -> bool:
-    """Whether the refusal does not say, as it must, when to come back."""
-    return not seen.headers.get("retry-after", "").isdecimal()
+def _reason_to_retry(planned: Planned, seen: Seen) -> str | None:
+    """None for an answer, whatever it is, and for a client that has gone for good."""
+    if planned.fault == "retry" and seen.has_left:
+        return "timeout"
+    if seen.has_left:
+        return None
+    if seen.status is None and seen.error is not None and "Timeout" not in seen.error:
+        may_hang_up = planned.refused is not None and planned.refused.may_hang_up
+        return None if may_hang_up else "broken"
+    # A refusal has to say when to come back; one that does not is judged as it is.
+    if seen.status in _BUSY and seen.headers.get("retry-after", "").isdecimal():
+        return str(seen.status)
+    return None

@@ -1,38 +1,27 @@
-"""What is wrong with an answer, and what an answer holds. Pure functions of a plan and what its client saw.
+"""What is wrong with an answer. Pure functions of a plan and what its client saw.
 
 The law: every accepted request ends exactly once, one that is refused gets its status and OpenAI's error body, and
-nothing else comes. Enter at `problems_of`; `answer_of` gives what two runs of one request are compared by.
+nothing else comes. Enter at `problems_of`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
+from tests.soak.answers import DONE, ENDS, Answer, answer_of, documents
 from tests.soak.bad_input import Refused
-from tests.soak.client import Seen
-from tests.soak.plan import CHAT, Planned
+from tests.soak.bodies import CHAT, FUNCTIONS, RESPONSES, is_forced, limit_of
+from tests.soak.plan import Planned
+from tests.soak.seen import Seen
 
-_DONE = "[DONE]"
 _ERROR_KEYS = {"message", "type", "param", "code"}
+_RESPONSE_ENDS = {"completed", "incomplete: max_output_tokens"}
+_CUT = ("length", "content_filter", "incomplete: max_output_tokens", "incomplete: content_filter")
 
 
 class _WrongAnswerError(Exception):
     """One thing that is wrong with an answer."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """One choice."""
-
-    text: str = ""
-    tokens: list[str] = field(default_factory=list)
-    """Those whose log-probabilities were asked for."""
-    finish_reason: str | None = None
-    control: dict[str, Any] | None = None
-    num_ends: int = 0
 
 
 def problems_of(planned: Planned, seen: Seen) -> list[str]:
@@ -49,31 +38,10 @@ def problems_of(planned: Planned, seen: Seen) -> list[str]:
     return []
 
 
-def answer_of(planned: Planned, seen: Seen) -> list[Answer]:
-    """What each choice holds, as far as the client read it, streamed or not."""
-    answers = [Answer() for _ in range(planned.num_choices)]
-    for document in _documents(seen):
-        for choice in document.get("choices", ()):
-            answer = answers[choice["index"]]
-            answer.text += _text(choice)
-            answer.tokens += _tokens(choice, is_chat=planned.path == CHAT)
-            answer.control = choice.get("control", answer.control)
-            if choice["finish_reason"] is not None:
-                answer.finish_reason = choice["finish_reason"]
-                answer.num_ends += 1
-    return answers
-
-
-def difference(ours: list[Answer], solo: list[Answer], *, is_whole: bool) -> str | None:
-    """How two runs differ; of one that was left before its end, the beginning counts."""
-    for index, (mine, alone) in enumerate(zip(ours, solo, strict=True)):
-        if not is_whole:
-            # What was held back for a stop string may be given out at the end only.
-            if not alone.text.startswith(mine.text) or alone.tokens[: len(mine.tokens)] != mine.tokens:
-                return f"choice {index} began {mine.text!r}, and alone {alone.text!r}"
-        elif mine != alone:
-            return f"choice {index} was {mine}, and alone {alone}"
-    return None
+def has_expired(seen: Seen) -> bool:
+    """Whether the request's own deadline ended the answer."""
+    ends = ('"deadline_exceeded"', '"response.failed"')
+    return seen.status == 504 or any(end in event for event in seen.events[-2:] for end in ends)
 
 
 def _check_refused(refused: Refused, seen: Seen) -> None:
@@ -97,7 +65,9 @@ def _check_served(planned: Planned, seen: Seen) -> None:
     _need(seen.status == 200, f"status {seen.status}: {seen.body}")
     _need(seen.is_stream == planned.is_streamed, "streamed or whole, other than asked for")
     if planned.is_streamed:
-        _check_stream(planned, seen)
+        _need(not seen.strays, f"a line that is no event: {seen.strays[:1]}")
+        check = _check_response_stream if planned.path == RESPONSES else _check_stream
+        check(planned, seen)
     elif not seen.has_left:
         _check_choices(planned, answer_of(planned, seen))
         _check_whole(planned, json.loads(seen.body))
@@ -113,6 +83,9 @@ def _check_error_body(seen: Seen) -> dict[str, Any]:
 
 
 def _check_whole(planned: Planned, body: dict[str, Any]) -> None:
+    if planned.path == RESPONSES:
+        _check_response(planned, body)
+        return
     _need([c["index"] for c in body["choices"]] == list(range(planned.num_choices)), "choices out of order")
     _need(body["object"] == ("chat.completion" if planned.path == CHAT else "text_completion"), "another object")
     _check_usage(planned, body["usage"])
@@ -120,19 +93,18 @@ def _check_whole(planned: Planned, body: dict[str, Any]) -> None:
 
 def _check_stream(planned: Planned, seen: Seen) -> None:
     """Events, the end of each choice once, then usage if asked for, then `[DONE]` and nothing."""
-    _need(not seen.strays, f"a line that is no event: {seen.strays[:1]}")
     if not seen.has_left:
-        _need(seen.events[-1:] == [_DONE], "a stream without [DONE]")
-    _need(seen.events.count(_DONE) <= 1, "[DONE] twice")
-    documents = _documents(seen)
-    errors = [d["error"] for d in documents if "error" in d]
+        _need(seen.events[-1:] == [DONE], "a stream without [DONE]")
+    _need(seen.events.count(DONE) <= 1, "[DONE] twice")
+    told = documents(seen)
+    errors = [d["error"] for d in told if "error" in d]
     if errors:
         _need(planned.fault == "deadline" and len(errors) == 1, f"an error in mid-stream: {errors}")
-        _need("error" in documents[-1] and errors[0]["code"] == "deadline_exceeded", f"another error: {errors[0]}")
-        documents = documents[:-1]
-    _need(len({d["id"] for d in documents}) <= 1, "several ids in one stream")
+        _need("error" in told[-1] and errors[0]["code"] == "deadline_exceeded", f"another error: {errors[0]}")
+        told = told[:-1]
+    _need(len({d["id"] for d in told}) <= 1, "several ids in one stream")
     ended: set[int] = set()
-    for document in documents:
+    for document in told:
         for choice in document["choices"]:
             _need(choice["index"] not in ended, f"choice {choice['index']} went on after its end")
             if choice["finish_reason"] is not None:
@@ -141,50 +113,78 @@ def _check_stream(planned: Planned, seen: Seen) -> None:
         return
     _check_choices(planned, answer_of(planned, seen))
     options = planned.body.get("stream_options") or {}
-    last = [d for d in documents if not d["choices"]]
+    last = [d for d in told if not d["choices"]]
     _need(len(last) == bool(options.get("include_usage")), "usage events other than asked for")
     if last:
-        _need(last[0] is documents[-1], "an event after the usage")
+        _need(last[0] is told[-1], "an event after the usage")
         _check_usage(planned, last[0]["usage"])
     if options.get("continuous_usage_stats"):
-        _need(all(d["usage"] for d in documents), "an event without usage")
+        _need(all(d["usage"] for d in told), "an event without usage")
+
+
+def _check_response_stream(planned: Planned, seen: Seen) -> None:
+    """Numbered events with names, of items that begin and end once each, and one end at the last."""
+    events = documents(seen)
+    kinds = [event["type"] for event in events]
+    _need(seen.names == kinds, "events of other names than their types")
+    _need([event["sequence_number"] for event in events] == list(range(len(events))), "numbers out of order")
+    begin = ["response.created", "response.in_progress"]
+    _need(kinds[:2] == begin[: len(kinds)], f"a stream that begins with {kinds[:2]}")
+    ends = [place for place, kind in enumerate(kinds) if kind in ENDS]
+    if seen.has_left and not ends:
+        return
+    _need(ends == [len(kinds) - 1], f"a stream that ends with {kinds[-1:]}, and has ends at {ends}")
+    response = events[-1]["response"]
+    if kinds[-1] == "response.failed":
+        _need(planned.fault == "deadline", f"a response that failed: {response['error']}")
+        return
+    for what in ("added", "done"):
+        begun = [event["output_index"] for event in events if event["type"] == f"response.output_item.{what}"]
+        _need(begun == list(range(len(response["output"]))), f"items {what}: {begun}")
+    _check_choices(planned, answer_of(planned, seen))
+    _check_response(planned, response)
+
+
+def _check_response(planned: Planned, response: dict[str, Any]) -> None:
+    _need(response["object"] == "response", "another object")
+    given = response["usage"]
+    renamed = {"prompt_tokens": given["input_tokens"], "completion_tokens": given["output_tokens"]}
+    _check_usage(planned, {**renamed, "total_tokens": given["total_tokens"]})
 
 
 def _check_choices(planned: Planned, answers: list[Answer]) -> None:
-    reasons = {"stop", "length"} | ({"content_filter"} if planned.body.get("control", {}).get("stop_below") else set())
+    reasons = _RESPONSE_ENDS if planned.path == RESPONSES else {"stop", "length", "tool_calls"}
+    if planned.body.get("control", {}).get("stop_below"):
+        reasons = reasons | {"content_filter", "incomplete: content_filter"}
     for index, answer in enumerate(answers):
         _need(answer.num_ends == 1, f"choice {index} ended {answer.num_ends} times")
         _need(answer.finish_reason in reasons, f"choice {index} ended with {answer.finish_reason!r}")
         _need((answer.control is not None) == planned.is_controlled, f"choice {index}: control other than asked for")
+        _check_calls(planned, answer)
     if planned.body.get("echo") and isinstance(planned.body["prompt"], str):
         _need(all(answer.text.startswith(planned.body["prompt"]) for answer in answers), "echo without the prompt")
 
 
+def _check_calls(planned: Planned, answer: Answer) -> None:
+    """Calls of functions that were offered, with arguments that are JSON; nothing else where they are forced."""
+    _need(all(name in FUNCTIONS for name, _ in answer.calls), f"calls of other functions: {answer.calls}")
+    _need("tools" in planned.body or not answer.calls, "calls that nobody asked for")
+    _need((answer.finish_reason != "tool_calls") or bool(answer.calls), "tool_calls without calls")
+    if not is_forced(planned.body) or planned.body.keys() & {"stop", "stop_token_ids"}:
+        return
+    _need(not answer.text, f"a forced call with a text: {answer.text!r}")
+    if answer.finish_reason in _CUT:
+        return
+    _need(bool(answer.calls), "a forced call that did not come")
+    for _, arguments in answer.calls:
+        json.loads(arguments)
+
+
 def _check_usage(planned: Planned, usage: dict[str, int]) -> None:
-    limit = planned.body.get("max_tokens", planned.body.get("max_completion_tokens", 0)) * planned.num_choices
+    limit = planned.body[limit_of(planned.body)] * planned.num_choices
     _need(0 <= usage["completion_tokens"] <= limit, f"{usage['completion_tokens']} tokens, where {limit} were allowed")
     _need(usage["prompt_tokens"] > 0, "no prompt tokens")
     _need(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"], "usage that does not add up")
-
-
-def _documents(seen: Seen) -> list[dict[str, Any]]:
-    """Each JSON object of the answer, in order."""
-    if seen.is_stream:
-        return [json.loads(event) for event in seen.events if event != _DONE]
-    return [json.loads(seen.body)] if seen.body else []
-
-
-def _text(choice: dict[str, Any]) -> str:
-    """Of a choice in any of the four forms."""
-    if "text" in choice:
-        return choice["text"]
-    return (choice["message"] if "message" in choice else choice["delta"])["content"]
-
-
-def _tokens(choice: dict[str, Any], *, is_chat: bool) -> Iterator[str]:
-    logprobs = choice["logprobs"]
-    if logprobs is not None:
-        yield from (token["token"] for token in logprobs["content"]) if is_chat else logprobs["tokens"]
 
 
 def _need(holds: bool, otherwise: str) -> None:

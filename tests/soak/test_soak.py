@@ -13,12 +13,15 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.cli import run as run_command
+from server.engines.embedded.model.loader import load_model
 from tests.api.conftest import make_app  # noqa: F401
 from tests.engines.test_contract import write_heads
-from tests.soak import COMMAND, PROGRAM, judge, watch
+from tests.soak import COMMAND, PROGRAM, answers, judge, run, watch
+from tests.soak.answers import answer_of
 from tests.soak.bad_input import MAX_BODY_BYTES, Refused, bad_input
-from tests.soak.client import Seen
-from tests.soak.plan import Planned, World, make_plan
+from tests.soak.bodies import World
+from tests.soak.plan import FAULTS, Planned, make_plan
+from tests.soak.seen import Seen
 from value_models.heads import ValueHead
 
 KEY = "soak-0123456789"
@@ -37,22 +40,27 @@ def test_every_kind_of_bad_input_gets_its_status_and_names_its_field(client: Tes
     assert len({refused.name for refused in KINDS}) == len(KINDS) > 100
 
 
-WORLD = World("m", 256, {"a": (0.0, 1.0), "b": (2.0, 0.5)}, ["one two three", "four"])
+WORLD = World("m", 1536, {"a": (0.0, 1.0), "b": (2.0, 0.5)}, ["one two three", "four"])
 
 
 def test_a_plan_is_drawn_from_its_seed_and_asks_for_everything() -> None:
     plan = make_plan(3, 3000, WORLD)
     assert plan == make_plan(3, 3000, WORLD)
     assert plan != make_plan(4, 3000, WORLD)
-    assert {planned.fault for planned in plan} == {None, "bad input", "disconnect", "cancel", "deadline"}
+    assert {planned.fault for planned in plan} == {None, *FAULTS}
+    routes = {
+        f"{route}{tools}" for route in ("chat", "response") for tools in ("", " with tools", " with forced calls")
+    }
+    assert {planned.kind.removesuffix(", streamed") for planned in plan} == {"bad input", "completion", *routes}
     features = {feature for planned in plan if planned.refused is None for feature in planned.features}
     objectives = {f"control.objective: {name}" for name in ("weighted_sum", "worst_case", "target", "floor")}
     conditions = {
-        f"control.{name}" for name in ("gate", "window", "schedule", "stop_below", "max_response_kl", "trace")
+        f"control.{name}"
+        for name in ("gate", "window", "schedule", "stop_below", "on_stop", "max_response_kl", "trace")
     }
     assert features >= objectives | conditions | {"echo", "logprobs", "stop", "several choices", "several prompts"}
-    refused = [planned.refused.name for planned in plan if planned.refused is not None]
-    assert set(refused) == {kind.name for kind in bad_input("m", 256)}
+    refused = [planned.refused.name for planned in plan if planned.fault == "bad input" and planned.refused is not None]
+    assert set(refused) == {kind.name for kind in bad_input("m", 1536)}
     assert max(Counter(refused).values()) - min(Counter(refused).values()) == 1
 
 
@@ -79,7 +87,7 @@ def streamed(*events: str, **more: Any) -> Seen:
 def test_a_stream_whose_choices_end_once_is_right_and_holds_their_texts() -> None:
     seen = streamed(A, B, B_ENDS, A_ENDS, TOTAL, DONE)
     assert judge.problems_of(STREAM, seen) == []
-    assert [(answer.text, answer.finish_reason) for answer in judge.answer_of(STREAM, seen)] == [
+    assert [(answer.text, answer.finish_reason) for answer in answer_of(STREAM, seen)] == [
         ("ac", "length"),
         ("bd", "stop"),
     ]
@@ -139,12 +147,12 @@ def test_bad_input_that_is_answered_wrongly_is_named(status: int, body: dict[str
 
 
 def test_an_answer_is_compared_whole_or_as_far_as_it_was_read() -> None:
-    whole = judge.Answer("abc", ["a", "b"], "stop", None, 1)
-    begun = judge.Answer("ab", ["a"])
-    assert judge.difference([whole], [whole], is_whole=True) is None
-    assert judge.difference([begun], [whole], is_whole=False) is None
-    assert "began 'abc', and alone 'ab'" in str(judge.difference([whole], [begun], is_whole=False))
-    assert "choice 0 was" in str(judge.difference([begun], [whole], is_whole=True))
+    whole = answers.Answer("abc", ["a", "b"], "stop", None, 1)
+    begun = answers.Answer("ab", ["a"])
+    assert answers.difference([whole], [whole], is_whole=True) is None
+    assert answers.difference([begun], [whole], is_whole=False) is None
+    assert "choice 0 began" in str(answers.difference([whole], [begun], is_whole=False))
+    assert "choice 0 was" in str(answers.difference([begun], [whole], is_whole=True))
 
 
 def test_memory_counts_from_the_end_of_the_warm_up() -> None:
@@ -170,17 +178,15 @@ def test_a_log_tells_who_was_answered_twice_what_was_accepted_and_what_went_wron
 
 
 @pytest.fixture
-def soak(
-    model_folder: Callable[..., Path], load_tiny: Callable[..., Any], heads: dict[str, ValueHead], tmp_path: Path
-) -> Callable[..., int]:
-    write_heads(tmp_path / "heads", heads, load_tiny().identity)
+def soak(roomy_folder: Path, heads: dict[str, ValueHead], tmp_path: Path) -> Callable[..., int]:
+    write_heads(tmp_path / "heads", heads, load_model(str(roomy_folder), device="cpu", dtype="float32").identity)
 
-    def run(*words: str) -> int:
-        options = ["--model", str(model_folder()), "--heads-dir", str(tmp_path / "heads"), "--dtype", "float32"]
+    def soak(*words: str) -> int:
+        options = ["--model", str(roomy_folder), "--heads-dir", str(tmp_path / "heads"), "--dtype", "float32"]
         options += ["--device", "cpu", "--threads", "1", "--work", str(tmp_path), "--out", str(tmp_path / "out.json")]
         return run_command(COMMAND, PROGRAM, [*options, *words])
 
-    return run
+    return soak
 
 
 def test_a_soaked_server_loses_nothing(
@@ -188,11 +194,13 @@ def test_a_soaked_server_loses_nothing(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- bench-soak: begin -->\nold\n<!-- bench-soak: end -->\n")
-    status = soak("--num-requests", "200", "--into", str(page))
+    status = soak("--num-requests", "120", "--into", str(page))
     result = json.loads((tmp_path / "out.json").read_text())["soak"]
     assert (status, result["failures"]) == (0, [])
-    assert sum(result["by_kind"].values()) == result["num_requests"] == 200
-    assert set(result["faults"]) == {"bad input", "disconnect", "cancel", "deadline"}
+    assert sum(result["by_kind"].values()) == result["num_requests"] == 120
+    assert set(result["faults"]) == set(FAULTS)
+    assert {"200", "400", "408"} <= set(result["by_status"])
+    assert "timeout" in result["retried"]
     assert (result["num_lost"], result["num_mismatches"], result["num_failures"]) == (0, 0, 0)
     assert result["num_compared"] > 10
     assert result["sequences_ended"]["abort"] > 0
@@ -215,15 +223,14 @@ def test_a_soak_that_finds_something_says_so_and_ends_with_1(
     soak: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The server does nothing wrong, so here its answers are misread: other when streamed than when whole."""
-    real = judge.answer_of
 
-    def misread(planned: Planned, seen: Seen) -> list[judge.Answer]:
-        answers = real(planned, seen)
-        for answer in answers:
+    def misread(planned: Planned, seen: Seen) -> list[answers.Answer]:
+        read = answer_of(planned, seen)
+        for answer in read:
             answer.text += str(planned.is_streamed)
-        return answers
+        return read
 
-    monkeypatch.setattr(judge, "answer_of", misread)
+    monkeypatch.setattr(run, "answer_of", misread)
     assert soak("--num-requests", "30") == 1
     said = capfd.readouterr().err
     assert "solo-" in said

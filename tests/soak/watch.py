@@ -17,16 +17,19 @@ from benchmarks.speed.models import kv_bytes_per_token, text_config
 from benchmarks.speed.servers import OUR_COMMAND, Server, free_port
 from benchmarks.speed.setup import ModelSetup
 from tests.soak.bad_input import MAX_BODY_BYTES
+from tests.soak.client import MAX_CONNECTIONS
+from tests.soak.plan import RECEIVE_TIMEOUT_S, SEND_TIMEOUT_S
 
 KEY = "soak-key-of-no-secret"
 _READY_S = 600.0
 _SAMPLE = re.compile(r"^recontrol_(\w+?)\{(.*)\} (\S+)$", re.MULTILINE)
 _ROWS, _WAITING = 16, 32
-_PAGES_A_ROW = 1.5
+_PAGES_A_ROW = 2.0
 """Fewer than long rows need, so that some must give theirs up on the way."""
-_MAX_LEN = 512
+_MAX_LEN = 1536
 _PAGE_TOKENS = 64
 _REFUSED = (400, 404)
+_LET_GO = "A client does not read"
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,6 +48,16 @@ class Metrics:
         return self.running == self.waiting == self.kv_cache_usage == 0
 
 
+@dataclass(slots=True, frozen=True)
+class Held:
+    """What a process has of the machine."""
+
+    rss_bytes: int
+    threads: int
+    open_files: int
+    """And sockets."""
+
+
 class SoakedServer(Server):
     """`recontrol serve` with a small cache, few rows and a short queue, so that all of them run out."""
 
@@ -57,7 +70,8 @@ class SoakedServer(Server):
         command += ["--device", setup.device, "--dtype", setup.dtype, "--log-format", "json", "--log-level", "info"]
         command += ["--max-batch-size", str(_ROWS), "--max-waiting", str(_WAITING), "--max-model-len", str(max_len)]
         command += ["--kv-cache-gib", f"{cache_bytes / 2**30:.6f}"]
-        command += ["--max-body-bytes", str(MAX_BODY_BYTES)]
+        command += ["--max-body-bytes", str(MAX_BODY_BYTES), "--max-connections", str(MAX_CONNECTIONS)]
+        command += ["--receive-timeout-s", str(RECEIVE_TIMEOUT_S), "--send-timeout-s", str(SEND_TIMEOUT_S)]
         command += ["--heads-dir", str(setup.heads_dir)] if setup.heads_dir else []
         threads = {"OMP_NUM_THREADS": str(setup.threads), "RECONTROL_INSPECT_KEYS": KEY}
         threads["RECONTROL_PUBLIC_METRICS"] = "true"
@@ -73,9 +87,9 @@ class SoakedServer(Server):
     def rss_bytes(self) -> int:
         return self._process.memory_info().rss
 
-    def num_files(self) -> int:
-        """Open files and sockets."""
-        return self._process.num_fds()
+    def held(self) -> Held:
+        process = self._process
+        return Held(self.rss_bytes(), process.num_threads(), process.num_fds())
 
     def metrics(self) -> Metrics:
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
@@ -114,12 +128,14 @@ class Logged:
     """... and at most: of a request of several prompts that met a full queue, some prompts may have been in it."""
     errors: list[str]
     """Records of failures, and lines that are no records."""
+    num_let_go: int
+    """Clients that did not read."""
 
 
 def read_log(path: Path) -> Logged:
     statuses: dict[str, list[int]] = {}
     errors: list[str] = []
-    least = most = 0
+    least = most = let_go = 0
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -130,12 +146,13 @@ def read_log(path: Path) -> Logged:
             continue
         if level in ("error", "critical"):
             errors.append(line[:300])
+        let_go += str(record.get("message", "")).startswith(_LET_GO)
         if "path" in record and "status" in record:
             statuses.setdefault(record["request_id"], []).append(record["status"])
             if "prompts" in record and record["status"] not in _REFUSED:
                 accepted, maybe = _sequences(record)
                 least, most = least + accepted, most + maybe
-    return Logged(statuses, least, most, errors)
+    return Logged(statuses, least, most, errors, let_go)
 
 
 def _sequences(record: Mapping[str, Any]) -> tuple[int, int]:

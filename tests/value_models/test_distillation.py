@@ -186,5 +186,5 @@ def test_an_instruction_that_changes_nothing_is_refused() -> None:
 def test_texts_are_split_by_prompt() -> None:
     texts: InstructedTexts = read_texts(ShiftingSource(), PROMPTS, "good", None, SETTINGS)
     assert sum(texts.num_prompts.values()) == len(PROMPTS)
-    assert texts.split == texts.split[: len(PROMPTS)] * 2
+    assert texts.split[::2] == texts.split[1::2]
     assert replace(texts, split=["test"] * 160).tokens_of("train").numel() == 0

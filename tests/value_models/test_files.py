@@ -73,13 +73,15 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path) -> 
 
 def test_a_complete_run_reads_back_in_order(tmp_path: Path) -> None:
     collect_rollouts(FakeSource(), PROMPTS, tmp_path, SETTINGS)
-    shards = list(open_rollouts(tmp_path).shards())
-    assert [row["prompt_id"] for shard in shards for row in shard.rows] == [p.id for p in PROMPTS for _ in range(2)]
-    for shard in shards:
-        for i, (first, last) in enumerate(itertools.pairwise(shard.offsets)):
-            assert (shard.states_ND[first:last] == last - first).all()
-            assert (shard.logp_grads_ND[first:last] == first - last).all()
-            assert shard.token_ids_N[first:last].tolist() == list(range(last - first)), i
+    run = open_rollouts(tmp_path)
+    rows = [row for shard in range(run.num_shards) for row in run.rows(shard)]
+    assert [row["prompt_id"] for row in rows] == [p.id for p in PROMPTS for _ in range(2)]
+    for shard in range(run.num_shards):
+        tensors = run.tensors(shard)
+        for first, last in itertools.pairwise(tensors.offsets.tolist()):
+            assert (tensors.by_name["states_ND"][first:last] == last - first).all()
+            assert (tensors.by_name["logp_grads_ND"][first:last] == first - last).all()
+            assert tensors.by_name["token_ids_N"][first:last].tolist() == list(range(last - first))
 
 
 @pytest.mark.parametrize(

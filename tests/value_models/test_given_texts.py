@@ -67,7 +67,7 @@ def test_each_form_of_a_pair_gives_the_same_prompt_and_two_responses(
         ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "the field 'prompt' occurs twice"),
         ('{"chosen": "\\ud800", "rejected": "d"}', "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
-        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "chosen is missing; the line has prompt, choosen, rejected"),
+        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "chosen is missing; it has prompt, choosen, rejected"),
         ({**PAIRS[0], "id": 3}, "unknown fields id; known are prompt, messages, chosen, rejected, and --ignore-fields"),
         ({**PAIRS[0], "chosen": ""}, "chosen: is empty"),
         ({**PAIRS[0], "chosen": " \n"}, "chosen: is empty"),
@@ -150,7 +150,7 @@ def test_two_labels_are_the_scores_one_and_zero(
     ("labels", "good", "why"),
     [
         (["a", "b"], None, "the labels are 'a' and 'b'; say which one is wanted with --good-label"),
-        (["a", "b"], "c", "--good-label 'c' is in no line; the labels are 'a' and 'b'"),
+        (["a", "b"], "c", "no text has the label 'c' of --good-label; the labels are 'a' and 'b'"),
         ([1, 2, 3], None, "label: 3 is a third one"),
         ([True, 1], None, "label: is of another kind than in line 1"),
         ([True, 0.5], None, "label: must be true or false"),
@@ -179,7 +179,7 @@ def test_a_byte_order_mark_line_ends_of_windows_and_empty_lines_change_nothing(t
         (b"", "is empty"),
         (b"\xef\xbb\xbf\n\n", "is empty"),
         (b"\xff\xfe{", "is not UTF-8"),
-        (json.dumps(PAIRS[0]).encode(), "holds 1 pairs of 1 different prompts; at least 8 are needed"),
+        (json.dumps(PAIRS[0]).encode(), ": 1 pairs of 1 different prompts; at least 8 are needed"),
     ],
 )
 def test_a_file_without_enough_is_refused(content: bytes, why: str, tmp_path: Path) -> None:

@@ -52,21 +52,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 @pytest.mark.parametrize("targets", ["monte_carlo", "td_lambda", "td_one_step"])
 def test_every_kind_of_target_finds_the_reward(data: TrainingData, targets: str) -> None:
     settings = TrainSettings.model_validate({"targets": targets, "hidden_widths": (16,), **FAST})
-    assert train_head(data, settings).figures.r2["all"] > 0.5
+    assert train_head([data], settings).figures[0].r2["all"] > 0.5
 
 
 @pytest.mark.parametrize("widths", [(), (8,), (8, 6)])
 def test_a_head_of_any_depth_predicts_in_reward_units(data: TrainingData, widths: tuple[int, ...]) -> None:
-    trained = train_head(data, TrainSettings.model_validate({"hidden_widths": widths, **FAST}))
+    trained = train_head([data], TrainSettings.model_validate({"hidden_widths": widths, **FAST}))
     assert isinstance(trained.head, MLPHead if widths else LinearHead)
-    tokens = data.tokens_of("test")
-    error = trained.head.value(data.states_ND[tokens]) - data.reward_B[data.response_of_tokens()[tokens]]
-    assert error.abs().mean() < 0.08
+    errors = [trained.head.value(block.states_ND) - block.of_tokens(data.reward_B) for block in data.blocks("test")]
+    assert torch.cat(errors).abs().mean() < 0.08
 
 
 def test_the_same_seed_gives_the_same_head(data: TrainingData) -> None:
     settings = TrainSettings.model_validate({"hidden_widths": (8,), **FAST})
-    first, second = (train_head(data, settings).head.state_dict() for _ in range(2))
+    first, second = (train_head([data], settings).head.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -75,13 +74,13 @@ def test_no_prompt_is_on_two_sides_of_the_split(data: TrainingData) -> None:
     for prompt, split in zip(data.prompt_B.tolist(), data.split, strict=True):
         sides.setdefault(prompt, set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
-    counted = sum(len(data.tokens_of(split)) for split in ("train", "validation", "test"))
-    assert counted == data.states_ND.shape[0]
+    counted = sum(data.num_tokens(split) for split in ("train", "validation", "test"))
+    assert counted == data.offsets[-1] == sum(len(block.states_ND) for block in data.blocks(None))
 
 
 def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(data: TrainingData) -> None:
     settings = TrainSettings(metric="covariance", shrinkage=0.0, ridge=1e-6, center_by_prompt=False)
-    ascent = train_head(data, settings).head.folded_ascent()[0]
+    ascent = train_head([data], settings).head.folded_ascent()[0]
     static = static_vector_head(data).folded_ascent()[0]
     assert torch.cosine_similarity(ascent, static, dim=0) > 0.97
 
@@ -89,11 +88,12 @@ def test_a_linear_head_in_the_covariance_metric_ascends_along_the_static_vector(
 def test_a_deep_head_is_saved_and_loaded_with_every_layer_it_was_trained_with(
     data: TrainingData, tmp_path: Path
 ) -> None:
-    head = train_head(data, TrainSettings.model_validate({"hidden_widths": (8, 6), **FAST})).head
+    head = train_head([data], TrainSettings.model_validate({"hidden_widths": (8, 6), **FAST})).head
     write_heads(tmp_path, {"deep": head}, {**SyntheticSource.base_model})
     again, card = load_head(tmp_path / "deep")
     assert card.architecture.hidden_widths == [8, 6]
-    assert torch.equal(again.value(data.states_ND[:50]), head.value(data.states_ND[:50]))
+    states_ND = torch.randn(50, SIZE)
+    assert torch.equal(again.value(states_ND), head.value(states_ND))
 
 
 def test_bootstrapped_targets_without_a_hidden_layer_are_refused() -> None:
@@ -103,10 +103,11 @@ def test_bootstrapped_targets_without_a_hidden_layer_are_refused() -> None:
 
 def test_one_step_targets_carry_a_terminal_reward_back_to_the_first_token(data: TrainingData) -> None:
     settings = {"targets": "td_one_step", "hidden_widths": (16,), "has_linear_part": False, **FAST}
-    trained = train_head(data, TrainSettings.model_validate(settings | {"max_epochs": 40, "learning_rate": 3e-3}))
+    trained = train_head([data], TrainSettings.model_validate(settings | {"max_epochs": 40, "learning_rate": 3e-3}))
     assert not trained.head.inputs_UD[0].any()
-    first = data.offsets[:-1]
-    values_B = trained.head.value(data.states_ND[first])
+    values_B = torch.cat(
+        [trained.head.value(block.states_ND[block.position_of_tokens() == 0]) for block in data.blocks(None)]
+    )
     assert torch.corrcoef(torch.stack([values_B, data.reward_B]))[0, 1] > 0.5
 
 
@@ -121,16 +122,16 @@ def with_rewards(data: TrainingData, rewards: torch.Tensor, split: list[str] | N
 
 def test_rewards_or_splits_from_which_nothing_can_be_learnt_are_a_clear_error(data: TrainingData) -> None:
     same = with_rewards(data, torch.full_like(data.reward_B, 0.7))
-    for fit in (lambda: train_head(same, TrainSettings()), lambda: static_vector_head(same)):
+    for fit in (lambda: train_head([same], TrainSettings()), lambda: static_vector_head(same)):
         with pytest.raises(TrainingDataError, match="same reward"):
             fit()
     by_prompt = with_rewards(data, data.prompt_B.float())
     with pytest.raises(TrainingDataError, match="within each prompt"):
-        train_head(by_prompt, TrainSettings())
+        train_head([by_prompt], TrainSettings())
     for split in ("train", "validation"):
         others = ["test"] * len(data.split) if split == "train" else ["train"] * len(data.split)
         with pytest.raises(TrainingDataError, match=f"the {split} split"):
-            train_head(with_rewards(data, data.reward_B, others), TrainSettings())
+            train_head([with_rewards(data, data.reward_B, others)], TrainSettings())
 
 
 def test_the_static_vector_has_two_classes_even_when_most_rewards_are_the_largest(data: TrainingData) -> None:

@@ -16,6 +16,8 @@ from server.api.handlers import error_response
 from server.errors import AuthenticationError
 
 MANAGEMENT_PREFIX = "/v1/management/"
+MANAGED_POSTS = frozenset({"/v1/heads"})
+"""What callers may read and operators alone may change."""
 METRICS_PATH = "/metrics"
 """Where little is asked, its sums tell each caller of what another one asked."""
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
@@ -64,7 +66,8 @@ class Gatekeeper:
     def _caller(self, scope: Scope) -> Caller | None:
         """None where nothing is limited. Raises AuthenticationError."""
         context = context_of(scope)
-        context.is_manager = scope["path"].startswith(MANAGEMENT_PREFIX)
+        is_change = scope["method"] == "POST" and scope["path"] in MANAGED_POSTS
+        context.is_manager = is_change or scope["path"].startswith(MANAGEMENT_PREFIX)
         is_operators = context.is_manager or scope["path"] == METRICS_PATH
         key_id = self._key_id(scope, self._management_keys if is_operators else self._keys)
         context.may_inspect = self._everyone_inspects or key_id in self._inspect_keys

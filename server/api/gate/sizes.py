@@ -24,6 +24,9 @@ from server.errors import (
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_PARTS = 2**17
+"""Objects and lists in a body."""
+MAX_MEMBERS = 2**16
+"""Fields of all its objects."""
 _MAX_LENGTH_DIGITS = 15
 
 
@@ -116,12 +119,14 @@ class BodyLimit:
 
 def _refuse_many_parts(body: bytes) -> None:
     """Python takes a second to make a million lists, and holds up everything meanwhile. Raises InvalidRequestError."""
-    if body.count(b"[") + body.count(b"{") <= MAX_PARTS:
+    if body.count(b"[") + body.count(b"{") <= MAX_PARTS and body.count(b":") <= MAX_MEMBERS:
         return
     # Without what stands between quotes, where none begins.
-    between = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
-    if sum(text.count(b"[") + text.count(b"{") for text in between) > MAX_PARTS:
+    between = b" ".join(body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    if between.count(b"[") + between.count(b"{") > MAX_PARTS:
         raise InvalidRequestError(f"The body has more than {MAX_PARTS} objects and lists.")
+    if between.count(b":") > MAX_MEMBERS:
+        raise InvalidRequestError(f"The body has more than {MAX_MEMBERS} fields in all.")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -158,7 +158,8 @@ Input = Annotated[
 def messages_of(instructions: str | None, items: Sequence[InputItem]) -> list[ChatMessage]:
     """The chat that the items are, with the instructions first.
 
-    Raises PydanticCustomError, which names the item, for the output of a call that was not made.
+    Raises PydanticCustomError, which names the item, for the output of a call that was not made, and for a call with
+    the id of another one whose output has not come.
     """
     chat = _Chat()
     if instructions:
@@ -167,14 +168,17 @@ def messages_of(instructions: str | None, items: Sequence[InputItem]) -> list[Ch
         if isinstance(item, ReasoningItem):
             chat.think(item.text)
         elif isinstance(item, CallItem):
-            chat.call(item.call)
+            if not chat.call(item.call):
+                raise _wrong_call_id(i, "it is the id of an earlier call of this turn already")
         elif isinstance(item, MessageItem):
             chat.add(item)
         elif not chat.answer(item.message):
-            raise PydanticCustomError(
-                "field", "{name}: it answers no call of the turn before", {"name": f"input.{i}.call_id"}
-            )
+            raise _wrong_call_id(i, "it answers no call of the turn before")
     return chat.ended()
+
+
+def _wrong_call_id(place: int, reason: str) -> PydanticCustomError:
+    return PydanticCustomError("field", "{name}: {reason}", {"name": f"input.{place}.call_id", "reason": reason})
 
 
 class _Chat:
@@ -191,13 +195,17 @@ class _Chat:
     def think(self, text: str) -> None:
         self._thoughts += [text] if text else []
 
-    def call(self, call: ToolCall) -> None:
+    def call(self, call: ToolCall) -> bool:
+        """False where the outputs of this call and of another could not be told apart."""
+        if call.id in self._unanswered:
+            return False
         is_said_before = bool(self._messages) and self._messages[-1].role == "assistant" and not self._thoughts
         if not self._calls and not is_said_before:
             self.add(ChatMessage(role="assistant"))
         self._calls.append(call)
         self._unanswered.add(call.id)
         self._extend(tool_calls=list(self._calls))
+        return True
 
     def answer(self, message: ChatMessage) -> bool:
         """False where the answer's call was not made in the turn before."""

@@ -16,6 +16,7 @@ from server.api.responses.body import ResponseBody
 from server.api.responses.output import Event, Output
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
+from server.api.turns import Conversation, turn_of
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import InvalidRequestError, NotFoundError
@@ -43,15 +44,17 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
     tools = resolve_tools(body, engine.info.call_format)
     rendering = body.chat_rendering(tools.offered)
     with _own_names():
-        prompt, opening = await read_chat(request, body.messages, rendering)
+        chat = await read_chat(request, body, body.messages, rendering)
         generation = await start(
             request,
             body,
-            [prompt],
+            [chat.prompt],
             max_tokens=body.max_output_tokens,
             logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
             tools=tools,
-            opening=opening,
+            opening=chat.opening,
+            turn=await turn_of(request, body, Conversation(body.messages, rendering)),
+            instructed=None if chat.instructed is None else [chat.instructed],
         )
     return await _Writer(request, body, generation).respond()
 

@@ -31,6 +31,7 @@ from server.engines.checkpoint.gguf_config import ALIASES, complete_config, refu
 from server.engines.checkpoint.gguf_header import GgufHeader, read_header
 from server.engines.checkpoint.inspection import one_line, refuse_other_architectures
 from server.engines.checkpoint.json_files import listed
+from server.engines.checkpoint.manifest import check_manifest, write_manifest
 from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.engines.checkpoint.weights import refuse_wrong_tensors
@@ -78,6 +79,7 @@ def gguf_folder(file: Path) -> Path:
         with FileLock(root / f"{folder.name}.lock"):
             if not _is_from(folder, source):
                 _convert(header, folder, source)
+    check_manifest(folder)
     return folder
 
 
@@ -168,6 +170,7 @@ def _convert(header: GgufHeader, folder: Path, source: dict[str, Any]) -> None:
     try:
         write_as_folder(header.path, scratch)
         (scratch / _SOURCE).write_text(json.dumps(source))
+        write_manifest(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
     except OSError as error:

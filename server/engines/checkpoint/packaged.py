@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from server.engines.checkpoint.manifest import check_manifest, write_manifest
 from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
@@ -72,6 +73,7 @@ def packaged_model_folder(packaged: PackagedModel) -> Path:
     folder = root / f"{packaged.name}-{packaged.version}"
     if (folder / "config.json").is_file():
         refuse_strangers(folder)
+        check_manifest(folder)
         return folder
     own_folder(root, mode=0o755)
     with FileLock(root / f"{folder.name}.lock"):
@@ -95,6 +97,7 @@ def _convert(packaged: PackagedModel, folder: Path) -> None:
     gguf.unlink()
     # A scratch folder is its maker's alone; the cache is for whoever may read its parent, as in the container image.
     scratch.chmod(0o755)
+    write_manifest(scratch)
     for file in scratch.iterdir():
         file.chmod(0o644)
     os.replace(scratch, folder)

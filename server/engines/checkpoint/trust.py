@@ -1,7 +1,7 @@
 """Whose word a cache of converted models is: nobody's but this user's and root's, who could change the program too.
 
-A digest beside the files would say no more, since whoever can change them could change it as well. Enter at
-`refuse_strangers`.
+Digests beside the files say no more of that, since whoever can change them could change those as well; they tell of
+damage (manifest.py). Enter at `refuse_strangers`.
 """
 
 from __future__ import annotations

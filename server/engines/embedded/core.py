@@ -17,11 +17,13 @@ from torch import Tensor
 
 from server.control.editor import GroupStats, StateEditor
 from server.control.objective_rows import scores
+from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
+from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.layout import Segment
@@ -106,8 +108,8 @@ class EngineCore:
         )
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
-        self._is_controlled: list[bool] = []
-        """Of the plan's rows, on whose tokens control acts."""
+        self._plan_controls: list[ControlParams | None] = []
+        """Of the plan's rows, what acts on their tokens."""
 
     @property
     def lm_head(self) -> LMHead:
@@ -149,25 +151,32 @@ class EngineCore:
         check_structure(request, self._markup)
         if isinstance(request.structure, CompiledSchema):
             request.structure.check_copies(request.num_sequences, param=request.sequences_param)
-        check_room(request, max_rows=self.max_batch_size, num_pages=self.page_pool.num_pages - 1)
+        room = {"max_rows": self.max_batch_size, "num_pages": self.page_pool.num_pages - 1}
+        check_room(request, **room)
+        check_shadows(request, **room)
 
     def sequences(
-        self, request: GenerationRequest, emit: Callable[[GenerationChunk], None], *, keep_states: bool = False
+        self,
+        request: GenerationRequest,
+        emit: Callable[[GenerationChunk], None],
+        *,
+        keep_states: bool = False,
+        observer: EngineObserver | None = None,
     ) -> list[Sequence]:
         """The request's choices, ready for `add`. The request must have passed `check`."""
         choices = Sequence.choices(
             request,
             make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
-            observer=self._observer,
+            observer=observer or self._observer,
             eos_token_ids=self._eos_token_ids,
             markup=self._markup,
             keep_states=keep_states,
         )
-        return with_candidates(choices)
+        return with_candidates(with_shadows(choices))
 
     def add(self, sequences: list[Sequence]) -> None:
-        self._scheduler.waiting.extend(sequences)
+        self._scheduler.add(sequences)
 
     @torch.inference_mode()
     def abort(self, sequences: list[Sequence]) -> None:
@@ -190,8 +199,8 @@ class EngineCore:
         try:
             step = self._scheduler.schedule(time.monotonic())
             rows, hidden_BD = self._forward(step)
-            if rows:
-                self._sample(rows, hidden_BD)
+            while rows:
+                rows, hidden_BD = self._sample(rows, hidden_BD)
             self._scheduler.took(step, self._clock() - started_s)
         except Exception:
             _log.exception("A step failed; its sequences end with an error")
@@ -236,8 +245,11 @@ class EngineCore:
                 computed.append((sequence, hidden_TD[first - 1]))
         for sequence, segment in step.chunks:
             end = first + len(segment.token_ids)
-            self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
-            add_token_values(sequence, hidden_TD[first:end], self.registry)
+            if sequence.shadow_of is None:
+                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+                add_token_values(sequence, hidden_TD[first:end], self.registry)
+            if sequence.prompt_states is not None:
+                sequence.prompt_states.append(hidden_TD[first:end])
             if segment.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
@@ -251,12 +263,11 @@ class EngineCore:
                 continue  # It was preempted: its tokens are fed again from the next step on.
             assert sequence.group.last_hidden_D is not None
             computed.append((sequence, sequence.group.last_hidden_D))
-        drawing = self._candidates.settle(computed)
-        hidden_BD = torch.stack([hidden_D for _, hidden_D in drawing]) if drawing else torch.empty(0)
-        return [sequence for sequence, _ in drawing], hidden_BD
+        drawing = self._candidates.settle(both_read(computed))
+        return [sequence for sequence, _ in drawing], _stacked(drawing)
 
-    def _sample(self, rows: list[Sequence], hidden_BD: Tensor) -> None:
-        """Edit, draw a token for each row, and hand it on."""
+    def _sample(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[list[Sequence], Tensor]:
+        """Edit, draw a token for each row, and hand it on; the rows that a guardrail lets draw again, and from what."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
         drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
         drawn_BV = constrained(drawn_BV, [s.held_to for s in rows])
@@ -264,25 +275,43 @@ class EngineCore:
         logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
         numbers = edits_by_row(stats)
         now_s = time.monotonic()
+        again: list[tuple[Sequence, Tensor]] = []
         for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if sequence.owner.state is SequenceState.FINISHED:
                 continue  # Another candidate has failed.
-            if sequence.states is not None:
-                sequence.states.append(hidden_BD[i])
             with self._failing_alone(sequence):
                 if token_id < 0:
                     raise FloatingPointError("no token has a finite logit")
+                if sequence.breaks_guard(numbers.get(i)):
+                    again += self._repair(sequence, numbers[i], hidden_BD[i])
+                    continue
+                if sequence.states is not None:
+                    sequence.states.append(hidden_BD[i])
+                if sequence.guard is not None:
+                    sequence.hold(hidden_BD[i])
                 self._grow(sequence, token_id, logprobs.get(i), numbers.get(i), now_s)
+        return [sequence for sequence, _ in again], _stacked(again)
+
+    def _repair(self, sequence: Sequence, numbers: list[float], hidden_D: Tensor) -> list[tuple[Sequence, Tensor]]:
+        """After a token from a state below its guardrail's bound: the sequence and the state that it draws from again,
+        or neither where it ends. Nothing is computed anew, and its neighbours draw once as ever."""
+        assert sequence.guard is not None
+        sequence.emit(sequence.guard.dropped())
+        state_D = sequence.draw_again(numbers, hidden_D)
+        if state_D is None:
+            self._finish(sequence, FinishReason.GUARDRAIL, sequence.guarded_end())
+            return []
+        self._scheduler.truncate(sequence)
+        return [(sequence, state_D)]
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
-        is_controlled = [sequence.is_controlled for sequence in rows]
-        if rows != self._plan_rows or is_controlled != self._is_controlled:
-            controls = [s.request.control if acts else None for s, acts in zip(rows, is_controlled, strict=True)]
+        controls = [sequence.acting_control for sequence in rows]
+        if rows != self._plan_rows or any(a is not b for a, b in zip(controls, self._plan_controls, strict=True)):
             self._plan = self.editor.plan(controls, self.registry, device=hidden_BD.device)
-            self._plan_rows, self._is_controlled = rows, is_controlled
+            self._plan_rows, self._plan_controls = rows, controls
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
-        logits_BV, stats = self.editor.logits(hidden_BD, plan)
+        logits_BV, stats = self.editor.logits(hidden_BD, plan, instructed_states(rows))
         if stats:
             self._observer.on_edit(duration_s=time.perf_counter() - started_s)
         return logits_BV, stats
@@ -332,3 +361,8 @@ class EngineCore:
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):
             for rival in sequence.rivals.members:
                 self._finish(rival, reason)
+
+
+def _stacked(rows: list[tuple[Sequence, Tensor]]) -> Tensor:
+    """The states [B, D] of rows."""
+    return torch.stack([hidden_D for _, hidden_D in rows]) if rows else torch.empty(0)

@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from server.calls.structure import CallStructure
-from server.engines.base import ChunkStream, EngineObserver, EngineStatus, check_heads
+from server.engines.base import ChunkStream, EngineObserver, EngineStatus, TrainingSources, check_heads
 from server.engines.checks import check_is_text
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.given_texts import EngineTextSource
+from server.engines.embedded.instructed import EngineInstructedSource
 from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.spare_rows import SpareRows
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.heads import HeadSource, OfferedHead, with_head, without_head
 from server.engines.model_engine import ModelEngine
@@ -47,6 +52,7 @@ class EmbeddedEngine(ModelEngine):
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
         self._schemas: SchemaCompiler | None = None
+        self._training_tokenizer: Any = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
@@ -95,7 +101,7 @@ class EmbeddedEngine(ModelEngine):
         core = self._checked_core(request)
 
         def close(is_complete: bool) -> None:
-            self._num_open -= request.num_sequences
+            self._num_open -= request.num_rows
             if not is_complete:
                 # By identity: request ids come from clients, and two may be the same.
                 with contextlib.suppress(EngineStoppedError):
@@ -104,8 +110,21 @@ class EmbeddedEngine(ModelEngine):
         stream = ChunkQueue(request.num_choices, close)
         sequences = core.sequences(request, stream.put_threadsafe)
         self._post(lambda: core.add(sequences))
-        self._num_open += request.num_sequences
+        self._num_open += request.num_rows
         return stream
+
+    def training_sources(self, check: Callable[[], None]) -> TrainingSources:
+        """See `Engine.training_sources`."""
+        core = self._running_core()
+        assert self._heads is not None
+        with self._encoding:
+            # One for all jobs, which take turns; requests have theirs.
+            self._training_tokenizer = self._training_tokenizer or copy.deepcopy(self._tokenizer)
+        loaded = replace(self._model(), tokenizer=self._training_tokenizer)
+        rows = SpareRows(loaded, core, self._post, check)
+        return TrainingSources(
+            EngineTextSource(loaded, rows), EngineInstructedSource(loaded, rows), self._heads.location, rows.close
+        )
 
     @property
     def _heads_device(self) -> torch.device:

@@ -18,7 +18,8 @@ from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
-from server.engines.embedded.rollouts import response_seed
+from server.engines.embedded.spare_rows import SpareRows
+from server.engines.rollout_prompts import response_seed
 from server.errors import InvalidRequestError
 from server.types import ChatRendering
 from value_models.errors import TextsFileError
@@ -28,7 +29,7 @@ from value_models.scored_texts import ScoreSettings
 
 _PASS_TOKENS = 1024
 """Texts are read together up to so many tokens; a longer one is read alone."""
-_LOGITS_TOKENS = 256
+LOGITS_TOKENS = 256
 """Of so many tokens at once the logits are in memory."""
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -47,9 +48,9 @@ class _Encoded:
 
 
 class EngineTextSource:
-    """Reads texts with an `EngineCore` from the calling thread."""
+    """Reads texts with an `EngineCore` from the calling thread, or with one that runs."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+    def __init__(self, loaded: LoadedModel, core: EngineCore | SpareRows) -> None:
         self.loaded = loaded
         self.core = core
 
@@ -76,8 +77,7 @@ class EngineTextSource:
         Raises InvalidRequestError or TextsFileError for what `check` refuses.
         """
         encoded = [self._encode(text, settings) for text in texts]
-        limit = min(num_pages_for(_PASS_TOKENS), self.core.page_pool.num_pages - 1)
-        for group in _passes(encoded, limit):
+        for group in passes([len(text.read) for text in encoded], pages_of_a_pass(self.core)):
             states = self.core.states_of([encoded[index].read for index in group])
             for index, states_TD in zip(group, states, strict=True):
                 yield self._rollout(texts[index], encoded[index], states_TD, settings)
@@ -90,7 +90,7 @@ class EngineTextSource:
         given = torch.tensor(encoded.response, device=states_TD.device)
         grads: list[Tensor] = []
         drawn_grads: list[Tensor] = []
-        for states, tokens in zip(states_TD.split(_LOGITS_TOKENS), given.split(_LOGITS_TOKENS), strict=True):
+        for states, tokens in zip(states_TD.split(LOGITS_TOKENS), given.split(LOGITS_TOKENS), strict=True):
             probabilities = self.core.lm_head.logits(states).softmax(dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             grads.append(self.core.lm_head.logp_grads(states, tokens))
@@ -150,12 +150,12 @@ class EngineTextSource:
         return ends[-1:]
 
 
-def _passes(encoded: Sequence[_Encoded], limit: int) -> Iterator[list[int]]:
-    """Indices of texts that are read together, in at most `limit` pages if they are several."""
+def passes(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of texts of so many tokens that are read together, in at most `limit` pages if they are several."""
     group: list[int] = []
     num_pages = 0
-    for index, text in enumerate(encoded):
-        pages = num_pages_for(len(text.read))
+    for index, length in enumerate(lengths):
+        pages = num_pages_for(length)
         if group and num_pages + pages > limit:
             yield group
             group, num_pages = [], 0
@@ -163,3 +163,8 @@ def _passes(encoded: Sequence[_Encoded], limit: int) -> Iterator[list[int]]:
         num_pages += pages
     if group:
         yield group
+
+
+def pages_of_a_pass(core: EngineCore | SpareRows) -> int:
+    """How many pages texts that are read together may take."""
+    return min(num_pages_for(_PASS_TOKENS), core.page_pool.num_pages - 1)

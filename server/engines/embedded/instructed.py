@@ -27,12 +27,21 @@ class EngineInstructedSource(EngineRolloutSource):
         return self.core.lm_head
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
-        """A chat's tokens, with the instruction as its system message. Raises InstructionError."""
-        system = [] if instruction is None else [{"role": "system", "content": instruction}]
+        """A chat's tokens, with the instruction as its system message, before that of its own if it has one.
+
+        Raises InstructionError.
+        """
         try:
-            return encode_chat(self.loaded.tokenizer, [*system, {"role": "user", "content": prompt.text}])
+            return encode_chat(self.loaded.tokenizer, self.messages(prompt, instruction))
         except InvalidRequestError as error:
             raise InstructionError(f"instruction: {error}") from error
+
+    def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
+        turns = prompt.turns()
+        if instruction is not None:
+            own = f"\n\n{turns.pop(0)['content']}" if turns[0]["role"] == "system" else ""
+            turns.insert(0, {"role": "system", "content": f"{instruction}{own}"})
+        return turns
 
     def texts(
         self, prompts: Sequence[RolloutPrompt], instruction: str, contrast: str | None, settings: RolloutSettings
@@ -42,7 +51,7 @@ class EngineInstructedSource(EngineRolloutSource):
         Raises InstructionError where the model has no place for an instruction, RolloutError for a prompt that does
         not fit, RuntimeError when the engine fails.
         """
-        self._check_is_read(prompts[0], instruction)
+        self.check_is_read(prompts[0], instruction)
         by_id = {prompt.id: prompt for prompt in prompts}
         for side in (instruction, contrast):
             for sequence, _, _ in self._run(prompts, settings, control=None, instruction=side):
@@ -58,7 +67,7 @@ class EngineInstructedSource(EngineRolloutSource):
                     contrasted_TD=states[contrast].cpu(),
                 )
 
-    def _check_is_read(self, prompt: RolloutPrompt, instruction: str) -> None:
+    def check_is_read(self, prompt: RolloutPrompt, instruction: str) -> None:
         """Some templates pass over system messages without a word."""
         if self.encode(prompt, instruction) == self.encode(prompt, f"{instruction} {instruction}"):
             raise InstructionError(

@@ -13,13 +13,13 @@ class PrefixCache:
 
     def known_pages(self, sequence: Sequence) -> list[int]:
         """Pages that nobody need compute; the last token is always computed, for its state."""
-        if not self._is_on or sequence.request.reads_whole_prompt:
+        if not self._is_on or sequence.is_background or sequence.request.reads_whole_prompt:
             return []
         return self._pool.find(_digests(sequence, (sequence.prompt_len - 1) // PAGE_TOKENS))
 
     def remember(self, sequence: Sequence) -> None:
-        """Keep what it has computed of its prompt for later ones."""
-        if not self._is_on:
+        """Keep what it has computed of its prompt for later ones; nobody sends what runs in the background again."""
+        if not self._is_on or sequence.is_background:
             return
         num_full = sequence.num_prompt_computed // PAGE_TOKENS
         for page, digest in zip(sequence.pages, _digests(sequence, num_full), strict=False):

@@ -5,22 +5,24 @@ Implements `value_models.rollouts.RolloutSource`, and gives evaluation its sampl
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from server.control.params import ControlParams
-from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
+from server.engines.embedded.spare_rows import SpareRows
+from server.engines.instruction import encode_instructed
+from server.engines.rollout_prompts import encode_prompt, rollout_request
 from server.errors import InvalidRequestError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams
+from server.types import FinishReason, GenerationChunk, GenerationRequest
 from value_models.errors import RolloutError
 from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.prompt_sets import RolloutPrompt
@@ -28,9 +30,9 @@ from value_models.rollouts import Rollout, RolloutSettings
 
 
 class EngineRolloutSource:
-    """Drives an `EngineCore` from the calling thread until all responses are there."""
+    """Drives an `EngineCore` from the calling thread until all responses are there, or waits for one that runs."""
 
-    def __init__(self, loaded: LoadedModel, core: EngineCore) -> None:
+    def __init__(self, loaded: LoadedModel, core: EngineCore | SpareRows) -> None:
         self.loaded = loaded
         self.core = core
 
@@ -94,12 +96,24 @@ class EngineRolloutSource:
             )
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
-        """A prompt's tokens, with an instruction put before it."""
-        text = prompt.text if instruction is None else f"{instruction}\n\n{prompt.text}"
-        if prompt.format == "chat":
-            return encode_chat(self.loaded.tokenizer, [{"role": "user", "content": text}])
-        tokenizer: Any = self.loaded.tokenizer
-        return tokenizer(text)["input_ids"]
+        """Raises InvalidRequestError; see `encode_prompt`."""
+        return encode_prompt(self.loaded.tokenizer, prompt, instruction)
+
+    def messages(self, prompt: RolloutPrompt, instruction: str | None) -> list[dict[str, str]]:
+        """Those of a chat, with an instruction before what the user says last."""
+        return prompt.turns(instruction)
+
+    def guided(self, request: GenerationRequest, prompt: RolloutPrompt, instruction: str | None) -> GenerationRequest:
+        """The request with its prompt behind the instruction that its control follows, if it does.
+
+        Raises InvalidRequestError where there is no place for one.
+        """
+        followed = None if request.control is None else request.control.instruction
+        if followed is None:
+            return request
+        messages = self.messages(prompt, instruction) if prompt.format == "chat" else None
+        ids = encode_instructed(self.loaded.tokenizer, followed.text, request.prompt_token_ids, messages)
+        return replace(request, instructed_token_ids=tuple(ids))
 
     @torch.inference_mode()
     def nll(self, states_TD: Tensor, token_ids: list[int]) -> float:
@@ -119,43 +133,39 @@ class EngineRolloutSource:
         spent_s: dict[TokenSequence, float] = {}
         open_sequences: list[TokenSequence] = []
         texts: dict[tuple[str, int], list[str]] = {}
+        ended: set[tuple[str, int]] = set()
         for prompt in prompts:
-            request = GenerationRequest(
-                request_id=prompt.id,
-                prompt_token_ids=tuple(self.encode(prompt, instruction)),
-                sampling=SamplingParams(
-                    max_tokens=settings.max_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=response_seed(settings.seed, prompt.id),
-                ),
-                control=control,
-                num_choices=settings.num_samples,
-            )
             try:
+                request = rollout_request(prompt, self.encode(prompt, instruction), settings, control=control)
+                request = self.guided(request, prompt, instruction)
                 self.core.check(request)
             except InvalidRequestError as error:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
                 texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
+                if chunk.finish_reason is not None:
+                    ended.add((prompt_id, chunk.index))
 
             sequences = self.core.sequences(request, emit, keep_states=True)
             open_sequences += sequences
             self.core.add(sequences)
         while open_sequences:
             started_s = time.perf_counter()
-            self.core.step()
+            # An engine that runs goes on meanwhile, and what it gave may have been handed on already.
+            if not any(_key(sequence) in ended for sequence in open_sequences):
+                self.core.step()
             served = [sequence for sequence in open_sequences if sequence.state is not SequenceState.WAITING]
             for sequence in served:
                 spent_s[sequence] = spent_s.get(sequence, 0.0) + (time.perf_counter() - started_s) / len(served)
-            done = [sequence for sequence in open_sequences if sequence.finish_reason is not None]
-            open_sequences = [sequence for sequence in open_sequences if sequence.finish_reason is None]
+            # By their chunks, which an engine in another thread may hand on later.
+            done = [sequence for sequence in open_sequences if _key(sequence) in ended]
+            open_sequences = [sequence for sequence in open_sequences if _key(sequence) not in ended]
             for sequence in done:
-                request_id = sequence.request.request_id
+                request_id, _ = key = _key(sequence)
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop((request_id, sequence.index))), spent_s.pop(sequence)
+                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence, 0.0)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:
@@ -170,15 +180,14 @@ class EngineRolloutSource:
         """In reward units, at the state behind its last token."""
         if not heads or not sequence.states:
             return {}
+        assert isinstance(self.core, EngineCore), "values are asked for by evaluation alone"
         stack = self.core.registry.stack(tuple(heads))
         values_RK, _ = stack.readout(stack.inputs(sequence.states[-1][None].float()))
         return dict(zip(heads, stack.rewards(values_RK)[0].tolist(), strict=True))
 
 
-def response_seed(seed: int, prompt_id: str) -> int:
-    """Of the random streams of a prompt's responses."""
-    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
+def _key(sequence: TokenSequence) -> tuple[str, int]:
+    return sequence.request.request_id, sequence.index
 
 
 def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:

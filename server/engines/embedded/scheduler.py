@@ -6,15 +6,18 @@ come, first served, as long as rows and pages last, but a prompt comes in only w
 short ones may then pass those before them. When pages run out, the sequence that was admitted last gives its own up and
 waits at the head of the queue: it keeps its tokens, and later computes its prompt again and feeds those tokens through
 as decode rows, so nothing in it changes. Candidates for a choice's next block (candidates.py) run behind it and lose
-their pages with it. Knows nothing of models, sampling or control. Enter at `Scheduler.schedule`.
+their pages with it, as does the shadow of a choice that follows an instruction (guidance.py), which is scheduled as any
+other once the choice is in. Sequences in the background (background.py) are scheduled last, and give way first. Knows
+nothing of models, sampling or control. Enter at `Scheduler.schedule`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from server.engines.embedded.background import in_background, of_requests, shared_budget
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
 from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
@@ -61,7 +64,9 @@ class Scheduler:
         assert chunk_tokens >= PAGE_TOKENS
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of admission; candidates behind the choice that leads them."""
+        """In order of admission; candidates and a shadow behind their choice."""
+        self.background: deque[Sequence] = deque()
+        """Those that wait in the background."""
         self.pool = PagePool(kv.num_pages)
         self.num_preemptions = self.num_cache_queries = self.num_cache_hits = 0
         self._kv = kv
@@ -72,31 +77,38 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.background)
 
     @property
     def num_rows(self) -> int:
-        """Rows that are taken or set aside."""
-        return sum(sequence.num_rows for sequence in self.running)
+        """Rows that requests have taken or set aside."""
+        return sum(sequence.num_rows for sequence in of_requests(self.running))
 
     def sequences(self) -> Iterator[Sequence]:
         """Everything that is not finished."""
         yield from list(self.running)
         yield from list(self.waiting)
+        yield from list(self.background)
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._queue_of(sequence).append(sequence)
 
     def schedule(self, now_s: float) -> Step:
         """Admit who can be, find pages for all, and say what to compute."""
         step = Step()
-        for sequence in list(self.running):
+        for sequence in of_requests(self.running):
             is_usual = sequence.state is SequenceState.DECODING and sequence.num_unread == 1
             if is_usual and (rows := self._decode_rows(sequence, 1)):
                 step.decoding.append((sequence, rows))
         self._admit(now_s)
         num_usual = len(step.decoding)
-        self._read(step, self._budget(num_usual))
-        # Who was preempted on the way has no pages any more.
-        step.num_usual = sum(bool(sequence.pages) for sequence, _ in step.decoding[:num_usual])
-        step.decoding = [pair for pair in step.decoding if pair[0].pages]
+        budget = self._budget(num_usual)
+        self._read(step, budget, of_requests(self.running))
+        self._use_what_is_left(step, budget, now_s)
+        # Who was preempted on the way decodes no more, even where it has come in anew, and has no pages otherwise.
+        step.num_usual = sum(_decodes(sequence) for sequence, _ in step.decoding[:num_usual])
+        step.decoding = [pair for pair in step.decoding if _decodes(pair[0])]
         step.chunks = [pair for pair in step.chunks if pair[0].pages]
         step.complete = [sequence for sequence in step.complete if sequence.pages]
         return step
@@ -138,6 +150,12 @@ class Scheduler:
         leader.num_computed = winner.num_computed
         self._drop_candidates(leader)
 
+    def truncate(self, sequence: Sequence) -> None:
+        """Give back the pages behind the positions that a sequence has left, after it took tokens back."""
+        kept = num_pages_for(sequence.num_computed)
+        self.pool.release(sequence.pages[kept:])
+        del sequence.pages[kept:]
+
     def advance(self, step: Step) -> None:
         """The step is computed: count its positions, and remember full pages for later prompts."""
         for sequence, rows in step.decoding:
@@ -151,7 +169,7 @@ class Scheduler:
         """Finish a sequence wherever it is and free its pages; the pages that the next holder must find cleared."""
         forgotten: list[int] = []
         if sequence.state is SequenceState.WAITING:
-            self.waiting.remove(sequence)
+            self._queue_of(sequence).remove(sequence)
         else:
             # What did not end well may have left something non-finite.
             forgotten = self._evict(sequence, forget=reason not in {FinishReason.STOP, FinishReason.LENGTH})
@@ -165,7 +183,7 @@ class Scheduler:
         """
         while self.waiting:
             oldest = self.waiting[0]
-            before = sum(r.num_unread for r in self._readers() if r.arrival_s <= oldest.arrival_s)
+            before = sum(r.num_unread for r in self._request_readers() if r.arrival_s <= oldest.arrival_s)
             if before >= self._chunk_tokens and not oldest.group.residents:
                 self._admit_shorter(now_s, stuck=None)
                 return
@@ -180,7 +198,7 @@ class Scheduler:
         for sequence in sorted(self.waiting, key=lambda sequence: sequence.prompt_len):
             if stuck is not None and stuck.num_passed >= self._max_batch_size:
                 return
-            before = sum(r.num_unread for r in self._readers() if r.num_unread <= sequence.prompt_len)
+            before = sum(r.num_unread for r in self._request_readers() if r.num_unread <= sequence.prompt_len)
             if before >= self._chunk_tokens // 2 and not sequence.group.residents:
                 return
             if sequence is stuck:
@@ -195,31 +213,78 @@ class Scheduler:
         num_rows = self.num_rows + sequence.num_rows
         if num_rows > self._max_batch_size:
             return False
-        known = [] if sequence.group.residents else self._prefixes.known_pages(sequence)
-        self.pool.share(known)
-        # A choice whose siblings run shares their pages but for one.
-        missing = 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
-        # Each row may soon want a page more, and this one's first is among the missing.
-        if self.running and missing + num_rows - 1 > self.pool.num_available:
-            self.pool.release(known)
+        entering = [(one, [] if one.group.residents else self._prefixes.known_pages(one)) for one in sequence.both]
+        for _, known in entering:
+            self.pool.share(known)
+        # Each row may soon want a page more, and those that come in have their first among the missing.
+        wanted = sum(_num_missing(one, known) for one, known in entering) + num_rows - len(entering)
+        self._clear_background(num_rows, wanted)
+        if self.running and wanted > self.pool.num_available:
+            for _, known in entering:
+                self.pool.release(known)
             return False
         self.waiting.remove(sequence)
+        for one, known in entering:
+            self._begin(one, known, now_s)
+        return True
+
+    def _begin(self, sequence: Sequence, known: list[int], now_s: float) -> None:
+        """Let it run with the known pages and those that it lacks, which are there."""
+        missing = _num_missing(sequence, known)
         if not sequence.group.residents:
             self.num_cache_queries += sequence.prompt_len
             self.num_cache_hits += len(known) * PAGE_TOKENS
-        sequence.pages = known + (self.pool.take(missing) or [])
-        sequence.num_computed = len(known) * PAGE_TOKENS
+        self._start(sequence, known + (self.pool.take(missing) or []), len(known) * PAGE_TOKENS, now_s)
+
+    def _start(self, sequence: Sequence, pages: list[int], num_computed: int, now_s: float) -> None:
+        sequence.pages, sequence.num_computed = pages, num_computed
         sequence.state, sequence.num_passed = SequenceState.PREFILLING, 0
         sequence.scheduled_s = sequence.scheduled_s or now_s
         sequence.group.residents.append(sequence)
         self.running.append(sequence)
-        return True
 
-    def _readers(self) -> list[Sequence]:
+    def _use_what_is_left(self, step: Step, budget: Budget, now_s: float) -> None:
+        """Give the background what requests leave: beside them a few tokens of a step, and all of one without them."""
+        has_requests = bool(self.waiting or of_requests(self.running))
+        budget = shared_budget(budget) if has_requests else Budget(self._chunk_tokens)
+        self._admit_background(now_s, most=budget.tokens if has_requests else self._max_batch_size)
+        for sequence in in_background(self.running):
+            is_usual = sequence.state is SequenceState.DECODING and sequence.num_unread == 1
+            # Who is not given a token this time keeps its pages and is looked at again in the next step.
+            is_next = is_usual and (not has_requests or budget.take(sequence.num_computed, 1) > 0)
+            if is_next and (rows := self._decode_rows(sequence, 1)):
+                step.decoding.append((sequence, rows))
+        self._read(step, budget, in_background(self.running))
+
+    def _admit_background(self, now_s: float, *, most: int) -> None:
+        """Let those in that fit beside everything that runs, until `most` of them do."""
+        num_inside = len(in_background(self.running))
+        num_rows = self.num_rows + num_inside
+        while self.background and not self.waiting and num_inside < most and num_rows < self._max_batch_size:
+            sequence = self.background[0]
+            missing = num_pages_for(sequence.prompt_len)
+            # As for requests, each row may soon want a page more.
+            if self.running and missing + num_rows > self.pool.num_available:
+                return
+            self.background.popleft()
+            self._start(sequence, self.pool.take(missing) or [], 0, now_s)
+            num_rows, num_inside = num_rows + 1, num_inside + 1
+
+    def _clear_background(self, num_rows: int, num_pages: int) -> None:
+        """Have the background give way until requests have so many rows and a new one finds so many pages."""
+        while inside := in_background(self.running):
+            if num_rows + len(inside) <= self._max_batch_size and num_pages <= self.pool.num_available:
+                return
+            self._preempt(inside[-1])
+
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self.background if sequence.is_background else self.waiting
+
+    def _readers(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """Those with more to compute than a usual row: of siblings only one, and none if one has read the prompt."""
         groups: set[int] = set()
         readers: list[Sequence] = []
-        for sequence in self.running:
+        for sequence in sequences:
             if sequence.state is SequenceState.DECODING and sequence.num_unread > 1:
                 readers.append(sequence)
             elif (
@@ -231,19 +296,23 @@ class Scheduler:
                 readers.append(sequence)
         return readers
 
+    def _request_readers(self) -> list[Sequence]:
+        return self._readers(of_requests(self.running))
+
     def _budget(self, num_rows: int) -> Budget:
         return Budget(self._chunk_tokens) if self._pace is None else self._pace.budget(num_rows, self._chunk_tokens)
 
-    def _read(self, step: Step, budget: Budget) -> None:
+    def _read(self, step: Step, budget: Budget, sequences: Iterable[Sequence]) -> None:
         """Share the budget out among prompts, and sequences that feed again what they had before.
 
         A choice whose prompt a sibling has computed, or computes in this step, needs no chunk of its own.
         """
-        readers = sorted(self._readers(), key=lambda reader: reader.arrival_s)
+        sequences = list(sequences)
+        readers = sorted(self._readers(sequences), key=lambda reader: reader.arrival_s)
         unread = [(reader.num_computed, reader.num_unread) for reader in readers]
         taken = dict(zip(map(id, readers), share_out(unread, budget), strict=True))
         computed: set[int] = set()
-        for sequence in list(self.running):
+        for sequence in sequences:
             count = taken.get(id(sequence), 0)
             if not sequence.pages:
                 continue
@@ -279,30 +348,38 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, missing: int) -> bool:
-        """Preempt who was admitted last until so many pages are there; False when that was the sequence itself."""
+        """Preempt who was admitted last, before all in the background, until so many pages are there.
+
+        False when that was the sequence itself.
+        """
         while missing > self.pool.num_available:
-            victim = self.running[-1].owner
+            victim = [*of_requests(self.running), *in_background(self.running)][-1].owner
             self._preempt(victim)
             if victim is sequence.owner:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.num_preemptions += 1
+        self.num_preemptions += not sequence.is_background
         self._evict(sequence)
         if sequence.state is SequenceState.PREFILLING and sequence.num_computed:
             # They come again with the prompt.
             del sequence.group.prompt_logprobs[1:]
             sequence.group.token_values.clear()
+            if sequence.prompt_states is not None:
+                sequence.prompt_states.clear()
         sequence.state, sequence.num_computed = SequenceState.WAITING, 0
-        self.waiting.appendleft(sequence)
+        self._queue_of(sequence).appendleft(sequence)
 
     def _evict(self, sequence: Sequence, *, forget: bool = False) -> list[int]:
         forgotten = self._drop_candidates(sequence, forget=forget)
-        self.running.remove(sequence)
-        sequence.group.residents.remove(sequence)
-        forgotten += self.pool.release(sequence.pages, forget=forget)
-        sequence.pages = []
+        for one in sequence.both:
+            self.running.remove(one)
+            one.group.residents.remove(one)
+            forgotten += self.pool.release(one.pages, forget=forget)
+            one.pages, one.waiting_D = [], None
+        if (shadow := sequence.shadow) is not None:
+            shadow.state, shadow.num_computed = SequenceState.WAITING, 0
         return forgotten
 
     def _drop_candidates(self, leader: Sequence, *, forget: bool = False) -> list[int]:
@@ -316,6 +393,15 @@ class Scheduler:
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
         return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.state is SequenceState.DECODING
+
+
+def _num_missing(sequence: Sequence, known: list[int]) -> int:
+    """Pages that it lacks to read its prompt, of which these are known; one whose siblings run shares all but one."""
+    return 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
 
 
 def _next_chunk(sequence: Sequence, count: int) -> Segment:

@@ -67,6 +67,10 @@ class Sequence(Choice):
     """Of one with a structure: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
+    prompt_states: list[Tensor] | None = None
+    """With a list, so are those of the prompt's tokens, a tensor for each piece that is read."""
+    is_background: bool = False
+    """Whether it gets only what requests leave of rows, pages and steps (background.py)."""
     state: SequenceState = SequenceState.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -81,6 +85,12 @@ class Sequence(Choice):
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
+    shadow: Sequence | None = None
+    """Of a choice that follows an instruction: what reads its text behind that (guidance.py)."""
+    shadow_of: Sequence | None = None
+    """Of a shadow: its choice, whose list of tokens it has."""
+    waiting_D: Tensor | None = None
+    """Of these two, the state behind the text, where the other has not read that yet."""
     _matcher: SchemaMatcher | None = None
 
     @classmethod
@@ -102,7 +112,7 @@ class Sequence(Choice):
         rules = LogitRules.of(sampling, request.prompt_token_ids)
         structure = request.structure
         assert structure is None or isinstance(structure, CompiledSchema)
-        return [
+        made: list[Sequence] = [
             cls.of(
                 request,
                 index,
@@ -123,6 +133,15 @@ class Sequence(Choice):
             )
             for index in range(request.best_of or request.num_choices)
         ]
+        for choice in made:
+            if choice.guard is not None:
+                choice.emit = choice.guard.through(emit)
+        return made
+
+    @property
+    def both(self) -> list[Sequence]:
+        """It and its shadow, if it has one."""
+        return [self] if self.shadow is None else [self, self.shadow]
 
     @property
     def prompt_len(self) -> int:
@@ -141,13 +160,15 @@ class Sequence(Choice):
 
     @property
     def num_rows(self) -> int:
-        """Rows of a step that are set aside for it: a choice's candidates need theirs at once."""
-        return 0 if self.leader is not None else max(len(self.candidates), 1)
+        """Rows of a step that are set aside for it: a choice's candidates or its shadow need theirs at once."""
+        if self.owner is not self:
+            return 0
+        return max(len(self.candidates), 1) + (self.shadow is not None)
 
     @property
     def owner(self) -> Sequence:
-        """What is scheduled, preempted and finished as one: for a candidate for a block, its leader."""
-        return self if self.leader is None else self.leader
+        """What is scheduled, preempted and finished as one: a candidate's leader, for a block, or a shadow's choice."""
+        return self.leader or self.shadow_of or self
 
     @property
     def own_trial(self) -> Trial:
@@ -186,12 +207,48 @@ class Sequence(Choice):
         self.follow(other)
         self._matcher = None if other.matcher is None else other.matcher.copy()
 
+    def hold(self, hidden_D: Tensor) -> None:
+        """Its guardrail holds the token that it grows by next, which is drawn from this state."""
+        assert self.guard is not None
+        # A copy, or the states of the whole step would stay.
+        self.guard.hold(self.saved(), DrawnFrom(hidden_D.clone(), self._num_matched), is_watched=self.is_controlled)
+
+    def draw_again(self, numbers: list[float], hidden_D: Tensor) -> Tensor | None:
+        """After a broken bound: the state to draw from again, by random numbers of the retry's own; None where the
+        choice ends. Keys and values stay, and those behind its tokens are written anew."""
+        assert self.guard is not None
+        drawn_from: DrawnFrom | None = self.turn_back(numbers, DrawnFrom(hidden_D, self._num_matched))
+        if drawn_from is None:
+            return None
+        if self._matcher is not None:
+            self._matcher.go_back_to(drawn_from.num_matched)
+        if self.states is not None:
+            del self.states[len(self.token_ids) :]
+        self.num_computed = min(self.num_computed, self.num_tokens)
+        # No candidate's stream has a zero there.
+        stream = (*self.row_sampling.stream[:2], 0, self.guard.num_retries)
+        self.row_sampling = replace(self.row_sampling, stream=stream)
+        return drawn_from.hidden_D
+
+    @property
+    def _num_matched(self) -> int:
+        return 0 if self._matcher is None else self._matcher.num_tokens
+
     def observe_token(self, edit: TokenEdit | None, now_s: float) -> None:
         """A candidate's token comes to the client later, with its block, so it has no pace."""
         if self.leader is None:
             Choice.observe_token(self, edit, now_s)
         else:
             self.observer.on_token(inter_token_s=None, edit=edit)
+
+
+@dataclass(slots=True, frozen=True)
+class DrawnFrom:
+    """What a token that is taken back is drawn from again."""
+
+    hidden_D: Tensor
+    num_matched: int
+    """Tokens before it that its structure has followed."""
 
 
 @dataclass(slots=True)

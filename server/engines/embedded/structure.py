@@ -164,6 +164,8 @@ class SchemaMatcher:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self.vocab_size = vocab_size
+        self.num_tokens = 0
+        """Of the text that it follows."""
 
     def allowed(self) -> np.ndarray:
         """Which tokens [V] may come next, as bool. Raises GenerationError."""
@@ -174,12 +176,22 @@ class SchemaMatcher:
 
     def copy(self) -> SchemaMatcher:
         """For another way on from here."""
-        return SchemaMatcher(self._matcher.deep_copy(), self.vocab_size)
+        other = SchemaMatcher(self._matcher.deep_copy(), self.vocab_size)
+        other.num_tokens = self.num_tokens
+        return other
 
     def advance(self, token_id: int) -> None:
         """Raises GenerationError for a token that is not allowed."""
         if not self._matcher.consume_token(token_id):
             raise GenerationError(self._matcher.get_error())
+        self.num_tokens += 1
+
+    def go_back_to(self, num_tokens: int) -> None:
+        """Forget all but so many tokens. Raises GenerationError."""
+        count = self.num_tokens - num_tokens
+        if count and not self._matcher.rollback(count):
+            raise GenerationError(self._matcher.get_error())
+        self.num_tokens = num_tokens
 
 
 class TokenMask(Protocol):

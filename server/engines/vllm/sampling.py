@@ -38,14 +38,14 @@ OBJECTIVES = frozenset({"weighted_sum", "worst_case", "target", "floor"})
 
 def check_served(request: GenerationRequest) -> None:
     """Raises UnsupportedFieldError, which names the field."""
+    if request.control is not None and request.control.objective.type not in OBJECTIVES:
+        _refuse("control.objective.type", "an objective that needs more than the state behind a token")
     for field in dataclasses.fields(request):
         if field.name not in REQUEST_FIELDS and getattr(request, field.name) != field.default:
             _refuse(field.name)
     _check_fields(request.sampling, SAMPLING_FIELDS, "")
     if request.control is not None:
         _check_fields(request.control, CONTROL_FIELDS, "control.")
-        if request.control.objective.type not in OBJECTIVES:
-            _refuse("control.objective.type", "an objective that needs more than the state behind a token")
         if request.calls is not None and not request.control.in_calls:
             # Its workers draw tokens before this side reads them.
             _refuse("control.in_calls", "control that leaves calls of tools alone; with true it acts in them too")

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # pyright: i
     LogitsProcessor as LogitsProcessorV2,
 )
 
+from server.engines.vllm.sampling import OBJECTIVES
 from server.engines.vllm.wire import CONTROL_KEY, HEADS_DIR_VARIABLE, ID_KEY, OPENING_KEY, parse_control
 from server.errors import InvalidRequestError, RecontrolError, UnknownHeadError
 from value_models.store import CARD_FILE
@@ -58,13 +59,21 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     control = parse_control(extra_args)
     if control is None:
         return
-    own = {"stop_below": "ends no response", "trace": "reports no single token", "search": "compares no candidates"}
+    own = {
+        "over_turns": "counts no turns", "stop_below": "ends no response", "trace": "reports no single token",
+        "search": "compares no candidates",
+    }  # fmt: skip
     for field, why in own.items():
         if getattr(control, field):
             raise InvalidRequestError(f"{CONTROL_KEY}: {field}: vLLM's own server {why}; use `recontrol serve`")
     if control.phase != "both":
         raise InvalidRequestError(
             f"{CONTROL_KEY}: phase: vLLM's own server tells no parts of a response apart; use `recontrol serve`"
+        )
+    if control.objective.type not in OBJECTIVES:
+        raise InvalidRequestError(
+            f"{CONTROL_KEY}: objective.type: vLLM's own server reads no text a second time; use `recontrol serve` "
+            "with the embedded engine"
         )
     heads = [card.parent.name for card in heads_dir.glob(f"*/{CARD_FILE}")]
     for name in control.head_names:

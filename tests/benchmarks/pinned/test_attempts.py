@@ -10,8 +10,8 @@ def test_every_field_that_no_law_settles_is_tried() -> None:
     assert REDRAWN.keys() | OUTWEIGHS.keys() <= tried | {"seed"}
     assert tried & NOT_HELD.keys()
     control = {name for attempt in ATTEMPTS for name in attempt.body.get("control", {})}
-    # A bound only ends a text, and a trace only tells of it.
-    assert COMPOSED.keys() <= control | {"stop_below", "trace"}
+    # A bound only ends a text, in one way or another, and a trace only tells of it.
+    assert COMPOSED.keys() <= control | {"stop_below", "on_stop", "trace"}
 
 
 def test_what_is_refused_by_default_is_measured_as_such() -> None:

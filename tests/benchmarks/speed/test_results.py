@@ -1,15 +1,20 @@
-"""The figures of speed on the project's pages are those of the files that `benchmarks.speed` and `tests.soak` wrote."""
+"""The figures on the project's pages are those of the files that its benchmarks and its soak wrote."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import tool_calls
+from benchmarks import guidance, self_pairs, tool_calls, training_memory
+from benchmarks.dialogues import report as dialogues
+from benchmarks.guard import report as guard
 from benchmarks.pinned import report as pinned
+from benchmarks.roads import report as roads
 from benchmarks.speed import report
 from tests.soak.command import soak_table
 
@@ -17,12 +22,24 @@ PAGES = "\n".join(page.read_text() for page in [Path("README.md"), *sorted(Path(
 RESULTS = sorted(Path("benchmarks/results").glob("*.json"))
 
 
+RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "dialogues": (dialogues.SECTION, dialogues.tables),
+    "guard": (guard.SECTION, guard.table),
+    "guidance": (guidance.SECTION, guidance.table),
+    "pinned": (pinned.SECTION, pinned.table),
+    "roads": (roads.SECTION, roads.table),
+    "self-pairs": (self_pairs.SECTION, self_pairs.table),
+    "tool-calls": ("bench-tool-calls", tool_calls.table),
+    "training-memory": (training_memory.SECTION, training_memory.table),
+}
+"""By file; the others are of the benchmark of speed and of the soak."""
+
+
 def sections(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text())
-    if "arms" in result:
-        return {"bench-tool-calls": tool_calls.table(result)}
-    if "attempts" in result:
-        return {pinned.SECTION: pinned.table(result)}
+    if path.stem in RENDERERS:
+        name, render = RENDERERS[path.stem]
+        return {name: render(result)}
     return report.named({"soak": soak_table(result)}, result) if "soak" in result else report.sections(result)
 
 

@@ -143,6 +143,17 @@ def test_a_file_is_converted_once_and_again_when_it_changes(
     assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 1
 
 
+def test_a_conversion_that_has_been_changed_is_not_served(llama: Any, tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", llama)
+    assert loaded(path)
+    (weights,) = cache.glob("*/model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, (1.0, 1.0))
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is not as it was converted"):
+        loaded(path)
+
+
 def test_a_conversion_that_is_stopped_leaves_nothing(
     llama: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,10 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
         ({"objective": {"weights": {"nobody": 1.0}}}, "nobody"),
         ({"objective": {"weights": {"positive": 1.0}}, "steps": -1}, "steps"),
         ({**STRONG, "stop_below": {"positive": 0.0}}, "stop_below"),
+        (
+            {**STRONG, "stop_below": {"positive": 0.0}, "over_turns": {"stop_below": {"positive": {"hold": 0.5}}}},
+            "over_turns",
+        ),
         ({**STRONG, "trace": True}, "trace"),
         ({**STRONG, "phase": "answer"}, "phase"),
         ({**STRONG, "search": {"type": "blocks"}}, "search"),

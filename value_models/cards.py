@@ -1,0 +1,189 @@
+"""The cards of heads that are trained here: what a head was made from, how, and how well it did.
+
+Knows nothing of the command line or of servers. Enter at `trained_card` and `distilled_card`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
+from value_models.heads import UNIT_COST_NATS, ValueHead
+from value_models.store import BaseModelCard, HeadCard, architecture_card
+from value_models.training import TrainSettings, ValidationFigures
+from value_models.training_data import TrainingData
+
+_NORMALISATION = "mean and standard deviation of each dimension over training states"
+_UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a"
+
+
+@dataclass(slots=True, frozen=True)
+class SourcePart:
+    """One source of a head, and what the head does on its validation prompts."""
+
+    data: TrainingData
+    weight: float
+    figures: ValidationFigures
+
+
+def trained_card(
+    name: str,
+    head: ValueHead,
+    parts: Sequence[SourcePart],
+    settings: TrainSettings,
+    *,
+    reward: str | None = None,
+    description: str = "",
+    command: str,
+) -> HeadCard:
+    """Of a head that was fitted to rewards. Of several sources the first stands for it, and all are below `sources`.
+
+    `reward` names that of rollouts, and `command` is what made the head.
+    """
+    first = parts[0]
+    aims = [_aim(part.data, reward) for part in parts]
+    data, validation = _data(first.data), first.figures.as_dict()
+    if len(parts) > 1:
+        data["sources"] = [
+            {"kind": part.data.kind, "weight": part.weight, "of": aim, **_data(part.data)}
+            for part, aim in zip(parts, aims, strict=True)
+        ]
+        validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
+    return HeadCard(
+        name=name,
+        description=description or f"Higher {' and '.join(aims)}",
+        base_model=BaseModelCard(**first.data.base_model),
+        architecture=architecture_card(head),
+        normalisation=_NORMALISATION,
+        metric=_metric_text(settings, [part.data for part in parts]),
+        # Of rollouts their reward alone, by which the head can be evaluated.
+        reward=" and ".join(aims) if first.data.is_given else aims[0],
+        reward_mean=head.reward_mean,
+        reward_scale=head.reward_scale,
+        targets=_targets_text(settings, [part.data for part in parts]),
+        data=data,
+        validation=validation,
+        command=command,
+    )
+
+
+def distilled_card(
+    name: str,
+    description: str,
+    base_model: dict[str, Any],
+    texts: InstructedTexts,
+    settings: DistilSettings,
+    distilled: DistilledHead,
+    *,
+    instruction: str,
+    contrast: str | None,
+    command: str,
+) -> HeadCard:
+    """Of a head that was made from an instruction. `command` is what made it."""
+    other = "without it" if contrast is None else f"after {contrast!r}"
+    return HeadCard(
+        name=name,
+        description=description or f"Like answers after {instruction!r} rather than {other}",
+        base_model=BaseModelCard(**base_model),
+        architecture=architecture_card(distilled.head),
+        normalisation=_NORMALISATION,
+        metric=f"natural gradient towards the instructed distributions, exact Fisher information, damping "
+        f"{distilled.validation['damping']}; {_UNIT} training token",
+        reward="instruction",
+        reward_mean=distilled.head.reward_mean,
+        reward_scale=distilled.head.reward_scale,
+        targets="mean over a response's tokens of the log of how much likelier the instruction makes them, in nats "
+        f"a token; against the model {other}",
+        data={
+            "instruction": instruction,
+            "contrast": contrast,
+            "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
+            "prompts": texts.num_prompts,
+            "responses": {split: texts.split.count(split) for split in texts.num_prompts},
+            "tokens": len(texts.token_ids_N),
+            "settings": settings.model_dump(),
+        },
+        validation=distilled.validation,
+        distillation=distilled.distillation,
+        command=command,
+    )
+
+
+def figures_text(validation: dict[str, Any]) -> str:
+    """A card's figures in a line."""
+    if "sources" in validation:
+        return "; ".join(f"of {part['kind']}: {figures_text(part)}" for part in validation["sources"])
+    figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
+    order = validation.get("order")
+    if not order or not order["compared"]:
+        return figures
+    shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
+    return f"{figures}; of {order['compared']} {order['what']}, {shares}"
+
+
+def _aim(data: TrainingData, reward: str | None) -> str:
+    if data.is_given:
+        return f"{data.kind} of {data.manifest['given']['file']}"
+    assert reward is not None
+    return reward
+
+
+def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+    tokens = " and ".join(dict.fromkeys("validation" if data.is_given else "training" for data in sources))
+    unit = f"{_UNIT} {tokens} token"
+    if settings.metric == "covariance":
+        return f"correlation of training states, shrunk by {settings.shrinkage} towards the identity; {unit}"
+    if settings.metric == "identity":
+        return f"identity; {unit}"
+    damping = f"damping {settings.damping}"
+    if any(data.is_given for data in sources):
+        damping += " and that of few tokens"
+    if len(sources) > 1:
+        ways = ", ".join(_way(settings, data) for data in sources)
+        return f"natural gradients of equal cost, added by the sources' weights ({ways}); {damping}; {unit}"
+    if sources[0].is_given:
+        return f"natural gradient of the {_way(settings, sources[0])}, {damping}; {unit}"
+    return f"natural policy gradient, {_way(settings, sources[0])}, {damping}; {unit}"
+
+
+def _way(settings: TrainSettings, data: TrainingData) -> str:
+    if not data.is_given:
+        return f"advantages with lambda {settings.advantage_trace}"
+    return "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
+
+
+def _targets_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+    centred = [data.kind for data in sources if settings.centres(data.kind)]
+    text = ", centred by prompt" if centred else ""
+    if centred and len(centred) < len(sources):
+        text += f" ({' and '.join(centred)})"
+    trace = f"({settings.trace})" if settings.targets == "td_lambda" else ""
+    return f"{settings.targets}{trace}{text}"
+
+
+def _data(data: TrainingData) -> dict[str, Any]:
+    responses = Counter(data.split)
+    sides = dict(zip(map(int, data.prompt_B), data.split, strict=True))
+    prompts = Counter(sides.values())
+    counts = {
+        "prompts": {split: prompts[split] for split in responses},
+        "responses": dict(responses),
+        "tokens": int(data.offsets[-1]),
+    }
+    if data.is_given:
+        return {
+            "split": "by a digest of the prompt: 80% train, 20% validation",
+            **counts,
+            "given": data.manifest["given"],
+            "read": data.manifest["settings"],
+        }
+    return {
+        "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
+        **counts,
+        "rollouts": data.manifest["settings"],
+        **({"sampled_by": data.manifest["sampled_by"]} if "sampled_by" in data.manifest else {}),
+        "prompts_sha256": data.manifest["prompts_sha256"],
+    }
