@@ -19,7 +19,7 @@ from server.cli import address
 from server.cli.connection import ConnectionLimits
 from server.cli.http import DrainingServer
 from server.engines import create_engine
-from server.engines.selection import choose
+from server.engines.selection import choose, resolved
 from server.environment import service_links
 from server.errors import ConfigurationError
 from server.logs import configure
@@ -89,6 +89,7 @@ def _has_cuda() -> bool:
 
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    settings = resolved(settings)
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)

@@ -1,9 +1,9 @@
 """Which engine `--engine auto` comes to: vLLM where there is a GPU for it and nothing speaks against it, else the
 embedded one.
 
-Settings that one engine alone has decide first, then the machine, then the model. Nothing is loaded and no model is
-looked for; what is asked is what torch sees, which packages are installed, and the configuration of a model's folder.
-Enter at `resolved`.
+Settings that one engine alone has decide first, then pinned control, then the machine, then the model. Nothing is
+loaded and no model is looked for; what is asked is what torch sees, which packages are installed, and the configuration
+of a model's folder. Enter at `resolved`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from server.control.params import ControlParams
 from server.engines.checkpoint.json_files import read_object
 from server.errors import RecontrolError
 from server.settings import Settings
@@ -45,7 +46,10 @@ class Machine:
 
 
 def resolved(settings: Settings, machine: Machine | None = None) -> Settings:
-    """The settings with an engine that is one; it is logged which was taken for `auto`, and why."""
+    """The settings with an engine that is one; it is logged which was taken for `auto`, and why.
+
+    Raises ConfigurationError as `choose` does.
+    """
     if settings.engine != "auto":
         return settings
     chosen = choose(settings, machine)
@@ -54,14 +58,26 @@ def resolved(settings: Settings, machine: Machine | None = None) -> Settings:
 
 
 def choose(settings: Settings, machine: Machine | None = None) -> Chosen:
-    """What `auto` comes to."""
+    """What `auto` comes to. Raises ConfigurationError for pinned control that is none."""
     machine = machine or _this_machine()
     if names := settings.given_for("embedded"):
         return Chosen("embedded", f"vLLM does not have {', '.join(names)}")
     if names := settings.given_for("vllm"):
         return Chosen("vllm", f"only vLLM has {', '.join(names)}")
+    if (field := _pinned_beyond_vllm(settings)) is not None:
+        return Chosen("embedded", f"vLLM does not serve pinned_control.{field}")
     lack = _lack(settings, machine)
     return Chosen("vllm", "there are a CUDA device and vLLM") if lack is None else Chosen("embedded", lack)
+
+
+def _pinned_beyond_vllm(settings: Settings) -> str | None:
+    """The field of pinned control that only the embedded engine serves, if there is one."""
+    if settings.pinned_control is None:
+        return None
+    pinned = ControlParams.from_json(settings.pinned_control, "pinned_control")
+    if pinned.repairs:
+        return "on_stop"
+    return "over_turns" if pinned.over_turns is not None and pinned.over_turns.held_heads else None
 
 
 def _lack(settings: Settings, machine: Machine) -> str | None:

@@ -199,10 +199,13 @@ def test_a_batch_of_all_kinds_and_of_rows_without_control_is_one_edit(device: st
     rows = [None, *ROWS.values(), None, control({"a": -1.0})]
     compared = Compared(states(len(rows), device), rows, registry(device))
     compared.assert_alike()
-    for row, params in enumerate(rows):
-        assert (params is None) == torch.equal(compared.logits_BV[row], compared.base_BV[row]) or params in (
-            ROWS["no steps"], ROWS["no weight"], ROWS["a gate that is shut"], ROWS["a window that is past"],
-        )  # fmt: skip
+    stays, stays_by_torch = (
+        [torch.equal(*pair) for pair in zip(logits_BV, compared.base_BV, strict=True)]
+        for logits_BV in (compared.logits_BV, compared.other_BV)
+    )
+    assert stays == stays_by_torch
+    assert all(stays[row] for row, params in enumerate(rows) if params is None)
+    assert not all(stays)
 
 
 def test_rows_without_control_and_null_controls_keep_the_base_models_logits_to_the_bit(device: str) -> None:

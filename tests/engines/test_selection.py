@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.app import create_app
 from server.cli import main
 from server.engines import create_engine
 from server.engines.embedded.engine import EmbeddedEngine
+from server.engines.fake import FakeEngine
 from server.engines.selection import Machine, choose, resolved
+from server.errors import ConfigurationError
 from server.settings import Settings
 
 
@@ -56,6 +59,7 @@ def test_a_model_that_vllm_does_not_run_is_the_embedded_engines(model_folder: Ca
         ({"prefill_chunk_tokens": 512}, "embedded, since vLLM does not have prefill_chunk_tokens"),
         ({"max_step_stretch": 3.0}, "embedded, since vLLM does not have max_step_stretch"),
         ({"kv_cache_high_water": 0.5}, "embedded, since vLLM does not have kv_cache_high_water"),
+        ({"guardrail_replacement": "Sorry."}, "embedded, since vLLM does not have guardrail_replacement"),
         ({"adapter": Path("lora")}, "embedded, since vLLM does not have adapter"),
         ({"tensor_parallel_size": 2}, "vllm, since only vLLM has tensor_parallel_size"),
         ({"pipeline_parallel_size": 2}, "vllm, since only vLLM has pipeline_parallel_size"),
@@ -68,6 +72,34 @@ def test_settings_that_one_engine_alone_has_decide_whatever_the_machine_is(
     option: dict[str, Any], expected: str
 ) -> None:
     assert chosen(Machine(never, never, never), **option) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"stop_below": {"a": 0.0}, "on_stop": {"type": "retry"}}, "on_stop"),
+        ({"stop_below": {"a": 0.0}, "on_stop": {"type": "stop", "hold_tokens": 4}}, "on_stop"),
+        ({"stop_below": {"a": 0.0}, "over_turns": {"stop_below": {"a": {"hold": 0.5}}}}, "over_turns"),
+    ],
+    ids=["retry", "hold_tokens", "hold"],
+)
+def test_pinned_control_that_vllm_does_not_serve_is_the_embedded_engines(more: dict[str, Any], field: str) -> None:
+    pinned = json.dumps({"objective": {"weights": {"a": 1.0}}, **more})
+    expected = f"embedded, since vLLM does not serve pinned_control.{field}"
+    assert chosen(Machine(never, never, never), pinned_control=pinned) == expected
+
+
+def test_other_pinned_control_is_left_to_the_machine_and_what_is_none_is_refused() -> None:
+    assert chosen(pinned_control='{"objective": {"weights": {"a": 1.0}}, "stop_below": {"a": 0.0}}').startswith("vllm")
+    with pytest.raises(ConfigurationError, match="pinned_control: objective"):
+        chosen(pinned_control="{}")
+
+
+def test_where_auto_comes_to_vllm_its_own_limits_on_pinned_control_are_told() -> None:
+    pinned = '{"objective": {"weights": {"a": 1.0}}, "stop_below": {"a": 0.0}, "on_stop": {"type": "retry"}}'
+    settings = Settings(engine="auto", tensor_parallel_size=2, pinned_control=pinned)
+    with pytest.raises(ConfigurationError, match="pinned_control: on_stop: the vLLM engine only stops"):
+        create_app(settings, FakeEngine())
 
 
 def test_settings_of_both_engines_at_once_are_refused() -> None:

@@ -23,9 +23,6 @@ import triton.language as tl
 
 from server.kernels.gpu import layout
 
-MEASURED_SCALES, PROBED_SCALES, NUM_ROUNDS, MAX_SPLITS = 8, 16, 2, 64
-MEASURED_WIDTH, PROBED_WIDTH = 2 * MEASURED_SCALES + 6, 3 * PROBED_SCALES
-
 SLOTS, ROW, COUNT = tl.constexpr(layout.SLOTS), tl.constexpr(layout.ROW), tl.constexpr(layout.COUNT)
 KIND, LIMIT, KL_HELD = tl.constexpr(layout.KIND), tl.constexpr(layout.LIMIT), tl.constexpr(layout.KL_HELD)
 HELD, IS_GATED = tl.constexpr(layout.HELD), tl.constexpr(layout.IS_GATED)
@@ -37,10 +34,11 @@ IS_CAPPED, IS_OPEN = tl.constexpr(layout.IS_CAPPED), tl.constexpr(layout.IS_OPEN
 REWARD_MEAN, REWARD_SCALE = tl.constexpr(layout.REWARD_MEAN), tl.constexpr(layout.REWARD_SCALE)
 TARGET = tl.constexpr(layout.TARGET)
 
-SCALES, POINTS, SPLITS = tl.constexpr(MEASURED_SCALES), tl.constexpr(PROBED_SCALES), tl.constexpr(MAX_SPLITS)
-TOTAL, WEIGHTED = tl.constexpr(0), tl.constexpr(MEASURED_SCALES)
-MASS, FIRST, SECOND, TOP, PEAK, CHECK = (tl.constexpr(2 * MEASURED_SCALES + i) for i in range(6))
-MEASURED, PROBED, ROUNDS = tl.constexpr(MEASURED_WIDTH), tl.constexpr(PROBED_WIDTH), tl.constexpr(NUM_ROUNDS)
+SCALES, POINTS = tl.constexpr(layout.MEASURED_SCALES), tl.constexpr(layout.PROBED_SCALES)
+SPLITS, ROUNDS = tl.constexpr(layout.MAX_SPLITS), tl.constexpr(layout.NUM_ROUNDS)
+MEASURED, PROBED = tl.constexpr(layout.MEASURED_WIDTH), tl.constexpr(layout.PROBED_WIDTH)
+TOTAL, WEIGHTED = tl.constexpr(0), tl.constexpr(layout.MEASURED_SCALES)
+MASS, FIRST, SECOND, TOP, PEAK, CHECK = (tl.constexpr(2 * layout.MEASURED_SCALES + i) for i in range(6))
 INFINITY = tl.constexpr(float("inf"))
 # Of sums of exponentials, relative to those of the base: what is less says nothing.
 LEAST_TOTAL = tl.constexpr(1e-30)

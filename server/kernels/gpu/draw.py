@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from server.kernels.gpu import draw_kernel
 from server.kernels.transfer import on_device
 
 _TILE = 1024
@@ -33,6 +32,8 @@ def draw(logits_BV: Tensor, drawings: Sequence[Drawing]) -> Tensor:
     table = on_device(drawings, logits_BV.device, dtype=torch.float32)
     tokens_B = torch.empty(len(drawings), dtype=torch.int64, device=logits_BV.device)
     if not logits_BV.is_meta and len(drawings):
+        from server.kernels.gpu import draw_kernel
+
         kernel: Any = draw_kernel.draw
         kernel[(len(drawings),)](logits_BV, logits_BV.stride(0), logits_BV.shape[1], table, tokens_B, TILE=_TILE)
     return tokens_B

@@ -3,21 +3,22 @@
 Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Which programs run depends on
 shapes alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token
 is in the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors
-without values, the same runs without a GPU: the latter only counts. Enter at `EditKernels`.
+without values, the same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
 
 Shapes: B rows of a step, R edited rows, K heads, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.kernels.gpu import ascent_kernel, budget_kernels, layout
-from server.kernels.gpu.budget_kernels import MAX_SPLITS, MEASURED_WIDTH, NUM_ROUNDS, PROBED_WIDTH
+from server.kernels.gpu import layout
+from server.kernels.gpu.layout import MAX_SPLITS, MEASURED_WIDTH, NUM_ROUNDS, PROBED_WIDTH
 
 # Two for each of the 132 multiprocessors of an H100, twice.
 _PROGRAMS = 528
@@ -78,7 +79,7 @@ class EditKernels:
         num_rows, num_heads = len(table_RW), len(bank.inputs_KD)
         state = self._buffer("state", hidden_BD.device, num_rows, layout.STATE_WIDTH)
         self._launch(
-            ascent_kernel.ascend, (num_rows,), hidden_BD, hidden_BD.stride(0), hidden_BD.shape[1], table_RW,
+            "ascend", (num_rows,), hidden_BD, hidden_BD.stride(0), hidden_BD.shape[1], table_RW,
             bank.inputs_KD, bank.ascent_KD, bank.numbers_3K, bank.effects_KK, bank.cosines_KK, num_heads, state,
             TILE=_HIDDEN_TILE,
         )  # fmt: skip
@@ -88,7 +89,7 @@ class EditKernels:
         assert out_BV.is_contiguous()
         report_RN = torch.empty(num_rows, REPORT_WIDTH, device=logits_BV.device)
         self._launch(
-            budget_kernels.move, (len(places_B), splits[0]), logits_BV, logits_BV.stride(0), out_BV,
+            "move", (len(places_B), splits[0]), logits_BV, logits_BV.stride(0), out_BV,
             logits_BV.shape[1], places_B, bank.basis_KV, table_RW, state, measured, probed, bank.numbers_3K, num_heads,
             report_RN, *splits, IS_WIDENED=is_widened, TOLERANCE=codes.level_tolerance, BY_CAP=codes.by_cap,
             BY_GATE=codes.by_gate, BY_LEVEL=codes.by_level, REPORTED=REPORT_WIDTH, TILE=_MOVED_TILE,
@@ -104,7 +105,7 @@ class EditKernels:
         table_RW[:, layout.LIMIT] = limit_R
         measured, probed, splits = self._search(base_RV, delta_RV.contiguous(), table_RW, state)
         scale_R, kl_R = torch.empty_like(limit_R), torch.empty_like(limit_R)
-        self._launch(budget_kernels.settle, (num_rows,), table_RW, measured, probed, scale_R, kl_R, splits[0])
+        self._launch("settle", (num_rows,), table_RW, measured, probed, scale_R, kl_R, splits[0])
         return scale_R, kl_R
 
     def _search(
@@ -118,10 +119,10 @@ class EditKernels:
         probed = self._buffer("probed", device, num_rows, NUM_ROUNDS, splits[0], PROBED_WIDTH)
         shared = (logits_BV, logits_BV.stride(0), size, basis_KV, table_RW, state, measured)
         grid = (num_rows, splits[0])
-        self._launch(budget_kernels.measure, grid, *shared, *splits, TILE=_MEASURED_TILE)
+        self._launch("measure", grid, *shared, *splits, TILE=_MEASURED_TILE)
         aims = self._buffer("aims", device, 2, len(_AIMS), fill=lambda aims: aims.copy_(torch.tensor([_AIMS, _PLACES])))
         for number in range(NUM_ROUNDS):
-            self._launch(budget_kernels.probe, grid, *shared, aims, probed, *splits, ROUND=number, TILE=_PROBED_TILE)
+            self._launch("probe", grid, *shared, aims, probed, *splits, ROUND=number, TILE=_PROBED_TILE)
         return measured, probed, splits
 
     def _buffer(self, name: str, device: torch.device, *shape: int, fill: Any = None) -> Tensor:
@@ -135,10 +136,17 @@ class EditKernels:
             self._buffers[key] = held
         return held[: shape[0]]
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    def _launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         self.num_launches += 1
         if not any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
-            kernel[grid](*arguments, **constants)
+            _kernel(name)[grid](*arguments, **constants)
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from server.kernels.gpu import ascent_kernel, budget_kernels
+
+    return getattr(ascent_kernel if name == "ascend" else budget_kernels, name)
 
 
 def _splits(num_rows: int, size: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Where a number lies in the tables that the kernels of a GPU's edit share: one row of each for every edited row.
 
-Plain numbers, so that whoever fills a table needs no Triton. All entries are float32; whole numbers among them are far
-below 2^24. Knows nothing of tensors.
+Plain numbers, so that whoever fills a table or lays out buffers needs no Triton. All entries are float32; whole numbers
+among them are far below 2^24. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ BIAS, REWARD_MEAN, REWARD_SCALE = range(3)
 
 WEIGHTED_SUM, WORST_CASE, TARGET, FLOOR = range(4)
 """Kinds of objectives."""
+
+MEASURED_SCALES, PROBED_SCALES, NUM_ROUNDS, MAX_SPLITS = 8, 16, 2, 64
+"""Scales of a measurement, scales of a round of probes, rounds, and the most parts of a row's vocabulary."""
+MEASURED_WIDTH, PROBED_WIDTH = 2 * MEASURED_SCALES + 6, 3 * PROBED_SCALES
+"""What a part leaves of each."""
 
 NUM_REPORTED = 5
 """Beside a row's values before and after: divergence, length of the shift relative to the state, what held it, whether
