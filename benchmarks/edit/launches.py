@@ -43,7 +43,7 @@ def count(shape: Shape) -> dict[str, Any]:
     """For each case, what a step of this shape launches beyond the same step without control: by torch's operations
     alone, and with the kernels. RECONTROL_KERNELS=triton must be in the environment."""
     return {
-        name: {"torch": _beyond_base(shape, rows, fuses=False), "kernels": _beyond_base(shape, rows, fuses=True)}
+        name: {"torch": beyond_base(shape, rows, fuses=False), "kernels": beyond_base(shape, rows, fuses=True)}
         for name, rows in CASES.items()
     }
 
@@ -52,7 +52,8 @@ def table_rows(launches: Mapping[str, Any]) -> list[list[str]]:
     return [[name, str(each["torch"]), str(each["kernels"])] for name, each in launches.items()]
 
 
-def _beyond_base(shape: Shape, rows: Callable[[int], Any], *, fuses: bool) -> int:
+def beyond_base(shape: Shape, rows: Callable[[int], Any], *, fuses: bool) -> int:
+    """The same for one case, by the kernels or by torch's operations alone."""
     with torch.inference_mode():
         step = Step(shape, _META)
         if not fuses:

@@ -7,7 +7,6 @@ less than 0.98 of torch's, which now and then stops earlier.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from tests.conftest import HIDDEN, card_of, control, on_device, random_head, ran
 from tests.triton_interpreter import quicken
 from value_models.heads import ValueHead
 
+pytestmark = pytest.mark.triton
 VOCAB = 3001
 BY_KL, BY_RESPONSE_KL = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_RESPONSE_KL)
 
@@ -59,8 +59,6 @@ HEADS = {"a": linear_head(1), "b": linear_head(2, scale=2.0, mean=0.3), "c": lin
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("triton is not installed; on Linux `make setup` installs it")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if request.param == "cpu":

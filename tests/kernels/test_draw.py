@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.sampler import RowSampling, _draw, _filtered, sample
-
-pytest.importorskip("triton", reason="triton is not installed; on Linux `make setup` installs it")
-
 from server.kernels.gpu.draw import Drawing, draw
 from tests.triton_interpreter import quicken
 
+pytestmark = pytest.mark.triton
 NUMBERS = [0.0, 0.03, 0.2, 0.41, 0.5, 0.77, 0.93, 0.9999]
 FILTERS = {
     "none": {},

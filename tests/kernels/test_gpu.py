@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import subprocess
@@ -17,7 +16,6 @@ from server.kernels import gpu, native
 from server.kernels.gpu import edit_kernels_on
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +30,10 @@ def test_on_a_cpu_they_edit_nothing() -> None:
     assert edit_kernels_on(CPU) is None
 
 
-@needs_triton
-def test_on_a_gpu_they_edit_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_gpu_they_edit_and_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "found")
     with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
         assert edit_kernels_on(CUDA) is not edit_kernels_on(CUDA)
     assert [line.startswith("On the GPU kernels in Triton edit rows and draw tokens") for line in caplog.messages] == [
@@ -65,8 +65,8 @@ def test_without_triton_torch_edits_and_the_log_warns(
         edit_kernels_on(CUDA)
 
 
-@needs_triton
 def test_asked_for_on_a_cpu_they_need_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "found")
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigurationError, match="set TRITON_INTERPRET=1 too"):
@@ -112,7 +112,7 @@ for kernel in kernels:
 """
 
 
-@needs_triton
+@pytest.mark.triton
 def test_they_compile_for_a_hopper_gpu_without_one() -> None:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=env, check=False)
