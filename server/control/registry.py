@@ -269,7 +269,7 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
     if not heads:
         none = torch.empty(0)
         no_map = PackedLinear(torch.empty(0, 0))
-        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None)
+        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None, None)
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
