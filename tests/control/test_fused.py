@@ -8,7 +8,7 @@ less than 0.98 of torch's, which now and then stops earlier.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.api.resolution import with_pinned
 from server.control.editor import GroupStats, StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY, ControlState, HeldBy
+from server.control.turns import Turn
 from tests.conftest import HIDDEN, card_of, control, on_device, random_head, random_linear_head
 from tests.triton_interpreter import quicken
 from value_models.heads import ValueHead
@@ -97,6 +99,7 @@ class Compared:
         heads: HeadRegistry,
         unembedding: Unembedding | None = None,
         state_of: Callable[[int], ControlState] | None = None,
+        instructed: Mapping[int, Tensor] | None = None,
     ) -> None:
         device = hidden_BD.device
         unembedding = unembedding or Unembedding(str(device))
@@ -107,9 +110,9 @@ class Compared:
         if state_of is not None:
             plan, other = plan.at(state_of), other.at(state_of)
         self.base_BV = unembedding.project(hidden_BD).float()
-        self.logits_BV, stats = editor.logits(hidden_BD, plan)
+        self.logits_BV, stats = editor.logits(hidden_BD, plan, instructed)
         editor.without_kernels()
-        self.other_BV, other_stats = editor.logits(hidden_BD, other)
+        self.other_BV, other_stats = editor.logits(hidden_BD, other, instructed)
         self.numbers, self.other = _by_row(stats), _by_row(other_stats)
 
     def assert_alike(self) -> None:
@@ -181,6 +184,21 @@ ROWS: dict[str, ControlParams] = {
     "a gate on its own head": control({"a": 1.0}, gate={"head": "a", "above": 0.0, "hysteresis": 0.5}),
     "a window that is past": control({"a": 1.0}, window={"start": 1, "end": 2}),
     "a schedule at nothing": control({"a": 1.0}, schedule={"type": "linear", "tokens": 1, "to": 0.0}),
+    "a guardrail of another head": control({"a": 1.0}, stop_below={"b": 0.0, "c": 0.0}, max_kl=0.5),
+    "a retry that steps further": control(
+        {"a": 1.0}, stop_below={"b": 0.0}, on_stop={"type": "retry", "step_growth": 2.0}, step_size=0.1, max_kl=0.5
+    ).strengthened(3),
+    "a floor that has tightened": asked(
+        **objective("floor", weights={"a": 1.0}, floors={"b": 0.1}),
+        max_kl=0.5,
+        step_size=0.5,
+        over_turns={"floors": {"b": {"tighten": 0.1, "to": 0.5}}},
+    ).at_turn(Turn(3)),
+    "a target beside an instruction of no weight": asked(
+        **objective("instruction", text="x", weight=0.0, beside={"type": "target", "values": {"a": 0.4}}),
+        max_kl=0.5,
+        step_size=1.0,
+    ),
     "a budget of the response": control({"a": 1.0}, max_response_kl=0.03, max_kl=0.5, **STRONG),
 }
 
@@ -309,6 +327,57 @@ def test_heads_with_hidden_layers_ascend_by_torch_and_are_budgeted_by_the_kernel
     compared = Compared(states(3, device), rows, heads)  # type: ignore[arg-type]
     assert compared.num_fused == 1
     compared.assert_alike()
+
+
+def test_instructions_and_rows_over_pinned_control_are_torchs_among_rows_of_the_kernels(device: str) -> None:
+    guided = [
+        asked(**objective("instruction", text="x", weight=weight, **beside), **more)
+        for weight, beside, more in (
+            (0.2, {}, {"max_kl": 0.5}), (2.0, {"beside": {"weights": {"a": 1.0}}}, {"max_kl": 0.05}),
+            (-0.1, {"beside": {"type": "floor", "weights": {"a": 1.0}, "floors": {"b": 0.5}}}, {"max_kl": 0.5}),
+            (0.1, {"beside": {"weights": {"a": 1.0}}}, {"gate": {"head": "b", "below": -1e6}}),
+        )
+    ]  # fmt: skip
+    over = [
+        with_pinned(control({"b": 1.0}, step_size=size, max_kl=0.5), control({"a": 1.0}, step_size=size, max_kl=0.5))
+        for size in (0.01, 0.02)
+    ]
+    rows = [ROWS["one head"], *guided, None, *over, ROWS["worst of three"]]
+    behind = {row: states(20, device)[10 + row] for row in range(1, 5)}
+    for dtype in (torch.float32, torch.bfloat16):
+        compared = Compared(states(9, device), rows, registry(device), Unembedding(device, dtype), instructed=behind)
+        assert compared.num_fused == 2
+        compared.assert_alike()
+
+
+@pytest.mark.parametrize("pinned_kl", [0.02, 0.5])
+def test_budgets_of_rows_over_pinned_control_hold_where_kernels_search_the_pinned_ones(
+    device: str, pinned_kl: float
+) -> None:
+    pinned = control({"a": 1.0}, step_size=1.0, max_shift=2.0, max_kl=pinned_kl)
+    rows = [with_pinned(control({"b": 1.0}, step_size=2.0, max_shift=2.0, max_kl=0.1), pinned)] * 3
+    compared = Compared(states(3, device), rows, registry(device))
+    for row, (_, mine) in compared.numbers.items():
+        other = compared.other[row][1]
+        assert mine[-3:] == other[-3:]
+        assert mine[-5] == pytest.approx(other[-5], rel=0.04)
+        assert mine[-5] == pytest.approx(compared.divergence(row), rel=1e-3)
+        assert mine[-5] <= max(pinned_kl, 0.1)
+
+
+def test_rows_that_draw_again_are_edited_as_they_are_among_the_others(device: str) -> None:
+    """A guardrail has some rows of a step edited again, in a plan of their own, and then all of them at the next."""
+    heads, editor = registry(device), StateEditor(Unembedding(device))
+    hidden_BD, rows = states(4, device), [ROWS["one head"], ROWS["worst of three"], None, ROWS["three heads"]]
+    alone = {}
+    whole_BV, _ = editor.logits(hidden_BD, editor.plan(rows, heads, device=device))
+    for again in ([1], [0, 3], [1, 2]):
+        plan = editor.plan([rows[row] for row in again], heads, device=device)
+        alone[tuple(again)], _ = editor.logits(hidden_BD[again], plan)
+    for again, logits_BV in alone.items():
+        torch.testing.assert_close(logits_BV, whole_BV[list(again)], rtol=1e-4, atol=1e-4)
+    after_BV, _ = editor.logits(hidden_BD, editor.plan(rows, heads, device=device))
+    assert torch.equal(after_BV, whole_BV)
 
 
 def test_heads_that_come_and_go_find_their_place_in_the_bank(device: str) -> None:
