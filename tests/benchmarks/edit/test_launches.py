@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from benchmarks.edit.cases import CASES, Shape, Step
-from benchmarks.edit.command import main, table
+from benchmarks.edit.command import main
 from benchmarks.edit.launches import beyond_base
 from tests.triton_interpreter import quicken
 
 META = torch.device("meta")
 SHAPE = Shape(8, 32, 500)
-RESULT = json.loads(Path("benchmarks/results/edit-launches.json").read_text())
 KERNELS = 5
 """The launches of rows of linear heads, however many and whatever they ask for."""
 BEYOND = KERNELS - 1
@@ -90,9 +89,9 @@ def test_a_step_edited_twice_leaves_its_numbers_in_the_same_buffers() -> None:
     assert all(kernels._buffers[name] is buffer for name, buffer in before.items())
 
 
-def test_the_page_shows_what_was_counted() -> None:
-    assert table(RESULT) in Path("docs/performance.md").read_text()
-    assert RESULT["launches"].keys() == CASES.keys()
+def test_the_file_behind_the_page_holds_every_case() -> None:
+    result = json.loads(Path("benchmarks/results/edit-launches.json").read_text())
+    assert result["launches"].keys() == CASES.keys()
 
 
 SIZES = ["--rows", "1,2", "--hidden", "32", "--vocabulary", "300", "--repeats", "1"]

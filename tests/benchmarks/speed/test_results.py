@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import guidance, self_pairs, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
+from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
 from benchmarks.pinned import report as pinned
 from benchmarks.roads import report as roads
@@ -24,6 +25,7 @@ RESULTS = sorted(Path("benchmarks/results").glob("*.json"))
 
 RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "dialogues": (dialogues.SECTION, dialogues.tables),
+    "edit-launches": (edit.SECTION, edit.table),
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
     "pinned": (pinned.SECTION, pinned.table),
