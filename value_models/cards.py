@@ -54,7 +54,7 @@ def trained_card(
         validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
     return HeadCard(
         name=name,
-        description=description or f"Higher {' and '.join(aims)}",
+        description=description or _capitalised(" and ".join(_effect(part.data, reward) for part in parts)),
         base_model=BaseModelCard(**first.data.base_model),
         architecture=architecture_card(head),
         normalisation=_NORMALISATION,
@@ -129,6 +129,20 @@ def _aim(data: TrainingData, reward: str | None) -> str:
         return f"{data.kind} of {data.manifest['given']['file']}"
     assert reward is not None
     return reward
+
+
+def _effect(data: TrainingData, reward: str | None) -> str:
+    """What the head makes of responses."""
+    if not data.is_given:
+        return f"higher {reward}"
+    file = data.manifest["given"]["file"]
+    if data.kind == "pairs":
+        return f"like the chosen responses rather than the rejected ones ({file})"
+    return f"like the texts with high scores ({file})"
+
+
+def _capitalised(phrase: str) -> str:
+    return phrase[:1].upper() + phrase[1:]
 
 
 def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:

@@ -64,9 +64,9 @@ class Roads(Evaluation):
         instruction = self.instruction_of(reward)
         if instruction is None:
             raise ConfigurationError(f"instruction: the reward {reward!r} has none built in; give one")
-        aim = Aim(reward, instruction, self.contrast, self.prompts)
+        aim = Aim(reward, instruction, self.contrast, self.prompts, self.max_tokens)
         workshop = Workshop(self.work, aim, self._model_flags())
-        spent = workshop.make(self._training_prompts(), num_samples=self.rollout_samples, max_tokens=self.max_tokens)
+        spent = workshop.make(self._training_prompts(), num_samples=self.rollout_samples)
         made = HeadRegistry.load(workshop.heads, loaded.identity, device=loaded.model.device)
         for road in ROADS:
             registry = registry.with_head(head_name(road), made.head(head_name(road)))

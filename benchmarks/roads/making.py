@@ -1,8 +1,9 @@
 """Makes a head by each road, with `recontrol`'s own commands, and notes what they took.
 
 The rollouts of some prompts are sampled once. The pairs are each prompt's best and worst response by the aim's reward,
-and the texts are all of them with that reward, so that these three learn from the same responses. A command that has
-been carried out is not run again. Enter at `Workshop.make`; to add a road, put it in ROADS.
+and the texts are all of them with that reward, so that these three learn from the same responses. Own answers are as
+many, half of them after each of two instructions. A command that has been carried out is not run again. Enter at
+`Workshop.make`; to add a road, put it in ROADS.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Aim:
     contrast: str
     prompts: Path | None
     """File that instructions are read at; by default the project's own."""
+    max_tokens: int
+    """New tokens of a response."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,20 +59,30 @@ class Road:
     given: str
     """What somebody who takes it must have, as the table says it."""
     flags: Callable[[Path, Aim], list[str]]
-    needs_rollouts: bool = False
-    """Whether the time of the rollouts is this road's; pairs and texts are had already."""
+    samples: str | None = None
+    """The command that samples its responses, whose time is this road's; others have theirs already."""
 
 
 ROADS = (
     Road(
         "rollouts",
-        "a reward, and responses of the model",
-        lambda folder, aim: ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl"),
+        "a reward",
+        lambda folder, aim: ["--rollouts", str(folder / "rollouts"), "--prompts", _file(folder, "prompts"),
                              "--reward", aim.reward],
-        needs_rollouts=True,
+        samples="rollouts",
     ),
-    Road("pairs", "a better and a worse response a prompt", lambda folder, _: ["--pairs", _file(folder, "pairs")]),
-    Road("texts", "responses with a score", lambda folder, _: ["--texts", _file(folder, "texts")]),
+    Road(
+        "pairs",
+        "a better and a worse response a prompt",
+        lambda folder, aim: ["--pairs", _file(folder, "pairs"), *_cut(aim)],
+    ),
+    Road("texts", "responses with a score", lambda folder, aim: ["--texts", _file(folder, "texts"), *_cut(aim)]),
+    Road(
+        "own answers",
+        "two sentences",
+        lambda folder, aim: ["--pairs", _file(folder, "own-answers"), *_cut(aim)],
+        samples="pairs",
+    ),
     Road("instruction", "a sentence", lambda _, aim: _instruction(aim)),
     Road(
         "instruction, contrast",
@@ -81,6 +94,11 @@ ROADS = (
 
 def _file(folder: Path, kind: str) -> str:
     return str(folder / f"{kind}.jsonl")
+
+
+def _cut(aim: Aim) -> list[str]:
+    """Where responses end, that is not their own end."""
+    return ["--max-tokens", str(aim.max_tokens), "--cut-long"]
 
 
 def _instruction(aim: Aim) -> list[str]:
@@ -98,15 +116,18 @@ class Workshop:
         self.heads = folder / "heads"
         self._folder, self._aim, self._model_flags = folder, aim, list(model_flags)
 
-    def make(self, prompts: Sequence[RolloutPrompt], *, num_samples: int, max_tokens: int) -> dict[str, Spent]:
+    def make(self, prompts: Sequence[RolloutPrompt], *, num_samples: int) -> dict[str, Spent]:
         """By road, what its head took. Raises ConfigurationError when a command fails."""
         lines = [prompt.model_dump_json(by_alias=True, exclude_none=True) for prompt in prompts]
-        write_text(self._folder / "prompts.jsonl", "".join(f"{line}\n" for line in lines))
-        sampled = self._run(
-            "rollouts",
-            "rollouts", "--prompts", _file(self._folder, "prompts"), "--out", str(self._folder / "rollouts"),
-            "--num-samples", str(num_samples), "--max-tokens", str(max_tokens), *self._model_flags,
-        )  # fmt: skip
+        write_text(Path(_file(self._folder, "prompts")), "".join(f"{line}\n" for line in lines))
+        sampled = {
+            "rollouts": self._sample("rollouts", num_samples, "--out", str(self._folder / "rollouts")),
+            "pairs": self._sample(
+                "pairs", max(num_samples // 2, 1), "--good", self._aim.instruction, "--bad", self._aim.contrast,
+                "--num-prompts", str(len(prompts)), "--split", "all", "--work", str(self._folder / "answers"),
+                "--out", _file(self._folder, "own-answers"),
+            ),
+        }  # fmt: skip
         self._write_files({prompt.id: prompt for prompt in prompts})
         spent: dict[str, Spent] = {}
         for road in ROADS:
@@ -117,8 +138,13 @@ class Workshop:
                 "train", "--name", head_name(road), "--out", str(self.heads), *flags,
                 *(self._model_flags if reads_model else []),
             )  # fmt: skip
-            spent[road.name] = sampled + trained if road.needs_rollouts else trained
+            spent[road.name] = trained if road.samples is None else sampled[road.samples] + trained
         return spent
+
+    def _sample(self, command: str, num_samples: int, *words: str) -> Spent:
+        where, size = _file(self._folder, "prompts"), self._aim.max_tokens
+        how = ["--prompts", where, "--num-samples", str(num_samples), "--max-tokens", str(size)]
+        return self._run(command, command, *words, *how, *self._model_flags)
 
     def _write_files(self, prompts: dict[str, RolloutPrompt]) -> None:
         """The pairs and the texts, from the rollouts and their rewards."""
@@ -162,4 +188,4 @@ class Workshop:
 
 def head_name(road: Road) -> str:
     """Of the head that a road makes."""
-    return "by-" + road.name.replace(", ", "-")
+    return "by-" + road.name.replace(", ", "-").replace(" ", "-")

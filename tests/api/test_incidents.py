@@ -117,9 +117,9 @@ LARGE: dict[str, Any] = {
     "stop": ["a"] * 500_000,
     "prompt": ["a"] * 500_000,
     "stop_token_ids": [1] * 500_000,
-    "logit_bias": {str(i): 1 for i in range(50_000)},
-    "control": {"objective": {"weights": {f"h{i}": 1.0 for i in range(50_000)}}},
-    "messages": [{"role": "user", "content": ""}] * 20_000,
+    "logit_bias": {str(i): 1 for i in range(500_000)},
+    "control": {"objective": {"weights": {f"h{i}": 1.0 for i in range(400_000)}}},
+    "messages": [{"role": "user", "content": ""}] * 200_000,
     "tokens": [1] * 1_000_000,
     "input": ["a"] * 500_000,
     "heads": ["a"] * 500_000,
@@ -140,6 +140,28 @@ def test_every_list_and_map_has_a_length_that_is_checked_first(make_app: Callabl
         assert response.status_code == 400
         assert response.json()["error"]["param"].startswith(field)
         assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (b'{"a [[": "\\"[:", "b": 1, "x": [' + b"[]," * 140_000, "x"),
+        (b'{"x": {"y": 1}, "z\xff": {' + b'"a":1,' * 70_000, "z\ufffd"),
+        (b'{"x": [], ' + b'"a":1,' * 70_000, "a"),
+        (b'{"' + b"n" * 99 + b'": ' + b"[" * 140_000, "n" * 64),
+        (b"[" * 140_000, None),
+        (b'["a", ' + b"{}," * 140_000, None),
+    ],
+    ids=["lists", "members", "top", "long name", "nested", "no object"],
+)
+def test_a_body_of_too_many_parts_is_refused_by_the_field_that_has_them(
+    make_app: Callable[..., FastAPI], content: bytes, param: str | None
+) -> None:
+    with TestClient(make_app(settings={"max_body_bytes": 2**20})) as client:
+        response = client.post("/v1/completions", content=content, headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert "more than" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("token", [-1, 258, 2**63, 1.0, True])

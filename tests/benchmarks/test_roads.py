@@ -50,6 +50,7 @@ def test_every_road_leads_to_a_head_that_is_compared(result: dict[str, Any]) -> 
 def test_the_time_of_rollouts_is_of_the_road_that_needs_them(result: dict[str, Any]) -> None:
     commands = {name: [line.split()[1] for line in road["commands"]] for name, road in result["roads"].items()}
     assert commands.pop("rollouts") == ["rollouts", "train"]
+    assert commands.pop("own answers") == ["pairs", "train"]
     assert set(map(tuple, commands.values())) == {("train",)}
     assert all(road["core_s"] > 0 for road in result["roads"].values())
 

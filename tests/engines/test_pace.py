@@ -6,34 +6,43 @@ from collections.abc import Callable
 import pytest
 
 from server.engines.embedded.pace import Pace
-from server.engines.embedded.shares import Budget, share_out
+from server.engines.embedded.shares import Budget, Piece, share_out
 
-Machine = Callable[[int, list[tuple[int, int]]], float]
-"""Seconds that a step takes: decoding rows, pieces of (position, tokens)."""
+Machine = Callable[[int, list[Piece]], float]
+"""Seconds that a step takes: decoding rows, and what is read beside them."""
 STREAM = 1
 
 
 def machine(
-    *, base_s: float = 0.016, token_s: float, launch_s: float = 0.0, fetch_s: float = 0.0, reach: float = 3000
+    *,
+    base_s: float = 0.016,
+    token_s: float,
+    launch_s: float = 0.0,
+    fetch_s: float = 0.0,
+    told_s: float = 0.0,
+    reach: float = 3000,
 ) -> Machine:
-    """Each token costs the same, and more by how many it attends to; with prompts, `launch_s` comes on top, and
-    `fetch_s` for each token that has been read before."""
+    """Each token costs the same, and more by how many it attends to, and `told_s` more if it is told; with prompts,
+    `launch_s` comes on top, and `fetch_s` for each token that has been read before."""
 
-    def seconds(num_rows: int, pieces: list[tuple[int, int]]) -> float:
-        read_s = sum(count * token_s * (1 + position / reach) for position, count in pieces)
-        once_s = sum(launch_s + position * fetch_s for position, _ in pieces[:1])
-        return base_s + num_rows * token_s + once_s + read_s
+    def seconds(num_rows: int, pieces: list[Piece]) -> float:
+        read_s = sum(piece.count * token_s * (1 + piece.position / reach) for piece in pieces)
+        once_s = sum(launch_s + piece.position * fetch_s for piece in pieces[:1])
+        return base_s + num_rows * token_s + once_s + read_s + told_s * sum(p.count for p in pieces if p.is_told)
 
     return seconds
 
 
-def read(pace: Pace, takes: Machine, num_tokens: int, *, start: int = 0, rows: int = STREAM) -> list[tuple[int, float]]:
+def read(
+    pace: Pace, takes: Machine, num_tokens: int, *, start: int = 0, rows: int = STREAM, is_told: bool = False
+) -> list[tuple[int, float]]:
     """Read a prompt of so many tokens beside decoding rows; each step's tokens and seconds."""
     steps: list[tuple[int, float]] = []
     position = start
     while position < start + num_tokens:
-        (count,) = share_out([(position, start + num_tokens - position)], pace.budget(rows, 256))
-        pieces = [(position, count)] if count else []
+        unread = Piece(position, start + num_tokens - position, is_told)
+        (count,) = share_out([unread], pace.budget(rows, 256))
+        pieces = [unread._replace(count=count)] if count else []
         steps.append((count, takes(rows, pieces)))
         pace.observe(rows, pieces, steps[-1][1])
         position += count
@@ -72,7 +81,8 @@ def test_where_prompts_cost_a_launch_and_little_more_steps_soon_hold_as_much_as_
 def test_one_measurement_that_a_neighbour_spoils_changes_little() -> None:
     takes, pace = machine(token_s=0.001), Pace(2.0)
     usual = read(pace, takes, 1000)[-2][0]
-    pace.observe(STREAM, [(1000, usual)], 40 * takes(STREAM, [(1000, usual)]))
+    piece = Piece(1000, usual)
+    pace.observe(STREAM, [piece], 40 * takes(STREAM, [piece]))
     assert pace.budget(STREAM, 256).tokens == 0  # A look at what is usual now.
     after = [count for count, _ in read(pace, takes, 200, start=1000)]
     assert usual / 2 <= after[2] <= usual
@@ -103,6 +113,35 @@ def test_a_prompt_deep_in_a_text_is_taken_to_cost_what_is_surely_enough() -> Non
     assert len(deep) < 500
 
 
+@pytest.mark.parametrize("told_s", [0.0005, 0.004, 0.015])
+def test_tokens_that_are_told_have_a_price_of_their_own(told_s: float) -> None:
+    takes, pace = machine(token_s=0.0001, told_s=told_s), Pace(2.0)
+    for _ in range(2):
+        plain = read(pace, takes, 1000)
+        told = read(pace, takes, 300, is_told=True)
+        assert max(seconds for _, seconds in plain + told) <= 3 * takes(STREAM, [])
+        # What the one costs changes nothing for the other.
+        assert plain[-2][0] >= 80
+
+
+def test_a_step_that_reads_both_kinds_is_no_longer_either() -> None:
+    takes, pace = machine(token_s=0.0001, told_s=0.004), Pace(2.0)
+    unread = [Piece(0, 3000), Piece(0, 200, is_told=True), Piece(0, 3000), Piece(0, 300, is_told=True)]
+    slowest_s = 0.0
+    while any(piece.count for piece in unread):
+        left = [piece for piece in unread if piece.count]
+        taken = share_out(left, pace.budget(STREAM, 256))
+        pieces = [piece._replace(count=count) for piece, count in zip(left, taken, strict=True) if count]
+        seconds = takes(STREAM, pieces)
+        slowest_s = max(slowest_s, seconds)
+        pace.observe(STREAM, pieces, seconds)
+        unread = [
+            piece._replace(position=piece.position + count, count=piece.count - count)
+            for piece, count in zip(left, taken, strict=True)
+        ]
+    assert slowest_s <= 3 * takes(STREAM, [])
+
+
 def test_other_numbers_of_rows_are_measured_before_prompts_stretch_them() -> None:
     takes, pace = machine(token_s=0.001), Pace(2.0)
     for rows in (32, 1, 8, 32, 1):
@@ -115,15 +154,15 @@ def test_with_nobody_to_wait_a_step_holds_as_much_as_it_may() -> None:
 
 
 def test_half_is_for_the_shortest_and_the_rest_for_the_oldest() -> None:
-    assert share_out([(0, 900), (0, 800), (0, 10)], Budget(64)) == [32, 22, 10]
-    assert share_out([(0, 900), (0, 800), (0, 700)], Budget(64)) == [32, 0, 32]
-    assert share_out([(0, 900), (0, 20), (0, 10)], Budget(64)) == [34, 20, 10]
-    assert share_out([(0, 900)], Budget(64)) == [64]
-    assert share_out([(0, 5), (0, 6)], Budget(64)) == [5, 6]
+    assert share_out([Piece(0, 900), Piece(0, 800), Piece(0, 10)], Budget(64)) == [32, 22, 10]
+    assert share_out([Piece(0, 900), Piece(0, 800), Piece(0, 700)], Budget(64)) == [32, 0, 32]
+    assert share_out([Piece(0, 900), Piece(0, 20), Piece(0, 10)], Budget(64)) == [34, 20, 10]
+    assert share_out([Piece(0, 900)], Budget(64)) == [64]
+    assert share_out([Piece(0, 5), Piece(0, 6)], Budget(64)) == [5, 6]
     assert share_out([], Budget(64)) == []
 
 
 def test_the_oldest_and_the_shortest_go_on_however_dear_tokens_are() -> None:
-    assert share_out([(0, 900), (0, 800), (0, 10)], Budget(64, 0.1, lambda _: 9.0)) == [1, 0, 1]
-    assert share_out([(0, 900)], Budget(64, 0.1, lambda _: 9.0)) == [2]
-    assert share_out([(0, 900), (0, 10)], Budget(1)) == [1, 0]
+    assert share_out([Piece(0, 900), Piece(0, 800), Piece(0, 10)], Budget(64, 0.1, lambda _: 9.0)) == [1, 0, 1]
+    assert share_out([Piece(0, 900)], Budget(64, 0.1, lambda _: 9.0)) == [2]
+    assert share_out([Piece(0, 900), Piece(0, 10)], Budget(1)) == [1, 0]

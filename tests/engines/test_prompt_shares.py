@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.sequence import Sequence
 from server.engines.embedded.shares import Budget
 from server.types import GenerationChunk, GenerationRequest, SamplingParams, ScoringParams
 from tests.conftest import Collected, Results, control, run
@@ -18,15 +20,16 @@ from tests.engines.test_scheduler import MODELS, small_core
 
 
 class Machine:
-    """Takes 16 ms for a step of one row, and `token_s` for each further row or token of a prompt."""
+    """Takes 16 ms for a step of one row, `token_s` for each further row or token of a prompt, and `told_s` more for one
+    that is told."""
 
-    def __init__(self, token_s: float) -> None:
-        self.token_s, self.now_s = token_s, 0.0
+    def __init__(self, token_s: float, told_s: float = 0.0) -> None:
+        self.token_s, self.told_s, self.now_s = token_s, told_s, 0.0
         self.fed: list[int] = []
         """Tokens of each step beside one row for each sequence that feeds rows."""
 
     def runs(self, core: EngineCore) -> EngineCore:
-        forward = core.runner.forward
+        forward, add_prompt = core.runner.forward, core._scores.add_prompt
 
         def timed(decode: list[DecodeRow], segments: list[Segment]) -> Any:
             num_tokens = len(decode) + sum(len(segment.token_ids) for segment in segments)
@@ -34,7 +37,12 @@ class Machine:
             self.now_s += 0.016 + self.token_s * num_tokens
             return forward(decode, segments)
 
+        def tell(sequence: Sequence, segment: Segment, hidden_TD: Any) -> None:
+            self.now_s += self.told_s * len(segment.token_ids) * sequence.tells_prompt
+            add_prompt(sequence, segment, hidden_TD)
+
         core.runner.forward = timed  # type: ignore[method-assign]
+        core._scores.add_prompt = tell  # type: ignore[method-assign]
         return core
 
     def clock(self) -> float:
@@ -79,6 +87,24 @@ def test_no_gap_in_a_stream_is_over_three_usual_steps_while_prompts_are_read(
     usual_s = gaps(times["stream"])[0]
     assert max(gaps(times["stream"])) <= 3 * usual_s + 2 * token_s  # Of the rows that have joined it.
     assert "long5" in times
+
+
+def test_no_gap_in_a_stream_is_over_three_usual_steps_while_prompts_are_told(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    machine = Machine(0.0005, told_s=0.004)
+    core, times = paced(make_core, machine, prefill_chunk_tokens=256), {}
+    start(core, request("stream", 4, 240), times, machine.clock)
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=True, logprobs=2)
+    for step in range(240):
+        core.step()
+        if step in (5, 6, 20):
+            asked = request(f"told{step}", 200)
+            start(core, replace(asked, sampling=sampling), times, machine.clock)
+            start(core, request(f"plain{step}", 230, 1), times, machine.clock)
+    usual_s = gaps(times["stream"])[0]
+    assert max(gaps(times["stream"])) <= 3 * usual_s
+    assert {"told5", "told20", "plain20"} <= set(times)
 
 
 @pytest.mark.parametrize("has_stream", [False, True])

@@ -4,6 +4,7 @@ one that is not JSON or in an encoding that is not known."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ MAX_PARTS = 2**17
 MAX_MEMBERS = 2**16
 """Fields of all its objects."""
 _MAX_LENGTH_DIGITS = 15
+_SHOWN_CHARS = 64
+"""Of a field's name, in an error."""
+_MARKS = re.compile(rb"[\[\]{}:]")
 
 
 class HeaderLimit:
@@ -97,7 +101,8 @@ class BodyLimit:
         if body and (encoding := ",".join(headers.getlist("content-encoding"))):
             # In a thread, since it takes as long as the body is large.
             body = await asyncio.to_thread(decoded, body, encoding, self._max_body_bytes)
-        _refuse_many_parts(body)
+        if _may_have_many_parts(body):
+            await asyncio.to_thread(_refuse_many_parts, body)
         return body
 
     async def _received(self, receive: Receive) -> bytes | None:
@@ -117,16 +122,33 @@ class BodyLimit:
         return BodyTooLargeError(f"The body is larger than {self._max_body_bytes} bytes.")
 
 
+def _may_have_many_parts(body: bytes) -> bool:
+    """Python takes a second to make a million lists, and holds up everything meanwhile."""
+    return body.count(b"[") + body.count(b"{") > MAX_PARTS or body.count(b":") > MAX_MEMBERS
+
+
 def _refuse_many_parts(body: bytes) -> None:
-    """Python takes a second to make a million lists, and holds up everything meanwhile. Raises InvalidRequestError."""
-    if body.count(b"[") + body.count(b"{") <= MAX_PARTS and body.count(b":") <= MAX_MEMBERS:
-        return
-    # Without what stands between quotes, where none begins.
-    between = b" ".join(body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
-    if between.count(b"[") + between.count(b"{") > MAX_PARTS:
-        raise InvalidRequestError(f"The body has more than {MAX_PARTS} objects and lists.")
-    if between.count(b":") > MAX_MEMBERS:
-        raise InvalidRequestError(f"The body has more than {MAX_MEMBERS} fields in all.")
+    """Read the body's marks outside of its texts, and no further than it is allowed to go.
+
+    Raises InvalidRequestError, which names the field in which it has too many parts.
+    """
+    # Of what is split at quotes, every other one is a text; in those that are left of these, no text ends.
+    between = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+    depth = num_parts = num_members = 0
+    field = b""
+    for index in range(0, len(between), 2):
+        for found in _MARKS.finditer(between[index]):
+            mark = found[0]
+            depth += (mark in b"[{") - (mark in b"]}")
+            num_parts += mark in b"[{"
+            num_members += mark == b":"
+            if mark == b":" and depth == 1:
+                field = between[index - 1]
+            if num_parts > MAX_PARTS or num_members > MAX_MEMBERS:
+                most = f"{MAX_PARTS} objects and lists" if num_parts > MAX_PARTS else f"{MAX_MEMBERS} fields in all"
+                name = field.decode(errors="replace")[:_SHOWN_CHARS] or None
+                where = "" if name is None else f" before the end of `{name}`"
+                raise InvalidRequestError(f"The body has more than {most}{where}.", param=name)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -63,13 +63,8 @@ class Scores:
 
     def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
         """Those of the prompt tokens that follow the segment's positions, without control, if they are asked for."""
-        if not sequence.request.sampling.prompt_logprobs:
-            return
-        prompt, scores = sequence.group.token_ids, sequence.group.prompt_logprobs
-        following = prompt[segment.start + 1 : segment.end + 1]
-        # A prompt is computed again for a choice that waited until its siblings were gone, or lost its pages before
-        # its first token was told, but scored and told only once.
-        if not following or not 0 < len(scores) < len(prompt):
+        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
+        if not following or not sequence.tells_prompt:
             return
         logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]
         token_ids_T = torch.tensor(following, device=logits_TV.device)

@@ -24,7 +24,7 @@ from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prefix_cache import PrefixCache
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.shares import Budget, share_out
+from server.engines.embedded.shares import Budget, Piece, share_out
 from server.types import FinishReason
 
 _MAX_REPLAYED_TOKENS = 64
@@ -41,13 +41,9 @@ class Step:
     complete: list[Sequence] = field(default_factory=list)
     """Those whose prompt is computed after this step."""
     num_usual: int = 0
-    """Of the decoding sequences, those that feed one token as at every step; all that others feed is for pace.py."""
-
-    @property
-    def pieces(self) -> list[tuple[int, int]]:
-        """What comes beside the usual rows: (position, tokens)."""
-        fed_again = [(rows[0].position, len(rows)) for _, rows in self.decoding[self.num_usual :]]
-        return fed_again + [(segment.start, len(segment.token_ids)) for _, segment in self.chunks]
+    """Of the decoding sequences, those that feed one token as at every step."""
+    pieces: list[Piece] = field(default_factory=list)
+    """What all others feed and read, for pace.py."""
 
 
 class Scheduler:
@@ -111,6 +107,8 @@ class Scheduler:
         step.decoding = [pair for pair in step.decoding if _decodes(pair[0])]
         step.chunks = [pair for pair in step.chunks if pair[0].pages]
         step.complete = [sequence for sequence in step.complete if sequence.pages]
+        step.pieces = [Piece(rows[0].position, len(rows)) for _, rows in step.decoding[step.num_usual :]]
+        step.pieces += [Piece(read.start, len(read.token_ids), sequence.tells_prompt) for sequence, read in step.chunks]
         return step
 
     def took(self, step: Step, seconds: float) -> None:
@@ -251,7 +249,7 @@ class Scheduler:
         for sequence in in_background(self.running):
             is_usual = sequence.state is SequenceState.DECODING and sequence.num_unread == 1
             # Who is not given a token this time keeps its pages and is looked at again in the next step.
-            is_next = is_usual and (not has_requests or budget.take(sequence.num_computed, 1) > 0)
+            is_next = is_usual and (not has_requests or budget.take(Piece(sequence.num_computed, 1)) > 0)
             if is_next and (rows := self._decode_rows(sequence, 1)):
                 step.decoding.append((sequence, rows))
         self._read(step, budget, in_background(self.running))
@@ -309,7 +307,7 @@ class Scheduler:
         """
         sequences = list(sequences)
         readers = sorted(self._readers(sequences), key=lambda reader: reader.arrival_s)
-        unread = [(reader.num_computed, reader.num_unread) for reader in readers]
+        unread = [Piece(reader.num_computed, reader.num_unread, reader.tells_prompt) for reader in readers]
         taken = dict(zip(map(id, readers), share_out(unread, budget), strict=True))
         computed: set[int] = set()
         for sequence in sequences:

@@ -159,6 +159,17 @@ class Sequence(Choice):
         return (self.prompt_len if is_in_prompt else self.num_tokens) - self.num_computed
 
     @property
+    def tells_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are asked for, and some are still missing.
+
+        A prompt is computed again for a choice that waited until its siblings were gone, or lost its pages before its
+        first token was told, but scored and told only once.
+        """
+        is_shadow = self.shadow_of is not None
+        is_asked = bool(self.request.sampling.prompt_logprobs) and not is_shadow
+        return is_asked and 0 < len(self.group.prompt_logprobs) < self.prompt_len
+
+    @property
     def num_rows(self) -> int:
         """Rows of a step that are set aside for it: a choice's candidates or its shadow need theirs at once."""
         if self.owner is not self:

@@ -10,6 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one text."""
+
+    position: int
+    """How many come before them, all of which they attend to."""
+    count: int
+    is_told: bool = False
+    """Their log-probabilities are: each then costs a row of the LM head besides."""
 
 
 @dataclass(slots=True)
@@ -18,15 +29,15 @@ class Budget:
 
     tokens: int
     seconds: float = math.inf
-    cost_s: Callable[[int], float] = lambda _: 0.0
-    """What a token adds that so many others come before."""
+    cost_s: Callable[[Piece], float] = lambda _: 0.0
+    """What a token adds that is the first of these."""
     is_fresh: bool = True
 
-    def take(self, position: int, wanted: int) -> int:
-        """How many of the wanted tokens from this position on there is room for; they are taken off."""
-        cost_s = self.cost_s(position)
+    def take(self, wanted: Piece) -> int:
+        """How many of the wanted tokens there is room for; they are taken off."""
+        cost_s = self.cost_s(wanted)
         room = self.tokens if cost_s * self.tokens <= self.seconds else int(max(self.seconds, 0.0) / cost_s)
-        count = min(wanted, self.tokens, max(room, self.is_fresh))
+        count = min(wanted.count, self.tokens, max(room, self.is_fresh))
         self.tokens -= count
         self.seconds -= count * cost_s
         self.is_fresh = self.is_fresh and count == 0
@@ -44,16 +55,17 @@ class Budget:
         self.seconds += rest.seconds
 
 
-def share_out(unread: Sequence[tuple[int, int]], budget: Budget) -> list[int]:
-    """How many tokens each takes of what is unread, (position, tokens) from the oldest on.
+def share_out(unread: Sequence[Piece], budget: Budget) -> list[int]:
+    """How many tokens each takes of what is unread, from the oldest on.
 
     The oldest and the shortest get a token each at least, unless there is but one: that is the oldest's.
     """
     taken = [0] * len(unread)
     half = budget.split()
-    for index in sorted(range(len(unread)), key=lambda index: unread[index][1]):
-        taken[index] = half.take(*unread[index])
+    for index in sorted(range(len(unread)), key=lambda index: unread[index].count):
+        taken[index] = half.take(unread[index])
     budget.join(half)
-    for index, (position, count) in enumerate(unread):
-        taken[index] += budget.take(position + taken[index], count - taken[index])
+    for index, piece in enumerate(unread):
+        rest = piece._replace(position=piece.position + taken[index], count=piece.count - taken[index])
+        taken[index] += budget.take(rest)
     return taken

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guidance, self_pairs, tool_calls, training_memory
+from benchmarks import guidance, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
 from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
@@ -30,7 +30,6 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "guidance": (guidance.SECTION, guidance.table),
     "pinned": (pinned.SECTION, pinned.table),
     "roads": (roads.SECTION, roads.table),
-    "self-pairs": (self_pairs.SECTION, self_pairs.table),
     "tool-calls": ("bench-tool-calls", tool_calls.table),
     "training-memory": (training_memory.SECTION, training_memory.table),
 }

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.kernels.linear import Bits, frozen_linear
-from value_models.linear import PackedLinear
+from server.kernels.linear import Bits, FrozenLinear, frozen_linear
 
 _SAME = 1e-3
 """Relative; a fit over a text is far nearer."""
@@ -103,10 +102,10 @@ class LMHead:
         return None if self._softcap is None else 1 - (logits_MV / self._softcap).square()
 
     @cached_property
-    def _transposed(self) -> PackedLinear:
+    def _transposed(self) -> FrozenLinear:
         """The map by W^T, made when rollouts first ask for it; the identity's product is W^T itself."""
         eye_DD = torch.eye(self._linear.in_features, dtype=self._dtype, device=self._device)
-        return PackedLinear(self._linear(eye_DD).to(self._dtype))
+        return frozen_linear(self._linear(eye_DD).to(self._dtype))
 
 
 def _scale(raw_MV: Tensor, logits_MV: Tensor, config: Any) -> float:
