@@ -84,11 +84,20 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from server.kernels.gpu import ascent_kernel, budget_kernels, draw_kernel
+from server.kernels.gpu import ascent_kernel, attention_kernel, budget_kernels, draw_kernel
 
 CODES = {"BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "REPORTED": 21}
 CONSTANTS = {"ROUND": 1, "IS_WIDENED": True, "TOLERANCE": 1e-3, **CODES}
-WHOLE = ("hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk")
+ATTENTION = {
+    "QUERIES": 4, "KEY_SIZE": 64, "VALUE_SIZE": 64, "ROWS": 64, "KEYS": 64, "VALUES": 64, "PAGE": 64,
+    "HAS_BLOCKS": True, "IS_SPLIT": False, "HAS_SINKS": True, "HAS_CAP": True, "PRECISION": "tf32",
+}
+CONSTANTS |= ATTENTION
+BRAINS = ("hidden", "queries", "keys", "values", "out")
+WHOLE = (
+    "hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk",
+    "query_stride", "table_width", "window", "split_pages",
+)
 TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 1024}
 
 def type_of(name, logits):
@@ -96,10 +105,16 @@ def type_of(name, logits):
         return "constexpr"
     if name in WHOLE:
         return "i32"
-    return {"hidden": "*bf16", "places_B": "*i32", "tokens_B": "*i64", "source": logits}.get(name, "*fp32")
+    if name in BRAINS:
+        return "*bf16"
+    if name in ("scaling", "softcap"):
+        return "fp32"
+    known = {"places_B": "*i32", "tokens_B": "*i64", "source": logits, "tables": "*i32", "blocks": "*i32"}
+    known |= {"sequences_T": "*i64", "positions_T": "*i64"}
+    return known.get(name, "*fp32")
 
 kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle", "move"))]
-kernels.append(draw_kernel.draw)
+kernels += [draw_kernel.draw, attention_kernel.attend, attention_kernel.join]
 for kernel in kernels:
     names = kernel.arg_names
     signature = {name: type_of(name, "*bf16") for name in names}
@@ -119,5 +134,5 @@ def test_they_compile_for_a_hopper_gpu_without_one() -> None:
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]
     assert [(name, is_made) for name, _, is_made in told] == [
-        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move", "draw")
+        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move", "draw", "attend", "join")
     ]
