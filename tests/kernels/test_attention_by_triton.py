@@ -78,7 +78,10 @@ def test_a_prompt_is_the_same_to_the_bit_however_it_is_cut_and_beside_others(cut
     assert torch.equal(torch.cat([first, rest[41:]]), whole)
 
 
-def test_a_decoding_row_is_the_same_to_the_bit_alone_and_beside_a_longer_one() -> None:
+def test_a_decoding_row_is_the_same_to_the_bit_alone_and_beside_one_whose_pages_are_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.kernels.gpu.attention._SPLIT_PAGES", 1)
     alone, beside = (Attended(Shape(6, 2, 32, 32), torch.float32, way="triton") for _ in range(2))
     rows, strange = alone.rows(30, 1), alone.rows(100, 2)
     for attended in (alone, beside):

@@ -36,9 +36,9 @@ def test_on_a_gpu_they_edit_and_the_log_says_so_once(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: "found")
     with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
         assert edit_kernels_on(CUDA) is not edit_kernels_on(CUDA)
-    assert [line.startswith("On the GPU kernels in Triton edit rows and draw tokens") for line in caplog.messages] == [
-        True
-    ]
+    assert [
+        line.startswith("On the GPU kernels in Triton attend, edit rows and draw tokens") for line in caplog.messages
+    ] == [True]
 
 
 def test_told_to_leave_it_to_torch_they_edit_nothing_and_the_log_says_so(
@@ -48,7 +48,7 @@ def test_told_to_leave_it_to_torch_they_edit_nothing_and_the_log_says_so(
     with caplog.at_level(logging.INFO, logger="server.kernels.gpu"):
         assert edit_kernels_on(CUDA) is None
     assert caplog.messages == [
-        "On the GPU torch's operations edit rows and draw tokens: RECONTROL_KERNELS asks for them"
+        "On the GPU torch's operations attend, edit rows and draw tokens: RECONTROL_KERNELS asks for them"
     ]
 
 
@@ -58,7 +58,7 @@ def test_without_triton_torch_edits_and_the_log_warns(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert edit_kernels_on(CUDA) is edit_kernels_on(CUDA) is None
     assert caplog.messages == [
-        "On the GPU torch's operations edit rows and draw tokens, slower: triton is not installed"
+        "On the GPU torch's operations attend, edit rows and draw tokens, slower: triton is not installed"
     ]
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
     with pytest.raises(ConfigurationError, match="needs the package triton"):

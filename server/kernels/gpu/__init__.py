@@ -1,15 +1,18 @@
-"""The edit of controlled rows and the draw on a GPU by kernels in Triton, which comes with torch there.
+"""Attention, the edit of controlled rows and the draw on a GPU by kernels in Triton, which comes with torch there.
 
 What stays with torch's operations on a GPU, too: the ascent of heads with hidden layers, control over what a server
-pins, and models with a soft cap on their logits. RECONTROL_KERNELS=torch leaves everything to them. `triton` takes
-these kernels on any device, for tests, where Triton's interpreter stands in for a GPU.
+pins, models with a soft cap on their logits, and attention whose heads are too large. RECONTROL_KERNELS=torch leaves
+everything to them. `triton` takes these kernels on any device, for tests, where Triton's interpreter stands in for a
+GPU.
 
-layout.py          where a number lies in the tables that kernels share
-ascent_kernel.py   values, objectives and shifts of rows
-budget_kernels.py  divergences over the vocabulary, the largest scale, the move and the report
-edit.py            both for tensors
-draw_kernel.py     tokens from logits
-draw.py            the same for tensors
+layout.py             where a number lies in the tables that kernels share
+ascent_kernel.py      values, objectives and shifts of rows
+budget_kernels.py     divergences over the vocabulary, the largest scale, the move and the report
+edit.py               both for tensors
+draw_kernel.py        tokens from logits
+draw.py               the same for tensors
+attention_kernel.py   attention over pages
+attention.py          the same for tensors
 
 Enter at `edit_kernels_on`, or ask `are_used_on`.
 """
@@ -46,9 +49,9 @@ def edit_kernels_on(device: torch.device) -> EditKernels | None:
 
 
 def are_used_on(device: torch.device) -> bool:
-    """Whether these kernels or torch's operations edit rows and draw tokens on this device; on a GPU it is logged once.
+    """Whether these kernels or torch's operations attend, edit rows and draw tokens on this device.
 
-    Raises ConfigurationError where RECONTROL_KERNELS asks for Triton and there is none.
+    On a GPU it is logged once. Raises ConfigurationError where RECONTROL_KERNELS asks for Triton and there is none.
     """
     told = os.environ.get(VARIABLE, "")
     if told != "triton":
@@ -68,10 +71,12 @@ def are_used_on(device: torch.device) -> bool:
 def _are_used_on_a_gpu(told: str) -> bool:
     """The same for one, and says it."""
     if told == "torch":
-        _log.info("On the GPU torch's operations edit rows and draw tokens: %s asks for them", VARIABLE)
+        _log.info("On the GPU torch's operations attend, edit rows and draw tokens: %s asks for them", VARIABLE)
         return False
     if not importlib.util.find_spec("triton"):
-        _log.warning("On the GPU torch's operations edit rows and draw tokens, slower: triton is not installed")
+        _log.warning("On the GPU torch's operations attend, edit rows and draw tokens, slower: triton is not installed")
         return False
-    _log.info("On the GPU kernels in Triton edit rows and draw tokens; the first ones wait until these are compiled")
+    _log.info(
+        "On the GPU kernels in Triton attend, edit rows and draw tokens; the first ones wait until these are compiled"
+    )
     return True

@@ -8,6 +8,8 @@ M pages of the longest sequence.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ _LEAST_TILE = 16
 """Of a product of tensor cores, on each side."""
 _BLOCK_ROWS = 64
 _SPLIT_PAGES = 8
+_STAGES, _BESIDE_BYTES = 3, 1024
+"""Pages that Triton has a program read ahead, and what else is shared."""
 _EXACT_OF_BFLOAT16 = "tf32"
 """Tensor cores lose no bit of numbers that were bfloat16, and of the weights fewer than bfloat16 would."""
 
@@ -47,6 +51,16 @@ class Asked:
     window: int = 0
     chunk: int = 0
     sinks: Tensor | None = None
+
+
+def fits(keys: Tensor, values: Tensor) -> bool:
+    """Whether the pages that a program reads ahead fit into what a multiprocessor of the device shares among threads.
+
+    Those of large attention heads in float32 do not.
+    """
+    *_, page, key_size = keys.shape
+    ahead = _STAGES * page * (_tile(key_size) + _tile(values.shape[3])) * keys.element_size()
+    return ahead + _BESIDE_BYTES <= _shared_bytes(keys.device)
 
 
 def tokens_of_a_block(num_heads: int, num_kv_heads: int) -> int:
@@ -117,8 +131,17 @@ class _Launch:
             KEY_SIZE=key_size, VALUE_SIZE=self.values.shape[3], ROWS=rows, KEYS=_tile(key_size),
             VALUES=_tile(self.values.shape[3]), PAGE=page, HAS_BLOCKS=blocks is not None, IS_SPLIT=parts is not None,
             HAS_SINKS=asked.sinks is not None, HAS_CAP=asked.softcap > 0,
-            PRECISION="ieee" if self.keys.dtype == torch.float32 else _EXACT_OF_BFLOAT16,
+            num_stages=_STAGES, PRECISION="ieee" if self.keys.dtype == torch.float32 else _EXACT_OF_BFLOAT16,
         )  # fmt: skip
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> float:
+    """Of a GPU; whatever interprets kernels has room for all."""
+    if device.type != "cuda":
+        return math.inf
+    # ROCm does not tell; torch takes it for this too.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 49152)
 
 
 def _tile(count: int) -> int:

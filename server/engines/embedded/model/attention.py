@@ -7,7 +7,7 @@ was cut into chunks. Registered with transformers' AttentionInterface; knows not
 
 Four ways, which tests hold against each other: the native kernel on a CPU (server/kernels/attention.cpp), for which a
 decode row is a chunk of one token; where it was not compiled, plain_attention.py; on a GPU the kernel in Triton
-(server/kernels/gpu/attention.py), which attends prompts together as blocks; and without Triton torch's products.
+(server/kernels/gpu/attention.py), which attends prompts together as blocks; and where that cannot be, torch's products.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
 attention head, V that of its values, S attended positions, M pages of the longest sequence.
@@ -142,7 +142,7 @@ def _attend_by_torch(
     pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
     keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
     values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
-    if query_TNP.dtype == keys.dtype == values.dtype and gpu.are_used_on(keys.device):
+    if _can_attend_by_triton(query_TNP, keys, values):
         return _attend_by_triton(query_TNP, keys, values, step, how, sinks)
     query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
     sinks_NQ = None if sinks is None else sinks.view(num_kv_heads, -1)
@@ -150,6 +150,14 @@ def _attend_by_torch(
         tables_TM = step.tables[step.sequences_T]
         return attend_plainly(query_TNQP, keys, values, tables_TM, step.positions_T, how, sinks_NQ).flatten(1, 2)
     return _attend_in_batches(query_TNQP, keys, values, step, how, sinks_NQ).flatten(1, 2)
+
+
+def _can_attend_by_triton(query_TNP: Tensor, keys: Tensor, values: Tensor) -> bool:
+    if not gpu.are_used_on(keys.device) or not query_TNP.dtype == keys.dtype == values.dtype:
+        return False
+    from server.kernels.gpu.attention import fits
+
+    return keys.dtype in _KERNELS and fits(keys, values)
 
 
 def _attend_by_triton(
