@@ -307,7 +307,7 @@ class EngineCore:
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         controls = [sequence.acting_control for sequence in rows]
         if rows != self._plan_rows or any(a is not b for a, b in zip(controls, self._plan_controls, strict=True)):
-            self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
+            self._plan = self.editor.plan(controls, self.registry, device=hidden_BD.device)
             self._plan_rows, self._plan_controls = rows, controls
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)
