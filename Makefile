@@ -1,4 +1,5 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
+# make help    these lines
 # make test    set everything up, then lint, types and tests
 # make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
 # make docs    the documentation site, in build/docs; a broken link fails
@@ -49,10 +50,13 @@ BROWSER_STAMP := $(STAMP)-browser
 TRITON_STAMP := $(STAMP)-triton
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test audit lock docs architectures coverage test-browser test-clients test-deploy test-gpu-kernels test-vllm lint heads peers setup data clean
+.PHONY: serve help test audit lock docs architectures coverage test-browser test-clients test-deploy test-gpu-kernels test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 test: data lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
@@ -119,6 +123,7 @@ setup: $(STAMP)
 data: $(DATA_STAMP)
 
 $(STAMP): pyproject.toml setup.py Makefile $(KERNELS) $(LOCKS)
+	@echo "Setting up $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCKED),yes)
 	$(PIP) --require-hashes --no-deps $(addprefix --requirement locks/,build.txt torch.txt development.txt model.txt)
