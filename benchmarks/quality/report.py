@@ -129,6 +129,9 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
     titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL"]
+    if any("prompting" in arm for arm in result["arms"]) and result.get("divergence") != "exact":
+        # Of figures that are older than exact divergences behind instructions.
+        titles[-2:] = [f"{title} (estimated with prompting)" for title in titles[-2:]]
     lines = header(titles)
     for arm, figures in result["arms"].items():
         cells = [interval(figures[name]) for name in scores]

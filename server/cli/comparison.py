@@ -134,6 +134,8 @@ class MethodsStudy:
             "arms": setup.compare(setup.arms(sweep), _COMPARISONS),
             **setup.describe(),
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
+            # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
+            "divergence": "exact",
             "strengths": {"equal_divergence": sweep.matched, "best": sweep.best},
             "sweep": {name: [asdict(point) for point in points] for name, points in sweep.points.items()},
         }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.divergence import divergences
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
@@ -70,25 +71,29 @@ class EngineRolloutSource:
 
         `read` names heads whose value of the finished response is wanted.
 
-        The divergence of control is exact. Added to it are a search's bound, log K - (K - 1) / K a block of the best of
-        K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
+        Divergences are exact (divergence.py), from the base model behind the bare prompt, whatever was put before it
+        and whatever acted. A search alone is a bound on top of that: log K - (K - 1) / K a block of the best of K
+        (Beirami et al. 2024).
         """
         bare = {prompt.id: prompt for prompt in prompts}
         for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
             summary = None if sequence.totals is None else sequence.totals.summary()
+            mean_kl, max_kl = (summary.mean_kl, summary.max_kl) if summary else (0.0, 0.0)
             bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
-            nll = given_nll = self.nll(torch.stack(sequence.states or []), sequence.token_ids)
+            bare_TD = torch.stack(sequence.states or [])
             if instruction is not None:
-                prompt_ids = self.encode(bare[sequence.request.request_id])
-                nll = self.nll(self._states(prompt_ids, sequence.token_ids), sequence.token_ids)
+                bare_TD = self._states(self.encode(bare[sequence.request.request_id]), sequence.token_ids)
+                assert isinstance(self.core, EngineCore), "divergences are asked for by evaluation alone"
+                kl_T = divergences(self.core, sequence, bare_TD)
+                mean_kl, max_kl = float(kl_T.mean()), float(kl_T.max())
             yield EvalSample(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
                 response=response,
                 num_tokens=len(sequence.token_ids),
-                nll=nll,
-                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll + bound,
-                max_kl=(summary.max_kl if summary else 0.0) + bound_of_last,
+                nll=self.nll(bare_TD, sequence.token_ids),
+                mean_kl=mean_kl + bound,
+                max_kl=max_kl + bound_of_last,
                 is_finished=sequence.finish_reason is FinishReason.STOP,
                 wall_s=wall_s,
                 values=self._values(sequence, read),
