@@ -58,5 +58,9 @@ def _by_prompt(curve: Curve, bound: float) -> np.ndarray:
     kl_Q = np.concatenate([[0.0], curve.kl_QP.mean(axis=1)])
     knots = np.concatenate([kl_Q[kl_Q < bound], [bound]])
     # The area is linear in the gains: what each strength's counts [Q] is the area of a gain of one there alone.
-    weights_Q = [np.trapezoid(np.interp(knots, kl_Q, alone), knots) / bound for alone in np.eye(len(kl_Q))[1:]]
-    return (np.array(weights_Q) @ curve.gain_QP)[:, None]
+    weights_Q = np.zeros(len(kl_Q) - 1)
+    for strength in range(len(weights_Q)):
+        alone_Q = np.zeros(len(kl_Q))
+        alone_Q[strength + 1] = 1.0
+        weights_Q[strength] = np.trapezoid(np.interp(knots, kl_Q, alone_Q), knots) / bound
+    return (weights_Q @ curve.gain_QP)[:, None]

@@ -22,7 +22,7 @@ from server.training.trainer import MAX_STATE_BYTES
 
 BOTH = COMPLETION | CHAT
 TESTS = Path("tests/api/test_incidents.py")
-PAGE = Path("docs/http-api.md").read_text()
+PAGE = "\n".join(Path(f"docs/{name}.md").read_text() for name in ("http-api", "access"))
 SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")}
 INCIDENTS = [line for line in SECTIONS["Known incidents"].splitlines() if line.startswith("| ")][1:]
 

@@ -59,7 +59,7 @@ def test_every_request_that_a_page_sends_with_curl_is_accepted(path: str, sent: 
 
 
 def test_the_request_that_trains_a_head_makes_what_it_says() -> None:
-    (sent,) = [body for path, body in curl_bodies(text_of("docs/http-api.md")) if path == "/v1/heads"]
+    (sent,) = [body for path, body in curl_bodies(text_of("docs/access.md")) if path == "/v1/heads"]
     recipe = HeadRequest.model_validate_json(sent).recipe()
     assert (recipe.name, recipe.source.method, recipe.source.num_texts) == ("cheerful", "instruction", 400)
 

@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Container
-from contextlib import suppress
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,19 @@ def write_as_folder(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of a GGUF file as transformers saves them. Raises ModelLoadError."""
     header = read_header(file)
     refuse_gguf(header)
-    with quiet_transformers():
+    with quiet_transformers(), _one_reader():
         _write(header, folder)
+
+
+@contextmanager
+def _one_reader() -> Iterator[None]:
+    """transformers has gguf's reader read the same file three times, and each takes long for a large vocabulary."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _write(header: GgufHeader, folder: Path) -> None:
@@ -202,7 +214,7 @@ def _can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
 def _rope_factors(file: Path, header: GgufHeader) -> np.ndarray | None:
     if not any(tensor.name == _ROPE_FACTORS for tensor in header.tensors):
         return None
-    reader = gguf.GGUFReader(file)
+    reader = gguf.GGUFReader(str(file))
     return next(np.array(tensor.data) for tensor in reader.tensors if tensor.name == _ROPE_FACTORS)
 
 

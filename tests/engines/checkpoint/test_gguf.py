@@ -333,6 +333,21 @@ def test_text_by_the_name_of_a_gguf_a_pointer_and_a_newer_version_are_refused(tm
             loaded(path)
 
 
+def test_a_file_is_read_through_once(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary of 262,144 takes gguf's reader half a minute."""
+    reader, read = gguf.GGUFReader, list[str]()
+
+    def reading(path: str) -> Any:
+        read.append(path)
+        return reader(path)
+
+    path = write_gguf(tmp_path / "model.gguf", "llama", llama)
+    monkeypatch.setattr(gguf, "GGUFReader", reading)
+    loaded(path)
+    assert read == [str(path)]
+    assert gguf.GGUFReader is reading
+
+
 def test_a_disk_without_room_is_said_before_it_is_full(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

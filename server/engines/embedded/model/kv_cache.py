@@ -65,11 +65,11 @@ class KVCache:
 
     def clear(self, pages: Iterable[int]) -> None:
         """Zero these pages, so that nothing non-finite left in them meets a later sequence through 0 x NaN."""
-        listed = list(pages)
-        if listed:
+        for page in pages:
+            # One by one, which torch does in this thread: its others may be held up by a busy neighbour.
             for keys, values in self._layers.values():
-                keys[listed] = 0
-                values[listed] = 0
+                keys[page].zero_()
+                values[page].zero_()
 
     def _empty(self, like_TNP: Tensor) -> Tensor:
         _, num_heads, head_size = like_TNP.shape
