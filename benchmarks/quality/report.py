@@ -23,6 +23,7 @@ from server.cli.heads import HeadsCommand
 from value_models.claims import holm
 from value_models.store import HeadCard
 
+_NOT_YET = "None of the results above is of a study that tells them."
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the pages show."""
 
@@ -105,7 +106,7 @@ def commands(cards: Sequence[HeadCard]) -> str:
 def claims_table(cards: Sequence[HeadCard]) -> str:
     """Each head over every rival, test set and judge, with p-values corrected for all of them together.
 
-    Of results that have p-values: older ones have none.
+    Of results that have p-values, which older ones have not.
     """
     made = [
         (card.name, result["test_set"], claim)
@@ -117,7 +118,7 @@ def claims_table(cards: Sequence[HeadCard]) -> str:
     for (name, test_set, claim), corrected in zip(made, holm([claim["p"] for *_, claim in made]), strict=True):
         cells = [signed(claim), f"{claim['p']:.4f}", f"{corrected:.4f}"]
         lines.append(row([f"`{name}`", test_set, claim["over"], claim["metric"], *cells]))
-    return "\n".join(lines) if made else ""
+    return "\n".join(lines) if made else _NOT_YET
 
 
 def areas_table(cards: Sequence[HeadCard]) -> str:
@@ -131,7 +132,7 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
                 more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
                 cells = [method, f"{areas['max_kl']:.2f}", signed(figure), *more]
                 lines.append(row([f"`{card.name}`", result["test_set"], *cells]))
-    return "\n".join(lines) if is_measured else ""
+    return "\n".join(lines) if is_measured else _NOT_YET
 
 
 def transcript(path: Path) -> str:

@@ -38,7 +38,7 @@ def areas(sweep: Sweep) -> dict[str, Any]:
     """
     (base,) = sweep.points["base"]
     curves = {
-        name: Curve.of(*(_by_prompt(sweep.points[name], metric) for metric in ("kl", "reward")), _rewards(base))
+        name: Curve.of(_by_prompt(sweep.points[name], "kl"), _by_prompt(sweep.points[name], "reward"), _rewards(base))
         for name in sweep.matched
     }
     bound = shared_bound(curves.values())

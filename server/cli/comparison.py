@@ -166,7 +166,7 @@ def show_arms(result: dict[str, Any]) -> None:
     shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
     for name, figures in result["arms"].items():
         values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown if metric in figures)
-        print(f"{name:28}{values}  {figures['wall_s']:.0f} s")
+        print(f"{name:32}{values}  {figures['wall_s']:.0f} s")
 
 
 def _comparisons(arms: Sequence[str]) -> Comparisons:

@@ -43,7 +43,7 @@ def test_claims_of_all_heads_are_corrected_together() -> None:
         f"| `{name}` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.0100 | 0.0200 |"
         for name in ("good", "plain")
     ]
-    assert claims_table([card(project=result([]))]) == ""
+    assert claims_table([card(project=result([]))]).startswith("None of the results")
 
 
 def test_areas_are_told_with_the_heads_gain_over_each_method() -> None:
@@ -57,7 +57,7 @@ def test_areas_are_told_with_the_heads_gain_over_each_method() -> None:
         "| `good` | project | head | 0.20 | +0.50 [+0.40, +0.60] |  |  |",
         "| `good` | project | re-control | 0.20 | +0.50 [+0.40, +0.60] | +0.50 [+0.40, +0.60] | 0.0100 |",
     ]
-    assert areas_table([card(project=result([]))]) == ""
+    assert areas_table([card(project=result([]))]).startswith("None of the results")
 
 
 def test_the_share_of_responses_that_end_by_themselves_is_a_column_where_it_is_known() -> None:
