@@ -19,7 +19,8 @@ _ROWS_AT_ONCE = 1000
 def chance_of_no_gain(differences_PS: np.ndarray) -> float:
     """One-sided p-value that the mean of paired differences is above zero, by the bootstrap over prompts.
 
-    (1 + the resamples whose mean is not above zero) / (1 + all): it is never zero, and the same for the same prompts.
+    (1 + the resamples whose mean is not above zero) / (1 + all), but no less than 2^-P, the least that a test by flipped
+    signs could say of so few prompts. It is never zero, and the same for the same prompts.
     Source: Davison and Hinkley 1997, section 4.2.
     """
     means_P = differences_PS.mean(axis=1)
@@ -29,7 +30,7 @@ def chance_of_no_gain(differences_PS: np.ndarray) -> float:
         int((means_P[rng.integers(0, len(means_P), size)].mean(axis=1) <= 0).sum())
         for _ in range(_NUM_RESAMPLES // _ROWS_AT_ONCE)
     )
-    return (1 + num_not_above) / (1 + _NUM_RESAMPLES)
+    return max((1 + num_not_above) / (1 + _NUM_RESAMPLES), 0.5 ** len(means_P))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -39,5 +39,5 @@ def test_one_method_over_another_is_paired_by_prompt() -> None:
     low, high = (Curve.of(kl_QP, base_P[None] + gain, base_P) for gain in (0.2, 0.4))
     over = area_over(high, low, 0.2)
     assert (over["mean"], over["low"], over["high"]) == pytest.approx((0.1, 0.1, 0.1))
-    assert over["p"] == 1 / 20_001
+    assert over["p"] == 1 / 16
     assert area_over(low, low, 0.2)["p"] == 1.0

@@ -20,10 +20,14 @@ def test_equal_p_values_are_corrected_alike() -> None:
 
 
 def test_a_gain_at_every_prompt_is_as_sure_as_the_resamples_can_say_and_none_is_no_claim() -> None:
-    gains_PS = np.full((7, 2), 0.3)
+    gains_PS = np.full((20, 2), 0.3)
     assert chance_of_no_gain(gains_PS) == 1 / 20_001
     assert chance_of_no_gain(-gains_PS) == 1.0
-    assert chance_of_no_gain(np.zeros((7, 2))) == 1.0
+    assert chance_of_no_gain(np.zeros((20, 2))) == 1.0
+
+
+def test_few_prompts_say_little_however_alike_they_are() -> None:
+    assert [chance_of_no_gain(np.full((number, 9), 0.3)) for number in (1, 2, 5)] == [1 / 2, 1 / 4, 1 / 32]
 
 
 def test_two_prompts_that_differ_are_drawn_both_bad_a_quarter_of_the_time() -> None:
