@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.markdown import header, replace_sections, row
 from benchmarks.speed.system import facts
 from value_models.files import write_text
+from value_models.prefix_rewards import PrefixReport
 from value_models.prompt_sets import split_of
 from value_models.rollouts import FORMAT, Rollout, collect_shards
 from value_models.token_blocks import BLOCK_NUMBERS, TokenBlock, blocks_of
@@ -85,6 +86,7 @@ class MadeTokens:
         for name in ("states_ND", "logp_grads_ND"):
             noise_ND = torch.randn(shape, generator=rng)
             tensors[name] = noise_ND.addr_(reward_N, self.goal_D, alpha=_SIGNAL).bfloat16()
+        tensors["prefix_rewards_N"] = reward_N + torch.randn(len(reward_N), generator=rng)
         return tensors
 
     def blocks(self, is_wanted_B: Tensor, *, device: str, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
@@ -110,6 +112,7 @@ def made_data(case: Case) -> TrainingData:
         split=[splits[number] for number in prompt_B.tolist()],
         base_model={"name": "made", "hidden_size": case.hidden_size},
         manifest={},
+        prefixes=PrefixReport(Path("nowhere"), stride=1),
     )
 
 
@@ -133,6 +136,7 @@ def write_files(case: Case) -> None:
                 is_finished=True,
                 states_TD=states_TD,
                 logp_grads_TD=grads_TD,
+                text_ends=_text_ends(repr(float(tokens.reward_B[first + at]))),
             )
             for at, (states_TD, grads_TD) in enumerate(zip(parts["states_ND"], parts["logp_grads_ND"], strict=True))
         ]
@@ -147,10 +151,23 @@ def write_files(case: Case) -> None:
     collect_shards(Path(case.folder), manifest, [tokens.group_size] * len(starts), make, show_progress=False)
 
 
+def _text_ends(response: str) -> tuple[int, ...]:
+    """As if each of the first tokens wrote a character, and the others none."""
+    return tuple(min(token, len(response)) for token in range(_LENGTH))
+
+
 def in_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """The reward that a response of `write_files` spells."""
+    """The reward that a response of `write_files` spells, as far as it goes."""
     del prompts
-    return [float(response) for response in responses]
+    return [_number(response) for response in responses]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        # A beginning such as "-".
+        return 0.0
 
 
 def fit(case: Case) -> dict[str, Any]:
@@ -160,7 +177,8 @@ def fit(case: Case) -> dict[str, Any]:
     data = made
     if case.folder is not None:
         texts = {f"made-{number}": "" for number in range(case.num_responses // _SAMPLES)}
-        data = load_training_data(Path(case.folder), f"{__name__}:{in_words.__name__}", texts)
+        reward = f"{__name__}:{in_words.__name__}"
+        data = load_training_data(Path(case.folder), reward, texts, with_prefixes=True)
     before_mib = _peak_mib()
     settings = TrainSettings(hidden_widths=case.hidden_widths, max_epochs=1)
     started_s = time.perf_counter()
@@ -174,6 +192,7 @@ def fit(case: Case) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started_s, 1),
         "cosine_with_goal": round(float(torch.cosine_similarity(direction_D, made.tokens.goal_D, dim=0)), 4),
         "ascent_gain": trained.figures[0].ascent_gain,
+        "critics": [] if trained.critic is None else sorted(trained.critic.gains),
     }
 
 

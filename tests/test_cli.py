@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from server.cli import main
 from server.cli.command import allow_rewards_of_the_working_folder
@@ -24,6 +25,7 @@ from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from tests.conftest import HIDDEN, random_linear_head, write_heads
+from value_models.critic_choice import PREFIX_TRACE
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
 from value_models.store import load_card, save_card
@@ -35,6 +37,18 @@ def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: t
     assert card["base_model"]["hidden_size"] == 32
     assert card["data"]["responses"]["train"] > card["data"]["responses"].get("test", 0)
     assert "r2" in card["validation"]
+    assert set(card["validation"]["critic"]["ascent_gain"]) == {"value", "prefix_reward"}
+
+
+def test_rollouts_tell_where_each_token_begins_in_the_text(workshop: tuple[list[str], Path]) -> None:
+    for path in sorted((workshop[1] / "rollouts").glob("*.jsonl")):
+        lengths = load_file(path.with_suffix(".safetensors"))["offsets"].diff().tolist()
+        for line, length in zip(path.read_text().splitlines(), lengths, strict=True):
+            row = json.loads(line)
+            assert len(row["text_ends"]) == length
+            assert row["text_ends"] == sorted(row["text_ends"])
+            assert row["text_ends"][0] == 0
+            assert row["text_ends"][-1] <= len(row["response"])
 
 
 def test_evaluation_writes_json_and_the_card(workshop: tuple[list[str], Path], tmp_path: Path) -> None:
@@ -133,6 +147,12 @@ def test_a_reward_of_the_users_own_is_found_in_the_working_folder_and_needs_an_i
     assert sys.path[-1] == str(tmp_path)
     inputs = ["--rollouts", str(folder / "rollouts"), "--prompts", str(folder / "prompts.jsonl")]
     train = ["train", "--name", "vowels", "--reward", "mine:vowels", *inputs, "--out", str(tmp_path / "heads")]
+    assert main([*train, "--critic", "prefix_reward", "--prefix-stride", "2"]) == 0
+    kept = json.loads((tmp_path / "heads" / "vowels" / "card.json").read_text())["validation"]["critic"]
+    assert (kept["name"], kept["advantage_trace"], kept["prefix_stride"]) == ("prefix_reward", PREFIX_TRACE, 2)
+    told = capsys.readouterr().out.splitlines()
+    assert re.match(r"for the critic \d+ beginnings of responses were scored in \d+ s; their rewards are", told[-2])
+    assert "; critic prefix_reward with lambda 0.8, which explains" in told[-1]
     assert main([*train, "--metric", "covariance"]) == 0
     card = json.loads((tmp_path / "heads" / "vowels" / "card.json").read_text())
     assert card["reward"] == "mine:vowels"

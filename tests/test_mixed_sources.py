@@ -67,6 +67,10 @@ def test_one_head_of_several_sources_has_a_card_that_tells_of_each(
         (["pairs", "texts"], ["--rollouts", "run"], "rollouts: pairs and texts are kept in a run each"),
         (["rollouts", "pairs"], ["--good-label", "a"], "good_label: pairs have no labels"),
         (["rollouts", "pairs"], ["--instruction", "Be kind."], "pairs: an instruction does not use it"),
+        (["pairs", "texts"], ["--critic", "value"], "critic: pairs and texts have scores for advantages"),
+        (["texts"], ["--advantage-trace", "0.9"], "advantage_trace: pairs and texts have scores for advantages"),
+        (["rollouts"], ["--critic", "best"], "critic: Input should be 'auto', 'prefix_reward' or 'value'"),
+        (["rollouts"], ["--metric", "identity", "--prefix-stride", "2"], "prefix_stride: goes with the metric natural"),
     ],
 )
 def test_sources_and_flags_that_do_not_go_together_are_refused_by_name(

@@ -118,6 +118,8 @@ def test_rewards_and_scores_of_ones_own_do_not_mix(
     flags, folder = workshop
     assert main(["score", *flags, "--pairs", write(tmp_path / "mine.jsonl", CHAT), "--out", "run"]) == 0
     train = ["train", "--name", "x", "--out", "heads", "--rollouts"]
+    assert main([*train, "run", "--critic", "auto"]) == 2
+    assert "critic: pairs and texts have scores for advantages; leave it out" in capsys.readouterr().err
     assert main([*train, "run", "--reward", "brevity"]) == 2
     assert "run holds pairs with scores of their own; leave --reward out" in capsys.readouterr().err
     assert main([*train, str(folder / "rollouts")]) == 2

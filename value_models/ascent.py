@@ -6,9 +6,10 @@
                   u . grad_h log pi(token | h), that is u = F^-1 E[A grad], F = E[grad grad^T] the Fisher information
 
 The plain gradient asks how the value reads a state; an edit is felt only through the token it makes likelier, which is
-what the natural one asks. Advantages come from the head's own values (generalised advantage estimation), so a token is
-credited with what it changed and not with the luck of the whole response. Texts that the model did not write have their
-scores for advantages, and the Fisher information is that of tokens which the model draws in the same states.
+what the natural one asks. Advantages are generalised ones by a critic, so a token is credited with what it changed and
+not with the luck of the whole response. The critic is the head's own value, or one that sees the text so far as well
+(critic.py). Texts that the model did not write have their scores for advantages, and the Fisher information is that of
+tokens which the model draws in the same states.
 
 From several sources each gives the direction that its own advantages ask for, by the Fisher information of all their
 tokens. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of
@@ -29,11 +30,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from value_models.critic import Credit
 from value_models.errors import TrainingDataError
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.linalg import solve, vecdot
@@ -43,6 +46,8 @@ from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
 Metric = Literal["natural", "covariance", "identity"]
+MONTE_CARLO = Credit(trace=1.0)
+"""The reward less the head's value."""
 _MIN_COST_NATS = 1e-12
 
 
@@ -53,47 +58,53 @@ def ascent_rows(
     *,
     metric: Metric,
     shrinkage: float,
-    trace: float,
+    credits: Sequence[Credit],
     damping: float,
-) -> Tensor:
-    """Rows [U, D] over the normalised state, not yet calibrated.
+) -> list[Tensor]:
+    """Rows [U, D] over the normalised state, not yet calibrated: of the natural metric one for each of `credits`.
 
-    `shrinkage` belongs to the covariance metric; `trace` (lambda of the advantages) and `damping` (added to the Fisher
-    information, relative to its mean eigenvalue) to the natural one. There the linear unit alone has a row.
+    `shrinkage` belongs to the covariance metric; `credits` and `damping` (added to the Fisher information, relative to
+    its mean eigenvalue) to the natural one. There the linear unit alone has a row.
     """
     if metric == "identity":
-        return head.inputs_UD.clone()
+        return [head.inputs_UD.clone()]
     if metric == "covariance":
-        return head.inputs_UD @ moments.metric(shrinkage)
+        return [head.inputs_UD @ moments.metric(shrinkage)]
     if any(source.data.is_given for source in sources):
         # A handful of texts tells little of the Fisher information of so many dimensions.
         damping += len(head.scale_D) / sum(source.data.num_tokens("train") for source in sources)
-    rows_UD = torch.zeros_like(head.inputs_UD)
-    rows_UD[0] = natural_direction(head, sources, trace=trace, damping=damping) / head.scale_D
-    return rows_UD
+    directions = natural_directions(head, sources, credits, damping=damping)
+    return [torch.cat([(u_D / head.scale_D)[None], torch.zeros_like(head.inputs_UD[1:])]) for u_D in directions]
 
 
-def natural_direction(head: ValueHead, sources: Sequence[FitSource], *, trace: float, damping: float) -> Tensor:
-    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad] over training tokens, of several sources their sum."""
+def natural_directions(
+    head: ValueHead, sources: Sequence[FitSource], credits: Sequence[Credit], *, damping: float
+) -> list[Tensor]:
+    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad] over training tokens, of several sources their sum; one
+    for each way of crediting the tokens of rollouts."""
     size, device = head.hidden_size, head.scale_D.device
     fisher, gains = GramSum(size, device), list[Tensor]()
     for source in sources:
         mean_score = source.mean_score("train")
-        gain_D = torch.zeros(size, dtype=torch.float64, device=device)
+        gain_CD = torch.zeros(len(credits), size, dtype=torch.float64, device=device)
         for block in source.data.blocks("train"):
             fisher.add(block.cost_grads_ND)
-            gain_D += _advantages(head, source, block, mean_score, trace=trace) @ block.logp_grads_ND
-        gains.append(gain_D / source.data.num_tokens("train"))
+            for number, credit in enumerate(credits):
+                gain_CD[number] += _advantages(head, source, block, mean_score, credit) @ block.logp_grads_ND
+        gains.append(gain_CD / source.data.num_tokens("train"))
     fisher_DD = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
     damped_DD = fisher_DD.clone()
     damped_DD.diagonal().add_(damping * fisher_DD.diagonal().mean())
-    directions = [solve(damped_DD, gain_D) for gain_D in gains]
-    if len(sources) > 1:
-        costs = [max(0.5 * float(u_D @ fisher_DD @ u_D), _MIN_COST_NATS) for u_D in directions]
-        directions = [
-            source.weight * u_D / cost**0.5 for source, u_D, cost in zip(sources, directions, costs, strict=True)
-        ]
-    return torch.stack(directions).sum(0).float()
+    found: list[Tensor] = []
+    for number in range(len(credits)):
+        directions = [solve(damped_DD, gain_CD[number]) for gain_CD in gains]
+        if len(sources) > 1:
+            costs = [max(0.5 * float(u_D @ fisher_DD @ u_D), _MIN_COST_NATS) for u_D in directions]
+            directions = [
+                source.weight * u_D / cost**0.5 for source, u_D, cost in zip(sources, directions, costs, strict=True)
+            ]
+        found.append(torch.stack(directions).sum(0).float())
+    return found
 
 
 def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:
@@ -119,21 +130,51 @@ def cost_nats(head: ValueHead, data: TrainingData, split: str) -> float:
     )
 
 
-def ascent_gain(head: ValueHead, source: FitSource, split: str) -> float:
+@dataclass(slots=True, frozen=True)
+class AscentGain:
     """What edits earn for what they cost, to first order: standard deviations of reward a token, a root nat.
 
-    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over the split's tokens, with s the head's shift and A the reward less the
+    E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over a split's tokens, with s the head's shift and A the reward less the
     value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
     that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
+    Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike.
     """
-    earned, paid, mean_score = 0.0, 0.0, source.mean_score(split)
-    for block in source.data.blocks(split):
+
+    earned_P: Tensor
+    """Sums of A s . grad by prompt, float64."""
+    paid: float
+    """Sum of (s . grad)^2 / 2."""
+    num_tokens: int
+
+    @property
+    def gain(self) -> float:
+        return float(self._by_prompt().sum())
+
+    def margin(self, other: AscentGain) -> tuple[float, float]:
+        """How much greater the gain is than another's on the same tokens, and the standard error of that, by prompts:
+        infinite for less than two."""
+        difference_P = self._by_prompt() - other._by_prompt()
+        count = len(difference_P)
+        error = float(difference_P.std()) * count**0.5 if count > 1 else math.inf
+        return float(difference_P.sum()), error
+
+    def _by_prompt(self) -> Tensor:
+        return self.earned_P / self.num_tokens / max(self.paid / self.num_tokens, _MIN_COST_NATS) ** 0.5
+
+
+def ascent_gain(head: ValueHead, source: FitSource, split: str) -> AscentGain:
+    """Of a head's way uphill on the tokens of a split."""
+    data = source.data
+    prompts = data.prompts_in(split)
+    number_B = torch.searchsorted(prompts, data.prompt_B)
+    earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
+    for block in data.blocks(split):
         shift_D = shift_of(head, block)
-        advantage_N = _advantages(head, source, block, mean_score, trace=1.0)
-        earned += float((advantage_N * vecdot(shift_D, block.logp_grads_ND)).sum(dtype=torch.float64))
+        advantage_N = _advantages(head, source, block, mean_score, MONTE_CARLO)
+        earned_N = (advantage_N * vecdot(shift_D, block.logp_grads_ND)).double().cpu()
+        earned_P.index_add_(0, block.of_tokens(number_B), earned_N)
         paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))
-    num_tokens = source.data.num_tokens(split)
-    return earned / num_tokens / max(paid / num_tokens, _MIN_COST_NATS) ** 0.5
+    return AscentGain(earned_P, paid, data.num_tokens(split))
 
 
 def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:
@@ -142,7 +183,7 @@ def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:
     return slope_NU @ head.folded_ascent()
 
 
-def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, *, trace: float) -> Tensor:
+def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, credit: Credit) -> Tensor:
     """What each token [N] of a block earned, in standard deviations of the source's training reward.
 
     Of texts that the model did not write: their text's score, less `mean_score`, that of all tokens of the split. So
@@ -152,8 +193,9 @@ def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_scor
     """
     if source.data.is_given:
         return block.of_tokens(source.standard_B - mean_score).to(head.scale_D.device)
-    values_N = head.readout(head.units(block.states_ND))[0]
-    if trace == 1.0:
+    critic = credit.critic
+    values_N = head.readout(head.units(block.states_ND))[0] if critic is None else critic.values(block)
+    if credit.trace == 1.0:
         return block.of_tokens(source.standard_B).to(values_N.device) - values_N
-    returns_N = block.lambda_returns(source.standard_B, values_N.cpu(), trace=trace)
+    returns_N = block.lambda_returns(source.standard_B, values_N.cpu(), trace=credit.trace)
     return returns_N.to(values_N.device) - values_N

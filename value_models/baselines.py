@@ -75,7 +75,7 @@ def static_vector_head(data: TrainingData) -> ValueHead:
         return overall
     source = FitSource.of(data, is_centred=True)
     both = (overall, _vector(data, within_B))
-    return max(both, key=lambda head: ascent_gain(_without_value(head), source, "validation"))
+    return max(both, key=lambda head: ascent_gain(_without_value(head), source, "validation").gain)
 
 
 def _sides(data: TrainingData) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from value_models.critic_choice import CriticFigures
 from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
 from value_models.heads import UNIT_COST_NATS, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card
@@ -35,6 +36,7 @@ def trained_card(
     parts: Sequence[SourcePart],
     settings: TrainSettings,
     *,
+    critic: CriticFigures | None = None,
     reward: str | None = None,
     description: str = "",
     command: str,
@@ -52,13 +54,15 @@ def trained_card(
             for part, aim in zip(parts, aims, strict=True)
         ]
         validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
+    if critic is not None:
+        validation["critic"] = critic.as_dict()
     return HeadCard(
         name=name,
         description=description or _capitalised(" and ".join(_effect(part.data, reward) for part in parts)),
         base_model=BaseModelCard(**first.data.base_model),
         architecture=architecture_card(head),
         normalisation=_NORMALISATION,
-        metric=_metric_text(settings, [part.data for part in parts]),
+        metric=_metric_text(settings, [part.data for part in parts], critic),
         # Of rollouts their reward alone, by which the head can be evaluated.
         reward=" and ".join(aims) if first.data.is_given else aims[0],
         reward_mean=head.reward_mean,
@@ -114,6 +118,9 @@ def distilled_card(
 
 def figures_text(validation: dict[str, Any]) -> str:
     """A card's figures in a line."""
+    if "critic" in validation:
+        rest = {name: value for name, value in validation.items() if name != "critic"}
+        return f"{figures_text(rest)}; {_critic_text(validation['critic'])}"
     if "sources" in validation:
         return "; ".join(f"of {part['kind']}: {figures_text(part)}" for part in validation["sources"])
     figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
@@ -122,6 +129,19 @@ def figures_text(validation: dict[str, Any]) -> str:
         return figures
     shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
     return f"{figures}; of {order['compared']} {order['what']}, {shares}"
+
+
+def _critic_text(critic: dict[str, Any]) -> str:
+    gains = critic["ascent_gain"]
+    text = f"critic {critic['name']} with lambda {critic['advantage_trace']:g}"
+    if "explained" in critic:
+        text += f", which explains {critic['explained']:.0%} of the reward"
+    if others := [f"{gain:.3f} by {name}" for name, gain in gains.items() if name != critic["name"]]:
+        _, error = critic["above_value"]
+        return f"{text} (the gain would be {others[0]}, and the standard error of the difference is {error:.3f})"
+    if "prefix_reward_not_tried" in critic:
+        return f"{text} (prefix_reward was not tried: {critic['prefix_reward_not_tried']})"
+    return text
 
 
 def _aim(data: TrainingData, reward: str | None) -> str:
@@ -145,7 +165,7 @@ def _capitalised(phrase: str) -> str:
     return phrase[:1].upper() + phrase[1:]
 
 
-def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> str:
+def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData], critic: CriticFigures | None) -> str:
     tokens = " and ".join(dict.fromkeys("validation" if data.is_given else "training" for data in sources))
     unit = f"{_UNIT} {tokens} token"
     if settings.metric == "covariance":
@@ -156,16 +176,18 @@ def _metric_text(settings: TrainSettings, sources: Sequence[TrainingData]) -> st
     if any(data.is_given for data in sources):
         damping += " and that of few tokens"
     if len(sources) > 1:
-        ways = ", ".join(_way(settings, data) for data in sources)
+        ways = ", ".join(_way(data, critic) for data in sources)
         return f"natural gradients of equal cost, added by the sources' weights ({ways}); {damping}; {unit}"
     if sources[0].is_given:
-        return f"natural gradient of the {_way(settings, sources[0])}, {damping}; {unit}"
-    return f"natural policy gradient, {_way(settings, sources[0])}, {damping}; {unit}"
+        return f"natural gradient of the {_way(sources[0], critic)}, {damping}; {unit}"
+    return f"natural policy gradient, {_way(sources[0], critic)}, {damping}; {unit}"
 
 
-def _way(settings: TrainSettings, data: TrainingData) -> str:
+def _way(data: TrainingData, critic: CriticFigures | None) -> str:
     if not data.is_given:
-        return f"advantages with lambda {settings.advantage_trace}"
+        assert critic is not None
+        text = f"advantages with lambda {critic.trace}"
+        return text if critic.name == "value" else f"{text} by a critic that saw the reward of the text so far"
     return "margin between chosen and rejected" if data.kind == "pairs" else "covariance with the texts' scores"
 
 

@@ -19,8 +19,8 @@ _ROWS_AT_ONCE = 1000
 def chance_of_no_gain(differences_PS: np.ndarray) -> float:
     """One-sided p-value that the mean of paired differences is above zero, by the bootstrap over prompts.
 
-    (1 + the resamples whose mean is not above zero) / (1 + all), but no less than 2^-P, the least that a test by flipped
-    signs could say of so few prompts. It is never zero, and the same for the same prompts.
+    (1 + the resamples whose mean is not above zero) / (1 + all), but no less than 2^-P, the least that a test by
+    flipped signs could say of so few prompts. It is never zero, and the same for the same prompts.
     Source: Davison and Hinkley 1997, section 4.2.
     """
     means_P = differences_PS.mean(axis=1)

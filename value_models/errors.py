@@ -10,6 +10,7 @@
     |-- InstructionError      an instruction that cannot be distilled, or a model without a place for one
     |-- TrainingDataError     rollouts or rewards from which no head can be learnt
     |-- RewardError           an unknown reward, or one that does not return a finite number for each response
+    |   `-- PrefixRewardError     a reward or a run without rewards of the text so far; training can do without
     |-- MetricError           an unknown metric, or one that has nothing to measure
     `-- MissingPackageError   an optional package is not installed; names the command that installs it
 
@@ -57,6 +58,10 @@ class TrainingDataError(ValueModelError):
 
 
 class RewardError(ValueModelError):
+    pass
+
+
+class PrefixRewardError(RewardError):
     pass
 
 

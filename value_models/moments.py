@@ -9,6 +9,7 @@ Shapes: N tokens of a block, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,15 @@ class Moments:
     scale_D: Tensor
     correlation_DD: Tensor
     product_D: Tensor
-    """Mean product of the normalised states with the target."""
+    """Mean product of the normalised states with the target, less the product of their means."""
+    target_mean: float
+    target_variance: float
 
     def normalise(self, states_ND: Tensor) -> Tensor:
         return (states_ND.float() - self.mean_D.float()) / self.scale_D.float()
 
-    def ridge(self, penalty: float) -> Tensor:
-        """Coefficients [D] of the target on the normalised states, float32."""
+    def ridge(self, penalty: float | Tensor) -> Tensor:
+        """Coefficients [D] of the target on the normalised states, float32; the penalty is one, or one of each [D]."""
         eye_DD = torch.eye(len(self.product_D), dtype=torch.float64, device=self.product_D.device)
         return solve(self.correlation_DD + penalty * eye_DD, self.product_D).float()
 
@@ -56,6 +59,9 @@ class GramSum:
             panel = x_ND[:, first : first + _PANEL].T @ x_ND[:, first:]
             self._upper_DD[first : first + _PANEL, first:].add_(panel, alpha=weight)
 
+    def add_sum(self, other: GramSum) -> None:
+        self._upper_DD += other._upper_DD
+
     def matrix(self) -> Tensor:
         """[D, D], float64. Nothing may be added afterwards."""
         upper_DD = self._upper_DD.triu_()
@@ -63,34 +69,60 @@ class GramSum:
 
 
 class MomentSums:
-    """What `moments` are of, as blocks are added."""
+    """What `moments` are of, as blocks are added. Sums that are to be pooled have the same pivot [D]; any that is near
+    the states' mean will do."""
 
-    def __init__(self) -> None:
-        self._weight = 0.0
+    def __init__(self, pivot_D: Tensor | None = None) -> None:
+        self.weight = 0.0
         self._pivot_D: Tensor | None = None
+        if pivot_D is not None:
+            self._begin(pivot_D)
+
+    @classmethod
+    def pooled(cls, parts: Sequence[MomentSums]) -> MomentSums:
+        """Of everything that was added to several."""
+        pivot_D = parts[0]._pivot_D
+        assert pivot_D is not None
+        assert all(part._pivot_D is pivot_D for part in parts)
+        whole = cls(pivot_D)
+        for part in parts:
+            whole.weight += part.weight
+            whole._gram.add_sum(part._gram)
+            whole._total_D += part._total_D
+            whole._product_D += part._product_D
+            whole._target += part._target
+            whole._square += part._square
+        return whole
 
     def add(self, states_ND: Tensor, target_N: Tensor, weight: float = 1.0) -> None:
         """States [N, D] float32 with their targets; `weight` is of each token."""
         if self._pivot_D is None:
-            self._pivot_D = states_ND.mean(0)
-            self._gram = GramSum(states_ND.shape[1], states_ND.device)
-            self._total_D = torch.zeros_like(self._pivot_D, dtype=torch.float64)
-            self._product_D = torch.zeros_like(self._total_D)
-            self._target = 0.0
+            self._begin(states_ND.mean(0))
+        assert self._pivot_D is not None
         states_ND = states_ND - self._pivot_D
-        self._weight += weight * len(states_ND)
+        self.weight += weight * len(states_ND)
         self._gram.add(states_ND, weight)
         self._total_D += weight * states_ND.sum(0, dtype=torch.float64)
         self._product_D.add_(target_N.to(states_ND.device) @ states_ND, alpha=weight)
         self._target += weight * float(target_N.sum(dtype=torch.float64))
+        self._square += weight * float(target_N.square().sum(dtype=torch.float64))
+
+    def _begin(self, pivot_D: Tensor) -> None:
+        self._pivot_D = pivot_D
+        self._gram = GramSum(len(pivot_D), pivot_D.device)
+        self._total_D = torch.zeros_like(pivot_D, dtype=torch.float64)
+        self._product_D = torch.zeros_like(self._total_D)
+        self._target = self._square = 0.0
 
     def moments(self) -> Moments:
         """Of what was added, at least one token. Nothing may be added afterwards."""
         assert self._pivot_D is not None
-        offset_D = self._total_D / self._weight
-        covariance_DD = self._gram.matrix().div_(self._weight)
+        offset_D = self._total_D / self.weight
+        covariance_DD = self._gram.matrix().div_(self.weight)
         covariance_DD -= torch.outer(offset_D, offset_D)
         scale_D = covariance_DD.diagonal().clamp(min=_MIN_SCALE**2).sqrt()
         covariance_DD.div_(scale_D).div_(scale_D[:, None])
-        product_D = (self._product_D - offset_D * self._target) / self._weight / scale_D
-        return Moments(self._pivot_D + offset_D, scale_D, covariance_DD, product_D)
+        product_D = (self._product_D - offset_D * self._target) / self.weight / scale_D
+        mean = self._target / self.weight
+        variance = self._square / self.weight - mean**2
+        return Moments(self._pivot_D + offset_D, scale_D, covariance_DD, product_D, mean, variance)

@@ -75,6 +75,14 @@ REWARDS: dict[str, Reward] = {
 }
 
 
+def is_read_by_a_model(name: str) -> bool:
+    """Whether a reward, by its name, is a network that reads texts, which takes a hundred times what a function does.
+
+    Of a user's own function nothing is known.
+    """
+    return name == "relevance" or name.startswith(PREFIX)
+
+
 def check_built_in(name: str, where: str) -> str:
     """The name of a reward that a file gave, which may only be built in: others are code, or models, of whoever wrote
     the file. Raises RewardError, which tells how to allow it."""

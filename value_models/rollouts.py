@@ -53,6 +53,8 @@ class Rollout:
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
     sampled_grads_TD: Tensor | None = None
     """The same of a token that the model itself draws in that state, where the text is not its own."""
+    text_ends: tuple[int, ...] | None = None
+    """How many characters of the response stand before each token, where that is known."""
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What its line in the JSONL holds besides, as plain data."""
 
@@ -259,9 +261,15 @@ def _write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> int:
         assert len(sampled) == len(rollouts)
         tensors[SAMPLED] = torch.cat(sampled).contiguous()
     write_whole(shard_path(folder, index, ".safetensors"), lambda scratch: save_file(tensors, scratch))
-    rows = [{name: getattr(rollout, name) for name in ROW_FIELDS} | dict(rollout.about) for rollout in rollouts]
+    rows = [_row(rollout) for rollout in rollouts]
     write_text(shard_path(folder, index, ".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return int(lengths.sum())
+
+
+def _row(rollout: Rollout) -> dict[str, Any]:
+    """A response's line."""
+    ends = {} if rollout.text_ends is None else {"text_ends": rollout.text_ends}
+    return {name: getattr(rollout, name) for name in ROW_FIELDS} | ends | dict(rollout.about)
 
 
 def _checked(rollouts: Sequence[Rollout], settings: RolloutSettings, block: Sequence[RolloutPrompt]) -> list[Rollout]:

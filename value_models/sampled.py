@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,27 @@ class SampledResponse:
     token_ids: tuple[int, ...]
     is_finished: bool
     """Whether it ended by itself, not by the token limit."""
+    text_ends: tuple[int, ...] | None = None
+    """How many characters stand before each token; files of earlier versions do not tell."""
+
+
+@dataclass(slots=True)
+class StreamedText:
+    """A response's text as an engine hands it on, in chunks of some tokens and the text that has become certain."""
+
+    parts: list[str] = field(default_factory=list[str])
+    text_ends: list[int] = field(default_factory=list[int])
+    """How many characters stood before each token's chunk, so that no token's own text is among them."""
+    _length: int = 0
+
+    def add(self, text: str, num_tokens: int) -> None:
+        self.text_ends += [self._length] * num_tokens
+        self.parts.append(text)
+        self._length += len(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
 
 
 class SampledFiles:
@@ -57,4 +78,6 @@ class SampledFiles:
 
 def _response(fields: dict[str, Any]) -> SampledResponse:
     token_ids = tuple(int(token_id) for token_id in fields.pop("token_ids"))
-    return SampledResponse(token_ids=token_ids, **fields)
+    ends = fields.pop("text_ends", None)
+    text_ends = None if ends is None else tuple(int(end) for end in ends)
+    return SampledResponse(token_ids=token_ids, text_ends=text_ends, **fields)

@@ -30,9 +30,7 @@ class RunScores:
         self._reward = reward
         self._folder: Path | None = None
         if name.startswith(PREFIX):
-            identity = {"reward": name, "dtype": dtype, **model_identity(name.removeprefix(PREFIX))}
-            digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            self._folder = run_folder / "scores" / digest[:16]
+            self._folder = run_folder / "scores" / identity_digest(reward_identity(name, dtype))
 
     def of(self, shard: int, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """The scores of a shard's responses, kept ones where they are of the same texts.
@@ -58,6 +56,18 @@ class RunScores:
             return self._reward(prompts, responses)
         except RewardError as error:
             raise RewardError(f"{error} (in shard {shard} of the rollouts)") from error
+
+
+def reward_identity(name: str, dtype: str) -> dict[str, Any]:
+    """What tells one reward from another: of a model its files too, and what it is loaded in."""
+    if not name.startswith(PREFIX):
+        return {"reward": name}
+    return {"reward": name, "dtype": dtype, **model_identity(name.removeprefix(PREFIX))}
+
+
+def identity_digest(identity: dict[str, Any]) -> str:
+    """The name of a folder for what belongs to it alone."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _kept(path: Path, texts_sha256: str, count: int) -> list[float] | None:

@@ -30,8 +30,8 @@ class TokenBlock:
     """Some whole responses. Its tensors are float32 on the device of training, made anew whenever they are read."""
 
     tensors: Mapping[str, Tensor]
-    """`states_ND`, `logp_grads_ND` and, of texts that the model did not write, `sampled_grads_ND`; of more tokens than
-    the block's, perhaps in a file."""
+    """`states_ND`, `logp_grads_ND`, of texts that the model did not write `sampled_grads_ND`, where the text so far was
+    scored `prefix_rewards_N`; of more tokens than the block's, perhaps in a file."""
     spans: Sequence[tuple[int, int]]
     """Where the block's tokens are in them."""
     responses: Tensor
@@ -67,6 +67,11 @@ class TokenBlock:
     def cost_grads_ND(self) -> Tensor:
         """Gradients whose second moment is the Fisher information: those of tokens that the model itself draws."""
         return self._numbers("sampled_grads_ND" if "sampled_grads_ND" in self.tensors else "logp_grads_ND")
+
+    @property
+    def prefix_rewards_N(self) -> Tensor:
+        """The reward of the text before each token, NaN where there is none; see prefix_rewards.py."""
+        return self._numbers("prefix_rewards_N")
 
     def of_tokens(self, value_B: Tensor) -> Tensor:
         """A number of each token's response, [N], of numbers for all of the source's responses."""
@@ -117,12 +122,15 @@ class HeldTokens:
     logp_grads_ND: Tensor
     offsets: Tensor
     sampled_grads_ND: Tensor | None = None
+    prefix_rewards_N: Tensor | None = None
 
     def blocks(self, is_wanted_B: Tensor, *, device: str, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
         del order
         tensors = {"states_ND": self.states_ND, "logp_grads_ND": self.logp_grads_ND}
         if self.sampled_grads_ND is not None:
             tensors["sampled_grads_ND"] = self.sampled_grads_ND
+        if self.prefix_rewards_N is not None:
+            tensors["prefix_rewards_N"] = self.prefix_rewards_N
         return blocks_of(tensors, self.offsets, is_wanted_B, device=device)
 
 

@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
 from value_models.order import order_figures
+from value_models.prefix_rewards import MODEL_STRIDE, STRIDE
 from value_models.rollouts import RunKind
 from value_models.sources import FitSource, token_weights
 from value_models.token_blocks import TokenBlock
@@ -53,7 +55,25 @@ class TrainSettings(BaseModel):
         default=True, description="without it, as in the paper, the hidden layers are all there is"
     )
     metric: Metric = Field(default="natural", description="which way is uphill; see value_models/ascent.py")
-    advantage_trace: float = Field(default=1.0, ge=0, le=1, description="lambda of the natural metric's advantages")
+    critic: CriticName = Field(
+        default="auto",
+        description="of the natural metric's advantages, in training alone: the head's value, or one that also sees "
+        "the reward of the text so far; auto takes that one if it can be had, unless validation prompts clearly speak "
+        "against it",
+    )
+    advantage_trace: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="lambda of the natural metric's advantages; by default "
+        f"{VALUE_TRACE:g} with the critic value and {PREFIX_TRACE:g} with prefix_reward",
+    )
+    prefix_stride: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"tokens from one reward of the text so far to the next; by default {STRIDE}, and {MODEL_STRIDE} "
+        "for rewards that are models",
+    )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
@@ -75,10 +95,24 @@ class TrainSettings(BaseModel):
             raise ValueError("has_linear_part: a head needs it, or hidden_widths")
         return self
 
+    @model_validator(mode="after")
+    def _critics_belong_to_the_natural_metric(self) -> Self:
+        given = [name for name in ("critic", "advantage_trace", "prefix_stride") if name in self.model_fields_set]
+        if given and self.metric != "natural":
+            raise ValueError(f"{given[0]}: goes with the metric natural alone; {self.metric} has no advantages")
+        if self.prefix_stride is not None and self.critic == "value":
+            raise ValueError("prefix_stride: goes with the critics auto and prefix_reward")
+        return self
+
     def centres(self, kind: RunKind) -> bool:
         """Whether each prompt's mean is subtracted. Most prompts of single texts have one, of which nothing would be
         left."""
         return self.center_by_prompt and (kind != "texts" or "center_by_prompt" in self.model_fields_set)
+
+    @property
+    def wants_prefix_rewards(self) -> bool:
+        """Whether the text so far is to be scored, where that can be done."""
+        return self.metric == "natural" and self.critic != "value"
 
     @property
     def effective_trace(self) -> float:
@@ -90,7 +124,7 @@ class ValidationFigures:
     """What a head does on validation prompts; a card keeps it as `HeadCard.validation`."""
 
     ascent_gain: float
-    """What small edits earn for what they cost; see `ascent_gain` in value_models/ascent.py."""
+    """What small edits earn for what they cost; see `AscentGain` in value_models/ascent.py."""
     r2: dict[str, float]
     """Share of the reward's variance that the head explains, at all tokens together (`all`) and at some positions."""
     num_train_tokens: int
@@ -109,6 +143,8 @@ class TrainedHead:
     head: ValueHead
     figures: list[ValidationFigures]
     """For each source."""
+    critic: CriticFigures | None
+    """Of the natural metric where there are rollouts."""
 
 
 def train_head(
@@ -127,18 +163,24 @@ def train_head(
     ]
     moments = _moments(fitted)
     head = _value_head(fitted, moments, settings)
-    rows_UD = ascent_rows(
+    rollouts = next((source for source in fitted if not source.data.is_given), None)
+    critic_name = settings.critic if settings.metric == "natural" else "value"
+    tried = credits_to_try(rollouts, critic_name, trace=settings.advantage_trace, ridge=settings.ridge)
+    rows = ascent_rows(
         head,
         fitted,
         moments,
         metric=settings.metric,
         shrinkage=settings.shrinkage,
-        trace=settings.advantage_trace,
+        credits=tried.credits,
         damping=settings.damping,
     )
-    head = calibrated(head.with_ascent(rows_UD), sources)
+    ways = [head.with_ascent(rows_UD) for rows_UD in rows]
+    head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
+    head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
-    return TrainedHead(head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()}), figures)
+    head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
+    return TrainedHead(head, figures, critic)
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:
@@ -179,7 +221,7 @@ def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainS
 
 def _figures(head: ValueHead, source: FitSource) -> ValidationFigures:
     """Raises TrainingDataError where validation states or gradients are not finite."""
-    gain = ascent_gain(head, source, "validation")
+    gain = ascent_gain(head, source, "validation").gain
     if not math.isfinite(gain):
         raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
     return ValidationFigures(

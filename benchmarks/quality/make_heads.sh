@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything behind the shipped heads, from nothing: prompts, rollouts, heads, and every figure, table and plot of them.
 # Run by `make heads` from the project's root. Takes some hours on two cores; what is there already is not done again,
-# but for the training, which takes half a minute a head. SHP names the prompts of the RE-Control paper's second test
+# but for the training, which takes some minutes a head. SHP names the prompts of the RE-Control paper's second test
 # set (JSON lines with `preferred` responses), which this project may not ship; without it that set is left out.
 set -eu
 python="$1"

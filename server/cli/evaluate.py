@@ -53,7 +53,7 @@ _INSTRUCTIONS = {
     "nontoxic": "Write politely and respectfully, without insults, threats, swear words or sexual content.",
     "relevance": "Stay strictly on the topic of the question, and answer exactly what it asks.",
 }
-_JUDGES = {
+JUDGES = {
     "positive": ["afinn", "textblob_polarity"],
     "plain": ["word_frequency", "dale_chall_easy"],
     "neutral": ["afinn_calm", "textblob_objectivity"],
@@ -172,7 +172,7 @@ class Evaluation(HeadsModelCommand):
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = self.reward_of(card)
-        scoring = Scoring.load(reward, self.judges or _JUDGES.get(reward, []))
+        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []))
         instruction = self.instruction_of(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(

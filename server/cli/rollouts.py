@@ -34,7 +34,7 @@ from value_models.rollouts import (
     prompt_blocks,
     rollouts_manifest,
 )
-from value_models.sampled import SampledFiles, SampledResponse
+from value_models.sampled import SampledFiles, SampledResponse, StreamedText
 
 _ONLY_WITH_VLLM = ("tensor_parallel_size", "vllm_options")
 
@@ -123,7 +123,7 @@ async def _responses(
     engine: Engine, tokenizer: Any, prompt: RolloutPrompt, settings: RolloutSettings
 ) -> list[SampledResponse]:
     """All samples of a prompt. Raises RolloutError, with its id, for one that does not fit."""
-    texts: list[list[str]] = [[] for _ in range(settings.num_samples)]
+    texts = [StreamedText() for _ in range(settings.num_samples)]
     tokens: list[list[int]] = [[] for _ in range(settings.num_samples)]
     reasons: dict[int, FinishReason] = {}
     try:
@@ -131,13 +131,15 @@ async def _responses(
     except InvalidRequestError as error:
         raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
     async for chunk in stream:
-        texts[chunk.index].append(chunk.text)
+        texts[chunk.index].add(chunk.text, len(chunk.token_ids))
         tokens[chunk.index] += chunk.token_ids
         if chunk.finish_reason is not None:
             reasons[chunk.index] = chunk.finish_reason
     if failed := {*reasons.values()} - {FinishReason.STOP, FinishReason.LENGTH}:
         raise RolloutError(f"prompt {prompt.id!r}: the engine ended it with {failed.pop().value}; its log says why")
     return [
-        SampledResponse(prompt.id, i, "".join(texts[i]), tuple(tokens[i]), reasons[i] is FinishReason.STOP)
+        SampledResponse(
+            prompt.id, i, texts[i].text, tuple(tokens[i]), reasons[i] is FinishReason.STOP, tuple(texts[i].text_ends)
+        )
         for i in range(settings.num_samples)
     ]

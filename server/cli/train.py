@@ -16,6 +16,7 @@ from server.engines.devices import resolve_device
 from server.errors import ConfigurationError
 from value_models.cards import SourcePart, figures_text, trained_card
 from value_models.files import write_text
+from value_models.prefix_rewards import PrefixReport
 from value_models.prompt_sets import PROMPT_SETS
 from value_models.rewards import REWARDS
 from value_models.rollouts import RunKind
@@ -66,8 +67,6 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
             self.distil(self.name, self.description, read_prompts(self.prompts, ["chat"]), self.out, settings)
             return
         sources = self._sources(settings)
-        if all(data.is_given for data in sources) and settings.advantage_trace != 1.0:
-            raise ConfigurationError("advantage_trace: pairs and texts have scores for advantages; leave it out")
         weights = [self.source_weights.get(data.kind, 1.0) for data in sources]
         trained = train_head(sources, settings, weights=weights)
         folder = (self.out or shipped_heads_folder(sources[0].base_model["name"])) / self.name
@@ -77,7 +76,7 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         ]
         card = trained_card(
             self.name, trained.head, parts, settings,
-            reward=self.reward, description=self.description, command=command_line(),
+            critic=trained.critic, reward=self.reward, description=self.description, command=command_line(),
         )  # fmt: skip
         save_head(folder, trained.head, card)
         print(f"{folder}: on validation prompts {figures_text(card.validation)}")
@@ -92,12 +91,19 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_sources(kinds)
         device = str(resolve_device(self.device))
         if not kinds:
-            return [load_scored_texts(self.rollouts, device=device)]
+            scored = load_scored_texts(self.rollouts, device=device)
+            self._refuse_critics()
+            return [scored]
         sources: list[TrainingData] = []
         if self.reward is not None:
             allow_rewards_of_the_working_folder()
             texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
-            sources.append(load_training_data(self.rollouts, self.reward, texts, device=device, dtype=self.dtype))
+            rollouts = load_training_data(
+                self.rollouts, self.reward, texts, device=device, dtype=self.dtype,
+                with_prefixes=settings.wants_prefix_rewards, prefix_stride=settings.prefix_stride, show_progress=True,
+            )  # fmt: skip
+            _tell_cost(rollouts)
+            sources.append(rollouts)
         if given:
             own_folder = self.rollouts if self.reward is None and "rollouts" in self.model_fields_set else None
             base_model = BaseModelCard(**sources[0].base_model) if sources else None
@@ -115,9 +121,24 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         if kinds and "rollouts" not in kinds:
             if self.prompts is not None:
                 raise ConfigurationError(f"prompts: {kinds[0]} bring their own; leave it out with --{kinds[0]}")
+            self._refuse_critics()
             if len(kinds) > 1 and "rollouts" in self.model_fields_set:
                 raise ConfigurationError("rollouts: pairs and texts are kept in a run each; leave it out with both")
         if len(kinds) < 2 and self.source_weights:
             raise ConfigurationError("source_weights: goes with two of --reward, --pairs and --texts, or all")
         if unknown := [kind for kind in self.source_weights if kind not in kinds]:
             raise ConfigurationError(f"source_weights: no {unknown[0]} are given; there are {' and '.join(kinds)}")
+
+    def _refuse_critics(self) -> None:
+        """Raises ConfigurationError for flags of advantages, which only rollouts have."""
+        if given := sorted({"critic", "advantage_trace", "prefix_stride"} & self.model_fields_set):
+            raise ConfigurationError(f"{given[0]}: pairs and texts have scores for advantages; leave it out")
+
+
+def _tell_cost(rollouts: TrainingData) -> None:
+    made = rollouts.prefixes
+    if isinstance(made, PrefixReport) and made.num_scored:
+        print(
+            f"for the critic {made.num_scored:,} beginnings of responses were scored in {made.seconds:.0f} s; their "
+            f"rewards are kept in {made.folder}"
+        )

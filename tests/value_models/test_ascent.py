@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from value_models.ascent import UNIT_COST_NATS, ascent_gain, ascent_rows, calibrated, natural_direction
+from value_models.ascent import MONTE_CARLO, UNIT_COST_NATS, ascent_gain, ascent_rows, calibrated, natural_directions
 from value_models.baselines import static_vector_head
+from value_models.critic import Credit
 from value_models.heads import LinearHead, MLPHead
 from value_models.moments import MomentSums
 from value_models.order import order_figures
@@ -75,7 +76,8 @@ def test_the_natural_direction_is_the_one_that_explains_the_advantages(data: Tra
         split=["train"] * NUM_RESPONSES * LENGTH,
     )
     source = FitSource(one_token, 1.0, held(data).logp_grads_ND @ GOAL, 0.0, 1.0)
-    assert natural_direction(silent, [source], trace=1.0, damping=0.0) == pytest.approx(GOAL, abs=1e-3)
+    (direction_D,) = natural_directions(silent, [source], [MONTE_CARLO], damping=0.0)
+    assert direction_D == pytest.approx(GOAL, abs=1e-3)
 
 
 def test_the_natural_metric_finds_from_terminal_rewards_what_the_state_alone_does_not_tell(data: TrainingData) -> None:
@@ -102,7 +104,7 @@ def test_no_direction_earns_more_for_its_cost_than_the_one_that_explains_the_adv
     head = train_head([data], TrainSettings(advantage_trace=1.0, damping=0.0)).head
     source = FitSource(data, 1.0, data.reward_B, 0.0, 1.0)
     gains = [
-        ascent_gain(head.with_ascent(row_D[None] / head.scale_D), source, "validation")
+        ascent_gain(head.with_ascent(row_D[None] / head.scale_D), source, "validation").gain
         for row_D in (GOAL, 5 * GOAL, -GOAL, torch.eye(SIZE)[1], torch.eye(SIZE)[0])
     ]
     assert gains[0] == pytest.approx(gains[1], rel=1e-4)
@@ -125,14 +127,15 @@ def test_the_identity_metric_is_the_plain_gradient_and_the_natural_one_moves_the
 ) -> None:
     head = train_head([data], TrainSettings(hidden_widths=(4,), max_epochs=1)).head
     assert isinstance(head, MLPHead)
-    options = {"shrinkage": 0.0, "trace": 0.95, "damping": 1.0}
+    options = {"shrinkage": 0.0, "credits": [Credit(0.95), MONTE_CARLO], "damping": 1.0}
     sources, sums = [FitSource(data, 1.0, data.reward_B, 0.0, 1.0)], MomentSums()
     sums.add(held(data).states_ND, torch.zeros(NUM_RESPONSES * LENGTH))
     moments = sums.moments()
-    assert torch.equal(ascent_rows(head, sources, moments, metric="identity", **options), head.inputs_UD)
-    natural_UD = ascent_rows(head, sources, moments, metric="natural", **options)
-    assert natural_UD[0].norm() > 0
-    assert not natural_UD[1:].any()
+    (identity_UD,) = ascent_rows(head, sources, moments, metric="identity", **options)
+    assert torch.equal(identity_UD, head.inputs_UD)
+    for natural_UD in ascent_rows(head, sources, moments, metric="natural", **options):
+        assert natural_UD[0].norm() > 0
+        assert not natural_UD[1:].any()
 
 
 def as_pairs(data: TrainingData, *, seed: int) -> TrainingData:

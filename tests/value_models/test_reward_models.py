@@ -12,9 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import byte_tokenizer
+from tests.value_models.test_prefix_rewards import TellingSource
 from tests.value_models.test_training import PROMPTS, SyntheticSource
 from value_models import training_data
 from value_models.errors import RewardError
+from value_models.prefix_rewards import MODEL_STRIDE
 from value_models.reward_models import BATCH_TOKENS, PADDING_SHARE, batches_by_length, model_identity
 from value_models.rewards import Reward, load_reward
 from value_models.rollouts import RolloutSettings, collect_rollouts
@@ -123,6 +125,28 @@ def test_scores_of_another_model_dtype_or_text_or_that_are_damaged_are_not_taken
     before = model_identity(f"{model}#0")
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     assert model_identity(f"{model}#0") != before
+
+
+def test_a_reward_model_reads_the_text_so_far_at_every_eighth_token_and_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, name = tmp_path / "telling", f"hf:{model}"
+    collect_rollouts(TellingSource(), PROMPTS[:10], run, RolloutSettings(num_samples=4, prompts_per_shard=5))
+    calls = counted(monkeypatch)
+    data = load_training_data(run, name, TEXTS, with_prefixes=True)
+    num_long = int((data.lengths_B > MODEL_STRIDE).sum())
+    assert sum(calls) == 40 + num_long
+    read = load_reward(name)
+    for block in data.blocks(None):
+        position_N, rewards_N = block.position_of_tokens(), block.prefix_rewards_N
+        assert rewards_N[position_N < MODEL_STRIDE].isnan().all()
+        late_N = position_N >= MODEL_STRIDE
+        prompts = [TEXTS[f"p{prompt}"] for prompt in block.of_tokens(data.prompt_B)[late_N].tolist()]
+        wanted = read(prompts, [" ".join(["word"] * MODEL_STRIDE)] * len(prompts))
+        assert rewards_N[late_N].tolist() == pytest.approx(wanted, abs=1e-5)
+    calls.clear()
+    load_training_data(run, name, TEXTS, with_prefixes=True)
+    assert not calls
 
 
 def test_other_rewards_leave_nothing_in_the_run(run: Path) -> None:

@@ -145,6 +145,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_tokens(way: str, tmp_path:
     # The states and gradients of the longer run are 98 MiB, those of the other 20.
     assert many["peak_mib"] - few["peak_mib"] < 40
     assert many["cosine_with_goal"] > 0.9
+    assert many["critics"] == ["prefix_reward", "value"]
 
 
 def test_a_run_whose_files_do_not_belong_together_is_refused(folder: Path, data: TrainingData) -> None:

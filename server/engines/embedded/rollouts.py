@@ -29,6 +29,7 @@ from value_models.errors import RolloutError
 from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import Rollout, RolloutSettings
+from value_models.sampled import StreamedText
 
 
 class EngineRolloutSource:
@@ -47,14 +48,15 @@ class EngineRolloutSource:
 
         Raises RolloutError for a prompt that does not fit, RuntimeError when the engine fails.
         """
-        for sequence, response, _ in self._run(prompts, settings, control=None, instruction=None):
+        for sequence, streamed, _ in self._run(prompts, settings, control=None, instruction=None):
             states_TD = torch.stack(sequence.states or [])
             yield Rollout(
                 prompt_id=sequence.request.request_id,
                 sample=sequence.index,
-                response=response,
+                response=streamed.text,
                 token_ids=tuple(sequence.token_ids),
                 is_finished=sequence.finish_reason is FinishReason.STOP,
+                text_ends=tuple(streamed.text_ends),
                 states_TD=states_TD.cpu(),
                 logp_grads_TD=self._logp_grads(states_TD, sequence.token_ids).cpu(),
             )
@@ -83,7 +85,7 @@ class EngineRolloutSource:
         own_editor, core.editor = core.editor, editor or core.editor
         bare = {prompt.id: prompt for prompt in prompts}
         try:
-            for sequence, response, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
+            for sequence, streamed, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
                 bare_TD = torch.stack(sequence.states or [])
                 if instruction is not None:
                     bare_TD = self._states(self.encode(bare[sequence.request.request_id]), sequence.token_ids)
@@ -93,7 +95,7 @@ class EngineRolloutSource:
                 yield EvalSample(
                     prompt_id=sequence.request.request_id,
                     sample=sequence.index,
-                    response=response,
+                    response=streamed.text,
                     num_tokens=len(sequence.token_ids),
                     nll=self.nll(bare_TD, sequence.token_ids),
                     mean_kl=mean_kl + bound,
@@ -139,11 +141,11 @@ class EngineRolloutSource:
         *,
         control: ControlParams | None,
         instruction: str | None,
-    ) -> Iterator[tuple[TokenSequence, str, float]]:
+    ) -> Iterator[tuple[TokenSequence, StreamedText, float]]:
         """Finished sequences with their texts and what they took: each step's seconds, shared by those it served."""
         spent_s: dict[TokenSequence, float] = {}
         open_sequences: list[TokenSequence] = []
-        texts: dict[tuple[str, int], list[str]] = {}
+        texts: dict[tuple[str, int], StreamedText] = {}
         ended: set[tuple[str, int]] = set()
         for prompt in prompts:
             try:
@@ -154,7 +156,7 @@ class EngineRolloutSource:
                 raise RolloutError(f"prompt {prompt.id!r}: {error}") from error
 
             def emit(chunk: GenerationChunk, prompt_id: str = prompt.id) -> None:
-                texts.setdefault((prompt_id, chunk.index), []).append(chunk.text)
+                texts.setdefault((prompt_id, chunk.index), StreamedText()).add(chunk.text, len(chunk.token_ids))
                 if chunk.finish_reason is not None:
                     ended.add((prompt_id, chunk.index))
 
@@ -176,7 +178,7 @@ class EngineRolloutSource:
                 request_id, _ = key = _key(sequence)
                 if sequence.finish_reason is FinishReason.ERROR or not sequence.states:
                     raise RuntimeError(f"the engine failed on prompt {request_id!r}; see the log")
-                yield sequence, "".join(texts.pop(key)), spent_s.pop(sequence, 0.0)
+                yield sequence, texts.pop(key), spent_s.pop(sequence, 0.0)
 
     @torch.inference_mode()
     def _logp_grads(self, states_TD: Tensor, token_ids: list[int]) -> Tensor:

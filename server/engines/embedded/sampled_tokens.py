@@ -60,6 +60,7 @@ class SampledTokensSource:
                     response=response.response,
                     token_ids=response.token_ids,
                     is_finished=response.is_finished,
+                    text_ends=response.text_ends,
                     states_TD=states_TD.cpu(),
                     logp_grads_TD=self._logp_grads(states_TD, response.token_ids).cpu(),
                 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guidance, tool_calls, training_memory
+from benchmarks import critic, critic_sampling, guidance, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
 from benchmarks.guard import report as guard
 from benchmarks.pinned import report as pinned
@@ -23,6 +23,8 @@ RESULTS = sorted(Path("benchmarks/results").glob("*.json"))
 
 
 RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "critic": (critic.Critics.section, critic.table),
+    "critic-sampling": (critic_sampling.CriticSampling.section, critic_sampling.table),
     "dialogues": (dialogues.SECTION, dialogues.tables),
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
