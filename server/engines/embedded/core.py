@@ -285,8 +285,7 @@ class EngineCore:
                 if sequence.breaks_guard(numbers.get(i)):
                     again += self._repair(sequence, numbers[i], hidden_BD[i])
                     continue
-                if sequence.states is not None:
-                    sequence.states.append(hidden_BD[i])
+                sequence.keep(hidden_BD[i])
                 if sequence.guard is not None:
                     sequence.hold(hidden_BD[i])
                 self._grow(sequence, token_id, logprobs.get(i), numbers.get(i), now_s)
