@@ -423,7 +423,9 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     usage = capsys.readouterr().out
     for name in COMMANDS:
         assert name in usage
-        assert (command_class(name).__doc__ or "").splitlines()[0] in usage
+        summary = (command_class(name).__doc__ or "").splitlines()[0]
+        assert summary.endswith(".")
+        assert summary in usage
     assert main([]) == 2
     assert capsys.readouterr().err == usage
     assert main(["heads"]) == 2

@@ -7,7 +7,8 @@ to add a command, write one class and put it in COMMANDS.
 from __future__ import annotations
 
 import argparse
-import importlib
+import ast
+import importlib.util
 import inspect
 import logging
 import os
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -158,11 +160,22 @@ def _without_command(words: Sequence[str]) -> int:
 def _usage(group: Sequence[str] = ()) -> str:
     """All commands, or those of a group such as `heads`."""
     lines = [
-        f"  recontrol {name:15}{(command_class(name).__doc__ or '').splitlines()[0]}"
-        for name in COMMANDS
+        f"  recontrol {name:15}{_summary(path)}"
+        for name, path in COMMANDS.items()
         if name.split()[: len(group)] == list(group)
     ]
     return "\n".join(["Usage: recontrol COMMAND [--help]", "", *lines])
+
+
+def _summary(path: str) -> str:
+    """The first line of the class's docstring, read from its file: to import all commands takes many seconds."""
+    module, _, class_name = path.partition(":")
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    nodes = ast.parse(Path(found.origin).read_text(encoding="utf-8")).body
+    (node,) = (node for node in nodes if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -41,8 +41,11 @@ class Prompts(Command):
 class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
     InstructionCommand, GivenTextsCommand, TrainSettings
 ):
-    """Fit a value head to rollouts and a reward, to pairs or texts of your own, to several of these, or to an
-    instruction, and write it with its card."""
+    """Fit a value head to rollouts, pairs, texts or an instruction.
+
+    Rollouts have a reward, and pairs and texts are your own; several of these can be given. The head is written with
+    its card.
+    """
 
     name: str = Field(pattern=NAME_PATTERN, description="the head's name in requests")
     reward: str | None = Field(
