@@ -168,8 +168,6 @@ def texts_of(
     for number, record in records:
         where = origin.at(number)
         kept = _kept(record, _TEXT_FIELDS, _TEXT_NEEDS, ignore, where)
-        if kept.keys() & {"response", "completion"}:
-            _check_needs(record, kept, [("prompt", "messages")], where)
         prompt, response = _single(kept, as_chat, where)
         key = (json.dumps(prompt), response)
         if key in seen:
@@ -352,16 +350,14 @@ def _kept(
             f"{','.join(unknown)} leaves them out"
         )
     kept = {name: value for name, value in record.items() if name not in ignore}
-    _check_needs(record, kept, needs, where)
-    return kept
-
-
-def _check_needs(record: dict[str, Any], kept: dict[str, Any], needs: Sequence[Sequence[str]], where: str) -> None:
-    """Raises TextsFileError where ignoring has left nothing of a group of which the record has a field."""
+    if any(isinstance(kept.get(name), str) for name in ("chosen", "response", "completion")):
+        # Messages may begin with the prompt, but a text is not learnt from without what it answers.
+        needs = (*needs, ("prompt", "messages"))
     for group in needs:
         ignored = [name for name in group if name in record]
         if ignored and not any(name in kept for name in group):
             raise TextsFileError(f"ignore_fields: {where} needs {' or '.join(ignored)}, which cannot be left out")
+    return kept
 
 
 def _names(record: dict[str, Any]) -> str:
