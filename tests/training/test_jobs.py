@@ -106,7 +106,7 @@ async def test_a_job_that_saves_its_head_cannot_be_cancelled_and_succeeds(make: 
     jobs = make(work)
     job = jobs.add(recipe("h1"))
     assert await asyncio.to_thread(work.is_saving.wait, 5)
-    with pytest.raises(LateCancelError, match="too late to cancel .* its head 'h1' is being saved"):
+    with pytest.raises(LateCancelError, match=r"too late to cancel .* its head 'h1' is being saved"):
         jobs.cancel(job.id)
     jobs.stop()
     work.may_save.set()
