@@ -294,7 +294,7 @@ def _scores(records: list[Record], good_label: str | None, origin: Origin) -> li
         values.append(record[named])
         if named == "score" and (isinstance(values[-1], bool) or not _is_finite(values[-1])):
             raise TextsFileError(f"{where}: score: must be a finite number; labels go into label")
-        if named == "score" and abs(values[-1]) > MAX_SCORE:
+        if named == "score" and abs(float(values[-1])) > MAX_SCORE:
             raise TextsFileError(f"{where}: score: must be from {-MAX_SCORE:g} to {MAX_SCORE:g}; scale all scores down")
         if named == "label" and not isinstance(values[-1], bool | int | str):
             raise TextsFileError(

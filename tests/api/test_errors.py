@@ -297,7 +297,7 @@ def test_what_is_too_long_is_told_in_the_words_by_which_clients_know_it(
 @pytest.mark.parametrize(
     ("fields", "param", "allowed"),
     [
-        ({"user": "x" * 9999}, "user", "at most 512 characters"),
+        ({"user": "x" * 9999}, "user", "at most 256 characters"),
         ({"model": ""}, "model", "at least 1 character"),
         (
             {"messages": [{"role": "tool", "content": "a", "tool_call_id": "x" * 257}]},
