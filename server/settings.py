@@ -41,6 +41,8 @@ _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_exe
 _EMBEDDED_ONLY = (
     "quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water", "guardrail_replacement"
 )  # fmt: skip
+_ONLY_IN = {"embedded": ("adapter", *_EMBEDDED_ONLY), "vllm": _VLLM_ONLY}
+"""The settings that only this engine has."""
 
 
 def _as_text(location: Any) -> Any:
@@ -115,9 +117,10 @@ class Settings(BaseSettings):
     heads_poll_s: float | None = Field(
         None, ge=1, description="look for changed heads in heads_dir every so many seconds; by default never"
     )
-    engine: Literal["embedded", "vllm", "fake"] = Field(
+    engine: Literal["embedded", "vllm", "auto", "fake"] = Field(
         "embedded",
-        description="vllm is for scale, needs recontrol[vllm]; fake answers without a model, for client tests",
+        description="vllm is for scale, needs recontrol[vllm]; auto takes it where a GPU, the package and the other "
+        "settings allow it; fake answers without a model, for client tests",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto is bfloat16 where it is fast")
@@ -272,11 +275,24 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fit_the_engine(self) -> Self:
-        foreign = _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY
-        for name in foreign:
-            if getattr(self, name) != type(self).model_fields[name].default:
+        if self.engine == "auto":
+            own, vllms = self.given_for("embedded"), self.given_for("vllm")
+            if own and vllms:
+                raise ValueError(
+                    f"{own[0]}: only the engine embedded has this setting, and only vllm has {vllms[0]}; leave one out"
+                )
+            return self
+        for name in _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY:
+            if self._is_given(name):
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self
+
+    def given_for(self, engine: Literal["embedded", "vllm"]) -> tuple[str, ...]:
+        """The settings that are not at their defaults and that only this engine has."""
+        return tuple(name for name in _ONLY_IN[engine] if self._is_given(name))
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
 
     @property
     def has_keys(self) -> bool:

@@ -65,11 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of vLLM need it; `make test-vllm` sets RECONTROL_REQUIRE_VLLM, so that nothing there is skipped."""
-    if item.get_closest_marker("vllm") and not importlib.util.find_spec("vllm"):
-        if os.environ.get("RECONTROL_REQUIRE_VLLM"):
-            pytest.fail("vllm is not installed; `make test-vllm` installs it")
-        pytest.skip("vllm is not installed here; `make test-vllm` runs this")
+    """Tests of vLLM or Triton need it; `make test-vllm` sets RECONTROL_REQUIRE_VLLM, so that nothing there is skipped,
+    and `make test-gpu-kernels` RECONTROL_REQUIRE_TRITON."""
+    for package, target in (("vllm", "test-vllm"), ("triton", "test-gpu-kernels")):
+        if item.get_closest_marker(package) and not importlib.util.find_spec(package):
+            if os.environ.get(f"RECONTROL_REQUIRE_{package.upper()}"):
+                pytest.fail(f"{package} is not installed; `make {target}` installs it")
+            pytest.skip(f"{package} is not installed here; `make {target}` runs this")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

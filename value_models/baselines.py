@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from value_models.ascent import calibrated
+from value_models.ascent import ascent_gain, calibrated
 from value_models.errors import TrainingDataError
 from value_models.files import write_bytes
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.linalg import vector_norm
 from value_models.rollouts import open_rollouts
+from value_models.sources import FitSource
+from value_models.targets import better_in_prompt
 from value_models.training_data import TrainingData, load_training_data
 
 # Part of what makes a baseline: raise it when the way they are fitted changes.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,20 +63,38 @@ def load_baselines(
 
 
 def static_vector_head(data: TrainingData) -> ValueHead:
-    """A difference of class means.
+    """A difference of class means: states of the better training responses less those of the worse ones.
 
-    States of responses above the training split's median reward (or at it, when it is the largest) less those of the
-    others. Raises TrainingDataError when all rewards are the same.
+    Better is above the median reward (or at it, when it is the largest), or above the mean of the prompt's own
+    responses, whichever difference earns more on validation tokens (`ascent_gain`). Raises TrainingDataError when all
+    rewards are the same.
     """
+    overall, within_B = _vector(data, _sides(data)), better_in_prompt(data.reward_B, data.prompt_B)
     is_train_B = data.is_in("train")
-    rewards = data.reward_B[is_train_B]
+    if not all(bool(((within_B == side) & is_train_B).any()) for side in (1.0, -1.0)):
+        return overall
+    source = FitSource.of(data, is_centred=True)
+    both = (overall, _vector(data, within_B))
+    return max(both, key=lambda head: ascent_gain(_without_value(head), source, "validation").gain)
+
+
+def _sides(data: TrainingData) -> Tensor:
+    """1 for a response above the training median, -1 for one below [B]."""
+    rewards = data.reward_B[data.is_in("train")]
     if bool((rewards == rewards[0]).all()):
         raise TrainingDataError("reward: the training responses all have the same reward; there are no two classes")
     median = rewards.median()
     is_high_B = data.reward_B >= median if rewards.max() == median else data.reward_B > median
-    means = torch.stack([_mean_state(data, is_high_B & is_train_B), _mean_state(data, ~is_high_B & is_train_B)])
+    return torch.where(is_high_B, 1.0, -1.0)
+
+
+def _vector(data: TrainingData, side_B: Tensor) -> ValueHead:
+    """The head of two classes of training responses, which each have some."""
+    is_train_B = data.is_in("train")
+    classes = [(side_B == side) & is_train_B for side in (1.0, -1.0)]
+    means = torch.stack([_mean_state(data, chosen_B) for chosen_B in classes])
     difference_D = (means[0] - means[1]).float()
-    counts = torch.stack([data.lengths_B[chosen & is_train_B].sum() for chosen in (is_high_B, ~is_high_B)]).double()
+    counts = torch.stack([data.lengths_B[chosen_B].sum() for chosen_B in classes]).double()
     head = LinearHead(
         mean_D=counts @ means / counts.sum(),
         scale_D=torch.ones_like(difference_D),
@@ -83,6 +103,13 @@ def static_vector_head(data: TrainingData) -> ValueHead:
         ascent_UD=difference_D[None],
     )
     return calibrated(head, [data])
+
+
+def _without_value(head: ValueHead) -> ValueHead:
+    """The same way uphill for a value of zero everywhere: the vector's own is in no unit of reward."""
+    none_UD = torch.zeros_like(head.inputs_UD)
+    first_layer = {"inputs_UD": none_UD, "input_bias_U": none_UD[:, 0], "ascent_UD": head.ascent_UD}
+    return LinearHead(mean_D=head.mean_D, scale_D=head.scale_D, **first_layer)
 
 
 def _mean_state(data: TrainingData, is_wanted_B: Tensor) -> Tensor:

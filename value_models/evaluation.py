@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from value_models.claims import chance_of_no_gain
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.intervals import mean_interval
 from value_models.metrics import load_metric
@@ -78,7 +79,8 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
-    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it.
+    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
+    how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's mean reward and divergence.
     `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
     ties counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises
     RewardError, MetricError.
@@ -99,13 +101,14 @@ def evaluate_arms(
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {
-                    metric: mean_interval(scored.scores[metric] - done[other].scores[metric])
+                    metric: _gain(scored.scores[metric] - done[other].scores[metric])
                     for metric in ("reward", *scoring.judges)
                 }
                 for other in (comparisons or {}).get(name, ())
                 if other in done
             },
             **_cost(scored.samples),
+            "by_prompt": {name: scored.scores[name].mean(axis=1).round(5).tolist() for name in ("reward", "kl")},
             "examples": _examples(scored.samples, prompts),
         }
         done[name] = scored
@@ -137,6 +140,10 @@ def _score(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scoring:
     scores["finished"] = [float(sample.is_finished) for sample in samples]
     scores["tokens"] = [float(sample.num_tokens) for sample in samples]
     return _Scored(samples, {name: np.asarray(values).reshape(len(prompts), -1) for name, values in scores.items()})
+
+
+def _gain(differences_PS: np.ndarray) -> dict[str, float]:
+    return mean_interval(differences_PS) | {"p": chance_of_no_gain(differences_PS)}
 
 
 def _reference_scores(prompts: Sequence[RolloutPrompt], scoring: Scoring) -> dict[str, np.ndarray]:

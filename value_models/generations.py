@@ -27,7 +27,9 @@ class EvalSample:
     """One response and what it cost.
 
     nll: mean negative log-probability of its tokens under the base model given the bare prompt, nats a token.
-    mean_kl, max_kl: divergence from that model, nats a token; see who made the sample for how it is known.
+    mean_kl, max_kl: KL of the distributions that its tokens were drawn from, from those of that model behind the same
+        text, nats a token: exact, at temperature 1 and before top-p or top-k cut them short. Where the best of several
+        texts is kept, a bound on that is added.
     wall_s: its share of the time that sampling took.
     """
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from value_models.errors import TargetShapeError
 
+_ROUNDING = 1e-9
+"""Of a mean of equal rewards, relative to them or to 1."""
+
 
 def last_valid_index(mask_BT: Tensor) -> Tensor:
     """Index [B] of each row's LAST true position; -1 where there is none.
@@ -69,3 +72,13 @@ def center_by_prompt(reward_B: Tensor, prompt_B: Tensor) -> Tensor:
     count_P = torch.zeros(num_prompts).index_add_(0, prompt_B, torch.ones_like(reward_B))
     mean_P = torch.zeros(num_prompts).index_add_(0, prompt_B, reward_B) / count_P.clamp(min=1)
     return reward_B - mean_P[prompt_B] + reward_B.mean()
+
+
+def better_in_prompt(reward_B: Tensor, prompt_B: Tensor) -> Tensor:
+    """1 for a reward above the mean of its prompt's, -1 for one below, 0 where all are the same [B], float32."""
+    rewards_B = reward_B.double()
+    num_prompts = int(prompt_B.max()) + 1
+    totals = torch.zeros(num_prompts, dtype=torch.float64).index_add_(0, prompt_B, rewards_B)
+    above_B = rewards_B - (totals / prompt_B.bincount(minlength=num_prompts).clamp(min=1))[prompt_B]
+    # Equal rewards may differ from their mean by rounding.
+    return torch.where(above_B.abs() > _ROUNDING * rewards_B.abs().clamp(min=1.0), above_B.sign(), 0.0).float()

@@ -54,6 +54,11 @@ class TokenBlock:
         return self._numbers("states_ND")
 
     @property
+    def token_ids_N(self) -> Tensor:
+        """The tokens, int64, of runs alone: texts in memory have none."""
+        return self._rows("token_ids_N")
+
+    @property
     def logp_grads_ND(self) -> Tensor:
         """Gradient of each token's log-probability by its state; see `value_models.rollouts.Rollout`."""
         return self._numbers("logp_grads_ND")

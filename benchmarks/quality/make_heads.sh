@@ -30,7 +30,7 @@ train nontoxic 'Text without insults, threats or swear words (the classifier of 
 train plain "$plain" --rollouts runs/gemma --damping 1
 
 measure() { "$python" -m benchmarks.quality "$@" --update-card; }
-few='--methods prompting,static-vector'
+few='--methods prompting,static-vector,token-log-odds'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
 stress='--study stress --max-prompts 16 --num-samples 2'
 measure positive
@@ -39,16 +39,17 @@ measure positive --study cost --num-samples 2
 measure positive,neutral,plain --study objectives --worst-case neutral+plain,positive+relevance --max-prompts 40 --num-samples 2
 measure nontoxic --rollouts runs/rtp $toxic --num-samples 8
 measure nontoxic $toxic --study stress --num-samples 2
-measure brevity --rollouts runs/long --max-tokens 96 $few
+measure brevity --rollouts runs/long --max-tokens 96 $few,end-token
 measure brevity --max-tokens 96 $stress
-measure neutral --num-samples 2 $few
-for head in plain relevance; do measure $head $few,best-of; done
+measure neutral --num-samples 2 $few,word-scores
+measure plain $few,word-scores,best-of
+measure relevance $few,best-of
 for head in positive plain neutral relevance; do measure $head $stress; done
-measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector
+measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds
 if [ -f "$SHP" ]; then
     shp="--prompts $SHP --split all --max-prompts 32 --num-samples 2 --tuning-prompts $own"
     for head in positive plain neutral relevance; do measure $head $shp $few; done
-    measure brevity --rollouts runs/long --max-tokens 96 $shp $few
+    measure brevity --rollouts runs/long --max-tokens 96 $shp $few,end-token
 fi
 
 "$python" -m benchmarks.quality.report --into docs/quality.md

@@ -14,7 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.quality.rivals import BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL
+from benchmarks.quality.rivals import (
+    BLOCKWISE,
+    CONTROLLED_DECODING,
+    END_TOKEN,
+    RE_CONTROL,
+    TOKEN_LOG_ODDS,
+    WORD_SCORES,
+)
 from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR
 from server.errors import ConfigurationError
 from value_models.files import write_text
@@ -42,6 +49,9 @@ _LOOKS = {
     CONTROLLED_DECODING.name: _Look("controlled decoding", "#009E73", "^"),
     STATIC_VECTOR.name: _Look("static vector", "#E69F00", "s"),
     RE_CONTROL.name: _Look("RE-Control", "#D55E00", "P"),
+    TOKEN_LOG_ODDS.name: _Look("token log-odds", "#8A8A00", "<"),
+    WORD_SCORES.name: _Look("word scores", "#7F3C8D", ">"),
+    END_TOKEN.name: _Look("end token", "#999999", "*"),
     HEAD.name: _Look("head", "#0072B2", "o"),
     PROMPTING.name: _Look("prompting", "#000000", "X"),
 }
@@ -49,6 +59,9 @@ _LEGEND_ORDER = (
     _BASE,
     HEAD.name,
     STATIC_VECTOR.name,
+    TOKEN_LOG_ODDS.name,
+    WORD_SCORES.name,
+    END_TOKEN.name,
     RE_CONTROL.name,
     CONTROLLED_DECODING.name,
     BLOCKWISE.name,

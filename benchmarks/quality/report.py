@@ -17,11 +17,13 @@ from benchmarks.markdown import header, replace_sections, row
 from benchmarks.quality import PROGRAM
 from benchmarks.quality.objectives import OBJECTIVES_FILE
 from benchmarks.quality.objectives_report import objectives_tables
-from benchmarks.quality.tables import TITLES, command, interval, share
+from benchmarks.quality.tables import TITLES, command, interval, share, signed
 from server.cli import run
 from server.cli.heads import HeadsCommand
+from value_models.claims import holm
 from value_models.store import HeadCard
 
+_NOT_YET = "None of the results above is of a study that tells them."
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the pages show."""
 
@@ -101,6 +103,38 @@ def commands(cards: Sequence[HeadCard]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
+def claims_table(cards: Sequence[HeadCard]) -> str:
+    """Each head over every rival, test set and judge, with p-values corrected for all of them together.
+
+    Of results that have p-values, which older ones have not.
+    """
+    made = [
+        (card.name, result["test_set"], claim)
+        for card in cards
+        for result in (card.evaluation or {}).values()
+        for claim in result.get("claims", ())
+    ]
+    lines = header(["head", "test set", "over", "by", "gain", "p", "p after Holm"])
+    for (name, test_set, claim), corrected in zip(made, holm([claim["p"] for *_, claim in made]), strict=True):
+        cells = [signed(claim), f"{claim['p']:.4f}", f"{corrected:.4f}"]
+        lines.append(row([f"`{name}`", test_set, claim["over"], claim["metric"], *cells]))
+    return "\n".join(lines) if made else _NOT_YET
+
+
+def areas_table(cards: Sequence[HeadCard]) -> str:
+    """The mean gain of reward over all divergences up to a bound, on validation prompts, by head and method."""
+    lines = header(["head", "test set", "method", "up to KL", "mean gain", "head over it", "p"])
+    is_measured = False
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            for method, figure in (areas := result.get("areas") or {"gain": {}})["gain"].items():
+                is_measured, over = True, areas["head_over"].get(method)
+                more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
+                cells = [method, f"{areas['max_kl']:.2f}", signed(figure), *more]
+                lines.append(row([f"`{card.name}`", result["test_set"], *cells]))
+    return "\n".join(lines) if is_measured else _NOT_YET
+
+
 def transcript(path: Path) -> str:
     """What `recontrol compare --out` wrote: one prompt, the base model's response, and each head's."""
     result = json.loads(path.read_text())
@@ -113,6 +147,8 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "summary": summary_table,
     "cost": cost_table,
     "heads": evaluation_tables,
+    "claims": claims_table,
+    "areas": areas_table,
     "stress": stress_tables,
     "commands": commands,
 }
@@ -124,11 +160,15 @@ _SUMMARY_ARMS = ("prompting", "static vector", "best of 4", "head", "head + prom
 def _table(card: HeadCard, result: dict[str, Any]) -> str:
     """A row for each arm, with 95% intervals over prompts."""
     scores = ["reward", *result["judges"]]
-    rates = [name for name in ("win_over_base", "win_over_reference", "failures") if name in result["arms"]["base"]]
+    known = ("win_over_base", "win_over_reference", "failures", "finished")
+    rates = [name for name in known if name in result["arms"]["base"]]
     means = ["diversity", "coherence", "nll", "kl"]
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
     titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL"]
+    if any("prompting" in arm for arm in result["arms"]) and result.get("divergence") != "exact":
+        # Of figures that are older than exact divergences behind instructions.
+        titles[-2:] = [f"{title} (estimated with prompting)" for title in titles[-2:]]
     lines = header(titles)
     for arm, figures in result["arms"].items():
         cells = [interval(figures[name]) for name in scores]

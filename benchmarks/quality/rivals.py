@@ -5,6 +5,9 @@
     RE-Control            the paper's head: a network of two layers fitted to one-step targets, ascended along its plain
                           gradient without a budget (with the mistakes of the published code mended; see
                           tests/value_models)
+    token log-odds        a constant bias on tokens, from better against worse responses to the same prompt
+    word scores           one of what the reward says of each word by itself: its lexicon
+    end token             one on the tokens that end a response
 
 Enter at RIVALS; to add one, write a `Method` and put it there, and its look into plots.py.
 
@@ -14,15 +17,20 @@ Source: Kong et al. 2024, Aligning large language models with representation edi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
 
 from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding
+from benchmarks.quality.token_bias import token_bias
 from server.cli.arms import ArmFactory
-from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, Method, Subject
+from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, BiasSources, Method, Subject
 from server.control.objectives import WeightedSum
 from server.control.params import Blocks, ControlParams
 from value_models.baselines import Baseline
 from value_models.evaluation import Arm
 from value_models.heads import ValueHead
+from value_models.token_biases import end_tokens, log_odds, word_scores
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import TrainingData
 
@@ -66,6 +74,18 @@ def _controlled_decoding(subject: Subject, weight: float) -> Arm:
     return controlled_decoding(subject.factory, subject.head, ControlledDecoding(value_weight=weight))
 
 
+def _token_bias(
+    name: str, label: str, bias: Callable[[BiasSources], Tensor], *, rewards: Iterable[str] | None = None
+) -> Method:
+    """Under the head's budget at every token, and matched to the head's divergence as a static vector is."""
+
+    def arm(subject: Subject, strength: float) -> Arm:
+        return token_bias(subject.factory, subject.biases[name], strength=strength, max_kl=subject.max_kl)
+
+    can_raise = None if rewards is None else frozenset(rewards)
+    return Method(name, label, arm, strengths=(1.0,), is_matched=True, bias=bias, rewards=can_raise)
+
+
 BLOCKWISE = Method(
     "blockwise-best-of",
     "blockwise best of 4",
@@ -90,7 +110,34 @@ RE_CONTROL = Method(
     baseline=Baseline(re_control_head, "mlp", settings=_PUBLISHED_TRAINING.model_dump()),
 )
 
+TOKEN_LOG_ODDS = _token_bias(
+    "token-log-odds", "token log-odds", lambda sources: log_odds(sources.training_data(), sources.vocab_size)
+)
+WORD_SCORES = _token_bias(
+    "word-scores",
+    "word scores",
+    lambda sources: word_scores(sources.reward, sources.words(), sources.vocab_size),
+    rewards={"positive", "plain", "neutral", "nontoxic"},
+)
+END_TOKEN = _token_bias(
+    "end-token",
+    "end token",
+    lambda sources: end_tokens(sources.end_token_ids, sources.vocab_size),
+    rewards={"brevity"},
+)
+
 RIVALS = {
-    method.name: method for method in (PROMPTING, BEST_OF, BLOCKWISE, CONTROLLED_DECODING, RE_CONTROL, STATIC_VECTOR)
+    method.name: method
+    for method in (
+        PROMPTING,
+        BEST_OF,
+        BLOCKWISE,
+        CONTROLLED_DECODING,
+        RE_CONTROL,
+        STATIC_VECTOR,
+        TOKEN_LOG_ODDS,
+        WORD_SCORES,
+        END_TOKEN,
+    )
 }
 """As tables have them."""

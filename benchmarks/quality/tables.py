@@ -12,6 +12,7 @@ TITLES = {
     "win_over_base": "wins over base",
     "win_over_reference": "wins over reference",
     "failures": "prompts with a failure",
+    "finished": "ended by itself",
     "diversity": "diversity",
     "coherence": "coherence",
     "nll": "nats/token",

@@ -87,7 +87,7 @@ def random_model(shape: str, work: Path, *, dtype: str, device: str, seed: int) 
 
     `shape` is one of SHAPES or a folder with a config.json. Raises ConfigurationError.
     """
-    config, tokenizer = _random_config(shape)
+    config, tokenizer = random_config(shape)
     folder = work / "models" / f"{Path(shape).resolve().name if shape not in SHAPES else shape}-random-{dtype}-{seed}"
     if (folder / "config.json").is_file():
         return folder
@@ -157,7 +157,7 @@ def packaged_gguf(setup: Setup) -> Path:
     return files[0]
 
 
-def _random_config(shape: str) -> tuple[Any, Any]:
+def random_config(shape: str) -> tuple[Any, Any]:
     """The configuration and a tokenizer whose ids it has room for."""
     folder = Path(shape)
     if shape not in SHAPES and not (folder / "config.json").is_file():

@@ -28,6 +28,8 @@ from server.errors import (
     UnknownHeadError,
 )
 
+_UNREADABLE_BODY = "There was an error parsing the body"
+"""FastAPI's words for what is no JSON for another reason than its form."""
 _SHOWN_CHARS = 64
 _HEADERS: dict[type[RecontrolError], dict[str, str]] = {
     ShuttingDownError: {"Retry-After": "5"},
@@ -120,15 +122,24 @@ def _reason(error: dict[str, Any]) -> str:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    headers = error.headers
+    headers, code, path = error.headers, None, request.scope["path"]
     if error.status_code == 404:
-        message = f"There is no {request.method} {request.scope['path']}."
+        message = f"There is no {request.method} {path}.{_where_it_is(path)}"
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {request.scope['path']}."
+        message = f"{request.method} is not allowed on {path}.{_where_it_is(path)}"
         headers = {"Allow": _allowed_methods(request, error)}
+    elif error.detail == _UNREADABLE_BODY:
+        code = "invalid_json"
+        message = "The body is not JSON that can be read: nested too deep, a number of too many digits, or not UTF-8."
     else:
         message = str(error.detail)
-    return JSONResponse(_body(error.status_code, message, None, None), error.status_code, headers)
+    return JSONResponse(_body(error.status_code, message, None, code), error.status_code, headers)
+
+
+def _where_it_is(path: str) -> str:
+    if path == "/v1/heads" or path.startswith("/v1/management/"):
+        return " Servers with `--management-keys` have management."
+    return " `GET /openapi.json` has all paths."
 
 
 def _allowed_methods(request: Request, error: HTTPException) -> str:

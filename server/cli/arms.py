@@ -20,8 +20,10 @@ from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import RolloutSettings
 from value_models.store import tensors_digest
 
-# Part of what decides a response: raise it when a change of the engine changes what is sampled.
+# Part of what decides a response and its figures: raise it when a change of the engine changes what is sampled.
 _SAMPLING_VERSION = 2
+# Of prompting alone: raise it when what is told of such responses changes. 1 is of exact divergences.
+_INSTRUCTED_VERSION = 1
 
 
 class ArmFactory:
@@ -48,7 +50,8 @@ class ArmFactory:
 
     def prompting(self, instruction: str, control: ControlParams | None = None) -> Arm:
         """An instruction put before every prompt, alone or under control."""
-        return self._requests({"instruction": instruction}, instruction=instruction, control=control)
+        spec = {"instruction": instruction, "figures": _INSTRUCTED_VERSION}
+        return self._requests(spec, instruction=instruction, control=control)
 
     def control(self, control: ControlParams, *, read: Sequence[str] = ()) -> Arm:
         """With the values, by the heads to be read, of the finished responses."""

@@ -7,14 +7,15 @@ A study runs on an `EvalSetup`, gives a result of plain data, saves it with the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR, Method, Subject
-from server.cli.strengths import StrengthSearch, Sweep
+from server.cli.claims import areas, claims, show_claims
+from server.cli.methods import HEAD, PROMPTING, Method, Subject
+from server.cli.strengths import Point, StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
@@ -22,10 +23,6 @@ from value_models.rollouts import RolloutPrompt
 from value_models.store import HeadCard, load_card, save_card
 
 _WITH_PROMPTING = f"{HEAD.label} + {PROMPTING.label}"
-_COMPARISONS = {
-    HEAD.label: ("base", PROMPTING.label, STATIC_VECTOR.label, BEST_OF.label),
-    _WITH_PROMPTING: (PROMPTING.label, HEAD.label),
-}
 _NUM_TUNING_PROMPTS = 48
 
 
@@ -130,12 +127,18 @@ class MethodsStudy:
     def run(self) -> dict[str, Any]:
         setup = self.setup
         sweep = setup.strengths().sweep()
+        arms = setup.arms(sweep)
+        figures = setup.compare(arms, _comparisons(list(arms)))
         return {
-            "arms": setup.compare(setup.arms(sweep), _COMPARISONS),
+            "arms": figures,
+            "claims": claims(figures),
+            "areas": areas(sweep),
             **setup.describe(),
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
+            # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
+            "divergence": "exact",
             "strengths": {"equal_divergence": sweep.matched, "best": sweep.best},
-            "sweep": {name: [asdict(point) for point in points] for name, points in sweep.points.items()},
+            "sweep": {name: [_kept(point) for point in points] for name, points in sweep.points.items()},
         }
 
     def save(self, result: dict[str, Any]) -> None:
@@ -146,12 +149,13 @@ class MethodsStudy:
 
     def show(self, result: dict[str, Any]) -> None:
         show_arms(result)
+        show_claims(result)
 
 
 def for_card(result: dict[str, Any]) -> dict[str, Any]:
     """Without what only the JSON of a run holds."""
     arms = {
-        name: {key: value for key, value in figures.items() if key != "examples" and value != {}}
+        name: {key: value for key, value in figures.items() if key not in ("examples", "by_prompt") and value != {}}
         for name, figures in result["arms"].items()
     }
     return {name: value for name, value in result.items() if name != "sweep"} | {"arms": arms}
@@ -162,4 +166,15 @@ def show_arms(result: dict[str, Any]) -> None:
     shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
     for name, figures in result["arms"].items():
         values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown if metric in figures)
-        print(f"{name:28}{values}  {figures['wall_s']:.0f} s")
+        print(f"{name:32}{values}  {figures['wall_s']:.0f} s")
+
+
+def _comparisons(arms: Sequence[str]) -> Comparisons:
+    """The head with all that came before it, and with prompting with either."""
+    rivals = arms[: arms.index(HEAD.label)]
+    return {HEAD.label: rivals, _WITH_PROMPTING: (PROMPTING.label, HEAD.label)}
+
+
+def _kept(point: Point) -> dict[str, Any]:
+    """As it is written: areas alone need single prompts."""
+    return {"strength": point.strength, "figures": {k: v for k, v in point.figures.items() if k != "by_prompt"}}

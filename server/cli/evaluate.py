@@ -8,24 +8,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
+from torch import Tensor
 
 from server.cli.arms import ArmFactory
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
-from server.cli.methods import METHODS, Method, Subject
+from server.cli.methods import METHODS, BiasSources, Method, Subject
 from server.cli.program import command_line
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
+from server.engines.vocabulary import Vocabulary, words_of_tokens
 from server.errors import ConfigurationError
 from value_models.baselines import load_baselines
 from value_models.evaluation import Scoring
@@ -34,9 +37,10 @@ from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
-from value_models.rewards import check_built_in
+from value_models.rewards import Reward, check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
+from value_models.training_data import TrainingData, load_training_data
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
@@ -174,9 +178,12 @@ class Evaluation(HeadsModelCommand):
             raise ConfigurationError(
                 f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
             )
-        factory = self.factory(loaded, self._with_baselines(loaded, registry, card, reward))
+        methods = self._rivals_for(reward)
+        data = functools.cache(lambda: self._training_data(card, reward))
+        factory = self.factory(loaded, self._with_baselines(loaded, registry, reward, card, methods))
+        biases = _biases(methods, loaded, scoring.reward, data)
         return EvalSetup(
-            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction),
+            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, biases),
             folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,
@@ -186,7 +193,7 @@ class Evaluation(HeadsModelCommand):
             split=self.split,
             test_set=self.prompts.stem if self.prompts else "project",
             num_samples=self.num_samples,
-            methods=self.rivals(),
+            methods=methods,
         )
 
     def reward_of(self, card: HeadCard) -> str:
@@ -220,21 +227,41 @@ class Evaluation(HeadsModelCommand):
     def _tuning_file(self) -> Path | None:
         return self.tuning_prompts or self.prompts
 
-    def _with_baselines(self, loaded: LoadedModel, registry: HeadRegistry, card: HeadCard, reward: str) -> HeadRegistry:
+    def _rivals_for(self, reward: str) -> Sequence[Method]:
+        """Those that can raise a reward. Raises ConfigurationError where others were named."""
+        others = [method for method in self.rivals() if method.rewards is not None and reward not in method.rewards]
+        if others and "methods" in self.model_fields_set:
+            known = ", ".join(sorted(others[0].rewards or ()))
+            raise ConfigurationError(f"methods: {others[0].name} is for the rewards {known}, and not for {reward!r}")
+        return [method for method in self.rivals() if method not in others]
+
+    def _with_baselines(
+        self, loaded: LoadedModel, registry: HeadRegistry, reward: str, card: HeadCard, methods: Sequence[Method]
+    ) -> HeadRegistry:
         """With those rivals that are heads, under the methods' names."""
-        baselines = {method.name: method.baseline for method in self.rivals() if method.baseline is not None}
+        baselines = {method.name: method.baseline for method in methods if method.baseline is not None}
         if not baselines:
             return registry
+        self._check_rollouts(card)
+        heads = load_baselines(self.work / "baselines", self.rollouts, reward, self._training_texts(), baselines)
+        for name, head in heads.items():
+            registry = registry.with_head(name, head.to(loaded.model.device))
+        return registry
+
+    def _training_data(self, card: HeadCard, reward: str) -> TrainingData:
+        """Raises ConfigurationError, RolloutError, RewardError."""
+        self._check_rollouts(card)
+        return load_training_data(self.rollouts, reward, self._training_texts())
+
+    def _check_rollouts(self, card: HeadCard) -> None:
         prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
         if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
             raise ConfigurationError(
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
-        texts = {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
-        heads = load_baselines(self.work / "baselines", self.rollouts, reward, texts, baselines)
-        for name, head in heads.items():
-            registry = registry.with_head(name, head.to(loaded.model.device))
-        return registry
+
+    def _training_texts(self) -> dict[str, str]:
+        return {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
         served = read_prompts(path, self.formats)
@@ -243,6 +270,22 @@ class Evaluation(HeadsModelCommand):
             source = path or "the project's own prompts"
             raise ConfigurationError(f"prompts: none of the {len(served)} of {source} is in the {split} split")
         return chosen
+
+
+def _biases(
+    methods: Sequence[Method], loaded: LoadedModel, reward: Reward, training_data: Callable[[], TrainingData]
+) -> dict[str, Tensor]:
+    """By method, of those that are biases on tokens."""
+    tokenizer: Any = loaded.tokenizer
+    size: int = loaded.identity["vocab_size"]
+    sources = BiasSources(
+        vocab_size=size,
+        end_token_ids=loaded.eos_token_ids,
+        words=lambda: words_of_tokens(Vocabulary(tokenizer.backend_tokenizer), size),
+        reward=reward,
+        training_data=training_data,
+    )
+    return {method.name: method.bias(sources) for method in methods if method.bias is not None}
 
 
 class Eval(Evaluation):

@@ -7,14 +7,18 @@ and put it there, or, for a study alone, beside the study.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from server.cli.arms import ArmFactory
 from server.control.params import MAX_STEP_SIZE, ControlParams
 from value_models.baselines import STATIC_VECTOR as STATIC_VECTOR_BASELINE
 from value_models.baselines import Baseline
 from value_models.evaluation import Arm
+from value_models.rewards import Reward
+from value_models.training_data import TrainingData
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,6 +32,8 @@ class Subject:
     """Nats a token, of every arm with a budget."""
     instruction: str | None
     """For prompting, which alone needs one."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """By the methods' names, of those that are biases on tokens [V]."""
 
     def control(self, step_size: float, *, by: str | None = None) -> ControlParams:
         """By its head, or by another one under the same budget."""
@@ -36,6 +42,19 @@ class Subject:
     def prompting(self, control: ControlParams | None = None) -> Arm:
         assert self.instruction is not None
         return self.factory.prompting(self.instruction, control)
+
+
+@dataclass(slots=True, frozen=True)
+class BiasSources:
+    """What biases on tokens are made of."""
+
+    vocab_size: int
+    end_token_ids: frozenset[int]
+    words: Callable[[], Mapping[int, str]]
+    """Those of tokens that begin one, by token."""
+    reward: Reward
+    training_data: Callable[[], TrainingData]
+    """Rollouts and their rewards. Raises RolloutError, RewardError."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,6 +78,10 @@ class Method:
     """Of a step, which one response takes."""
     baseline: Baseline | None = None
     """The head that it is, registered under the method's name."""
+    bias: Callable[[BiasSources], Tensor] | None = None
+    """The bias on tokens [V] that it is."""
+    rewards: frozenset[str] | None = None
+    """Those that it can raise, where it cannot raise any."""
 
 
 PROMPTING = Method(

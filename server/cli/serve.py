@@ -19,6 +19,7 @@ from server.cli import address
 from server.cli.connection import ConnectionLimits
 from server.cli.http import DrainingServer
 from server.engines import create_engine
+from server.engines.selection import choose, resolved
 from server.environment import service_links
 from server.errors import ConfigurationError
 from server.logs import configure
@@ -65,13 +66,20 @@ class Serve(Settings):
 
 def _resolved(settings: Settings) -> dict[str, str]:
     """What settings that are left to the machine come to on this one, as far as that is known without the model."""
-    if settings.kv_cache_gib is not None or settings.engine != "embedded":
-        return {}
+    shown, engine = {}, settings.engine
+    if engine == "auto":
+        chosen = choose(settings)
+        shown["engine"], engine = f"auto: {chosen}", chosen.name
+    if settings.kv_cache_gib is None and engine == "embedded":
+        shown["kv_cache_gib"] = f"auto: at most {_most_kv_cache(settings)}"
+    return shown
+
+
+def _most_kv_cache(settings: Settings) -> str:
     if settings.device == "cuda" or (settings.device == "auto" and _has_cuda()):
-        return {"kv_cache_gib": "auto: at most nine tenths of what the GPU has free"}
+        return "nine tenths of what the GPU has free"
     limit_gib = memory_limit_bytes() / 2**30
-    half = f"{limit_gib / 2:.2f} GiB, half of the {limit_gib:.2f} GiB that this process may have"
-    return {"kv_cache_gib": f"auto: at most {half}"}
+    return f"{limit_gib / 2:.2f} GiB, half of the {limit_gib:.2f} GiB that this process may have"
 
 
 def _has_cuda() -> bool:
@@ -81,6 +89,7 @@ def _has_cuda() -> bool:
 
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    settings = resolved(settings)
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)

@@ -2,8 +2,9 @@
 
 For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
 scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
-its own state. Groups whose rows share their shift are edited natively where that can be (shared.py). Rows that follow
-an instruction add its move of the logits to that of the shift (guidance.py), under the same budget.
+its own state. Groups whose rows share their shift are edited natively where that can be (shared.py), and those of
+linear heads on a GPU by kernels (fused.py). Rows that follow an instruction add its move of the logits to that of the
+shift (guidance.py), under the same budget.
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
 it is told how states become logits. Enter at `StateEditor.logits`.
@@ -13,28 +14,35 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from server.control.ascent import TOLERANCE, Ascent, ascend, ascend_beside, leaves_bounds, room_beside
-from server.control.budget import largest_added_scale, largest_general_scale, largest_linear_scale
+from server.control.budget import ROUNDING_NATS, largest_added_scale, largest_general_scale, largest_linear_scale
+from server.control.fused import FusedRows, HeadBank
 from server.control.guidance import InstructedLogits, guidance_weights, instructed_states
+from server.control.params import ControlParams
 from server.control.pinned import loses_ground, pinned_share
 from server.control.plan import EditGroup, EditPlan
-from server.control.registry import MAX_STACKS, HeadStack
+from server.control.registry import MAX_STACKS, HeadRegistry, HeadStack
 from server.control.shared import SharedEdit, SharedRows, shared_shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
+from server.kernels.gpu import edit_kernels_on
 from server.kernels.linear import FrozenLinear, frozen_linear
+
+if TYPE_CHECKING:
+    from server.kernels.gpu.edit import EditKernels
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
 # Two rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
 _MAX_SHARED = 64
+_MAX_DEVICES = 8
 
 
 class Unembedding(Protocol):
@@ -119,6 +127,22 @@ class StateEditor:
         self._row_logits: dict[HeadStack, FrozenLinear] = {}
         self._shifts: dict[tuple[HeadStack, tuple[float, ...]], ops.SharedShift] = {}
         self._shared_rows: SharedRows | None = None
+        self._kernels: dict[torch.device, EditKernels | None] = {}
+        self._may_use_kernels = True
+        self._bank = HeadBank(unembedding.project)
+        self._fused_rows: FusedRows | None = None
+
+    def plan(
+        self, rows: Sequence[ControlParams | None], registry: HeadRegistry, *, device: torch.device | str
+    ) -> EditPlan:
+        """`EditPlan.from_rows` with what this editor's kernels can do. Raises UnknownHeadError."""
+        device = torch.device(device)
+        fuses = self._unembedding.is_linear and self.kernels_on(device) is not None
+        return EditPlan.from_rows(rows, registry, device=device, fuses=fuses)
+
+    def without_kernels(self) -> None:
+        """Leave what comes to torch's operations, to compare with; plans made before are void."""
+        self._may_use_kernels = False
 
     def logits(
         self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor] | None = None
@@ -139,12 +163,15 @@ class StateEditor:
         self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor]
     ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
-        projection. These have been moved by the shared edits already."""
+        projection. These have been moved by the shared and fused edits already."""
         can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
         sharing: list[EditGroup] = []
+        fused: list[EditGroup] = []
         ascents: list[Ascent] = []
         for group in plan.groups:
-            if can_share and group.coefficients is not None:
+            if group.fixed_RW is not None:
+                fused.append(group)
+            elif can_share and group.coefficients is not None:
                 sharing.append(group)
             else:
                 ascents.append(ascend(hidden_BD, group.pinned or group))
@@ -160,7 +187,9 @@ class StateEditor:
         guidance = InstructedLogits(base_BV, [part[0] for part in parts[len(nonlinear) :]])
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
-        base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV)
+        assert not (fused and sharing), "rows of linear heads are all the kernels' or none"
+        edit = self._fused_edits if fused else self._shared_edits
+        base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
         edits: list[_Edit] = []
         for ascent in ascents:
             delta_RV = self._delta(ascent, deltas, num_logits=base_BV.shape[1])
@@ -237,6 +266,23 @@ class StateEditor:
             self._shared_rows = SharedRows(groups, [self._shift_of(group) for group in groups], num_rows)
         return self._shared_rows.edit(hidden_BD, logits_BV)
 
+    def _fused_edits(
+        self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor
+    ) -> tuple[Tensor, list[SharedEdit]]:
+        """The same by the kernels on a GPU."""
+        num_rows, device = len(logits_BV), hidden_BD.device
+        kernels = self.kernels_on(device)
+        assert kernels is not None
+        if self._fused_rows is None or not self._fused_rows.are_for(groups, num_rows):
+            self._fused_rows = FusedRows(groups, self._bank, num_rows, device)
+        return self._fused_rows.edit(kernels, hidden_BD, logits_BV)
+
+    def kernels_on(self, device: torch.device) -> EditKernels | None:
+        """Those of a GPU that edit rows of this device, if any do."""
+        if not self._may_use_kernels:
+            return None
+        return _kept(self._kernels, _MAX_DEVICES, device, lambda: edit_kernels_on(device))
+
     def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
         return _kept(
@@ -260,7 +306,10 @@ class StateEditor:
         self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor, guidance_R: Tensor | None = None
     ) -> _Edit:
         base_RV = base_BV[ascent.group.rows_R]
-        if self._unembedding.is_linear:
+        kernels = self.kernels_on(base_RV.device)
+        if self._unembedding.is_linear and kernels is not None:
+            scale_R, kl_R = kernels.largest_scales(base_RV, delta_RV, ascent.group.max_kl_R - ROUNDING_NATS)
+        elif self._unembedding.is_linear:
             scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
         else:
             scale_R, kl_R = largest_general_scale(base_RV, delta_RV, ascent.group.max_kl_R, self._unembedding.finish)

@@ -3,9 +3,11 @@
 Rows with the same heads run through the same few matrix products, whatever their objectives and budgets are. When all
 of those heads are linear and the objective is a weighted sum, an ascent is the same shift in every state, and on a CPU
 rows are grouped by that too: by what their weights, step size and steps come to. Such a group shares most of its work,
-but there is one for each distinct control. A plan stays valid while the step's rows stay the same; what changes from
-token to token (gate, window, schedule, what is left of a response's budget) is filled in by `EditPlan.at`, for the rows
-that have any of it. Knows nothing of models or sampling. Enter at `EditPlan.from_rows`.
+but there is one for each distinct control. On a GPU the kernels of server/kernels/gpu edit rows of linear heads, and
+what they have to know of them stays on the host until all of it travels together (fused.py). A plan stays valid while
+the step's rows stay the same; what changes from token to token (gate, window, schedule, what is left of a response's
+budget) is filled in by `EditPlan.at`, for the rows that have any of it. Knows nothing of models or sampling. Enter at
+`EditPlan.from_rows`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from server.control.objectives import WeightedSum
 from server.control.params import ControlParams, UnderPinned
 from server.control.pinned import PinnedRows
 from server.control.registry import HeadRegistry, HeadStack
+from server.control.row_numbers import can_fuse, fixed_numbers
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.kernels.transfer import on_device
 
@@ -77,6 +80,9 @@ class EditGroup:
     """The same rows under what the server pins, alone; then this group is what callers add to it."""
     beneath: PinnedRows | None = None
     """What callers may not take back; None without `pinned`."""
+    fixed_RW: Tensor | None = None
+    """What the kernels of a GPU's edit have to know of each held row (row_numbers.py), where they do this group. Then
+    its other tensors lie on the host, and it has no `objectives`."""
     guidance_R: Tensor | None = None
     """The weights of the rows' instructions; None of rows without."""
 
@@ -105,33 +111,46 @@ class EditPlan:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[ControlParams | None], registry: HeadRegistry, *, device: torch.device | str = "cpu"
+        cls,
+        rows: Sequence[ControlParams | None],
+        registry: HeadRegistry,
+        *,
+        device: torch.device | str = "cpu",
+        fuses: bool = False,
     ) -> EditPlan:
         """Plan a step: one entry of `rows` for each of its rows, None for one that is left alone.
 
-        Raises UnknownHeadError.
+        With `fuses`, rows that the kernels of a GPU's edit can do are planned for them. Raises UnknownHeadError.
         """
         device = torch.device(device)
-        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool, bool], list[int]] = {}
+        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool], list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
                 stack = registry.stack(control.head_names)
-                is_shared = stack.has_constant_slope and device.type == "cpu"
+                is_fused = fuses and can_fuse(stack, control)
+                is_shared = stack.has_constant_slope and device.type == "cpu" and not fuses
                 coefficients = _coefficients(stack, control) if is_shared else None
-                key = (stack, coefficients, isinstance(control, UnderPinned), control.instruction is not None)
+                key = (stack, coefficients, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
                 members.setdefault(key, []).append(index)
-        return cls(
-            tuple(
-                (_group_over_pinned if is_over else _group)((stack, coefficients), indices, rows, device)
-                for (stack, coefficients, is_over, _), indices in members.items()
-            )
-        )
+        return cls(tuple(_group_of(key, indices, rows, device) for key, indices in members.items()))
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
         """The plan for the token that comes next; `state_of` is asked for the states of those rows that need one."""
         if not any(group.is_paced for group in self.groups):
             return self
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
+
+
+def _group_of(
+    key: tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool],
+    indices: list[int],
+    rows: Sequence[ControlParams | None],
+    device: torch.device,
+) -> EditGroup:
+    stack, coefficients, is_over, _, is_fused = key
+    if is_fused:
+        return _group((stack, None), indices, rows, torch.device("cpu"), is_fused=True)
+    return (_group_over_pinned if is_over else _group)((stack, coefficients), indices, rows, device)
 
 
 def _is_paced(control: ControlParams) -> bool:
@@ -208,6 +227,8 @@ def _group(
     indices: list[int],
     rows: Sequence[ControlParams | None],
     device: torch.device,
+    *,
+    is_fused: bool = False,
 ) -> EditGroup:
     stack, coefficients = key
     held = indices * 2 if len(indices) == 1 else indices
@@ -222,7 +243,7 @@ def _group(
         controls=controls,
         weights_RK=on_device([_weights(stack, control) for control in controls], device),
         objectives=None
-        if is_constant
+        if is_constant or is_fused
         else ObjectiveRows.of(objectives, stack.names, stack.reward_mean_K, stack.reward_scale_K),
         step_size_R=on_device(sizes, device),
         steps_R=on_device(steps, device),
@@ -231,6 +252,7 @@ def _group(
         max_shift_R=on_device([c.max_shift for c in controls], device),
         coefficients=coefficients,
         is_paced=any(map(_is_paced, controls)),
+        fixed_RW=fixed_numbers(stack, controls) if is_fused else None,
         guidance_R=_guidance(controls, [1.0] * len(controls), device),
     )
     return group.at(lambda _: ControlState()) if group.is_paced else group

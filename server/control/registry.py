@@ -59,8 +59,10 @@ class HeadStack:
     """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
-    earned_K: Tensor | None
+    earned: tuple[float, ...] | None
     """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
+    earned_K: Tensor | None
+    """The same."""
 
     @property
     def num_bytes(self) -> int:
@@ -267,7 +269,7 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
     if not heads:
         none = torch.empty(0)
         no_map = PackedLinear(torch.empty(0, 0))
-        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None)
+        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None, None)
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
@@ -285,5 +287,6 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
         ascent_gram=frozen_linear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),
         reward_scale_K=torch.stack([head.reward[1] for head in heads]),
+        earned=None if earned is None else tuple(earned),
         earned_K=None if earned is None else torch.tensor(earned, device=inputs_UD.device),
     )

@@ -11,6 +11,7 @@ heads.py         where heads come from; a registry with one more or less
 checks.py        what is refused before it is queued
 streams.py       chunks on their way to their reader
 devices.py       on what a model is computed, and in what numbers
+selection.py     which engine `auto` comes to
 checkpoint/      what a model's files say of it
 embedded/, vllm/, fake.py   the engines; none imports another
 """
@@ -18,11 +19,13 @@ embedded/, vllm/, fake.py   the engines; none imports another
 from __future__ import annotations
 
 from server.engines.base import Engine, EngineObserver
+from server.engines.selection import resolved
 from server.settings import Settings
 
 
 def create_engine(settings: Settings, *, observer: EngineObserver | None = None) -> Engine:
-    """The engine that the settings name, not yet started. Imports only that one."""
+    """The engine that the settings name or come to, not yet started. Imports only that one."""
+    settings = resolved(settings)
     if settings.engine == "fake":
         from server.engines.fake import FakeEngine
 

@@ -317,22 +317,24 @@ class Choice:
         answer, reasoning = self._told(self._pieces(token_id, token))
         if token.is_special and not token.text and self._segment is not Segment.REASONING:
             answer += self.stop.add("", token.shown)
-        if self.stop.has_stopped:
-            return token, (answer, reasoning), FinishReason.STOP
-        reason, control = None, self.request.control
-        if is_end:
-            reason = FinishReason.STOP
-        elif edit is not None and control is not None and control.breaks_guardrail(edit.value_after):
-            reason = FinishReason.GUARDRAIL
-        elif len(self.token_ids) >= self.request.sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is None:
-            return token, (answer, reasoning), None
+        reason = self._reason_to_end(edit, is_stopped=is_end or self.stop.has_stopped)
+        if reason is None or self.stop.has_stopped:
+            return token, (answer, reasoning), reason
         open_end = self.detokenizer.flush()
         token = token if token.is_special or is_end else replace(token, text=token.text + open_end)
         last_answer, last_reasoning = self._rest_of_texts(open_end)
-        reason = FinishReason.STOP if self.stop.has_stopped else reason
+        if self.stop.has_stopped and reason is not FinishReason.GUARDRAIL:
+            reason = FinishReason.STOP
         return token, (answer + last_answer, reasoning + last_reasoning), reason
+
+    def _reason_to_end(self, edit: TokenEdit | None, *, is_stopped: bool) -> FinishReason | None:
+        """A broken bound is told before whatever else ends the text with the same token."""
+        control = self.request.control
+        if edit is not None and control is not None and control.breaks_guardrail(edit.value_after):
+            return FinishReason.GUARDRAIL
+        if is_stopped:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.token_ids) >= self.request.sampling.max_tokens else None
 
     def _pieces(self, token_id: int, token: TokenText) -> list[Piece]:
         if self.segments is None:

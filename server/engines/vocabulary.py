@@ -85,6 +85,19 @@ class Vocabulary:
         return self._tokenizer.decode([*before, token_id])[start:].encode()
 
 
+def words_of_tokens(vocabulary: Vocabulary, size: int) -> dict[int, str]:
+    """The word of each of the first `size` tokens that stands for a whole one or its beginning behind a space."""
+    special = vocabulary.special_tokens()
+    before = next((token_id for token_id in range(size) if token_id not in special), None)
+    words: dict[int, str] = {}
+    for token_id in range(size):
+        if token_id not in special:
+            text = vocabulary.token_bytes(token_id, before).decode(errors="replace")
+            if text.startswith(" ") and text[1:].isalpha():
+                words[token_id] = text[1:]
+    return words
+
+
 def _decoder_kinds(decoder: Any) -> Iterator[str]:
     """The names of a decoder's steps; a tokenizer without one joins its tokens by spaces."""
     left = [] if decoder is None else [json.loads(decoder.__getstate__())]

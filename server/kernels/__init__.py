@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 """What a processor must have, each with all of those before it."""
 VARIABLE = "RECONTROL_KERNELS"
-"""In the environment: `torch` to do without kernels, or the level to use."""
+"""In the environment: `torch` to do without kernels, or the level to use. `triton` is for gpu/, and none of these."""
 _P, _I, _F, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 # As in the .cpp files, in the order of their parameters after the number of threads.
 _ATTENTION = (_P, _P, _P, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _F, _I, _I)
@@ -67,10 +67,11 @@ def native() -> Kernels | None:
     told = os.environ.get(VARIABLE, "")
     if told == "torch":
         return None
+    told = "" if told == "triton" else told
     levels = machine_levels()
     compiled = {level: kernels for level in levels if (kernels := kernels_of(level)) is not None}
     if told and told not in compiled:
-        allowed = ", ".join(["torch", *compiled])
+        allowed = ", ".join(["torch", "triton", *compiled])
         raise ConfigurationError(f"{VARIABLE}: {told!r} cannot be used here; leave it empty, or one of {allowed}")
     if not levels:
         _log.info("No native kernels: this CPU has no AVX2; torch's operations are used")

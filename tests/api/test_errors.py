@@ -337,9 +337,21 @@ def test_zero_tokens_need_echo(client: TestClient) -> None:
 
 
 def test_unknown_routes_and_methods_have_the_same_error_body(client: TestClient) -> None:
-    assert client.get("/nope").json()["error"]["message"] == "There is no GET /nope."
+    assert client.get("/nope").json()["error"]["message"] == "There is no GET /nope. `GET /openapi.json` has all paths."
     assert client.get("/v1/completions").status_code == 405
     assert "error" in client.get("/v1/completions").json()
+    for path in ("/v1/heads", "/v1/management/jobs"):
+        assert "`--management-keys`" in client.post(path, json={}).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"prompt": ' + b"[" * 20_000, b'{"seed": ' + b"1" * 5000 + b"}", b'{"prompt": "\xff"}', b"{"],
+    ids=["deep", "digits", "bytes", "open"],
+)  # fmt: skip
+def test_a_body_that_is_no_json_says_so(client: TestClient, content: bytes) -> None:
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
 
 
 def test_a_failure_inside_says_nothing_of_the_inside(make_app: Callable[..., FastAPI]) -> None:

@@ -120,7 +120,7 @@ def test_nothing_in_a_response_comes_from_the_host_header(make_app: Callable[...
     with TestClient(make_app(settings={"api_keys": "a-key"})) as client:
         response = client.get("/health/", headers=headers, follow_redirects=False)
     assert response.status_code == 404
-    assert response.json()["error"]["message"] == "There is no GET /health/."
+    assert response.json()["error"]["message"] == "There is no GET /health/. `GET /openapi.json` has all paths."
 
 
 def test_the_openapi_document_names_our_error_body_and_no_status_that_is_never_sent(client: TestClient) -> None:

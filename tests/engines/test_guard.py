@@ -224,6 +224,20 @@ def test_a_prompt_below_the_bound_ends_at_once_unless_control_grows(core: Engine
         assert report_of(result) == GuardReport(retries, retries + 1, replaced=True)
 
 
+@pytest.mark.parametrize("way", ["stop_token_ids", "stop", "max_tokens", "nothing else"])
+def test_a_broken_bound_is_told_whatever_else_ends_the_text_with_its_token(core: EngineCore, way: str) -> None:
+    free = run(core, [ask("r", control(GOOD))])["r", 0]
+    ends = {"stop_token_ids": (free.token_ids[0],), "stop": (free.chunks[0].text,), "max_tokens": 1}
+    end = {name: value for name, value in ends.items() if name == way}
+    result = run(core, [ask("r", control(GOOD, stop_below={"line": 1e6}), **end)])["r", 0]
+    assert result.finish_reasons == ["guardrail"]
+    assert result.token_ids == free.token_ids[:1]
+    summary = result.chunks[-1].control
+    assert summary is not None
+    assert summary.stopped_by is not None
+    assert summary.stopped_by["line"].bound == 1e6
+
+
 def test_a_prompt_that_stronger_control_lifts_over_the_bound_goes_on(core: EngineCore) -> None:
     def first_value(**options: Any) -> float:
         steer = control({"line": 1.0}, stop_below=UNBOUND, max_kl=0.5, max_shift=2.0, step_size=0.05, **options)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from server.control.editor import StateEditor
-from server.control.plan import EditPlan
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sampler import RowSampling, sample
@@ -158,10 +157,11 @@ def test_editing_and_drawing_do_not_wait_for_the_device(make_core: Callable[...,
     rows = [RowSampling(1.0, 0.9, 0, (0, 0)), RowSampling(0.0, 1.0, 0, (0, 1)), RowSampling(0.7, 1.0, 5, (0, 2), 0.1)]
     rows.append(RowSampling(1.0, 1.0, 0, (0, 3)))
     hidden_BD = torch.randn(4, 32, device="cuda", dtype=getattr(torch, dtype))
+    editor = StateEditor(core.lm_head)
 
     def once() -> torch.Tensor:
-        plan = EditPlan.from_rows(controls, core.registry, device=hidden_BD.device)
-        logits_BV, _ = StateEditor(core.lm_head).logits(hidden_BD, plan)
+        plan = editor.plan(controls, core.registry, device=hidden_BD.device)
+        logits_BV, _ = editor.logits(hidden_BD, plan)
         return sample(logits_BV, rows, [0, 1, 2, 3])
 
     with torch.inference_mode():
@@ -172,6 +172,22 @@ def test_editing_and_drawing_do_not_wait_for_the_device(make_core: Callable[...,
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, expected)
+
+
+def test_an_edit_that_is_recorded_is_the_plain_one_for_other_states_too(make_core: Callable[..., EngineCore]) -> None:
+    core = make_core(device="cuda")
+    editor, hidden_BD = StateEditor(core.lm_head), torch.randn(4, 32, device="cuda")
+    rows = [control({"line": weight}, step_size=2.0, max_kl=0.1) for weight in (1.0, -1.0, 3.0)]
+    plan = editor.plan([*rows, None], core.registry, device=hidden_BD.device)
+    with torch.inference_mode():
+        editor.logits(hidden_BD, plan)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded_BV, _ = editor.logits(hidden_BD, plan)
+        hidden_BD.copy_(torch.randn(4, 32, device="cuda"))
+        graph.replay()
+        expected_BV, _ = editor.logits(hidden_BD, plan)
+    torch.testing.assert_close(recorded_BV, expected_BV)
 
 
 def test_a_recorded_step_is_the_plain_one(make_core: Callable[..., EngineCore]) -> None:

@@ -26,9 +26,9 @@ def machine(
     `launch_s` comes on top, and `fetch_s` for each token that has been read before."""
 
     def seconds(num_rows: int, pieces: list[Piece]) -> float:
-        read_s = sum(piece.count * token_s * (1 + piece.position / reach) for piece in pieces)
+        read_s = sum(piece.num_tokens * token_s * (1 + piece.position / reach) for piece in pieces)
         once_s = sum(launch_s + piece.position * fetch_s for piece in pieces[:1])
-        return base_s + num_rows * token_s + once_s + read_s + told_s * sum(p.count for p in pieces if p.is_told)
+        return base_s + num_rows * token_s + once_s + read_s + told_s * sum(p.num_tokens for p in pieces if p.is_told)
 
     return seconds
 
@@ -42,7 +42,7 @@ def read(
     while position < start + num_tokens:
         unread = Piece(position, start + num_tokens - position, is_told)
         (count,) = share_out([unread], pace.budget(rows, 256))
-        pieces = [unread._replace(count=count)] if count else []
+        pieces = [unread._replace(num_tokens=count)] if count else []
         steps.append((count, takes(rows, pieces)))
         pace.observe(rows, pieces, steps[-1][1])
         position += count
@@ -128,15 +128,15 @@ def test_a_step_that_reads_both_kinds_is_no_longer_either() -> None:
     takes, pace = machine(token_s=0.0001, told_s=0.004), Pace(2.0)
     unread = [Piece(0, 3000), Piece(0, 200, is_told=True), Piece(0, 3000), Piece(0, 300, is_told=True)]
     slowest_s = 0.0
-    while any(piece.count for piece in unread):
-        left = [piece for piece in unread if piece.count]
+    while any(piece.num_tokens for piece in unread):
+        left = [piece for piece in unread if piece.num_tokens]
         taken = share_out(left, pace.budget(STREAM, 256))
-        pieces = [piece._replace(count=count) for piece, count in zip(left, taken, strict=True) if count]
+        pieces = [piece._replace(num_tokens=count) for piece, count in zip(left, taken, strict=True) if count]
         seconds = takes(STREAM, pieces)
         slowest_s = max(slowest_s, seconds)
         pace.observe(STREAM, pieces, seconds)
         unread = [
-            piece._replace(position=piece.position + count, count=piece.count - count)
+            piece._replace(position=piece.position + count, num_tokens=piece.num_tokens - count)
             for piece, count in zip(left, taken, strict=True)
         ]
     assert slowest_s <= 3 * takes(STREAM, [])

@@ -13,7 +13,7 @@ from server.api.completions import LegacyEntry, legacy_logprobs, placed
 from server.engines.base import NullObserver
 from server.engines.choice import Choice
 from server.engines.text import Detokenizer, as_chosen, with_texts
-from server.engines.vocabulary import Vocabulary
+from server.engines.vocabulary import Vocabulary, words_of_tokens
 from server.types import (
     FinishReason,
     GenerationChunk,
@@ -243,3 +243,12 @@ def test_a_stopped_text_is_what_is_before_the_stop_string_however_it_is_cut(
         assert text == shown.split(stop)[0].replace(SPECIAL, "")
     else:
         assert text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "byte fallback", "word pieces"])
+def test_words_are_those_of_tokens_that_begin_one_behind_a_space(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    words = words_of_tokens(VOCABULARIES[kind], tokenizer.get_vocab_size())
+    begin = {name.removeprefix("\u2581"): i for name, i in tokenizer.get_vocab().items() if name[0] == "\u2581"}
+    expected = {i: name for name, i in begin.items() if name.isalpha()}
+    assert words == ({0: "a", 2: "c"} if kind == "word pieces" else expected)

@@ -43,7 +43,8 @@ class Attended:
     """A cache, and rows of it attended natively or by torch."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, *, stale: float = 0.0, way: str = "native") -> None:
-        """`stale` is what a former owner left in every page; a way is native, plain, or batches."""
+        """`stale` is what a former owner left in every page; a way is native, plain, triton (asked for by
+        RECONTROL_KERNELS), or batches."""
         self.kv = KVCache(12)
         self.shape, self.dtype, self.way = shape, dtype, way
         for tensor in self.kv.layer(0, *self.rows(1, 0)[1:]):
@@ -58,7 +59,7 @@ class Attended:
         keys, values = self.kv.layer(0, *rows[1:])
         if self.way != "native":
             out = attention._attend_by_torch(rows, keys, values, step, how, self.sinks)
-            if self.way == "plain":
+            if self.way in ("plain", "triton"):
                 return out
             num_kv_heads = self.shape.num_kv_heads
             query_TNQP = rows[0].unflatten(1, (num_kv_heads, -1))

@@ -131,7 +131,7 @@ class Candidates:
             trial = candidate.own_trial
             trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
             candidate.go_on_from(leader)
-            candidate.states = None if leader.states is None else []
+            candidate.states, candidate.acted = None if leader.states is None else [], []
         return [(candidate, hidden_D) for candidate in leader.candidates]
 
     def _keep_best(self, leader: Sequence) -> Rows:
@@ -144,6 +144,7 @@ class Candidates:
         leader.go_on_from(winner)
         if leader.states is not None:
             leader.states += winner.states or []
+            leader.acted += winner.acted
         for candidate in leader.candidates:
             candidate.own_trial.num_told = 0
         self._scheduler.gather(leader, winner)

@@ -285,8 +285,7 @@ class EngineCore:
                 if sequence.breaks_guard(numbers.get(i)):
                     again += self._repair(sequence, numbers[i], hidden_BD[i])
                     continue
-                if sequence.states is not None:
-                    sequence.states.append(hidden_BD[i])
+                sequence.keep(hidden_BD[i])
                 if sequence.guard is not None:
                     sequence.hold(hidden_BD[i])
                 self._grow(sequence, token_id, logprobs.get(i), numbers.get(i), now_s)
@@ -307,7 +306,7 @@ class EngineCore:
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         controls = [sequence.acting_control for sequence in rows]
         if rows != self._plan_rows or any(a is not b for a, b in zip(controls, self._plan_controls, strict=True)):
-            self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
+            self._plan = self.editor.plan(controls, self.registry, device=hidden_BD.device)
             self._plan_rows, self._plan_controls = rows, controls
         started_s = time.perf_counter()
         plan = self._plan.at(lambda row: rows[row].control_state)

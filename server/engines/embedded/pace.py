@@ -86,7 +86,7 @@ class Pace:
             return
         seconds = max(seconds, _TICK_S)
         measured = self._measured.setdefault(_rows_key(num_rows), _Measured())
-        num_tokens = sum(piece.count for piece in pieces)
+        num_tokens = sum(piece.num_tokens for piece in pieces)
         if not pieces:
             _add(measured.plain_s, seconds)
             measured.due = min(measured.due, 1)
@@ -104,7 +104,7 @@ class Pace:
             measured.due = 2
             return
         costs_s = {_kind(piece): self._cost_s(piece, least_s) for piece in pieces}
-        expected_s = sum(piece.count * costs_s[_kind(piece)] for piece in pieces)
+        expected_s = sum(piece.num_tokens * costs_s[_kind(piece)] for piece in pieces)
         correction = min(max((seconds - least_s) / expected_s, 1 / _MAX_CORRECTION), _MAX_CORRECTION)
         for kind, expected_token_s in costs_s.items():
             _add(self._token_s.setdefault(kind, []), max(expected_token_s * correction, _LEAST_SHARE * least_s))

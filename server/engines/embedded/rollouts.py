@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.control.editor import StateEditor
 from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
+from server.engines.embedded.divergence import divergences
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.sequence import Sequence as TokenSequence
 from server.engines.embedded.sequence import SequenceState
@@ -67,35 +69,44 @@ class EngineRolloutSource:
         control: ControlParams | None = None,
         instruction: str | None = None,
         read: Sequence[str] = (),
+        editor: StateEditor | None = None,
     ) -> Iterator[EvalSample]:
         """Responses under control, or after an instruction put before every prompt, with their figures.
 
-        `read` names heads whose value of the finished response is wanted.
+        `read` names heads whose value of the finished response is wanted. `editor` edits in place of the engine's own
+        until the last response is there.
 
-        The divergence of control is exact. Added to it are a search's bound, log K - (K - 1) / K a block of the best of
-        K (Beirami et al. 2024), and what tokens' log-probabilities lose without an instruction, a sampled estimate.
+        Divergences are exact (divergence.py), from the base model behind the bare prompt, whatever was put before it
+        and whatever acted. A search alone is a bound on top of that: log K - (K - 1) / K a block of the best of K
+        (Beirami et al. 2024).
         """
+        core = self.core
+        assert isinstance(core, EngineCore), "an engine that serves meanwhile is not evaluated"
+        own_editor, core.editor = core.editor, editor or core.editor
         bare = {prompt.id: prompt for prompt in prompts}
-        for sequence, streamed, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
-            summary = None if sequence.totals is None else sequence.totals.summary()
-            bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
-            nll = given_nll = self.nll(torch.stack(sequence.states or []), sequence.token_ids)
-            if instruction is not None:
-                prompt_ids = self.encode(bare[sequence.request.request_id])
-                nll = self.nll(self._states(prompt_ids, sequence.token_ids), sequence.token_ids)
-            yield EvalSample(
-                prompt_id=sequence.request.request_id,
-                sample=sequence.index,
-                response=streamed.text,
-                num_tokens=len(sequence.token_ids),
-                nll=nll,
-                mean_kl=(summary.mean_kl if summary else 0.0) + nll - given_nll + bound,
-                max_kl=(summary.max_kl if summary else 0.0) + bound_of_last,
-                is_finished=sequence.finish_reason is FinishReason.STOP,
-                wall_s=wall_s,
-                values=self._values(sequence, read),
-                steered=summary.value_after if summary else {},
-            )
+        try:
+            for sequence, streamed, wall_s in self._run(prompts, settings, control=control, instruction=instruction):
+                bare_TD = torch.stack(sequence.states or [])
+                if instruction is not None:
+                    bare_TD = self._states(self.encode(bare[sequence.request.request_id]), sequence.token_ids)
+                is_told = instruction is None and editor is None
+                mean_kl, max_kl = _told_kl(sequence) if is_told else _exact_kl(divergences(core, sequence, bare_TD))
+                bound, bound_of_last = _search_kl(control, len(sequence.token_ids))
+                yield EvalSample(
+                    prompt_id=sequence.request.request_id,
+                    sample=sequence.index,
+                    response=streamed.text,
+                    num_tokens=len(sequence.token_ids),
+                    nll=self.nll(bare_TD, sequence.token_ids),
+                    mean_kl=mean_kl + bound,
+                    max_kl=max_kl + bound_of_last,
+                    is_finished=sequence.finish_reason is FinishReason.STOP,
+                    wall_s=wall_s,
+                    values=self._values(sequence, read),
+                    steered=sequence.totals.summary().value_after if sequence.totals else {},
+                )
+        finally:
+            core.editor = own_editor
 
     def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
         """Raises InvalidRequestError; see `encode_prompt`."""
@@ -190,6 +201,18 @@ class EngineRolloutSource:
 
 def _key(sequence: TokenSequence) -> tuple[str, int]:
     return sequence.request.request_id, sequence.index
+
+
+def _told_kl(sequence: TokenSequence) -> tuple[float, float]:
+    """The divergence that the engine told of its edits, in nats a token: in the mean, and the largest."""
+    if sequence.totals is None:
+        return 0.0, 0.0
+    summary = sequence.totals.summary()
+    return summary.mean_kl, summary.max_kl
+
+
+def _exact_kl(kl_T: Tensor) -> tuple[float, float]:
+    return float(kl_T.mean()), float(kl_T.max())
 
 
 def _search_kl(control: ControlParams | None, num_tokens: int) -> tuple[float, float]:

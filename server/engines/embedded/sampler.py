@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.kernels import ops
+from server.kernels import gpu, ops
 from server.kernels.transfer import on_device
 
 # Below it a row is greedy: its logits over its temperature would not be finite in float32.
@@ -56,6 +56,8 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
     """
     # A row's u stays below its total even when the product rounds up.
     uniforms = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
+    if gpu.are_used_on(logits_BV.device):
+        return _sample_by_kernel(logits_BV, rows, uniforms)
     if not ops.can_run_natively(logits_BV):
         return _sample_by_torch(logits_BV, rows, uniforms)
     return ops.sample(
@@ -66,6 +68,16 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
         min_p=[row.min_p for row in rows],
         uniforms=uniforms,
     )
+
+
+def _sample_by_kernel(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
+    from server.kernels.gpu.draw import Drawing, draw
+
+    drawings = [
+        Drawing(0.0 if row.is_greedy else row.temperature, row.top_k, row.top_p, row.min_p, u)
+        for row, u in zip(rows, uniforms, strict=True)
+    ]
+    return draw(logits_BV, drawings)
 
 
 def _sample_by_torch(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:

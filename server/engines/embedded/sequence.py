@@ -15,6 +15,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from server.control.params import ControlParams
 from server.control.state import ControlState
 from server.engines.base import EngineObserver
 from server.engines.choice import Choice
@@ -67,6 +68,8 @@ class Sequence(Choice):
     """Of one with a structure: how reasoning may come before what that holds."""
     states: list[Tensor] | None = None
     """With a list, the unedited state behind every new token is kept in it (for rollouts)."""
+    acted: list[tuple[ControlParams | None, ControlState]] = field(default_factory=list)
+    """With `states`, what acted on every new token, and what control knew of the choice then."""
     prompt_states: list[Tensor] | None = None
     """With a list, so are those of the prompt's tokens, a tensor for each piece that is read."""
     is_background: bool = False
@@ -218,6 +221,12 @@ class Sequence(Choice):
         self.follow(other)
         self._matcher = None if other.matcher is None else other.matcher.copy()
 
+    def keep(self, hidden_D: Tensor) -> None:
+        """The state that the next token is drawn from, and what acts on it, where these are wanted."""
+        if self.states is not None:
+            self.states.append(hidden_D)
+            self.acted.append((self.acting_control, self.control_state))
+
     def hold(self, hidden_D: Tensor) -> None:
         """Its guardrail holds the token that it grows by next, which is drawn from this state."""
         assert self.guard is not None
@@ -234,7 +243,7 @@ class Sequence(Choice):
         if self._matcher is not None:
             self._matcher.go_back_to(drawn_from.num_matched)
         if self.states is not None:
-            del self.states[len(self.token_ids) :]
+            del self.states[len(self.token_ids) :], self.acted[len(self.token_ids) :]
         self.num_computed = min(self.num_computed, self.num_tokens)
         # No candidate's stream has a zero there.
         stream = (*self.row_sampling.stream[:2], 0, self.guard.num_retries)

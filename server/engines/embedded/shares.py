@@ -18,7 +18,7 @@ class Piece(NamedTuple):
 
     position: int
     """How many come before them, all of which they attend to."""
-    count: int
+    num_tokens: int
     is_told: bool = False
     """Their log-probabilities are: each then costs a row of the LM head besides."""
 
@@ -37,7 +37,7 @@ class Budget:
         """How many of the wanted tokens there is room for; they are taken off."""
         cost_s = self.cost_s(wanted)
         room = self.tokens if cost_s * self.tokens <= self.seconds else int(max(self.seconds, 0.0) / cost_s)
-        count = min(wanted.count, self.tokens, max(room, self.is_fresh))
+        count = min(wanted.num_tokens, self.tokens, max(room, self.is_fresh))
         self.tokens -= count
         self.seconds -= count * cost_s
         self.is_fresh = self.is_fresh and count == 0
@@ -62,10 +62,10 @@ def share_out(unread: Sequence[Piece], budget: Budget) -> list[int]:
     """
     taken = [0] * len(unread)
     half = budget.split()
-    for index in sorted(range(len(unread)), key=lambda index: unread[index].count):
+    for index in sorted(range(len(unread)), key=lambda index: unread[index].num_tokens):
         taken[index] = half.take(unread[index])
     budget.join(half)
     for index, piece in enumerate(unread):
-        rest = piece._replace(position=piece.position + taken[index], count=piece.count - taken[index])
+        rest = piece._replace(position=piece.position + taken[index], num_tokens=piece.num_tokens - taken[index])
         taken[index] += budget.take(rest)
     return taken

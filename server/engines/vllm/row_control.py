@@ -222,7 +222,7 @@ class RowControl:
     ) -> tuple[Tensor, list[GroupStats]]:
         try:
             if not _are_same(controls, self._plan_controls):
-                self._plan = EditPlan.from_rows(controls, self.registry, device=hidden_BD.device)
+                self._plan = self._editor.plan(controls, self.registry, device=hidden_BD.device)
                 self._plan_controls = controls
             self._unembedding.num_rows = len(hidden_BD)
             logits_BV, stats = self._editor.logits(hidden_BD, self._plan.at(lambda row: self._state(rows[row])))

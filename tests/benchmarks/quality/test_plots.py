@@ -44,9 +44,9 @@ def map_result() -> dict[str, Any]:
 
 def label(method: str) -> str:
     """What a legend begins with."""
-    return {"best-of": "best of N", "blockwise-best-of": "blockwise best of N", "re-control": "RE-Control"}.get(
-        method, method.replace("-", " ")
-    )
+    known = {"best-of": "best of N", "blockwise-best-of": "blockwise best of N"}
+    known |= {"re-control": "RE-Control", "token-log-odds": "token log-odds"}
+    return known.get(method, method.replace("-", " "))
 
 
 def texts_of(path: Path) -> list[str]:

@@ -53,9 +53,11 @@ def test_every_rival_is_compared_and_the_sweep_is_kept_with_its_plot(
     compared: dict[str, Any], place: tuple[list[str], Path]
 ) -> None:
     arms = [name for name in compared["arms"] if not name.endswith("best strength")]
-    assert arms == ["base", *(method.label for method in RIVALS.values()), "head", "head + prompting"]
-    assert set(compared["sweep"]) == {"base", "head", *RIVALS}
-    assert set(compared["strengths"]["equal_divergence"]) == {"head", "static-vector", "re-control"}
+    rivals = {name: method for name, method in RIVALS.items() if "brevity" in (method.rewards or {"brevity"})}
+    assert arms == ["base", *(method.label for method in rivals.values()), "head", "head + prompting"]
+    assert set(compared["sweep"]) == {"base", "head", *rivals}
+    matched = {"head", "static-vector", "re-control", "token-log-odds", "end-token"}
+    assert set(compared["strengths"]["equal_divergence"]) == matched
     assert compared["command"].startswith(f"{PROGRAM} ")
     assert json.loads((place[1] / "short" / "sweep.json").read_text())["sweep"] == compared["sweep"]
     assert "<svg" in (place[1] / "short" / "sweep.svg").read_text()
@@ -202,3 +204,12 @@ def test_flags_that_mean_nothing_to_a_study_are_one_clear_line(
 def test_a_page_that_is_not_there_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert report("--into", "/nonexistent.md") == 2
     assert "/nonexistent.md" in capsys.readouterr().err
+
+
+def test_a_rival_of_other_rewards_is_refused_where_it_is_named(
+    place: tuple[list[str], Path], workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--prompts", str(workshop[1] / "prompts.jsonl"), "--methods", "end-token,word-scores"]
+    assert study("short", *place[0], *prompts) == 2
+    expected = "word-scores is for the rewards neutral, nontoxic, plain, positive, and not for 'brevity'"
+    assert expected in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import critic, critic_sampling, guidance, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
+from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
 from benchmarks.pinned import report as pinned
 from benchmarks.roads import report as roads
@@ -26,6 +27,7 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "critic": (critic.Critics.section, critic.table),
     "critic-sampling": (critic_sampling.CriticSampling.section, critic_sampling.table),
     "dialogues": (dialogues.SECTION, dialogues.tables),
+    "edit-launches": (edit.SECTION, edit.table),
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
     "pinned": (pinned.SECTION, pinned.table),

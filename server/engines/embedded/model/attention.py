@@ -5,8 +5,9 @@ the model as one sequence of T tokens; only attention looks at whose pages they 
 a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
 was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
 
-Three ways, which tests hold against each other: the native kernel on a CPU (server/kernels/attention.cpp), for which a
-decode row is a chunk of one token; where it was not compiled, plain_attention.py; and torch's products on a GPU.
+Four ways, which tests hold against each other: the native kernel on a CPU (server/kernels/attention.cpp), for which a
+decode row is a chunk of one token; where it was not compiled, plain_attention.py; on a GPU the kernel in Triton
+(server/kernels/gpu/attention.py), which attends prompts together as blocks; and where that cannot be, torch's products.
 
 Shapes: B decode rows, T tokens of the step, N key-value heads, Q queries that share a key-value head, P size of an
 attention head, V that of its values, S attended positions, M pages of the longest sequence.
@@ -26,7 +27,7 @@ from server.engines.embedded.model.layout import StepLayout
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.engines.embedded.model.plain_attention import attend_plainly
 from server.engines.embedded.model.spans import AttentionKind, Span
-from server.kernels import native
+from server.kernels import gpu, native
 
 ATTENTION_NAME = "recontrol"
 PROJECTIONS = ("queries", "keys", "values")
@@ -141,12 +142,35 @@ def _attend_by_torch(
     pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
     keys[pages_T, :, step.positions_T % PAGE_TOKENS] = key_TNP
     values[pages_T, :, step.positions_T % PAGE_TOKENS] = value_TNP
+    if _can_attend_by_triton(query_TNP, keys, values):
+        return _attend_by_triton(query_TNP, keys, values, step, how, sinks)
     query_TNQP = query_TNP.unflatten(1, (num_kv_heads, -1))
     sinks_NQ = None if sinks is None else sinks.view(num_kv_heads, -1)
     if keys.device.type == "cpu":
         tables_TM = step.tables[step.sequences_T]
         return attend_plainly(query_TNQP, keys, values, tables_TM, step.positions_T, how, sinks_NQ).flatten(1, 2)
     return _attend_in_batches(query_TNQP, keys, values, step, how, sinks_NQ).flatten(1, 2)
+
+
+def _can_attend_by_triton(query_TNP: Tensor, keys: Tensor, values: Tensor) -> bool:
+    if not gpu.are_used_on(keys.device) or not query_TNP.dtype == keys.dtype == values.dtype:
+        return False
+    from server.kernels.gpu.attention import fits
+
+    return keys.dtype in _KERNELS and fits(keys, values)
+
+
+def _attend_by_triton(
+    query_TNP: Tensor, keys: Tensor, values: Tensor, step: StepLayout, how: AttentionKind, sinks: Tensor | None
+) -> Tensor:
+    from server.kernels.gpu.attention import Asked, Places, attend, tokens_of_a_block
+
+    blocks = step.prompt_blocks(tokens_of_a_block(query_TNP.shape[1], keys.shape[1]))
+    return attend(
+        query_TNP, keys, values,
+        Places(step.tables, step.sequences_T, step.positions_T, step.num_decode, blocks),
+        Asked(how.scaling, how.softcap or 0.0, how.span.window or 0, how.span.chunk or 0, sinks),
+    )  # fmt: skip
 
 
 def _attend_in_batches(

@@ -67,6 +67,8 @@ class StepLayout:
     """Follows the layers while a model is proved."""
     masks: dict[Span, Tensor] = field(default_factory=dict)
     """Of the decode rows, made when a layer first asks."""
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    """Of the segments' tokens by the most that a block has, made when a layer first asks."""
 
     @classmethod
     def of(
@@ -98,6 +100,22 @@ class StepLayout:
             positions = torch.arange(self.tables.shape[1] * PAGE_TOKENS, device=last_B1.device)
             self.masks[span] = span.visible(positions, last_B1)[:, None, None]
         return self.masks[span]
+
+    def prompt_blocks(self, tokens: int) -> Tensor | None:
+        """The first row and the number of rows of each block [.., 2] int32 of at most so many tokens; None of no
+        segments. Blocks begin at multiples of it, wherever a prompt was cut."""
+        if not self.segments:
+            return None
+        if tokens not in self.blocks:
+            blocks: list[tuple[int, int]] = []
+            first = self.num_decode
+            for segment in self.segments:
+                for start in range(segment.start // tokens * tokens, segment.end, tokens):
+                    begin, end = max(start, segment.start), min(start + tokens, segment.end)
+                    blocks.append((first + begin - segment.start, end - begin))
+                first += len(segment.token_ids)
+            self.blocks[tokens] = on_device(blocks, self.positions_T.device, dtype=torch.int32)
+        return self.blocks[tokens]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,1 @@
+"""The edit alone: how many operations it launches on a GPU, and how long they take. `python -m benchmarks.edit`."""

@@ -1,0 +1,120 @@
+"""What is edited: rows under several kinds of control, over random heads and a random LM head of a given shape.
+
+Knows nothing of counting or timing. Enter at `CASES` and `Step`.
+
+Shapes: B rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.control.editor import GroupStats, StateEditor
+from server.control.params import ControlParams
+from server.control.plan import EditPlan
+from server.control.registry import HeadRegistry
+from server.control.state import ControlState
+from value_models.heads import LinearHead, MLPHead, ValueHead
+
+NUM_LINEAR = 3
+_WIDTH = 512
+_WEIGHTS = {f"linear-{i}": 1.0 for i in range(NUM_LINEAR)}
+
+
+def _each(*asked: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
+    """Row i is asked for what comes next, and round again."""
+    controls = [ControlParams.model_validate(fields) for fields in asked]
+    return lambda num_rows: [controls[row % len(controls)] for row in range(num_rows)]
+
+
+def _one(name: str) -> dict[str, Any]:
+    return {"objective": {"weights": {name: 1.0}}}
+
+
+CASES: dict[str, Callable[[int], list[ControlParams]]] = {
+    "one head": _each(_one("linear-0")),
+    "three heads mixed": _each(*(_one(f"linear-{i}") for i in range(NUM_LINEAR)), {"objective": {"weights": _WEIGHTS}}),
+    "worst case of three heads": _each({"objective": {"type": "worst_case", "weights": _WEIGHTS}}),
+    "gate, window and a response's budget": _each(
+        {
+            **_one("linear-0"),
+            "gate": {"head": "linear-1", "below": 0.5},
+            "window": {"start": 0, "end": 200},
+            "max_response_kl": 20.0,
+        }
+    ),
+    "a head with a hidden layer": _each({**_one("deep"), "steps": 8}),
+}
+
+
+class PlainUnembedding:
+    """An LM head without a bias or a cap, of weights [V, D]."""
+
+    is_linear = True
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+
+    def project(self, hidden_MD: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_MD.to(self._weight_VD.dtype), self._weight_VD)
+
+    def finish(self, projected_MV: Tensor) -> Tensor:
+        return projected_MV
+
+
+@dataclass(slots=True, frozen=True)
+class Shape:
+    rows: int
+    hidden: int
+    vocabulary: int
+
+
+class Step:
+    """An editor and a step's states, on a device or, on `meta`, without values."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        rng = torch.Generator().manual_seed(0)
+        on_host = "meta" if device.type == "meta" else "cpu"
+
+        def normal(*size: int) -> Tensor:
+            return torch.empty(size, device="meta") if on_host == "meta" else torch.randn(size, generator=rng)
+
+        heads = {f"linear-{i}": _linear(normal, shape.hidden) for i in range(NUM_LINEAR)}
+        self.registry = HeadRegistry({**heads, "deep": _deep(normal, shape.hidden)})
+        self.registry = HeadRegistry({name: _on(self.registry.head(name), device) for name in self.registry.names})
+        weight_VD = (normal(shape.vocabulary, shape.hidden) / shape.hidden**0.5).to(device, dtype)
+        self.editor = StateEditor(PlainUnembedding(weight_VD))
+        self.hidden_BD = normal(shape.rows, shape.hidden).to(device, dtype)
+        self.plan = EditPlan(())
+
+    def control(self, rows: Sequence[ControlParams]) -> None:
+        self.plan = self.editor.plan(rows, self.registry, device=self.hidden_BD.device)
+
+    def edit(self) -> tuple[Tensor, list[GroupStats]]:
+        """One step's logits and report, conditions included."""
+        return self.editor.logits(self.hidden_BD, self.plan.at(lambda _: ControlState(num_tokens=3, nats_spent=0.5)))
+
+
+def _linear(normal: Callable[..., Tensor], hidden: int) -> LinearHead:
+    inputs_UD = normal(1, hidden) / hidden**0.5
+    return LinearHead(
+        mean_D=torch.zeros_like(inputs_UD[0]), scale_D=torch.ones_like(inputs_UD[0]), inputs_UD=inputs_UD,
+        input_bias_U=torch.zeros_like(inputs_UD[:, 0]),
+    )  # fmt: skip
+
+
+def _deep(normal: Callable[..., Tensor], hidden: int) -> MLPHead:
+    inputs_UD = normal(_WIDTH + 1, hidden) / hidden**0.5
+    return MLPHead(
+        mean_D=torch.zeros_like(inputs_UD[0]), scale_D=torch.ones_like(inputs_UD[0]), inputs_UD=inputs_UD,
+        input_bias_U=torch.zeros_like(inputs_UD[:, 0]), out_weight_H=normal(_WIDTH), out_bias=normal(1)[0],
+    )  # fmt: skip
+
+
+def _on(head: ValueHead, device: torch.device) -> ValueHead:
+    return head.to(device)

@@ -1,0 +1,155 @@
+"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of linear heads in five launches.
+
+What a row asks for travels to the device as one table. The heads that are in use lie there in a bank, each with what
+its ascent does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.
+
+Shapes: B rows of the step, R edited rows, K heads of the bank, D hidden size, V vocabulary, W numbers of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from server.control.ascent import TOLERANCE
+from server.control.budget import ROUNDING_NATS
+from server.control.plan import EditGroup
+from server.control.registry import HeadStack
+from server.control.shared import SharedEdit
+from server.control.state import HELD_BY, HeldBy
+from server.kernels.gpu import layout
+from server.kernels.transfer import to_device
+from value_models.heads import ValueHead
+
+if TYPE_CHECKING:
+    from server.kernels.gpu.edit import Bank, EditKernels
+
+_MAX_HEADS = 64
+_LEAST_LENGTH = 1e-9
+_BY_KL = HELD_BY.index(HeldBy.MAX_KL)
+
+
+class HeadBank:
+    """The linear heads that rows in progress are edited by, side by side on the device; it grows as they come."""
+
+    def __init__(self, row_logits: Callable[[Tensor], Tensor]) -> None:
+        """`row_logits`: ascent rows [K, D] -> what they do to the logits [K, V], float32."""
+        self._row_logits = row_logits
+        self._places: dict[ValueHead, int] = {}
+        self._bank: Bank | None = None
+
+    def places(self, stacks: Sequence[HeadStack]) -> dict[HeadStack, list[int]]:
+        """Where each stack's heads are. Heads that no stack has go when there are too many."""
+        missing = {head for stack in stacks for head in stack.heads if head not in self._places}
+        if missing:
+            self._hold(stacks)
+        return {stack: [self._places[head] for head in stack.heads] for stack in stacks}
+
+    @property
+    def bank(self) -> Bank:
+        assert self._bank is not None
+        return self._bank
+
+    def _hold(self, stacks: Sequence[HeadStack]) -> None:
+        wanted = dict.fromkeys(head for stack in stacks for head in stack.heads)
+        known = list(self._places) if len(self._places.keys() | wanted.keys()) <= _MAX_HEADS else []
+        heads = [*known, *(head for head in wanted if head not in known)]
+        held_MV = None if not known or self._bank is None else self._bank.basis_KV
+        self._bank = _bank(heads, held_MV, self._row_logits)
+        self._places = {head: place for place, head in enumerate(heads)}
+
+
+class FusedRows:
+    """The rows of groups that kernels edit, among all of a step, laid out on the device."""
+
+    def __init__(self, groups: Sequence[EditGroup], bank: HeadBank, num_rows: int, device: torch.device) -> None:
+        self._groups = groups
+        self._num_rows = num_rows
+        self._counts = [len(group.rows) for group in groups]
+        self._bank = bank
+        places = bank.places([group.stack for group in groups])
+        tables = [_table(group, places[group.stack]) for group in groups]
+        self._table_RW = to_device(torch.cat(tables), device)
+        places_B = torch.full((num_rows,), -1, dtype=torch.int32)
+        rows = torch.tensor([row for group in groups for row in group.rows])
+        places_B[rows] = torch.arange(len(rows), dtype=torch.int32)
+        self._places_B = to_device(places_B, device)
+        self._heads = bank.bank
+
+    def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
+        """Whether it was made for these groups, by identity: a plan keeps its groups while nothing changes."""
+        if (len(groups), num_rows) != (len(self._groups), self._num_rows):
+            return False
+        return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
+
+    def edit(self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
+        """Logits [B, V] in float32, moved by each group's edit, and the edits.
+
+        Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
+        """
+        from server.kernels.gpu.edit import Codes
+
+        codes = Codes(
+            by_cap=HELD_BY.index(HeldBy.MAX_SHIFT),
+            by_gate=HELD_BY.index(HeldBy.GATE),
+            by_level=HELD_BY.index(HeldBy.TARGET),
+            level_tolerance=TOLERANCE,
+        )
+        assert HELD_BY.index(HeldBy.FLOOR) == codes.by_level + 1
+        logits_BV, report_RN = kernels.edit(hidden_BD, logits_BV, self._table_RW, self._places_B, self._heads, codes)
+        parts = torch.split(report_RN, self._counts)
+        return logits_BV, [
+            SharedEdit(group, part[:, : 2 * len(group.stack.names) + layout.NUM_REPORTED])
+            for group, part in zip(self._groups, parts, strict=True)
+        ]
+
+
+def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
+    """The numbers [R, W] of a group's rows; one that a plan has twice is taken once."""
+    assert group.fixed_RW is not None
+    table_RW = group.fixed_RW.clone()
+    table_RW[:, layout.HEADS : layout.HEADS + len(places)] = torch.tensor(places, dtype=torch.float32)
+    columns: dict[int, Tensor] = {
+        layout.ROW: group.rows_R,
+        # Rows without steps have an infinite step at most, which no weight of theirs may meet.
+        layout.SIZE: torch.where(group.steps_R > 0, group.step_size_R, 0.0),
+        layout.LIMIT: group.max_kl_R - ROUNDING_NATS,
+    }
+    table_RW[:, layout.KL_HELD] = _BY_KL
+    if group.kl_held_R is not None:
+        columns[layout.KL_HELD] = group.kl_held_R
+    if group.held_R is not None:
+        columns[layout.HELD] = group.held_R
+    if (gates := group.gates) is not None:
+        columns |= {
+            layout.GATE_SLOT: gates.head_R, layout.GATE_LEVEL: gates.level_R, layout.GATE_SIDE: gates.side_R,
+            layout.GATE_BAND: gates.hysteresis_R, layout.IS_GATED: gates.is_gated_R, layout.WAS_OPEN: gates.was_open_R,
+        }  # fmt: skip
+    for column, numbers_R in columns.items():
+        table_RW[:, column] = numbers_R.float()
+    return table_RW[: len(group.rows)]
+
+
+def _bank(heads: Sequence[ValueHead], held_MV: Tensor | None, row_logits: Callable[[Tensor], Tensor]) -> Bank:
+    """The bank of these heads; `held_MV` is what the first of them do to the logits, where that is known."""
+    from server.kernels.gpu.edit import Bank
+
+    folded = [head.folded_inputs() for head in heads]
+    inputs_KD = torch.cat([weight for weight, _ in folded]).float().contiguous()
+    ascent_KD = torch.cat([head.folded_ascent() for head in heads]).float().contiguous()
+    bias_K = torch.cat([bias for _, bias in folded]).float()
+    reward_2K = torch.stack([head.reward for head in heads], dim=1)
+    inner_KK = ascent_KD @ ascent_KD.T
+    length_K = inner_KK.diagonal().sqrt().clamp(min=_LEAST_LENGTH)
+    basis_KV = row_logits(ascent_KD[0 if held_MV is None else len(held_MV) :]).float()
+    return Bank(
+        inputs_KD=inputs_KD,
+        ascent_KD=ascent_KD,
+        numbers_3K=torch.cat([bias_K[None], reward_2K]).contiguous(),
+        effects_KK=(ascent_KD @ inputs_KD.T).contiguous(),
+        cosines_KK=(inner_KK / length_K[:, None] / length_K).contiguous(),
+        basis_KV=(basis_KV if held_MV is None else torch.cat([held_MV, basis_KV])).contiguous(),
+    )

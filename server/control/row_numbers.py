@@ -1,0 +1,67 @@
+"""What the kernels of a GPU's edit have to know of each controlled row, as a table on the host.
+
+Made with the plan; what changes from token to token, and where a row's heads are, is filled in by fused.py. `layout` of
+server/kernels/gpu says where a number lies. Knows nothing of devices. Enter at `can_fuse` and `fixed_numbers`.
+
+Shapes: R rows, W numbers of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from server.control.objectives import (
+    MAX_ABS_WEIGHT,
+    MAX_HEADS_PER_REQUEST,
+    BaseObjective,
+    Floor,
+    Target,
+    WeightedSum,
+    WorstCase,
+)
+from server.control.params import ControlParams, UnderPinned
+from server.control.registry import HeadStack
+from server.kernels.gpu import layout
+
+_KINDS: dict[type[BaseObjective], int] = {
+    WeightedSum: layout.WEIGHTED_SUM,
+    WorstCase: layout.WORST_CASE,
+    Target: layout.TARGET,
+    Floor: layout.FLOOR,
+}
+_ADDED: dict[type[BaseObjective], tuple[float, float]] = {Target: (-1.0, 1.0), Floor: (0.0, MAX_ABS_WEIGHT)}
+"""The least and the most that is added to the weight of a head with a level."""
+assert layout.SLOTS == MAX_HEADS_PER_REQUEST
+
+
+def can_fuse(stack: HeadStack, control: ControlParams) -> bool:
+    """Whether the kernels can do it: linear heads alone, an objective that they know, no instruction that acts, and
+    nothing pinned beneath."""
+    is_known = type(control.heads_objective) in _KINDS and control.instruction is None
+    has_linear_heads = stack.has_constant_slope and 0 < len(stack.names) <= layout.SLOTS
+    return is_known and has_linear_heads and not isinstance(control, UnderPinned)
+
+
+def fixed_numbers(stack: HeadStack, controls: Sequence[ControlParams]) -> Tensor:
+    """The tables [R, W] of rows that share a stack, but for what changes and for the heads' places in a bank."""
+    return torch.tensor([_fixed(stack, control) for control in controls])
+
+
+def _fixed(stack: HeadStack, control: ControlParams) -> list[float]:
+    objective = control.heads_objective
+    row = [0.0] * layout.ROW_WIDTH
+    row[layout.COUNT] = len(stack.names)
+    row[layout.KIND] = _KINDS[type(objective)]
+    row[layout.MAX_SHIFT] = control.max_shift
+    row[layout.LOWEST], row[layout.HIGHEST] = _ADDED.get(type(objective), (0.0, 0.0))
+    row[layout.EARNS] = float(objective.looks_ahead and stack.earned is not None)
+    marked = objective.head_levels or objective.head_weights
+    for slot, name in enumerate(stack.names):
+        row[layout.WEIGHTS + slot] = objective.head_weights.get(name, 0.0)
+        row[layout.LEVELS + slot] = objective.head_levels.get(name, 0.0)
+        row[layout.MARKED + slot] = float(name in marked)
+        row[layout.EARNED + slot] = 0.0 if stack.earned is None else stack.earned[slot]
+    return row

@@ -1,0 +1,194 @@
+# type: ignore  (Triton compiles this language; it is not run as Python)
+"""The ascent of rows over linear heads as one Triton kernel: values, gate, objective, shift, and the cap on the shift.
+
+One program takes one row. What server/control/ascent.py, objectives.py and multipliers.py do for many rows and any
+heads is done here for one row and heads of one unit each, whose slope is constant, so that one step is the whole
+ascent. Knows nothing of the vocabulary (budget_kernels.py). Enter at `ascend`.
+
+Shapes: D hidden size, K heads of the bank, and `SLOTS` places for a row's heads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from server.kernels.gpu import layout
+
+SLOTS = tl.constexpr(layout.SLOTS)
+ROW, COUNT, KIND, SIZE = (tl.constexpr(place) for place in (layout.ROW, layout.COUNT, layout.KIND, layout.SIZE))
+MAX_SHIFT, EARNS = tl.constexpr(layout.MAX_SHIFT), tl.constexpr(layout.EARNS)
+GATE_SLOT, GATE_LEVEL = tl.constexpr(layout.GATE_SLOT), tl.constexpr(layout.GATE_LEVEL)
+GATE_SIDE, GATE_BAND = tl.constexpr(layout.GATE_SIDE), tl.constexpr(layout.GATE_BAND)
+IS_GATED, WAS_OPEN = tl.constexpr(layout.IS_GATED), tl.constexpr(layout.WAS_OPEN)
+LOWEST, HIGHEST = tl.constexpr(layout.LOWEST), tl.constexpr(layout.HIGHEST)
+HEADS, WEIGHTS = tl.constexpr(layout.HEADS), tl.constexpr(layout.WEIGHTS)
+LEVELS, MARKED = tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
+EARNED = tl.constexpr(layout.EARNED)
+ROW_WIDTH, STATE_WIDTH = tl.constexpr(layout.ROW_WIDTH), tl.constexpr(layout.STATE_WIDTH)
+COEFFICIENTS, UNITS, CLIMB = (tl.constexpr(place) for place in (layout.COEFFICIENTS, layout.UNITS, layout.CLIMB))
+RATIO, IS_NONFINITE = tl.constexpr(layout.RATIO), tl.constexpr(layout.IS_NONFINITE)
+IS_CAPPED, IS_OPEN = tl.constexpr(layout.IS_CAPPED), tl.constexpr(layout.IS_OPEN)
+BIAS, REWARD_MEAN = tl.constexpr(layout.BIAS), tl.constexpr(layout.REWARD_MEAN)
+REWARD_SCALE = tl.constexpr(layout.REWARD_SCALE)
+WORST_CASE, TARGET = tl.constexpr(layout.WORST_CASE), tl.constexpr(layout.TARGET)
+SWEEPS = tl.constexpr(12)
+LEAST_GAIN = tl.constexpr(1e-9)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def ascend(
+    hidden, hidden_stride, hidden_size, table, inputs_KD, ascent_KD, numbers_3K, effects_KK, cosines_KK, num_heads,
+    state, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program r: from row r of the table, the state [.., D] at its place and the bank of K heads, row r of `state`."""
+    place = tl.program_id(0)
+    entry, out = table + place * ROW_WIDTH, state + place * STATE_WIDTH
+    slots = tl.arange(0, SLOTS)
+    num_used = tl.load(entry + COUNT).to(tl.int32)
+    is_used = slots < num_used
+    heads = tl.load(entry + HEADS + slots).to(tl.int64)
+    row = hidden + tl.load(entry + ROW).to(tl.int64) * hidden_stride
+    length, units = _read(row, hidden_size, inputs_KD, heads, is_used, TILE)
+    units = tl.where(is_used, units + tl.load(numbers_3K + BIAS * num_heads + heads), 0.0)
+    mean = tl.load(numbers_3K + REWARD_MEAN * num_heads + heads)
+    scale = tl.load(numbers_3K + REWARD_SCALE * num_heads + heads)
+
+    is_open = _is_gate_open(entry, mean + scale * units, slots)
+    size = tl.where(is_open, tl.load(entry + SIZE), 0.0)
+    pairs = heads[:, None] * num_heads + heads[None, :]
+    are_used = is_used[:, None] & is_used[None, :]
+    effects = tl.load(effects_KK + pairs, mask=are_used, other=0.0)
+    weights = tl.load(entry + WEIGHTS + slots)
+    kind = tl.load(entry + KIND)
+    is_marked = tl.load(entry + MARKED + slots) > 0
+    if kind == WORST_CASE:
+        cosines = tl.load(cosines_KK + pairs, mask=are_used, other=0.0)
+        earnings = cosines * tl.load(entry + EARNED + slots)[None, :]
+        moves = tl.where(tl.load(entry + EARNS) > 0, earnings, effects)
+        weights = _worst_case(units, moves, size, weights, is_marked, num_used, slots)
+    elif kind >= TARGET:
+        levels = tl.where(is_marked, (tl.load(entry + LEVELS + slots) - mean) / scale, 0.0)
+        lowest, highest = tl.load(entry + LOWEST), tl.load(entry + HIGHEST)
+        weights = _onto_levels(units, effects, size, weights, levels, is_marked, lowest, highest, num_used, slots)
+        weights = _within_bounds(units, effects, size, weights, levels, is_marked, kind == TARGET)
+
+    taken = tl.where(is_used, size * weights, 0.0)
+    ends = units + tl.sum(taken[:, None] * effects, axis=0)
+    ratio = _length_of(ascent_KD, hidden_size, heads, taken, is_used, TILE) / length
+    is_finite = _is_finite(ratio) & (tl.min(_is_finite(ends).to(tl.int32), axis=0) > 0)
+    max_shift = tl.load(entry + MAX_SHIFT)
+    share = tl.where(is_finite, tl.where(ratio > max_shift, max_shift / ratio, 1.0), 0.0)
+    kept = tl.where(is_finite, taken * share, 0.0)
+    tl.store(out + COEFFICIENTS + slots, kept)
+    tl.store(out + UNITS + slots, units)
+    tl.store(out + CLIMB + slots, tl.sum(kept[:, None] * effects, axis=0))
+    tl.store(out + RATIO, tl.where(is_finite, ratio * share, 0.0))
+    tl.store(out + IS_NONFINITE, tl.where(is_finite, 0.0, 1.0))
+    tl.store(out + IS_CAPPED, tl.where(is_finite & (share < 1.0), 1.0, 0.0))
+    tl.store(out + IS_OPEN, tl.where(is_open, 1.0, 0.0))
+
+
+@triton.jit
+def _read(row, hidden_size, inputs_KD, heads, is_used, TILE: tl.constexpr):
+    """A state's length, and its products with the input rows of these heads."""
+    dims = tl.arange(0, TILE)
+    squares = tl.zeros([TILE], tl.float32)
+    products = tl.zeros([SLOTS, TILE], tl.float32)
+    for start in range(0, hidden_size, TILE):
+        is_in = start + dims < hidden_size
+        state = tl.load(row + start + dims, mask=is_in, other=0.0).to(tl.float32)
+        wanted = is_used[:, None] & is_in[None, :]
+        inputs = tl.load(inputs_KD + heads[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
+        squares += state * state
+        products += inputs * state[None, :]
+    return tl.sqrt(tl.sum(squares, axis=0)), tl.sum(products, axis=1)
+
+
+@triton.jit
+def _length_of(ascent_KD, hidden_size, heads, taken, is_used, TILE: tl.constexpr):
+    """The length of the shift that these heads' ascent rows, so much of each, come to."""
+    dims = tl.arange(0, TILE)
+    squares = tl.zeros([TILE], tl.float32)
+    for start in range(0, hidden_size, TILE):
+        wanted = is_used[:, None] & (start + dims < hidden_size)[None, :]
+        rows = tl.load(ascent_KD + heads[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
+        shift = tl.sum(taken[:, None] * rows, axis=0)
+        squares += shift * shift
+    return tl.sqrt(tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _is_gate_open(entry, rewards, slots):
+    value = _at(rewards, slots, tl.load(entry + GATE_SLOT))
+    beyond = tl.load(entry + GATE_SIDE) * (value - tl.load(entry + GATE_LEVEL))
+    was_open = tl.load(entry + WAS_OPEN) > 0
+    is_gated = tl.load(entry + IS_GATED) > 0
+    return (is_gated == 0) | (beyond < 0) | (was_open & (beyond < tl.load(entry + GATE_BAND)))
+
+
+@triton.jit
+def _worst_case(values, effects, size, weights, is_named, num_used, slots):
+    """See `WorstCase.step_weights` and `simplex_weights`: weight moves between two heads at a time."""
+    named = is_named.to(tl.int32)
+    count = tl.sum(named, axis=0)
+    effects = weights[:, None] * effects * weights[None, :]
+    shares = tl.where(is_named, 1.0 / count, 0.0)
+    ends = values * weights + size * tl.sum(shares[:, None] * effects, axis=0)
+    for _ in range(tl.where(count == 2, 1, SWEEPS)):
+        for i in range(num_used):
+            if _at(named, slots, i) > 0:
+                for j in range(i + 1, num_used):
+                    if _at(named, slots, j) > 0:
+                        # 1 at i and -1 at j, so that a product with it is the difference between the two.
+                        pair = (slots == i).to(tl.float32) - (slots == j).to(tl.float32)
+                        difference = tl.sum(pair[:, None] * effects, axis=0)
+                        curvature = size * tl.sum(pair * difference, axis=0)
+                        wanted = -tl.sum(pair * ends, axis=0) / tl.maximum(curvature, LEAST_GAIN)
+                        moved = tl.maximum(tl.minimum(wanted, _at(shares, slots, j)), -_at(shares, slots, i))
+                        shares += moved * pair
+                        ends += size * moved * difference
+    return weights * shares
+
+
+@triton.jit
+def _onto_levels(values, effects, size, weights, levels, is_free, lowest, highest, num_used, slots):
+    """See `Box.weights`: what is added to a free head's weight ends its value on its level."""
+    ends = values + size * tl.sum(weights[:, None] * effects, axis=0)
+    added = tl.zeros([SLOTS], tl.float32)
+    for _ in range(tl.where(tl.sum(is_free.to(tl.int32), axis=0) == 1, 1, SWEEPS)):
+        for k in range(num_used):
+            if _at(is_free.to(tl.int32), slots, k) > 0:
+                effect = tl.sum(tl.where((slots == k)[:, None], effects, 0.0), axis=0)
+                gain = size * _at(effect, slots, k)
+                before = _at(added, slots, k)
+                wanted = before + (_at(levels, slots, k) - _at(ends, slots, k)) / gain
+                held = tl.where(gain > LEAST_GAIN, tl.minimum(tl.maximum(wanted, lowest), highest), before)
+                ends += size * (held - before) * effect
+                added = tl.where(slots == k, held, added)
+    return weights + added
+
+
+@triton.jit
+def _within_bounds(values, effects, size, weights, levels, is_levelled, is_target):
+    """See `within_bounds`, and `Target.bounds` or `Floor.bounds`."""
+    low = tl.where(is_target, tl.where(values >= levels, levels, -INFINITY), tl.minimum(values, levels))
+    high = tl.where(is_target, tl.where(values <= levels, levels, INFINITY), INFINITY)
+    low, high = tl.where(is_levelled, low, -INFINITY), tl.where(is_levelled, high, INFINITY)
+    change = size * tl.sum(weights[:, None] * effects, axis=0)
+    ends = values + change
+    room = tl.where(ends < low, low - values, high - values)
+    share = tl.min(tl.where((ends < low) | (ends > high), room / change, 1.0), axis=0)
+    return weights * tl.maximum(share, 0.0)
+
+
+@triton.jit
+def _at(numbers, slots, place):
+    """The one at a place."""
+    return tl.sum(tl.where(slots == place, numbers, 0), axis=0)
+
+
+@triton.jit
+def _is_finite(number):
+    return tl.abs(number) < INFINITY

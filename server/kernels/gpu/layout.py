@@ -1,0 +1,41 @@
+"""Where a number lies in the tables that the kernels of a GPU's edit share: one row of each for every edited row.
+
+Plain numbers, so that whoever fills a table or lays out buffers needs no Triton. All entries are float32; whole numbers
+among them are far below 2^24. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+SLOTS = 8
+"""The most heads that a row has; what is of its heads lies in so many entries, the first `COUNT` of them used."""
+
+ROW, COUNT, KIND, SIZE, MAX_SHIFT, LIMIT, KL_HELD, HELD = range(8)
+"""Place in the step; heads; kind of objective; length of the ascent's step; budgets of the shift and of the divergence,
+the latter less what rounding may hide; the reason that is reported where it holds; one that is known beforehand."""
+GATE_SLOT, GATE_LEVEL, GATE_SIDE, GATE_BAND, IS_GATED, WAS_OPEN = range(8, 14)
+LOWEST, HIGHEST, EARNS = range(14, 17)
+"""Bounds on what is added to the weight of a head with a level; whether steps are weighed by what ascents earn."""
+HEADS, WEIGHTS, LEVELS, MARKED, EARNED = range(20, 20 + 5 * SLOTS, SLOTS)
+"""Places in the bank; weights; levels in reward units; heads that a worst case is of, or that have a level; what each
+head's own ascent of length one earns."""
+ROW_WIDTH = 60
+
+COEFFICIENTS, UNITS, CLIMB = range(0, 3 * SLOTS, SLOTS)
+"""What the heads' ascent rows are taken times, units before, and what the ascent adds to them."""
+RATIO, IS_NONFINITE, IS_CAPPED, IS_OPEN = range(3 * SLOTS, 3 * SLOTS + 4)
+STATE_WIDTH = 28
+
+BIAS, REWARD_MEAN, REWARD_SCALE = range(3)
+"""Rows of a bank's numbers [3, K]."""
+
+WEIGHTED_SUM, WORST_CASE, TARGET, FLOOR = range(4)
+"""Kinds of objectives."""
+
+MEASURED_SCALES, PROBED_SCALES, NUM_ROUNDS, MAX_SPLITS = 8, 16, 2, 64
+"""Scales of a measurement, scales of a round of probes, rounds, and the most parts of a row's vocabulary."""
+MEASURED_WIDTH, PROBED_WIDTH = 2 * MEASURED_SCALES + 6, 3 * PROBED_SCALES
+"""What a part leaves of each."""
+
+NUM_REPORTED = 5
+"""Beside a row's values before and after: divergence, length of the shift relative to the state, what held it, whether
+it was not finite, whether its gate was open."""

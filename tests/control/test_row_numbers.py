@@ -1,0 +1,171 @@
+"""Which rows the kernels of a GPU's edit take, and that every other kind falls to torch's operations.
+
+Plans are made on `meta`, where neither a GPU nor Triton is needed; what the kernels do is in test_fused.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from server.api.resolution import with_pinned
+from server.control.budget import ROUNDING_NATS
+from server.control.editor import StateEditor
+from server.control.fused import _table
+from server.control.objectives import Objective, WeightedSum
+from server.control.params import ControlParams
+from server.control.plan import EditGroup, EditPlan, GateRows
+from server.control.registry import HeadRegistry
+from server.control.state import HELD_BY, ControlState, HeldBy
+from server.kernels.gpu import layout
+from tests.conftest import control, random_head, random_linear_head
+from tests.control.test_editor import LinearUnembedding
+
+NAMES = ("a", "b", "c")
+HEADS = {**{name: random_linear_head(seed) for seed, name in enumerate(NAMES)}, "deep": random_head(9)}
+REGISTRY = HeadRegistry({name: head.to("meta") for name, head in HEADS.items()})
+BOUNDS = {"a": 0.0}
+OBJECTIVES: dict[str, tuple[dict[str, Any], bool]] = {
+    "weighted_sum": ({"weights": {"a": 1.0}}, True),
+    "worst_case": ({"weights": {"a": 1.0, "b": 1.0}}, True),
+    "target": ({"values": {"a": 0.5}}, True),
+    "floor": ({"weights": {"a": 1.0}, "floors": {"b": 0.5}}, True),
+    "instruction": ({"text": "Be brief."}, False),
+}
+"""An example of each, and whether the kernels know it."""
+
+
+@pytest.fixture(autouse=True)
+def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECONTROL_KERNELS", "triton")
+
+
+def planned(*rows: ControlParams | None, softcap: float | None = None) -> tuple[EditGroup, ...]:
+    return StateEditor(LinearUnembedding(softcap)).plan(rows, REGISTRY, device="meta").groups
+
+
+def is_fused(steer: ControlParams | None, *, softcap: float | None = None) -> bool:
+    (group,) = planned(steer, softcap=softcap)
+    return group.fixed_RW is not None
+
+
+def following(weight: float, beside: dict[str, Any] | None = None, **more: Any) -> ControlParams:
+    objective = {"type": "instruction", "text": "Be brief.", "weight": weight, "beside": beside}
+    return ControlParams.model_validate({"objective": objective, **more})
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_each_objective_is_known_to_the_kernels_or_left_to_torch(kind: str) -> None:
+    objective, is_known = OBJECTIVES[kind]
+    assert is_fused(ControlParams.model_validate({"objective": {"type": kind, **objective}})) == is_known
+
+
+def test_every_objective_that_there_is_has_been_thought_of() -> None:
+    types = get_args(get_args(Objective)[0])
+    assert {kind for each in types for kind in get_args(each.model_fields["type"].annotation)} == OBJECTIVES.keys()
+
+
+def test_an_objective_that_the_kernels_do_not_know_falls_to_torch_even_if_it_is_much_like_one() -> None:
+    class Sharpened(WeightedSum):
+        """Of some later day."""
+
+    later = control({"a": 1.0}).model_copy(update={"objective": Sharpened(weights={"a": 1.0})})
+    assert is_fused(control({"a": 1.0}))
+    assert not is_fused(later)
+    assert not is_fused(later.model_copy(update={"objective": following(1.0, {"weights": {"a": 1.0}}).objective}))
+
+
+@pytest.mark.parametrize(
+    ("steer", "expected"),
+    [
+        (following(1.0, {"weights": {"a": 1.0}}), False),
+        (following(0.0, {"weights": {"a": 1.0}}), True),
+        (following(0.0, {"type": "target", "values": {"a": 1.0}}), True),
+        (following(0.0, {"weights": {"a": 1.0}}, steps=0), True),
+        (following(0.0), False),
+        (following(1.0, steps=0), False),
+    ],
+    ids=["it acts", "weighs nothing", "weighs nothing beside a target", "no steps", "alone", "alone without steps"],
+)
+def test_an_instruction_that_acts_is_torchs_and_heads_beside_one_that_does_not_are_the_kernels(
+    steer: ControlParams, expected: bool
+) -> None:
+    assert is_fused(steer) == expected
+
+
+@pytest.mark.parametrize(
+    "steer",
+    [
+        with_pinned(control({"a": 1.0}), control({"b": 1.0})),
+        control({"deep": 1.0}),
+        control({"a": 1.0, "deep": 1.0}),
+        control({"a": 1.0}, gate={"head": "deep", "below": 0.0}),
+        control({"a": 1.0}, stop_below={"deep": 0.0}),
+    ],
+    ids=["over pinned control", "a hidden layer", "one among others", "a gate of one", "a guardrail of one"],
+)
+def test_rows_over_pinned_control_or_of_a_head_with_a_hidden_layer_are_torchs(steer: ControlParams | None) -> None:
+    assert not is_fused(steer)
+
+
+def test_a_model_with_a_soft_cap_is_torchs_alone() -> None:
+    assert not is_fused(control({"a": 1.0}), softcap=5.0)
+
+
+def test_kinds_in_one_step_are_groups_of_their_own_and_no_row_is_missed() -> None:
+    rows = [
+        control({"a": 1.0}), following(1.0, {"weights": {"a": 1.0}}), control({"a": -1.0}, stop_below=BOUNDS),
+        with_pinned(control({"b": 1.0}), control({"a": 1.0})), following(0.0, {"weights": {"a": 1.0}}),
+    ]  # fmt: skip
+    told = {group.rows: group.fixed_RW is not None for group in planned(*rows)}
+    assert told == {(0, 2, 4): True, (1,): False, (3,): False}
+
+
+def test_told_to_do_without_kernels_a_plan_has_none() -> None:
+    (group,) = EditPlan.from_rows([control({"a": 1.0})], REGISTRY, device="meta").groups
+    assert group.fixed_RW is None
+
+
+def test_whatever_changes_an_edit_is_in_the_table_or_keeps_a_row_out_of_it() -> None:
+    """A field that is new fails here until somebody has thought of it."""
+    edits = {"objective", "step_size", "steps", "max_kl", "max_shift", "max_response_kl", "gate", "window", "schedule"}
+    engines = {"phase", "in_calls", "stop_below", "on_stop", "search", "trace", "over_turns"}
+    assert ControlParams.model_fields.keys() == edits | engines
+    in_table = {"stack", "controls", "fixed_RW", "rows_R", "step_size_R", "steps_R", "max_kl_R", "gates", "held_R",
+                "kl_held_R"}  # fmt: skip
+    fixed = {"weights_RK", "objectives", "max_shift_R"}
+    keeps_out = {"pinned", "beneath", "guidance_R", "coefficients"}
+    of_plans = {"rows", "max_steps", "is_paced"}
+    assert {field.name for field in fields(EditGroup)} == in_table | fixed | keeps_out | of_plans
+    gates = {"head_R", "level_R", "side_R", "hysteresis_R", "is_gated_R", "was_open_R"}
+    assert {field.name for field in fields(GateRows)} == gates
+
+
+def test_a_rows_table_says_what_it_asks_for_now() -> None:
+    gate = {"head": "b", "above": 0.25, "hysteresis": 0.5}
+    steer = control({"a": 1.5}, steps=4, step_size=0.5, max_shift=0.75, max_kl=0.25, max_response_kl=1.0, gate=gate)
+    (group,) = planned(steer, control({"b": -2.0, "a": 0.0}))
+    row, other = _table(group.at(lambda _: ControlState(3, 0.875, True)), [7, 9]).tolist()
+    assert row[layout.COUNT] == 2.0
+    assert row[layout.HEADS : layout.HEADS + 2] == [7.0, 9.0]
+    assert row[layout.WEIGHTS : layout.WEIGHTS + 2] == [1.5, 0.0]
+    assert (row[layout.SIZE], row[layout.MAX_SHIFT]) == (2.0, 0.75)
+    assert row[layout.LIMIT] == pytest.approx(0.125 - ROUNDING_NATS)
+    assert HELD_BY[int(row[layout.KL_HELD])] == HeldBy.MAX_RESPONSE_KL
+    assert row[layout.GATE_SLOT : layout.WAS_OPEN + 1] == [1.0, 0.25, -1.0, 0.5, 1.0, 1.0]
+    assert (other[layout.ROW], other[layout.IS_GATED], HELD_BY[int(other[layout.KL_HELD])]) == (1.0, 0.0, HeldBy.MAX_KL)
+
+
+def test_a_row_without_steps_has_none_in_the_table_however_long_they_were() -> None:
+    endless = ControlParams.without_limits(WeightedSum(weights={"a": 0.0}), step_size=3e38, steps=100)
+    (group,) = planned(endless)
+    assert _table(group, [0])[0, layout.SIZE] == 0.0
+
+
+def test_what_kernels_are_told_lies_on_the_host_until_it_travels_together() -> None:
+    (group,) = planned(control({"a": 1.0}), control({"a": 1.0}, window={"start": 2}))
+    tensors = [getattr(group, field.name) for field in fields(group)]
+    assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"cpu"}
