@@ -11,8 +11,9 @@
     |   |-- UnknownHeadError     404   lists the heads that exist
     |   |-- UnknownModelError    404   lists the model ids that exist
     |   `-- UnknownJobError      404
-    |-- HeadConflictError        409   a head that is loaded already, or pinned
+    |-- HeadConflictError        409   a head or a file of that name is there, or it is pinned
     |   `-- ReadOnlyHeadsError   409   the folder of heads cannot be written
+    |-- LateCancelError          409   a job that is past its cancelling
     |-- SlowBodyError            408   a body that did not come in time
     |-- BodyTooLargeError        413
     |-- MediaTypeError           415   a body that is not JSON
@@ -103,6 +104,11 @@ class UnknownJobError(NotFoundError):
 
 class HeadConflictError(RecontrolError):
     code = "head_conflict"
+    status = 409
+
+
+class LateCancelError(RecontrolError):
+    code = "cancelled_too_late"
     status = 409
 
 

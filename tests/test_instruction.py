@@ -141,3 +141,14 @@ def test_too_few_prompts_are_named(
     few.write_text('{"id": "a", "prompt": "hi"}\n')
     assert main(["train", "--name", "x", *workshop[0], *INSTRUCTION, "--prompts", str(few)]) == 2
     assert "prompts: 1 chat prompts" in capsys.readouterr().err
+
+
+def test_prompts_of_which_too_few_are_different_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "same.jsonl"
+    lines = [{"id": f"p{i}", "prompt": f"say {max(i - 30, 0)}"} for i in range(60)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["train", "--name", "x", "--model", str(tmp_path / "none"), *INSTRUCTION, "--prompts", str(prompts)]
+    assert main([*words, "--instruction-prompts", "40"]) == 2
+    assert "instruction_prompts: of the first 40 prompts 10 are different" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def distilled_card(
         data={
             "instruction": instruction,
             "contrast": contrast,
-            "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test",
+            "split": "by a hash of the prompt's id: 80% train, 10% validation, 10% test; of these two prompts at least",
             "prompts": texts.num_prompts,
             "responses": {split: texts.split.count(split) for split in texts.num_prompts},
             "tokens": len(texts.token_ids_N),

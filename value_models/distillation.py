@@ -29,10 +29,11 @@ from value_models.errors import InstructionError
 from value_models.heads import UNIT_COST_NATS, LinearHead, ValueHead
 from value_models.linalg import solve
 from value_models.moments import MomentSums
-from value_models.prompt_sets import RolloutPrompt, split_of
+from value_models.prompt_sets import RolloutPrompt, split_of_all
 from value_models.rollouts import RolloutSettings
 
 MIN_PROMPTS = 20
+"""Different ones; two at least are for validation and two for the test."""
 _DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
 _RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
 _CHUNK_NUMBERS = 2**24
@@ -151,15 +152,9 @@ def read_texts(
     and what the source raises.
     """
     check_instructions(instruction, contrast)
-    chats = [prompt for prompt in prompts if prompt.format == "chat"][: settings.max_prompts]
-    splits = {prompt.id: split_of(prompt.id) for prompt in chats}
+    chats = chat_prompts(prompts, settings)
+    splits = split_of_all(chats)
     num_prompts = {name: list(splits.values()).count(name) for name in ("train", "validation", "test")}
-    if len(chats) < MIN_PROMPTS or not all(num_prompts.values()):
-        raise InstructionError(
-            f"prompts: {len(chats)} chat prompts, of which {num_prompts['validation']} are for validation and "
-            f"{num_prompts['test']} for the test (by a hash of the id); an instruction needs at least {MIN_PROMPTS}, "
-            "and some of each"
-        )
     # Everything that the model may say has to be among the texts, also what top_p would cut off.
     sampling = RolloutSettings(num_samples=1, max_tokens=settings.max_tokens, top_p=1.0, seed=settings.seed)
     # Whatever order they came in: sums are rounded by it.
@@ -176,6 +171,21 @@ def read_texts(
         num_prompts=num_prompts,
         has_contrast=contrast is not None,
     )
+
+
+def chat_prompts(prompts: Sequence[RolloutPrompt], settings: DistilSettings) -> list[RolloutPrompt]:
+    """Those that an instruction is read at. Raises InstructionError for too few different ones."""
+    chats = [prompt for prompt in prompts if prompt.format == "chat"]
+    chosen = chats[: settings.max_prompts]
+    num_different, num_of_all = (len({prompt.asked() for prompt in some}) for some in (chosen, chats))
+    needed = f"an instruction needs at least {MIN_PROMPTS} different ones"
+    if num_of_all < MIN_PROMPTS:
+        raise InstructionError(f"prompts: {len(chats)} chat prompts, {num_of_all} of them different; {needed}")
+    if num_different < MIN_PROMPTS:
+        raise InstructionError(
+            f"instruction_prompts: of the first {len(chosen)} prompts {num_different} are different; {needed}"
+        )
+    return chosen
 
 
 def check_instructions(instruction: str, contrast: str | None) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,10 @@ from value_models.messages import Message, check_is_prompt, read_messages, read_
 
 MIN_PROMPTS = 8
 """Fewer leave nothing to learn from beside what is held out."""
+MIN_REWARD_SCALE = 1e-5
+"""Standard deviation of training rewards below which they are taken for the same."""
+MAX_SCORE = 1e12
+"""Scores are float32, as are the squares and sums that are made of them."""
 _VALIDATION_SHARE = 0.2
 _MIN_VALIDATION = 2
 Prompt = str | tuple[Message, ...]
@@ -29,6 +35,9 @@ Prompt = str | tuple[Message, ...]
 Kind = Literal["pairs", "texts"]
 _PAIR_FIELDS = ("prompt", "messages", "chosen", "rejected")
 _TEXT_FIELDS = ("text", "prompt", "messages", "response", "completion", "label", "score")
+_PAIR_NEEDS = (("chosen",), ("rejected",))
+_TEXT_NEEDS = (("text", "response", "completion", "messages"), ("label", "score"))
+"""One field of each group is in every record."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,6 +76,26 @@ class GivenTexts:
                 "since a fifth is held out"
             )
 
+    def check_spread(self, *, is_centred: bool) -> None:
+        """Raises TextsFileError where training would see one score alone; `is_centred` looks within each prompt."""
+        held_out = validation_prompts(text.prompt_id for text in self.texts)
+        by_prompt: dict[str, list[float]] = {}
+        for text in self.texts:
+            if (prompt_id := text.prompt_id) not in held_out:
+                by_prompt.setdefault(prompt_id, []).append(array("f", [text.score])[0])
+        rewards = [
+            score - (statistics.fmean(scores) if is_centred else 0.0)
+            for scores in by_prompt.values()
+            for score in scores
+        ]
+        if not statistics.pstdev(rewards) > MIN_REWARD_SCALE:
+            within = " within each prompt, whose mean --center-by-prompt subtracts" if is_centred else ""
+            raise TextsFileError(
+                f"{self.origin}: apart from the {len(held_out)} prompts that are held out all texts have the same "
+                f"score{within} (their standard deviation is not above {MIN_REWARD_SCALE:g}); a head needs better and "
+                "worse ones"
+            )
+
     @property
     def sha256(self) -> str:
         """Of what was read."""
@@ -95,9 +124,11 @@ def pairs_of(
     seen: dict[frozenset[tuple[str, str]], int] = {}
     for number, record in records:
         where = origin.at(number)
-        _check_fields(record, _PAIR_FIELDS, ("chosen", "rejected"), ignore, where)
-        pair = _pair(record, as_chat, where)
-        prompt, chosen, rejected = pair
+        for (name,) in _PAIR_NEEDS:
+            if name not in record:
+                raise TextsFileError(f"{where}: {name} is missing; it has {_names(record)}")
+        kept = _kept(record, _PAIR_FIELDS, _PAIR_NEEDS, ignore, where)
+        prompt, chosen, rejected = _pair(kept, as_chat, where)
         if chosen == rejected:
             raise TextsFileError(f"{where}: chosen and rejected are equal; which one is better?")
         key = frozenset({(json.dumps(prompt), chosen), (json.dumps(prompt), rejected)})
@@ -136,13 +167,13 @@ def texts_of(
     seen: dict[tuple[str, str], int] = {}
     for number, record in records:
         where = origin.at(number)
-        _check_fields(record, _TEXT_FIELDS, (), ignore, where)
-        prompt, response = _single(record, as_chat, where)
+        kept = _kept(record, _TEXT_FIELDS, _TEXT_NEEDS, ignore, where)
+        prompt, response = _single(kept, as_chat, where)
         key = (json.dumps(prompt), response)
         if key in seen:
             raise TextsFileError(f"{where}: the same text as in {origin.item(seen[key])}; leave one of them out")
         seen[key] = number
-        found.append((number, prompt, response, record))
+        found.append((number, prompt, response, kept))
     scores = _scores([(number, record) for number, _, _, record in found], good_label, origin)
     texts = [
         GivenText(number, prompt, response, score)
@@ -263,6 +294,8 @@ def _scores(records: list[Record], good_label: str | None, origin: Origin) -> li
         values.append(record[named])
         if named == "score" and (isinstance(values[-1], bool) or not _is_finite(values[-1])):
             raise TextsFileError(f"{where}: score: must be a finite number; labels go into label")
+        if named == "score" and abs(float(values[-1])) > MAX_SCORE:
+            raise TextsFileError(f"{where}: score: must be from {-MAX_SCORE:g} to {MAX_SCORE:g}; scale all scores down")
         if named == "label" and not isinstance(values[-1], bool | int | str):
             raise TextsFileError(
                 f"{where}: label: must be true or false, a whole number or a text; numbers of any kind go into score"
@@ -307,17 +340,24 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-def _check_fields(
-    record: dict[str, Any], known: Sequence[str], needed: Sequence[str], ignore: Sequence[str], where: str
-) -> None:
-    for name in needed:
-        if name not in record:
-            raise TextsFileError(f"{where}: {name} is missing; it has {_names(record)}")
+def _kept(
+    record: dict[str, Any], known: Sequence[str], needs: Sequence[Sequence[str]], ignore: Sequence[str], where: str
+) -> dict[str, Any]:
+    """The record without what is ignored. Raises TextsFileError for unknown fields, and where a needed one is."""
     if unknown := [name for name in record if name not in known and name not in ignore]:
         raise TextsFileError(
             f"{where}: unknown fields {', '.join(unknown)}; known are {', '.join(known)}, and --ignore-fields "
             f"{','.join(unknown)} leaves them out"
         )
+    kept = {name: value for name, value in record.items() if name not in ignore}
+    if any(isinstance(kept.get(name), str) for name in ("chosen", "response", "completion")):
+        # Messages may begin with the prompt, but a text is not learnt from without what it answers.
+        needs = (*needs, ("prompt", "messages"))
+    for group in needs:
+        ignored = [name for name in group if name in record]
+        if ignored and not any(name in kept for name in group):
+            raise TextsFileError(f"ignore_fields: {where} needs {' or '.join(ignored)}, which cannot be left out")
+    return kept
 
 
 def _names(record: dict[str, Any]) -> str:

@@ -19,6 +19,9 @@ from value_models.lines import read_records
 from value_models.messages import Message, read_prompt_messages, transcript
 from value_models.packages import package_folder
 
+_MIN_HELD_OUT = 2
+"""Different prompts for validation, and as many for the test, in `split_of_all`."""
+
 
 class RolloutPrompt(BaseModel):
     """One line of a prompt file. `text` prompts are continued as they are, `chat` ones go through the template.
@@ -42,6 +45,10 @@ class RolloutPrompt(BaseModel):
         if instruction is not None:
             turns[-1] = {**turns[-1], "content": f"{instruction}\n\n{turns[-1]['content']}"}
         return turns
+
+    def asked(self) -> str:
+        """What a model is asked, as JSON: the same for equal prompts, whatever their ids."""
+        return json.dumps([self.format, self.turns()])
 
     def identity(self) -> str:
         """As JSON, all that a response depends on."""
@@ -102,11 +109,33 @@ def in_mixed_order(prompts: Iterable[RolloutPrompt]) -> list[RolloutPrompt]:
 
 def split_of(prompt_id: str, *, validation_share: float = 0.1, test_share: float = 0.1) -> str:
     """train, validation or test, by a hash of the id, so that a prompt keeps its side when the file grows."""
-    digest = hashlib.sha256(prompt_id.encode()).digest()
-    at = int.from_bytes(digest[:8], "big") / 2**64
+    at = _place(prompt_id)
     if at < test_share:
         return "test"
     return "validation" if at < test_share + validation_share else "train"
+
+
+def split_of_all(prompts: Iterable[RolloutPrompt]) -> dict[str, str]:
+    """The split of each id, as `split_of` has it, but for small sets and for prompts that are there more than once.
+
+    Equal prompts are on the side of the first of them. Where validation or test would have fewer than two different
+    prompts, those whose hashes come next are taken. There must be enough of them.
+    """
+    ids: dict[str, list[str]] = {}
+    for prompt in prompts:
+        ids.setdefault(prompt.asked(), []).append(prompt.id)
+    groups = sorted(ids.values(), key=lambda group: _place(group[0]))
+    sides = [split_of(group[0]) for group in groups]
+    num_test = max(sides.count("test"), _MIN_HELD_OUT)
+    num_held_out = max(sides.count("test") + sides.count("validation"), num_test + _MIN_HELD_OUT)
+    sides = ["test"] * num_test + ["validation"] * (num_held_out - num_test)
+    sides += ["train"] * (len(groups) - num_held_out)
+    return {prompt_id: side for group, side in zip(groups, sides, strict=True) for prompt_id in group}
+
+
+def _place(prompt_id: str) -> float:
+    """A hash of the id, from 0 to 1."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") / 2**64
 
 
 def real_toxicity_prompts() -> list[RolloutPrompt]:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from value_models.errors import TrainingDataError
+from value_models.given_texts import MIN_REWARD_SCALE
 from value_models.targets import center_by_prompt
 from value_models.training_data import TrainingData
-
-_MIN_REWARD_SCALE = 1e-5
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,7 +38,7 @@ class FitSource:
         reward_B = center_by_prompt(data.reward_B, data.prompt_B) if is_centred else data.reward_B
         is_train_B = data.is_in("train")
         mean, scale = float(reward_B[is_train_B].mean()), float(reward_B[is_train_B].std())
-        if not scale > _MIN_REWARD_SCALE:
+        if not scale > MIN_REWARD_SCALE:
             within = " within each prompt (sample several responses a prompt)" if is_centred else ""
             raise TrainingDataError(
                 f"reward: the training responses all have the same reward{within}; nothing to learn"

@@ -106,8 +106,18 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     if first["type"] == "extra_forbidden":
         message = f"{where}: there is no such field. Allowed here: {', '.join(allowed)}."
     else:
-        message = f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        message = f"{where or 'body'}: {_reason(first)}"
     return JSONResponse(_body(400, message, where or None, _code(first["type"])), 400)
+
+
+def _reason(error: dict[str, Any]) -> str:
+    """What pydantic says of a value. Behind a validator of ours it no longer knows that what it counts are letters."""
+    reason: str = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("too_long", "too_short") and isinstance(error["input"], str):
+        kind, limit = ("at most", "max_length") if error["type"] == "too_long" else ("at least", "min_length")
+        length = error["ctx"][limit]
+        return f"String should have {kind} {length} character{'s' if length != 1 else ''}"
+    return reason
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -45,7 +45,7 @@ async def get_job(request: Request, job_id: str) -> dict[str, Any]:
 
 @router.post(_PATH + "/{job_id}/cancel")
 async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
-    """Have a job end; where it runs, its status is `cancelled` a moment later."""
+    """Have a job end; where it runs, its status is `cancelled` a moment later. While it saves its head it is a 409."""
     return _jobs(request).cancel(job_id).facts()
 
 

@@ -16,7 +16,14 @@ from server.cli.program import command_line
 from server.control.registry import HeadRegistry
 from server.engines.embedded.instructed import EngineInstructedSource
 from value_models.cards import distilled_card
-from value_models.distillation import MIN_PROMPTS, DistilSettings, check_instructions, distil_head, read_texts
+from value_models.distillation import (
+    MIN_PROMPTS,
+    DistilSettings,
+    chat_prompts,
+    check_instructions,
+    distil_head,
+    read_texts,
+)
 from value_models.prompt_sets import RolloutPrompt
 from value_models.store import save_head, shipped_heads_folder
 from value_models.training import TrainSettings
@@ -59,8 +66,6 @@ class InstructionCommand(ModelCommand):
         Raises InstructionError, RolloutError, ModelLoadError, ConfigurationError.
         """
         assert self.instruction is not None
-        loaded = self.load()
-        source = EngineInstructedSource(loaded, self.core(loaded, HeadRegistry({})))
         distil_settings = DistilSettings(
             max_prompts=self.instruction_prompts,
             max_tokens=self.instruction_tokens,
@@ -68,6 +73,10 @@ class InstructionCommand(ModelCommand):
             ridge=settings.ridge if "ridge" in self.model_fields_set else None,
             seed=settings.seed,
         )
+        # Before the model, which takes long to load.
+        chat_prompts(prompts, distil_settings)
+        loaded = self.load()
+        source = EngineInstructedSource(loaded, self.core(loaded, HeadRegistry({})))
         texts = read_texts(source, prompts, self.instruction, self.contrast, distil_settings)
         distilled = distil_head(texts, source.output, distil_settings)
         folder = (out or shipped_heads_folder(source.base_model["name"])) / name

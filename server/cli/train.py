@@ -92,6 +92,8 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         given = self.read_given()
         kinds = [*(["rollouts"] if self.reward is not None else []), *(texts.kind for texts in given)]
         self._check_sources(kinds)
+        for texts in given:
+            texts.check_spread(is_centred=settings.centres(texts.kind))
         device = str(resolve_device(self.device))
         if not kinds:
             scored = load_scored_texts(self.rollouts, device=device)

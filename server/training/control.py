@@ -31,13 +31,20 @@ class JobControl:
     def __init__(self, num_texts: int) -> None:
         self.progress = Progress("waiting", 0, num_texts)
         self._is_cancelled = threading.Event()
+        self._lock = threading.Lock()
+        """So that a job is either cancelled or saved, and both sides know which."""
 
     @property
     def is_cancelled(self) -> bool:
         return self._is_cancelled.is_set()
 
-    def cancel(self) -> None:
-        self._is_cancelled.set()
+    def cancel(self) -> bool:
+        """Whether the job will end of it; one that saves its head goes on."""
+        with self._lock:
+            if not self.is_cancelled and self.progress.phase in ("saving", "done"):
+                return False
+            self._is_cancelled.set()
+            return True
 
     def check(self) -> None:
         """Raises JobCancelledError once the job is to end."""
@@ -46,8 +53,9 @@ class JobControl:
 
     def enter(self, phase: Phase) -> None:
         """Raises JobCancelledError."""
-        self.check()
-        self.progress = Progress(phase, self.progress.done, self.progress.of)
+        with self._lock:
+            self.check()
+            self.progress = Progress(phase, self.progress.done, self.progress.of)
 
     def count(self) -> None:
         """One text more has been read."""

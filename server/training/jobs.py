@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import logging
 import re
 import secrets
@@ -22,6 +23,7 @@ from server.engines.base import Engine
 from server.errors import (
     HeadConflictError,
     InvalidRequestError,
+    LateCancelError,
     OverloadedError,
     RecontrolError,
     ShuttingDownError,
@@ -43,7 +45,7 @@ _END_S = 5.0
 """For a job to end when the server does."""
 _RETRY_S = 60
 _FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
-_FIELD = re.compile(r"(?:pairs|texts|instruction|contrast|prompts)(?:\.\d+)?(?=[: ])")
+_FIELD = re.compile(r"(?:pairs|texts|instruction_prompts|instruction|contrast|prompts|ignore_fields)(?:\.\d+)?(?=[: ])")
 _log = logging.getLogger(__name__)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Train = Callable[[Engine, Recipe, JobControl], HeadCard]
@@ -133,7 +135,8 @@ class HeadJobs:
         self._forget_oldest()
         self._tell()
         if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+            # The task outlives the request that starts it, whose id belongs on no line of a job.
+            self._worker = asyncio.create_task(self._work(), context=contextvars.Context())
         return job
 
     def check_room(self, name: str, *, replaces: bool) -> None:
@@ -164,13 +167,22 @@ class HeadJobs:
     def cancel(self, job_id: str) -> HeadJob:
         """Have a job end; one that runs ends a moment later, and one that has ended stays as it is.
 
-        Raises UnknownJobError.
+        Raises UnknownJobError, LateCancelError for one whose head is being saved.
         """
         job = self.get(job_id)
-        job.control.cancel()
-        if job.status == "queued":
-            self._end(job, "cancelled")
+        if job.ended_s is None and not self._cancel(job):
+            raise LateCancelError(
+                f"It is too late to cancel {job_id}: its head {job.recipe.name!r} is being saved. Once the job has "
+                "succeeded, the head can be unloaded."
+            )
         return job
+
+    def _cancel(self, job: HeadJob) -> bool:
+        """Whether the job will end of it."""
+        will_end = job.control.cancel()
+        if job.status == "queued":
+            contextvars.Context().run(self._end, job, "cancelled")
+        return will_end
 
     def open(self) -> None:
         """Take jobs, also anew in a server that is started again."""
@@ -180,7 +192,7 @@ class HeadJobs:
         """Cancel all jobs and take no more."""
         self._is_closed = True
         for job in self._unended():
-            self.cancel(job.id)
+            self._cancel(job)
 
     async def close(self) -> None:
         """`stop`, and wait a moment for what runs."""
@@ -197,7 +209,7 @@ class HeadJobs:
         job.begin()
         self._tell()
         recipe = job.recipe
-        _log.info("Job %s trains the value head %r", job.id, recipe.name)
+        _log.info("Job %s trains the value head %r.", job.id, recipe.name)
         try:
             job.card = await _in_a_thread(partial(self._train, self._engine, recipe, job.control))
             await self._engine.load_head(recipe.name)
@@ -218,7 +230,7 @@ class HeadJobs:
         job.end(status)
         self._telemetry.count_head_job(status)
         self._tell()
-        _log.info("Job %s has %s: %s", job.id, status, "" if job.error is None else job.error["message"])
+        _log.info("Job %s %s", job.id, _sentence_end(job))
 
     def _unended(self) -> list[HeadJob]:
         return [*self._with("queued"), *self._with("running")]
@@ -233,6 +245,15 @@ class HeadJobs:
 
     def _tell(self) -> None:
         self._telemetry.set_head_jobs(queued=len(self._with("queued")), running=len(self._with("running")))
+
+
+def _sentence_end(job: HeadJob) -> str:
+    """What a job that has ended has done, for the log."""
+    if job.error is not None:
+        return f"has failed: {job.error['message']}"
+    if job.status == "cancelled":
+        return "was cancelled."
+    return f"has succeeded; it made the value head {job.recipe.name!r}."
 
 
 def _as_request_error(error: ValueModelError) -> InvalidRequestError:
@@ -263,6 +284,6 @@ def _told(error: Exception, job_id: str) -> dict[str, Any]:
         error = _as_request_error(error)
     if isinstance(error, RecontrolError):
         return {"code": error.code, "message": error.message, "param": error.param}
-    _log.error("Job %s has failed", job_id, exc_info=error)
+    _log.error("Job %s has failed.", job_id, exc_info=error)
     message = f"An internal error occurred; the server's log tells more of {job_id}."
     return {"code": "internal_error", "message": message, "param": None}

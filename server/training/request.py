@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from server.training.recipe import FromInstruction, FromTexts, Recipe
 from server.unicode import check_text
 from value_models.ascent import Metric
-from value_models.distillation import MIN_PROMPTS, DistilSettings, check_instructions
+from value_models.distillation import MIN_PROMPTS, DistilSettings, chat_prompts, check_instructions
 from value_models.given_texts import pairs_of, texts_of
 from value_models.lines import FieldOrigin, given_records
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file
@@ -96,11 +96,10 @@ class HeadRequest(BaseModel):
             origin = FieldOrigin("texts")
             records = given_records(self.texts or [], origin)
             given = texts_of(records, origin, good_label=self.good_label, **forms)
-        return FromTexts(
-            given,
-            ScoreSettings(**self._given("max_tokens", "cut_long", "seed")),
-            TrainSettings(**self._given("center_by_prompt", "metric", "shrinkage", "damping", "ridge", "seed")),
-        )
+        score = ScoreSettings(**self._given("max_tokens", "cut_long", "seed"))
+        train = TrainSettings(**self._given("center_by_prompt", "metric", "shrinkage", "damping", "ridge", "seed"))
+        given.check_spread(is_centred=train.centres(given.kind))
+        return FromTexts(given, score, train)
 
     def _from_instruction(self, instruction: str) -> FromInstruction:
         check_instructions(instruction, self.contrast)
@@ -109,7 +108,9 @@ class HeadRequest(BaseModel):
             **{name: size for name, size in sizes.items() if size is not None},
             **self._given("damping", "ridge", "seed"),
         )
-        return FromInstruction(instruction, self.contrast, tuple(self._prompts()), settings)
+        prompts = tuple(self._prompts())
+        chat_prompts(prompts, settings)
+        return FromInstruction(instruction, self.contrast, prompts, settings)
 
     def _prompts(self) -> Iterator[RolloutPrompt]:
         if self.prompts is None:

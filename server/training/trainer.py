@@ -30,7 +30,7 @@ from value_models.heads import ValueHead
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import Rollout, RolloutSettings
 from value_models.scored_texts import ScoreSettings, TextSource, score_texts
-from value_models.store import HeadCard, save_head
+from value_models.store import CARD_FILE, HEAD_FILE, HeadCard, save_head
 from value_models.training import train_head
 from value_models.training_data import load_scored_texts
 
@@ -110,7 +110,7 @@ def _saved(location: str | Path, head: ValueHead, card: HeadCard, scratch: Path)
 
 
 def _check_place(location: str | Path, recipe: Recipe) -> None:
-    """Raises ReadOnlyHeadsError, and HeadConflictError for a head of that name that need not be loaded.
+    """Raises ReadOnlyHeadsError, and HeadConflictError for what is there by that name, loaded or not.
 
     Whether a store can be written shows only when it is.
     """
@@ -121,6 +121,7 @@ def _check_place(location: str | Path, recipe: Recipe) -> None:
                 pass
         except OSError as error:
             raise _read_only(location, error) from error
+        _check_is_free(Path(location) / recipe.name)
     try:
         names = open_heads(location).names()
     except HeadFileError as error:
@@ -129,6 +130,24 @@ def _check_place(location: str | Path, recipe: Recipe) -> None:
         raise HeadConflictError(
             f"name: there is a value head {recipe.name!r}; choose another name, or replace it", param="name"
         )
+
+
+def _check_is_free(folder: Path) -> None:
+    """Raises HeadConflictError where a head's files cannot lie in the folder, or would lie elsewhere."""
+    if folder.is_symlink():
+        raise HeadConflictError(
+            f"name: {folder} is a symbolic link, and a job writes through none; choose another name, or remove it",
+            param="name",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise HeadConflictError(
+            f"name: a file of the name {folder.name!r} is in the way in the heads' folder; choose another name, or "
+            "remove it",
+            param="name",
+        )
+    for path in (folder / HEAD_FILE, folder / CARD_FILE):
+        if path.is_dir():
+            raise HeadConflictError(f"name: {path} is a folder, and a file of the head is to be there", param="name")
 
 
 def _read_only(location: str | Path, error: OSError) -> ReadOnlyHeadsError:

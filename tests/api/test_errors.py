@@ -294,6 +294,38 @@ def test_what_is_too_long_is_told_in_the_words_by_which_clients_know_it(
     assert error["message"].startswith("This model's maximum context length is 4096 tokens. ")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "allowed"),
+    [
+        ({"user": "x" * 9999}, "user", "at most 256 characters"),
+        ({"model": ""}, "model", "at least 1 character"),
+        (
+            {"messages": [{"role": "tool", "content": "a", "tool_call_id": "x" * 257}]},
+            "messages.0.tool_call_id",
+            "at most 256 characters",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "a", "tool_call_id": ""}]},
+            "messages.0.tool_call_id",
+            "at least 1 character",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": "x" * 257}]},
+            "messages.0.name",
+            "at most 256 characters",
+        ),
+        ({"messages": []}, "messages", "at least 1 item"),
+    ],
+)
+def test_the_length_of_a_text_is_told_in_characters_and_that_of_a_list_in_items(
+    client: TestClient, fields: dict[str, Any], param: str, allowed: str
+) -> None:
+    error = chat(client, **fields).json()["error"]
+    assert error["param"] == param
+    assert allowed in error["message"]
+    assert ("items" in error["message"] or "item " in error["message"]) == (param == "messages")
+
+
 def test_a_chat_that_leaves_no_room_for_a_new_token_says_so(client: TestClient) -> None:
     error = chat(client, messages=[{"role": "user", "content": "a" * 5000}]).json()["error"]
     assert "leaves no room for a new one" in error["message"]

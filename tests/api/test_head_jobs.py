@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,8 +79,28 @@ def test_an_engine_that_trains_no_heads_says_so(manager: TestClient) -> None:
         ({"instruction": " "}, "instruction", "it is empty"),
         ({"instruction": "\ud800"}, "instruction", "valid Unicode"),
         ({"instruction": "a b", "contrast": "a  b"}, "contrast", "it is the instruction itself"),
-        ({"instruction": "x" * 4001}, "instruction", "at most 4000"),
-        ({"instruction": "a", "prompts": ["a"]}, "prompts", "at least 20"),
+        ({"texts": [*LABELLED[:3], {"text": "a", "score": 1}]}, "texts.3", "label is missing"),
+        ({"texts": [{"text": "a", "score": 0}, {"text": "b", "score": 1e300}]}, "texts.1", "from -1e+12 to 1e+12"),
+        ({"texts": [{"text": "a", "score": -2e12}]}, "texts.0", "from -1e+12 to 1e+12"),
+        ({"texts": [{"text": f"t{i}", "score": i * 1e-9} for i in range(9)]}, "texts", "not above 1e-05"),
+        ({"texts": LABELLED, "center_by_prompt": True}, "texts", "whose mean center_by_prompt subtracts"),
+        ({"pairs": PAIRS, "ignore_fields": ["chosen"]}, "ignore_fields", "pairs.0 needs chosen"),
+        ({"pairs": PAIRS, "ignore_fields": ["prompt"]}, "ignore_fields", "pairs.0 needs prompt"),
+        ({"texts": LABELLED, "ignore_fields": ["x", "label"]}, "ignore_fields", "texts.0 needs label"),
+        ({"texts": LABELLED, "ignore_fields": ["text"]}, "ignore_fields", "texts.0 needs text"),
+        ({"instruction": "x" * 4001}, "instruction", "at most 4000 characters"),
+        ({"instruction": "a", "contrast": "x" * 4001}, "contrast", "at most 4000 characters"),
+        ({"instruction": "a", "description": "x" * 4001}, "description", "at most 4000 characters"),
+        ({"instruction": "a", "prompts": ["x" * 4001] * 20}, "prompts.0", "at most 4000 characters"),
+        ({"instruction": "a", "prompts": [""] * 20}, "prompts.0", "at least 1 character"),
+        ({"texts": LABELLED, "good_label": "x" * 257}, "good_label", "at most 256 characters"),
+        ({"instruction": "a", "prompts": ["a"]}, "prompts", "at least 20 items"),
+        ({"instruction": "a", "prompts": ["a"] * 20}, "prompts", "20 chat prompts, 1 of them different"),
+        (
+            {"instruction": "a", "prompts": [*(["a"] * 20), *PROMPTS], "instruction_prompts": 30},
+            "instruction_prompts",
+            "of the first 30 prompts 11 are different; an instruction needs at least 20",
+        ),
         ({"instruction": "a", "instruction_prompts": 5}, "instruction_prompts", "greater than or equal to 20"),
         ({"instruction": "a", "damping": -1}, "damping", "greater than or equal to 0"),
         ({"instruction": "a", "name": "../x"}, "name", "should match pattern"),
@@ -190,6 +211,65 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     response = served.post("/v1/heads", json={"name": "mine", "pairs": CHAT})
     assert (response.status_code, response.json()["error"]["code"]) == (409, "heads_read_only")
     assert "cannot be written (Read-only file system)" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_is_in_the_way_of_a_heads_folder_is_told_before_the_work(
+    served: TestClient, tmp_path: Path, replace: bool
+) -> None:
+    heads, elsewhere = tmp_path / "heads", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (heads / "mine").symlink_to(elsewhere)
+    (heads / "lost").symlink_to(tmp_path / "nowhere")
+    (heads / "notes").write_text("mine")
+    for name, why in (("mine", "is a symbolic link"), ("lost", "is a symbolic link"), ("notes", "a file of the name")):
+        response = served.post("/v1/heads", json={"name": name, "pairs": CHAT, "replace": replace})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (409, "head_conflict", "name")
+        assert why in error["message"]
+    assert served.get("/v1/management/jobs").json()["data"] == []
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_job_writes_through_no_link_that_came_while_it_ran(
+    served: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    train = trainer.train_head
+
+    def train_and_link(*given: Any) -> Any:
+        (tmp_path / "heads/mine").symlink_to(tmp_path / "elsewhere")
+        return train(*given)
+
+    monkeypatch.setattr(trainer, "train_head", train_and_link)
+    done = result(served, start(served, pairs=CHAT, replace=True))
+    assert (done["status"], done["error"]["code"], done["error"]["param"]) == ("failed", "head_conflict", "name")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_job_that_saves_its_head_is_cancelled_too_late(served: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_saving, may_save = threading.Event(), threading.Event()
+    save = trainer.save_head
+
+    def save_when_told(*given: Any) -> None:
+        is_saving.set()
+        may_save.wait(30)
+        save(*given)
+
+    monkeypatch.setattr(trainer, "save_head", save_when_told)
+    job = start(served, pairs=CHAT)
+    assert is_saving.wait(30)
+    response = served.post(f"/v1/management/jobs/{job['id']}/cancel")
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "cancelled_too_late")
+    may_save.set()
+    assert result(served, job)["status"] == "succeeded"
+
+
+def test_the_fewest_prompts_that_are_allowed_make_a_head(served: TestClient) -> None:
+    body = {"instruction": "Be kind.", "instruction_prompts": 20, "instruction_tokens": 4}
+    done = result(served, start(served, **body))
+    assert (done["status"], done["error"]) == ("succeeded", None)
+    assert done["result"]["card"]["data"]["prompts"] == {"train": 16, "validation": 2, "test": 2}
 
 
 def test_requests_get_the_same_tokens_while_a_job_runs_and_a_cancelled_job_leaves_nothing(

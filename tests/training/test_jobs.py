@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 
 from server.engines.base import Engine
 from server.engines.fake import FakeEngine
-from server.errors import HeadConflictError, OverloadedError, ShuttingDownError, UnknownJobError
+from server.errors import HeadConflictError, LateCancelError, OverloadedError, ShuttingDownError, UnknownJobError
+from server.logs import request_id_var
 from server.telemetry import Telemetry
 from server.training.control import JobControl
 from server.training.jobs import MAX_ENDED, MAX_QUEUED, HeadJob, HeadJobs
@@ -33,7 +35,8 @@ class Work:
     """Jobs that go on until they are let go, or cancelled."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.may_end = threading.Event()
+        self.may_end, self.is_saving, self.may_save = (threading.Event() for _ in range(3))
+        self.may_save.set()
         self.names: list[str] = []
         self.error = error
 
@@ -45,6 +48,9 @@ class Work:
             job.check()
         if self.error is not None:
             raise self.error
+        job.enter("saving")
+        self.is_saving.set()
+        self.may_save.wait(5)
         return CARD
 
 
@@ -91,6 +97,47 @@ async def test_a_job_is_cancelled_where_it_waits_and_where_it_runs(make: Callabl
     assert await ended(first, second) == ["cancelled", "cancelled"]
     assert jobs.cancel(first.id).facts()["error"] is None
     assert "h1" not in jobs._engine.info.heads
+
+
+async def test_a_job_that_saves_its_head_cannot_be_cancelled_and_succeeds(make: Callable[..., HeadJobs]) -> None:
+    work = Work()
+    work.may_save.clear()
+    work.may_end.set()
+    jobs = make(work)
+    job = jobs.add(recipe("h1"))
+    assert await asyncio.to_thread(work.is_saving.wait, 5)
+    with pytest.raises(LateCancelError, match=r"too late to cancel .* its head 'h1' is being saved"):
+        jobs.cancel(job.id)
+    jobs.stop()
+    work.may_save.set()
+    assert await ended(job) == ["succeeded"]
+    assert jobs.cancel(job.id).status == "succeeded"
+
+
+async def test_lines_of_jobs_are_whole_sentences_and_carry_no_requests_id(
+    make: Callable[..., HeadJobs], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.training.jobs")
+    lines: list[tuple[str, str | None]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.getMessage(), request_id_var.get()))
+    logging.getLogger("server.training.jobs").addHandler(handler)
+    request_id_var.set("req-1")
+    work = Work()
+    jobs = make(work)
+    first, second, third = (jobs.add(recipe(name)) for name in ("h1", "h2", "h3"))
+    jobs.cancel(second.id)
+    work.may_end.set()
+    await ended(first, third)
+    work.error = TextsFileError("pairs.3: long")
+    failed = jobs.add(recipe("h4"))
+    await ended(failed)
+    logging.getLogger("server.training.jobs").removeHandler(handler)
+    assert {request_id for _, request_id in lines} == {None}
+    told = [text for text, _ in lines]
+    assert f"Job {first.id} has succeeded; it made the value head 'h1'." in told
+    assert f"Job {second.id} was cancelled." in told
+    assert f"Job {failed.id} has failed: pairs.3: long" in told
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_a_pair_that_is_wrong_is_refused_with_its_line(record: object, why: str,
         ('{"text": "a", "score": -Infinity}', "no JSON object (-Infinity is not a finite number)"),
         ('{"text": "a", "score": 1e999}', "no JSON object (score is not a finite number)"),
         ('{"text": "a", "score": 1' + "0" * 400 + "}", "score: must be a finite number"),
+        ({"text": "a", "score": 1e300}, "score: must be from -1e+12 to 1e+12"),
+        ({"text": "a", "score": -(10**13)}, "score: must be from -1e+12 to 1e+12"),
         ({"text": "a", "score": True}, "score: must be a finite number; labels go into label"),
         ({"text": "a", "score": "1"}, "score: must be a finite number"),
         ({"text": "a", "label": 1}, "score is missing"),
@@ -197,6 +199,49 @@ def test_named_fields_are_left_out_and_plain_prompts_may_be_a_users(tmp_path: Pa
     assert first.prompt == (user("Wie geht's? 你好"),)
     with pytest.raises(TextsFileError, match="prompt is missing; a chat cannot be told from its answer"):
         read_pairs(write(tmp_path / "p.jsonl", {"chosen": "a b", "rejected": "a c"}, others=PAIRS), as_chat=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "ignored"),
+    [
+        (PAIRS[0], "rejected"),
+        (PAIRS[0], "prompt"),
+        ({"messages": [user("a")], "chosen": "b", "rejected": "c"}, "messages"),
+        (TEXTS[0], "score"),
+        (TEXTS[0], "text"),
+        ({"prompt": "a", "response": "b", "score": 1}, "prompt"),
+    ],
+)
+def test_a_field_that_is_needed_is_not_left_out(record: dict[str, Any], ignored: str, tmp_path: Path) -> None:
+    read, others = (read_pairs, PAIRS) if "chosen" in record else (read_texts, TEXTS)
+    path = write(tmp_path / "p.jsonl", record, others=others)
+    with pytest.raises(TextsFileError) as raised:
+        read(path, ignore=["id", ignored])
+    assert str(raised.value) == f"ignore_fields: {path}, line 1 needs {ignored}, which cannot be left out"
+
+
+def test_a_field_that_says_the_same_twice_may_be_left_out(tmp_path: Path) -> None:
+    records = [{**text, "label": i % 2} for i, text in enumerate(TEXTS)]
+    read = read_texts(write(tmp_path / "t.jsonl", others=records), ignore=["label"])
+    assert [text.score for text in read.texts] == list(range(8))
+    whole = [
+        {
+            "prompt": f"Q{i}",
+            "chosen": [user(f"Hi {i}?"), assistant("a")],
+            "rejected": [user(f"Hi {i}?"), assistant("b")],
+        }
+        for i in range(8)
+    ]
+    pairs = read_pairs(write(tmp_path / "p.jsonl", others=whole), ignore=["prompt"])
+    assert pairs.texts[0].prompt == (user("Hi 0?"),)
+
+
+def test_scores_that_differ_among_held_out_prompts_alone_are_refused(tmp_path: Path) -> None:
+    ids = {text.prompt_id: i for i, text in enumerate(read_texts(write(tmp_path / "t.jsonl", others=TEXTS)).texts)}
+    held_out = {ids[prompt_id] for prompt_id in validation_prompts(ids)}
+    records = [{**text, "score": 1 if i in held_out else 0} for i, text in enumerate(TEXTS)]
+    with pytest.raises(TextsFileError, match="apart from the 2 prompts that are held out all texts have the same"):
+        read_texts(write(tmp_path / "t.jsonl", others=records)).check_spread(is_centred=False)
 
 
 def test_parquet_is_read_as_json_lines_are(tmp_path: Path) -> None:

