@@ -105,3 +105,10 @@ def test_a_forced_call_that_is_none_is_named(seen: Seen, what: str) -> None:
     assert judge.problems_of(planned, called('{"ci', reason="length")) == []
     (problem,) = judge.problems_of(planned, seen)
     assert what in problem
+
+
+@pytest.mark.parametrize(("has_left", "num_names", "is_right"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_who_leaves_may_have_read_a_name_and_not_its_event(has_left: bool, num_names: int, is_right: bool) -> None:
+    seen = streamed(CREATED, GOES_ON, has_left=has_left)
+    seen.names += ["response.output_item.added"] * num_names
+    assert (judge.problems_of(PLANNED, seen) == []) is is_right
