@@ -25,7 +25,7 @@ from tests.api.conftest import complete
 from tests.api.test_incidents import JSON
 
 MOST_S = 0.2
-"""Of the loop's own thread: two megabytes of JSON take up to a tenth of a second to parse where others share the caches."""
+"""Of the loop's own thread: two megabytes of JSON take up to half of it to parse, where others share the caches."""
 MOST_OF_ALL_S = 1.0
 """Of all threads together, which may compute side by side."""
 MIB = 2**20
