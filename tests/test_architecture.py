@@ -26,7 +26,7 @@ ALLOWED = {
                             "value_models.rewards"),
     "value_models.metrics": ("value_models.embeddings", "value_models.errors", "value_models.packages"),
     "value_models.intervals": (),
-    "value_models.claims": (),
+    "value_models.claims": ("value_models.intervals",),
     "value_models.areas": ("value_models.claims", "value_models.intervals"),
     "value_models.token_biases": ("value_models.errors", "value_models.rewards", "value_models.targets",
                                   "value_models.training_data"),

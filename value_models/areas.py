@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from value_models.claims import chance_of_no_gain
+from value_models.claims import gain_interval
 from value_models.intervals import mean_interval
 
 
@@ -48,9 +48,8 @@ def area(curve: Curve, bound: float) -> dict[str, float]:
 
 
 def area_over(curve: Curve, other: Curve, bound: float) -> dict[str, float]:
-    """{mean, low, high, p} of how much larger the first one's area is, prompt by prompt; see `chance_of_no_gain`."""
-    differences_P1 = _by_prompt(curve, bound) - _by_prompt(other, bound)
-    return mean_interval(differences_P1) | {"p": chance_of_no_gain(differences_P1)}
+    """{mean, low, high, p} of how much larger the first one's area is, prompt by prompt; see `gain_interval`."""
+    return gain_interval(_by_prompt(curve, bound) - _by_prompt(other, bound))
 
 
 def _by_prompt(curve: Curve, bound: float) -> np.ndarray:

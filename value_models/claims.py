@@ -1,7 +1,7 @@
 """Claims that one way to steer is above another: how likely each is by luck, and what is left of it among many.
 
 Prompts are drawn again, and not responses, as for intervals (intervals.py). Knows nothing of arms or heads. Enter at
-`chance_of_no_gain` and `holm`.
+`gain_interval` and `holm`.
 
 Shapes: P prompts, S responses to each.
 """
@@ -12,8 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from value_models.intervals import mean_interval
+
 _NUM_RESAMPLES = 20_000
 _ROWS_AT_ONCE = 1000
+
+
+def gain_interval(differences_PS: np.ndarray) -> dict[str, float]:
+    """{mean, low, high, p} of paired differences, prompt by prompt; see `chance_of_no_gain`."""
+    return mean_interval(differences_PS) | {"p": chance_of_no_gain(differences_PS)}
 
 
 def chance_of_no_gain(differences_PS: np.ndarray) -> float:

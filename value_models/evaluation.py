@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from value_models.claims import chance_of_no_gain
+from value_models.claims import gain_interval
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.intervals import mean_interval
 from value_models.metrics import load_metric
@@ -101,7 +101,7 @@ def evaluate_arms(
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {
-                    metric: _gain(scored.scores[metric] - done[other].scores[metric])
+                    metric: gain_interval(scored.scores[metric] - done[other].scores[metric])
                     for metric in ("reward", *scoring.judges)
                 }
                 for other in (comparisons or {}).get(name, ())
@@ -140,10 +140,6 @@ def _score(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scoring:
     scores["finished"] = [float(sample.is_finished) for sample in samples]
     scores["tokens"] = [float(sample.num_tokens) for sample in samples]
     return _Scored(samples, {name: np.asarray(values).reshape(len(prompts), -1) for name, values in scores.items()})
-
-
-def _gain(differences_PS: np.ndarray) -> dict[str, float]:
-    return mean_interval(differences_PS) | {"p": chance_of_no_gain(differences_PS)}
 
 
 def _reference_scores(prompts: Sequence[RolloutPrompt], scoring: Scoring) -> dict[str, np.ndarray]:
