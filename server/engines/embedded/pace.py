@@ -90,6 +90,7 @@ class Pace:
         if not pieces:
             _add(measured.plain_s, seconds)
             measured.due = min(measured.due, 1)
+        # What a told token costs is learnt from one alone too, since until then no step holds more of them.
         elif num_tokens == 1 and measured.plain_s and (measured.due or not pieces[0].is_told):
             _add(measured.single, (pieces[0], seconds))
             measured.due = measured.age = 0
@@ -98,7 +99,7 @@ class Pace:
             self._learn(measured, pieces, seconds)
 
     def _learn(self, measured: _Measured, pieces: Sequence[Piece], seconds: float) -> None:
-        """From a step with more than one token."""
+        """From a step with more than one token, or with one that is told."""
         least_s = self._least_s(measured)
         if seconds < least_s:
             measured.due = 2
