@@ -8,8 +8,9 @@ Shapes: P prompts, S samples of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from value_models.claims import gain_interval
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.intervals import mean_interval
-from value_models.metrics import load_metric
+from value_models.metrics import EvalMetric, load_metric
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
 
@@ -45,17 +46,25 @@ class Scoring:
     reward_name: str
     judges: tuple[str, ...]
     reward: Reward
-    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]]
+    metrics: dict[str, EvalMetric]
 
     @classmethod
-    def load(cls, reward_name: str, judges: Sequence[str]) -> Scoring:
-        """Raises RewardError, MetricError."""
-        metrics = {name: load_metric(name) for name in (*judges, *TEXT_METRICS)}
+    def load(
+        cls, reward_name: str, judges: Sequence[str], *, others: Mapping[str, EvalMetric] = MappingProxyType({})
+    ) -> Scoring:
+        """`others` are judges beside the known ones, by name. Raises RewardError, MetricError."""
+        metrics = {name: others.get(name) or load_metric(name) for name in (*judges, *TEXT_METRICS)}
         scoring = cls(reward_name, tuple(judges), load_reward(reward_name), metrics)
         # A library that is missing is missed now, and not after what is to be scored has been sampled.
         for score in (scoring.reward, *metrics.values()):
             score(["Is it?"], ["It is."])
         return scoring
+
+    def without(self, judges: Collection[str]) -> Scoring:
+        """The same with fewer judges, where some take too long."""
+        kept = tuple(judge for judge in self.judges if judge not in judges)
+        metrics = {name: metric for name, metric in self.metrics.items() if name in (*kept, *TEXT_METRICS)}
+        return replace(self, judges=kept, metrics=metrics)
 
 
 @dataclass(slots=True, frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from server.cli.asked import ASKED
 from server.cli.claims import areas, claims, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
 from server.cli.strengths import Point, StrengthSearch, Sweep
@@ -57,11 +58,11 @@ class EvalSetup:
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
-        return self._evaluate(arms, self.prompts, self.num_samples, comparisons or {})
+        return self._evaluate(arms, self.prompts, self.num_samples, self.scoring, comparisons or {})
 
     def tune(self, arms: Mapping[str, Arm], *, num_prompts: int = _NUM_TUNING_PROMPTS) -> dict[str, Any]:
-        """On validation prompts, one response each."""
-        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, {})
+        """On validation prompts, one response each, without judges that take long: no strength is chosen by them."""
+        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, self.scoring.without(ASKED), {})
 
     def strengths(self) -> StrengthSearch:
         return StrengthSearch(self.subject, self.methods, self.tune)
@@ -98,6 +99,7 @@ class EvalSetup:
         arms: Mapping[str, Arm],
         prompts: Sequence[RolloutPrompt],
         num_samples: int,
+        scoring: Scoring,
         comparisons: Comparisons,
     ) -> dict[str, Any]:
         with tqdm(unit="response", leave=False) as bar:
@@ -109,7 +111,7 @@ class EvalSetup:
             return evaluate_arms(
                 arms,
                 prompts,
-                self.scoring,
+                scoring,
                 num_samples=num_samples,
                 store=self.store,
                 comparisons=comparisons,

@@ -21,6 +21,7 @@ from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
 from server.cli.arms import ArmFactory
+from server.cli.asked import ASKED
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, BiasSources, Method, Subject
@@ -36,7 +37,7 @@ from value_models.files import write_text
 from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
-from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, locked_prompts_file, split_of
 from value_models.rewards import Reward, check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
@@ -54,13 +55,16 @@ _INSTRUCTIONS = {
     "relevance": "Stay strictly on the topic of the question, and answer exactly what it asks.",
 }
 JUDGES = {
-    "positive": ["afinn", "textblob_polarity"],
-    "plain": ["word_frequency", "dale_chall_easy"],
-    "neutral": ["afinn_calm", "textblob_objectivity"],
+    "positive": ["afinn", "textblob_polarity", "anchors_positive", "asked_positive"],
+    "plain": ["word_frequency", "dale_chall_easy", "anchors_plain", "asked_plain"],
+    "neutral": ["afinn_calm", "textblob_objectivity", "anchors_neutral", "asked_neutral"],
     "brevity": ["few_sentences", "few_characters"],
-    "nontoxic": ["clean_words", "empath_peaceful"],
+    "nontoxic": ["clean_words", "empath_peaceful", "anchors_nontoxic", "asked_nontoxic"],
     "relevance": ["prompt_word_recall", "wordllama_similarity"],
 }
+
+
+KNOWN_JUDGES = {**EVAL_METRICS, **ASKED}
 
 
 class Evaluation(HeadsModelCommand):
@@ -77,8 +81,10 @@ class Evaluation(HeadsModelCommand):
         description="file whose validation split strengths are set on, and which holds the prompts of --rollouts; by "
         "default the same as --prompts",
     )
-    split: Literal["test", "validation", "all"] = Field(
-        "test", description="`all` is for a file that no head was trained on"
+    split: Literal["test", "validation", "all", "locked"] = Field(
+        "test",
+        description="`all` is for a file that no head was trained on; `locked` are prompts of the project's own that "
+        "nothing was tuned on, in place of --prompts",
     )
     max_prompts: int | None = Field(
         None, ge=1, description="so many of the split, drawn by a hash of the id; the sweep takes 48 validation prompts"
@@ -95,7 +101,7 @@ class Evaluation(HeadsModelCommand):
         "hf:<folder or hub id>[#label] or module:function, is only loaded where you name it",
     )
     judges: list[str] | None = Field(
-        None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
+        None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(KNOWN_JUDGES)}"
     )
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
     max_tokens: int = Field(64, ge=1, description="new tokens of a response")
@@ -121,10 +127,12 @@ class Evaluation(HeadsModelCommand):
             raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(self.known_methods)}")
         if self.sets_strengths and self.split == "all" and self.tuning_prompts is None:
             raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
+        if self.split == "locked" and self.prompts is not None:
+            raise ValueError("prompts: --split locked has its own; --tuning-prompts names where strengths are set")
         if self.update_card and self.split == "validation":
             raise ValueError("update_card: a card tells of test prompts; leave it out with --split validation")
-        if unknown := set(self.judges or []) - EVAL_METRICS.keys():
-            raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(EVAL_METRICS)}")
+        if unknown := set(self.judges or []) - KNOWN_JUDGES.keys():
+            raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(KNOWN_JUDGES)}")
         for method in self.rivals():
             if self.max_batch_size < (rows := method.num_rows):
                 raise ValueError(f"max_batch_size: {method.name} tries {rows} continuations at once; give as many rows")
@@ -172,7 +180,7 @@ class Evaluation(HeadsModelCommand):
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = self.reward_of(card)
-        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []))
+        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
         instruction = self.instruction_of(reward)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
@@ -191,7 +199,7 @@ class Evaluation(HeadsModelCommand):
             prompts=self.test_prompts(),
             tuning_prompts=self._prompts(self._tuning_file, "validation") if self.sets_strengths else [],
             split=self.split,
-            test_set=self.prompts.stem if self.prompts else "project",
+            test_set=self.test_set,
             num_samples=self.num_samples,
             methods=methods,
         )
@@ -218,7 +226,15 @@ class Evaluation(HeadsModelCommand):
         return GenerationStore(self.work / "responses")
 
     def test_prompts(self) -> list[RolloutPrompt]:
-        return self._prompts(self.prompts, self.split)[: self.max_prompts]
+        file, split = (locked_prompts_file(), "all") if self.split == "locked" else (self.prompts, self.split)
+        return self._prompts(file, split)[: self.max_prompts]
+
+    @property
+    def test_set(self) -> str:
+        """What cards call it."""
+        if self.split == "locked":
+            return "locked"
+        return self.prompts.stem if self.prompts else "project"
 
     def sampling(self) -> RolloutSettings:
         return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})
