@@ -91,8 +91,8 @@ def evaluate_arms(
     `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
     how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's mean reward and divergence.
     `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
-    ties counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises
-    RewardError, MetricError.
+    ties counting half. `coherence_loss` is the base's coherence less the arm's, prompt by prompt. `worst` is the mean
+    over prompts of the lowest reward among a prompt's samples. Raises RewardError, MetricError.
     """
     store = store or GenerationStore(None)
     reference = _reference_scores(prompts, scoring)
@@ -107,6 +107,7 @@ def evaluate_arms(
         figures[name] = {
             **{metric: mean_interval(values) for metric, values in scored.scores.items()},
             **_votes(scored.scores, {"win_over_base": base.scores, "win_over_reference": reference}, scoring.judges),
+            "coherence_loss": mean_interval(base.scores["coherence"] - scored.scores["coherence"]),
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {

@@ -26,10 +26,38 @@ _STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
     "methods": {"worst_case"},
-    "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "stress": {
+        "worst_case",
+        "max_kl",
+        "step_size",
+        "instruction",
+        "methods",
+        "tuning_prompts",
+        "rollouts",
+        "max_coherence_loss",
+    },
     "cost": {"worst_case", "max_prompts"},
-    "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
-    "objectives": {"reward", "tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
+    "map": {
+        "worst_case",
+        "prompts",
+        "split",
+        "max_prompts",
+        "num_samples",
+        "instruction",
+        "methods",
+        "max_coherence_loss",
+    },
+    "objectives": {
+        "reward",
+        "tuning_prompts",
+        "rollouts",
+        "instruction",
+        "judges",
+        "methods",
+        "max_kl",
+        "step_size",
+        "max_coherence_loss",
+    },
 }
 _MIN_OBJECTIVES_HEADS = 2
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from server.cli.asked import ASKED
 from server.cli.claims import areas, claims, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
-from server.cli.strengths import Point, StrengthSearch, Sweep
+from server.cli.strengths import MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
@@ -55,6 +55,8 @@ class EvalSetup:
     num_samples: int
     methods: Sequence[Method]
     """Those that take part, besides the head."""
+    max_coherence_loss: float = MAX_COHERENCE_LOSS
+    """Of best strengths, against the base model."""
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
@@ -65,7 +67,7 @@ class EvalSetup:
         return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, self.scoring.without(ASKED), {})
 
     def strengths(self) -> StrengthSearch:
-        return StrengthSearch(self.subject, self.methods, self.tune)
+        return StrengthSearch(self.subject, self.methods, self.tune, max_coherence_loss=self.max_coherence_loss)
 
     def arms(self, sweep: Sweep) -> dict[str, Arm]:
         """Base first, then every method at the strengths that the sweep found."""
@@ -139,7 +141,7 @@ class MethodsStudy:
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
             # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
             "divergence": "exact",
-            "strengths": {"equal_divergence": sweep.matched, "best": sweep.best},
+            "strengths": sweep.told(setup.max_coherence_loss),
             "sweep": {name: [_kept(point) for point in points] for name, points in sweep.points.items()},
         }
 
@@ -152,6 +154,10 @@ class MethodsStudy:
     def show(self, result: dict[str, Any]) -> None:
         show_arms(result)
         show_claims(result)
+        strengths = result["strengths"]
+        for name in strengths["unsound"]:
+            loss = strengths["max_coherence_loss"]
+            print(f"{name}: at no strength that was tried the text is sound and loses at most {loss:g} of coherence")
 
 
 def for_card(result: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def for_card(result: dict[str, Any]) -> dict[str, Any]:
 
 def show_arms(result: dict[str, Any]) -> None:
     """A line of mean figures for each arm."""
-    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
+    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "coherence_loss", "nll", "kl")
     for name, figures in result["arms"].items():
         values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown if metric in figures)
         print(f"{name:32}{values}  {figures['wall_s']:.0f} s")

@@ -26,6 +26,7 @@ from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_f
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, BiasSources, Method, Subject
 from server.cli.program import command_line
+from server.cli.strengths import MAX_COHERENCE_LOSS
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -110,6 +111,12 @@ class Evaluation(HeadsModelCommand):
     seed: int = 1
     max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of budgeted arms, nats a token")
     step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head")
+    max_coherence_loss: float = Field(
+        MAX_COHERENCE_LOSS,
+        ge=0,
+        le=2,
+        description="of best strengths: how much of their cosine with the prompt validation responses may lose",
+    )
     work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's folder")
@@ -202,6 +209,7 @@ class Evaluation(HeadsModelCommand):
             test_set=self.test_set,
             num_samples=self.num_samples,
             methods=methods,
+            max_coherence_loss=self.max_coherence_loss,
         )
 
     def reward_of(self, card: HeadCard) -> str:
