@@ -53,7 +53,7 @@ class CostStudy:
         self._setup = setup
 
     def run(self) -> dict[str, Any]:
-        setup = self._setup
+        setup, _ = self._setup.with_best_instruction()
         arms = setup.arms(setup.strengths().sweep())
         prompts = setup.prompts[:_NUM_COST_PROMPTS]
         spent_s: dict[str, list[float]] = {name: [] for name in arms}

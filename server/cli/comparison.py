@@ -7,7 +7,7 @@ A study runs on an `EvalSetup`, gives a result of plain data, saves it with the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from server.cli.asked import ASKED
 from server.cli.claims import areas, claims, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
+from server.cli.prompting import Choice, best_instruction
 from server.cli.strengths import MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
@@ -57,14 +58,26 @@ class EvalSetup:
     """Those that take part, besides the head."""
     max_coherence_loss: float = MAX_COHERENCE_LOSS
     """Of best strengths, against the base model."""
+    instructions: Sequence[str] = ()
+    """From which prompting's is chosen on the validation prompts, in place of the subject's."""
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
         return self._evaluate(arms, self.prompts, self.num_samples, self.scoring, comparisons or {})
 
-    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int = _NUM_TUNING_PROMPTS) -> dict[str, Any]:
+    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int | None = None) -> dict[str, Any]:
         """On validation prompts, one response each, without judges that take long: no strength is chosen by them."""
-        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, self.scoring.without(ASKED), {})
+        return self._evaluate(
+            arms, self.tuning_prompts[: num_prompts or _NUM_TUNING_PROMPTS], 1, self.scoring.without(ASKED), {}
+        )
+
+    def with_best_instruction(self) -> tuple[EvalSetup, Choice | None]:
+        """Prompting by the best of the instructions there are to choose from, if it takes part."""
+        if PROMPTING not in self.methods or not self.instructions:
+            return self, None
+        has_chats = any(prompt.format == "chat" for prompt in self.tuning_prompts)
+        choice = best_instruction(self.instructions, self.subject, self.tune, has_system_role=has_chats)
+        return replace(self, subject=replace(self.subject, instruction=choice.instruction)), choice
 
     def strengths(self) -> StrengthSearch:
         return StrengthSearch(self.subject, self.methods, self.tune, max_coherence_loss=self.max_coherence_loss)
@@ -129,7 +142,7 @@ class MethodsStudy:
         self.setup = setup
 
     def run(self) -> dict[str, Any]:
-        setup = self.setup
+        setup, choice = self.setup.with_best_instruction()
         sweep = setup.strengths().sweep()
         arms = setup.arms(sweep)
         figures = setup.compare(arms, _comparisons(list(arms)))
@@ -142,6 +155,7 @@ class MethodsStudy:
             # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
             "divergence": "exact",
             "strengths": sweep.told(setup.max_coherence_loss),
+            **({} if choice is None else {"instruction": choice.told()}),
             "sweep": {name: [_kept(point) for point in points] for name, points in sweep.points.items()},
         }
 

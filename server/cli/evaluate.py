@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from server.cli.arms import ArmFactory
+from server.cli.arms import ArmFactory, Instruction
 from server.cli.asked import ASKED
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
@@ -38,7 +38,7 @@ from value_models.files import write_text
 from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
-from value_models.prompt_sets import RolloutPrompt, in_mixed_order, locked_prompts_file, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, load_instructions, locked_prompts_file, split_of
 from value_models.rewards import Reward, check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
@@ -46,15 +46,7 @@ from value_models.training_data import TrainingData, load_training_data
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
-# By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
-_INSTRUCTIONS = {
-    "positive": "Always answer in a very positive, cheerful way.",
-    "plain": "Use short sentences and simple, common words.",
-    "neutral": "Answer in a neutral, factual tone, without opinions or feelings.",
-    "brevity": "Answer in one short sentence.",
-    "nontoxic": "Write politely and respectfully, without insults, threats, swear words or sexual content.",
-    "relevance": "Stay strictly on the topic of the question, and answer exactly what it asks.",
-}
+# By built-in reward: judges that the reward does not contain.
 JUDGES = {
     "positive": ["afinn", "textblob_polarity", "anchors_positive", "asked_positive"],
     "plain": ["word_frequency", "dale_chall_easy", "anchors_plain", "asked_plain"],
@@ -94,7 +86,9 @@ class Evaluation(HeadsModelCommand):
         ["chat"], description="comma-separated kinds of prompts; an instruction is a fair rival in a chat alone"
     )
     instruction: str | None = Field(
-        None, description="what prompting puts before each prompt; built-in rewards have one"
+        None,
+        description="what prompting puts before each prompt; by default the best, on validation prompts, of 20 that each "
+        "built-in reward has",
     )
     reward: str | None = Field(
         None,
@@ -188,7 +182,8 @@ class Evaluation(HeadsModelCommand):
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = self.reward_of(card)
         scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
-        instruction = self.instruction_of(reward)
+        text = self.instruction_of(reward)
+        instruction = None if text is None else Instruction(text)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
                 f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
@@ -198,7 +193,9 @@ class Evaluation(HeadsModelCommand):
         factory = self.factory(loaded, self._with_baselines(loaded, registry, reward, card, methods))
         biases = _biases(methods, loaded, scoring.reward, data)
         return EvalSetup(
-            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, biases),
+            subject=Subject(
+                factory, self.head, self.step_size, self.max_kl, None if text is None else Instruction(text), biases
+            ),
             folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,
@@ -210,6 +207,7 @@ class Evaluation(HeadsModelCommand):
             num_samples=self.num_samples,
             methods=methods,
             max_coherence_loss=self.max_coherence_loss,
+            instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
 
     def reward_of(self, card: HeadCard) -> str:
@@ -221,8 +219,8 @@ class Evaluation(HeadsModelCommand):
         return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def instruction_of(self, reward: str) -> str | None:
-        """What prompting puts before each prompt to raise a reward."""
-        return self.instruction or _INSTRUCTIONS.get(reward)
+        """What is said before each prompt to raise a reward, where none is chosen among several."""
+        return self.instruction or next(iter(load_instructions().get(reward, ())), None)
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)
