@@ -17,7 +17,7 @@ from server.cli.asked import ASKED
 from server.cli.claims import areas, claims, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
 from server.cli.prompting import Choice, best_instruction
-from server.cli.strengths import MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
+from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
@@ -58,6 +58,8 @@ class EvalSetup:
     """Those that take part, besides the head."""
     max_coherence_loss: float = MAX_COHERENCE_LOSS
     """Of best strengths, against the base model."""
+    factors: Sequence[float] = FACTORS
+    """See `StrengthSearch`."""
     instructions: Sequence[str] = ()
     """From which prompting's is chosen on the validation prompts, in place of the subject's."""
 
@@ -80,7 +82,9 @@ class EvalSetup:
         return replace(self, subject=replace(self.subject, instruction=choice.instruction)), choice
 
     def strengths(self) -> StrengthSearch:
-        return StrengthSearch(self.subject, self.methods, self.tune, max_coherence_loss=self.max_coherence_loss)
+        return StrengthSearch(
+            self.subject, self.methods, self.tune, max_coherence_loss=self.max_coherence_loss, factors=self.factors
+        )
 
     def arms(self, sweep: Sweep) -> dict[str, Arm]:
         """Base first, then every method at the strengths that the sweep found."""

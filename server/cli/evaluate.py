@@ -26,7 +26,7 @@ from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_f
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, BiasSources, Method, Subject
 from server.cli.program import command_line
-from server.cli.strengths import MAX_COHERENCE_LOSS
+from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -87,8 +87,8 @@ class Evaluation(HeadsModelCommand):
     )
     instruction: str | None = Field(
         None,
-        description="what prompting puts before each prompt; by default the best, on validation prompts, of 20 that each "
-        "built-in reward has",
+        description="what prompting puts before each prompt; by default the best of 20 that each built-in reward has, "
+        "in the system role or before the prompt, by validation prompts",
     )
     reward: str | None = Field(
         None,
@@ -142,6 +142,11 @@ class Evaluation(HeadsModelCommand):
     def sets_strengths(self) -> bool:
         """On validation prompts."""
         return True
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """Strengths to try around that at which a method diverges as far as the head."""
+        return FACTORS
 
     def rivals(self) -> Sequence[Method]:
         """Methods that take part, besides the head, in the order of tables."""
@@ -207,6 +212,7 @@ class Evaluation(HeadsModelCommand):
             num_samples=self.num_samples,
             methods=methods,
             max_coherence_loss=self.max_coherence_loss,
+            factors=self.factors,
             instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
 

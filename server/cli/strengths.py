@@ -18,7 +18,8 @@ import numpy as np
 from server.cli.methods import HEAD, Method, Subject
 from value_models.evaluation import Arm
 
-_FACTORS = (0.35, 0.6, 1.5, 2.0)
+FACTORS = (0.35, 0.6, 1.5, 2.0)
+"""Of the strength at which a method diverges as far as the head: what else is tried."""
 # The divergence is matched within 4%, or as near as so many tries come.
 _MAX_ROUNDS, _EQUAL_KL = 5, 0.04
 # What still counts as sound text, against the base model: the goals of this project.
@@ -89,9 +90,10 @@ class StrengthSearch:
         measure: Measure,
         *,
         max_coherence_loss: float = MAX_COHERENCE_LOSS,
+        factors: Sequence[float] = FACTORS,
     ) -> None:
         self._subject, self._methods, self._measure = subject, methods, measure
-        self._max_coherence_loss = max_coherence_loss
+        self._max_coherence_loss, self._factors = max_coherence_loss, factors
 
     def sweep(self) -> Sweep:
         base = Point(0.0, self._measure({"base": self._subject.factory.base()})["base"])
@@ -137,7 +139,7 @@ class StrengthSearch:
         return tried
 
     def _around(self, method: Method, known: list[Point], middle: float) -> list[Point]:
-        strengths = dict.fromkeys(min(middle * factor, method.largest) for factor in _FACTORS)
+        strengths = dict.fromkeys(min(middle * factor, method.largest) for factor in self._factors)
         is_known = {point.strength for point in known}
         more = [self._point(method, strength) for strength in strengths if strength not in is_known]
         return sorted([*known, *more], key=lambda point: point.strength)
