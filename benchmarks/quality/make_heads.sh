@@ -12,7 +12,7 @@ own=value_models/prompts/prompts.jsonl
 "$recontrol" prompts real-toxicity-prompts --out runs/rtp.jsonl
 "$recontrol" rollouts --num-samples 16
 "$recontrol" rollouts --prompts runs/rtp.jsonl --num-samples 12 --max-tokens 32 --out runs/rtp
-"$recontrol" rollouts --formats chat --num-samples 3 --max-tokens 96 --out runs/long
+"$recontrol" rollouts --formats chat --num-samples 4 --max-tokens 96 --out runs/long
 "$recontrol" rollouts --model gemma-3-270m --formats text --num-samples 6 --max-tokens 40 --out runs/gemma
 
 train() { # name, description, flags
