@@ -59,7 +59,6 @@ if [ -f "$SHP" ]; then
     measure brevity --rollouts runs/long --max-tokens 96 $shp $few,end-token
 fi
 
-"$python" -m benchmarks.judges --out benchmarks/results/judges.json --into docs/quality.md
 "$python" -m benchmarks.quality.report --into docs/quality.md
 "$python" -m benchmarks.quality.report --into value_models/pretrained/SmolLM2-135M-Instruct/README.md
 "$python" -m benchmarks.quality.report --heads-dir value_models/pretrained/gemma-3-270m --into value_models/pretrained/gemma-3-270m/README.md

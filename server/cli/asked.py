@@ -46,13 +46,18 @@ ASKED: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
 """By the judge's name."""
 
 
+def starts(tokenizer: Any) -> list[int]:
+    """The tokens that every text begins with."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 @torch.inference_mode()
 def _log_odds(judge: LoadedModel, aim: str, texts: Sequence[str]) -> list[float]:
     question = _questions()[aim]
     tokenizer: Any = judge.tokenizer
     begins, ends = (tokenizer(question[part], add_special_tokens=False)["input_ids"] for part in ("before", "after"))
-    starts = [tokenizer.bos_token_id, *begins]
-    ids = [[*starts, *tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS], *ends] for text in texts]
+    before = [*starts(tokenizer), *begins]
+    ids = [[*before, *tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS], *ends] for text in texts]
     embeddings = judge.model.get_output_embeddings().weight
     sides = [
         embeddings[[tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in question[side]]]

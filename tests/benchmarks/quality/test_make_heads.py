@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from pydantic_settings import BaseSettings, CliApp
 
-from benchmarks.judges import PROGRAM as JUDGES_PROGRAM
-from benchmarks.judges.command import Judges
 from benchmarks.quality import PROGRAM
 from benchmarks.quality.command import Quality
 from benchmarks.quality.report import Report
@@ -36,7 +34,7 @@ def test_every_command_is_one_that_exists_with_flags_that_go_together(
     commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: dict[str, type[BaseSettings]] = {f"recontrol {name}": command_class(name) for name in COMMANDS}
-    known |= {f"{PROGRAM}.report": Report, PROGRAM: Quality, JUDGES_PROGRAM: Judges}
+    known |= {f"{PROGRAM}.report": Report, PROGRAM: Quality}
     ran: list[str] = []
     for name, command in known.items():
         monkeypatch.setattr(command, "cli_cmd", lambda self, name=name: ran.append(name), raising=False)
