@@ -145,7 +145,7 @@ def kept_table(cards: Sequence[HeadCard]) -> str:
     is_measured = False
     for card in cards:
         for result in (card.evaluation or {}).values():
-            if "unsound" not in (strengths := result["strengths"]):
+            if "unsound" not in (strengths := result.get("strengths", {})):
                 continue
             is_measured = True
             allowed = f"{strengths['max_coherence_loss']:g}"
