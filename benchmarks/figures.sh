@@ -16,6 +16,7 @@ once() { # name of the part, module, flags
 }
 
 sh benchmarks/quality/make_heads.sh "$python"
+once judges benchmarks.judges --out $results/judges.json --into docs/quality.md
 once guidance benchmarks.guidance --num-prompts 24 --num-samples 1 --out $results/guidance.json --into docs/quality.md
 once roads benchmarks.roads positive --num-samples 2 --max-prompts 40 --out $results/roads.json --into docs/heads.md
 once guard benchmarks.guard --num-prompts 60 --num-samples 2 --max-tokens 48 --out $results/guard.json --into docs/control.md
