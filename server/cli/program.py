@@ -45,6 +45,7 @@ COMMANDS = {
     "pairs": "server.cli.pairs:Pairs",
     "score": "server.cli.given_texts:Score",
     "train": "server.cli.train:Train",
+    "calibrate": "server.cli.calibrate:Calibrate",
     "eval": "server.cli.evaluate:Eval",
 }
 """Where each class is. Only that of the command that runs is imported, so that a server starts without the others'
