@@ -76,7 +76,7 @@ class RewardLevels(BaseModel):
         left: then control does not move this reward.
         """
         by_level = sorted(measured, key=lambda one: one.level)
-        rewards, levels = _rising([one.reward for one in by_level], [one.level for one in by_level])
+        rewards, levels = rising([one.reward for one in by_level], [one.level for one in by_level])
         if len(rewards) < 2:
             raise CalibrationError(
                 f"the reward does not rise with the value's level (measured at {len(by_level)} levels): this head's "
@@ -98,20 +98,20 @@ class RewardLevels(BaseModel):
     def level_of(self, reward: float) -> float:
         """The level at which the value has to be held for that mean reward; beyond the ends the map goes on straight,
         as steep as on the whole."""
-        return _straight(reward, self.rewards, self.levels)
+        return straight(reward, self.rewards, self.levels)
 
     def reward_of(self, level: float) -> float:
         """The inverse: the mean reward of responses whose value is held at a level."""
-        return _straight(level, self.levels, self.rewards)
+        return straight(level, self.levels, self.rewards)
 
 
-def _straight(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+def straight(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Linear between knots, and beyond them along the chord between the first and the last."""
     inside = min(max(x, xs[0]), xs[-1])
     return float(np.interp(inside, xs, ys)) + (x - inside) * (ys[-1] - ys[0]) / (xs[-1] - xs[0])
 
 
-def _rising(rewards: Sequence[float], levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def rising(rewards: Sequence[float], levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Isotonic regression of rewards given in the order of their levels: a knot for each pool.
 
     Source: Barlow et al. 1972, Statistical inference under order restrictions (pool adjacent violators).
@@ -123,7 +123,7 @@ def _rising(rewards: Sequence[float], levels: Sequence[float]) -> tuple[tuple[fl
         while pools and pool[0] <= pools[-1][0] + least:
             pool = _pooled(pools.pop(), pool)
         pools.append(pool)
-    return tuple(round(pool[0], 5) for pool in pools), tuple(round(pool[1], 5) for pool in pools)
+    return tuple(pool[0] for pool in pools), tuple(pool[1] for pool in pools)
 
 
 def _pooled(some: tuple[float, float, int], others: tuple[float, float, int]) -> tuple[float, float, int]:

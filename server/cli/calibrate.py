@@ -101,7 +101,7 @@ class Calibrate(HeadsModelCommand):
     ) -> list[MeasuredLevel]:
         """Without control, and then at each level."""
         arms = {card.reward_mean: factory.base(read=[self.head])}
-        levels = {round(card.reward_mean + level * card.reward_scale, 6): level for level in sorted(self.levels)}
+        levels = {card.reward_mean + level * card.reward_scale: None for level in sorted(self.levels)}
         held = {level: target_arm(factory, self.head, level, self.max_kl) for level in levels}
         store, texts = GenerationStore(self.work / "responses"), {prompt.id: prompt.text for prompt in prompts}
         told: list[MeasuredLevel] = []
@@ -186,8 +186,13 @@ def _measured(
     means_P = rewards_PS.mean(axis=1)
     return MeasuredLevel(
         level=level,
-        value=round(float(np.mean([sample.steered.get(head, sample.values[head]) for sample in samples])), 5),
-        reward=round(float(means_P.mean()), 5),
-        standard_error=round(float(means_P.std(ddof=1)) / len(means_P) ** 0.5, 5),
-        kl=round(float(np.mean([sample.mean_kl for sample in samples])), 5),
+        value=_short(float(np.mean([sample.steered.get(head, sample.values[head]) for sample in samples]))),
+        reward=_short(float(means_P.mean())),
+        standard_error=_short(float(means_P.std(ddof=1)) / len(means_P) ** 0.5),
+        kl=_short(float(np.mean([sample.mean_kl for sample in samples]))),
     )
+
+
+def _short(number: float) -> float:
+    """To six digits that count, whatever the reward's unit is."""
+    return float(f"{number:.6g}")
