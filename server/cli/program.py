@@ -1,4 +1,4 @@
-"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, eval.
+"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, calibrate, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. Enter at `main`;
 to add a command, write one class and put it in COMMANDS.
