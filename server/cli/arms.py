@@ -112,6 +112,8 @@ class ArmFactory:
         if control is not None:
             # A field that came later and is not used leaves what was sampled before it as good as it was.
             fields = {name: value for name, value in control.model_dump().items() if (name, value) != ("search", None)}
+            # Here levels are of the value, whatever it says: whoever asks for rewards has changed them before.
+            fields["objective"].pop("unit", None)
             spec = spec | {"control": fields, "heads": self.digests(control.head_names)}
             if control.objective.looks_ahead:
                 spec = spec | {"earned": self.registry.earned(control.head_names)}
