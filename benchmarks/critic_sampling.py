@@ -25,7 +25,7 @@ from benchmarks.markdown import header, row
 from benchmarks.study import Study
 from server.cli import run
 from server.cli.command import read_prompts
-from server.cli.evaluate import JUDGES
+from server.cli.evaluate import JUDGES, KNOWN_JUDGES
 from server.cli.program import command_line
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
@@ -37,7 +37,6 @@ from server.settings import DEFAULT_MODEL
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.generations import EvalSample
 from value_models.intervals import mean_interval
-from value_models.metrics import load_metric
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file, split_of
 from value_models.rewards import load_reward
 from value_models.rollouts import RolloutSettings
@@ -124,7 +123,7 @@ def figures(arms: Mapping[str, Sequence[EvalSample]], prompts: Sequence[RolloutP
     """Means over prompts, and how far they are above the first head's."""
     texts = {prompt.id: prompt.text for prompt in prompts}
     names = [*JUDGES[reward], "diversity", "coherence"]
-    metrics = {"reward": load_reward(reward), **{name: load_metric(name) for name in names}}
+    metrics = {"reward": load_reward(reward), **{name: KNOWN_JUDGES[name] for name in names}}
     tables: dict[str, dict[str, np.ndarray]] = {}
     for arm, samples in arms.items():
         kept = sorted(samples, key=lambda sample: (sample.prompt_id, sample.sample))
