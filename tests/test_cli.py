@@ -97,14 +97,18 @@ def test_calibration_keeps_what_each_level_gives_in_the_card(
     before = load_card(heads / "short")
     inputs = ["--heads-dir", str(heads), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text,chat"]
     work = ["--work", str(tmp_path / "work"), "--max-batch-size", "8", "--max-tokens", "6", "--levels=-2,2"]
-    # So short a text by a random model has no words, and its reward is the same at every level.
-    assert main(["calibrate", "short", *flags, *inputs, *work]) == 2
+
+    def calibrate(step: int) -> int:
+        """With a reward that changes by so much from each level to the next."""
+        rewards = itertools.count(0, step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("server.cli.calibrate.load_reward", lambda _: lambda _, texts: [next(rewards)] * len(texts))
+            return main(["calibrate", "short", *flags, *inputs, *work])
+
+    assert calibrate(-1) == 2
     assert "does not rise" in capsys.readouterr().err
     assert load_card(heads / "short") == before
-    numbers = itertools.count()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.cli.calibrate.load_reward", lambda _: lambda _, texts: [next(numbers)] * len(texts))
-        assert main(["calibrate", "short", *flags, *inputs, *work]) == 0
+    assert calibrate(1) == 0
     card = load_card(heads / "short")
     assert card.calibration is not None
     assert (card.calibration.base_reward, card.calibration.rewards) == (0.0, (1.0, 2.0))
