@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.calibration import ExpectedRewards
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
-from value_models.expected import ExpectedRewards, ExpectedSums
+from value_models.expected import ExpectedSums
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
