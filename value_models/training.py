@@ -22,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.critic import Credit
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
-from value_models.heads import LinearHead, ValueHead, head_from_tensors
+from value_models.fields import AUTO_FEATURES, FieldFigures, as_field, choose_field
+from value_models.heads import MAX_FEATURES, LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
 from value_models.order import order_figures
@@ -36,6 +38,9 @@ from value_models.training_data import TrainingData
 
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
+
+
+FieldFeatures = Annotated[int, Field(ge=0, le=MAX_FEATURES)] | Literal["auto"]
 
 
 class TrainSettings(BaseModel):
@@ -74,6 +79,11 @@ class TrainSettings(BaseModel):
         description=f"tokens from one reward of the text so far to the next; by default {STRIDE}, and {MODEL_STRIDE} "
         "for rewards that are models",
     )
+    field_features: FieldFeatures = Field(
+        default=0,
+        description="principal components of the state that the natural metric's direction follows, 8 at most; "
+        f"auto tries {AUTO_FEATURES} and takes them if validation prompts clearly speak for it",
+    )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
@@ -108,6 +118,19 @@ class TrainSettings(BaseModel):
         """Whether each prompt's mean is subtracted. Most prompts of single texts have one, of which nothing would be
         left."""
         return self.center_by_prompt and (kind != "texts" or "center_by_prompt" in self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _fields_are_linear_heads_by_the_natural_metric(self) -> Self:
+        if self.field_features != 0 and self.metric != "natural":
+            raise ValueError(f"field_features: goes with the metric natural alone; {self.metric} has one direction")
+        if self.field_features != 0 and self.hidden_widths:
+            raise ValueError("field_features: goes without hidden_widths; a field's value is linear")
+        return self
+
+    @property
+    def num_features_tried(self) -> int:
+        """Of a field, 0 for none."""
+        return AUTO_FEATURES if self.field_features == "auto" else self.field_features
 
     @property
     def wants_prefix_rewards(self) -> bool:
@@ -145,6 +168,8 @@ class TrainedHead:
     """For each source."""
     critic: CriticFigures | None
     """Of the natural metric where there are rollouts."""
+    field: FieldFigures | None = None
+    """Where one was tried."""
 
 
 def train_head(
@@ -166,21 +191,33 @@ def train_head(
     rollouts = next((source for source in fitted if not source.data.is_given), None)
     critic_name = settings.critic if settings.metric == "natural" else "value"
     tried = credits_to_try(rollouts, critic_name, trace=settings.advantage_trace, ridge=settings.ridge)
-    rows = ascent_rows(
-        head,
-        fitted,
-        moments,
-        metric=settings.metric,
-        shrinkage=settings.shrinkage,
-        credits=tried.credits,
-        damping=settings.damping,
-    )
-    ways = [head.with_ascent(rows_UD) for rows_UD in rows]
+    ways = _ways(head, fitted, moments, settings, tried.credits)
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
+    field_figures = None
+    if settings.num_features_tried and rollouts is not None:
+        credit = next(credit for credit in tried.credits if critic is not None and credit.name == critic.name)
+        field = as_field(head, moments, settings.num_features_tried)
+        (way,) = _ways(field, fitted, moments, settings, [credit])
+        head, field_figures = choose_field(head, way, rollouts, is_asked=settings.field_features != "auto")
     head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
-    return TrainedHead(head, figures, critic)
+    return TrainedHead(head, figures, critic, field_figures)
+
+
+def _ways(
+    head: ValueHead,
+    sources: Sequence[FitSource],
+    moments: Moments,
+    settings: TrainSettings,
+    credits: Sequence[Credit],
+) -> list[ValueHead]:
+    """The head with each of the ways uphill that `ascent_rows` finds."""
+    rows = ascent_rows(
+        head, sources, moments, metric=settings.metric, shrinkage=settings.shrinkage, credits=credits,
+        damping=settings.damping,
+    )  # fmt: skip
+    return [head.with_ascent(rows_UD) for rows_UD in rows]
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:
