@@ -44,11 +44,12 @@ from value_models.rollouts import RolloutSettings
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import load_training_data
 
-SETTINGS = {
-    "value": TrainSettings(critic="value"),
-    "prefix_reward_1": TrainSettings(critic="prefix_reward", advantage_trace=1.0),
-    f"prefix_reward_{PREFIX_TRACE:g}": TrainSettings(critic="prefix_reward", advantage_trace=PREFIX_TRACE),
+_CREDITS: dict[str, dict[str, Any]] = {
+    "value": {"critic": "value"},
+    "prefix_reward_1": {"critic": "prefix_reward", "advantage_trace": 1.0},
+    f"prefix_reward_{PREFIX_TRACE:g}": {"critic": "prefix_reward", "advantage_trace": PREFIX_TRACE},
 }
+SETTINGS = {name: TrainSettings(**credit, field_features=0) for name, credit in _CREDITS.items()}
 """By the heads' names."""
 _FIRST = "value"
 _EQUAL_KL, _MAX_ROUNDS = 0.05, 3

@@ -34,9 +34,11 @@ from benchmarks.markdown import header, row
 from benchmarks.study import Study
 from server.cli import run
 from server.cli.command import read_prompts
+from server.cli.program import command_line
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
+from value_models.ascent import ADDED_DAMPING
 from value_models.critic import PrefixCritic
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.moments import GramSum, Moments, MomentSums
@@ -53,15 +55,13 @@ _AT_ONCE = 2048
 """Tokens whose products with features are in memory."""
 _PROBED_EVERY = 16
 """Responses to one that probes are fitted to."""
-FISHER_EVERY = 3
 DAMPINGS = (1.0, 10.0, 100.0)
 """Of the added part, relative to the constant's."""
 FAMILIES: dict[str, list[str]] = {
     "constant": [],
     **{f"{n} components": [f"component {i}" for i in range(n)] for n in (1, 2, 4)},
-    **{probe: [probe] for probe in PROBES},
-    "probes": list(PROBES),
-    "4 components, probes": [*(f"component {i}" for i in range(4)), *PROBES],
+    **{probe.replace("_", " "): [probe] for probe in PROBES},
+    "all four of these": list(PROBES),
 }
 
 
@@ -105,8 +105,10 @@ class Fields(Study):
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run with top_p 1")
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     model: str = DEFAULT_MODEL
+    fisher_tokens: int = Field(100_000, ge=1, description="that the Fisher information is of, about")
 
     def measure(self) -> dict[str, Any]:
+        kept = self._read()["rewards"] if self.out is not None and self.out.exists() else {}
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         loaded = load_model(self.model)
         sums: dict[str, list[Half]] = {}
@@ -118,8 +120,9 @@ class Fields(Study):
                 raise ConfigurationError(f"rollouts: {data.prefixes}")
             if features is None:
                 features = fitted_features(data, loaded)
-                fishers = [fisher(source.data, features) for source in halves(data)]
+                fishers = [fisher(source.data, features, self.fisher_tokens) for source in halves(data)]
                 about = {
+                    "command": command_line(),
                     "rollouts": data.manifest["settings"],
                     "model": data.base_model["name"],
                     "num_prompts": int(data.prompt_B.max()) + 1,
@@ -129,12 +132,12 @@ class Fields(Study):
             sums[reward] = [
                 half_sums(source, features, matrix) for source, matrix in zip(halves(data), fishers, strict=True)
             ]
-            print(reward, "summed", flush=True)
         assert features is not None
-        return about | {"rewards": compared(sums, features.names)}
+        found = compared(sums, features.names)
+        return {"rewards": kept | {reward: about | {"fields": found[reward]} for reward in found}}
 
     def body(self, result: Mapping[str, Any]) -> str:
-        return "\n\n".join(f"`{reward}`:\n\n{table_of(one)}" for reward, one in result["rewards"].items())
+        return table(result)
 
 
 def halves(data: TrainingData) -> list[FitSource]:
@@ -212,13 +215,15 @@ def _products(data: TrainingData, features: Features) -> Iterator[tuple[TokenBlo
             yield block, some, (phi_NK[some, :, None] * grads_ND[some, None, :]).flatten(1)
 
 
-def fisher(data: TrainingData, features: Features) -> Tensor:
-    total, num_tokens = GramSum((1 + len(features.names)) * features.maps_DK.shape[0], torch.device("cpu")), 0
+def fisher(data: TrainingData, features: Features, num_tokens: int) -> Tensor:
+    """The mean product of a token's numbers, of about so many of the training tokens."""
+    total = GramSum((1 + len(features.names)) * features.maps_DK.shape[0], torch.device("cpu"))
+    every, counted = max(1, data.num_tokens("train") // num_tokens), 0
     for number, (_, _, x_NF) in enumerate(_products(data, features)):
-        if number % FISHER_EVERY == 0:
+        if number % every == 0:
             total.add(x_NF)
-            num_tokens += len(x_NF)
-    return total.matrix().div_(num_tokens)
+            counted += len(x_NF)
+    return total.matrix().div_(counted)
 
 
 def half_sums(source: FitSource, features: Features, fisher_FF: Tensor) -> Half:
@@ -301,34 +306,42 @@ def _by_prompt(judge: Half, fisher_FF: Tensor, index_F: Tensor, u_F: Tensor) -> 
 
 def _split_half(
     sums: Mapping[str, Sequence[Half]], fishers: Sequence[Tensor], index_F: Tensor, size: int
-) -> dict[str, dict[str, float]]:
-    """g1' F^-1 g2: the squared signal that a family has, without bias by the advantages that judge."""
-    pooled_FF = 0.5 * (fishers[0] + fishers[1])
-    found: dict[str, dict[str, float]] = {reward: {} for reward in sums}
-    for added in (1.0, 10.0):
-        factor_FF = _factor(pooled_FF, size, added)
-        for reward, both in sums.items():
-            first_F, second_F = (half.judged_F()[index_F] for half in both)
-            fit1_F, fit2_F = (half.fit_F[index_F] for half in both)
-            found[reward][f"damping {added:g}"] = round(float(first_F @ _solved(factor_FF, second_F)), 5)
-            found[reward][f"lambda, damping {added:g}"] = round(float(fit1_F @ _solved(factor_FF, fit2_F)), 5)
+) -> dict[str, float]:
+    """S = g1' F^-1 g2: the squared signal that a family has, without bias by the advantages that judge."""
+    factor_FF = _factor(0.5 * (fishers[0] + fishers[1]), size, ADDED_DAMPING)
+    found: dict[str, float] = {}
+    for reward, both in sums.items():
+        first_F, second_F = (half.judged_F()[index_F] for half in both)
+        found[reward] = round(float(first_F @ _solved(factor_FF, second_F)), 5)
     return found
 
 
-def table_of(one: Mapping[str, Any]) -> str:
-    lines = header(["field", "split-half S", *(f"gain, damping {damping:g}" for damping in DAMPINGS)])
-    for family, figures in one.items():
-        cells = [family, " / ".join(f"{number:.5f}" for number in figures["split_half_s"].values())]
-        for damping in DAMPINGS:
-            figure = figures.get(f"damping {damping:g}")
-            cells.append(
-                ""
-                if figure is None
-                else f"{', '.join(f'{gain:.4f}' for gain in figure['gains'])} "
-                f"({figure['above_constant']:+.4f} ± {figure['error']:.4f})"
-            )
-        lines.append(row(cells))
-    return "\n".join(lines)
+def table(result: Mapping[str, Any]) -> str:
+    lines = header(["reward", "direction", "S", *(f"gain, damping {damping:g}" for damping in DAMPINGS), "times"])
+    told: list[str] = []
+    for reward, one in result["rewards"].items():
+        constant = sum(one["fields"]["constant"]["damping 1"]["gains"])
+        for family, figures in one["fields"].items():
+            cells = [f"`{reward}`", family, f"{figures['split_half_s']:.4f}"]
+            cells += [_cell(figures.get(f"damping {damping:g}")) for damping in DAMPINGS]
+            lines.append(row([*cells, f"{sum(_at_default(figures)['gains']) / constant:.2f}"]))
+        told.append(
+            f"`{reward}`: {one['num_prompts']:,} prompts, {one['num_responses']:,} responses, {one['num_tokens']:,} "
+            f"tokens of {one['model']}, top_p {one['rollouts']['top_p']:g} (`{one['command']}`)."
+        )
+    return "\n".join([*lines, "", "\n\n".join(told)])
+
+
+def _at_default(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gains by the damping that training takes."""
+    return figures.get(f"damping {ADDED_DAMPING:g}", figures["damping 1"])
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    gains = ", ".join(f"{gain:.3f}" for gain in figure["gains"])
+    return f"{gains} ({figure['above_constant']:+.4f} ± {figure['error']:.4f})" if figure["error"] else gains
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from value_models.critic import Credit
+from value_models.critic import Credit, PrefixCritic
 from value_models.errors import TrainingDataError
 from value_models.heads import UNIT_COST_NATS, FieldHead, ValueHead
 from value_models.linalg import solve, vecdot
@@ -170,7 +170,8 @@ class AscentGain:
     E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over a split's tokens, with s the head's shift and A the reward less the
     value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
     that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
-    Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike.
+    Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike. What is
+    subtracted from the reward changes the noise alone: the head's value, or a critic's.
     """
 
     earned_P: Tensor
@@ -195,15 +196,15 @@ class AscentGain:
         return self.earned_P / self.num_tokens / max(self.paid / self.num_tokens, _MIN_COST_NATS) ** 0.5
 
 
-def ascent_gain(head: ValueHead, source: FitSource, split: str) -> AscentGain:
-    """Of a head's way uphill on the tokens of a split."""
+def ascent_gain(head: ValueHead, source: FitSource, split: str, critic: PrefixCritic | None = None) -> AscentGain:
+    """Of a head's way uphill on the tokens of a split; by the head's value where no critic is given."""
     data = source.data
     prompts = data.prompts_in(split)
     number_B = torch.searchsorted(prompts, data.prompt_B)
     earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
     for block in data.blocks(split):
         shift_D = shift_of(head, block)
-        advantage_N = _advantages(head, source, block, mean_score, MONTE_CARLO)
+        advantage_N = _advantages(head, source, block, mean_score, Credit(1.0, critic))
         earned_N = (advantage_N * vecdot(shift_D, block.logp_grads_ND)).double().cpu()
         earned_P.index_add_(0, block.of_tokens(number_B), earned_N)
         paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from value_models.ascent import ascent_gain
+from value_models.critic import PrefixCritic
 from value_models.heads import FieldHead, ValueHead
 from value_models.linalg import eigh
 from value_models.moments import Moments
 from value_models.sources import FitSource
 
 AUTO_FEATURES = 4
-"""That are tried where no number is asked for."""
+"""That are tried where no number is asked for, or as many as fit into MAX_AUTO_NUMBERS."""
+MAX_AUTO_NUMBERS = 8192
+"""Of a field that is tried unasked: memory and time of its fit grow with their square and more."""
 _CLEAR = 2.0
 """Standard errors by which the gain of a field has to be above that of the constant direction to be taken."""
 
@@ -75,11 +78,19 @@ def principal_rows(moments: Moments, count: int) -> Tensor:
     return sign_K1 * rows_KD / values_D.flip(0)[:count, None].sqrt()
 
 
+def num_tried(hidden_size: int) -> int:
+    """How many features are tried unasked."""
+    return min(AUTO_FEATURES, MAX_AUTO_NUMBERS // hidden_size - 1)
+
+
 def choose_field(
-    constant: ValueHead, field: FieldHead, rollouts: FitSource, *, is_asked: bool
+    constant: ValueHead, field: ValueHead, rollouts: FitSource, critic: PrefixCritic | None, *, is_asked: bool
 ) -> tuple[ValueHead, FieldFigures]:
-    """The field where it was asked for by number, or where its gain on validation prompts is clearly greater."""
-    constant_gain, field_gain = (ascent_gain(head, rollouts, "validation") for head in (constant, field))
+    """The field where it was asked for by number, or where its gain on validation prompts is clearly greater.
+
+    Both are judged by the same Monte Carlo advantages, less the critic's values where there is one.
+    """
+    constant_gain, field_gain = (ascent_gain(head, rollouts, "validation", critic) for head in (constant, field))
     margin, error = field_gain.margin(constant_gain)
     is_taken = is_asked or margin > _CLEAR * error
     figures = FieldFigures(

@@ -25,7 +25,7 @@ from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
 from value_models.critic import Credit
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
-from value_models.fields import AUTO_FEATURES, FieldFigures, as_field, choose_field
+from value_models.fields import AUTO_FEATURES, FieldFigures, as_field, choose_field, num_tried
 from value_models.heads import MAX_FEATURES, LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
@@ -80,9 +80,9 @@ class TrainSettings(BaseModel):
         "for rewards that are models",
     )
     field_features: FieldFeatures = Field(
-        default=0,
-        description="principal components of the state that the natural metric's direction follows, 8 at most; "
-        f"auto tries {AUTO_FEATURES} and takes them if validation prompts clearly speak for it",
+        default="auto",
+        description=f"principal components of the state that the natural metric's direction follows, {MAX_FEATURES} at "
+        f"most; auto tries {AUTO_FEATURES} and takes them if validation prompts of rollouts clearly speak for it",
     )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
@@ -121,16 +121,17 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fields_are_linear_heads_by_the_natural_metric(self) -> Self:
-        if self.field_features != 0 and self.metric != "natural":
-            raise ValueError(f"field_features: goes with the metric natural alone; {self.metric} has one direction")
-        if self.field_features != 0 and self.hidden_widths:
+        if "field_features" in self.model_fields_set and self.metric != "natural":
+            raise ValueError(f"field_features: goes with the metric natural alone, not with {self.metric}")
+        if "field_features" in self.model_fields_set and self.hidden_widths:
             raise ValueError("field_features: goes without hidden_widths; a field's value is linear")
         return self
 
-    @property
-    def num_features_tried(self) -> int:
-        """Of a field, 0 for none."""
-        return AUTO_FEATURES if self.field_features == "auto" else self.field_features
+    def features_tried(self, hidden_size: int) -> int:
+        """Of a field that may be taken; 0 for none."""
+        if self.metric != "natural" or self.hidden_widths:
+            return 0
+        return num_tried(hidden_size) if self.field_features == "auto" else self.field_features
 
     @property
     def wants_prefix_rewards(self) -> bool:
@@ -194,11 +195,12 @@ def train_head(
     ways = _ways(head, fitted, moments, settings, tried.credits)
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
     field_figures = None
-    if settings.num_features_tried and rollouts is not None:
-        credit = next(credit for credit in tried.credits if critic is not None and credit.name == critic.name)
-        field = as_field(head, moments, settings.num_features_tried)
-        (way,) = _ways(field, fitted, moments, settings, [credit])
-        head, field_figures = choose_field(head, way, rollouts, is_asked=settings.field_features != "auto")
+    num_features = settings.features_tried(head.hidden_size)
+    if num_features > 0 and rollouts is not None and critic is not None:
+        credit = next(credit for credit in tried.credits if credit.name == critic.name)
+        (field,) = _ways(as_field(head, moments, num_features), fitted, moments, settings, [credit])
+        is_asked = settings.field_features != "auto"
+        head, field_figures = choose_field(head, field, rollouts, credit.critic, is_asked=is_asked)
     head = calibrated(head, sources)
     figures = [_figures(head, source) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
