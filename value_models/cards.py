@@ -158,7 +158,7 @@ def _critic_text(critic: dict[str, Any]) -> str:
 
 def _field_choice_text(field: dict[str, Any]) -> str:
     gains, (margin, error) = field["ascent_gain"], field["above_constant"]
-    taken = f"follows {field['num_features']} components of the state" if field["num_features"] else "is constant"
+    taken = f"follows the state by components: {field['num_features']}" if field["num_features"] else "is constant"
     return (
         f"the direction {taken} (gain {gains['field']:.3f} with them and {gains['constant']:.3f} without, difference "
         f"{margin:+.4f} with a standard error of {error:.4f})"
@@ -168,8 +168,8 @@ def _field_choice_text(field: dict[str, Any]) -> str:
 def _field_text(head: ValueHead) -> str:
     if not isinstance(head, FieldHead):
         return ""
-    components = f"{head.num_units - 1} principal components of the state"
-    return f"; follows {components}, whose part is damped {ADDED_DAMPING:g} times as much"
+    components = f"principal components: {head.num_units - 1}"
+    return f"; follows the state by {components}, damped {ADDED_DAMPING:g} times as much"
 
 
 def _aim(data: TrainingData, reward: str | None) -> str:

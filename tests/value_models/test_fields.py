@@ -102,9 +102,9 @@ def test_the_card_says_what_a_field_follows_and_what_it_gained(data: TrainingDat
         critic=trained.critic, field=trained.field, reward="plain", command="pytest",
     )  # fmt: skip
     assert card.architecture.type == "field"
-    assert card.metric.endswith("; follows 1 principal components of the state, whose part is damped 10 times as much")
+    assert card.metric.endswith("; follows the state by principal components: 1, damped 10 times as much")
     assert card.validation["field"]["num_features"] == 1
-    assert "the direction follows 1 components of the state (gain" in figures_text(card.validation)
+    assert "the direction follows the state by components: 1 (gain" in figures_text(card.validation)
 
 
 def test_of_large_models_fewer_features_are_tried_unasked() -> None:
