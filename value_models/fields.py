@@ -31,6 +31,10 @@ AUTO_FEATURES = 4
 """That are tried where no number is asked for, or as many as fit into MAX_AUTO_NUMBERS."""
 MAX_AUTO_NUMBERS = 8192
 """Of a field that is tried unasked: memory and time of its fit grow with their square and more."""
+MIN_TOKENS = 10
+"""Training tokens for each of those numbers: with fewer a field is mostly noise."""
+_MIN_VARIANCE = 1e-6
+"""Of a component, relative to that of one dimension."""
 _CLEAR = 2.0
 """Standard errors by which the gain of a field has to be above that of the constant direction to be taken."""
 
@@ -75,12 +79,13 @@ def principal_rows(moments: Moments, count: int) -> Tensor:
     values_D, vectors_DD = eigh(moments.correlation_DD)
     rows_KD = vectors_DD.T.flip(0)[:count]
     sign_K1 = rows_KD.gather(1, rows_KD.abs().argmax(1, keepdim=True)).sign()
-    return sign_K1 * rows_KD / values_D.flip(0)[:count, None].sqrt()
+    return sign_K1 * rows_KD / values_D.flip(0)[:count, None].clamp(min=_MIN_VARIANCE).sqrt()
 
 
-def num_tried(hidden_size: int) -> int:
-    """How many features are tried unasked."""
-    return min(AUTO_FEATURES, MAX_AUTO_NUMBERS // hidden_size - 1)
+def num_tried(hidden_size: int, num_tokens: int) -> int:
+    """How many features are tried unasked, where there are so many training tokens; 0 for none."""
+    most = min(MAX_AUTO_NUMBERS, num_tokens // MIN_TOKENS)
+    return max(0, min(AUTO_FEATURES, most // hidden_size - 1))
 
 
 def choose_field(

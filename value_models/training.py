@@ -128,11 +128,11 @@ class TrainSettings(BaseModel):
             raise ValueError("field_features: goes without hidden_widths; a field's value is linear")
         return self
 
-    def features_tried(self, hidden_size: int) -> int:
-        """Of a field that may be taken; 0 for none."""
+    def features_tried(self, hidden_size: int, num_tokens: int) -> int:
+        """Of a field that may be taken, where there are so many training tokens; 0 for none."""
         if self.metric != "natural" or self.hidden_widths:
             return 0
-        return num_tried(hidden_size) if self.field_features == "auto" else self.field_features
+        return num_tried(hidden_size, num_tokens) if self.field_features == "auto" else self.field_features
 
     @property
     def wants_prefix_rewards(self) -> bool:
@@ -201,7 +201,8 @@ def train_head(
     ways = _ways(head, fitted, moments, settings, tried.credits)
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
     field_figures = None
-    num_features = settings.features_tried(head.hidden_size)
+    num_tokens = 0 if rollouts is None else rollouts.data.num_tokens("train")
+    num_features = settings.features_tried(head.hidden_size, num_tokens)
     if num_features > 0 and rollouts is not None and critic is not None:
         credit = next(credit for credit in tried.credits if credit.name == critic.name)
         (field,) = _ways(as_field(head, moments, num_features), fitted, moments, settings, [credit])

@@ -107,5 +107,6 @@ def test_the_card_says_what_a_field_follows_and_what_it_gained(data: TrainingDat
     assert "the direction follows the state by components: 1 (gain" in figures_text(card.validation)
 
 
-def test_of_large_models_fewer_features_are_tried_unasked() -> None:
-    assert [num_tried(size) for size in (576, 1536, 2048, 4096, 8192)] == [4, 4, 3, 1, 0]
+def test_of_large_models_and_few_tokens_fewer_features_are_tried_unasked() -> None:
+    assert [num_tried(size, 10**6) for size in (576, 1638, 1639, 2048, 4096, 8192)] == [4, 4, 3, 3, 1, 0]
+    assert [num_tried(576, tokens) for tokens in (0, 11_519, 11_520, 28_799, 28_800)] == [0, 0, 1, 3, 4]
