@@ -201,17 +201,31 @@ def train_head(
     ways = _ways(head, fitted, moments, settings, tried.credits)
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
     field_figures = None
-    num_tokens = 0 if rollouts is None else rollouts.data.num_tokens("train")
-    num_features = settings.features_tried(head.hidden_size, num_tokens)
-    if num_features > 0 and rollouts is not None and critic is not None:
+    if rollouts is not None and critic is not None:
         credit = next(credit for credit in tried.credits if credit.name == critic.name)
-        (field,) = _ways(as_field(head, moments, num_features), fitted, moments, settings, [credit])
-        is_asked = settings.field_features != "auto"
-        head, field_figures = choose_field(head, field, rollouts, credit.critic, is_asked=is_asked)
+        head, field_figures = _perhaps_following(head, fitted, moments, settings, rollouts, credit)
+    elif settings.field_features not in (0, "auto"):
+        raise TrainingDataError("field_features: a field is fitted to rollouts by the metric natural; there are none")
     head = calibrated(head, sources)
     figures = [_figures(head, source, is_unit=source is fitted[0]) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
     return TrainedHead(head, figures, critic, field_figures)
+
+
+def _perhaps_following(
+    head: ValueHead,
+    sources: Sequence[FitSource],
+    moments: Moments,
+    settings: TrainSettings,
+    rollouts: FitSource,
+    credit: Credit,
+) -> tuple[ValueHead, FieldFigures | None]:
+    """The head, or a field in its place; figures where one was tried."""
+    num_features = settings.features_tried(head.hidden_size, rollouts.data.num_tokens("train"))
+    if num_features == 0:
+        return head, None
+    (field,) = _ways(as_field(head, moments, num_features), sources, moments, settings, [credit])
+    return choose_field(head, field, rollouts, credit.critic, is_asked=settings.field_features != "auto")
 
 
 def _ways(
