@@ -59,7 +59,8 @@ DAMPINGS = (1.0, 10.0, 100.0)
 """Of the added part, relative to the constant's."""
 FAMILIES: dict[str, list[str]] = {
     "constant": [],
-    **{f"{n} components": [f"component {i}" for i in range(n)] for n in (1, 2, 4)},
+    "1 component": ["component 0"],
+    **{f"{n} components": [f"component {i}" for i in range(n)] for n in (2, 4)},
     **{probe.replace("_", " "): [probe] for probe in PROBES},
     "all four of these": list(PROBES),
 }
