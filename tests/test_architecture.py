@@ -68,6 +68,8 @@ ALLOWED = {
                             "value_models.sources", "value_models.token_blocks", "value_models.training_data"),
     "value_models.critic_choice": ("value_models.ascent", "value_models.critic", "value_models.errors",
                                    "value_models.heads", "value_models.sources"),
+    "value_models.fields": ("value_models.ascent", "value_models.critic", "value_models.heads", "value_models.linalg",
+                            "value_models.moments", "value_models.sources"),
     "value_models.distillation": ("value_models.errors", "value_models.heads", "value_models.linalg",
                                   "value_models.moments", "value_models.prompt_sets", "value_models.rollouts"),
     "value_models.training": ("value_models",),
