@@ -6,8 +6,8 @@ to tell. Those are fitted jointly by the natural gradient in the products of fea
 the added ones are damped more: what the rollouts do not tell falls back to the constant direction.
 
 A field has K + 1 times the numbers of a direction, of which each costs as much noise, so few rewards have the signal
-for one (docs/tried.md). `choose_field` takes it where validation prompts clearly speak for it. Enter there and at
-`as_field`.
+for one (docs/tried.md). `choose_field` takes it where validation prompts clearly speak for it, and by enough to be
+worth what it costs. Enter there and at `as_field`.
 
 Shapes: D hidden size, K features.
 """
@@ -37,6 +37,8 @@ _MIN_VARIANCE = 1e-6
 """Of a component, relative to that of one dimension."""
 _CLEAR = 2.0
 """Standard errors by which the gain of a field has to be above that of the constant direction to be taken."""
+_WORTH_IT = 1.1
+"""Times the gain of the constant direction that a field has to gain, since the kernels of a GPU know no fields."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,13 +93,15 @@ def num_tried(hidden_size: int, num_tokens: int) -> int:
 def choose_field(
     constant: ValueHead, field: ValueHead, rollouts: FitSource, critic: PrefixCritic | None, *, is_asked: bool
 ) -> tuple[ValueHead, FieldFigures]:
-    """The field where it was asked for by number, or where its gain on validation prompts is clearly greater.
+    """The field where it was asked for by number, or where its gain on validation prompts is clearly greater, and by
+    a tenth.
 
     Both are judged by the same Monte Carlo advantages, less the critic's values where there is one.
     """
     constant_gain, field_gain = (ascent_gain(head, rollouts, "validation", critic) for head in (constant, field))
     margin, error = field_gain.margin(constant_gain)
-    is_taken = is_asked or margin > _CLEAR * error
+    pays = margin > _CLEAR * error and field_gain.gain >= _WORTH_IT * constant_gain.gain
+    is_taken = is_asked or pays
     figures = FieldFigures(
         num_features=field.num_units - 1 if is_taken else 0,
         gains={"constant": constant_gain.gain, "field": field_gain.gain},
