@@ -5,6 +5,7 @@
 # make docs    the documentation site, in build/docs; a broken link fails
 # make architectures  judge a tiny model of every architecture of transformers, and write docs/architectures.md
 # make heads   train and measure the shipped heads anew, and with them the tables and plots of the pages (some hours)
+# make figures   every figure of the pages anew, from nothing, in a night of two idle cores (make peers first)
 # make test-deploy   install the tools that check deploy/ (with apt-get where they are missing), and run those tests
 # make test-vllm   install vLLM into .venv-vllm (on a CPU too), and run the tests of control inside it (many minutes)
 # make test-clients  install the clients of docs/clients.md beside .venv, and run the tests with them (vLLM's if installed)
@@ -50,7 +51,7 @@ BROWSER_STAMP := $(STAMP)-browser
 TRITON_STAMP := $(STAMP)-triton
 AS_ROOT := $$([ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve help test audit lock docs architectures coverage test-browser test-clients test-deploy test-gpu-kernels test-vllm lint heads peers setup data clean
+.PHONY: figures serve help test audit lock docs architectures coverage test-browser test-clients test-deploy test-gpu-kernels test-vllm lint heads peers setup data clean
 
 serve: setup
 	$(BIN)/recontrol serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -116,6 +117,9 @@ lint: setup
 heads: data
 	sh benchmarks/quality/make_heads.sh $(BIN)/python
 	$(BIN)/python -m benchmarks.readme
+
+figures: data
+	sh benchmarks/figures.sh $(BIN)/python
 
 peers: setup
 	sh benchmarks/speed/make_peers.sh $(PYTHON)

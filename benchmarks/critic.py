@@ -5,8 +5,8 @@
 The prompts of a run are cut into two halves. Value, critic and directions are fitted to one half and judged on the
 other, and the other way round. All directions are judged by Monte Carlo advantages less one and the same baseline, the
 value that was fitted to the first half; that is `ascent_gain` of value_models/ascent.py, here summed by prompt, so that
-differences have intervals (95%, bootstrap over prompts). Rollouts should be sampled with top_p 1: a truncated policy's
-gradients have a mean that is not zero. Enter at `Critics`.
+differences have intervals (95%, bootstrap over prompts). Rollouts should be sampled with top_p 1, as they are by
+default: a truncated policy's gradients have a mean that is not zero. Enter at `Critics`.
 
 Shapes: P prompts, C ways to credit tokens, D hidden size.
 """

@@ -83,7 +83,9 @@ class CriticSampling(Study):
         trained = {name: train_head([data], settings) for name, settings in SETTINGS.items()}
         registry = HeadRegistry({name: one.head for name, one in trained.items()})
         source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=64))
-        sampler = _Sampler(source, RolloutSettings(num_samples=self.num_samples, max_tokens=self.max_tokens))
+        sampler = _Sampler(
+            source, RolloutSettings(num_samples=self.num_samples, max_tokens=self.max_tokens, top_p=0.95)
+        )
         own = load_prompts(own_prompts_file())
         tuning, tested = ([prompt for prompt in own if split_of(prompt.id) == name] for name in ("validation", "test"))
         steps = self._step_sizes(sampler, tuning[: self.num_tuning_prompts])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.cli.arms import ArmFactory
+from server.cli.arms import ArmFactory, Instruction
 from server.control.objectives import WorstCase
 from server.control.params import Blocks, ControlParams
 from server.control.registry import HeadRegistry
@@ -37,9 +37,10 @@ def make(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> 
 def arms(factory: ArmFactory) -> list[Arm]:
     return [
         factory.base(),
-        factory.prompting("Be kind."),
-        factory.prompting("Be brief."),
-        factory.prompting("Be kind.", ControlParams.for_head("good")),
+        factory.prompting(Instruction("Be kind.")),
+        factory.prompting(Instruction("Be brief.")),
+        factory.prompting(Instruction("Be kind.", "system")),
+        factory.prompting(Instruction("Be kind."), ControlParams.for_head("good")),
         factory.control(ControlParams.for_head("good")),
         factory.control(ControlParams.for_head("good", weight=-1.0)),
         factory.control(ControlParams.for_head("line")),

@@ -88,7 +88,25 @@ def test_a_head_without_judges_is_evaluated_by_its_reward_alone(
     assert "win_over_base" not in lines[0]
 
 
-@pytest.mark.parametrize("command", ["eval", "rollouts", "generate", "compare"])
+def test_calibration_keeps_what_each_level_gives_in_the_card(
+    workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, folder = workshop
+    heads = shutil.copytree(folder / "heads", tmp_path / "heads")
+    before = load_card(heads / "short")
+    inputs = ["--heads-dir", str(heads), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text,chat"]
+    work = ["--work", str(tmp_path / "work"), "--max-batch-size", "8", "--max-tokens", "6", "--num-samples", "2"]
+    assert main(["calibrate", "short", *flags, *inputs, *work, "--levels", "-2,2"]) == 0
+    card = load_card(heads / "short")
+    assert card.calibration is not None
+    low, high = card.calibration.measured
+    assert low.reward < high.reward
+    assert low.value < before.reward_mean < high.value
+    assert f"from {low.reward:.3f} to {high.reward:.3f}" in capsys.readouterr().out
+    assert card.model_copy(update={"calibration": None}) == before
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate", "rollouts", "generate", "compare"])
 def test_every_command_with_a_model_heeds_the_memory_it_may_take(
     command: str, workshop: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +114,8 @@ def test_every_command_with_a_model_heeds_the_memory_it_may_take(
     inputs = {
         "eval": ["short", "--methods", "best-of", "--prompts", str(folder / "prompts.jsonl"), "--formats", "text",
                  "--work", str(tmp_path), "--heads-dir", str(folder / "heads")],
+        "calibrate": ["short", "--prompts", str(folder / "prompts.jsonl"), "--work", str(tmp_path),
+                      "--formats", "text,chat", "--heads-dir", str(folder / "heads")],
         "rollouts": ["--prompts", str(folder / "prompts.jsonl"), "--out", str(tmp_path / "rollouts")],
         "generate": ["A prompt"],
         "compare": ["A prompt", "--heads-dir", str(folder / "heads")],
@@ -341,6 +361,9 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--study", "map"], "--study"),
         (["eval", "nope", "--judges", "magic"], "judges"),
         (["eval", "nope", "--split", "validation", "--update-card"], "update_card"),
+        (["calibrate", "nope", "--heads-dir", "memory://bucket/heads"], "heads_dir: only a folder of this machine"),
+        (["calibrate", "nope", "--levels", "0"], "levels"),
+        (["calibrate", "nope", "--prompts", "/nonexistent"], "prompts"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
         (["heads", "list", "--heads-dir", "memory://nowhere/at-all"], "heads_dir"),
         (["heads", "show", "x", "--heads-dir", "nonsense://x"], "heads_dir"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.cli.methods import BEST_OF, HEAD, METHODS, PROMPTING, STATIC_VECTOR, Method, Subject
-from server.cli.strengths import StrengthSearch, Sweep
+from server.cli.strengths import MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep, coherence_losses
 from server.control.params import MAX_STEP_SIZE, ControlParams
 from value_models.evaluation import Arm
 
@@ -43,11 +43,11 @@ WEAK = Method(
 
 
 class Laboratory:
-    """Reward is the root of the divergence; text is sound up to a divergence of `sound_kl`."""
+    """Reward is the root of the divergence, coherence falls with it; text is sound up to one of `sound_kl`."""
 
-    def __init__(self, sound_kl: float = 0.3) -> None:
+    def __init__(self, sound_kl: float = 0.3, coherence_a_nat: float = 0.0) -> None:
         self.measured: list[str] = []
-        self._sound_kl = sound_kl
+        self._sound_kl, self._coherence_a_nat = sound_kl, coherence_a_nat
 
     def measure(self, arms: Mapping[str, Arm]) -> dict[str, Any]:
         self.measured += arms
@@ -56,6 +56,7 @@ class Laboratory:
     def _figures(self, kl: float) -> dict[str, Any]:
         nll = 2.0 if kl <= self._sound_kl else 2.5
         values = {"reward": math.sqrt(kl), "kl": kl, "diversity": 0.98, "nll": nll}
+        values["coherence"] = 0.5 - self._coherence_a_nat * kl
         return {name: {"mean": value} for name, value in values.items()}
 
 
@@ -86,6 +87,22 @@ def test_the_best_strength_is_of_highest_reward_among_sound_texts() -> None:
 def test_where_no_text_is_sound_the_best_is_the_nearest_to_the_base_model() -> None:
     sweep = search(Laboratory(sound_kl=0.0)).sweep()
     assert sweep.best["head"] == min(point.strength for point in sweep.points["head"])
+    assert set(sweep.unsound) == {"head", "static-vector", "weak"}
+
+
+def test_the_best_strength_loses_no_more_coherence_than_is_allowed() -> None:
+    sweep = search(Laboratory(coherence_a_nat=0.2)).sweep()
+    allowed = [point for point in sweep.points["head"] if 0.2 * point.mean("kl") <= MAX_COHERENCE_LOSS]
+    assert sweep.best["head"] == allowed[-1].strength < sweep.points["head"][-1].strength
+    assert sweep.unsound == []
+
+
+def test_losses_of_coherence_never_fall_with_strength() -> None:
+    def point(coherence: float) -> Point:
+        return Point(0.0, {"coherence": {"mean": coherence}})
+
+    losses = coherence_losses([point(value) for value in (0.5, 0.46, 0.48, 0.4)], point(0.5))
+    assert losses == [0.0, 0.03, 0.03, 0.1]
 
 
 def test_only_the_methods_asked_for_are_sampled() -> None:

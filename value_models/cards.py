@@ -73,6 +73,7 @@ def trained_card(
         targets=_targets_text(settings, [part.data for part in parts]),
         data=data,
         validation=validation,
+        expected=first.figures.expected,
         command=command,
     )
 

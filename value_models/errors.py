@@ -11,6 +11,7 @@
     |-- TrainingDataError     rollouts or rewards from which no head can be learnt
     |-- RewardError           an unknown reward, or one that does not return a finite number for each response
     |   `-- PrefixRewardError     a reward or a run without rewards of the text so far; training can do without
+    |-- CalibrationError      a head whose value cannot be calibrated to rewards
     |-- MetricError           an unknown metric, or one that has nothing to measure
     `-- MissingPackageError   an optional package is not installed; names the command that installs it
 
@@ -62,6 +63,10 @@ class RewardError(ValueModelError):
 
 
 class PrefixRewardError(RewardError):
+    pass
+
+
+class CalibrationError(ValueModelError):
     pass
 
 

@@ -8,8 +8,9 @@ Shapes: P prompts, S samples of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from value_models.claims import gain_interval
 from value_models.generations import EvalSample, GenerationStore, Sampler, best_of_kl_bound
 from value_models.intervals import mean_interval
-from value_models.metrics import load_metric
+from value_models.metrics import EvalMetric, load_metric
 from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward, load_reward
 
@@ -45,17 +46,25 @@ class Scoring:
     reward_name: str
     judges: tuple[str, ...]
     reward: Reward
-    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]]
+    metrics: dict[str, EvalMetric]
 
     @classmethod
-    def load(cls, reward_name: str, judges: Sequence[str]) -> Scoring:
-        """Raises RewardError, MetricError."""
-        metrics = {name: load_metric(name) for name in (*judges, *TEXT_METRICS)}
+    def load(
+        cls, reward_name: str, judges: Sequence[str], *, others: Mapping[str, EvalMetric] = MappingProxyType({})
+    ) -> Scoring:
+        """`others` are judges beside the known ones, by name. Raises RewardError, MetricError."""
+        metrics = {name: others.get(name) or load_metric(name) for name in (*judges, *TEXT_METRICS)}
         scoring = cls(reward_name, tuple(judges), load_reward(reward_name), metrics)
         # A library that is missing is missed now, and not after what is to be scored has been sampled.
         for score in (scoring.reward, *metrics.values()):
             score(["Is it?"], ["It is."])
         return scoring
+
+    def without(self, judges: Collection[str]) -> Scoring:
+        """The same with fewer judges, where some take too long."""
+        kept = tuple(judge for judge in self.judges if judge not in judges)
+        metrics = {name: metric for name, metric in self.metrics.items() if name in (*kept, *TEXT_METRICS)}
+        return replace(self, judges=kept, metrics=metrics)
 
 
 @dataclass(slots=True, frozen=True)
@@ -82,8 +91,8 @@ def evaluate_arms(
     `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
     how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's mean reward and divergence.
     `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
-    ties counting half. `worst` is the mean over prompts of the lowest reward among a prompt's samples. Raises
-    RewardError, MetricError.
+    ties counting half. `coherence_loss` is the base's coherence less the arm's, prompt by prompt. `worst` is the mean
+    over prompts of the lowest reward among a prompt's samples. Raises RewardError, MetricError.
     """
     store = store or GenerationStore(None)
     reference = _reference_scores(prompts, scoring)
@@ -98,6 +107,7 @@ def evaluate_arms(
         figures[name] = {
             **{metric: mean_interval(values) for metric, values in scored.scores.items()},
             **_votes(scored.scores, {"win_over_base": base.scores, "win_over_reference": reference}, scoring.judges),
+            "coherence_loss": mean_interval(base.scores["coherence"] - scored.scores["coherence"]),
             **_worst(scored.scores["reward"], scoring.reward_name),
             "gain_over": {
                 other: {

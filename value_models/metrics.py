@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from value_models.anchors import ANCHORED
 from value_models.embeddings import cosine, static_cosine
 from value_models.errors import MetricError
 from value_models.packages import library
@@ -154,6 +155,7 @@ EVAL_METRICS: dict[str, EvalMetric] = {
     "prompt_word_recall": prompt_word_recall,
     "few_sentences": _each(few_sentences),
     "few_characters": _each(few_characters),
+    **ANCHORED,
 }
 
 

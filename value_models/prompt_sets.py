@@ -60,6 +60,16 @@ def own_prompts_file() -> Path:
     return Path(__file__).parent / "prompts" / "prompts.jsonl"
 
 
+def locked_prompts_file() -> Path:
+    """Prompts that this project wrote to be measured on alone: no head, strength or instruction is chosen by them."""
+    return Path(__file__).parent / "prompts" / "locked.jsonl"
+
+
+def load_instructions() -> dict[str, list[str]]:
+    """By built-in reward, what this project wrote to ask a model for it; the plainest first."""
+    return json.loads((own_prompts_file().parent / "instructions.json").read_text(encoding="utf-8"))
+
+
 def load_prompts(path: Path) -> list[RolloutPrompt]:
     """Read lines of {"prompt" or "messages", "id"?, "format"?, "kind"?, "reference"?}, JSON lines or parquet.
 

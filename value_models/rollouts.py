@@ -65,7 +65,12 @@ class RolloutSettings(BaseModel):
     num_samples: int = Field(default=8, ge=1, description="responses for each prompt")
     max_tokens: int = Field(default=64, ge=1, description="new tokens of a response")
     temperature: float = Field(default=1.0, gt=0, le=2)
-    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="below 1 the mean gradient of log-probabilities is not zero, which misleads training",
+    )
     seed: int = 0
     prompts_per_shard: int = Field(default=32, ge=1)
 

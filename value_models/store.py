@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from value_models.calibration import RewardLevels
 from value_models.errors import HeadFileError, HeadShapeError
+from value_models.expected import ExpectedRewards
 from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
 
@@ -128,6 +130,11 @@ class HeadCard(_Frozen):
     is KL(controlled || bare), `to_instructed` KL(instructed || controlled), `leaning` how much likelier the controlled
     model's tokens are after the instruction; the shares are of the ways from the bare model to the instructed one.
     """
+    expected: ExpectedRewards | None = None
+    """What reward the base model's responses get by their value; of heads that are trained on rewards or scores."""
+    calibration: RewardLevels | None = None
+    """What reward each level of the value gives; written by `recontrol calibrate`. Without it the head is uncalibrated,
+    and its targets and floors are levels of the value."""
     evaluation: dict[str, Any] | None = None
     """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None

@@ -24,6 +24,7 @@ from torch import Tensor
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
+from value_models.expected import ExpectedRewards, ExpectedSums
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
@@ -131,11 +132,16 @@ class ValidationFigures:
     num_validation_tokens: int
     order: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of given texts; see `order_figures` in value_models/order.py."""
+    calibration: dict[str, Any] = field(default_factory=dict[str, Any])
+    """How far off the value is as a prediction of the reward; see `ExpectedSums.figures`."""
+    expected: ExpectedRewards | None = None
+    """What reward to expect of a text with a value."""
 
     def as_dict(self) -> dict[str, Any]:
         """As a card has it."""
         counts = {"num_train_tokens": self.num_train_tokens, "num_validation_tokens": self.num_validation_tokens}
-        return {"ascent_gain": self.ascent_gain, "r2": self.r2, **counts, **self.order}
+        calibration = {"calibration": self.calibration} if self.calibration else {}
+        return {"ascent_gain": self.ascent_gain, "r2": self.r2, **counts, **calibration, **self.order}
 
 
 @dataclass(slots=True, frozen=True)
@@ -178,7 +184,7 @@ def train_head(
     ways = [head.with_ascent(rows_UD) for rows_UD in rows]
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
     head = calibrated(head, sources)
-    figures = [_figures(head, source) for source in fitted]
+    figures = [_figures(head, source, is_unit=source is fitted[0]) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
     return TrainedHead(head, figures, critic)
 
@@ -219,18 +225,32 @@ def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainS
     return network.head(moments, mean, scale)
 
 
-def _figures(head: ValueHead, source: FitSource) -> ValidationFigures:
-    """Raises TrainingDataError where validation states or gradients are not finite."""
+def _figures(head: ValueHead, source: FitSource, *, is_unit: bool) -> ValidationFigures:
+    """`is_unit` is of the source in whose unit values are.
+
+    Raises TrainingDataError where validation states or gradients are not finite.
+    """
     gain = ascent_gain(head, source, "validation").gain
     if not math.isfinite(gain):
         raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
+    sums = _expected_sums(head, source.data) if is_unit else None
     return ValidationFigures(
         ascent_gain=round(gain, 4),
         r2=_r2_by_position(head, source, "validation"),
         num_train_tokens=source.data.num_tokens("train"),
         num_validation_tokens=source.data.num_tokens("validation"),
         order=order_figures(head, source.data),
+        calibration={} if sums is None else sums.figures(),
+        expected=None if sums is None else sums.fitted(),
     )
+
+
+def _expected_sums(head: ValueHead, data: TrainingData) -> ExpectedSums:
+    """Over validation tokens."""
+    sums = ExpectedSums(head.reward_mean, head.reward_scale)
+    for block in data.blocks("validation"):
+        sums.add(head.value(block.states_ND), block.of_tokens(data.reward_B), block.of_tokens(data.prompt_B))
+    return sums
 
 
 class _Explained:

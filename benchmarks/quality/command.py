@@ -16,7 +16,7 @@ from benchmarks.quality.rivals import RE_CONTROL, RIVALS
 from benchmarks.quality.studies import CostStudy, MapStudy, StressStudy, SweptMethodsStudy
 from server.cli.comparison import Study
 from server.cli.evaluate import Evaluation
-from server.cli.methods import Method
+from server.cli.methods import PROMPTING, STATIC_VECTOR, Method
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
@@ -26,12 +26,41 @@ _STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
     "methods": {"worst_case"},
-    "stress": {"worst_case", "max_kl", "step_size", "instruction", "methods", "tuning_prompts", "rollouts"},
+    "stress": {
+        "worst_case",
+        "max_kl",
+        "step_size",
+        "instruction",
+        "methods",
+        "tuning_prompts",
+        "rollouts",
+        "max_coherence_loss",
+    },
     "cost": {"worst_case", "max_prompts"},
-    "map": {"worst_case", "prompts", "split", "max_prompts", "num_samples", "instruction", "methods"},
-    "objectives": {"reward", "tuning_prompts", "rollouts", "instruction", "judges", "methods", "max_kl", "step_size"},
+    "map": {
+        "worst_case",
+        "prompts",
+        "split",
+        "max_prompts",
+        "num_samples",
+        "instruction",
+        "methods",
+        "max_coherence_loss",
+    },
+    "objectives": {
+        "reward",
+        "tuning_prompts",
+        "rollouts",
+        "instruction",
+        "judges",
+        "methods",
+        "max_kl",
+        "step_size",
+        "max_coherence_loss",
+    },
 }
 _MIN_OBJECTIVES_HEADS = 2
+_QUICK = {"split": "locked", "max_prompts": 40, "num_samples": 2, "methods": [PROMPTING.name, STATIC_VECTOR.name]}
 
 
 class Quality(Evaluation):
@@ -58,13 +87,34 @@ class Quality(Evaluation):
         description="comma-separated sets of heads, as in a+b, for the objectives study's worst case; by default all "
         "heads that it names",
     )
+    quick: bool = Field(
+        False,
+        description="the main claim in ten minutes: the head, the base model, prompting and the static vector at the "
+        "head's divergence alone, on 40 locked prompts; --rollouts must be there",
+    )
     temperature: float = Field(1.0, gt=0, le=2, description="controlled decoding draws at 1, whatever this is")
     update_card: bool = Field(False, description="keep the figures, and their plots, in the head's folder")
 
     def check_flags(self) -> None:
         if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
             raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
+        if self.quick:
+            self._be_quick()
         super().check_flags()
+
+    def _be_quick(self) -> None:
+        """What was given stands; the rest is small. Raises ValueError."""
+        if self.study != "methods":
+            raise ValueError(f"quick: goes with the methods study, and not with {self.study}")
+        if self.update_card:
+            raise ValueError("update_card: a card holds whole studies; leave it out with --quick")
+        own_prompts = {"split"} if self.prompts is not None else set[str]()
+        for name in _QUICK.keys() - self.model_fields_set - own_prompts:
+            setattr(self, name, _QUICK[name])
+
+    @property
+    def factors(self) -> Sequence[float]:
+        return () if self.quick else super().factors
 
     @property
     def sets_strengths(self) -> bool:

@@ -12,7 +12,7 @@ own=value_models/prompts/prompts.jsonl
 "$recontrol" prompts real-toxicity-prompts --out runs/rtp.jsonl
 "$recontrol" rollouts --num-samples 16
 "$recontrol" rollouts --prompts runs/rtp.jsonl --num-samples 12 --max-tokens 32 --out runs/rtp
-"$recontrol" rollouts --formats chat --num-samples 3 --max-tokens 96 --out runs/long
+"$recontrol" rollouts --formats chat --num-samples 4 --max-tokens 96 --out runs/long
 "$recontrol" rollouts --model gemma-3-270m --formats text --num-samples 6 --max-tokens 40 --out runs/gemma
 
 train() { # name, description, flags
@@ -46,6 +46,13 @@ measure plain $few,word-scores,best-of
 measure relevance $few,best-of
 for head in positive plain neutral relevance; do measure $head $stress; done
 measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds
+# Prompts that nothing was chosen by; strengths and instructions are those found above, whose responses are kept.
+locked='--split locked --num-samples 2'
+for head in positive plain; do measure $head $locked $few,word-scores,best-of; done
+measure neutral $locked $few,word-scores
+measure relevance $locked $few,best-of
+measure brevity --rollouts runs/long --max-tokens 96 $locked $few,end-token
+measure nontoxic --rollouts runs/rtp --tuning-prompts runs/rtp.jsonl --formats text --max-tokens 32 $locked $few
 if [ -f "$SHP" ]; then
     shp="--prompts $SHP --split all --max-prompts 32 --num-samples 2 --tuning-prompts $own"
     for head in positive plain neutral relevance; do measure $head $shp $few; done

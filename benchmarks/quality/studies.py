@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.plots import plot_map, plot_pareto
 from benchmarks.quality.rivals import RE_CONTROL, re_control
+from server.cli.asked import ASKED
 from server.cli.comparison import EvalSetup, MethodsStudy, for_card, show_arms
 from server.control.params import MAX_KL_NATS, MAX_SHIFT_RATIO, MAX_STEP_SIZE, MAX_STEPS, ControlParams
 from value_models.files import write_text
@@ -34,8 +35,9 @@ class SweptMethodsStudy(MethodsStudy):
     def save(self, result: dict[str, Any]) -> None:
         super().save(result)
         if self.setup.split != "all":
-            kept = ("test_set", "num_tuning_prompts", "judges", "strengths", "sweep", "sampling", "command")
-            sweep = {name: result[name] for name in kept}
+            kept = ("test_set", "num_tuning_prompts", "strengths", "sweep", "sampling", "command")
+            judges = list(self.setup.scoring.without(ASKED).judges)
+            sweep = {name: result[name] for name in kept} | {"judges": judges}
             path = self.setup.folder / SWEEP_FILE
             write_text(path, json.dumps(sweep, indent=1) + "\n")
             plot_pareto(sweep, path.with_suffix(".svg"), title=self.setup.subject.head)
@@ -51,7 +53,7 @@ class CostStudy:
         self._setup = setup
 
     def run(self) -> dict[str, Any]:
-        setup = self._setup
+        setup, _ = self._setup.with_best_instruction()
         arms = setup.arms(setup.strengths().sweep())
         prompts = setup.prompts[:_NUM_COST_PROMPTS]
         spent_s: dict[str, list[float]] = {name: [] for name in arms}

@@ -25,7 +25,7 @@ from value_models.evaluation import Arm
 from value_models.head_folder import open_heads
 from value_models.prompt_sets import RolloutPrompt, split_of
 
-_UNUSED = {"methods", "rollouts", "tuning_prompts", "split", "update_card", "formats"}
+_UNUSED = {"methods", "rollouts", "tuning_prompts", "split", "update_card", "formats", "max_coherence_loss"}
 _SHIPPED, _PROMPTED = "shipped head", "the instruction itself"
 
 

@@ -35,8 +35,9 @@ from server.api.structure import structure_of
 from server.api.tools import ToolPlan
 from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
+from server.control.levels import uncalibrated
 from server.control.turns import Turn
-from server.engines.base import ChunkStream, Engine
+from server.engines.base import ChunkStream, Engine, EngineInfo
 from server.errors import (
     DeadlineExceededError,
     EngineStoppedError,
@@ -81,7 +82,7 @@ class Generation:
     heads: Sequence[str]
     """Those that it runs under."""
     first_warnings: list[str]
-    """Of its heads, when it was queued."""
+    """Of its heads, when it was queued, and of those that are uncalibrated."""
     telemetry: Telemetry
     workers: Workers
     facts: dict[str, Any]
@@ -368,7 +369,20 @@ async def start(
         request, requests, timeout_s=body.timeout_s, size_field=body.size_field, takes_less=max_tokens is None
     )
     generation.hides_reasoning = hides_reasoning
+    generation.first_warnings += _of_uncalibrated(body, info)
     return generation
+
+
+def _of_uncalibrated(body: GenerationBody, info: EngineInfo) -> list[str]:
+    """What to know of heads whose target or floor cannot be a reward."""
+    if body.control is None:
+        return []
+    heads = uncalibrated(body.control, info.calibrations(body.control.head_names))
+    return [
+        f"The value head {name!r} is uncalibrated: its target or floor is a level of its value, and responses may have "
+        "quite another reward."
+        for name in heads
+    ]
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from server.api.schemas import GenerationBody
+from server.control.levels import in_values
 from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
 from server.control.params import ControlParams, UnderPinned
 from server.control.repair import OnStop, Retry, Stop
@@ -64,7 +65,8 @@ def sampling_params(
 def resolve_control(
     body: GenerationBody, info: EngineInfo, pinned: ControlParams | None, turn: Turn | None = None
 ) -> ControlParams | None:
-    """The body's control, or the default one behind `base@head`, with what the server pins, both at that turn.
+    """The body's control, or the default one behind `base@head`, with what the server pins, both at that turn and with
+    levels of values in place of rewards.
 
     Without a turn, which is a completion, what the server pins is as at the first, and a caller's that changes over
     turns is refused. Raises UnknownModelError, UnknownHeadError, InvalidRequestError.
@@ -75,7 +77,7 @@ def resolve_control(
             "control.over_turns: a completion has no turns; ask for a chat or a response, or leave it out",
             param="control.over_turns",
         )
-    asked, pinned = (control and control.at_turn(turn or Turn()) for control in (asked, pinned))
+    pinned = pinned and pinned.at_turn(turn or Turn())
     head = head_of_model(body.model, info)
     if head is not None:
         if asked is not None:
@@ -88,6 +90,7 @@ def resolve_control(
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(asked, info.heads)
+    asked = asked and in_values(asked, info.calibrations(asked.head_names), turn)
     control = with_pinned(asked, pinned)
     _check_units(control, info)
     return control

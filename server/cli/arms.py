@@ -6,7 +6,8 @@ Enter at `ArmFactory`; to add a way to steer, write one method, or build on `Arm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from server.control.params import ControlParams
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.rollouts import EngineRolloutSource
+from server.engines.instruction import encode_instructed
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
 from value_models.prompt_sets import RolloutPrompt
@@ -26,12 +28,25 @@ _SAMPLING_VERSION = 2
 _INSTRUCTED_VERSION = 1
 
 
+Place = Literal["system", "user"]
+"""Where an instruction stands: in the system role of a chat, or before what the user says last."""
+
+
+@dataclass(slots=True, frozen=True)
+class Instruction:
+    """What prompting tells the model, and where."""
+
+    text: str
+    place: Place = "user"
+
+
 class ArmFactory:
     """Arms that share a model, heads and sampling. `sampling.num_samples` is overruled by the evaluation."""
 
     def __init__(self, loaded: LoadedModel, core: EngineCore, sampling: RolloutSettings) -> None:
         self.registry = core.registry
         self.source = EngineRolloutSource(loaded, core)
+        self._in_system_role = _InSystemRole(loaded, core)
         self._sampling = sampling
         self._common = {
             "version": _SAMPLING_VERSION,
@@ -48,9 +63,11 @@ class ArmFactory:
     def best_of(self, number: int) -> Arm:
         return self._requests({}, best_of=number)
 
-    def prompting(self, instruction: str, control: ControlParams | None = None) -> Arm:
-        """An instruction put before every prompt, alone or under control."""
-        spec = {"instruction": instruction, "figures": _INSTRUCTED_VERSION}
+    def prompting(self, instruction: Instruction, control: ControlParams | None = None) -> Arm:
+        """An instruction before every prompt, alone or under control."""
+        spec: dict[str, Any] = {"instruction": instruction.text, "figures": _INSTRUCTED_VERSION}
+        if instruction.place != "user":
+            spec["place"] = instruction.place
         return self._requests(spec, instruction=instruction, control=control)
 
     def control(self, control: ControlParams, *, read: Sequence[str] = ()) -> Arm:
@@ -80,19 +97,35 @@ class ArmFactory:
         spec: dict[str, Any],
         *,
         control: ControlParams | None = None,
-        instruction: str | None = None,
+        instruction: Instruction | None = None,
         best_of: int = 1,
         read: Sequence[str] = (),
     ) -> Arm:
         def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterable[EvalSample]:
-            return self.source.evaluate(prompts, settings, control=control, instruction=instruction, read=read)
+            is_in_system_role = instruction is not None and instruction.place == "system"
+            source = self._in_system_role if is_in_system_role else self.source
+            text = None if instruction is None else instruction.text
+            return source.evaluate(prompts, settings, control=control, instruction=text, read=read)
 
         if read:
             spec = spec | {"read": self.digests(read)}
         if control is not None:
             # A field that came later and is not used leaves what was sampled before it as good as it was.
             fields = {name: value for name, value in control.model_dump().items() if (name, value) != ("search", None)}
+            # Here levels are of the value, whatever it says: whoever asks for rewards has changed them before.
+            fields["objective"].pop("unit", None)
             spec = spec | {"control": fields, "heads": self.digests(control.head_names)}
             if control.objective.looks_ahead:
                 spec = spec | {"earned": self.registry.earned(control.head_names)}
         return self.arm(spec, sample, best_of=best_of)
+
+
+class _InSystemRole(EngineRolloutSource):
+    """Puts instructions into the system role of chats, behind what the template says there by itself."""
+
+    def encode(self, prompt: RolloutPrompt, instruction: str | None = None) -> list[int]:
+        """Before the user's first message where the model's template has no such role. Raises InvalidRequestError."""
+        bare_ids = super().encode(prompt)
+        if instruction is None or prompt.format == "text":
+            return super().encode(prompt, instruction)
+        return encode_instructed(self.loaded.tokenizer, instruction, bare_ids, prompt.turns())

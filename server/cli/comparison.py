@@ -7,15 +7,17 @@ A study runs on an `EvalSetup`, gives a result of plain data, saves it with the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from server.cli.asked import ASKED
 from server.cli.claims import areas, claims, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
-from server.cli.strengths import Point, StrengthSearch, Sweep
+from server.cli.prompting import Choice, best_instruction
+from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
 from server.errors import ConfigurationError
 from value_models.evaluation import Arm, Comparisons, Scoring, evaluate_arms
 from value_models.generations import GenerationStore
@@ -54,17 +56,35 @@ class EvalSetup:
     num_samples: int
     methods: Sequence[Method]
     """Those that take part, besides the head."""
+    max_coherence_loss: float = MAX_COHERENCE_LOSS
+    """Of best strengths, against the base model."""
+    factors: Sequence[float] = FACTORS
+    """See `StrengthSearch`."""
+    instructions: Sequence[str] = ()
+    """From which prompting's is chosen on the validation prompts, in place of the subject's."""
 
     def compare(self, arms: Mapping[str, Arm], comparisons: Comparisons | None = None) -> dict[str, Any]:
         """On the test prompts."""
-        return self._evaluate(arms, self.prompts, self.num_samples, comparisons or {})
+        return self._evaluate(arms, self.prompts, self.num_samples, self.scoring, comparisons or {})
 
-    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int = _NUM_TUNING_PROMPTS) -> dict[str, Any]:
-        """On validation prompts, one response each."""
-        return self._evaluate(arms, self.tuning_prompts[:num_prompts], 1, {})
+    def tune(self, arms: Mapping[str, Arm], *, num_prompts: int | None = None) -> dict[str, Any]:
+        """On validation prompts, one response each, without judges that take long: no strength is chosen by them."""
+        return self._evaluate(
+            arms, self.tuning_prompts[: num_prompts or _NUM_TUNING_PROMPTS], 1, self.scoring.without(ASKED), {}
+        )
+
+    def with_best_instruction(self) -> tuple[EvalSetup, Choice | None]:
+        """Prompting by the best of the instructions there are to choose from, if it takes part."""
+        if PROMPTING not in self.methods or not self.instructions:
+            return self, None
+        has_chats = any(prompt.format == "chat" for prompt in self.tuning_prompts)
+        choice = best_instruction(self.instructions, self.subject, self.tune, has_system_role=has_chats)
+        return replace(self, subject=replace(self.subject, instruction=choice.instruction)), choice
 
     def strengths(self) -> StrengthSearch:
-        return StrengthSearch(self.subject, self.methods, self.tune)
+        return StrengthSearch(
+            self.subject, self.methods, self.tune, max_coherence_loss=self.max_coherence_loss, factors=self.factors
+        )
 
     def arms(self, sweep: Sweep) -> dict[str, Arm]:
         """Base first, then every method at the strengths that the sweep found."""
@@ -98,6 +118,7 @@ class EvalSetup:
         arms: Mapping[str, Arm],
         prompts: Sequence[RolloutPrompt],
         num_samples: int,
+        scoring: Scoring,
         comparisons: Comparisons,
     ) -> dict[str, Any]:
         with tqdm(unit="response", leave=False) as bar:
@@ -109,7 +130,7 @@ class EvalSetup:
             return evaluate_arms(
                 arms,
                 prompts,
-                self.scoring,
+                scoring,
                 num_samples=num_samples,
                 store=self.store,
                 comparisons=comparisons,
@@ -125,7 +146,7 @@ class MethodsStudy:
         self.setup = setup
 
     def run(self) -> dict[str, Any]:
-        setup = self.setup
+        setup, choice = self.setup.with_best_instruction()
         sweep = setup.strengths().sweep()
         arms = setup.arms(sweep)
         figures = setup.compare(arms, _comparisons(list(arms)))
@@ -137,7 +158,8 @@ class MethodsStudy:
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
             # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
             "divergence": "exact",
-            "strengths": {"equal_divergence": sweep.matched, "best": sweep.best},
+            "strengths": sweep.told(setup.max_coherence_loss),
+            **({} if choice is None else {"instruction": choice.told()}),
             "sweep": {name: [_kept(point) for point in points] for name, points in sweep.points.items()},
         }
 
@@ -150,6 +172,10 @@ class MethodsStudy:
     def show(self, result: dict[str, Any]) -> None:
         show_arms(result)
         show_claims(result)
+        strengths = result["strengths"]
+        for name in strengths["unsound"]:
+            loss = strengths["max_coherence_loss"]
+            print(f"{name}: at no strength that was tried the text is sound and loses at most {loss:g} of coherence")
 
 
 def for_card(result: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +189,7 @@ def for_card(result: dict[str, Any]) -> dict[str, Any]:
 
 def show_arms(result: dict[str, Any]) -> None:
     """A line of mean figures for each arm."""
-    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "nll", "kl")
+    shown = ("reward", *result["judges"], "win_over_base", "diversity", "coherence", "coherence_loss", "nll", "kl")
     for name, figures in result["arms"].items():
         values = "  ".join(f"{metric} {figures[metric]['mean']:.3f}" for metric in shown if metric in figures)
         print(f"{name:32}{values}  {figures['wall_s']:.0f} s")

@@ -20,11 +20,13 @@ from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from server.cli.arms import ArmFactory
+from server.cli.arms import ArmFactory, Instruction
+from server.cli.asked import ASKED
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, BiasSources, Method, Subject
 from server.cli.program import command_line
+from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.model.loader import LoadedModel
@@ -36,7 +38,7 @@ from value_models.files import write_text
 from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
-from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
+from value_models.prompt_sets import RolloutPrompt, in_mixed_order, load_instructions, locked_prompts_file, split_of
 from value_models.rewards import Reward, check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
@@ -44,23 +46,18 @@ from value_models.training_data import TrainingData, load_training_data
 
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
-# By built-in reward: an instruction for the prompting arm, and judges that the reward does not contain.
-_INSTRUCTIONS = {
-    "positive": "Always answer in a very positive, cheerful way.",
-    "plain": "Use short sentences and simple, common words.",
-    "neutral": "Answer in a neutral, factual tone, without opinions or feelings.",
-    "brevity": "Answer in one short sentence.",
-    "nontoxic": "Write politely and respectfully, without insults, threats, swear words or sexual content.",
-    "relevance": "Stay strictly on the topic of the question, and answer exactly what it asks.",
-}
+# By built-in reward: judges that the reward does not contain.
 JUDGES = {
-    "positive": ["afinn", "textblob_polarity"],
-    "plain": ["word_frequency", "dale_chall_easy"],
-    "neutral": ["afinn_calm", "textblob_objectivity"],
+    "positive": ["afinn", "textblob_polarity", "anchors_positive", "asked_positive"],
+    "plain": ["word_frequency", "dale_chall_easy", "anchors_plain", "asked_plain"],
+    "neutral": ["afinn_calm", "textblob_objectivity", "anchors_neutral", "asked_neutral"],
     "brevity": ["few_sentences", "few_characters"],
-    "nontoxic": ["clean_words", "empath_peaceful"],
+    "nontoxic": ["clean_words", "empath_peaceful", "anchors_nontoxic", "asked_nontoxic"],
     "relevance": ["prompt_word_recall", "wordllama_similarity"],
 }
+
+
+KNOWN_JUDGES = {**EVAL_METRICS, **ASKED}
 
 
 class Evaluation(HeadsModelCommand):
@@ -77,8 +74,10 @@ class Evaluation(HeadsModelCommand):
         description="file whose validation split strengths are set on, and which holds the prompts of --rollouts; by "
         "default the same as --prompts",
     )
-    split: Literal["test", "validation", "all"] = Field(
-        "test", description="`all` is for a file that no head was trained on"
+    split: Literal["test", "validation", "all", "locked"] = Field(
+        "test",
+        description="`all` is for a file that no head was trained on; `locked` are prompts of the project's own that "
+        "nothing was tuned on, in place of --prompts",
     )
     max_prompts: int | None = Field(
         None, ge=1, description="so many of the split, drawn by a hash of the id; the sweep takes 48 validation prompts"
@@ -87,7 +86,9 @@ class Evaluation(HeadsModelCommand):
         ["chat"], description="comma-separated kinds of prompts; an instruction is a fair rival in a chat alone"
     )
     instruction: str | None = Field(
-        None, description="what prompting puts before each prompt; built-in rewards have one"
+        None,
+        description="what prompting puts before each prompt; by default the best of 20 that each built-in reward has, "
+        "in the system role or before the prompt, by validation prompts",
     )
     reward: str | None = Field(
         None,
@@ -95,7 +96,7 @@ class Evaluation(HeadsModelCommand):
         "hf:<folder or hub id>[#label] or module:function, is only loaded where you name it",
     )
     judges: list[str] | None = Field(
-        None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(EVAL_METRICS)}"
+        None, description=f"comma-separated; built-in rewards have theirs; of: {', '.join(KNOWN_JUDGES)}"
     )
     num_samples: int = Field(4, ge=1, description="responses for each prompt")
     max_tokens: int = Field(64, ge=1, description="new tokens of a response")
@@ -104,6 +105,12 @@ class Evaluation(HeadsModelCommand):
     seed: int = 1
     max_kl: float = Field(_DEFAULTS["max_kl"], gt=0, le=MAX_KL_NATS, description="of budgeted arms, nats a token")
     step_size: float = Field(_DEFAULTS["step_size"], gt=0, le=MAX_STEP_SIZE, description="of the head")
+    max_coherence_loss: float = Field(
+        MAX_COHERENCE_LOSS,
+        ge=0,
+        le=2,
+        description="of best strengths: how much of their cosine with the prompt validation responses may lose",
+    )
     work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's folder")
@@ -121,10 +128,12 @@ class Evaluation(HeadsModelCommand):
             raise ValueError(f"methods: there is no {min(unknown)!r}; there are {', '.join(self.known_methods)}")
         if self.sets_strengths and self.split == "all" and self.tuning_prompts is None:
             raise ValueError("tuning_prompts: needed with --split all, or strengths would be set on the test prompts")
+        if self.split == "locked" and self.prompts is not None:
+            raise ValueError("prompts: --split locked has its own; --tuning-prompts names where strengths are set")
         if self.update_card and self.split == "validation":
             raise ValueError("update_card: a card tells of test prompts; leave it out with --split validation")
-        if unknown := set(self.judges or []) - EVAL_METRICS.keys():
-            raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(EVAL_METRICS)}")
+        if unknown := set(self.judges or []) - KNOWN_JUDGES.keys():
+            raise ValueError(f"judges: there is no {min(unknown)!r}; there are {', '.join(KNOWN_JUDGES)}")
         for method in self.rivals():
             if self.max_batch_size < (rows := method.num_rows):
                 raise ValueError(f"max_batch_size: {method.name} tries {rows} continuations at once; give as many rows")
@@ -133,6 +142,11 @@ class Evaluation(HeadsModelCommand):
     def sets_strengths(self) -> bool:
         """On validation prompts."""
         return True
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """Strengths to try around that at which a method diverges as far as the head."""
+        return FACTORS
 
     def rivals(self) -> Sequence[Method]:
         """Methods that take part, besides the head, in the order of tables."""
@@ -172,8 +186,9 @@ class Evaluation(HeadsModelCommand):
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = self.reward_of(card)
-        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []))
-        instruction = self.instruction_of(reward)
+        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
+        text = self.instruction_of(reward)
+        instruction = None if text is None else Instruction(text)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
             raise ConfigurationError(
                 f"instruction: the reward {reward!r} has none built in; give one, or leave prompting out of --methods"
@@ -183,7 +198,9 @@ class Evaluation(HeadsModelCommand):
         factory = self.factory(loaded, self._with_baselines(loaded, registry, reward, card, methods))
         biases = _biases(methods, loaded, scoring.reward, data)
         return EvalSetup(
-            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, biases),
+            subject=Subject(
+                factory, self.head, self.step_size, self.max_kl, None if text is None else Instruction(text), biases
+            ),
             folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,
@@ -191,9 +208,12 @@ class Evaluation(HeadsModelCommand):
             prompts=self.test_prompts(),
             tuning_prompts=self._prompts(self._tuning_file, "validation") if self.sets_strengths else [],
             split=self.split,
-            test_set=self.prompts.stem if self.prompts else "project",
+            test_set=self.test_set,
             num_samples=self.num_samples,
             methods=methods,
+            max_coherence_loss=self.max_coherence_loss,
+            factors=self.factors,
+            instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
 
     def reward_of(self, card: HeadCard) -> str:
@@ -205,8 +225,8 @@ class Evaluation(HeadsModelCommand):
         return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def instruction_of(self, reward: str) -> str | None:
-        """What prompting puts before each prompt to raise a reward."""
-        return self.instruction or _INSTRUCTIONS.get(reward)
+        """What is said before each prompt to raise a reward, where none is chosen among several."""
+        return self.instruction or next(iter(load_instructions().get(reward, ())), None)
 
     def heads_location(self, loaded: LoadedModel) -> str | Path:
         return self.heads_dir or shipped_heads_folder(loaded.name)
@@ -218,7 +238,15 @@ class Evaluation(HeadsModelCommand):
         return GenerationStore(self.work / "responses")
 
     def test_prompts(self) -> list[RolloutPrompt]:
-        return self._prompts(self.prompts, self.split)[: self.max_prompts]
+        file, split = (locked_prompts_file(), "all") if self.split == "locked" else (self.prompts, self.split)
+        return self._prompts(file, split)[: self.max_prompts]
+
+    @property
+    def test_set(self) -> str:
+        """What cards call it."""
+        if self.split == "locked":
+            return "locked"
+        return self.prompts.stem if self.prompts else "project"
 
     def sampling(self) -> RolloutSettings:
         return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})

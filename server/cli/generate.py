@@ -13,6 +13,7 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.command import HeadsModelCommand
 from server.cli.program import command_line
+from server.control.levels import in_values
 from server.control.objectives import HeadName
 from server.control.params import ControlParams, TokenBudget
 from server.control.registry import HeadRegistry
@@ -102,6 +103,7 @@ class Generate(_PromptCommand):
                 raise ConfigurationError("control: search: ask the server for it (recontrol serve)")
         loaded = self.load()
         registry = HeadRegistry({}) if control is None else self.heads(loaded)
+        control = control and in_values(control, registry.calibrations())
         core = self.core(loaded, registry)
 
         def show(chunk: GenerationChunk) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.cli.arms import ArmFactory
+from server.cli.arms import ArmFactory, Instruction
 from server.control.params import MAX_STEP_SIZE, ControlParams
 from value_models.baselines import STATIC_VECTOR as STATIC_VECTOR_BASELINE
 from value_models.baselines import Baseline
@@ -30,7 +30,7 @@ class Subject:
     step_size: float
     max_kl: float
     """Nats a token, of every arm with a budget."""
-    instruction: str | None
+    instruction: Instruction | None
     """For prompting, which alone needs one."""
     biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """By the methods' names, of those that are biases on tokens [V]."""

@@ -1,4 +1,4 @@
-"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, eval.
+"""The commands of `recontrol`: serve, generate, compare, heads, rollouts, pairs, score, train, calibrate, eval.
 
 Each subcommand is a settings class: its fields are the flags, and RECONTROL_* variables mean the same. Enter at `main`;
 to add a command, write one class and put it in COMMANDS.
@@ -45,6 +45,7 @@ COMMANDS = {
     "pairs": "server.cli.pairs:Pairs",
     "score": "server.cli.given_texts:Score",
     "train": "server.cli.train:Train",
+    "calibrate": "server.cli.calibrate:Calibrate",
     "eval": "server.cli.evaluate:Eval",
 }
 """Where each class is. Only that of the command that runs is imported, so that a server starts without the others'

@@ -2,9 +2,10 @@
 
 An objective sees the standardised values of heads, (value - mean) / standard deviation of that head's training reward,
 so that weights mean the same for a head that counts words and one that scores sentiment. Levels, such as a target or a
-floor, are written in reward units, as values are reported. The functions of a class take many rows at once, each with
-its own `Terms`, and never mix rows. Knows nothing of hidden states, models or HTTP. Enter at `Objective`; to add a
-type, write one class and put it in that union.
+floor, are the mean reward that responses are to have. Before a request is queued they become levels of the value, as
+values are reported (levels.py), and those are all that the functions here see. The functions of a class take many rows
+at once, each with its own `Terms`, and never mix rows. Knows nothing of hidden states, models or HTTP. Enter at
+`Objective`; to add a type, write one class and put it in that union.
 
 Beside `score` and its `slope`, a class says which weights the next step of the ascent takes, given how each head's
 ascent moves every value. They are the slope at the end of the step instead of at its start, which is why a target is
@@ -55,7 +56,9 @@ def _check_instruction(text: str) -> str:
 HeadName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Weight = Annotated[FiniteFloat, Field(ge=-MAX_ABS_WEIGHT, le=MAX_ABS_WEIGHT)]
 Level = Annotated[FiniteFloat, Field(ge=-MAX_ABS_LEVEL, le=MAX_ABS_LEVEL)]
-"""A head's value in reward units."""
+"""A head's value in reward units, or a reward."""
+LevelUnit = Literal["reward", "value"]
+"""What a target's or floor's levels are: the mean reward that responses are to have, or a value at every token."""
 Weights = Annotated[dict[HeadName, Weight], Field(min_length=1, max_length=MAX_HEADS_PER_REQUEST)]
 NonzeroWeights = Annotated[
     dict[HeadName, Annotated[Weight, AfterValidator(_check_nonzero)]],
@@ -225,6 +228,7 @@ class Target(BaseObjective):
     held_by: ClassVar[HeldBy | None] = HeldBy.TARGET
     type: Literal["target"]
     values: Levels
+    unit: LevelUnit = "reward"
 
     @property
     def named_heads(self) -> dict[str, str]:
@@ -268,6 +272,7 @@ class Floor(BaseObjective):
     type: Literal["floor"]
     weights: Weights
     floors: Levels
+    unit: LevelUnit = "reward"
 
     @property
     def named_heads(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -144,15 +145,22 @@ class ControlParams(WireModel):
 
     @property
     def bounds(self) -> dict[str, dict[str, float]]:
-        """What may change over turns: bounds by field and head, in reward units."""
+        """What may change over turns: bounds by field and head."""
         floors = self.objective.floors if isinstance(self.objective, Floor) else {}
         return {"stop_below": self.stop_below or {}, "floors": floors}
 
-    def at_turn(self, turn: Turn) -> ControlParams:
-        """With the bounds of that turn, which stay."""
+    def at_turn(self, turn: Turn, worst_of_floors: Mapping[str, float] | None = None) -> ControlParams:
+        """With the bounds of that turn, which stay.
+
+        `worst_of_floors` stands in place of `turn.worst` for floors, which may be in another unit.
+        """
         if self.over_turns is None:
             return self
-        now = {field: self.over_turns.bounds(field, bounds, turn) for field, bounds in self.bounds.items()}
+        turns = {"floors": turn if worst_of_floors is None else replace(turn, worst=worst_of_floors)}
+        now = {
+            field: self.over_turns.bounds(field, bounds, turns.get(field, turn))
+            for field, bounds in self.bounds.items()
+        }
         changed: dict[str, Any] = {"over_turns": None, "stop_below": now["stop_below"] or None}
         if isinstance(self.objective, Floor):
             changed["objective"] = self.objective.model_copy(update={"floors": now["floors"]})

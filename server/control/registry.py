@@ -24,6 +24,7 @@ from torch import Tensor
 
 from server.errors import ConfigurationError, HeadMismatchError, UnknownHeadError
 from server.kernels.linear import FrozenLinear, frozen_linear
+from value_models.calibration import RewardLevels
 from value_models.errors import HeadFileError
 from value_models.head_folder import open_heads
 from value_models.heads import LinearHead, ValueHead
@@ -194,6 +195,10 @@ class HeadRegistry:
 
     def cards(self) -> dict[str, HeadCard]:
         return dict(self._cards)
+
+    def calibrations(self) -> dict[str, RewardLevels]:
+        """What reward each level of a value gives, by name, of the heads whose cards tell."""
+        return {name: card.calibration for name, card in self._cards.items() if card.calibration is not None}
 
     def warnings(self) -> dict[str, str]:
         """The warnings, by name, about heads that were made for another model."""

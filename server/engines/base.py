@@ -24,6 +24,7 @@ from server.types import (
     TokenEdit,
     TokenText,
 )
+from value_models.calibration import RewardLevels
 
 if TYPE_CHECKING:
     from value_models.distillation import InstructedSource
@@ -60,6 +61,12 @@ class EngineInfo:
         heads.pop(name, None)
         warnings.pop(name, None)
         return replace(self, heads=heads, head_warnings=warnings)
+
+    def calibrations(self, heads: Iterable[str]) -> dict[str, RewardLevels]:
+        """What reward each level of a value gives, of those of these heads whose cards tell."""
+        told = {name: self.heads.get(name, {}).get("calibration") for name in heads}
+        # As JSON a card has lists, which are as good as tuples.
+        return {name: RewardLevels.model_validate(found) for name, found in told.items() if found is not None}
 
     def warnings(self, heads: Iterable[str]) -> list[str]:
         """Those of the heads that are named, in the order given."""

@@ -6,8 +6,18 @@ from pathlib import Path
 import pytest
 
 from value_models import packages
+from value_models.embeddings import embed
 from value_models.errors import MissingPackageError, RolloutError
-from value_models.prompt_sets import PROMPT_SETS, RolloutPrompt, real_toxicity_prompts, split_of, split_of_all
+from value_models.prompt_sets import (
+    PROMPT_SETS,
+    RolloutPrompt,
+    load_prompts,
+    locked_prompts_file,
+    own_prompts_file,
+    real_toxicity_prompts,
+    split_of,
+    split_of_all,
+)
 
 
 @pytest.fixture
@@ -76,3 +86,13 @@ def test_equal_prompts_are_on_one_side_whatever_their_ids() -> None:
     sides = split_of_all(prompts)
     assert len({(prompt.text, sides[prompt.id]) for prompt in prompts}) == 25
     assert sides.keys() == {prompt.id for prompt in prompts}
+
+
+@pytest.mark.slow
+def test_no_locked_prompt_is_near_one_that_heads_were_made_by() -> None:
+    locked, own = load_prompts(locked_prompts_file()), load_prompts(own_prompts_file())
+    assert len(locked) == 96
+    assert not {prompt.id for prompt in locked} & {prompt.id for prompt in own}
+    assert {prompt.format for prompt in locked} == {"chat", "text"}
+    cosines = embed([prompt.text for prompt in locked]) @ embed([prompt.text for prompt in own]).T
+    assert float(cosines.max()) < 0.75

@@ -47,6 +47,10 @@ def test_a_built_in_reward_prefers_what_it_is_named_for(name: str, better: str, 
         ("diversity", EASY, "a b c d " * 9),
         ("few_sentences", HARD, EASY),
         ("few_characters", EASY, HARD),
+        ("anchors_positive", GOOD, BAD),
+        ("anchors_plain", EASY, HARD),
+        ("anchors_neutral", "The tower has two doors.", GOOD),
+        ("anchors_nontoxic", GOOD, RUDE),
     ],
 )
 def test_a_judge_ranks_an_obvious_pair(name: str, better: str, worse: str) -> None:
@@ -75,6 +79,7 @@ def test_a_batch_gives_each_response_what_it_gets_alone(name: str) -> None:
 def test_every_metric_and_reward_is_covered_above() -> None:
     judges = {"afinn", "afinn_calm", "textblob_objectivity", "textblob_polarity", "word_frequency", "dale_chall_easy",
               "clean_words", "empath_peaceful", "wordllama_similarity", "prompt_word_recall"}  # fmt: skip
+    judges |= {"anchors_positive", "anchors_plain", "anchors_neutral", "anchors_nontoxic"}
     assert set(EVAL_METRICS) == judges | {"diversity", "coherence", "few_sentences", "few_characters"}
     assert set(REWARDS) == {"positive", "plain", "neutral", "brevity", "relevance", "nontoxic"}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
 from server.control.editor import GroupStats, StateEditor
+from server.control.levels import in_values
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
@@ -165,6 +166,8 @@ class RowControl:
             control = parse_control(extra_args)
             if control is not None:
                 self.registry.check(control.head_names)
+                # Of a request of this program's own server that has been done.
+                control = in_values(control, self.registry.calibrations())
                 opening = parse_opening(extra_args)
                 parts = None if opening is None or self._parts is None else self._parts.start(opening)
         except (InvalidRequestError, UnknownHeadError) as error:

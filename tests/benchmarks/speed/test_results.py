@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import critic, critic_sampling, guidance, tool_calls, training_memory
+from benchmarks import critic, critic_sampling, guidance, reward_levels, tool_calls, training_memory
 from benchmarks.dialogues import report as dialogues
 from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
@@ -31,6 +31,7 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
     "pinned": (pinned.SECTION, pinned.table),
+    "reward-levels": (reward_levels.SECTION, reward_levels.table),
     "roads": (roads.SECTION, roads.table),
     "tool-calls": ("bench-tool-calls", tool_calls.table),
     "training-memory": (training_memory.SECTION, training_memory.table),

@@ -1,0 +1,57 @@
+"""Targets and floors over HTTP: rewards of calibrated heads reach the engine as levels of the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from tests.api.conftest import complete, recording
+from value_models.calibration import RewardLevels
+
+CALIBRATION = RewardLevels(rewards=(0.0, 1.0), levels=(4.0, 6.0), base_reward=0.5, conditions={}, command="pytest")
+Make = Callable[..., FastAPI]
+
+
+def app_with_calibrated(make_app: Make) -> FastAPI:
+    """`plain` is calibrated, `positive` is not."""
+    app = make_app()
+    engine = app.state.engine
+    card = {**engine.info.heads["plain"], "calibration": CALIBRATION.model_dump(mode="json")}
+    engine.info = engine.info.with_head("plain", card, None)
+    return app
+
+
+def test_the_engine_gets_a_level_of_the_value(make_app: Make) -> None:
+    objective = {"type": "target", "values": {"plain": 0.5}}
+    with recording(app_with_calibrated(make_app)) as (client, requests):
+        response = complete(client, control={"objective": objective})
+    assert requests[0].control is not None
+    assert requests[0].control.objective.head_levels == {"plain": 5.0}
+    assert "warnings" not in response.json()["choices"][0]["control"]
+
+
+@pytest.mark.parametrize("unit", [None, "reward"])
+def test_an_uncalibrated_head_is_told_of_unless_a_reward_is_asked_for_by_name(make_app: Make, unit: str | None) -> None:
+    objective = {"type": "target", "values": {"positive": 0.5}, "unit": unit}
+    with recording(app_with_calibrated(make_app)) as (client, _):
+        response = complete(client, control={"objective": objective}).json()
+    if unit is None:
+        (warning,) = response["choices"][0]["control"]["warnings"]
+        assert "'positive' is uncalibrated" in warning
+    else:
+        assert response["error"]["param"] == "control.objective.unit"
+
+
+def test_a_reward_out_of_reach_is_a_400_that_tells_the_range(make_app: Make) -> None:
+    objective: dict[str, Any] = {"type": "target", "values": {"plain": 1.5}}
+    with recording(app_with_calibrated(make_app)) as (client, requests):
+        response = complete(client, control={"objective": objective})
+        allowed = complete(client, control={"objective": {**objective, "unit": "value"}})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "control.objective.values.plain")
+    assert "0.000 to 1.000" in error["message"]
+    assert allowed.status_code == 200
+    assert len(requests) == 1

@@ -1,0 +1,132 @@
+"""What reward responses get whose value is held at a level, so that a target or floor can be asked for in reward.
+
+A value predicts what the base model would make of a text, and control acts at every token. So a value that is held a
+little above its mean gives responses of a much higher reward. How much higher is measured by sampling, at a few levels,
+and kept in the head's card as a monotone, piecewise linear map. Knows nothing of models or requests. Enter at
+`RewardLevels.fitted`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from value_models.errors import CalibrationError
+
+MAX_KNOTS = 64
+_LEAST_RISE = 1e-6
+"""Of a knot's reward over the one before, relative to the whole range: what is less is one knot."""
+
+
+class MeasuredLevel(BaseModel):
+    """What responses came to whose value was held at a level."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: FiniteFloat
+    """Of the value."""
+    value: FiniteFloat
+    """The mean value after control: away from the level where budgets or steps do not suffice."""
+    reward: FiniteFloat
+    """Mean over the responses."""
+    standard_error: FiniteFloat
+    """Of that, over prompts."""
+    kl: FiniteFloat
+    """Nats a token."""
+
+
+class RewardLevels(BaseModel):
+    """A map between the mean reward that is wanted and the level at which the value has to be held.
+
+    Both lists rise strictly; between knots it is linear.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rewards: Annotated[tuple[FiniteFloat, ...], Field(min_length=2, max_length=MAX_KNOTS)]
+    levels: Annotated[tuple[FiniteFloat, ...], Field(min_length=2, max_length=MAX_KNOTS)]
+    """Of the value, one for each reward."""
+    measured: Annotated[tuple[MeasuredLevel, ...], Field(max_length=MAX_KNOTS)] = ()
+    base_reward: FiniteFloat
+    """Mean reward without control, on the same prompts."""
+    conditions: dict[str, Any]
+    """Prompts, sampling and control that it was measured with."""
+    command: str
+
+    @model_validator(mode="after")
+    def _rises(self) -> RewardLevels:
+        if len(self.rewards) != len(self.levels):
+            raise ValueError(f"{len(self.rewards)} rewards do not pair with {len(self.levels)} levels")
+        for name, knots in (("rewards", self.rewards), ("levels", self.levels)):
+            if any(low >= high for low, high in itertools.pairwise(knots)):
+                raise ValueError(f"{name} must rise from each to the next")
+        return self
+
+    @classmethod
+    def fitted(
+        cls, measured: Sequence[MeasuredLevel], *, base_reward: float, conditions: dict[str, Any], command: str
+    ) -> RewardLevels:
+        """The nearest rising map to what was measured, by least squares (pool adjacent violators).
+
+        Levels whose rewards do not rise are one knot, at their means. Raises CalibrationError where no two knots are
+        left: then control does not move this reward.
+        """
+        by_level = sorted(measured, key=lambda one: one.level)
+        rewards, levels = rising([one.reward for one in by_level], [one.level for one in by_level])
+        if len(rewards) < 2:
+            raise CalibrationError(
+                f"the reward does not rise with the value's level (measured at {len(by_level)} levels): this head's "
+                "ascent does not raise this reward, so it cannot be calibrated to it"
+            )
+        return cls(
+            rewards=rewards,
+            levels=levels,
+            measured=tuple(by_level),
+            base_reward=base_reward,
+            conditions=conditions,
+            command=command,
+        )
+
+    def reaches(self, reward: float) -> bool:
+        """Whether a mean reward lies within what was measured."""
+        return self.rewards[0] <= reward <= self.rewards[-1]
+
+    def level_of(self, reward: float) -> float:
+        """The level at which the value has to be held for that mean reward; beyond the ends the map goes on straight,
+        as steep as on the whole."""
+        return straight(reward, self.rewards, self.levels)
+
+    def reward_of(self, level: float) -> float:
+        """The inverse: the mean reward of responses whose value is held at a level."""
+        return straight(level, self.levels, self.rewards)
+
+
+def straight(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear between knots, and beyond them along the chord between the first and the last."""
+    inside = min(max(x, xs[0]), xs[-1])
+    return float(np.interp(inside, xs, ys)) + (x - inside) * (ys[-1] - ys[0]) / (xs[-1] - xs[0])
+
+
+def rising(rewards: Sequence[float], levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Isotonic regression of rewards given in the order of their levels: a knot for each pool.
+
+    Source: Barlow et al. 1972, Statistical inference under order restrictions (pool adjacent violators).
+    """
+    least = _LEAST_RISE * (max(rewards) - min(rewards))
+    pools: list[tuple[float, float, int]] = []
+    for reward, level in zip(rewards, levels, strict=True):
+        pool = (reward, level, 1)
+        while pools and pool[0] <= pools[-1][0] + least:
+            pool = _pooled(pools.pop(), pool)
+        pools.append(pool)
+    return tuple(pool[0] for pool in pools), tuple(pool[1] for pool in pools)
+
+
+def _pooled(some: tuple[float, float, int], others: tuple[float, float, int]) -> tuple[float, float, int]:
+    count = some[2] + others[2]
+    mean = [(mine * some[2] + theirs * others[2]) / count for mine, theirs in zip(some[:2], others[:2], strict=True)]
+    return mean[0], mean[1], count
