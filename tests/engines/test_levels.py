@@ -17,6 +17,7 @@ import pytest
 
 from server.kernels import machine_levels
 
+pytestmark = pytest.mark.timeout(900)
 LAW = "test_alone_equals_in_a_batch_in_bfloat16_and_in_fewer_bits_too"
 ROOT = Path(__file__).parent.parent.parent
 # oneDNN sees no more than the processor has; the name of more is no error.
@@ -32,7 +33,7 @@ RUNS |= {isa: {"tests": f"{LAW} and 16- and (wide_llama or gemma2)",
 def outcomes() -> dict[str, dict[str, Any]]:
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "tests.engines.paths", json.dumps(RUNS)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, timeout=880)
     assert done.returncode == 0, done.stderr
     return {outcome["name"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
 
