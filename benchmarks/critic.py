@@ -98,13 +98,13 @@ def compared(data: TrainingData) -> dict[str, Any]:
     for half in (0, 1):
         split = ["train" if prompt % 2 == half else "validation" for prompt in data.prompt_B.tolist()]
         source = FitSource.of(replace(data, split=split), is_centred=True)
-        settings = TrainSettings(critic="value")
+        settings = TrainSettings(critic="value", field_features=0)
         head = train_head([source.data], settings).head
         critic = PrefixCritic.fit(source, ridge=settings.ridge)
         credits = [MONTE_CARLO, *(Credit(trace, critic) for trace in TRACES)]
         names = [f"{credit.name} {credit.trace:g}" for credit in credits]
         directions = natural_directions(head, [source], credits, damping=settings.damping)
-        halves.append(_prompt_sums(head, source, torch.stack(directions)))
+        halves.append(_prompt_sums(head, source, torch.cat(directions)))
         explained.append(critic.explained)
     gains_HC = torch.stack([half.gains() for half in halves])
     low_C, high_C = _intervals(halves)

@@ -25,7 +25,7 @@ from benchmarks.markdown import header, row
 from benchmarks.study import Study
 from server.cli import run
 from server.cli.command import read_prompts
-from server.cli.evaluate import JUDGES
+from server.cli.evaluate import JUDGES, KNOWN_JUDGES
 from server.cli.program import command_line
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
@@ -37,20 +37,19 @@ from server.settings import DEFAULT_MODEL
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.generations import EvalSample
 from value_models.intervals import mean_interval
-from value_models.metrics import load_metric
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file, split_of
 from value_models.rewards import load_reward
 from value_models.rollouts import RolloutSettings
 from value_models.training import TrainSettings, train_head
 from value_models.training_data import load_training_data
 
-SETTINGS = {
-    "value": TrainSettings(critic="value"),
-    "prefix_reward_1": TrainSettings(critic="prefix_reward", advantage_trace=1.0),
-    f"prefix_reward_{PREFIX_TRACE:g}": TrainSettings(critic="prefix_reward", advantage_trace=PREFIX_TRACE),
+_CREDITS: dict[str, dict[str, Any]] = {
+    "value": {"critic": "value"},
+    "prefix_reward_1": {"critic": "prefix_reward", "advantage_trace": 1.0},
+    f"prefix_reward_{PREFIX_TRACE:g}": {"critic": "prefix_reward", "advantage_trace": PREFIX_TRACE},
 }
+SETTINGS = {name: TrainSettings(**credit, field_features=0) for name, credit in _CREDITS.items()}
 """By the heads' names."""
-_FIRST = "value"
 _EQUAL_KL, _MAX_ROUNDS = 0.05, 3
 
 
@@ -58,12 +57,14 @@ class CriticSampling(Study):
     """Sample under heads of one reward that were fitted by different critics."""
 
     section: ClassVar[str] = "bench-critic-sampling"
+    heads: ClassVar[Mapping[str, TrainSettings]] = SETTINGS
+    """What is compared, by name; with the first one of them."""
 
     rewards: CliPositionalArg[str] = Field(description=f"comma-separated: {', '.join(JUDGES)}")
     rollouts: Path = Field(Path("runs/rollouts"), description="folder of a complete run")
     prompts: Path | None = Field(None, description="the prompts of that run; by default the project's own")
     model: str = DEFAULT_MODEL
-    step_size: float = Field(0.12, gt=0, description="of the head whose critic is its value")
+    step_size: float = Field(0.12, gt=0, description="of the first head")
     num_prompts: Annotated[int, Field(ge=1)] = Field(40, description="of the test split")
     num_tuning_prompts: Annotated[int, Field(ge=1)] = Field(16, description="of the validation split")
     num_samples: Annotated[int, Field(ge=1)] = 2
@@ -80,7 +81,7 @@ class CriticSampling(Study):
     def _sampled(self, loaded: LoadedModel, reward: str) -> dict[str, Any]:
         texts = {prompt.id: prompt.text for prompt in read_prompts(self.prompts)}
         data = load_training_data(self.rollouts, reward, texts, with_prefixes=True)
-        trained = {name: train_head([data], settings) for name, settings in SETTINGS.items()}
+        trained = {name: train_head([data], settings) for name, settings in self.heads.items()}
         registry = HeadRegistry({name: one.head for name, one in trained.items()})
         source = EngineRolloutSource(loaded, EngineCore(loaded, registry, max_batch_size=64))
         sampler = _Sampler(
@@ -101,14 +102,15 @@ class CriticSampling(Study):
             "judges": JUDGES[reward],
             "ascent_gain": {name: one.figures[0].ascent_gain for name, one in trained.items()},
             "step_size": {name: round(step, 4) for name, step in steps.items()},
-            "arms": figures(arms, tested, reward),
+            "arms": figures(arms, tested, reward, next(iter(self.heads))),
         }
 
     def _step_sizes(self, sampler: _Sampler, prompts: Sequence[RolloutPrompt]) -> dict[str, float]:
         """Those at which heads diverge as far as the first. KL grows with the square of a small step."""
-        steps = dict.fromkeys(SETTINGS, self.step_size)
-        wanted = _mean_kl(sampler.under(_FIRST, self.step_size, prompts))
-        for name in list(SETTINGS)[1:]:
+        first, *others = self.heads
+        steps = dict.fromkeys(self.heads, self.step_size)
+        wanted = _mean_kl(sampler.under(first, self.step_size, prompts))
+        for name in others:
             for _ in range(_MAX_ROUNDS):
                 kl = _mean_kl(sampler.under(name, steps[name], prompts))
                 if abs(kl - wanted) <= _EQUAL_KL * wanted:
@@ -120,11 +122,13 @@ class CriticSampling(Study):
         return table(result)
 
 
-def figures(arms: Mapping[str, Sequence[EvalSample]], prompts: Sequence[RolloutPrompt], reward: str) -> dict[str, Any]:
-    """Means over prompts, and how far they are above the first head's."""
+def figures(
+    arms: Mapping[str, Sequence[EvalSample]], prompts: Sequence[RolloutPrompt], reward: str, first: str
+) -> dict[str, Any]:
+    """Means over prompts, and how far they are above those of the head named `first`."""
     texts = {prompt.id: prompt.text for prompt in prompts}
     names = [*JUDGES[reward], "diversity", "coherence"]
-    metrics = {"reward": load_reward(reward), **{name: load_metric(name) for name in names}}
+    metrics = {"reward": load_reward(reward), **{name: KNOWN_JUDGES[name] for name in names}}
     tables: dict[str, dict[str, np.ndarray]] = {}
     for arm, samples in arms.items():
         kept = sorted(samples, key=lambda sample: (sample.prompt_id, sample.sample))
@@ -136,7 +140,7 @@ def figures(arms: Mapping[str, Sequence[EvalSample]], prompts: Sequence[RolloutP
     return {
         arm: {
             name: mean_interval(values_PS)
-            | ({} if arm == _FIRST else {"above_value": mean_interval(values_PS - tables[_FIRST][name])})
+            | ({} if arm == first else {"above_value": mean_interval(values_PS - tables[first][name])})
             for name, values_PS in table.items()
         }
         for arm, table in tables.items()

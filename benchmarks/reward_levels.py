@@ -41,7 +41,7 @@ SECTION = "bench-reward-levels"
 UNITS: tuple[LevelUnit, ...] = ("value", "reward")
 """Before calibration, and after."""
 _TARGETS = (0.1, 0.35, 0.65, 0.9)
-_FLOORS = (0.5, 0.8)
+_FLOOR = 0.8
 """Places in the calibrated range."""
 
 
@@ -67,6 +67,9 @@ class RewardLevelsStudy(Study, HeadsModelCommand):
     section: ClassVar[str] = SECTION
 
     heads_asked: CliPositionalArg[list[str]] = Field(description="comma-separated; each floor raises the next one")
+    places: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = Field(
+        list(_TARGETS), description="comma-separated; where in the calibrated range targets are, 0 its low end"
+    )
     num_prompts: Annotated[int, Field(ge=2)] = 40
     num_samples: Annotated[int, Field(ge=1)] = 1
     max_tokens: Annotated[int, Field(ge=1)] = 64
@@ -83,7 +86,7 @@ class RewardLevelsStudy(Study, HeadsModelCommand):
         prompts = in_mixed_order(prompt for prompt in chats if split_of(prompt.id) == "test")[: self.num_prompts]
         settings = RolloutSettings(num_samples=self.num_samples, max_tokens=self.max_tokens, seed=self.seed)
         factory = ArmFactory(loaded, self.core(loaded, registry), settings)
-        asked = list(_asked(self.heads_asked, registry))
+        asked = list(_asked(self.heads_asked, self.places, registry))
         found = [{"head": one.head, "asked": one.reward, "raised": one.raised,
                   **self._delivered(one, factory, registry, prompts)} for one in asked]  # fmt: skip
         return {"num_prompts": len(prompts), "settings": settings.model_dump(exclude={"prompts_per_shard"}),
@@ -112,14 +115,14 @@ class RewardLevelsStudy(Study, HeadsModelCommand):
         return table(result)
 
 
-def _asked(heads: Sequence[str], registry: HeadRegistry) -> Iterator[Asked]:
+def _asked(heads: Sequence[str], places: Sequence[float], registry: HeadRegistry) -> Iterator[Asked]:
     for index, head in enumerate(heads):
         known = registry.calibrations()[head].rewards
         low, high = known[0], known[-1]
-        yield from (Asked(head, round(low + place * (high - low), 2)) for place in _TARGETS)
+        yield from (Asked(head, round(low + place * (high - low), 2)) for place in places)
         if len(heads) > 1:
             raised = heads[(index + 1) % len(heads)]
-            yield from (Asked(head, round(low + place * (high - low), 2), raised) for place in _FLOORS)
+            yield Asked(head, round(low + _FLOOR * (high - low), 2), raised)
 
 
 def _missed(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

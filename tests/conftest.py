@@ -36,7 +36,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.engines.embedded.sequence import Sequence
 from server.types import FinishReason, GenerationChunk, GenerationRequest
-from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
+from value_models.heads import FieldHead, LinearHead, MLPHead, ValueHead, head_from_tensors
 from value_models.store import BaseModelCard, HeadCard, architecture_card, save_head
 
 HIDDEN = 32
@@ -251,6 +251,18 @@ def random_linear_head(seed: int) -> LinearHead:
         scale_D=torch.ones(HIDDEN),
         inputs_UD=torch.randn(1, HIDDEN, generator=rng),
         input_bias_U=torch.zeros(1),
+    )
+
+
+def random_field_head(seed: int, *, num_features: int = 3) -> FieldHead:
+    """Its features are large enough for some of them to be cut."""
+    rng = torch.Generator().manual_seed(seed)
+    return FieldHead(
+        mean_D=torch.zeros(HIDDEN),
+        scale_D=torch.ones(HIDDEN),
+        inputs_UD=torch.randn(num_features + 1, HIDDEN, generator=rng) / 2,
+        input_bias_U=torch.zeros(num_features + 1),
+        ascent_UD=torch.randn(num_features + 1, HIDDEN, generator=rng),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -95,14 +96,25 @@ def test_calibration_keeps_what_each_level_gives_in_the_card(
     heads = shutil.copytree(folder / "heads", tmp_path / "heads")
     before = load_card(heads / "short")
     inputs = ["--heads-dir", str(heads), "--prompts", str(folder / "prompts.jsonl"), "--formats", "text,chat"]
-    work = ["--work", str(tmp_path / "work"), "--max-batch-size", "8", "--max-tokens", "6", "--num-samples", "2"]
-    assert main(["calibrate", "short", *flags, *inputs, *work, "--levels", "-2,2"]) == 0
+    work = ["--work", str(tmp_path / "work"), "--max-batch-size", "8", "--max-tokens", "6", "--levels=-2,2"]
+
+    def calibrate(step: int) -> int:
+        """With a reward that changes by so much from each level to the next."""
+        rewards = itertools.count(0, step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("server.cli.calibrate.load_reward", lambda _: lambda _, texts: [next(rewards)] * len(texts))
+            return main(["calibrate", "short", *flags, *inputs, *work])
+
+    assert calibrate(-1) == 2
+    assert "does not rise" in capsys.readouterr().err
+    assert load_card(heads / "short") == before
+    assert calibrate(1) == 0
     card = load_card(heads / "short")
     assert card.calibration is not None
+    assert (card.calibration.base_reward, card.calibration.rewards) == (0.0, (1.0, 2.0))
     low, high = card.calibration.measured
-    assert low.reward < high.reward
     assert low.value < before.reward_mean < high.value
-    assert f"from {low.reward:.3f} to {high.reward:.3f}" in capsys.readouterr().out
+    assert "targets from 1.000 to 2.000" in capsys.readouterr().out
     assert card.model_copy(update={"calibration": None}) == before
 
 

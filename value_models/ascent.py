@@ -19,9 +19,11 @@ All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token o
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
 at `ascent_rows`, `calibrated` and `ascent_gain`.
 
+A field (fields.py) has a direction for each of its features beside the constant one, which are fitted jointly.
+
 Tokens are read in blocks, in one pass for a direction and one for its length, and only sums are kept.
 
-Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head.
+Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head, W fitted rows, F = W D.
 
 Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimensional continuous control using GAE.
 """
@@ -29,16 +31,16 @@ Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from value_models.critic import Credit
+from value_models.critic import Credit, PrefixCritic
 from value_models.errors import TrainingDataError
-from value_models.heads import UNIT_COST_NATS, ValueHead
+from value_models.heads import UNIT_COST_NATS, FieldHead, ValueHead
 from value_models.linalg import solve, vecdot
 from value_models.moments import GramSum, Moments
 from value_models.sources import FitSource
@@ -48,6 +50,10 @@ from value_models.training_data import TrainingData
 Metric = Literal["natural", "covariance", "identity"]
 MONTE_CARLO = Credit(trace=1.0)
 """The reward less the head's value."""
+ADDED_DAMPING = 10.0
+"""Of a field's added rows, relative to that of its constant one."""
+_AT_ONCE = 4096
+"""Tokens whose products of features and gradients are in memory."""
 _MIN_COST_NATS = 1e-12
 
 
@@ -73,38 +79,65 @@ def ascent_rows(
     if any(source.data.is_given for source in sources):
         # A handful of texts tells little of the Fisher information of so many dimensions.
         damping += len(head.scale_D) / sum(source.data.num_tokens("train") for source in sources)
-    directions = natural_directions(head, sources, credits, damping=damping)
-    return [torch.cat([(u_D / head.scale_D)[None], torch.zeros_like(head.inputs_UD[1:])]) for u_D in directions]
+    found = natural_directions(head, sources, credits, damping=damping)
+    rest_UD = torch.zeros_like(head.inputs_UD[_num_fitted(head) :])
+    return [torch.cat([u_WD / head.scale_D, rest_UD]) for u_WD in found]
 
 
 def natural_directions(
     head: ValueHead, sources: Sequence[FitSource], credits: Sequence[Credit], *, damping: float
 ) -> list[Tensor]:
-    """u [D] = (F + damping * mean eigenvalue * I)^-1 E[A grad] over training tokens, of several sources their sum; one
-    for each way of crediting the tokens of rollouts."""
-    size, device = head.hidden_size, head.scale_D.device
+    """u [W, D] = (F + damping * mean eigenvalue * I)^-1 E[A x] over training tokens, x a token's features times its
+    gradient, of several sources their sum; one for each way of crediting the tokens of rollouts."""
+    num_rows, device = _num_fitted(head), head.scale_D.device
+    size = num_rows * head.hidden_size
     fisher, gains = GramSum(size, device), list[Tensor]()
     for source in sources:
         mean_score = source.mean_score("train")
-        gain_CD = torch.zeros(len(credits), size, dtype=torch.float64, device=device)
+        gain_CF = torch.zeros(len(credits), size, dtype=torch.float64, device=device)
         for block in source.data.blocks("train"):
-            fisher.add(block.cost_grads_ND)
+            features_NW = head.readout(head.units(block.states_ND))[1][:, :num_rows]
+            for cost_MF in _products(features_NW, block.cost_grads_ND):
+                fisher.add(cost_MF)
             for number, credit in enumerate(credits):
-                gain_CD[number] += _advantages(head, source, block, mean_score, credit) @ block.logp_grads_ND
-        gains.append(gain_CD / source.data.num_tokens("train"))
-    fisher_DD = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
-    damped_DD = fisher_DD.clone()
-    damped_DD.diagonal().add_(damping * fisher_DD.diagonal().mean())
+                gain_CF[number] += _gain(features_NW, _advantages(head, source, block, mean_score, credit), block)
+        gains.append(gain_CF / source.data.num_tokens("train"))
+    fisher_FF = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
+    damped_FF = _damped(fisher_FF, head.hidden_size, damping)
     found: list[Tensor] = []
     for number in range(len(credits)):
-        directions = [solve(damped_DD, gain_CD[number]) for gain_CD in gains]
+        directions = [solve(damped_FF, gain_CF[number]) for gain_CF in gains]
         if len(sources) > 1:
-            costs = [max(0.5 * float(u_D @ fisher_DD @ u_D), _MIN_COST_NATS) for u_D in directions]
+            costs = [max(0.5 * float(u_F @ fisher_FF @ u_F), _MIN_COST_NATS) for u_F in directions]
             directions = [
-                source.weight * u_D / cost**0.5 for source, u_D, cost in zip(sources, directions, costs, strict=True)
+                source.weight * u_F / cost**0.5 for source, u_F, cost in zip(sources, directions, costs, strict=True)
             ]
-        found.append(torch.stack(directions).sum(0).float())
+        found.append(torch.stack(directions).sum(0).float().view(num_rows, head.hidden_size))
     return found
+
+
+def _num_fitted(head: ValueHead) -> int:
+    """How many of the head's rows the natural gradient fits: all of a field, and of others the linear unit's."""
+    return head.num_units if isinstance(head, FieldHead) else 1
+
+
+def _products(features_NW: Tensor, grads_ND: Tensor) -> Iterator[Tensor]:
+    """Features times gradients, [M, F] of some tokens at once."""
+    for features_MW, grads_MD in zip(features_NW.split(_AT_ONCE), grads_ND.split(_AT_ONCE), strict=True):
+        yield (features_MW[:, :, None] * grads_MD[:, None, :]).flatten(1)
+
+
+def _gain(features_NW: Tensor, advantage_N: Tensor, block: TokenBlock) -> Tensor:
+    """The sum [F] of a block's advantages times features times gradients."""
+    return ((features_NW * advantage_N[:, None]).T @ block.logp_grads_ND).flatten()
+
+
+def _damped(fisher_FF: Tensor, hidden_size: int, damping: float) -> Tensor:
+    """F with each row's damping, relative to the mean eigenvalue of its own part."""
+    damped_FF = fisher_FF.clone()
+    for row, part_D in enumerate(damped_FF.diagonal().split(hidden_size)):
+        part_D.add_(damping * (ADDED_DAMPING if row else 1.0) * part_D.mean())
+    return damped_FF
 
 
 def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:
@@ -137,7 +170,8 @@ class AscentGain:
     E[A s . grad] / sqrt(E[(s . grad)^2] / 2) over a split's tokens, with s the head's shift and A the reward less the
     value: small edits that cost k nats a token add about this times sqrt(k) for each token of a response. On tokens
     that no fit has seen it compares ways uphill in seconds, without sampling. Its noise is about the root of 2 / N.
-    Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike.
+    Advantages are Monte Carlo here, whatever the direction was fitted by, so that every way is judged alike. What is
+    subtracted from the reward changes the noise alone: the head's value, or a critic's.
     """
 
     earned_P: Tensor
@@ -162,15 +196,15 @@ class AscentGain:
         return self.earned_P / self.num_tokens / max(self.paid / self.num_tokens, _MIN_COST_NATS) ** 0.5
 
 
-def ascent_gain(head: ValueHead, source: FitSource, split: str) -> AscentGain:
-    """Of a head's way uphill on the tokens of a split."""
+def ascent_gain(head: ValueHead, source: FitSource, split: str, critic: PrefixCritic | None = None) -> AscentGain:
+    """Of a head's way uphill on the tokens of a split; by the head's value where no critic is given."""
     data = source.data
     prompts = data.prompts_in(split)
     number_B = torch.searchsorted(prompts, data.prompt_B)
     earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
     for block in data.blocks(split):
         shift_D = shift_of(head, block)
-        advantage_N = _advantages(head, source, block, mean_score, MONTE_CARLO)
+        advantage_N = _advantages(head, source, block, mean_score, Credit(1.0, critic))
         earned_N = (advantage_N * vecdot(shift_D, block.logp_grads_ND)).double().cpu()
         earned_P.index_add_(0, block.of_tokens(number_B), earned_N)
         paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What reward responses get whose value is held at a level, so that a target or floor can be asked for in reward.
+"""Maps between a head's value and rewards: of values that control holds at a level, and of values that are read.
 
 A value predicts what the base model would make of a text, and control acts at every token. So a value that is held a
 little above its mean gives responses of a much higher reward. How much higher is measured by sampling, at a few levels,
@@ -59,11 +59,7 @@ class RewardLevels(BaseModel):
 
     @model_validator(mode="after")
     def _rises(self) -> RewardLevels:
-        if len(self.rewards) != len(self.levels):
-            raise ValueError(f"{len(self.rewards)} rewards do not pair with {len(self.levels)} levels")
-        for name, knots in (("rewards", self.rewards), ("levels", self.levels)):
-            if any(low >= high for low, high in itertools.pairwise(knots)):
-                raise ValueError(f"{name} must rise from each to the next")
+        _check_rising("rewards", self.rewards, "levels", self.levels)
         return self
 
     @classmethod
@@ -98,14 +94,44 @@ class RewardLevels(BaseModel):
     def level_of(self, reward: float) -> float:
         """The level at which the value has to be held for that mean reward; beyond the ends the map goes on straight,
         as steep as on the whole."""
-        return straight(reward, self.rewards, self.levels)
+        return _straight(reward, self.rewards, self.levels)
 
     def reward_of(self, level: float) -> float:
         """The inverse: the mean reward of responses whose value is held at a level."""
-        return straight(level, self.levels, self.rewards)
+        return _straight(level, self.levels, self.rewards)
 
 
-def straight(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+class ExpectedRewards(BaseModel):
+    """What reward to expect of a text with a value, linear between knots, of which both lists rise strictly.
+
+    Beyond the ends the expected reward stays what it is there; see expected.py for the fit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    values: Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_KNOTS)]
+    rewards: Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_KNOTS)]
+
+    @model_validator(mode="after")
+    def _rises(self) -> ExpectedRewards:
+        _check_rising("values", self.values, "rewards", self.rewards)
+        return self
+
+    def of(self, value: float) -> float:
+        """The mean reward of texts with that value."""
+        return float(np.interp(value, self.values, self.rewards))
+
+
+def _check_rising(name: str, knots: Sequence[float], other: str, others: Sequence[float]) -> None:
+    """Raises ValueError for lists that make no map that rises strictly."""
+    if len(knots) != len(others):
+        raise ValueError(f"{len(knots)} {name} do not pair with {len(others)} {other}")
+    for what, numbers in ((name, knots), (other, others)):
+        if any(low >= high for low, high in itertools.pairwise(numbers)):
+            raise ValueError(f"{what} must rise from each to the next")
+
+
+def _straight(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Linear between knots, and beyond them along the chord between the first and the last."""
     inside = min(max(x, xs[0]), xs[-1])
     return float(np.interp(inside, xs, ys)) + (x - inside) * (ys[-1] - ys[0]) / (xs[-1] - xs[0])

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from value_models.ascent import ADDED_DAMPING
 from value_models.critic_choice import CriticFigures
 from value_models.distillation import DistilledHead, DistilSettings, InstructedTexts
-from value_models.heads import UNIT_COST_NATS, ValueHead
+from value_models.fields import FieldFigures
+from value_models.heads import UNIT_COST_NATS, FieldHead, ValueHead
 from value_models.store import BaseModelCard, HeadCard, architecture_card
 from value_models.training import TrainSettings, ValidationFigures
 from value_models.training_data import TrainingData
@@ -40,6 +42,7 @@ def trained_card(
     settings: TrainSettings,
     *,
     critic: CriticFigures | None = None,
+    field: FieldFigures | None = None,
     reward: str | None = None,
     description: str = "",
     command: str,
@@ -59,13 +62,15 @@ def trained_card(
         validation["sources"] = [{"kind": part.data.kind, **part.figures.as_dict()} for part in parts]
     if critic is not None:
         validation["critic"] = critic.as_dict()
+    if field is not None:
+        validation["field"] = field.as_dict()
     return HeadCard(
         name=name,
         description=description or _capitalised(" and ".join(_effect(part.data, reward) for part in parts)),
         base_model=BaseModelCard(**first.data.base_model),
         architecture=architecture_card(head),
         normalisation=_NORMALISATION,
-        metric=_metric_text(settings, [part.data for part in parts], critic),
+        metric=_metric_text(settings, [part.data for part in parts], critic) + _field_text(head),
         # Of rollouts their reward alone, by which the head can be evaluated.
         reward=" and ".join(aims) if first.data.is_given else aims[0],
         reward_mean=head.reward_mean,
@@ -122,11 +127,18 @@ def distilled_card(
 
 def figures_text(validation: dict[str, Any]) -> str:
     """A card's figures in a line."""
+    rest = {name: value for name, value in validation.items() if name not in ("critic", "field")}
+    parts = [_figures_text(rest)]
     if "critic" in validation:
-        rest = {name: value for name, value in validation.items() if name != "critic"}
-        return f"{figures_text(rest)}; {_critic_text(validation['critic'])}"
+        parts.append(_critic_text(validation["critic"]))
+    if "field" in validation:
+        parts.append(_field_choice_text(validation["field"]))
+    return "; ".join(parts)
+
+
+def _figures_text(validation: dict[str, Any]) -> str:
     if "sources" in validation:
-        return "; ".join(f"of {part['kind']}: {figures_text(part)}" for part in validation["sources"])
+        return "; ".join(f"of {part['kind']}: {_figures_text(part)}" for part in validation["sources"])
     figures = f"R2 {validation['r2']['all']:.3f}, ascent gain {validation['ascent_gain']:.3f}"
     order = validation.get("order")
     if not order or not order["compared"]:
@@ -148,6 +160,22 @@ def _critic_text(critic: dict[str, Any]) -> str:
     if "prefix_reward_not_tried" in critic:
         return f"{text} (prefix_reward was not tried: {critic['prefix_reward_not_tried']})"
     return text
+
+
+def _field_choice_text(field: dict[str, Any]) -> str:
+    gains, (margin, error) = field["ascent_gain"], field["above_constant"]
+    taken = f"follows the state by components: {field['num_features']}" if field["num_features"] else "is constant"
+    return (
+        f"the direction {taken} (gain {gains['field']:.3f} with them and {gains['constant']:.3f} without, difference "
+        f"{margin:+.4f} with a standard error of {error:.4f})"
+    )
+
+
+def _field_text(head: ValueHead) -> str:
+    if not isinstance(head, FieldHead):
+        return ""
+    components = f"principal components: {head.num_units - 1}"
+    return f"; follows the state by {components}, damped {ADDED_DAMPING:g} times as much"
 
 
 def _aim(data: TrainingData, reward: str | None) -> str:

@@ -129,7 +129,7 @@ class PrefixCritic:
         return cls(features, part_B, weights_FK.float(), bias_K.float(), _explained(sums, weights_FK, bias_K))
 
     def values(self, block: TokenBlock) -> Tensor:
-        """Of training tokens, [N]."""
+        """Of a block's tokens, [N]; of prompts that no fit has seen, by the fit to all parts but the first."""
         values_NK = self.features.of_tokens(block) @ self.weights_FK + self.bias_K
         return values_NK.gather(1, block.of_tokens(self.part_B)[:, None].to(values_NK.device))[:, 0]
 

@@ -11,42 +11,16 @@ Shapes: N tokens of a block, H halves of the prompts, V bins of the value.
 
 from __future__ import annotations
 
-import itertools
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
-from value_models.calibration import MAX_KNOTS, rising
+from value_models.calibration import ExpectedRewards, rising
 
 _NUM_BINS, _WIDEST = 512, 4.0
 """Bins of equal width up to so many standard deviations to either side; the outermost take what lies beyond."""
 _NUM_GROUPS = 10
 """Of as many tokens each, from low values to high ones: a map's knots, and what its error is the mean over."""
-
-
-class ExpectedRewards(BaseModel):
-    """The map: both lists rise, the values strictly. Beyond its ends the expected reward stays what it is there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    values: Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_KNOTS)]
-    rewards: Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_KNOTS)]
-
-    @model_validator(mode="after")
-    def _rises(self) -> ExpectedRewards:
-        if len(self.values) != len(self.rewards):
-            raise ValueError(f"{len(self.values)} values do not pair with {len(self.rewards)} rewards")
-        for name, knots in (("values", self.values), ("rewards", self.rewards)):
-            if any(low >= high for low, high in itertools.pairwise(knots)):
-                raise ValueError(f"{name} must rise from each to the next")
-        return self
-
-    def of(self, value: float) -> float:
-        """The mean reward of texts with that value."""
-        return float(np.interp(value, self.values, self.rewards))
 
 
 class ExpectedSums:

@@ -7,7 +7,8 @@
 
 A head ascends along `ascent` rows, one for each unit and chosen in training (value_models/ascent.py; the rows of W are
 the plain gradient, as in the paper). The whole ascent runs in the space of the units: one step of size a moves z by
-a * c(z) Gram with c = df/dz and Gram = ascent W^T, and h by a * scale * c(z) ascent.
+a * c(z) Gram with Gram = ascent W^T, and h by a * scale * c(z) ascent. The coefficients c are df/dz, but of a field,
+whose c are the features that its direction follows.
 Gradients are closed-form matrix products with masks; there is no autograd in decoding.
 
 Knows nothing of models, rewards, files or requests. Enter at `ValueHead`; to add an architecture, write one class and
@@ -34,12 +35,18 @@ UNIT_COST_NATS = 0.1
 """What an ascent of length 1 of a trained head costs a token, on average over its training states."""
 MAX_UNITS = 8192
 """Of a head's layer, twice what the paper's have; a server keeps the inner products of all units with each other."""
+MAX_FEATURES = 8
+"""Of a field. What each of its rows does to the logits is kept, a row of the vocabulary's size."""
+MAX_FEATURE = 3.0
+"""That a feature counts, in standard deviations."""
 
 
 class ValueHead(nn.Module):
     """Base of all heads. Subclasses say what becomes of the units in `readout`; all tensors are float32 and frozen."""
 
     type_name: ClassVar[str]
+    is_straight: ClassVar[bool] = False
+    """Whether coefficients stay as they are along an ascent, so that n steps are one of n times the size."""
 
     mean_D: Tensor
     scale_D: Tensor
@@ -98,7 +105,7 @@ class ValueHead(nn.Module):
         return float(self.reward[1])
 
     def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised value f [B] and its derivative c = df/dz [B, U]."""
+        """Standardised value f [B] and the coefficients c [B, U] that a step takes the ascent rows times."""
         raise NotImplementedError
 
     def units(self, hidden_BD: Tensor) -> Tensor:
@@ -119,6 +126,10 @@ class ValueHead(nn.Module):
         """Rows [U, D] in h: an ascent step of size a is a * c(z) @ rows."""
         return self.ascent_UD * self.scale_D
 
+    def moved_units(self) -> Tensor:
+        """Which units [U] an ascent moves, bool; others stay what they are of the model's own state."""
+        return torch.ones_like(self.input_bias_U, dtype=torch.bool)
+
     def with_ascent(self, ascent_UD: Tensor) -> ValueHead:
         """The same head with other ascent rows (see value_models/ascent.py)."""
         return head_from_tensors(self.type_name, {**self.state_dict(), "ascent_UD": ascent_UD})
@@ -134,6 +145,7 @@ class LinearHead(ValueHead):
     """f = z of one unit. A static steering vector is this head with the vector as its ascent row."""
 
     type_name = "linear"
+    is_straight = True
 
     def __init__(self, **first_layer: Any) -> None:
         super().__init__(**first_layer)
@@ -142,6 +154,28 @@ class LinearHead(ValueHead):
 
     def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
         return units_BU[:, 0], torch.ones_like(units_BU)
+
+
+class FieldHead(ValueHead):
+    """f = z_0, and a way uphill that follows the state: ascent_0 + sum_k phi_k ascent_k.
+
+    The features phi are units 1.. of the state as the model left it, cut to MAX_FEATURE; an ascent does not move them.
+    """
+
+    type_name = "field"
+    is_straight = True
+
+    def __init__(self, **first_layer: Any) -> None:
+        super().__init__(**first_layer)
+        if self.num_units > 1 + MAX_FEATURES:
+            raise HeadShapeError(f"a field has {self.num_units - 1} features; at most {MAX_FEATURES} are allowed")
+
+    def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
+        features_BK = units_BU[:, 1:].clamp(-MAX_FEATURE, MAX_FEATURE)
+        return units_BU[:, 0], torch.cat([torch.ones_like(units_BU[:, :1]), features_BK], dim=1)
+
+    def moved_units(self) -> Tensor:
+        return torch.arange(self.num_units, device=self.inputs_UD.device) == 0
 
 
 class MLPHead(ValueHead):
@@ -206,7 +240,7 @@ class MLPHead(ValueHead):
         return value_B, torch.cat([torch.ones_like(linear_B)[:, None], slope_BH], dim=1)
 
 
-HEAD_TYPES: dict[str, type[ValueHead]] = {head.type_name: head for head in (LinearHead, MLPHead)}
+HEAD_TYPES: dict[str, type[ValueHead]] = {head.type_name: head for head in (LinearHead, FieldHead, MLPHead)}
 
 
 def head_from_tensors(type_name: str, tensors: dict[str, Tensor]) -> ValueHead:

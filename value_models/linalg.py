@@ -26,3 +26,8 @@ def vecdot(x: Tensor, y: Tensor) -> Tensor:
 def solve(matrix_NN: Tensor, right_N: Tensor) -> Tensor:
     """The x [N] with matrix x = right. Raises torch.linalg.LinAlgError where the matrix is singular."""
     return _linalg.solve(matrix_NN, right_N)
+
+
+def eigh(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [N] of a symmetric matrix, in rising order, and their eigenvectors as columns [N, N]."""
+    return _linalg.eigh(matrix_NN)

@@ -19,9 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from value_models.calibration import RewardLevels
+from value_models.calibration import ExpectedRewards, RewardLevels
 from value_models.errors import HeadFileError, HeadShapeError
-from value_models.expected import ExpectedRewards
 from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
 

@@ -22,10 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.calibration import ExpectedRewards
+from value_models.critic import Credit
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
-from value_models.expected import ExpectedRewards, ExpectedSums
-from value_models.heads import LinearHead, ValueHead, head_from_tensors
+from value_models.expected import ExpectedSums
+from value_models.fields import AUTO_FEATURES, FieldFigures, as_field, choose_field, num_tried
+from value_models.heads import MAX_FEATURES, LinearHead, ValueHead, head_from_tensors
 from value_models.moments import Moments, MomentSums
 from value_models.network import Network, fit
 from value_models.order import order_figures
@@ -37,6 +40,9 @@ from value_models.training_data import TrainingData
 
 _POSITIONS = (0, 10, 20, 40, 60)
 """Tokens of responses at which the explained variance is looked at."""
+
+
+FieldFeatures = Annotated[int, Field(ge=0, le=MAX_FEATURES)] | Literal["auto"]
 
 
 class TrainSettings(BaseModel):
@@ -75,6 +81,11 @@ class TrainSettings(BaseModel):
         description=f"tokens from one reward of the text so far to the next; by default {STRIDE}, and {MODEL_STRIDE} "
         "for rewards that are models",
     )
+    field_features: FieldFeatures = Field(
+        default="auto",
+        description=f"principal components of the state that the natural metric's direction follows, {MAX_FEATURES} at "
+        f"most; auto tries {AUTO_FEATURES} and takes them if validation prompts of rollouts clearly speak for it",
+    )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
     ridge: float = Field(default=0.01, gt=0, description="of the linear part, relative to unit variance")
@@ -109,6 +120,20 @@ class TrainSettings(BaseModel):
         """Whether each prompt's mean is subtracted. Most prompts of single texts have one, of which nothing would be
         left."""
         return self.center_by_prompt and (kind != "texts" or "center_by_prompt" in self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _fields_are_linear_heads_by_the_natural_metric(self) -> Self:
+        if "field_features" in self.model_fields_set and self.metric != "natural":
+            raise ValueError(f"field_features: goes with the metric natural alone, not with {self.metric}")
+        if "field_features" in self.model_fields_set and self.hidden_widths:
+            raise ValueError("field_features: goes without hidden_widths; a field's value is linear")
+        return self
+
+    def features_tried(self, hidden_size: int, num_tokens: int) -> int:
+        """Of a field that may be taken, where there are so many training tokens; 0 for none."""
+        if self.metric != "natural" or self.hidden_widths:
+            return 0
+        return num_tried(hidden_size, num_tokens) if self.field_features == "auto" else self.field_features
 
     @property
     def wants_prefix_rewards(self) -> bool:
@@ -151,6 +176,8 @@ class TrainedHead:
     """For each source."""
     critic: CriticFigures | None
     """Of the natural metric where there are rollouts."""
+    field: FieldFigures | None = None
+    """Where one was tried."""
 
 
 def train_head(
@@ -172,21 +199,49 @@ def train_head(
     rollouts = next((source for source in fitted if not source.data.is_given), None)
     critic_name = settings.critic if settings.metric == "natural" else "value"
     tried = credits_to_try(rollouts, critic_name, trace=settings.advantage_trace, ridge=settings.ridge)
-    rows = ascent_rows(
-        head,
-        fitted,
-        moments,
-        metric=settings.metric,
-        shrinkage=settings.shrinkage,
-        credits=tried.credits,
-        damping=settings.damping,
-    )
-    ways = [head.with_ascent(rows_UD) for rows_UD in rows]
+    ways = _ways(head, fitted, moments, settings, tried.credits)
     head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
+    field_figures = None
+    if rollouts is not None and critic is not None:
+        credit = next(credit for credit in tried.credits if credit.name == critic.name)
+        head, field_figures = _perhaps_following(head, fitted, moments, settings, rollouts, credit)
+    elif settings.field_features not in (0, "auto"):
+        raise TrainingDataError("field_features: a field is fitted to rollouts by the metric natural; there are none")
     head = calibrated(head, sources)
     figures = [_figures(head, source, is_unit=source is fitted[0]) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
-    return TrainedHead(head, figures, critic)
+    return TrainedHead(head, figures, critic, field_figures)
+
+
+def _perhaps_following(
+    head: ValueHead,
+    sources: Sequence[FitSource],
+    moments: Moments,
+    settings: TrainSettings,
+    rollouts: FitSource,
+    credit: Credit,
+) -> tuple[ValueHead, FieldFigures | None]:
+    """The head, or a field in its place; figures where one was tried."""
+    num_features = settings.features_tried(head.hidden_size, rollouts.data.num_tokens("train"))
+    if num_features == 0:
+        return head, None
+    (field,) = _ways(as_field(head, moments, num_features), sources, moments, settings, [credit])
+    return choose_field(head, field, rollouts, credit.critic, is_asked=settings.field_features != "auto")
+
+
+def _ways(
+    head: ValueHead,
+    sources: Sequence[FitSource],
+    moments: Moments,
+    settings: TrainSettings,
+    credits: Sequence[Credit],
+) -> list[ValueHead]:
+    """The head with each of the ways uphill that `ascent_rows` finds."""
+    rows = ascent_rows(
+        head, sources, moments, metric=settings.metric, shrinkage=settings.shrinkage, credits=credits,
+        damping=settings.damping,
+    )  # fmt: skip
+    return [head.with_ascent(rows_UD) for rows_UD in rows]
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:

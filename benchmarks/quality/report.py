@@ -20,6 +20,7 @@ from benchmarks.quality.objectives_report import objectives_tables
 from benchmarks.quality.tables import TITLES, command, interval, share, signed
 from server.cli import run
 from server.cli.heads import HeadsCommand
+from server.cli.methods import HEAD
 from value_models.claims import holm
 from value_models.store import HeadCard
 
@@ -135,6 +136,29 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
     return "\n".join(lines) if is_measured else _NOT_YET
 
 
+def kept_table(cards: Sequence[HeadCard]) -> str:
+    """What each head loses of the base model's coherence, at its default and at its best strength.
+
+    Of results that tell how strengths were bound, which older ones do not.
+    """
+    lines = header(["head", "test set", "strength", "coherence lost on test prompts", "allowed on validation prompts"])
+    is_measured = False
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            if "unsound" not in (strengths := result.get("strengths", {})):
+                continue
+            is_measured = True
+            allowed = f"{strengths['max_coherence_loss']:g}"
+            if HEAD.name in strengths["unsound"]:
+                allowed += ", which no strength satisfies"
+            for arm in (HEAD.label, f"{HEAD.label}, best strength"):
+                if arm in result["arms"]:
+                    which = "default" if arm == HEAD.label else f"best, {strengths['best'][HEAD.name]:.3g}"
+                    lost = signed(result["arms"][arm]["coherence_loss"])
+                    lines.append(row([f"`{card.name}`", result["test_set"], which, lost, allowed]))
+    return "\n".join(lines) if is_measured else _NOT_YET
+
+
 def transcript(path: Path) -> str:
     """What `recontrol compare --out` wrote: one prompt, the base model's response, and each head's."""
     result = json.loads(path.read_text())
@@ -149,6 +173,7 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "heads": evaluation_tables,
     "claims": claims_table,
     "areas": areas_table,
+    "kept": kept_table,
     "stress": stress_tables,
     "commands": commands,
 }
@@ -162,7 +187,9 @@ def _table(card: HeadCard, result: dict[str, Any]) -> str:
     scores = ["reward", *result["judges"]]
     known = ("win_over_base", "win_over_reference", "failures", "finished")
     rates = [name for name in known if name in result["arms"]["base"]]
-    means = ["diversity", "coherence", "nll", "kl"]
+    means = [
+        name for name in ("diversity", "coherence", "coherence_loss", "nll", "kl") if name in result["arms"]["base"]
+    ]
     size = f"{result['num_prompts']} prompts x {result['sampling']['num_samples']}"
     titles = [f"`{card.name}` on {result['test_set']}, {size}", *scores, *(TITLES[name] for name in (*rates, *means))]
     titles += ["largest KL"]

@@ -15,6 +15,7 @@ TITLES = {
     "finished": "ended by itself",
     "diversity": "diversity",
     "coherence": "coherence",
+    "coherence_loss": "coherence lost",
     "nll": "nats/token",
     "kl": "mean KL",
 }

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import base64
 import itertools
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -32,7 +31,6 @@ from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName
 from server.engines.base import Engine, EngineInfo, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
 from server.types import ChatRendering, GenerationRequest, SamplingParams, ScoringParams
-from value_models.expected import ExpectedRewards
 
 MAX_READ_TOKENS = 2**17
 router = APIRouter()
@@ -177,21 +175,11 @@ async def _content(request: Request, body: ValueBody, generation: Generation) ->
     }
 
 
-def _expected(values: Mapping[str, float], info: EngineInfo) -> dict[str, float]:
-    """By head, where its card tells what reward texts of a value get."""
-    maps = {name: info.heads.get(name, {}).get("expected") for name in values}
-    return {
-        name: ExpectedRewards.model_validate(maps[name]).of(value)
-        for name, value in values.items()
-        if maps[name] is not None and math.isfinite(value)
-    }
-
-
 def _datum(generation: Generation, index: int, choice: Choice) -> dict[str, Any]:
     told = choice.prompt_values
     assert told is not None
     datum: dict[str, Any] = {"object": "value", "index": index, "values": shown(told.values)}
-    if expected := _expected(told.values, generation.engine.info):
+    if expected := generation.engine.info.expected_rewards(told.values):
         datum["expected_rewards"] = expected
     if told.token_values is not None:
         datum["token_values"] = shown(told.token_values)

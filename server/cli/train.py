@@ -79,7 +79,8 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         ]
         card = trained_card(
             self.name, trained.head, parts, settings,
-            critic=trained.critic, reward=self.reward, description=self.description, command=command_line(),
+            critic=trained.critic, field=trained.field, reward=self.reward, description=self.description,
+            command=command_line(),
         )  # fmt: skip
         save_head(folder, trained.head, card)
         print(f"{folder}: on validation prompts {figures_text(card.validation)}")
@@ -138,6 +139,8 @@ class Train(  # pyright: ignore[reportIncompatibleVariableOverride]
         """Raises ConfigurationError for flags of advantages, which only rollouts have."""
         if given := sorted({"critic", "advantage_trace", "prefix_stride"} & self.model_fields_set):
             raise ConfigurationError(f"{given[0]}: pairs and texts have scores for advantages; leave it out")
+        if "field_features" in self.model_fields_set:
+            raise ConfigurationError("field_features: goes with --reward alone; pairs and texts are too few for it")
 
 
 def _tell_cost(rollouts: TrainingData) -> None:

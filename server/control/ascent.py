@@ -143,7 +143,7 @@ def _share(ratio_R: Tensor, units_RU: Tensor, max_shift_R: Tensor) -> tuple[Tens
 def leaves_bounds(ascent: Ascent, objectives: ObjectiveRows, scale_R: Tensor) -> Tensor:
     """Whether so much of the ascent takes a row's values [R] where its objective does not allow them.
 
-    With linear heads it never does; where units of a hidden layer switch on the way, it may. Values that are not finite
+    A straight ascent never does; where units of a hidden layer switch on the way, it may. Values that are not finite
     are not outside: their row is dropped, and counted, as such.
     """
     stack = ascent.group.stack

@@ -175,8 +175,8 @@ class StateEditor:
                 sharing.append(group)
             else:
                 ascents.append(ascend(hidden_BD, group.pinned or group))
-        # One product with the LM head serves all states and shifts, but those of linear heads need none.
-        nonlinear = [ascent for ascent in ascents if not ascent.group.stack.has_constant_slope]
+        # One product with the LM head serves all states and shifts, but those of heads of few units need none.
+        nonlinear = [ascent for ascent in ascents if not ascent.group.stack.is_straight]
         added = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         added += [state_D[None] for state_D in instructed_states((ascent.group for ascent in ascents), instructed)]
         projected = self._unembedding.project(torch.cat([hidden_BD, *added]) if added else hidden_BD)
@@ -207,11 +207,11 @@ class StateEditor:
         return edits, shared, base_BV
 
     def _delta(self, ascent: Ascent, deltas: Iterator[Tensor], *, num_logits: int) -> Tensor:
-        """What an ascent changes of the projected logits [R, V]; `deltas` are those of stacks that are not linear."""
+        """What an ascent changes of the projected logits [R, V]; `deltas` are those of stacks that are not straight."""
         stack = ascent.group.stack
         if not stack.heads:
             return ascent.shift_ratio_R.new_zeros(len(ascent.shift_ratio_R), num_logits)
-        return self._row_logits_of(stack)(ascent.coefficients_RU) if stack.has_constant_slope else next(deltas)
+        return self._row_logits_of(stack)(ascent.coefficients_RU) if stack.is_straight else next(deltas)
 
     def _over_pinned(self, group: EditGroup, pinned: _Edit, hidden_BD: Tensor, base_BV: Tensor) -> _Edit:
         """The edit of pinned heads with as much of the callers' as budgets leave room for and takes nothing back."""
@@ -224,7 +224,7 @@ class StateEditor:
         )
         first = first.taken(pinned.scale_R, hidden_RD)
         added = ascend_beside(hidden_BD, group, first)
-        if stack.has_constant_slope:
+        if stack.is_straight:
             delta_RV = self._row_logits_of(stack)(added.coefficients_RU)
         else:
             delta_RV = self._unembedding.project(added.shift_RD.to(hidden_BD.dtype)).float()
@@ -314,7 +314,7 @@ class StateEditor:
         else:
             scale_R, kl_R = largest_general_scale(base_RV, delta_RV, ascent.group.max_kl_R, self._unembedding.finish)
         objectives, is_outside_R = ascent.group.objectives, None
-        if objectives is not None and not ascent.group.stack.has_constant_slope:
+        if objectives is not None and not ascent.group.stack.is_straight:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)
             scale_R, kl_R = torch.where(is_outside_R, 0.0, scale_R), torch.where(is_outside_R, 0.0, kl_R)
         return _Edit(

@@ -128,7 +128,7 @@ class EditPlan:
             if control is not None:
                 stack = registry.stack(control.head_names)
                 is_fused = fuses and can_fuse(stack, control)
-                is_shared = stack.has_constant_slope and device.type == "cpu" and not fuses
+                is_shared = stack.is_linear and device.type == "cpu" and not fuses
                 coefficients = _coefficients(stack, control) if is_shared else None
                 key = (stack, coefficients, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
                 members.setdefault(key, []).append(index)
@@ -176,10 +176,10 @@ def _weights(stack: HeadStack, control: ControlParams) -> list[float]:
 
 
 def _steps(stack: HeadStack, control: ControlParams) -> tuple[int, float]:
-    """Number and size of the steps; where all heads are linear, n steps are one of n times the size."""
+    """Number and size of the steps; where all ascents are straight, n steps are one of n times the size."""
     # A null objective has slope zero; no steps at all keeps even 0 x inf out of it.
     steps = 0 if control.heads_objective.is_null or control.step_size == 0 else control.steps
-    return (min(steps, 1), control.step_size * steps) if stack.has_constant_slope else (steps, control.step_size)
+    return (min(steps, 1), control.step_size * steps) if stack.is_straight else (steps, control.step_size)
 
 
 def _strength(control: ControlParams, token: int) -> tuple[float, HeldBy | None]:

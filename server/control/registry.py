@@ -72,12 +72,18 @@ class HeadStack:
         return 4 * num_units * (3 * hidden_size + 2 * num_units)
 
     @property
-    def has_constant_slope(self) -> bool:
-        """Whether every head is linear, so that n steps are one of n times the size."""
+    def is_linear(self) -> bool:
+        """Whether every head is linear, so that its ascent is the same in every state."""
         return all(isinstance(head, LinearHead) for head in self.heads)
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether no head's coefficients change along an ascent, so that n steps are one of n times the size. Such
+        heads have few units."""
+        return all(head.is_straight for head in self.heads)
+
     def readout(self, units_RU: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Standardised values [R, K], and each head's own slope over its units, K tensors [R, U_k]."""
+        """Standardised values [R, K], and each head's own coefficients over its units, K tensors [R, U_k]."""
         if not self.heads:
             return units_RU, []
         parts = [head.readout(units_RU[:, span]) for head, span in zip(self.heads, self.spans, strict=True)]
@@ -279,6 +285,7 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
     ascent_UD = torch.cat([head.folded_ascent() for head in heads])
+    moved_UD = inputs_UD * torch.cat([head.moved_units() for head in heads])[:, None]
     ends = itertools.accumulate(head.num_units for head in heads)
     return HeadStack(
         names=names,
@@ -287,7 +294,7 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
         inputs_UD=inputs_UD.float().contiguous(),
         input_bias_U=bias_U.float().contiguous(),
         inputs=frozen_linear(inputs_UD, bias_U),
-        gram=frozen_linear(inputs_UD @ ascent_UD.T),
+        gram=frozen_linear(moved_UD @ ascent_UD.T),
         ascent=frozen_linear(ascent_UD.T),
         ascent_gram=frozen_linear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),

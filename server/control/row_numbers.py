@@ -41,7 +41,7 @@ def can_fuse(stack: HeadStack, control: ControlParams) -> bool:
     """Whether the kernels can do it: linear heads alone, an objective that they know, no instruction that acts, and
     nothing pinned beneath."""
     is_known = type(control.heads_objective) in _KINDS and control.instruction is None
-    has_linear_heads = stack.has_constant_slope and 0 < len(stack.names) <= layout.SLOTS
+    has_linear_heads = stack.is_linear and 0 < len(stack.names) <= layout.SLOTS
     return is_known and has_linear_heads and not isinstance(control, UnderPinned)
 
 

@@ -5,6 +5,7 @@ Knows no torch and no HTTP. Enter at `Engine`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from server.types import (
     TokenEdit,
     TokenText,
 )
-from value_models.calibration import RewardLevels
+from value_models.calibration import ExpectedRewards, RewardLevels
 
 if TYPE_CHECKING:
     from value_models.distillation import InstructedSource
@@ -67,6 +68,15 @@ class EngineInfo:
         told = {name: self.heads.get(name, {}).get("calibration") for name in heads}
         # As JSON a card has lists, which are as good as tuples.
         return {name: RewardLevels.model_validate(found) for name, found in told.items() if found is not None}
+
+    def expected_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What reward texts of such values get, by head, of those whose cards tell and whose value is finite."""
+        told = {name: self.heads.get(name, {}).get("expected") for name in values}
+        return {
+            name: ExpectedRewards.model_validate(found).of(values[name])
+            for name, found in told.items()
+            if found is not None and math.isfinite(values[name])
+        }
 
     def warnings(self, heads: Iterable[str]) -> list[str]:
         """Those of the heads that are named, in the order given."""

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.api.conftest import complete, recording
-from value_models.calibration import RewardLevels
+from value_models.calibration import ExpectedRewards, RewardLevels
 
 CALIBRATION = RewardLevels(rewards=(0.0, 1.0), levels=(4.0, 6.0), base_reward=0.5, conditions={}, command="pytest")
 Make = Callable[..., FastAPI]
@@ -55,3 +55,14 @@ def test_a_reward_out_of_reach_is_a_400_that_tells_the_range(make_app: Make) -> 
     assert "0.000 to 1.000" in error["message"]
     assert allowed.status_code == 200
     assert len(requests) == 1
+
+
+def test_a_value_is_told_with_the_reward_to_expect_of_it_where_the_card_has_that(make_app: Make) -> None:
+    app = make_app()
+    engine = app.state.engine
+    expected = ExpectedRewards(values=(-1000.0, 1000.0), rewards=(0.0, 1.0))
+    engine.info = engine.info.with_head("plain", {"expected": expected.model_dump(mode="json")}, None)
+    with recording(app) as (client, _):
+        (datum,) = client.post("/v1/value", json={"model": "fake", "input": "hello"}).json()["data"]
+    assert set(datum["values"]) == {"plain", "positive"}
+    assert datum["expected_rewards"] == {"plain": pytest.approx(0.5 + datum["values"]["plain"] / 2000.0)}

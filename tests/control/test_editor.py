@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.control.ascent import ascend
 from server.control.editor import StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from tests.conftest import HIDDEN, control, edited_states, random_head, random_linear_head
-from value_models.heads import ValueHead
+from tests.conftest import HIDDEN, control, edited_states, random_field_head, random_head, random_linear_head
+from value_models.heads import MAX_FEATURE, ValueHead
 from value_models.linear import PackedLinear
 
 VOCAB = 400
@@ -37,7 +38,7 @@ class LinearUnembedding:
 
 @pytest.fixture
 def registry(heads: dict[str, ValueHead]) -> HeadRegistry:
-    return HeadRegistry(heads)
+    return HeadRegistry({**heads, "field": random_field_head(6)})
 
 
 @pytest.fixture
@@ -99,7 +100,24 @@ def test_the_loop_over_units_equals_steps_in_the_state(registry: HeadRegistry, h
         torch.testing.assert_close(edited[i], naive_ascent(head, hidden[i], params, -0.7), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["good", "deep", "line"])
+def test_a_fields_direction_is_that_of_the_models_own_state(registry: HeadRegistry, hidden: Tensor) -> None:
+    head = registry.head("field")
+    features_RK = head.units(hidden)[:, 1:]
+    assert (features_RK.abs() > MAX_FEATURE).any()
+    shift_RD = (
+        0.2 * head.folded_ascent()[0] + 0.2 * features_RK.clamp(-MAX_FEATURE, MAX_FEATURE) @ head.folded_ascent()[1:]
+    )
+    for params in ({"step_size": 0.2, "steps": 1}, {"step_size": 0.01, "steps": 20}):
+        plan = plan_of(registry, [control({"field": 1.0}, max_kl=0.5, max_shift=2.0, **params)] * 7)
+        ascent = ascend(hidden, plan.groups[0])
+        whole_RD = ascent.shift_RD / ascent.share_R[:, None]
+        torch.testing.assert_close(whole_RD, shift_RD, rtol=1e-4, atol=1e-4)
+    moved_R = ((hidden + ascent.shift_RD) @ head.inputs_UD[0]) - hidden @ head.inputs_UD[0]
+    torch.testing.assert_close(ascent.climb_RU[:, 0], moved_R, rtol=1e-4, atol=1e-3)
+    assert not ascent.climb_RU[:, 1:].any()
+
+
+@pytest.mark.parametrize("name", ["good", "deep", "line", "field"])
 def test_the_logits_are_those_of_the_edited_state(registry: HeadRegistry, hidden: Tensor, name: str) -> None:
     plan = plan_of(registry, [control({name: 1.0}, step_size=0.3, max_kl=0.2)] * 7)
     logits, stats = EDITOR.logits(hidden, plan)
@@ -124,7 +142,7 @@ def test_the_divergence_of_what_is_sampled_never_exceeds_the_budget(
     registry: HeadRegistry, hidden: Tensor, softcap: float | None, max_kl: float
 ) -> None:
     unembedding = LinearUnembedding(softcap)
-    plan = plan_of(registry, [control({name: 1.0}, max_kl=max_kl, **STRONG) for name in ("good", "deep", "line")] * 2)
+    plan = plan_of(registry, [control({name: 1.0}, max_kl=max_kl, **STRONG) for name in ("good", "field", "line")] * 2)
     logits, stats = StateEditor(unembedding).logits(hidden[:6], plan)
     log_base = unembedding.finish(unembedding.project(hidden[:6])).double().log_softmax(-1)
     log_moved = logits.double().log_softmax(-1)
@@ -152,8 +170,8 @@ def test_a_rows_edit_is_the_same_bits_alone_and_among_others(registry: HeadRegis
         control({"good": 1.0, "line": -1.0}, step_size=2.0),
         None,
         control({"good": -3.0}, steps=40, max_kl=0.05),
-        control({"deep": 1.0}, max_shift=0.1),
-        control({"line": 5.0, "good": 0.1}, steps=1),
+        control({"deep": 1.0, "field": -1.0}, max_shift=0.1),
+        control({"line": 5.0, "field": 1.0}, steps=1),
         control({"good": 1.0}, steps=0),
     ]
     whole, _ = EDITOR.logits(hidden, plan_of(registry, rows))
@@ -166,7 +184,7 @@ def test_a_rows_edit_is_the_same_bits_alone_and_among_others(registry: HeadRegis
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("make_head", [random_head, random_linear_head])
+@pytest.mark.parametrize("make_head", [random_head, random_linear_head, random_field_head])
 def test_a_nonfinite_edit_keeps_the_state_is_counted_and_touches_no_neighbour(
     hidden: Tensor, bad: float, make_head: Callable[[int], ValueHead]
 ) -> None:

@@ -11,11 +11,16 @@ from server.control.editor import StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
-from tests.conftest import HIDDEN, control, random_head, random_linear_head
+from tests.conftest import HIDDEN, control, random_field_head, random_head, random_linear_head
 from tests.control.test_editor import LinearUnembedding
 
 REGISTRY = HeadRegistry(
-    {"good": random_head(1), "deep": random_head(2, widths=(16, 12)), "line": random_linear_head(3)}
+    {
+        "good": random_head(1),
+        "deep": random_head(2, widths=(16, 12)),
+        "line": random_linear_head(3),
+        "field": random_field_head(6),
+    }
 )
 
 

@@ -76,7 +76,7 @@ def test_the_natural_direction_is_the_one_that_explains_the_advantages(data: Tra
         split=["train"] * NUM_RESPONSES * LENGTH,
     )
     source = FitSource(one_token, 1.0, held(data).logp_grads_ND @ GOAL, 0.0, 1.0)
-    (direction_D,) = natural_directions(silent, [source], [MONTE_CARLO], damping=0.0)
+    ((direction_D,),) = natural_directions(silent, [source], [MONTE_CARLO], damping=0.0)
     assert direction_D == pytest.approx(GOAL, abs=1e-3)
 
 

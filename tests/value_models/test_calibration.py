@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
@@ -35,6 +35,7 @@ def test_a_map_passes_through_what_was_measured_and_is_straight_between() -> Non
     assert [levels.level_of(reward) for reward in (0.0, 0.5, 1.0, 2.0, 3.0)] == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
+@settings(deadline=None)
 @given(REWARDS)
 def test_a_map_is_the_nearest_rising_one_and_its_own_inverse(rewards: list[int]) -> None:
     nearest = isotonic_regression(np.array(rewards, dtype=float)).x

@@ -146,7 +146,7 @@ def test_advantages_are_lambda_returns_less_values_as_a_plain_loop_has_them(trac
         advantages += found
     grads_ND = block.logp_grads_ND.double()
     expected_D = torch.linalg.solve(grads_ND.T @ grads_ND, torch.tensor(advantages).double() @ grads_ND)
-    (direction_D,) = natural_directions(head, [source], [Credit(trace, critic)], damping=0.0)
+    ((direction_D,),) = natural_directions(head, [source], [Credit(trace, critic)], damping=0.0)
     assert direction_D == pytest.approx(expected_D.float(), abs=1e-5)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.conftest import plain_gradient, random_head, random_linear_head
+from tests.conftest import plain_gradient, random_field_head, random_head, random_linear_head
 from value_models.errors import HeadShapeError
 from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
 
@@ -81,10 +81,19 @@ def test_a_reward_without_spread_is_refused() -> None:
 
 def test_an_unknown_type_or_an_unused_tensor_is_refused() -> None:
     tensors = dict(random_head(0).state_dict())
-    with pytest.raises(HeadShapeError, match="known: linear, mlp"):
+    with pytest.raises(HeadShapeError, match="known: field, linear, mlp"):
         head_from_tensors("transformer", tensors)
     with pytest.raises(HeadShapeError, match="extra"):
         head_from_tensors("mlp", {**tensors, "extra": torch.zeros(1)})
+
+
+def test_a_field_survives_its_state_dict_and_has_few_features() -> None:
+    field = random_field_head(0)
+    hidden = torch.randn(3, field.hidden_size)
+    again = head_from_tensors("field", dict(field.state_dict()))
+    assert torch.equal(again.readout(again.units(hidden))[1], field.readout(field.units(hidden))[1])
+    with pytest.raises(HeadShapeError, match="a field has 9 features; at most 8 are allowed"):
+        random_field_head(0, num_features=9)
 
 
 def test_a_linear_head_has_one_unit() -> None:

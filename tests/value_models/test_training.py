@@ -63,6 +63,15 @@ def test_a_head_of_any_depth_predicts_in_reward_units(data: TrainingData, widths
     assert torch.cat(errors).abs().mean() < 0.08
 
 
+def test_training_tells_what_reward_to_expect_of_a_value_and_how_far_off_it_is(data: TrainingData) -> None:
+    trained = train_head([data], TrainSettings())
+    (figures,) = trained.figures
+    assert figures.expected is not None
+    assert figures.expected.rewards == tuple(sorted(figures.expected.rewards))
+    assert set(figures.as_dict()["calibration"]) == {"error", "r2_of_reward"}
+    assert figures.calibration["r2_of_reward"]["expected_reward"] > 0.5
+
+
 def test_the_same_seed_gives_the_same_head(data: TrainingData) -> None:
     settings = TrainSettings.model_validate({"hidden_widths": (8,), **FAST})
     first, second = (train_head([data], settings).head.state_dict() for _ in range(2))

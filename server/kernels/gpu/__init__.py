@@ -1,9 +1,9 @@
 """Attention, the edit of controlled rows and the draw on a GPU by kernels in Triton, which comes with torch there.
 
-What stays with torch's operations on a GPU, too: the ascent of heads with hidden layers, control over what a server
-pins, models with a soft cap on their logits, and attention whose heads are too large. RECONTROL_KERNELS=torch leaves
-everything to them. `triton` takes these kernels on any device, for tests, where Triton's interpreter stands in for a
-GPU.
+What stays with torch's operations on a GPU, too: the ascent of fields and of heads with hidden layers, control over
+what a server pins, models with a soft cap on their logits, and attention whose heads are too large.
+RECONTROL_KERNELS=torch leaves everything to them. `triton` takes these kernels on any device, for tests, where Triton's
+interpreter stands in for a GPU.
 
 layout.py             where a number lies in the tables that kernels share
 ascent_kernel.py      values, objectives and shifts of rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.report import areas_table, claims_table, evaluation_tables
+from benchmarks.quality.report import areas_table, claims_table, evaluation_tables, kept_table
 from tests.conftest import card_of, random_head
 from value_models.store import HeadCard
 
@@ -65,3 +65,22 @@ def test_the_share_of_responses_that_end_by_themselves_is_a_column_where_it_is_k
     known["arms"]["base"]["finished"] = FIGURE
     assert "| ended by itself |" in table(project=known)
     assert "ended" not in table(project=result([]))
+
+
+def test_a_head_that_loses_too_much_coherence_at_every_strength_is_told() -> None:
+    def kept(unsound: list[str]) -> dict[str, Any]:
+        strengths = {"max_coherence_loss": 0.02, "best": {"head": 0.3}, "unsound": unsound}
+        found = result(["head", "head, best strength"], strengths=strengths)
+        for figures in found["arms"].values():
+            figures["coherence_loss"] = FIGURE
+        return found
+
+    text = kept_table([card(project=kept([]), shp=kept(["head"]), old=result([]))])
+    lost = "+0.50 [+0.40, +0.60]"
+    assert text.splitlines()[2:] == [
+        f"| `good` | project | default | {lost} | 0.02 |",
+        f"| `good` | project | best, 0.3 | {lost} | 0.02 |",
+        f"| `good` | project | default | {lost} | 0.02, which no strength satisfies |",
+        f"| `good` | project | best, 0.3 | {lost} | 0.02, which no strength satisfies |",
+    ]
+    assert kept_table([card(project=result([]))]).startswith("None of the results")

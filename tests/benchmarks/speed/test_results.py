@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import critic, critic_sampling, guidance, reward_levels, tool_calls, training_memory
+from benchmarks import (
+    critic,
+    critic_sampling,
+    fields,
+    fields_sampling,
+    guidance,
+    reward_levels,
+    tool_calls,
+    training_memory,
+)
 from benchmarks.dialogues import report as dialogues
 from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
@@ -28,6 +37,8 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "critic-sampling": (critic_sampling.CriticSampling.section, critic_sampling.table),
     "dialogues": (dialogues.SECTION, dialogues.tables),
     "edit-launches": (edit.SECTION, edit.table),
+    "fields": (fields.Fields.section, fields.table),
+    "fields-sampling": (fields_sampling.FieldsSampling.section, critic_sampling.table),
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
     "pinned": (pinned.SECTION, pinned.table),
