@@ -40,7 +40,7 @@ def _run(run: dict[str, Any], said: IO[str]) -> None:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
         os.environ.update(run["environment"])
-        plugins = ["-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
+        plugins = ["-p", "pytest_asyncio.plugin", "-p", "pytest_timeout", "--timeout", "800", "-p", "no:cacheprovider"]
         status = int(pytest.main(["-q", *plugins, LAWS, "-k", run["tests"]]))
         sys.stdout.flush()
     finally:
