@@ -59,8 +59,10 @@ serve: setup
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
+# Each process computes on one thread, since two for every core wait for each other. Files are shared out in the order
+# of tests/conftest.py, the longest first.
 test: data lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: data
 	$(BIN)/python -m pytest --cov $(ARGS)

@@ -5,9 +5,11 @@ would otherwise be merged between levels. Optional: where one does not compile, 
 without it.
 """
 
+import copy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 _LEVELS = {
     "avx2": ["-march=x86-64-v3"],
@@ -19,7 +21,19 @@ _LEVELS = {
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-pthread", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 _FOLDER = Path("server/kernels")
 
+
+class LevelsAtOnce(build_ext):
+    """Levels are compiled side by side, so each has a folder of its own for the objects of the same sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)
+        own.build_temp = f"{self.build_temp}/{ext.name}"
+        build_ext.build_extension(own, ext)
+
+
 setup(
+    cmdclass={"build_ext": LevelsAtOnce},
+    options={"build_ext": {"parallel": True}},
     ext_modules=[
         Extension(
             f"server.kernels._native_{level}",
@@ -30,5 +44,5 @@ setup(
             optional=True,
         )
         for level, flags in _LEVELS.items()
-    ]
+    ],
 )

@@ -38,6 +38,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+SHOWN_CHARS = 64
+"""Of a caller's own words in a message."""
+
 
 class RecontrolError(Exception):
     """Root. `message` is shown to the user; `param` names the request field at fault, if one is."""

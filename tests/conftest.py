@@ -54,10 +54,22 @@ CONFIGS = {
     "wide_qwen2": lambda: Qwen2Config(**{**_ROPE, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "gpt2": lambda: GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, **_SHARED),
 }
+LONGEST = [
+    "test_real_model.py", "architectures/test_judged.py", "engines/test_levels.py", "api/test_schema.py",
+    "pages/test_examples.py", "engines/test_takeover.py", "soak/test_soak.py", "api/test_process_faults.py",
+    "test_second_model.py", "engines/checkpoint/test_gguf.py", "clients/test_javascript.py", "clients/test_litellm.py",
+    "control/test_steering.py", "benchmarks/speed/test_own_engine.py", "pages/test_site.py",
+]  # fmt: skip
+"""Files that take half a minute and more, the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests with one id, processes that share them out run only one, and say nothing of the others."""
+    """The longest files come first, so that processes that share files out end together.
+
+    Of tests with one id those run only one, and say nothing of the others.
+    """
+    ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     twice = [nodeid for nodeid, count in Counter(item.nodeid for item in items).items() if count > 1]
     if twice:
         raise pytest.UsageError(f"several tests have the id {twice[0]}")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parent.parent
 # Each package or module, and what of this project it may import.
 ALLOWED = {
@@ -183,3 +185,7 @@ def test_only_the_importer_unpickles_and_only_the_command_line_reaches_it() -> N
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_files_that_are_run_first_are_there() -> None:
+    assert all((ROOT / "tests" / file).is_file() for file in LONGEST)

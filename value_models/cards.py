@@ -5,6 +5,7 @@ Knows nothing of the command line or of servers. Enter at `trained_card` and `di
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from value_models.training_data import TrainingData
 
 _NORMALISATION = "mean and standard deviation of each dimension over training states"
 _UNIT = f"an ascent of length 1 costs {UNIT_COST_NATS} nats a"
+_FEW_PAIRS = 100
+"""Of which a share has a standard error of 0.05 and more."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -141,6 +144,8 @@ def _figures_text(validation: dict[str, Any]) -> str:
     if not order or not order["compared"]:
         return figures
     shares = f"the direction puts {order['by_direction']:.0%} in order and the value {order['by_value']:.0%}"
+    if order["what"] == "pairs" and order["compared"] < _FEW_PAIRS:
+        shares += f" (they are few: by chance alone such a share is off by {0.5 / math.sqrt(order['compared']):.0%})"
     return f"{figures}; of {order['compared']} {order['what']}, {shares}"
 
 

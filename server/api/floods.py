@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
+from server.errors import SHOWN_CHARS
+
 MAX_MEMBERS = 2**15
 """Of all objects and lists of a field together; token ids do not count."""
 UNKNOWN = "unknown_field"
 _FEW = 16
-_SHOWN_CHARS = 64
 
 
 def refuse_flood(model: type[BaseModel], body: Any) -> None:
@@ -24,12 +25,12 @@ def refuse_flood(model: type[BaseModel], body: Any) -> None:
         return
     allowed = [field.alias or name for name, field in model.model_fields.items()]
     if len(body) > len(allowed) + _FEW:
-        name = next(name for name in body if name not in allowed)[:_SHOWN_CHARS]
+        name = next(name for name in body if name not in allowed)[:SHOWN_CHARS]
         context = {"name": name, "allowed": ", ".join(allowed)}
         raise PydanticCustomError(UNKNOWN, "{name}: there is no such field. Allowed here: {allowed}.", context)
     for name, value in body.items():
         if isinstance(value, dict | list) and _has_many(value):
-            context = {"name": name[:_SHOWN_CHARS], "most": MAX_MEMBERS}
+            context = {"name": name[:SHOWN_CHARS], "most": MAX_MEMBERS}
             raise PydanticCustomError("field", "{name}: holds more than {most} fields and items in all", context)
 
 

@@ -90,6 +90,8 @@ def _has_cuda() -> bool:
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
     settings = resolved(settings)
+    # The engine's libraries and the model take half a minute on a slow machine.
+    _log.info("Loading %s with the engine %s", settings.model, settings.engine)
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)

@@ -123,6 +123,16 @@ def test_a_file_of_keys_that_holds_none_or_a_bad_one_is_refused(tmp_path: Path, 
         KeyRing.load(None, tmp_path / "none", setting="api_keys")
 
 
+@pytest.mark.parametrize("setting", ["api_keys", "inspect_keys", "management_keys"])
+@pytest.mark.parametrize(("key", "is_told"), [("a" * 15, True), ("a" * 16, False), (f"sha256:{'0' * 64}", False)])
+def test_a_key_that_can_be_guessed_is_warned_of_and_never_shown(
+    setting: str, key: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    KeyRing.load(key, None, setting=setting)
+    assert (f"{setting}: key 1: it has 15 characters and can be guessed" in caplog.text) == is_told
+    assert key not in caplog.text
+
+
 def test_an_empty_list_of_keys_never_leaves_the_server_open(make_app: Callable[..., FastAPI]) -> None:
     for empty in ("", " , "):
         with pytest.raises(ConfigurationError, match="there is none"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from server.engines.checkpoint import gguf, packaged
 from server.engines.checkpoint.packaged import (
@@ -21,6 +22,7 @@ from server.engines.devices import resolve_device
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
+from tests.engines.checkpoint.gguf_files import write_gguf
 
 
 def test_the_identity_is_the_same_in_every_dtype_and_differs_between_models(
@@ -56,9 +58,16 @@ def test_an_empty_folder_or_a_cuda_that_is_not_there_is_a_clear_error(tmp_path: 
 
 
 def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tiny_package").mkdir()
+    (tmp_path / "tiny_package/__init__.py").touch()
+    tiny = AutoModelForCausalLM.from_pretrained(model_folder())
+    file = write_gguf(tmp_path / "tiny_package/tiny.gguf", "llama", tiny)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    packaged_model = PackagedModel("tiny", "1", ("tiny_package",), pattern="*.gguf", sha256=digest)
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -66,7 +75,7 @@ def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(
     monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            default_model_folder()
+            packaged_model_folder(packaged_model)
         names = [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()]
         assert len(names) == 1
         assert ".part-" in names[0]

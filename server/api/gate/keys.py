@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from server.errors import ConfigurationError
 
+_log = logging.getLogger(__name__)
 _DIGEST_PREFIX = "sha256:"
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")
 _KEY_ID_CHARS = 12
+_STRONG_CHARS = 16
+"""Of a key that is not a word: with fewer, whoever may ask often enough finds it."""
 
 
 class KeyRing:
@@ -25,7 +29,8 @@ class KeyRing:
     def load(cls, listed: str | None, file: Path | None, *, setting: str) -> KeyRing:
         """Keys from a setting, between commas or blanks, and from a file, one a line; `#` begins a comment line.
 
-        A key is given as it is, or as `sha256:<hex digest>`. Raises ConfigurationError, which never shows a key.
+        A key is given as it is, or as `sha256:<hex digest>`; one that is short is warned of. Raises ConfigurationError,
+        which never shows a key.
         """
         digests = [_digest(word, f"{setting}: key {i}") for i, word in enumerate(re.split(r"[,\s]+", listed or ""), 1)
                    if word]  # fmt: skip
@@ -76,4 +81,9 @@ def _digest(word: str, where: str) -> bytes:
         return bytes.fromhex(hexadecimal)
     if not _KEY.fullmatch(word):
         raise ConfigurationError(f"{where}: a key is 1 to 512 visible ASCII characters")
+    if len(word) < _STRONG_CHARS:
+        _log.warning(
+            "%s: it has %d characters and can be guessed; give %d or more, such as those of `openssl rand -hex 32`",
+            where, len(word), _STRONG_CHARS,
+        )  # fmt: skip
     return hashlib.sha256(word.encode()).digest()

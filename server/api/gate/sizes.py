@@ -15,6 +15,7 @@ from server.api.gate.context import context_of
 from server.api.gate.encodings import decoded
 from server.api.handlers import error_response
 from server.errors import (
+    SHOWN_CHARS,
     BodyTooLargeError,
     HeadersTooLargeError,
     InvalidRequestError,
@@ -29,8 +30,6 @@ MAX_PARTS = 2**17
 MAX_MEMBERS = 2**16
 """Fields of all its objects."""
 _MAX_LENGTH_DIGITS = 15
-_SHOWN_CHARS = 64
-"""Of a field's name, in an error."""
 _MARKS = re.compile(rb"[\[\]{}:]")
 
 
@@ -146,7 +145,7 @@ def _refuse_many_parts(body: bytes) -> None:
                 field = between[index - 1]
             if num_parts > MAX_PARTS or num_members > MAX_MEMBERS:
                 most = f"{MAX_PARTS} objects and lists" if num_parts > MAX_PARTS else f"{MAX_MEMBERS} fields in all"
-                name = field.decode(errors="replace")[:_SHOWN_CHARS] or None
+                name = field.decode(errors="replace")[:SHOWN_CHARS] or None
                 where = "" if name is None else f" before the end of `{name}`"
                 raise InvalidRequestError(f"The body has more than {most}{where}.", param=name)
 

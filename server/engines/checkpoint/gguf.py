@@ -118,19 +118,36 @@ def write_as_folder(file: Path, folder: Path) -> None:
     """Weights, configuration and tokenizer of a GGUF file as transformers saves them. Raises ModelLoadError."""
     header = read_header(file)
     refuse_gguf(header)
-    with quiet_transformers(), _one_reader():
+    with quiet_transformers(), _read_once():
         _write(header, folder)
 
 
+class QuickReader(gguf.GGUFReader):
+    """gguf's reader on a plain array: each slice of its memmap, two a token of the vocabulary, runs Python's code."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 @contextmanager
-def _one_reader() -> Iterator[None]:
-    """transformers has gguf's reader read the same file three times, and each takes long for a large vocabulary."""
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)  # type: ignore[misc, assignment]
+def _read_once() -> Iterator[None]:
+    """transformers has gguf read the same file three times, and make the same map of names for each module of a model.
+
+    The first takes long for a large vocabulary, and the second for a deep model.
+    """
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = cache(QuickReader)  # type: ignore[misc, assignment]
+    gguf.get_tensor_name_map = cache(name_map)
     try:
         yield
     finally:
         gguf.GGUFReader = reader  # type: ignore[misc]
+        gguf.get_tensor_name_map = name_map
 
 
 def _write(header: GgufHeader, folder: Path) -> None:

@@ -334,18 +334,31 @@ def test_text_by_the_name_of_a_gguf_a_pointer_and_a_newer_version_are_refused(tm
 
 
 def test_a_file_is_read_through_once(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary of 262,144 takes gguf's reader half a minute."""
-    reader, read = gguf.GGUFReader, list[str]()
+    """A vocabulary of 262,144 takes seconds."""
+    reader, read = conversion.QuickReader, list[str]()
 
     def reading(path: str) -> Any:
         read.append(path)
         return reader(path)
 
     path = write_gguf(tmp_path / "model.gguf", "llama", llama)
-    monkeypatch.setattr(gguf, "GGUFReader", reading)
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    monkeypatch.setattr(conversion, "QuickReader", reading)
     loaded(path)
     assert read == [str(path)]
-    assert gguf.GGUFReader is reading
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_the_quick_reader_reads_what_gguf_s_own_reads(llama: Any, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", "llama", llama, quantization=gguf.GGMLQuantizationType.Q8_0)
+    quick, own = conversion.QuickReader(path), gguf.GGUFReader(path)
+    assert {key: field.contents() for key, field in quick.fields.items()} == {
+        key: field.contents() for key, field in own.fields.items()
+    }
+    for mine, theirs in zip(quick.tensors, own.tensors, strict=True):
+        assert mine.name == theirs.name
+        assert np.array_equal(mine.data, theirs.data)
+    assert type(quick.data) is np.ndarray
 
 
 def test_a_disk_without_room_is_said_before_it_is_full(
@@ -357,15 +370,12 @@ def test_a_disk_without_room_is_said_before_it_is_full(
         loaded(path)
 
 
-# gguf's own reader, which transformers asks several times, takes long for a vocabulary of 262,144.
 @pytest.mark.timeout(1200)
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PACKAGED_MODELS)
-def test_the_file_in_a_package_is_the_packaged_model(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packaged = PACKAGED_MODELS[name]
-    path = tmp_path / f"{name}.gguf"
+def test_the_file_in_a_package_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model's: whichever it is, both ways end in `write_as_folder`."""
+    packaged = PACKAGED_MODELS[DEFAULT_MODEL]
+    path = tmp_path / f"{packaged.name}.gguf"
     with path.open("wb") as whole:
         for module in packaged.modules:
             folder = Path(str(importlib.util.find_spec(module).origin)).parent  # type: ignore[union-attr]
@@ -373,8 +383,8 @@ def test_the_file_in_a_package_is_the_packaged_model(
                 whole.write(part.read_bytes())
     mine = loaded(path)
     monkeypatch.delenv("RECONTROL_CACHE_DIR")
-    theirs = loaded(packaged_model_folder(PACKAGED_MODELS[name]))
-    assert mine.identity == theirs.identity | {"name": name}
+    theirs = loaded(packaged_model_folder(packaged))
+    assert mine.identity == theirs.identity | {"name": packaged.name}
     assert mine.eos_token_ids == theirs.eos_token_ids
     weights = theirs.model.state_dict()
     assert all(torch.equal(values, weights[key]) for key, values in mine.model.state_dict().items())
