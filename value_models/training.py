@@ -84,7 +84,8 @@ class TrainSettings(BaseModel):
     field_features: FieldFeatures = Field(
         default="auto",
         description=f"principal components of the state that the natural metric's direction follows, {MAX_FEATURES} at "
-        f"most; auto tries {AUTO_FEATURES} and takes them if validation prompts of rollouts clearly speak for it, by a tenth of the gain",
+        f"most; auto tries {AUTO_FEATURES} and takes them if validation prompts of rollouts clearly speak for it, and "
+        "by a tenth of the gain",
     )
     damping: float = Field(default=0.1, ge=0, description="of the natural metric, relative to its mean eigenvalue")
     shrinkage: float = Field(default=0.0, ge=0, le=1, description="share of the identity in the covariance metric")
