@@ -155,7 +155,7 @@ def fitted_features(data: TrainingData, loaded: LoadedModel) -> Features:
     sums, probes = MomentSums(), list[MomentSums]()
     weight_VD = loaded.model.get_output_embeddings().weight.float()
     is_end_V = torch.tensor(
-        [bool(re.search(r"[.!?\n]\s*$", loaded.tokenizer.decode([token]))) for token in range(len(weight_VD))]
+        [bool(re.search(r"[.!?\n]\s*$", str(loaded.tokenizer.decode([token])))) for token in range(len(weight_VD))]
     )
     for block in data.blocks(None):
         states_ND = block.states_ND

@@ -123,7 +123,7 @@ def _num_fitted(head: ValueHead) -> int:
 
 def _products(features_NW: Tensor, grads_ND: Tensor) -> Iterator[Tensor]:
     """Features times gradients, [M, F] of some tokens at once."""
-    for features_MW, grads_MD in zip(features_NW.split(_AT_ONCE), grads_ND.split(_AT_ONCE), strict=True):
+    for features_MW, grads_MD in zip(torch.split(features_NW, _AT_ONCE), torch.split(grads_ND, _AT_ONCE), strict=True):
         yield (features_MW[:, :, None] * grads_MD[:, None, :]).flatten(1)
 
 
@@ -135,7 +135,7 @@ def _gain(features_NW: Tensor, advantage_N: Tensor, block: TokenBlock) -> Tensor
 def _damped(fisher_FF: Tensor, hidden_size: int, damping: float) -> Tensor:
     """F with each row's damping, relative to the mean eigenvalue of its own part."""
     damped_FF = fisher_FF.clone()
-    for row, part_D in enumerate(damped_FF.diagonal().split(hidden_size)):
+    for row, part_D in enumerate(torch.split(damped_FF.diagonal(), hidden_size)):
         part_D.add_(damping * (ADDED_DAMPING if row else 1.0) * part_D.mean())
     return damped_FF
 
