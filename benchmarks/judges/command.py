@@ -43,18 +43,22 @@ class Judges(Study):
         return {"aims": {aim: _figures(aim, [pair for pair in pairs if pair.aim == aim]) for aim in _aims(pairs)}}
 
     def body(self, result: Mapping[str, Any]) -> str:
-        lines = header(["aim", "pairs", "judge", "reads", "right", "95% interval", "used"])
-        for aim, figures in result["aims"].items():
-            for name, figure in figures["judges"].items():
-                cells = [f"`{aim}`", str(figures["num_pairs"]), _code(name), _kind(name), f"{figure['mean']:.0%}"]
-                cells += [
-                    f"{figure['low']:.0%} to {figure['high']:.0%}",
-                    "" if name == _REWARD else _used(name, figure),
-                ]
-                lines.append(row(cells))
-        system = result["system"]
-        told = f"`{result['command']}`, {system['cpu']}, {system['date'][:10]}, commit {system['commit']}."
-        return "\n".join([*lines, "", told])
+        return table(result)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    lines = header(["aim", "pairs", "judge", "reads", "right", "95% interval", "used"])
+    for aim, figures in result["aims"].items():
+        for name, figure in figures["judges"].items():
+            cells = [f"`{aim}`", str(figures["num_pairs"]), _code(name), _kind(name), f"{figure['mean']:.0%}"]
+            cells += [
+                f"{figure['low']:.0%} to {figure['high']:.0%}",
+                "" if name == _REWARD else _used(name, figure),
+            ]
+            lines.append(row(cells))
+    system = result["system"]
+    told = f"`{result['command']}`, {system['cpu']}, {system['date'][:10]}, commit {system['commit']}."
+    return "\n".join([*lines, "", told])
 
 
 def read_pairs() -> list[Pair]:

@@ -23,6 +23,7 @@ from benchmarks import (
 from benchmarks.dialogues import report as dialogues
 from benchmarks.edit import command as edit
 from benchmarks.guard import report as guard
+from benchmarks.judges import command as judges
 from benchmarks.pinned import report as pinned
 from benchmarks.roads import report as roads
 from benchmarks.speed import report
@@ -41,6 +42,7 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fields-sampling": (fields_sampling.FieldsSampling.section, critic_sampling.table),
     "guard": (guard.SECTION, guard.table),
     "guidance": (guidance.SECTION, guidance.table),
+    "judges": (judges.Judges.section, judges.table),
     "pinned": (pinned.SECTION, pinned.table),
     "reward-levels": (reward_levels.SECTION, reward_levels.table),
     "roads": (roads.SECTION, roads.table),
