@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.engines.checkpoint import gguf, packaged
+from server.engines.checkpoint.manifest import CONVERSION_VERSION
 from server.engines.checkpoint.packaged import (
     PACKAGED_MODELS,
     PackagedModel,
@@ -85,10 +86,23 @@ def test_the_default_model_is_a_packaged_one_and_keeps_its_place_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
-    folder = tmp_path / "models" / "SmolLM2-135M-Instruct-0.1.2"
+    folder = tmp_path / "models" / f"SmolLM2-135M-Instruct-0.1.2-{CONVERSION_VERSION}"
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
     assert default_model_folder() == packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL]) == folder
+
+
+def test_what_an_earlier_version_converted_in_another_way_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
+    earlier = tmp_path / "models" / f"SmolLM2-135M-Instruct-0.1.2-{CONVERSION_VERSION}"
+    earlier.mkdir(parents=True)
+    (earlier / "config.json").touch()
+    monkeypatch.setattr(packaged, "CONVERSION_VERSION", CONVERSION_VERSION + 1)
+    converted: list[Path] = []
+    monkeypatch.setattr(packaged, "_convert", lambda _, folder: converted.append(folder))
+    assert default_model_folder() == converted[0] != earlier
 
 
 @pytest.mark.parametrize("name", PACKAGED_MODELS)

@@ -32,7 +32,7 @@ from server.engines.checkpoint.gguf_config import ALIASES, complete_config, refu
 from server.engines.checkpoint.gguf_header import GgufHeader, read_header
 from server.engines.checkpoint.inspection import one_line, refuse_other_architectures
 from server.engines.checkpoint.json_files import listed
-from server.engines.checkpoint.manifest import check_manifest, write_manifest
+from server.engines.checkpoint.manifest import CONVERSION_VERSION, check_manifest, write_manifest
 from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.engines.checkpoint.weights import refuse_wrong_tensors
@@ -44,8 +44,6 @@ _log = logging.getLogger(__name__)
 _reader: Any = modeling_gguf_pytorch_utils
 _reader.tqdm = transformers.utils.logging.tqdm
 _SOURCE = "source.json"
-_VERSION = 2
-"""Of how files are converted; another number makes them anew."""
 
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -71,7 +69,7 @@ def gguf_folder(file: Path) -> Path:
     path = file.resolve()
     folder = root / f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
     facts = path.stat()
-    source = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "version": _VERSION,
+    source = {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "version": CONVERSION_VERSION,
               "transformers": transformers.__version__}  # fmt: skip
     if folder.is_dir():
         refuse_strangers(folder)

@@ -15,6 +15,8 @@ from typing import Any
 from server.errors import ModelLoadError
 
 MANIFEST = "manifest.json"
+CONVERSION_VERSION = 2
+"""Of how models are converted; another number makes them anew."""
 
 
 def write_manifest(folder: Path) -> None:

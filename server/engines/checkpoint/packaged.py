@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from server.engines.checkpoint.manifest import check_manifest, write_manifest
+from server.engines.checkpoint.manifest import CONVERSION_VERSION, check_manifest, write_manifest
 from server.engines.checkpoint.trust import own_folder, refuse_strangers
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
@@ -70,7 +70,7 @@ def default_model_folder() -> Path:
 def packaged_model_folder(packaged: PackagedModel) -> Path:
     """The model as a folder of safetensors, converted from its packages' GGUF when it is not there yet."""
     root = cache_root() / "models"
-    folder = root / f"{packaged.name}-{packaged.version}"
+    folder = root / f"{packaged.name}-{packaged.version}-{CONVERSION_VERSION}"
     if (folder / "config.json").is_file():
         refuse_strangers(folder)
         check_manifest(folder)

@@ -17,6 +17,7 @@ import transformers as tf
 from transformers import AutoModelForCausalLM
 
 from server.engines.checkpoint import gguf as conversion
+from server.engines.checkpoint.manifest import CONVERSION_VERSION
 from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.packaged import PACKAGED_MODELS, packaged_model_folder
 from server.engines.embedded.model.loader import load_model
@@ -190,7 +191,7 @@ def test_a_packaged_models_folder_that_others_may_write_is_not_trusted(
 ) -> None:
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
     packaged = PACKAGED_MODELS[DEFAULT_MODEL]
-    folder = tmp_path / "models" / f"{packaged.name}-{packaged.version}"
+    folder = tmp_path / "models" / f"{packaged.name}-{packaged.version}-{CONVERSION_VERSION}"
     folder.mkdir(parents=True)
     (folder / "config.json").touch(0o644)
     folder.chmod(0o755)
