@@ -26,6 +26,8 @@ once critic benchmarks.critic positive,plain,neutral,brevity,relevance --out $re
 for reward in plain positive neutral; do
     once "critic-sampling-$reward" benchmarks.critic_sampling $reward --out $results/critic-sampling.json --into docs/tried.md
 done
+once fields benchmarks.fields brevity --rollouts runs/rollouts --out $results/fields.json --into docs/tried.md
+once reward-levels benchmarks.reward_levels positive,plain --out $results/reward-levels.json --into docs/control.md
 once tool-calls benchmarks.tool_calls --out $results/tool-calls.json --into docs/http-api.md
 once training-memory benchmarks.training_memory --tokens 200000,1000000 --hidden-size 256 --out $results/training-memory.json \
     --into docs/heads.md

@@ -23,7 +23,7 @@ from pydantic_settings import CliPositionalArg
 from benchmarks.markdown import header, row
 from benchmarks.study import Study
 from server.cli.arms import ArmFactory
-from server.cli.calibrate import STEP_SIZE, rewards_of
+from server.cli.calibrate import STEP_SIZE, Calibrate, rewards_of
 from server.cli.command import HeadsModelCommand, read_prompts
 from server.cli.program import run
 from server.control.levels import in_values
@@ -73,6 +73,7 @@ class RewardLevelsStudy(Study, HeadsModelCommand):
     num_prompts: Annotated[int, Field(ge=2)] = 40
     num_samples: Annotated[int, Field(ge=1)] = 1
     max_tokens: Annotated[int, Field(ge=1)] = 64
+    top_p: float = Field(Calibrate.model_fields["top_p"].default, gt=0, le=1, description="as heads are calibrated")
     seed: int = 2
     work: Path = Field(Path("runs/eval"), description="folder for responses, used again by later runs")
 
@@ -84,7 +85,9 @@ class RewardLevelsStudy(Study, HeadsModelCommand):
             raise ConfigurationError(f"heads_asked: {missing[0]} is uncalibrated; run `recontrol calibrate` first")
         chats = read_prompts(None, ["chat"])
         prompts = in_mixed_order(prompt for prompt in chats if split_of(prompt.id) == "test")[: self.num_prompts]
-        settings = RolloutSettings(num_samples=self.num_samples, max_tokens=self.max_tokens, seed=self.seed)
+        settings = RolloutSettings(
+            num_samples=self.num_samples, max_tokens=self.max_tokens, top_p=self.top_p, seed=self.seed
+        )
         factory = ArmFactory(loaded, self.core(loaded, registry), settings)
         asked = list(_asked(self.heads_asked, self.places, registry))
         found = [{"head": one.head, "asked": one.reward, "raised": one.raised,

@@ -105,6 +105,8 @@ def test_calibration_keeps_what_each_level_gives_in_the_card(
             patch.setattr("server.cli.calibrate.load_reward", lambda _: lambda _, texts: [next(rewards)] * len(texts))
             return main(["calibrate", "short", *flags, *inputs, *work])
 
+    assert main(["calibrate", "short", *flags, *inputs, *work[:-1], "--levels=-1e9,2"]) == 2
+    assert "a request may ask for 1e+06 at most" in capsys.readouterr().err
     assert calibrate(-1) == 2
     assert "does not rise" in capsys.readouterr().err
     assert load_card(heads / "short") == before
@@ -253,6 +255,17 @@ def test_generate_prints_the_same_text_for_the_same_seed(
     assert "Known heads: short" in capsys.readouterr().err
 
 
+def test_generate_tells_that_a_target_of_an_uncalibrated_head_is_no_reward(
+    workshop: tuple[list[str], Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = ["generate", "hi", *workshop[0], "--heads-dir", str(workshop[1] / "heads"), "--max-tokens", "2"]
+    assert main([*generate, "--control", '{"objective": {"type": "target", "values": {"short": 1}}}']) == 0
+    assert "'short' is uncalibrated" in caplog.text
+    unknown = '{"objective": {"type": "target", "values": {"nope": 1}, "unit": "reward"}}'
+    assert main([*generate, "--control", unknown]) == 2
+    assert "Known heads: short" in capsys.readouterr().err
+
+
 def test_a_prompt_may_go_to_the_model_as_it_is_and_an_engine_that_fails_is_one_clear_line(
     workshop: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +388,7 @@ def test_a_configuration_file_is_read_under_the_environment_and_the_flags(
         (["eval", "nope", "--split", "validation", "--update-card"], "update_card"),
         (["calibrate", "nope", "--heads-dir", "memory://bucket/heads"], "heads_dir: only a folder of this machine"),
         (["calibrate", "nope", "--levels", "0"], "levels"),
+        (["calibrate", "nope", "--levels", "0,1,0"], "levels: each once"),
         (["calibrate", "nope", "--prompts", "/nonexistent"], "prompts"),
         (["heads", "list", "--heads-dir", "/nonexistent"], "heads_dir"),
         (["heads", "list", "--heads-dir", "memory://nowhere/at-all"], "heads_dir"),

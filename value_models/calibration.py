@@ -18,8 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from value_models.errors import CalibrationError
 
 MAX_KNOTS = 64
+MAX_ABS_KNOT = 1e6
+"""Beyond what a request may ask for."""
 _LEAST_RISE = 1e-6
 """Of a knot's reward over the one before, relative to the whole range: what is less is one knot."""
+
+
+Knot = Annotated[FiniteFloat, Field(ge=-MAX_ABS_KNOT, le=MAX_ABS_KNOT)]
 
 
 class MeasuredLevel(BaseModel):
@@ -47,8 +52,8 @@ class RewardLevels(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rewards: Annotated[tuple[FiniteFloat, ...], Field(min_length=2, max_length=MAX_KNOTS)]
-    levels: Annotated[tuple[FiniteFloat, ...], Field(min_length=2, max_length=MAX_KNOTS)]
+    rewards: Annotated[tuple[Knot, ...], Field(min_length=2, max_length=MAX_KNOTS)]
+    levels: Annotated[tuple[Knot, ...], Field(min_length=2, max_length=MAX_KNOTS)]
     """Of the value, one for each reward."""
     measured: Annotated[tuple[MeasuredLevel, ...], Field(max_length=MAX_KNOTS)] = ()
     base_reward: FiniteFloat
@@ -69,7 +74,7 @@ class RewardLevels(BaseModel):
         """The nearest rising map to what was measured, by least squares (pool adjacent violators).
 
         Levels whose rewards do not rise are one knot, at their means. Raises CalibrationError where no two knots are
-        left: then control does not move this reward.
+        left, since control does not move this reward then, and for rewards that no request could ask for.
         """
         by_level = sorted(measured, key=lambda one: one.level)
         rewards, levels = rising([one.reward for one in by_level], [one.level for one in by_level])
@@ -77,6 +82,11 @@ class RewardLevels(BaseModel):
             raise CalibrationError(
                 f"the reward does not rise with the value's level (measured at {len(by_level)} levels): this head's "
                 "ascent does not raise this reward, so it cannot be calibrated to it"
+            )
+        if max(map(abs, rewards)) > MAX_ABS_KNOT:
+            raise CalibrationError(
+                f"rewards reach from {rewards[0]:g} to {rewards[-1]:g}; a request may ask for {MAX_ABS_KNOT:g} at "
+                "most, so divide this reward by a constant"
             )
         return cls(
             rewards=rewards,
@@ -86,10 +96,6 @@ class RewardLevels(BaseModel):
             conditions=conditions,
             command=command,
         )
-
-    def reaches(self, reward: float) -> bool:
-        """Whether a mean reward lies within what was measured."""
-        return self.rewards[0] <= reward <= self.rewards[-1]
 
     def level_of(self, reward: float) -> float:
         """The level at which the value has to be held for that mean reward; beyond the ends the map goes on straight,

@@ -284,6 +284,9 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
         raise HeadFileError(
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
         )
+    if head.num_units != card.architecture.num_units:
+        # By which a server bounds what a request's heads take together.
+        raise HeadFileError(f"{where} has {head.num_units} units, but its card says {card.architecture.num_units}")
     return head
 
 

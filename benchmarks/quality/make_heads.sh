@@ -29,6 +29,10 @@ train nontoxic 'Text without insults, threats or swear words (the classifier of 
     --rollouts runs/rtp --prompts runs/rtp.jsonl
 train plain "$plain" --rollouts runs/gemma --damping 1
 
+# Training leaves heads uncalibrated.
+for head in positive plain; do "$recontrol" calibrate $head; done
+"$recontrol" calibrate brevity --max-tokens 96
+
 measure() { "$python" -m benchmarks.quality "$@" --update-card; }
 few='--methods prompting,static-vector,token-log-odds'
 toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'

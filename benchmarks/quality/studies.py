@@ -34,7 +34,8 @@ class SweptMethodsStudy(MethodsStudy):
 
     def save(self, result: dict[str, Any]) -> None:
         super().save(result)
-        if self.setup.split != "all":
+        # Of the same sweep other test sets may have fewer methods.
+        if self.setup.split == "test":
             kept = ("test_set", "num_tuning_prompts", "strengths", "sweep", "sampling", "command")
             judges = list(self.setup.scoring.without(ASKED).judges)
             sweep = {name: result[name] for name in kept} | {"judges": judges}

@@ -35,7 +35,7 @@ from server.api.structure import structure_of
 from server.api.tools import ToolPlan
 from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
-from server.control.levels import uncalibrated
+from server.control.levels import UNCALIBRATED, uncalibrated
 from server.control.turns import Turn
 from server.engines.base import ChunkStream, Engine, EngineInfo
 from server.errors import (
@@ -378,11 +378,7 @@ def _of_uncalibrated(body: GenerationBody, info: EngineInfo) -> list[str]:
     if body.control is None:
         return []
     heads = uncalibrated(body.control, info.calibrations(body.control.head_names))
-    return [
-        f"The value head {name!r} is uncalibrated: its target or floor is a level of its value, and responses may have "
-        "quite another reward."
-        for name in heads
-    ]
+    return [UNCALIBRATED.format(name=name) for name in heads]
 
 
 def requests_for(request: Request, prompts: list[list[int]], asked: GenerationRequest) -> list[GenerationRequest]:

@@ -180,7 +180,7 @@ def _datum(generation: Generation, index: int, choice: Choice) -> dict[str, Any]
     assert told is not None
     datum: dict[str, Any] = {"object": "value", "index": index, "values": shown(told.values)}
     if expected := generation.engine.info.expected_rewards(told.values):
-        datum["expected_rewards"] = expected
+        datum["expected_rewards"] = shown(expected)
     if told.token_values is not None:
         datum["token_values"] = shown(told.token_values)
         datum["tokens"] = generation.engine.texts_alone(generation.prompts[index])

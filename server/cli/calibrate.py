@@ -20,7 +20,7 @@ from tqdm import tqdm
 from server.cli.arms import ArmFactory
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.program import command_line
-from server.control.objectives import Target
+from server.control.objectives import MAX_ABS_LEVEL, Target
 from server.control.params import MAX_KL_NATS, ControlParams
 from server.errors import ConfigurationError
 from value_models.calibration import MAX_KNOTS, MeasuredLevel, RewardLevels
@@ -75,6 +75,12 @@ class Calibrate(HeadsModelCommand):
             raise ValueError("heads_dir: only a folder of this machine; publish the head afterwards")
         return self
 
+    @model_validator(mode="after")
+    def _holds_different_levels(self) -> Self:
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError("levels: each once; the same one twice is one measurement")
+        return self
+
     def cli_cmd(self) -> None:
         if self.reward is not None:
             allow_rewards_of_the_working_folder()
@@ -86,9 +92,9 @@ class Calibrate(HeadsModelCommand):
             raise ConfigurationError(f"head: a card tells of the head's own model. {warnings[self.head]}")
         location = self.heads_dir or shipped_heads_folder(loaded.name)
         card = open_heads(location).card(self.head)
-        reward = self._reward(card)
+        reward, levels = self._reward(card), self._levels(card)
         factory = ArmFactory(loaded, self.core(loaded, registry), self._sampling())
-        measured = self._measure(factory, card, prompts, reward)
+        measured = self._measure(factory, card, levels, prompts, reward)
         base_reward = measured.pop(0).reward
         calibration = RewardLevels.fitted(
             measured, base_reward=base_reward, conditions=self._conditions(prompts), command=command_line()
@@ -97,11 +103,15 @@ class Calibrate(HeadsModelCommand):
         show(calibration)
 
     def _measure(
-        self, factory: ArmFactory, card: HeadCard, prompts: Sequence[RolloutPrompt], reward: Reward
+        self,
+        factory: ArmFactory,
+        card: HeadCard,
+        levels: Sequence[float],
+        prompts: Sequence[RolloutPrompt],
+        reward: Reward,
     ) -> list[MeasuredLevel]:
         """Without control, and then at each level."""
         arms = {card.reward_mean: factory.base(read=[self.head])}
-        levels = {card.reward_mean + level * card.reward_scale: None for level in sorted(self.levels)}
         held = {level: target_arm(factory, self.head, level, self.max_kl) for level in levels}
         store, texts = GenerationStore(self.work / "responses"), {prompt.id: prompt.text for prompt in prompts}
         told: list[MeasuredLevel] = []
@@ -112,6 +122,15 @@ class Calibrate(HeadsModelCommand):
                 samples = store.samples(arm.spec, prompts, self.num_samples, arm.sampler, on_sample=bar.update)
                 told.append(_measured(self.head, level, samples, texts, reward))
         return told
+
+    def _levels(self, card: HeadCard) -> list[float]:
+        """In reward units, from low to high. Raises ConfigurationError for one that no request may ask for."""
+        levels = [card.reward_mean + level * card.reward_scale for level in sorted(self.levels)]
+        if abs(largest := max(levels, key=abs)) > MAX_ABS_LEVEL:
+            raise ConfigurationError(
+                f"levels: {largest:g} in units of {card.reward}; a request may ask for {MAX_ABS_LEVEL:g} at most"
+            )
+        return levels
 
     def _reward(self, card: HeadCard) -> Reward:
         """Raises RewardError, ConfigurationError."""

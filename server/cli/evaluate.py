@@ -198,9 +198,7 @@ class Evaluation(HeadsModelCommand):
         factory = self.factory(loaded, self._with_baselines(loaded, registry, reward, card, methods))
         biases = _biases(methods, loaded, scoring.reward, data)
         return EvalSetup(
-            subject=Subject(
-                factory, self.head, self.step_size, self.max_kl, None if text is None else Instruction(text), biases
-            ),
+            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, biases),
             folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.command import HeadsModelCommand
 from server.cli.program import command_line
-from server.control.levels import in_values
+from server.control.levels import UNCALIBRATED, in_values, uncalibrated
 from server.control.objectives import HeadName
 from server.control.params import ControlParams, TokenBudget
 from server.control.registry import HeadRegistry
+from server.engines.base import check_heads
 from server.engines.chat_template import encode_chat
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
@@ -33,6 +35,8 @@ from server.types import (
     TopP,
 )
 from value_models.files import write_text
+
+_log = logging.getLogger(__name__)
 
 
 class _PromptCommand(HeadsModelCommand):
@@ -103,6 +107,9 @@ class Generate(_PromptCommand):
                 raise ConfigurationError("control: search: ask the server for it (recontrol serve)")
         loaded = self.load()
         registry = HeadRegistry({}) if control is None else self.heads(loaded)
+        check_heads(control, registry.names)
+        for name in uncalibrated(control, registry.calibrations()):
+            _log.warning("%s", UNCALIBRATED.format(name=name))
         control = control and in_values(control, registry.calibrations())
         core = self.core(loaded, registry)
 

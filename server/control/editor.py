@@ -25,6 +25,7 @@ from server.control.ascent import TOLERANCE, Ascent, ascend, ascend_beside, leav
 from server.control.budget import ROUNDING_NATS, largest_added_scale, largest_general_scale, largest_linear_scale
 from server.control.fused import FusedRows, HeadBank
 from server.control.guidance import InstructedLogits, guidance_weights, instructed_states
+from server.control.objectives import MAX_HEADS_PER_REQUEST
 from server.control.params import ControlParams
 from server.control.pinned import loses_ground, pinned_share
 from server.control.plan import EditGroup, EditPlan
@@ -42,6 +43,8 @@ Key = TypeVar("Key")
 Made = TypeVar("Made")
 # Two rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
 _MAX_SHARED = 64
+_MAX_ROWS = MAX_STACKS * MAX_HEADS_PER_REQUEST
+"""Of heads' ascents whose change of the logits is kept: as many as the largest sets of linear heads have."""
 _MAX_DEVICES = 8
 
 
@@ -285,12 +288,13 @@ class StateEditor:
 
     def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
         """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
-        return _kept(
-            self._row_logits,
-            MAX_STACKS,
-            stack,
-            lambda: frozen_linear(self._unembedding.project(_rows_of(stack)).float().t()),
-        )
+        if stack not in self._row_logits:
+            # Fields have several rows, each as long as the vocabulary, and callers choose the sets of heads.
+            num_rows = len(stack.inputs_UD)
+            while self._row_logits and num_rows + sum(len(kept.inputs_UD) for kept in self._row_logits) > _MAX_ROWS:
+                del self._row_logits[next(iter(self._row_logits))]
+            self._row_logits[stack] = frozen_linear(self._unembedding.project(_rows_of(stack)).float().t())
+        return self._row_logits[stack]
 
     def _shift_of(self, group: EditGroup) -> ops.SharedShift:
         stack, coefficients = group.stack, group.coefficients

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.control.objectives import Floor, HeadsObjective, Instruction, Target
+from server.control.objectives import MAX_ABS_LEVEL, Floor, HeadsObjective, Instruction, Target
 from server.control.params import ControlParams
 from server.control.turns import Turn
 from server.errors import InvalidRequestError
@@ -38,12 +38,17 @@ def in_values(control: ControlParams, maps: RewardMaps, turn: Turn | None = None
     control = control.at_turn(turn, worst)
     objective, _ = _levelled(control)
     assert objective is not None
-    # What earlier answers reached may lie above all that was measured.
     levels = {
-        name: used[name].level_of(min(reward, used[name].rewards[-1])) if name in used else reward
-        for name, reward in objective.head_levels.items()
+        name: _level(used[name], reward) if name in used else reward for name, reward in objective.head_levels.items()
     }
     return _with(control, objective.model_copy(update={_field(objective): levels, "unit": "value"}))
+
+
+UNCALIBRATED = (
+    "The value head {name!r} is uncalibrated: its target or floor is a level of its value, and responses may have "
+    "quite another reward."
+)
+"""What to tell whoever asked for a target or floor of a head that `uncalibrated` names."""
 
 
 def uncalibrated(control: ControlParams | None, maps: RewardMaps) -> list[str]:
@@ -52,6 +57,12 @@ def uncalibrated(control: ControlParams | None, maps: RewardMaps) -> list[str]:
     if objective is None or objective.unit == "value":
         return []
     return [name for name in objective.head_levels if name not in maps]
+
+
+def _level(known: RewardLevels, reward: float) -> float:
+    """What gives a reward. What earlier answers reached may lie above all that was measured, and a floor so far below
+    it that its level is none that may be asked for: the lowest of those holds nothing either."""
+    return max(known.level_of(min(reward, known.rewards[-1])), -MAX_ABS_LEVEL)
 
 
 def _levelled(control: ControlParams) -> tuple[Target | Floor | None, str]:
@@ -102,5 +113,5 @@ def _check_reach(control: ControlParams, objective: Target | Floor, used: Reward
 
 
 def _range(known: RewardLevels, objective: Target | Floor) -> str:
-    highest = f"{known.rewards[-1]:.3f}"
-    return f"{known.rewards[0]:.3f} to {highest}" if isinstance(objective, Target) else f"at most {highest}"
+    highest = f"{known.rewards[-1]:.6g}"
+    return f"{known.rewards[0]:.6g} to {highest}" if isinstance(objective, Target) else f"at most {highest}"

@@ -52,7 +52,7 @@ def test_a_reward_out_of_reach_is_a_400_that_tells_the_range(make_app: Make) -> 
         allowed = complete(client, control={"objective": {**objective, "unit": "value"}})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "control.objective.values.plain")
-    assert "0.000 to 1.000" in error["message"]
+    assert "allowed are 0 to 1, or" in error["message"]
     assert allowed.status_code == 200
     assert len(requests) == 1
 
@@ -66,3 +66,13 @@ def test_a_value_is_told_with_the_reward_to_expect_of_it_where_the_card_has_that
         (datum,) = client.post("/v1/value", json={"model": "fake", "input": "hello"}).json()["data"]
     assert set(datum["values"]) == {"plain", "positive"}
     assert datum["expected_rewards"] == {"plain": pytest.approx(0.5 + datum["values"]["plain"] / 2000.0)}
+
+
+def test_a_map_in_a_card_that_leads_beyond_all_numbers_tells_null(make_app: Make) -> None:
+    app = make_app()
+    engine = app.state.engine
+    steep = ExpectedRewards(values=(-1000.0, 1000.0), rewards=(-1.7e308, 1.7e308))
+    engine.info = engine.info.with_head("plain", {"expected": steep.model_dump(mode="json")}, None)
+    with recording(app) as (client, _):
+        (datum,) = client.post("/v1/value", json={"model": "fake", "input": "hello"}).json()["data"]
+    assert datum["expected_rewards"] == {"plain": None}

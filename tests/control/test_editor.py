@@ -117,6 +117,17 @@ def test_a_fields_direction_is_that_of_the_models_own_state(registry: HeadRegist
     assert not ascent.climb_RU[:, 1:].any()
 
 
+def test_what_is_kept_of_fields_is_bounded_by_their_rows(registry: HeadRegistry, hidden: Tensor) -> None:
+    editor = StateEditor(UNEMBEDDING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.control.editor._MAX_ROWS", 6)
+        for weights in ({"field": 1.0}, {"line": 1.0}, {"field": 1.0, "line": 1.0}):
+            plan = plan_of(registry, [control(weights, steps=2, max_response_kl=9.0)] * 7)
+            logits, _ = editor.logits(hidden, plan)
+            assert torch.equal(logits, EDITOR.logits(hidden, plan)[0])
+    assert [stack.names for stack in editor._row_logits] == [("line",), ("field", "line")]
+
+
 @pytest.mark.parametrize("name", ["good", "deep", "line", "field"])
 def test_the_logits_are_those_of_the_edited_state(registry: HeadRegistry, hidden: Tensor, name: str) -> None:
     plan = plan_of(registry, [control({name: 1.0}, step_size=0.3, max_kl=0.2)] * 7)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.control.levels import in_values, uncalibrated
+from server.control.objectives import MAX_ABS_LEVEL
 from server.control.params import ControlParams
 from server.control.turns import Turn
 from server.errors import InvalidRequestError
@@ -39,6 +40,12 @@ def test_a_target_in_reward_becomes_the_level_that_gives_it() -> None:
 def test_a_floor_in_reward_becomes_a_level_also_below_all_that_was_measured() -> None:
     assert levels_of(FLOOR) == {"a": 4.5}
     assert levels_of({**FLOOR, "floors": {"a": -1.0}}) == {"a": 2.0}
+
+
+def test_a_floor_far_below_all_that_was_measured_is_still_a_level_that_may_be_asked_for() -> None:
+    far = in_values(control({**FLOOR, "floors": {"a": -MAX_ABS_LEVEL}}), MAPS)
+    assert far.heads_objective.head_levels == {"a": -MAX_ABS_LEVEL}
+    assert ControlParams.model_validate_json(far.model_dump_json()) == far
 
 
 def test_a_level_of_the_value_stays_what_it_is_and_a_reward_is_changed_once() -> None:

@@ -56,13 +56,16 @@ def test_levels_whose_rewards_do_not_rise_are_one_knot_at_their_means() -> None:
 def test_beyond_its_ends_a_map_goes_on_as_steep_as_on_the_whole() -> None:
     levels = fitted([0.0, 1.0, 4.0])
     assert (levels.level_of(6.0), levels.level_of(-2.0)) == (3.0, -1.0)
-    assert levels.reaches(4.0)
-    assert not levels.reaches(4.1)
 
 
 def test_a_reward_that_does_not_rise_with_the_level_is_no_calibration() -> None:
     with pytest.raises(CalibrationError, match="does not rise"):
         fitted([3.0, 2.0, 1.0])
+
+
+def test_rewards_that_no_request_could_ask_for_are_no_calibration() -> None:
+    with pytest.raises(CalibrationError, match="from 0 to 2e\\+06; a request may ask for 1e\\+06 at most"):
+        fitted([0.0, 2e6])
 
 
 @pytest.mark.parametrize(
@@ -73,9 +76,10 @@ def test_a_reward_that_does_not_rise_with_the_level_is_no_calibration() -> None:
         ({"levels": [0.0, 1.0]}, "3 rewards do not pair with 2 levels"),
         ({"rewards": [0.0]}, "at least 2"),
         ({"rewards": [0.0, 1.0, float("nan")]}, "finite"),
+        ({"levels": [0.0, 1.0, 1e7]}, "calibration.levels.2: Input should be less than or equal to 1000000"),
         ({"more": 1}, "not permitted"),
     ],
-    ids=["falling", "equal", "unpaired", "single", "nan", "unknown"],
+    ids=["falling", "equal", "unpaired", "single", "nan", "huge", "unknown"],
 )
 def test_a_card_whose_calibration_is_none_is_refused_in_one_line(
     changed: dict[str, Any], told: str, tmp_path: Path

@@ -91,6 +91,16 @@ def test_units_are_bounded(tmp_path: Path) -> None:
         load_head(written(tmp_path, save({**GOOD, **many, **small, "input_bias_U": torch.ones(MAX_UNITS + 1)})))
 
 
+def test_a_card_that_hides_how_many_units_a_head_has_is_refused(tmp_path: Path) -> None:
+    three = {name: torch.ones(3, HIDDEN) for name in ("inputs_UD", "ascent_UD")} | {"input_bias_U": torch.zeros(3)}
+    folder = written(tmp_path, save({**GOOD, **three}))
+    card = json.loads((folder / CARD_FILE).read_text())
+    card["architecture"]["type"], card["base_model"]["hidden_size"] = "field", HIDDEN
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    with pytest.raises(HeadFileError, match="has 3 units, but its card says 1"):
+        load_head(folder)
+
+
 def test_every_head_of_this_project_is_within_the_limits(tmp_path: Path) -> None:
     folder = write_heads(tmp_path, {"deep": random_head(1, widths=(16, 12))}, {"name": "tiny", "hidden_size": 32})
     assert load_head(folder / "deep")[1] == load_card(folder / "deep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from benchmarks.quality import COMMAND, PROGRAM
 from benchmarks.quality.report import SECTIONS
 from benchmarks.quality.rivals import RIVALS
+from benchmarks.quality.studies import SweptMethodsStudy
 from server.cli import main, run
+from server.cli.comparison import MethodsStudy
 
 WORK = ["--max-batch-size", "8", "--formats", "text"]
 
@@ -61,6 +64,17 @@ def test_every_rival_is_compared_and_the_sweep_is_kept_with_its_plot(
     assert compared["command"].startswith(f"{PROGRAM} ")
     assert json.loads((place[1] / "short" / "sweep.json").read_text())["sweep"] == compared["sweep"]
     assert "<svg" in (place[1] / "short" / "sweep.svg").read_text()
+
+
+@pytest.mark.parametrize(("split", "keeps"), [("test", True), ("locked", False), ("all", False)])
+def test_the_picture_of_all_methods_is_that_of_the_projects_own_test_set(
+    compared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, *, keeps: bool
+) -> None:
+    scoring = SimpleNamespace(without=lambda _: SimpleNamespace(judges=()))
+    setup: Any = SimpleNamespace(folder=tmp_path, split=split, scoring=scoring, subject=SimpleNamespace(head="short"))
+    monkeypatch.setattr(MethodsStudy, "save", lambda *_: None)
+    SweptMethodsStudy(setup).save(compared)
+    assert (tmp_path / "sweep.json").exists() == keeps
 
 
 def test_the_report_renders_cards_into_the_sections_that_a_page_has(
