@@ -93,8 +93,6 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> None:
     telemetry = Telemetry(vllm_names=settings.vllm_metrics)
     engine = create_engine(settings, observer=telemetry)
     app = create_app(settings, engine, telemetry)
-    # What is wrong with the settings is known by now; a model takes half a minute on a slow machine.
-    _log.info("Loading %s with the engine %s", settings.model, settings.engine)
     # Before uvicorn, so that a model or head that cannot be served is one line and not a traceback.
     await engine.start()
     try:

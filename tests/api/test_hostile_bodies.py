@@ -74,7 +74,7 @@ def test_every_streamed_choice_echoes_its_prompts_log_probabilities(client: Test
             "/v1/completions",
             {"prompt": "x", "control": {"objective": {"type": "target", "values": {"plain": 1.0}, "weights": {}}}},
             "control.objective.weights",
-            "type, values.",
+            "type, values, unit.",
         ),
         (
             "/v1/completions",
