@@ -377,7 +377,7 @@ def _of_uncalibrated(body: GenerationBody, info: EngineInfo) -> list[str]:
     """What to know of heads whose target or floor cannot be a reward."""
     if body.control is None:
         return []
-    heads = uncalibrated(body.control, info.calibrations(body.control.head_names))
+    heads = uncalibrated(body.control, info.calibrations(body.control.heads_objective.head_levels))
     return [UNCALIBRATED.format(name=name) for name in heads]
 
 

@@ -90,7 +90,7 @@ def resolve_control(
             return pinned
         return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
     check_heads(asked, info.heads)
-    asked = asked and in_values(asked, info.calibrations(asked.head_names), turn)
+    asked = asked and in_values(asked, info.calibrations(asked.heads_objective.head_levels), turn)
     control = with_pinned(asked, pinned)
     _check_units(control, info)
     return control
