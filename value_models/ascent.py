@@ -54,6 +54,8 @@ ADDED_DAMPING = 10.0
 """Of a field's added rows, relative to that of its constant one."""
 _AT_ONCE = 4096
 """Tokens whose products of features and gradients are in memory."""
+CLEAR_ERRORS = 2.0
+"""Standard errors by which one gain has to be above another to be clearly so."""
 _MIN_COST_NATS = 1e-12
 
 

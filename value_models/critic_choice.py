@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from value_models.ascent import ascent_gain
+from value_models.ascent import CLEAR_ERRORS, ascent_gain
 from value_models.critic import Credit, PrefixCritic
 from value_models.errors import TrainingDataError
 from value_models.heads import ValueHead
@@ -20,8 +20,6 @@ from value_models.sources import FitSource
 CriticName = Literal["auto", "prefix_reward", "value"]
 VALUE_TRACE, PREFIX_TRACE = 1.0, 0.8
 """Lambda with either critic; docs/tried.md has what others gave."""
-_CLEAR = 2.0
-"""Standard errors by which the gain of the critic value has to be above that of prefix_reward to be taken instead."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,7 +90,7 @@ def choose(
     taken, above_value = 0, None
     if len(ways) > 1:
         margin, error = above_value = found[1].margin(found[0])
-        taken = 0 if margin < -_CLEAR * error else 1
+        taken = 0 if margin < -CLEAR_ERRORS * error else 1
     credit = tried.credits[taken]
     figures = CriticFigures(
         name=credit.name,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from value_models.ascent import ascent_gain
+from value_models.ascent import CLEAR_ERRORS, ascent_gain
 from value_models.critic import PrefixCritic
 from value_models.heads import FieldHead, ValueHead
 from value_models.linalg import eigh
@@ -35,8 +35,6 @@ MIN_TOKENS = 10
 """Training tokens for each of those numbers: with fewer a field is mostly noise."""
 _MIN_VARIANCE = 1e-6
 """Of a component, relative to that of one dimension."""
-_CLEAR = 2.0
-"""Standard errors by which the gain of a field has to be above that of the constant direction to be taken."""
 _WORTH_IT = 1.1
 """Times the gain of the constant direction that a field has to gain, since the kernels of a GPU know no fields."""
 
@@ -100,7 +98,7 @@ def choose_field(
     """
     constant_gain, field_gain = (ascent_gain(head, rollouts, "validation", critic) for head in (constant, field))
     margin, error = field_gain.margin(constant_gain)
-    pays = margin > _CLEAR * error and field_gain.gain >= _WORTH_IT * constant_gain.gain
+    pays = margin > CLEAR_ERRORS * error and field_gain.gain >= _WORTH_IT * constant_gain.gain
     is_taken = is_asked or pays
     figures = FieldFigures(
         num_features=field.num_units - 1 if is_taken else 0,
