@@ -82,27 +82,27 @@ def test_an_interrupted_conversion_leaves_no_cache_and_the_next_one_cleans_up(
         assert ".part-" in names[0]
 
 
-def test_the_default_model_is_a_packaged_one_and_keeps_its_place_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def converted_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the default model lies in an empty cache, as if it had been converted."""
     monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
     folder = tmp_path / "models" / f"SmolLM2-135M-Instruct-0.1.2-{CONVERSION_VERSION}"
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
-    assert default_model_folder() == packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL]) == folder
+    return folder
+
+
+def test_the_default_model_is_a_packaged_one_and_keeps_its_place_in_the_cache(converted_default: Path) -> None:
+    assert default_model_folder() == packaged_model_folder(PACKAGED_MODELS[DEFAULT_MODEL]) == converted_default
 
 
 def test_what_an_earlier_version_converted_in_another_way_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted_default: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RECONTROL_CACHE_DIR", str(tmp_path))
-    earlier = tmp_path / "models" / f"SmolLM2-135M-Instruct-0.1.2-{CONVERSION_VERSION}"
-    earlier.mkdir(parents=True)
-    (earlier / "config.json").touch()
     monkeypatch.setattr(packaged, "CONVERSION_VERSION", CONVERSION_VERSION + 1)
     converted: list[Path] = []
     monkeypatch.setattr(packaged, "_convert", lambda _, folder: converted.append(folder))
-    assert default_model_folder() == converted[0] != earlier
+    assert default_model_folder() == converted[0] != converted_default
 
 
 @pytest.mark.parametrize("name", PACKAGED_MODELS)
