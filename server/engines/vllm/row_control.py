@@ -169,10 +169,8 @@ class RowControl:
             control = parse_control(extra_args)
             if control is not None:
                 self.registry.check(control.head_names)
-                check_units(control, {name: self.registry.head(name).num_units for name in control.head_names})
-                warnings = () if ID_KEY in (extra_args or {}) else self._warnings(control)
-                # Of a request of this program's own server that has been done.
-                control = in_values(control, self.registry.calibrations())
+                if ID_KEY not in (extra_args or {}):
+                    warnings, control = self._warnings(control), self._checked(control)
                 opening = parse_opening(extra_args)
                 parts = None if opening is None or self._parts is None else self._parts.start(opening)
         except (InvalidRequestError, UnknownHeadError) as error:
@@ -213,6 +211,12 @@ class RowControl:
         """Of the step whose logits were computed last, once."""
         is_new, self._is_report_taken = not self._is_report_taken, True
         return self._report if is_new else None
+
+    def _checked(self, control: ControlParams) -> ControlParams:
+        """What this program's own server does before it asks its engine, which takes levels of values alone. Raises
+        InvalidRequestError."""
+        check_units(control, {name: self.registry.head(name).num_units for name in control.head_names})
+        return in_values(control, self.registry.calibrations())
 
     def _warnings(self, control: ControlParams) -> list[str]:
         """Of its heads that were made for another model, and of those whose levels cannot be rewards."""
