@@ -192,8 +192,8 @@ def test_a_straight_edit_is_its_coefficients_of_the_rows_as_far_as_its_limit_all
 
 
 def read_by(shift: ops.SharedShift, state: Tensor) -> tuple[Tensor, ...]:
-    """The change of logits by a shift that is one for all states; for each head [K] that of its value, mean and scale of
-    its rewards, and what it reads."""
+    """The change of logits by a shift that is one for all states; for each head [K] that of its value, the mean and the
+    scale of its rewards, and what it reads."""
     assert isinstance(shift.logits, ops.ShiftLogits)
     num_heads = shift.num_heads
     each = shift.numbers[3:].split([2 * num_heads, 3 * num_heads, num_heads**2])
