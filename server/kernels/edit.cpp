@@ -70,7 +70,17 @@ float read(const T* hidden, int64_t size, const Shift& shift, float* readings) {
 // sum_u coefficients[u] * row(u)[0..size).
 template <class Rows>
 void combine(const float* coefficients, int64_t units, const Rows& row, int64_t size, float* sum) {
-    for (int64_t i = 0; i < size; i += kLanes) {
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+        Floats total[4] = {zeros(), zeros(), zeros(), zeros()};
+        for (int64_t u = 0; u < units; ++u) {
+            const Floats c = all(coefficients[u]);
+            const float* from = row(u) + i;
+            for (int j = 0; j < 4; ++j) total[j] = fma(c, load(from + j * kLanes), total[j]);
+        }
+        for (int j = 0; j < 4; ++j) store(sum + i + j * kLanes, total[j]);
+    }
+    for (; i < size; i += kLanes) {
         const Mask mask = first_lanes(size - i);
         Floats total = zeros();
         for (int64_t u = 0; u < units; ++u) total = fma(all(coefficients[u]), load_or_zero(row(u) + i, mask), total);
