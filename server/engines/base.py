@@ -69,6 +69,11 @@ class EngineInfo:
         # As JSON a card has lists, which are as good as tuples.
         return {name: RewardLevels.model_validate(found) for name, found in told.items() if found is not None}
 
+    def num_units(self, heads: Iterable[str]) -> dict[str, int]:
+        """Rows of these heads' first layers, of those whose cards tell."""
+        told = {name: self.heads.get(name, {}).get("architecture", {}).get("num_units") for name in heads}
+        return {name: found for name, found in told.items() if found is not None}
+
     def expected_rewards(self, values: Mapping[str, float]) -> dict[str, float]:
         """What reward texts of such values get, by head, of those whose cards tell and whose value is finite."""
         told = {name: self.heads.get(name, {}).get("expected") for name in values}

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from server.api.resolution import resolve_control
 from server.api.schemas import ChatBody, CompletionBody
 from server.control.objectives import MAX_UNITS_PER_REQUEST
+from server.control.params import ControlParams
 from server.engines.base import EngineInfo
 from server.errors import InvalidRequestError
 from server.types import GenerationRequest
@@ -218,3 +219,13 @@ def test_heads_of_many_units_are_not_used_together() -> None:
         with pytest.raises(InvalidRequestError, match="units together") as raised:
             resolve_control(body, info, None)
         assert raised.value.param == "control.objective.weights"
+
+
+def test_heads_of_many_units_are_not_used_beside_pinned_ones_by_a_models_name_either() -> None:
+    cards = {name: {"architecture": {"num_units": MAX_UNITS_PER_REQUEST - 1}} for name in ("one", "two")}
+    info = EngineInfo("m", 100, 10, cards)
+    body = CompletionBody.model_validate({"model": "m@one", "prompt": "x"})
+    assert resolve_control(body, info, None) is not None
+    with pytest.raises(InvalidRequestError, match="units together") as raised:
+        resolve_control(body, info, ControlParams.for_head("two"))
+    assert raised.value.param == "model"

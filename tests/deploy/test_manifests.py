@@ -72,8 +72,8 @@ def test_the_image_takes_nothing_but_what_is_locked_before_the_wheel_itself() ->
     installs = [step for value in values("RUN") for step in value.split("&&") if "pip install" in step]
     unlocked = [step.strip() for step in installs if "--require-hashes" not in step]
     assert unlocked == ['pip install "$(echo /wheels/*.whl)$EXTRAS"'] * 2
-    used = {name for step in installs for name in re.findall(r"locks/(\w+\.txt)", step)}
-    assert used == {"build.txt", "cpu.txt", "cuda.txt", "model.txt", "torch.txt"}
+    used = {name for step in installs for name in re.findall(r"locks/([\w-]+\.txt)", step)}
+    assert used == {"build.txt", "cpu.txt", "cuda.txt", "model.txt", "torch-cpu.txt"}
 
 
 def test_what_the_dockerfile_copies_from_here_exists_and_is_not_ignored() -> None:

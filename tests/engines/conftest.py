@@ -7,6 +7,7 @@ import shutil
 import string
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,8 +18,10 @@ from server.engines.embedded.model.layout import DecodeRow, Segment
 from server.engines.embedded.model.loader import load_model
 from server.engines.vllm.engine import VllmEngine
 from server.settings import Settings
-from tests.conftest import write_heads
+from tests.conftest import card_of, write_heads
+from value_models.calibration import RewardLevels
 from value_models.heads import ValueHead
+from value_models.store import HeadCard, save_head
 
 
 def prompt_tokens_read(core: EngineCore) -> list[int]:
@@ -32,6 +35,12 @@ def prompt_tokens_read(core: EngineCore) -> list[int]:
 
     core.runner.forward = counting  # type: ignore[method-assign]
     return read
+
+
+def calibrated_card(name: str, head: ValueHead, identity: dict[str, Any] | None = None) -> HeadCard:
+    """Its value held at 4 to 6 gives a mean reward of 0 to 1."""
+    levels = RewardLevels(rewards=(0.0, 1.0), levels=(4.0, 6.0), base_reward=0.5, conditions={}, command="pytest")
+    return card_of(name, head, identity).model_copy(update={"calibration": levels})
 
 
 VLLM_OPTIONS = {"enforce_eager": True, "block_size": 32}
@@ -49,10 +58,12 @@ def vllm_settings(
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     named = {"positive": heads["good"], "plain": heads["line"], "deep": heads["deep"]}
     identity = load_model(str(folder), device="cpu", dtype="float32").identity
+    heads_dir = write_heads(tmp_path_factory.mktemp("vllm") / "heads", named, identity)
+    save_head(heads_dir / "measured", heads["good"], calibrated_card("measured", heads["good"], identity))
     return Settings(
         engine="vllm",
         model=str(folder),
-        heads_dir=write_heads(tmp_path_factory.mktemp("vllm") / "heads", named, identity),
+        heads_dir=heads_dir,
         dtype="float32",
         max_batch_size=8,
         max_waiting=24,

@@ -316,7 +316,10 @@ async def test_a_stop_token_ends_the_text_and_gives_none(engine: Engine) -> None
     third = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i >= 1)
     chunks = await everything(engine, ask(sampling={"stop_token_ids": (tokens[third],)}))
     assert [c.token_ids[0] for c in chunks] == tokens[: third + 1]
-    assert (chunks[-1].text, chunks[-1].finish_reason) == ("", FinishReason.STOP)
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    # A character that the token before has begun ends as it does at the last token asked for.
+    before = await everything(engine, ask(sampling={"max_tokens": third}))
+    assert "".join(c.text for c in chunks) == "".join(c.text for c in before)
 
 
 async def test_a_prompt_is_read_without_a_token_being_drawn(engine: Engine) -> None:

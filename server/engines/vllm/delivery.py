@@ -5,7 +5,7 @@ Knows no vLLM. Enter at `Delivery.fill`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,8 @@ class Delivery:
     def __init__(self) -> None:
         self._choice_ids: dict[str, str] = {}
         self._totals: dict[str, EditTotals] = {}
-        self._warnings: Mapping[str, str] = {}
-        """Of heads that were made for another model, as the last report has them."""
+        self._warnings: dict[str, Sequence[str]] = {}
+        """Of requests of a plain server, what their senders must know of their heads."""
 
     def expect(self, request_id: str, extra_args: Mapping[str, Any] | None) -> None:
         if extra_args is None:
@@ -40,30 +40,31 @@ class Delivery:
         for request_id in request_ids:
             self._choice_ids.pop(request_id, None)
             self._totals.pop(request_id, None)
+            self._warnings.pop(request_id, None)
 
     def fill(self, output: Any, report: dict[str, Any] | None) -> str | None:
         """Put into an `EngineCoreOutput` what the step's report says of it; why its request has failed, if it has."""
         request_id = output.request_id
-        if report is not None:
-            self._warnings = report.get("warnings", {})
         if report is not None and output.new_token_ids:
             if (fault := report["faults"].get(request_id)) is not None:
                 self.forget([request_id])
                 return fault
+            if (warnings := report.get("warnings", {}).get(request_id)) is not None:
+                self._warnings[request_id] = warnings
             if (numbers := report["edits"].get(request_id)) is not None:
                 self._fill(output, numbers, report)
         if output.finish_reason is not None:
-            self._choice_ids.pop(request_id, None)
-            if (totals := self._totals.pop(request_id, None)) is not None:
-                _put(output, {"control": self._summary(totals)})
+            if (totals := self._totals.get(request_id)) is not None:
+                _put(output, {"control": self._summary(request_id, totals)})
+            self.forget([request_id])
         return None
 
-    def _summary(self, totals: EditTotals) -> dict[str, Any]:
+    def _summary(self, request_id: str, totals: EditTotals) -> dict[str, Any]:
         """As this program's own API has it."""
         summary = asdict(totals.summary())
         del summary["stopped_by"]  # Guardrails are refused here.
-        warnings = [self._warnings[name] for name in totals.names if name in self._warnings]
-        return {**summary, "warnings": warnings} if warnings else summary
+        warnings = self._warnings.get(request_id)
+        return {**summary, "warnings": list(warnings)} if warnings else summary
 
     def _fill(self, output: Any, numbers: list[float], report: dict[str, Any]) -> None:
         if (choice_id := self._choice_ids.get(output.request_id)) is not None:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
 from server.control.editor import GroupStats, StateEditor
-from server.control.levels import in_values
-from server.control.params import ControlParams
+from server.control.levels import UNCALIBRATED, in_values, uncalibrated
+from server.control.params import ControlParams, check_units
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import ControlState, Segment
 from server.engines.vllm.phases import FollowedParts, PartsReader
 from server.engines.vllm.unembedding import VllmUnembedding
-from server.engines.vllm.wire import parse_control, parse_opening
+from server.engines.vllm.wire import ID_KEY, parse_control, parse_opening
 from server.errors import InvalidRequestError, UnknownHeadError
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class _Request:
     prompt_len: int
     fault: str | None = None
     """Why it cannot be controlled; it ends with an error then."""
+    warnings: Sequence[str] = ()
+    """What its sender must know of its heads, where this program's own server does not tell it."""
     parts: FollowedParts | None = None
     """Of a response of which control acts on a part."""
     states: list[ControlState] = field(default_factory=lambda: [ControlState()])
@@ -96,8 +98,9 @@ class StepReport:
         *,
         edit_s: float = 0.0,
         faults: Mapping[str, str] | None = None,
-        warnings: Mapping[str, str] | None = None,
+        warnings: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """Faults and warnings are by request id."""
         self.drawn: Callable[[], Mapping[str, int]] | None = None
         """Waits for the step's tokens, by request id."""
         self._rows = rows
@@ -161,20 +164,20 @@ class RowControl:
         if request_id in self._requests:
             self._requests[request_id].prompt_len = prompt_len
             return
-        control, fault, parts = None, None, None
+        control, fault, parts, warnings = None, None, None, ()
         try:
             control = parse_control(extra_args)
             if control is not None:
                 self.registry.check(control.head_names)
-                # Of a request of this program's own server that has been done.
-                control = in_values(control, self.registry.calibrations())
+                if ID_KEY not in (extra_args or {}):
+                    warnings, control = self._warnings(control), self._checked(control)
                 opening = parse_opening(extra_args)
                 parts = None if opening is None or self._parts is None else self._parts.start(opening)
         except (InvalidRequestError, UnknownHeadError) as error:
             # A server in front must refuse these; one that has not must not be able to stop the worker.
             control, fault = None, str(error)
         if control is not None or fault is not None:
-            self._requests[request_id] = _Request(control, prompt_len, fault, parts)
+            self._requests[request_id] = _Request(control, prompt_len, fault, warnings, parts)
 
     def remove(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -197,12 +200,10 @@ class RowControl:
         started_s = time.perf_counter()
         logits_BV, stats = self._edited(hidden_BD, rows, controls)
         edit_s = time.perf_counter() - started_s
-        faults = {
-            row.request_id: fault
-            for row in rows
-            if row is not None and (fault := self._requests[row.request_id].fault) is not None
-        }
-        report = StepReport(rows, stats, edit_s=edit_s, faults=faults, warnings=self.registry.warnings())
+        requests = {row.request_id: self._requests[row.request_id] for row in rows if row is not None}
+        faults = {name: one.fault for name, one in requests.items() if one.fault is not None}
+        warnings = {name: one.warnings for name, one in requests.items() if one.warnings}
+        report = StepReport(rows, stats, edit_s=edit_s, faults=faults, warnings=warnings)
         self._report, self._is_report_taken = report, False
         return logits_BV
 
@@ -210,6 +211,21 @@ class RowControl:
         """Of the step whose logits were computed last, once."""
         is_new, self._is_report_taken = not self._is_report_taken, True
         return self._report if is_new else None
+
+    def _checked(self, control: ControlParams) -> ControlParams:
+        """What this program's own server does before it asks its engine, which takes levels of values alone. Raises
+        InvalidRequestError."""
+        check_units(control, {name: self.registry.head(name).num_units for name in control.head_names})
+        return in_values(control, self.registry.calibrations())
+
+    def _warnings(self, control: ControlParams) -> list[str]:
+        """Of its heads that were made for another model, and of those whose levels cannot be rewards."""
+        of_heads = self.registry.warnings()
+        unknown = uncalibrated(control, self.registry.calibrations())
+        return [
+            *(of_heads[name] for name in control.head_names if name in of_heads),
+            *(UNCALIBRATED.format(name=name) for name in unknown),
+        ]
 
     def _acting(self, row: Row) -> ControlParams | None:
         request = self._requests[row.request_id]

@@ -22,12 +22,12 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # pyright: i
 )
 
 from server.control.levels import in_values
+from server.control.params import check_units
 from server.engines.vllm.sampling import OBJECTIVES
 from server.engines.vllm.wire import CONTROL_KEY, HEADS_DIR_VARIABLE, ID_KEY, OPENING_KEY, parse_control
 from server.errors import InvalidRequestError, RecontrolError, UnknownHeadError
-from value_models.calibration import RewardLevels
 from value_models.errors import HeadFileError
-from value_models.store import CARD_FILE, load_card
+from value_models.store import CARD_FILE, HeadCard, load_card
 
 
 class ControlValidator(LogitsProcessorV1, LogitsProcessorV2):
@@ -82,13 +82,14 @@ def check_plain(extra_args: Mapping[str, Any], heads_dir: Path) -> None:
     for name in control.head_names:
         if name not in heads:
             raise UnknownHeadError(name, heads)
-    in_values(control, _calibrations(heads_dir, control.heads_objective.head_levels))
+    cards = _cards(heads_dir, control.head_names)
+    check_units(control, {name: card.architecture.num_units for name, card in cards.items()})
+    in_values(control, {name: card.calibration for name, card in cards.items() if card.calibration is not None})
 
 
-def _calibrations(heads_dir: Path, names: Iterable[str]) -> dict[str, RewardLevels]:
-    """By head, where there is one. Raises InvalidRequestError for a card that cannot be read."""
+def _cards(heads_dir: Path, names: Iterable[str]) -> dict[str, HeadCard]:
+    """By head. Raises InvalidRequestError for a card that cannot be read."""
     try:
-        cards = {name: load_card(heads_dir / name) for name in names}
+        return {name: load_card(heads_dir / name) for name in names}
     except HeadFileError as error:
         raise InvalidRequestError(f"{CONTROL_KEY}: {error}") from error
-    return {name: card.calibration for name, card in cards.items() if card.calibration is not None}

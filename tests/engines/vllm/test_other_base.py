@@ -197,5 +197,5 @@ def test_a_plain_servers_summary_warns_of_the_heads_that_its_request_names(
 def test_heads_of_the_model_itself_are_reported_on_without_a_word_more() -> None:
     delivery, last = Delivery(), output(finish_reason="stop")
     delivery.expect("r", {CONTROL_KEY: control_args(control({"good": 1.0}), "")[CONTROL_KEY]})
-    delivery.fill(last, {"edits": {"r": EDIT}, "edit_s": 0.0, "faults": {}, "warnings": {"another": "made elsewhere"}})
+    delivery.fill(last, {"edits": {"r": EDIT}, "edit_s": 0.0, "faults": {}, "warnings": {"s": ["made elsewhere"]}})
     assert "warnings" not in last.kv_transfer_params[REPORT_KEY]["control"]

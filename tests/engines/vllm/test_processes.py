@@ -261,6 +261,20 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
     assert complete(plain_server).json()["choices"] == free.json()["choices"]
 
 
+def test_vllms_own_server_takes_targets_as_rewards_and_says_where_it_cannot(plain_server: httpx.Client) -> None:
+    """The head's calibration makes a level of 5 of a reward of 0.5 (`calibrated_card`)."""
+
+    def answer(values: dict[str, float], **others: Any) -> tuple[list[Any], dict[str, Any]]:
+        objective = {"type": "target", "values": values, **others}
+        done = complete(plain_server, {"objective": objective, "step_size": 2.0})
+        assert done.status_code == 200, done.text
+        return done.json()["choices"], done.json()["kv_transfer_params"]["recontrol"]["control"]
+
+    assert answer({"measured": 0.5}) == answer({"measured": 5.0}, unit="value")
+    (warning,) = answer({"deep": 0.5})[1]["warnings"]
+    assert "'deep' is uncalibrated" in warning
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -274,6 +288,8 @@ def test_vllms_own_server_controls_through_xargs_and_tells_what_it_did(plain_ser
         ({**STRONG, "trace": True}, "trace"),
         ({**STRONG, "phase": "answer"}, "phase"),
         ({**STRONG, "search": {"type": "blocks"}}, "search"),
+        ({"objective": {"type": "target", "values": {"measured": 1.5}}}, "control.objective.values.measured"),
+        ({"objective": {"type": "target", "values": {"deep": 0.5}, "unit": "reward"}}, "uncalibrated"),
         (7, "recontrol"),
     ],
 )

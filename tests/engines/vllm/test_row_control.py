@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from server.control import params as params_module
 from server.control.editor import StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
@@ -212,6 +213,18 @@ def test_bad_control_and_unknown_heads_are_told_and_touch_nobody(registry: HeadR
     assert "objective" in data["faults"]["bad"]
     assert "nobody" in data["faults"]["unknown"]
     assert "recontrol_opening: must be one of reasoning, answer, either" in data["faults"]["begins"]
+
+
+def test_heads_of_many_units_are_not_used_together(registry: HeadRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params_module, "MAX_UNITS_PER_REQUEST", 1)
+    row_control = RowControl(registry, unembedding_of(Model()))
+    rows = rows_for(row_control, [LINE, control({"line": 0.5, "good": 1.0})])
+    row_control.logits(states(2), rows)
+    report = row_control.take_report()
+    assert report is not None
+    data = report.as_plain_data()
+    assert list(data["edits"]) == ["r0"]
+    assert "control.objective.weights: these heads have" in data["faults"]["r1"]
 
 
 def test_a_head_that_goes_while_its_request_runs_ends_that_request_and_no_other(registry: HeadRegistry) -> None:
