@@ -27,6 +27,7 @@ from server.engines.embedded.given_texts import EngineTextSource
 from server.engines.embedded.instructed import EngineInstructedSource
 from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.search_rewards import registered
 from server.engines.embedded.spare_rows import SpareRows
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.heads import HeadSource, OfferedHead, with_head, without_head
@@ -207,6 +208,7 @@ class EmbeddedEngine(ModelEngine):
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
             output_format=self._output_format,
+            rewards=registered(settings.search_rewards),
             observer=self._observer,
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)
