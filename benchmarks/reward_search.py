@@ -1,17 +1,18 @@
 """Searches by rewards of the text at equal compute: best of N, by blocks, by importance sampling of heads' weights.
 
-    python -m benchmarks.shift_search positive,plain,afinn --out benchmarks/results/shift-search.json \
+    python -m benchmarks.reward_search positive,plain,afinn --out benchmarks/results/reward-search.json \
         --into docs/control.md
 
 Every arm but the head's plain control draws N tokens for each that it keeps, under the same budget for a response's
 edits, and is searched by the reward that it is judged by. The judges beside it are not searched by. Arms answer the
-same prompts of the test split with the same seeds. Enter at `ShiftSearch`.
+same prompts of the test split with the same seeds. Enter at `RewardSearch`.
 
 Shapes: P prompts, S responses to each.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings
 from value_models.store import load_head, shipped_heads_folder
 
+_log = logging.getLogger(__name__)
 BLOCK_TOKENS = 8
 RIVALS = ("best of N", "best of N under control")
 _HEADS = ("brevity", "neutral", "nontoxic", "plain", "positive", "relevance")
@@ -90,24 +92,28 @@ def ways(reward: str, number: int, max_response_kl: float) -> dict[str, Way]:
         "blocks": Way(steered(near, {"type": _BY_BLOCKS, **by_reward}, steps=0)),
         "blocks under control": Way(steered(near, {"type": _BY_BLOCKS, **by_reward})),
         "blocks under control, by value": Way(steered(near, {"type": _BY_BLOCKS})),
-        "importance sampling, by value": Way(steered(near, {"type": _BY_SAMPLING})),
-        "importance sampling": Way(steered(near, {"type": _BY_SAMPLING, **by_reward})),
-        "importance sampling, no head known": Way(
-            steered(dict.fromkeys(_HEADS, 0.0), {"type": _BY_SAMPLING, **by_reward})
-        ),
-    }
+        "importance sampling": Way(steered(near, {"type": _BY_SAMPLING, "spread": 0.25, **by_reward})),
+    } | (
+        {}
+        if reward == head
+        else {
+            "importance sampling, no head known": Way(
+                steered(dict.fromkeys(_HEADS, 0.0), {"type": _BY_SAMPLING, **by_reward})
+            )
+        }
+    )
 
 
-class ShiftSearch(Study):
+class RewardSearch(Study):
     """Search by rewards of the text, in several ways at equal compute."""
 
-    section: ClassVar[str] = "bench-shift-search"
+    section: ClassVar[str] = "bench-reward-search"
 
     rewards: CliPositionalArg[str] = Field(description=f"comma-separated: {', '.join(TASKS)}")
     model: str = DEFAULT_MODEL
-    number: Annotated[int, Field(ge=2, le=32)] = Field(8, description="tokens drawn for each that is kept")
+    number: Annotated[int, Field(ge=2, le=32)] = Field(4, description="tokens drawn for each that is kept")
     max_response_kl: float = Field(8.0, gt=0, description="nats that a response's edits may diverge by")
-    num_prompts: Annotated[int, Field(ge=1)] = Field(40, description="of the test split")
+    num_prompts: Annotated[int, Field(ge=1)] = Field(24, description="of the test split")
     max_tokens: Annotated[int, Field(ge=1)] = 64
     seed: int = 1
 
@@ -142,7 +148,7 @@ class _Drawn(NullObserver):
 class _Sampler:
     """Answers the study's prompts in one way after the other. What base model and seed decide is sampled once."""
 
-    def __init__(self, study: ShiftSearch, prompts: Sequence[RolloutPrompt]) -> None:
+    def __init__(self, study: RewardSearch, prompts: Sequence[RolloutPrompt]) -> None:
         loaded, folder = load_model(study.model), shipped_heads_folder(study.model)
         self.prompts, self._study, self._drawn = prompts, study, _Drawn()
         core = EngineCore(
@@ -163,13 +169,14 @@ class _Sampler:
                 num_samples=way.num_samples, max_tokens=self._study.max_tokens, top_p=0.95, seed=self._study.seed
             )
             before = self._drawn.num_tokens
+            _log.warning("%s", way)
             found = self._source.evaluate(self.prompts, settings, control=way.control)
             samples = sorted(found, key=lambda sample: (sample.prompt_id, sample.sample))
             self._known[key] = samples, self._drawn.num_tokens - before
         return self._known[key]
 
 
-def _measured(sampler: _Sampler, reward: str, study: ShiftSearch) -> dict[str, Any]:
+def _measured(sampler: _Sampler, reward: str, study: RewardSearch) -> dict[str, Any]:
     texts = {prompt.id: prompt.text for prompt in sampler.prompts}
 
     def scored(name: str, samples: Sequence[EvalSample]) -> np.ndarray:
@@ -223,4 +230,4 @@ def _interval(found: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run("benchmarks.shift_search:ShiftSearch", "python -m benchmarks.shift_search", sys.argv[1:]))
+    raise SystemExit(run("benchmarks.reward_search:RewardSearch", "python -m benchmarks.reward_search", sys.argv[1:]))
