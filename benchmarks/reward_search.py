@@ -1,6 +1,6 @@
-"""Searches by rewards of the text at equal compute: best of N, by blocks, by importance sampling of heads' weights.
+"""Searches by a reward of the text at equal compute: the best of N responses, and block by block.
 
-    python -m benchmarks.reward_search positive,plain,afinn --out benchmarks/results/reward-search.json \
+    python -m benchmarks.reward_search afinn,positive --out benchmarks/results/reward-search.json \
         --into docs/control.md
 
 Every arm but the head's plain control draws N tokens for each that it keeps, under the same budget for a response's
@@ -12,7 +12,6 @@ Shapes: P prompts, S responses to each.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +41,8 @@ from value_models.rewards import REWARDS
 from value_models.rollouts import RolloutSettings
 from value_models.store import load_head, shipped_heads_folder
 
-_log = logging.getLogger(__name__)
 BLOCK_TOKENS = 8
 RIVALS = ("best of N", "best of N under control")
-_HEADS = ("brevity", "neutral", "nontoxic", "plain", "positive", "relevance")
-_BY_BLOCKS, _BY_SAMPLING = "blocks", "importance_sampling"
 _TABLED = ("coherence", "diversity")
 
 
@@ -69,7 +65,7 @@ KNOWN = {**EVAL_METRICS, **REWARDS}
 
 @dataclass(slots=True, frozen=True)
 class Way:
-    """How an arm samples: so many responses, of which the best is kept if it `picks`, under this control."""
+    """How an arm samples: so many responses under this control, of which the best is kept."""
 
     control: ControlParams | None
     num_samples: int = 1
@@ -80,7 +76,8 @@ def ways(reward: str, number: int, max_response_kl: float) -> dict[str, Way]:
     head = TASKS[reward].head
 
     def steered(weights: Mapping[str, float], search: Mapping[str, Any] | None = None, **more: Any) -> ControlParams:
-        options = None if search is None else {"candidates": number, "block_tokens": BLOCK_TOKENS, **search}
+        blocks = {"type": "blocks", "candidates": number, "block_tokens": BLOCK_TOKENS}
+        options = None if search is None else {**blocks, **search}
         asked = {"objective": {"weights": weights}, "max_response_kl": max_response_kl, "search": options, **more}
         return ControlParams.model_validate(asked)
 
@@ -89,19 +86,10 @@ def ways(reward: str, number: int, max_response_kl: float) -> dict[str, Way]:
         "control": Way(steered(near)),
         "best of N": Way(None, number),
         "best of N under control": Way(steered(near), number),
-        "blocks": Way(steered(near, {"type": _BY_BLOCKS, **by_reward}, steps=0)),
-        "blocks under control": Way(steered(near, {"type": _BY_BLOCKS, **by_reward})),
-        "blocks under control, by value": Way(steered(near, {"type": _BY_BLOCKS})),
-        "importance sampling": Way(steered(near, {"type": _BY_SAMPLING, "spread": 0.25, **by_reward})),
-    } | (
-        {}
-        if reward == head
-        else {
-            "importance sampling, no head known": Way(
-                steered(dict.fromkeys(_HEADS, 0.0), {"type": _BY_SAMPLING, **by_reward})
-            )
-        }
-    )
+        "blocks": Way(steered(near, by_reward, steps=0)),
+        "blocks under control": Way(steered(near, by_reward)),
+        "blocks under control, by value": Way(steered(near, {})),
+    }
 
 
 class RewardSearch(Study):
@@ -153,7 +141,7 @@ class _Sampler:
         self.prompts, self._study, self._drawn = prompts, study, _Drawn()
         core = EngineCore(
             loaded,
-            HeadRegistry({name: load_head(folder / name)[0] for name in _HEADS}),
+            HeadRegistry({name: load_head(folder / name)[0] for name in sorted({t.head for t in TASKS.values()})}),
             max_batch_size=64,
             rewards={reward: KNOWN[reward] for reward in TASKS},
             observer=self._drawn,
@@ -169,7 +157,6 @@ class _Sampler:
                 num_samples=way.num_samples, max_tokens=self._study.max_tokens, top_p=0.95, seed=self._study.seed
             )
             before = self._drawn.num_tokens
-            _log.warning("%s", way)
             found = self._source.evaluate(self.prompts, settings, control=way.control)
             samples = sorted(found, key=lambda sample: (sample.prompt_id, sample.sample))
             self._known[key] = samples, self._drawn.num_tokens - before
@@ -210,7 +197,8 @@ def table(result: Mapping[str, Any]) -> str:
     titles = ["reward", "arm", "tokens drawn", "mean reward", *(f"above {rival}, 95%" for rival in RIVALS)]
     lines = header([*titles, "judges", *_TABLED, "KL"])
     for reward, one in result["rewards"].items():
-        for name, arm in one["arms"].items():
+        for name in ways(reward, result["number"], result["max_response_kl"]):
+            arm = one["arms"][name]
             above = [_interval(arm["above"][rival]) if rival != name else "" for rival in RIVALS]
             judges = "; ".join(f"{arm[judge]['mean']:.2f}" for judge in one["judges"])
             rest = [f"{arm[metric]['mean']:.2f}" for metric in (*_TABLED, "kl")]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from server.calls.calls import CallDelta
 from server.calls.reader import CallRules
-from server.control.params import Blocks, ControlParams, ImportanceSampling
+from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy, Segment
 
 MAX_STOP_STRINGS = 64
@@ -159,7 +159,7 @@ class GenerationRequest:
         return self.sampling.prompt_logprobs or (self.scoring is not None and self.scoring.per_token)
 
     @property
-    def search(self) -> Blocks | ImportanceSampling | None:
+    def search(self) -> Blocks | None:
         return None if self.control is None else self.control.search
 
     @property

@@ -40,8 +40,6 @@ MAX_SHIFT_RATIO = 2.0
 MAX_RESPONSE_KL_NATS = 10_000.0
 MAX_CANDIDATES = 32
 MAX_BLOCK_TOKENS = 4096
-MAX_SPREAD = 10.0
-MAX_SEARCH_TEMPERATURE = 100.0
 MAX_REWARD_CHARS = 64
 
 TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
@@ -49,39 +47,18 @@ TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
 Phase = Literal["answer", "reasoning", "both"]
 
 
-class _Search(WireModel):
-    """What ways to search share."""
-
-    candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 4
-    block_tokens: Annotated[int, Field(ge=1, le=MAX_BLOCK_TOKENS)] = 8
-    reward: Annotated[str, Field(min_length=1, max_length=MAX_REWARD_CHARS)] | None = None
-    """What scores the text so far in place of the objective: a reward that the operator has registered."""
-
-
-class Blocks(_Search):
-    """Sample so many continuations of `block_tokens` tokens, keep the best by the objective, and go on from there.
+class Blocks(WireModel):
+    """Sample so many continuations of `block_tokens` tokens, keep the best, and go on from there.
 
     Candidate 0 of every block draws from the choice's own stream, candidate j from the one keyed by seed, choice and j;
     a number of a stream is keyed by the token's place in the response, so one candidate gives what no search gives.
     """
 
     type: Literal["blocks"]
-
-
-class ImportanceSampling(_Search):
-    """The same with weights of its own for every candidate, which are learnt from block to block (importance.py).
-
-    Candidate 0 has the weights reached so far, at first those of the objective, and the others have normal noise of
-    standard deviation `spread` on each.
-    """
-
-    type: Literal["importance_sampling"]
-    spread: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SPREAD)] = 0.6
-    temperature: Annotated[FiniteFloat, Field(gt=0.0, le=MAX_SEARCH_TEMPERATURE)] = 0.5
-    """Of the importance weights, in standard deviations of a block's scores; a low one takes the best score's alone."""
-
-
-Search = Annotated[Blocks | ImportanceSampling, Field(discriminator="type")]
+    candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 4
+    block_tokens: Annotated[int, Field(ge=1, le=MAX_BLOCK_TOKENS)] = 8
+    reward: Annotated[str, Field(min_length=1, max_length=MAX_REWARD_CHARS)] | None = None
+    """By what the texts so far are compared, a reward that the operator has registered; by default by the objective."""
 
 
 class ControlParams(WireModel):
@@ -116,7 +93,7 @@ class ControlParams(WireModel):
     """End the response at the token whose state, after control, has a value below its head's bound."""
     on_stop: OnStop = Stop()
     """What is done there instead, and how much of the text is held back until it is safe."""
-    search: Search | None = None
+    search: Blocks | None = None
     """Try several continuations and keep the best by the objective, beside the ascent or, with `steps` 0, alone."""
     trace: bool = False
     """Report what control did to each token, beside the summary of each choice."""
@@ -152,21 +129,6 @@ class ControlParams(WireModel):
             raise ValueError(f"search goes with on_stop stop alone, without hold_tokens; not with {self.on_stop.type}")
         if isinstance(self.on_stop, Retry) and isinstance(self.objective, Instruction):
             raise ValueError("on_stop retry does not go with an instruction, whose reading cannot be taken back")
-        return self
-
-    @model_validator(mode="after")
-    def _searches_weights_that_move(self) -> ControlParams:
-        if not isinstance(self.search, ImportanceSampling):
-            return self
-        problem = None
-        if not isinstance(self.objective, WeightedSum):
-            problem = f"needs an objective of type weighted_sum, whose weights it varies; not {self.objective.type}"
-        elif self.steps == 0 or self.step_size == 0:
-            problem = "needs steps and step_size above 0, since it varies the weights of the ascent"
-        elif self.objective.is_null and self.search.reward is None:
-            problem = "needs a weight that is not 0, or a reward, to tell which candidate is the best"
-        if problem is not None:
-            raise PydanticCustomError("field", "{name}: {problem}", {"name": "search", "problem": problem})
         return self
 
     @property

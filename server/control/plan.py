@@ -20,7 +20,7 @@ from torch import Tensor
 
 from server.control.objective_rows import ObjectiveRows
 from server.control.objectives import WeightedSum
-from server.control.params import ControlParams, ImportanceSampling, UnderPinned
+from server.control.params import ControlParams, UnderPinned
 from server.control.pinned import PinnedRows
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.row_numbers import can_fuse, fixed_numbers
@@ -163,8 +163,6 @@ def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...]
         return None
     if not stack.names or isinstance(control, UnderPinned) or _is_paced(control):
         return None
-    if isinstance(control.search, ImportanceSampling) and control.search.candidates > 1:
-        return None  # Every row has weights of its own, and a group each would share nothing.
     steps, size = _steps(stack, control)
     taken_K = torch.tensor(size * steps) * torch.tensor(_weights(stack, control))
     return tuple(float(taken) for taken in taken_K.unbind())

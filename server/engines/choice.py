@@ -75,8 +75,6 @@ class Choice:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
-    tried: ControlParams | None = None
-    """Of a candidate whose search has it try another control than the request's."""
 
     @classmethod
     def of(
@@ -127,9 +125,7 @@ class Choice:
 
     @property
     def control(self) -> ControlParams | None:
-        """The request's, which a guardrail may have made stronger, or what a search tries in its place."""
-        if self.tried is not None:
-            return self.tried
+        """The request's, which a guardrail may have made stronger."""
         return self.request.control if self.guard is None else self.guard.control
 
     @property

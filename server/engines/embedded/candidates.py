@@ -1,8 +1,7 @@
 """Several continuations of one text, compared by what the objective says of them, of which the best is kept.
 
-    search     a choice, the leader, keeps the text so far and its pages, while candidates try the next block, each in a
-               copy of them; when all have arrived the leader takes over the best one's, and they begin anew. By
-               importance sampling they differ by their weights, too, which are drawn by what the blocks before taught
+    blocks     a choice, the leader, keeps the text so far and its pages, while candidates try the next block, each in a
+               copy of them; when all have arrived the leader takes over the best one's, and they begin anew
     best_of    candidates are whole responses; when all have ended, the best become the request's choices
 
 A candidate is compared by the state behind its last token, which has to be computed first; the step that does so draws
@@ -19,7 +18,6 @@ Shapes: C candidates, D hidden size.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,10 +26,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from server.control.importance import Proposal
 from server.control.params import ControlParams, UnderPinned
 from server.engines.embedded.model.pages import num_pages_for
-from server.engines.embedded.sampler import normal
 from server.engines.embedded.scheduler import Scheduler
 from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
 from server.errors import InvalidRequestError
@@ -49,7 +45,6 @@ def with_candidates(choices: list[Sequence]) -> list[Sequence]:
         for choice in choices:
             if request.search.reward is not None:
                 choice.emit = _keeping_answer(choice)
-            choice.proposal = Proposal.of(request.control)
             choice.candidates = [_candidate(choice, number) for number in range(request.search.candidates)]
     elif request.best_of is not None:
         rivals = Rivals(choices, emit)
@@ -142,14 +137,10 @@ class Candidates:
             trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
             candidate.go_on_from(leader)
             candidate.states, candidate.acted = None if leader.states is None else [], []
-            candidate.tried = _tried_by(candidate)
         return [(candidate, hidden_D) for candidate in leader.candidates]
 
     def _keep_best(self, leader: Sequence) -> Rows:
-        order, scores = self._compared(leader.candidates)
-        winner = leader.candidates[order[0]]
-        if leader.proposal is not None:
-            leader.proposal = _taught(leader.proposal, leader.candidates, scores)
+        winner = leader.candidates[self._order(leader.candidates)[0]]
         trial = winner.own_trial
         chunks = trial.chunks
         if not leader.token_ids:
@@ -177,17 +168,16 @@ class Candidates:
         self._finish(member, trial.reason, trial.chunks.pop())
         rivals = member.rivals
         if rivals is not None and all(rival.finish_reason is not None for rival in rivals.members):
-            rivals.tell(self._compared(rivals.members)[0], self._take_scores(rivals.members[0]))
+            rivals.tell(self._order(rivals.members), self._take_scores(rivals.members[0]))
 
-    def _compared(self, candidates: list[Sequence]) -> tuple[list[int], list[float]]:
-        """Their places, best first: by score, a broken guardrail and what is no number last, the first where equal.
-        And the scores, in the candidates' order."""
+    def _order(self, candidates: list[Sequence]) -> list[int]:
+        """Their places, best first: by score, a broken guardrail and what is no number last, the first where equal."""
         if len(candidates) == 1:
-            return [0], [0.0]
+            return [0]
         control = candidates[0].request.control
         assert control is not None
         states_CD = torch.stack([hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None])
-        told = scores = self._scores_of(candidates, states_CD, control)
+        scores = self._scores_of(candidates, states_CD, control)
         if isinstance(control, UnderPinned):
             num_kept = 1 if candidates[0].leader is not None else candidates[0].request.num_choices
             allowed = _not_taken_back(self._score(states_CD, control.pinned).tolist(), num_kept)
@@ -206,7 +196,7 @@ class Candidates:
                 0.0 if is_nan else -scores[place],
             )
 
-        return sorted(range(len(candidates)), key=rank), told
+        return sorted(range(len(candidates)), key=rank)
 
     def _scores_of(self, candidates: list[Sequence], states_CD: Tensor, control: ControlParams) -> list[float]:
         """By the objective, or by the reward that the search names."""
@@ -215,28 +205,6 @@ class Candidates:
             return self._score(states_CD, control).tolist()
         added = ("".join(chunk.text for chunk in candidate.own_trial.chunks) for candidate in candidates)
         return self._score_texts(control.search.reward, leader, [leader.answer + text for text in added])
-
-
-def _tried_by(candidate: Sequence) -> ControlParams | None:
-    """What it draws the next block under, keyed like its tokens; None where that is the request's control."""
-    leader = candidate.leader
-    if leader is None or leader.proposal is None:
-        return None
-    size, (seed, choice, *number) = len(leader.proposal.mean_K), candidate.row_sampling.stream
-    if not number:
-        return leader.proposal.drawn([0.0] * size)
-    # A guardrail that draws again has streams of four numbers too, with a zero in the candidate's place.
-    return leader.proposal.drawn([normal((seed, choice, *number, k), len(leader.token_ids)) for k in range(size)])
-
-
-def _taught(proposal: Proposal, candidates: list[Sequence], scores: list[float]) -> Proposal:
-    """By their scores; those that break the guardrail teach nothing."""
-    is_sound = [candidate.own_trial.reason is not FinishReason.GUARDRAIL for candidate in candidates]
-    tried = [candidate.tried for candidate in candidates]
-    return proposal.after(
-        [control for control in tried if control is not None],
-        [score if sound else math.nan for score, sound in zip(scores, is_sound, strict=True)],
-    )
 
 
 def _not_taken_back(pinned: list[float], num_kept: int) -> list[tuple[bool, float]]:

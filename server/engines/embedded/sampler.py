@@ -9,7 +9,6 @@ nothing of models, control or requests. Enter at `sample`.
 from __future__ import annotations
 
 import hashlib
-import statistics
 import struct
 from dataclasses import dataclass
 
@@ -48,11 +47,6 @@ def uniform(stream: tuple[int, ...], position: int) -> float:
     """A number in [0, 1) keyed by stream and position alone (BLAKE2b in counter mode, 53 bits)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", *stream, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def normal(stream: tuple[int, ...], position: int) -> float:
-    """A standard normal number keyed in the same way."""
-    return statistics.NormalDist().inv_cdf(max(uniform(stream, position), 2.0**-53))
 
 
 def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> Tensor:

@@ -15,7 +15,6 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from server.control.importance import Proposal
 from server.control.params import ControlParams
 from server.control.state import ControlState
 from server.engines.base import EngineObserver
@@ -87,8 +86,6 @@ class Sequence(Choice):
     """Of a candidate for a block: the choice that it goes on from."""
     candidates: list[Sequence] = field(default_factory=list)
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
-    proposal: Proposal | None = None
-    """Of a choice whose candidates differ by their weights: what those of the next block are drawn from."""
     answer: str = ""
     """Of a choice whose candidates a reward judges: its text so far, without reasoning and calls."""
     rivals: Rivals | None = None
