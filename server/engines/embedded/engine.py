@@ -62,7 +62,7 @@ class EmbeddedEngine(ModelEngine):
         self._status = self._idle_status
 
     async def start(self) -> None:
-        """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError."""
+        """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError, ConfigurationError."""
         if self._thread is not None:
             return
         self._core = await asyncio.to_thread(self._build_core)
@@ -188,6 +188,8 @@ class EmbeddedEngine(ModelEngine):
 
     def _build_core(self) -> EngineCore:
         settings = self._settings
+        # First, so that one that cannot be had is told before a model is loaded.
+        rewards = registered(settings.search_rewards)
         self._loaded = loaded = load_model(
             settings.model, device=settings.device, dtype=settings.dtype, adapter=settings.adapter
         )
@@ -208,7 +210,7 @@ class EmbeddedEngine(ModelEngine):
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
             output_format=self._output_format,
-            rewards=registered(settings.search_rewards),
+            rewards=rewards,
             observer=self._observer,
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)
