@@ -33,7 +33,7 @@ from server.engines.embedded.rollouts import EngineRolloutSource
 from server.errors import ConfigurationError
 from server.settings import DEFAULT_MODEL
 from server.types import TokenEdit
-from value_models.generations import EvalSample
+from value_models.generations import EvalSample, best_of_kl_bound
 from value_models.intervals import mean_interval
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file, split_of
@@ -178,7 +178,7 @@ def _measured(sampler: _Sampler, reward: str, study: RewardSearch) -> dict[str, 
         best_P = scored(reward, samples).reshape(-1, way.num_samples).argmax(axis=1)
         kept = [samples[place * way.num_samples + best] for place, best in enumerate(best_P)]
         tables[arm] = {name: scored(name, kept) for name in (reward, *names)}
-        # A search's own bound is the same of every search here; what edits add is the exact part.
+        # Of a search by blocks the bound is in it.
         tables[arm]["kl"] = np.array([sample.mean_kl * sample.num_tokens for sample in kept])
         drawn[arm] = num_drawn / len(kept)
     return {
@@ -197,18 +197,28 @@ def table(result: Mapping[str, Any]) -> str:
     titles = ["reward", "arm", "tokens drawn", "mean reward", *(f"above {rival}, 95%" for rival in RIVALS)]
     lines = header([*titles, "judges", *_TABLED, "KL"])
     for reward, one in result["rewards"].items():
-        for name in ways(reward, result["number"], result["max_response_kl"]):
+        for name, way in ways(reward, result["number"], result["max_response_kl"]).items():
             arm = one["arms"][name]
             above = [_interval(arm["above"][rival]) if rival != name else "" for rival in RIVALS]
             judges = "; ".join(f"{arm[judge]['mean']:.2f}" for judge in one["judges"])
-            rest = [f"{arm[metric]['mean']:.2f}" for metric in (*_TABLED, "kl")]
-            cells = [f"`{reward}`", name, f"{arm['drawn']:.0f}", f"{arm[reward]['mean']:.2f}", *above, judges, *rest]
+            rest = [f"{arm[metric]['mean']:.2f}" for metric in _TABLED]
+            kl = arm["kl"]["mean"] + best_of_kl_bound(way.num_samples)
+            cells = [
+                f"`{reward}`",
+                name,
+                f"{arm['drawn']:.0f}",
+                f"{arm[reward]['mean']:.2f}",
+                *above,
+                judges,
+                *rest,
+                f"{kl:.2f}",
+            ]
             lines.append(row(cells))
     judged = "; ".join(f"`{reward}` by {' and '.join(one['judges'])}" for reward, one in result["rewards"].items())
     told = (
         f"{result['num_prompts']} held-out prompts, responses of at most {result['max_tokens']} tokens, N = "
         f"{result['number']}, blocks of {BLOCK_TOKENS} tokens, max_response_kl {result['max_response_kl']:g}. Judges: "
-        f"{judged}. KL is nats a response, with the bound of what searches by blocks may add."
+        f"{judged}. KL is nats a response, with the bound of what keeping the best may add."
     )
     return "\n".join([*lines, "", told, "", f"`{result['command']}`, {result['system']['date'][:10]}."])
 
