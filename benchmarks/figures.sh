@@ -21,6 +21,7 @@ once guidance benchmarks.guidance --num-prompts 24 --num-samples 1 --out $result
 once roads benchmarks.roads positive --num-samples 2 --max-prompts 40 --out $results/roads.json --into docs/heads.md
 once guard benchmarks.guard --num-prompts 60 --num-samples 2 --max-tokens 48 --out $results/guard.json --into docs/control.md
 once dialogues benchmarks.dialogues --seed 1 --out $results/dialogues.json --into docs/control.md
+once reward-search benchmarks.reward_search afinn,positive --out $results/reward-search.json --into docs/control.md
 once pinned benchmarks.pinned --out $results/pinned.json --into docs/control.md
 once critic benchmarks.critic positive,plain,neutral,brevity,relevance --out $results/critic.json --into docs/tried.md
 for reward in plain positive neutral; do

@@ -39,7 +39,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "vllm_options")
 _EMBEDDED_ONLY = (
-    "quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water", "guardrail_replacement"
+    "quantization", "prefill_chunk_tokens", "max_step_stretch", "kv_cache_high_water", "guardrail_replacement",
+    "search_rewards",
 )  # fmt: skip
 _ONLY_IN = {"embedded": ("adapter", *_EMBEDDED_ONLY), "vllm": _VLLM_ONLY}
 """The settings that only this engine has."""
@@ -148,6 +149,11 @@ class Settings(BaseSettings):
     )
     guardrail_finish_reason: Literal["content_filter", "guardrail"] = Field(
         "content_filter", description="of what a guardrail ends; clients that know OpenAI's alone refuse the other"
+    )
+    search_rewards: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="comma-separated rewards that searches may go by: names of built-in ones, or NAME=REWARD with "
+        "hf:FOLDER or module:function",
     )
     guardrail_replacement: str | None = Field(
         None,

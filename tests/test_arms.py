@@ -112,3 +112,9 @@ def test_a_searchs_divergence_is_its_bound_and_what_control_adds(make: Callable[
 
 def test_a_search_changes_no_arm_that_was_sampled_without_one(make: Callable[..., ArmFactory]) -> None:
     assert "search" not in make().control(ControlParams.for_head("good")).spec["control"]
+
+
+def test_a_reward_changes_no_arm_whose_search_goes_without_one(make: Callable[..., ArmFactory]) -> None:
+    searched = [BLOCKS, BLOCKS.model_copy(update={"reward": "mine"})]
+    specs = [make().control(ControlParams.for_head("good", search=search)).spec["control"] for search in searched]
+    assert [spec["search"].get("reward", "none") for spec in specs] == ["none", "mine"]

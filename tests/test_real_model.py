@@ -51,7 +51,7 @@ CONTROLS: list[dict[str, Any] | None] = [
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(create_app(Settings(max_batch_size=32))) as url:
+    with serving(create_app(Settings(max_batch_size=32, search_rewards=("positive",)))) as url:
         yield url
 
 
@@ -322,6 +322,19 @@ def test_seed_minus_one_gives_another_text_each_time(url: str) -> None:
     body = {"model": DEFAULT_MODEL, "prompt": "The film was", "max_tokens": 16, "temperature": 1.5, "seed": -1}
     texts = [httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()["choices"][0]["text"] for _ in range(2)]
     assert texts[0] != texts[1]
+
+
+def test_a_search_by_a_reward_raises_it_above_a_head_alone(url: str) -> None:
+    """By eight candidates for each block of eight tokens, judged by what VADER says of the text so far."""
+    body = {"model": "SmolLM2-135M-Instruct", "prompt": "The new library in our town", "max_tokens": 32, "seed": 3,
+            "control": {"objective": {"weights": {"positive": 0.0}}, "steps": 0}}  # fmt: skip
+    searched = {**body["control"], "search": {"type": "blocks", "candidates": 8, "reward": "positive"}}
+    texts = [
+        httpx.post(f"{url}/v1/completions", json={**body, "control": control}, timeout=120).json()["choices"][0]["text"]
+        for control in (body["control"], searched)
+    ]
+    plain, best = positive([""] * 2, texts)
+    assert best > max(plain, 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,11 @@ put it in REWARDS.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from value_models.embeddings import cosine
 from value_models.errors import RewardError
@@ -22,7 +24,7 @@ Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 def positive(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """VADER's compound sentiment, -1 to 1 (Hutto and Gilbert 2014)."""
     del prompts
-    analyser = library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+    analyser = _vader()
     return [analyser.polarity_scores(response)["compound"] for response in responses]
 
 
@@ -39,7 +41,7 @@ def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def neutral(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Share of the text that VADER's lexicon finds neutral, 0 to 1. No words: 0.5."""
     del prompts
-    analyser = library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+    analyser = _vader()
     return [analyser.polarity_scores(response)["neu"] if _has_words(response) else 0.5 for response in responses]
 
 
@@ -137,6 +139,12 @@ def _user_reward(name: str) -> Reward:
     if not callable(function):
         raise RewardError(f"reward: {name!r} is not callable; it must take prompts and responses")
     return function  # type: ignore[return-value]
+
+
+@functools.cache
+def _vader() -> Any:
+    """It reads its lexicon once, and a search asks for few scores at a time."""
+    return library("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
 
 
 def _has_words(text: str) -> bool:

@@ -114,6 +114,8 @@ class ArmFactory:
             fields = {name: value for name, value in control.model_dump().items() if (name, value) != ("search", None)}
             # Here levels are of the value, whatever it says: whoever asks for rewards has changed them before.
             fields["objective"].pop("unit", None)
+            if control.search is not None and control.search.reward is None:
+                fields["search"].pop("reward")
             spec = spec | {"control": fields, "heads": self.digests(control.head_names)}
             if control.objective.looks_ahead:
                 spec = spec | {"earned": self.registry.earned(control.head_names)}

@@ -52,6 +52,10 @@ class Serve(Settings):
 
             # A bar is no record; and one that cannot be written, on a full disk, hangs in its own end for ever.
             disable_progress_bar()
+        if settings.search_rewards:
+            from server.cli.command import allow_rewards_of_the_working_folder
+
+            allow_rewards_of_the_working_folder()
         # First, so that a port in use is told before a model is loaded.
         with contextlib.ExitStack() as held:
             sockets = [held.enter_context(bound) for bound in address.bind(self.host, self.port)]

@@ -41,6 +41,7 @@ MAX_SHIFT_RATIO = 2.0
 MAX_RESPONSE_KL_NATS = 10_000.0
 MAX_CANDIDATES = 32
 MAX_BLOCK_TOKENS = 4096
+MAX_REWARD_CHARS = 64
 
 TokenBudget = Annotated[FiniteFloat, Field(gt=0.0, le=MAX_KL_NATS)]
 """How much divergence is allowed, in nats a token."""
@@ -48,7 +49,7 @@ Phase = Literal["answer", "reasoning", "both"]
 
 
 class Blocks(WireModel):
-    """Sample so many continuations of `block_tokens` tokens, keep the best by the objective, and go on from there.
+    """Sample so many continuations of `block_tokens` tokens, keep the best, and go on from there.
 
     Candidate 0 of every block draws from the choice's own stream, candidate j from the one keyed by seed, choice and j;
     a number of a stream is keyed by the token's place in the response, so one candidate gives what no search gives.
@@ -57,6 +58,8 @@ class Blocks(WireModel):
     type: Literal["blocks"]
     candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 4
     block_tokens: Annotated[int, Field(ge=1, le=MAX_BLOCK_TOKENS)] = 8
+    reward: Annotated[str, Field(min_length=1, max_length=MAX_REWARD_CHARS)] | None = None
+    """By what the texts so far are compared, a reward that the operator has registered; by default by the objective."""
 
 
 class ControlParams(WireModel):

@@ -19,14 +19,25 @@ def check_is_text(request: GenerationRequest, placeholder_ids: Collection[int]) 
             )
 
 
-def check_request(request: GenerationRequest, *, heads: Collection[str], vocab_size: int, max_model_len: int) -> None:
-    """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
+def check_request(
+    request: GenerationRequest,
+    *,
+    heads: Collection[str],
+    vocab_size: int,
+    max_model_len: int,
+    rewards: Collection[str] = (),
+) -> None:
+    """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run.
+
+    `rewards` are the names of those that are registered for searches.
+    """
     if request.control is not None and request.control.over_turns is not None:
         raise InvalidRequestError(
             "control.over_turns: only a chat that the server answers has turns; give bounds that stay",
             param="control.over_turns",
         )
     check_heads(request, heads)
+    _check_reward(request, rewards)
     _check_instruction(request, vocab_size=vocab_size, max_model_len=max_model_len)
     if request.scoring is not None:
         assert (request.num_choices, request.sampling.max_tokens, request.control) == (1, 0, None)
@@ -62,6 +73,14 @@ def _check_instruction(request: GenerationRequest, *, vocab_size: int, max_model
             f"they must not exceed this model's maximum context length of {max_model_len} tokens",
             param=param,
         )
+
+
+def _check_reward(request: GenerationRequest, rewards: Collection[str]) -> None:
+    """Whether what a search is to go by is there. Raises InvalidRequestError."""
+    param, reward = "control.search.reward", None if request.search is None else request.search.reward
+    if reward is not None and reward not in rewards:
+        known = f"registered are {', '.join(sorted(rewards))}" if rewards else "none is registered (--search-rewards)"
+        raise InvalidRequestError(f"{param}: this server has no reward {reward!r}; {known}", param=param)
 
 
 def _check_compares_nothing(request: GenerationRequest) -> None:

@@ -76,10 +76,10 @@ class _Letters:
 class FakeEngine:
     """`num_open` counts accepted requests that have not ended; `fail_after` makes every choice end in error there.
 
-    `spare_heads` lie in its folder, so to speak, and can be loaded. With `text`, in ASCII, every answer is that text.
-    `value_of` says what every head's value is at a token, given its place and the guardrail's retries so far.
-    With `reasoning_tokens`, chats reason for so many letters first, between marks of several tokens each, of which the
-    prompt has the first if it `opens_reasoning`.
+    `spare_heads` lie in its folder, so to speak, and can be loaded; `rewards` are registered for searches. With `text`,
+    in ASCII, every answer is that text. `value_of` says what every head's value is at a token, given its place and the
+    guardrail's retries so far. With `reasoning_tokens`, chats reason for so many letters first, between marks of
+    several tokens each, of which the prompt has the first if it `opens_reasoning`.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class FakeEngine:
         observer: EngineObserver | None = None,
         heads: Sequence[str] = ("positive", "plain"),
         spare_heads: Sequence[str] = ("kind",),
+        rewards: Sequence[str] = (),
         token_delay_s: float = 0.0,
         fail_after: int | None = None,
         max_open: int = 1024,
@@ -112,6 +113,7 @@ class FakeEngine:
         self._text = text
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
+        self._rewards = rewards
         self._observer = observer or NullObserver()
         self._token_delay_s = token_delay_s
         self._fail_after = fail_after
@@ -197,7 +199,13 @@ class FakeEngine:
         if self.num_open >= self._max_open:
             raise OverloadedError(f"{self.num_open} requests run already; try again later.")
         info = self.info
-        check_request(request, heads=info.heads, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
+        check_request(
+            request,
+            heads=info.heads,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            rewards=self._rewards,
+        )
         self.num_open += 1
         return _FakeStream(self, request, self._chunks(request))
 

@@ -124,6 +124,7 @@ BAD_CONTROLS: list[tuple[str, Any]] = [
     *[("control.search.type", {"search": v}) for v in [{}, {"type": "tree"}, {"type": None}]],
     *[("control.search.candidates", {"search": {"type": "blocks", "candidates": v}}) for v in [33, *BAD_COUNTS]],
     *[("control.search.block_tokens", {"search": {"type": "blocks", "block_tokens": v}}) for v in [4097, *BAD_COUNTS]],
+    *[("control.search.reward", {"search": {"type": "blocks", "reward": v}}) for v in ["", "a" * 65, 3, ["a"], "mine"]],
     ("control.search.best", {"search": {"type": "blocks", "best": 1}}),
     ("control", 3),
 ]

@@ -73,7 +73,7 @@ REFUSED_CONTROL: dict[str, Any] = {
 }  # fmt: skip
 # Bounds of the caller's own that rise with the turns of a chat; put together with what is pinned, as bounds are.
 OVER_TURNS = {"stop_below": {"plain": -1e6}, "over_turns": {"stop_below": {"plain": {"tighten": 1.0, "to": 0.0}}}}
-BLOCKS: dict[str, Any] = {"type": "blocks", "candidates": 2, "block_tokens": 2}
+BLOCKS: dict[str, Any] = {"type": "blocks", "candidates": 2, "block_tokens": 2, "reward": "brevity"}
 # Of texts that are there already; no token is drawn.
 READS = {"model", "input", "messages", "heads", "per_token", "hidden_state", "user", "timeout_s"}
 PINNED = {"objective": {"weights": {"plain": 1.0}}, "max_kl": 0.2}

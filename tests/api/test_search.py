@@ -154,6 +154,19 @@ def test_best_of_gives_the_best_first_and_all_of_them_are_paid(tiny: TestClient)
     assert reordered["text"] == best["choices"][0]["text"]
 
 
+def test_a_search_goes_by_a_reward_that_the_operator_has_registered(make_embedded_app: Callable[..., FastAPI]) -> None:
+    by_reward = {**CONTROL, "steps": 0, "search": {**BLOCKS, "block_tokens": 24, "reward": "terse"}}
+    options = {"model": "tiny", "max_tokens": 24, "seed": 5, "logit_bias": {"256": -100, "257": -100}}
+    with TestClient(make_embedded_app(search_rewards="plain,terse=brevity")) as client:
+        tried = complete(client, **options, control={**CONTROL, "steps": 0}, n=1).json()["choices"][0]["text"]
+        whole = complete(client, **options, control=by_reward).json()
+        assert len(whole["choices"][0]["text"].split()) <= len(tried.split())
+        assert joined(complete(client, **options, control=by_reward, stream=True)) == {0: whole["choices"][0]["text"]}
+        assert whole["usage"]["completion_tokens"] == 3 * 24
+        error = error_of(complete(client, **options, control={**CONTROL, "search": {**BLOCKS, "reward": "brevity"}}))
+        assert (error["param"], "registered are plain, terse" in error["message"]) == ("control.search.reward", True)
+
+
 def test_more_candidates_than_rows_are_refused_and_more_whole_responses_are_not(tiny: TestClient) -> None:
     error = error_of(complete(tiny, model="tiny", control={**SEARCHED, "search": {**BLOCKS, "candidates": 5}}))
     assert error["param"] == "control.search.candidates"

@@ -26,7 +26,7 @@ REQUESTS = [
 
 
 def fake_client() -> TestClient:
-    return TestClient(create_app(Settings(), engine=FakeEngine(heads=HEADS)))
+    return TestClient(create_app(Settings(), engine=FakeEngine(heads=HEADS, rewards=["positive"])))
 
 
 @pytest.mark.parametrize(

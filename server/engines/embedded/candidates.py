@@ -5,11 +5,11 @@
     best_of    candidates are whole responses; when all have ended, the best become the request's choices
 
 A candidate is compared by the state behind its last token, which has to be computed first; the step that does so draws
-the next block's first tokens as well. Candidates for a block hold their rows at once and lose their pages together: a
-leader that gives way drops them, and later they draw the same tokens anew. Candidates for a whole response run as rows
-become free. One that breaks the guardrail is kept only when all do. Where control does not act, a choice that is
-searched for goes on by itself, as without search. Where the server pins heads, a caller's search keeps none that those
-score lower than what there would be without it.
+the next block's first tokens as well. Where a search names a reward, that scores the texts so far instead. Candidates
+for a block hold their rows at once and lose their pages together: a leader that gives way drops them, and later they
+draw the same tokens anew. Candidates for a whole response run as rows become free. One that breaks the guardrail is
+kept only when all do. Where control does not act, a choice that is searched for goes on by itself, as without search.
+Where the server pins heads, a caller's search keeps none that those score lower than what there would be without it.
 
 Knows nothing of models: it is told scores. Enter at `with_candidates` and `Candidates.settle`.
 
@@ -43,6 +43,8 @@ def with_candidates(choices: list[Sequence]) -> list[Sequence]:
     request, emit = choices[0].request, choices[0].emit
     if request.search is not None:
         for choice in choices:
+            if request.search.reward is not None:
+                choice.emit = _keeping_answer(choice)
             choice.candidates = [_candidate(choice, number) for number in range(request.search.candidates)]
     elif request.best_of is not None:
         rivals = Rivals(choices, emit)
@@ -65,28 +67,31 @@ def check_room(request: GenerationRequest, *, max_rows: int, num_pages: int) -> 
     needed = num_pages_for(len(request.prompt_token_ids) + max_tokens) + search.candidates * own
     if needed > num_pages:
         raise InvalidRequestError(
-            f"{_PARAM}: {search.candidates} candidates for blocks of {search.block_tokens} tokens may take {needed} "
-            f"pages of keys and values; this server has {num_pages}",
+            f"{_PARAM}: {search.candidates} candidates for blocks of {search.block_tokens} tokens may take "
+            f"{needed} pages of keys and values; this server has {num_pages}",
             param=_PARAM,
         )
 
 
 class Candidates:
-    """Follows candidates from step to step. `score` says of states [C, D] what a request's objective does, [C];
-    `take_scores` gives the log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk, and
-    what is raised within `failing_alone` ends that sequence and no other."""
+    """Follows candidates from step to step. `score` says of states [C, D] what a request's objective does, [C], and
+    `score_texts` of a sequence's answers so far what a registered reward does, by its name; `take_scores` gives the
+    log-probabilities of a sequence's prompt once; `finish` ends one with its last chunk, and what is raised within
+    `failing_alone` ends that sequence and no other."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         *,
         score: Callable[[Tensor, ControlParams], Tensor],
+        score_texts: Callable[[str, Sequence, list[str]], list[float]],
         take_scores: Callable[[Sequence], PromptScores | None],
         finish: Callable[[Sequence, FinishReason, GenerationChunk | None], None],
         failing_alone: Callable[[Sequence], AbstractContextManager[None]],
     ) -> None:
         self._scheduler = scheduler
         self._score = score
+        self._score_texts = score_texts
         self._take_scores = take_scores
         self._finish = finish
         self._failing_alone = failing_alone
@@ -172,7 +177,7 @@ class Candidates:
         control = candidates[0].request.control
         assert control is not None
         states_CD = torch.stack([hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None])
-        scores = self._score(states_CD, control).tolist()
+        scores = self._scores_of(candidates, states_CD, control)
         if isinstance(control, UnderPinned):
             num_kept = 1 if candidates[0].leader is not None else candidates[0].request.num_choices
             allowed = _not_taken_back(self._score(states_CD, control.pinned).tolist(), num_kept)
@@ -192,6 +197,14 @@ class Candidates:
             )
 
         return sorted(range(len(candidates)), key=rank)
+
+    def _scores_of(self, candidates: list[Sequence], states_CD: Tensor, control: ControlParams) -> list[float]:
+        """By the objective, or by the reward that the search names."""
+        leader = candidates[0].leader
+        if leader is None or control.search is None or control.search.reward is None:
+            return self._score(states_CD, control).tolist()
+        added = ("".join(chunk.text for chunk in candidate.own_trial.chunks) for candidate in candidates)
+        return self._score_texts(control.search.reward, leader, [leader.answer + text for text in added])
 
 
 def _not_taken_back(pinned: list[float], num_kept: int) -> list[tuple[bool, float]]:
@@ -218,6 +231,16 @@ def _candidate(leader: Sequence, number: int) -> Sequence:
 
 def _taking(rivals: Rivals, member: Sequence) -> Callable[[GenerationChunk], None]:
     return lambda chunk: rivals.take(member, chunk)
+
+
+def _keeping_answer(choice: Sequence) -> Callable[[GenerationChunk], None]:
+    emit = choice.emit
+
+    def keep(chunk: GenerationChunk) -> None:
+        choice.answer += chunk.text
+        emit(chunk)
+
+    return keep
 
 
 def _is_at_end(candidate: Sequence, trial: Trial) -> bool:

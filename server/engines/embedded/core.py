@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -46,6 +46,7 @@ from server.engines.vocabulary import Vocabulary
 from server.errors import ContextLengthError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from value_models.rewards import Reward
 
 _log = logging.getLogger(__name__)
 
@@ -65,15 +66,18 @@ class EngineCore:
         has_prefix_cache: bool = True,
         bits: Bits = 16,
         output_format: OutputFormat | None = None,
+        rewards: Mapping[str, Reward] | None = None,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """With `max_step_stretch`, a step takes so many times as long with prompts as without, as `clock` tells.
+        `rewards` are what requests may search by, by name; the thread of the steps calls them.
 
         Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit.
         """
         self._tokenizer: Any = loaded.tokenizer
         self.registry = registry
+        self.rewards = dict(rewards or {})
         self.max_model_len = text_length(loaded, max_model_len)
         self.vocab_size: int = loaded.identity["vocab_size"]
         self._eos_token_ids = loaded.eos_token_ids
@@ -102,6 +106,7 @@ class EngineCore:
         self._candidates = Candidates(
             self._scheduler,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
+            score_texts=self._score_texts,
             take_scores=self._scores.take_prompt,
             finish=self._finish,
             failing_alone=self._failing_alone,
@@ -147,7 +152,13 @@ class EngineCore:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UnknownHeadError, InvalidRequestError or ContextLengthError for what could not be run."""
-        check_request(request, heads=self.registry.names, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        check_request(
+            request,
+            heads=self.registry.names,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            rewards=self.rewards,
+        )
         check_structure(request, self._markup)
         if isinstance(request.structure, CompiledSchema):
             request.structure.check_copies(request.num_sequences, param=request.sequences_param)
@@ -335,6 +346,11 @@ class EngineCore:
             sequence.emit(chunk)
         else:
             self._finish(sequence, chunk.finish_reason, chunk)
+
+    def _score_texts(self, reward: str, sequence: Sequence, answers: list[str]) -> list[float]:
+        """What a registered reward says of answers to the sequence's prompt. Raises RewardError, or what it raises."""
+        prompt = self._tokenizer.decode(sequence.group.token_ids, skip_special_tokens=True)
+        return self.rewards[reward]([prompt] * len(answers), answers)
 
     @contextmanager
     def _failing_alone(self, sequence: Sequence) -> Iterator[None]:

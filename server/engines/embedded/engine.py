@@ -27,6 +27,7 @@ from server.engines.embedded.given_texts import EngineTextSource
 from server.engines.embedded.instructed import EngineInstructedSource
 from server.engines.embedded.memory import log_memory
 from server.engines.embedded.model.loader import LoadedModel, load_model
+from server.engines.embedded.search_rewards import registered
 from server.engines.embedded.spare_rows import SpareRows
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.engines.heads import HeadSource, OfferedHead, with_head, without_head
@@ -61,7 +62,7 @@ class EmbeddedEngine(ModelEngine):
         self._status = self._idle_status
 
     async def start(self) -> None:
-        """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError."""
+        """Load model and heads, then begin the loop. Raises ModelLoadError, HeadMismatchError, ConfigurationError."""
         if self._thread is not None:
             return
         self._core = await asyncio.to_thread(self._build_core)
@@ -187,6 +188,8 @@ class EmbeddedEngine(ModelEngine):
 
     def _build_core(self) -> EngineCore:
         settings = self._settings
+        # First, so that one that cannot be had is told before a model is loaded.
+        rewards = registered(settings.search_rewards)
         self._loaded = loaded = load_model(
             settings.model, device=settings.device, dtype=settings.dtype, adapter=settings.adapter
         )
@@ -207,6 +210,7 @@ class EmbeddedEngine(ModelEngine):
             has_prefix_cache=settings.prefix_cache,
             bits=_BITS[settings.quantization],
             output_format=self._output_format,
+            rewards=rewards,
             observer=self._observer,
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)

@@ -86,6 +86,8 @@ class Sequence(Choice):
     """Of a candidate for a block: the choice that it goes on from."""
     candidates: list[Sequence] = field(default_factory=list)
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
+    answer: str = ""
+    """Of a choice whose candidates a reward judges: its text so far, without reasoning and calls."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
     shadow: Sequence | None = None
