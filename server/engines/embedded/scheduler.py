@@ -40,6 +40,8 @@ class Step:
     chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
     complete: list[Sequence] = field(default_factory=list)
     """Those whose prompt is computed after this step."""
+    void: set[Sequence] = field(default_factory=set)
+    """Of the decoding ones, those that have turned back since: what is computed for them is of no text."""
     num_usual: int = 0
     """Of the decoding sequences, those that feed one token as at every step."""
     pieces: list[Piece] = field(default_factory=list)
@@ -149,7 +151,12 @@ class Scheduler:
         self._drop_candidates(leader)
 
     def truncate(self, sequence: Sequence) -> None:
-        """Give back the pages behind the positions that a sequence has left, after it took tokens back."""
+        """Give back the pages behind the positions that a sequence has left, after it took tokens back.
+
+        One that has lost its pages meanwhile holds those of its prompt alone, if any.
+        """
+        if not _decodes(sequence):
+            return
         kept = num_pages_for(sequence.num_computed)
         self.pool.release(sequence.pages[kept:])
         del sequence.pages[kept:]
@@ -157,7 +164,8 @@ class Scheduler:
     def advance(self, step: Step) -> None:
         """The step is computed: count its positions, and remember full pages for later prompts."""
         for sequence, rows in step.decoding:
-            sequence.num_computed += len(rows)
+            if _decodes(sequence) and sequence not in step.void:
+                sequence.num_computed += len(rows)
         for sequence, segment in step.chunks:
             sequence.num_computed = segment.end
             if sequence.state is not SequenceState.FINISHED:
@@ -333,6 +341,8 @@ class Scheduler:
         end = first + count
         if not self._find_pages(sequence, end):
             return []
+        if sequence.drawn is not None:
+            return [DecodeRow(sequence.pages, first, 0, sequence.drawn)]
         tokens = sequence.token_ids[first - sequence.prompt_len : end - sequence.prompt_len]
         return [DecodeRow(sequence.pages, position, token) for position, token in enumerate(tokens, start=first)]
 
