@@ -23,8 +23,8 @@ from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
+from server.engines.embedded.drawing import TokenDraw
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
-from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
@@ -36,10 +36,9 @@ from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reasoned_structure import check_structure
 from server.engines.embedded.reports import Drawn, Scores
-from server.engines.embedded.sampler import sample
 from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.structure import CompiledSchema, constrained
+from server.engines.embedded.structure import CompiledSchema
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
@@ -101,6 +100,7 @@ class EngineCore:
         self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
         self._markup = None if output_format is None else Markup(output_format, self._vocabulary)
         self._scores = Scores(self.lm_head, self._vocabulary)
+        self._token_draw = TokenDraw()
         self._candidates = Candidates(
             self._scheduler,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
@@ -301,8 +301,7 @@ class EngineCore:
                 with self._failing_alone(sequence):
                     self._finish(sequence, FinishReason.LENGTH, prompt_chunk(sequence, self._scores, self.registry))
                 continue
-            self._scheduler.start_decoding(sequence)
-            if sequence.token_ids:
+            if not self._scheduler.start_decoding(sequence) or sequence.token_ids:
                 continue  # It was preempted: its tokens are fed again from the next step on.
             assert sequence.group.last_hidden_D is not None
             computed.append((sequence, sequence.group.last_hidden_D))
@@ -312,9 +311,7 @@ class EngineCore:
     def _draw(self, rows: list[Sequence], hidden_BD: Tensor) -> Drawn:
         """Edit, and draw a token for each row. Nothing here waits for a GPU."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
-        drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
-        drawn_BV = constrained(drawn_BV, [s.held_to for s in rows])
-        tokens_B = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows])
+        tokens_B = self._token_draw.tokens(logits_BV, rows)
         return Drawn.of(rows, hidden_BD, tokens_B, stats, self._scores.of_tokens(rows, logits_BV, tokens_B))
 
     def _take_in(self, drawn: Drawn) -> tuple[list[Sequence], Tensor]:

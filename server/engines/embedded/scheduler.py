@@ -118,16 +118,22 @@ class Scheduler:
         if self._pace is not None:
             self._pace.observe(step.num_usual, step.pieces, seconds)
 
-    def start_decoding(self, sequence: Sequence) -> None:
-        """The prompt is in the cache, in the sequence's own pages or in a sibling's, which it then forks."""
+    def start_decoding(self, sequence: Sequence) -> bool:
+        """The prompt is in the cache, in the sequence's own pages or in a sibling's, which it then forks.
+
+        False when that sibling has ended since the step was scheduled: then it reads the prompt itself.
+        """
         if sequence.num_computed < sequence.prompt_len:
-            donor = next(s for s in sequence.group.residents if s is not sequence and s.num_computed >= s.prompt_len)
+            donor = next((one for one in _siblings(sequence) if one.num_computed >= one.prompt_len), None)
+            if donor is None:
+                return False
             self.pool.release(sequence.pages)
             forked = fork_pages(self._kv, self.pool, donor.pages, sequence.prompt_len)
             assert forked is not None, "its own page has just become free"
             sequence.pages = forked
             sequence.num_computed = sequence.prompt_len
         sequence.state = SequenceState.DECODING
+        return True
 
     def spread(self, leader: Sequence) -> bool:
         """Let a choice's candidates run, each in a copy of its pages; False when it had to give way instead."""
@@ -400,7 +406,12 @@ class Scheduler:
         return forgotten
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
-        return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+        return any(one.num_computed >= one.prompt_len for one in _siblings(sequence))
+
+
+def _siblings(sequence: Sequence) -> list[Sequence]:
+    """Those that run."""
+    return [one for one in sequence.group.residents if one is not sequence]
 
 
 def _decodes(sequence: Sequence) -> bool:
