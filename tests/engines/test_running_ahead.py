@@ -128,9 +128,7 @@ def test_the_device_has_its_next_step_before_the_host_waits_for_tokens(
     assert order.events == ["launch", *["launch", "read"] * 3, "read"]
 
 
-def test_otherwise_each_token_is_read_before_the_next_step(
-    core: EngineCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_otherwise_each_token_is_read_before_the_next_step(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     order = _Order(core, monkeypatch)
     run(core, [ask("r", max_tokens=4, ignore_eos=True)])
     assert order.events == ["launch", "read"] * 4
@@ -225,5 +223,3 @@ def test_rows_that_are_not_the_devices_own_are_fed_as_ever(make_core: Callable[.
         drawn = [replace(rows[0], token_id=0, drawn=2), rows[1]]
         got = core.runner.forward(drawn, [], torch.tensor([-1, 5, 11]))
     assert torch.equal(got, expected)
-
-

@@ -95,8 +95,8 @@ ATTENTION = {
 CONSTANTS |= {**ATTENTION, "HAS_RULES": True}
 BRAINS = ("hidden", "queries", "keys", "values", "out")
 WHOLE = (
-    "hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk",
-    "query_stride", "table_width", "window", "split_pages", "num_outputs", "mask_width",
+    "hidden_stride", "hidden_size", "num_heads", "num_units", "logits_stride", "source_stride", "size_V", "num_splits",
+    "chunk", "query_stride", "table_width", "window", "split_pages", "num_outputs", "mask_width",
 )
 TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 2048}
 OPTIONS = {"draw": {"num_warps": 16, "enable_fp_fusion": False}}
@@ -108,7 +108,7 @@ def type_of(name, logits):
         return "i32"
     if name in BRAINS:
         return "*bf16"
-    if name in ("scaling", "softcap"):
+    if name in ("scaling", "softcap", "feature_limit"):
         return "fp32"
     known = {"places_B": "*i32", "tokens_B": "*i64", "source": logits, "tables": "*i32", "blocks": "*i32"}
     known |= {"sequences_T": "*i64", "positions_T": "*i64"}

@@ -71,7 +71,11 @@ class Drawn:
         stats: list[GroupStats],
         scores: dict[tuple[int, ...], Likelihoods],
     ) -> Drawn:
-        told = [tokens_B, *(group.numbers_RN for group in stats), *(part for batch in scores.values() for part in batch)]
+        told = [
+            tokens_B,
+            *(group.numbers_RN for group in stats),
+            *(part for batch in scores.values() for part in batch),
+        ]
         return cls(rows, hidden_BD, tokens_B, [group.group.rows for group in stats], list(scores), Arriving(told))
 
     def read(self) -> tuple[list[int], dict[int, TokenLogprob], dict[int, list[float]]]:

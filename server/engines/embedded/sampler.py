@@ -53,9 +53,7 @@ def uniform(stream: tuple[int, ...], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(
-    logits_BV: Tensor, rows: list[RowSampling], positions: list[int], rules: RuleTables | None = None
-) -> Tensor:
+def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int], rules: RuleTables | None = None) -> Tensor:
     """Token ids [B] int64 from logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
 
     A row whose largest logit is not finite gets -1. Only a GPU's kernel takes `rules`.
