@@ -79,7 +79,9 @@ def _by_torch(rows: list[Any], size_V: int) -> int:
     small_BV = torch.zeros(len(rows), _SMALL_V)
 
     def draw() -> None:
-        sample(constrained(logits_BV, [row.held_to for row in rows]), [row.row_sampling for row in rows], [0] * len(rows))
+        sample(
+            constrained(logits_BV, [row.held_to for row in rows]), [row.row_sampling for row in rows], [0] * len(rows)
+        )
 
     with _kernels("torch"):
         rules = _counted("cpu", lambda: adjusted(small_BV, [r.logit_rules for r in rows], [r.token_ids for r in rows]))
