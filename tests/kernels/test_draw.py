@@ -5,7 +5,7 @@ A draw may differ where the number lies within 1e-5 of the border between two to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from server.engines.embedded.rule_tables import RuleRows
 from server.engines.embedded.sampler import RowSampling, _draw, _filtered, sample
 from server.engines.embedded.sequence import SequenceState
 from server.errors import GenerationError
-from server.kernels.gpu.draw import Drawing, draw
+from server.kernels.gpu.draw import Drawing, draw, launch
 from server.types import SamplingParams
 from tests.triton_interpreter import quicken
 
@@ -222,3 +222,30 @@ def test_rules_over_a_vocabulary_of_256_000_read_all_of_it(device: str) -> None:
     logits_BV[0, 255_999], logits_BV[0, 255_998] = 30.0, 27.5
     expected = int(by_torch_rules(logits_BV, [row]).argmax())
     assert (drawn(logits_BV, [row], [GREEDY]), expected) == ([expected], 255_998)
+
+
+def test_a_draw_that_is_recorded_reads_its_tables_and_logits_anew(device: str) -> None:
+    """On a CPU, where nothing is recorded, it is launched again."""
+    rows, logits_BV = [ruled("all", [20, 40, 20]), Row(), ruled("bias", [])], logits(3, device)
+    tables = RuleRows().tables(rows, logits_BV.shape[1], logits_BV.device)  # type: ignore[arg-type]
+    table_BW = torch.tensor([Drawing(1.0, 0, 0.9, 0.0, u) for u in (0.1, 0.5, 0.7)], device=device)
+    again = recorded(lambda: launch(logits_BV, table_BW, tables), device)
+    logits_BV.copy_(logits(3, device).flip(1))
+    table_BW[:, 4] = torch.tensor([0.9, 0.3, 0.6])
+    expected = drawn(logits_BV, rows, [Drawing(1.0, 0, 0.9, 0.0, u) for u in (0.9, 0.3, 0.6)])
+    assert again().tolist() == expected
+
+
+def recorded(draw_once: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    draw_once()
+    if device != "cuda":
+        return draw_once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens_B = draw_once()
+
+    def replayed() -> Tensor:
+        graph.replay()
+        return tokens_B
+
+    return replayed

@@ -1,4 +1,5 @@
-"""The draw on a GPU for tensors: one copy of what rows are drawn by, and one launch. Enter at `draw`.
+"""The draw on a GPU for tensors: one copy of what rows are drawn by, and one launch, which a CUDA graph may record with
+the tables that it reads. Enter at `draw`, or at `launch` with a table that is there already.
 
 Shapes: B rows, C of them with rules, V vocabulary, N entries of all rows' rules, M masks.
 """
@@ -71,10 +72,14 @@ def draw(logits_BV: Tensor, drawings: Sequence[Drawing], rules: RuleTables | Non
 
     Logits stay as they are.
     """
+    return launch(logits_BV, on_device(drawings, logits_BV.device, dtype=torch.float32), rules)
+
+
+def launch(logits_BV: Tensor, table_BW: Tensor, rules: RuleTables | None) -> Tensor:
+    """The same from a table of `Drawing`s. What is launched depends on shapes and on whether there are rules alone."""
     assert logits_BV.stride(1) == 1
-    device, size = logits_BV.device, logits_BV.shape[1]
-    table = on_device(drawings, device, dtype=torch.float32)
-    tokens_B = torch.empty(len(drawings), dtype=torch.int64, device=device)
+    device, (num_rows, size) = logits_BV.device, logits_BV.shape
+    tokens_B = torch.empty(num_rows, dtype=torch.int64, device=device)
     told: tuple[Any, ...] = (None,) * 10
     if rules is not None:
         told = (
@@ -82,13 +87,13 @@ def draw(logits_BV: Tensor, drawings: Sequence[Drawing], rules: RuleTables | Non
             rules.outputs_2N.shape[1], rules.masks_MW, rules.masks_MW.shape[1],
             torch.empty(rules.num_copies, size, device=device),
         )  # fmt: skip
-    if not logits_BV.is_meta and len(drawings):
+    if not logits_BV.is_meta and num_rows:
         from server.kernels.gpu import draw_kernel
 
         kernel: Any = draw_kernel.draw
         # A product and a sum are rounded one by one, as torch does.
-        kernel[(len(drawings),)](
-            logits_BV, logits_BV.stride(0), size, table, *told, tokens_B, HAS_RULES=rules is not None, TILE=_TILE,
+        kernel[(num_rows,)](
+            logits_BV, logits_BV.stride(0), size, table_BW, *told, tokens_B, HAS_RULES=rules is not None, TILE=_TILE,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return tokens_B
