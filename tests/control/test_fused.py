@@ -264,7 +264,8 @@ def test_states_and_logits_in_either_precision_are_edited_alike(device: str, dty
 
 
 def test_what_ascents_earn_weighs_the_worst_case_where_cards_tell_it(device: str) -> None:
-    rows = [ROWS["worst of two"], ROWS["worst of three"], control({"a": 1.0, "b": 1.0, "c": 1.0}, max_kl=0.5)]
+    weighted = control({"a": 1.0, "b": 1.0, "c": 1.0}, max_kl=0.5)
+    rows: list[ControlParams | None] = [ROWS["worst of two"], ROWS["worst of three"], weighted]
     rows.append(asked(**objective("worst_case", weights={"f": 1.0, "c": -1.0}), max_kl=0.5, step_size=0.05))
     gains = {"a": 0.05, "b": 0.2, "c": 0.1, "f": 0.15, "g": 0.3}
     telling, silent = (Compared(states(4, device), rows, registry(device, gains=g)) for g in (gains, None))
