@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.api.resolution import with_pinned
 from server.control.editor import GroupStats, StateEditor
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import ControlState
-from value_models.heads import LinearHead, MLPHead, ValueHead
+from value_models.heads import FieldHead, LinearHead, MLPHead, ValueHead
 
 NUM_LINEAR = 3
 _WIDTH = 512
+_FEATURES = 3
 _WEIGHTS = {f"linear-{i}": 1.0 for i in range(NUM_LINEAR)}
 
 
@@ -30,6 +32,12 @@ def _each(*asked: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
     """Row i is asked for what comes next, and round again."""
     controls = [ControlParams.model_validate(fields) for fields in asked]
     return lambda num_rows: [controls[row % len(controls)] for row in range(num_rows)]
+
+
+def _over_pinned(asked: dict[str, Any], *, pinned: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
+    control = with_pinned(ControlParams.model_validate(asked), ControlParams.model_validate(pinned))
+    assert control is not None
+    return lambda num_rows: [control] * num_rows
 
 
 def _one(name: str) -> dict[str, Any]:
@@ -49,6 +57,11 @@ CASES: dict[str, Callable[[int], list[ControlParams]]] = {
         }
     ),
     "a head with a hidden layer": _each({**_one("deep"), "steps": 8}),
+    "a head beside an instruction": _each(
+        {"objective": {"type": "instruction", "text": "x", "weight": 0.5, "beside": {"weights": {"linear-0": 1.0}}}}
+    ),
+    "a head over a pinned one": _over_pinned(_one("linear-0"), pinned=_one("linear-1")),
+    "a field of three features": _each(_one("field")),
 }
 
 
@@ -85,11 +98,13 @@ class Step:
             return torch.empty(size, device="meta") if on_host == "meta" else torch.randn(size, generator=rng)
 
         heads = {f"linear-{i}": _linear(normal, shape.hidden) for i in range(NUM_LINEAR)}
-        self.registry = HeadRegistry({**heads, "deep": _deep(normal, shape.hidden)})
+        others = {"deep": _deep(normal, shape.hidden), "field": _field(normal, shape.hidden)}
+        self.registry = HeadRegistry({**heads, **others})
         self.registry = HeadRegistry({name: _on(self.registry.head(name), device) for name in self.registry.names})
         weight_VD = (normal(shape.vocabulary, shape.hidden) / shape.hidden**0.5).to(device, dtype)
         self.editor = StateEditor(PlainUnembedding(weight_VD))
         self.hidden_BD = normal(shape.rows, shape.hidden).to(device, dtype)
+        self._instructed = dict(enumerate(normal(shape.rows, shape.hidden).to(device, dtype)))
         self.plan = EditPlan(())
 
     def control(self, rows: Sequence[ControlParams]) -> None:
@@ -97,7 +112,8 @@ class Step:
 
     def edit(self) -> tuple[Tensor, list[GroupStats]]:
         """One step's logits and report, conditions included."""
-        return self.editor.logits(self.hidden_BD, self.plan.at(lambda _: ControlState(num_tokens=3, nats_spent=0.5)))
+        plan = self.plan.at(lambda _: ControlState(num_tokens=3, nats_spent=0.5))
+        return self.editor.logits(self.hidden_BD, plan, self._instructed)
 
 
 def _linear(normal: Callable[..., Tensor], hidden: int) -> LinearHead:
@@ -113,6 +129,14 @@ def _deep(normal: Callable[..., Tensor], hidden: int) -> MLPHead:
     return MLPHead(
         mean_D=torch.zeros_like(inputs_UD[0]), scale_D=torch.ones_like(inputs_UD[0]), inputs_UD=inputs_UD,
         input_bias_U=torch.zeros_like(inputs_UD[:, 0]), out_weight_H=normal(_WIDTH), out_bias=normal(1)[0],
+    )  # fmt: skip
+
+
+def _field(normal: Callable[..., Tensor], hidden: int) -> FieldHead:
+    inputs_UD = normal(_FEATURES + 1, hidden) / hidden**0.5
+    return FieldHead(
+        mean_D=torch.zeros_like(inputs_UD[0]), scale_D=torch.ones_like(inputs_UD[0]), inputs_UD=inputs_UD,
+        input_bias_U=torch.zeros_like(inputs_UD[:, 0]), ascent_UD=normal(_FEATURES + 1, hidden) / hidden**0.5,
     )  # fmt: skip
 
 

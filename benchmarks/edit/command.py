@@ -1,4 +1,4 @@
-"""`python -m benchmarks.edit`: launches of an edit, counted anywhere, and its times, measured on a device."""
+"""`python -m benchmarks.edit`: launches of an edit and a draw, counted anywhere, and times of edits on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.edit import launches, times
+from benchmarks.edit import draws, launches, times
 from benchmarks.edit.cases import Shape
 from benchmarks.markdown import header, replace_sections, row
 from benchmarks.speed.system import facts
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {"rows": args.rows, "hidden": args.hidden, "vocabulary": args.vocabulary, "repeats": args.repeats},
         "system": facts(),
         "launches": _counted(shapes[-1]),
+        "draws": draws.count(shapes[-1].rows, shapes[-1].vocabulary),
     }
     if args.time:
         result["times"] = times.measure(shapes, device, repeats=args.repeats)
@@ -47,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Launches of an edit by case, and the command that counted them."""
-    lines = header(["launches beyond those of a step without control", "torch's operations", "with the kernels"])
+    """Launches of edits and of draws by case, and the command that counted them."""
+    ways = ["torch's operations", "with the kernels"]
+    lines = header(["launches beyond those of a step without control", *ways])
     lines += [row(cells) for cells in launches.table_rows(result["launches"])]
+    lines += ["", *header(["launches and copies of a draw", *ways])]
+    lines += [row(cells) for cells in launches.table_rows(result["draws"])]
     return "\n".join([*lines, "", f"`{result['command']}`, {result['system']['date'][:10]}."])
 
 

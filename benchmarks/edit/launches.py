@@ -20,10 +20,13 @@ _TAKE_MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh
 _META = torch.device("meta")
 
 
-class _Launched(TorchDispatchMode):
-    def __init__(self) -> None:
+class Launched(TorchDispatchMode):
+    """Counts while it is entered; tensors of a `device` other than "meta" stand for a GPU's, too."""
+
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
         self.count = 0
+        self._device = device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,7 +36,8 @@ class _Launched(TorchDispatchMode):
         is_view = any(given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns)
         if name == "to":  # It looks at the same memory only if that is as it is asked for.
             is_view = result is args[0]
-        is_on_device = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs, result)))
+        leaves = tree_leaves((args, kwargs, result))
+        is_on_device = any(isinstance(leaf, Tensor) and leaf.device.type == self._device for leaf in leaves)
         if is_on_device and not is_view and name not in _TAKE_MEMORY:
             self.count += 1
         return result
@@ -67,6 +71,6 @@ def beyond_base(shape: Shape, rows: Callable[[int], Any], *, fuses: bool) -> int
 def _count(step: Step) -> int:
     kernels = step.editor.kernels_on(_META)
     before = kernels.num_launches if kernels is not None else 0
-    with _Launched() as launched:
+    with Launched() as launched:
         step.edit()
     return launched.count + (kernels.num_launches - before if kernels is not None else 0)

@@ -23,7 +23,7 @@ from benchmarks.speed.process import PeerError
 from benchmarks.speed.setup import Setup, Workload
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
-from server.engines.embedded import core as core_module
+from server.engines.embedded import drawing
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import load_model
 from server.engines.heads import HeadSource
@@ -87,7 +87,7 @@ def timed_step_ms(core: EngineCore) -> dict[str, float]:
     clock.watch(core.runner, "forward", "layers")
     clock.watch(core.lm_head, "project", "LM head")
     clock.watch(core.editor, "logits", "edit")
-    clock.watch(core_module, "sample", "draw")
+    clock.watch(drawing, "sample", "draw")
     clock.watch(core, "step", "step")
     core.step()
     clock.restore()

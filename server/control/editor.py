@@ -3,7 +3,7 @@
 For each group of rows (plan.py) the ascent (ascent.py) gives a shift of the state, capped relative to it. The shift is
 scaled so that the token distribution stays within the row's KL budget (budget.py). A row whose edit is not finite keeps
 its own state. Groups whose rows share their shift are edited natively where that can be (shared.py), and those of
-linear heads on a GPU by kernels (fused.py). Rows that follow an instruction add its move of the logits to that of the
+straight heads on a GPU by kernels (fused.py). Rows that follow an instruction add its move of the logits to that of the
 shift (guidance.py), under the same budget.
 
 Every operation treats rows alone: no shared loss, norm, clip or stop. Knows nothing of requests, sampling or engines;
@@ -188,7 +188,7 @@ class StateEditor:
         guidance = InstructedLogits(base_BV, [part[0] for part in parts[len(nonlinear) :]])
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
-        assert not (fused and sharing), "rows of linear heads are all the kernels' or none"
+        assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
         edit = self._fused_edits if fused else self._shared_edits
         base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
         over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}

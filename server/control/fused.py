@@ -1,13 +1,14 @@
-"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of linear heads in five launches.
+"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of straight heads in five launches.
 
-What a row asks for travels to the device as one table. The heads that are in use lie there in a bank, each with what
-its ascent does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.
+What a row asks for travels to the device as one table. The units of the heads that are in use lie there in a bank, each
+with what its ascent row does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.
 
-Shapes: B rows of the step, R edited rows, K heads of the bank, D hidden size, V vocabulary, W numbers of a row.
+Shapes: B rows of the step, R edited rows, U units of the bank, D hidden size, V vocabulary, W numbers of a row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,35 +19,36 @@ from server.control.ascent import TOLERANCE
 from server.control.budget import ROUNDING_NATS
 from server.control.plan import EditGroup
 from server.control.registry import HeadStack
+from server.control.row_numbers import units_in_order
 from server.control.shared import SharedEdit
 from server.control.state import HELD_BY, HeldBy
 from server.kernels.gpu import layout
 from server.kernels.transfer import to_device
-from value_models.heads import ValueHead
+from value_models.heads import MAX_FEATURE, ValueHead
 
 if TYPE_CHECKING:
     from server.kernels.gpu.edit import Bank, EditKernels
 
-_MAX_HEADS = 64
-_LEAST_LENGTH = 1e-9
+_MAX_UNITS = 64
 _BY_KL = HELD_BY.index(HeldBy.MAX_KL)
 
 
 class HeadBank:
-    """The linear heads that rows in progress are edited by, side by side on the device; it grows as they come."""
+    """The straight heads that rows in progress are edited by, side by side on the device; it grows as they come."""
 
     def __init__(self, row_logits: Callable[[Tensor], Tensor]) -> None:
-        """`row_logits`: ascent rows [K, D] -> what they do to the logits [K, V], float32."""
+        """`row_logits`: ascent rows [U, D] -> what they do to the logits [U, V], float32."""
         self._row_logits = row_logits
         self._places: dict[ValueHead, int] = {}
         self._bank: Bank | None = None
 
     def places(self, stacks: Sequence[HeadStack]) -> dict[HeadStack, list[int]]:
-        """Where each stack's heads are. Heads that no stack has go when there are too many."""
+        """Where the units of each stack are, in the order of a row's slots. Heads that no stack has go when there are
+        too many units."""
         missing = {head for stack in stacks for head in stack.heads if head not in self._places}
         if missing:
             self._hold(stacks)
-        return {stack: [self._places[head] for head in stack.heads] for stack in stacks}
+        return {stack: [self._places[stack.heads[k]] + unit for k, unit in units_in_order(stack)] for stack in stacks}
 
     @property
     def bank(self) -> Bank:
@@ -55,11 +57,13 @@ class HeadBank:
 
     def _hold(self, stacks: Sequence[HeadStack]) -> None:
         wanted = dict.fromkeys(head for stack in stacks for head in stack.heads)
-        known = list(self._places) if len(self._places.keys() | wanted.keys()) <= _MAX_HEADS else []
+        all_units = sum(head.num_units for head in self._places.keys() | wanted.keys())
+        known = list(self._places) if all_units <= _MAX_UNITS else []
         heads = [*known, *(head for head in wanted if head not in known)]
-        held_MV = None if not known or self._bank is None else self._bank.basis_KV
+        held_MV = None if not known or self._bank is None else self._bank.basis_UV
         self._bank = _bank(heads, held_MV, self._row_logits)
-        self._places = {head: place for place, head in enumerate(heads)}
+        ends = itertools.accumulate(head.num_units for head in heads)
+        self._places = {head: end - head.num_units for head, end in zip(heads, ends, strict=True)}
 
 
 class FusedRows:
@@ -111,7 +115,7 @@ def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
     """The numbers [R, W] of a group's rows; one that a plan has twice is taken once."""
     assert group.fixed_RW is not None
     table_RW = group.fixed_RW.clone()
-    table_RW[:, layout.HEADS : layout.HEADS + len(places)] = torch.tensor(places, dtype=torch.float32)
+    table_RW[:, layout.PLACES : layout.PLACES + len(places)] = torch.tensor(places, dtype=torch.float32)
     columns: dict[int, Tensor] = {
         layout.ROW: group.rows_R,
         # Rows without steps have an infinite step at most, which no weight of theirs may meet.
@@ -134,22 +138,21 @@ def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
 
 
 def _bank(heads: Sequence[ValueHead], held_MV: Tensor | None, row_logits: Callable[[Tensor], Tensor]) -> Bank:
-    """The bank of these heads; `held_MV` is what the first of them do to the logits, where that is known."""
+    """The bank of these heads; `held_MV` is what the first of their units do to the logits, where that is known."""
     from server.kernels.gpu.edit import Bank
 
     folded = [head.folded_inputs() for head in heads]
-    inputs_KD = torch.cat([weight for weight, _ in folded]).float().contiguous()
-    ascent_KD = torch.cat([head.folded_ascent() for head in heads]).float().contiguous()
-    bias_K = torch.cat([bias for _, bias in folded]).float()
-    reward_2K = torch.stack([head.reward for head in heads], dim=1)
-    inner_KK = ascent_KD @ ascent_KD.T
-    length_K = inner_KK.diagonal().sqrt().clamp(min=_LEAST_LENGTH)
-    basis_KV = row_logits(ascent_KD[0 if held_MV is None else len(held_MV) :]).float()
+    inputs_UD = torch.cat([weight for weight, _ in folded]).float().contiguous()
+    ascent_UD = torch.cat([head.folded_ascent() for head in heads]).float().contiguous()
+    bias_U = torch.cat([bias for _, bias in folded]).float()
+    reward_2U = torch.cat([head.reward[:, None].expand(2, head.num_units) for head in heads], dim=1)
+    basis_UV = row_logits(ascent_UD[0 if held_MV is None else len(held_MV) :]).float()
     return Bank(
-        inputs_KD=inputs_KD,
-        ascent_KD=ascent_KD,
-        numbers_3K=torch.cat([bias_K[None], reward_2K]).contiguous(),
-        effects_KK=(ascent_KD @ inputs_KD.T).contiguous(),
-        cosines_KK=(inner_KK / length_K[:, None] / length_K).contiguous(),
-        basis_KV=(basis_KV if held_MV is None else torch.cat([held_MV, basis_KV])).contiguous(),
+        inputs_UD=inputs_UD,
+        ascent_UD=ascent_UD,
+        numbers_3U=torch.cat([bias_U[None], reward_2U]).contiguous(),
+        effects_UU=(ascent_UD @ inputs_UD.T).contiguous(),
+        inner_UU=(ascent_UD @ ascent_UD.T).contiguous(),
+        basis_UV=(basis_UV if held_MV is None else torch.cat([held_MV, basis_UV])).contiguous(),
+        feature_limit=MAX_FEATURE,
     )

@@ -3,7 +3,7 @@
 Rows with the same heads run through the same few matrix products, whatever their objectives and budgets are. When all
 of those heads are straight and the objective is a weighted sum, rows whose weights, step size and steps come to the
 same share what makes their shift, and on a CPU they are grouped by that too (shared.py): there is a group for each
-distinct control. On a GPU the kernels of server/kernels/gpu edit rows of linear heads, and
+distinct control. On a GPU the kernels of server/kernels/gpu edit rows of straight heads, and
 what they have to know of them stays on the host until all of it travels together (fused.py). A plan stays valid while
 the step's rows stay the same; what changes from token to token (gate, window, schedule, what is left of a response's
 budget) is filled in by `EditPlan.at`, for the rows that have any of it. Knows nothing of models or sampling. Enter at

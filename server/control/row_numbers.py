@@ -34,26 +34,34 @@ _KINDS: dict[type[BaseObjective], int] = {
 }
 _ADDED: dict[type[BaseObjective], tuple[float, float]] = {Target: (-1.0, 1.0), Floor: (0.0, MAX_ABS_WEIGHT)}
 """The least and the most that is added to the weight of a head with a level."""
-assert layout.SLOTS == MAX_HEADS_PER_REQUEST
+assert layout.SLOTS >= MAX_HEADS_PER_REQUEST
 
 
 def can_fuse(stack: HeadStack, control: ControlParams) -> bool:
-    """Whether the kernels can do it: linear heads alone, an objective that they know, no instruction that acts, and
-    nothing pinned beneath."""
+    """Whether the kernels can do it: straight heads alone, of few units together, an objective that they know, no
+    instruction that acts, and nothing pinned beneath."""
     is_known = type(control.heads_objective) in _KINDS and control.instruction is None
-    has_linear_heads = stack.is_linear and 0 < len(stack.names) <= layout.SLOTS
-    return is_known and has_linear_heads and not isinstance(control, UnderPinned)
+    has_few_units = stack.is_straight and 0 < len(stack.inputs_UD) <= layout.SLOTS
+    return is_known and has_few_units and not isinstance(control, UnderPinned)
+
+
+def units_in_order(stack: HeadStack) -> list[tuple[int, int]]:
+    """Of each slot of a row, the head and which of its units: the values of all heads, and then their features."""
+    features = [(k, unit) for k, head in enumerate(stack.heads) for unit in range(1, head.num_units)]
+    return [(k, 0) for k in range(len(stack.heads))] + features
 
 
 def fixed_numbers(stack: HeadStack, controls: Sequence[ControlParams]) -> Tensor:
-    """The tables [R, W] of rows that share a stack, but for what changes and for the heads' places in a bank."""
+    """The tables [R, W] of rows that share a stack, but for what changes and for the units' places in a bank."""
     return torch.tensor([_fixed(stack, control) for control in controls])
 
 
 def _fixed(stack: HeadStack, control: ControlParams) -> list[float]:
     objective = control.heads_objective
     row = [0.0] * layout.ROW_WIDTH
-    row[layout.COUNT] = len(stack.names)
+    row[layout.COUNT], row[layout.NUM_UNITS] = len(stack.names), len(stack.inputs_UD)
+    for slot, (head, _) in enumerate(units_in_order(stack)):
+        row[layout.LEADERS + slot] = head
     row[layout.KIND] = _KINDS[type(objective)]
     row[layout.MAX_SHIFT] = control.max_shift
     row[layout.LOWEST], row[layout.HIGHEST] = _ADDED.get(type(objective), (0.0, 0.0))

@@ -23,7 +23,7 @@ from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.control.turns import Turn
-from tests.conftest import HIDDEN, card_of, control, on_device, random_head, random_linear_head
+from tests.conftest import HIDDEN, card_of, control, on_device, random_field_head, random_head, random_linear_head
 from tests.triton_interpreter import quicken
 from value_models.heads import ValueHead
 
@@ -59,6 +59,18 @@ HEADS = {"a": linear_head(1), "b": linear_head(2, scale=2.0, mean=0.3), "c": lin
          **{f"h{i}": linear_head(10 + i) for i in range(5)}}  # fmt: skip
 
 
+def field_head(seed: int, *, scale: float = 1.0, mean: float = 0.0) -> ValueHead:
+    """Its biases and rewards are of different sizes, and some of its features are cut."""
+    head = random_field_head(seed, num_features=seed)
+    head.input_bias_U.copy_(0.2 * torch.arange(seed + 1))
+    head.ascent_UD.div_(4.0)
+    head.reward.copy_(torch.tensor([mean, scale]))
+    return head
+
+
+FIELDS = {"f": field_head(4), "g": field_head(2, scale=2.0, mean=0.3)}
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
@@ -80,7 +92,7 @@ def _torch_judges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def registry(device: str, *, gains: dict[str, float] | None = None, **more: ValueHead) -> HeadRegistry:
-    heads = {**HEADS, **more}
+    heads = {**HEADS, **FIELDS, **more}
     cards = {name: card_of(name, heads[name], ascent_gain=gain) for name, gain in (gains or {}).items()}
     return HeadRegistry({name: on_device(head, device) for name, head in heads.items()}, cards)
 
@@ -179,6 +191,18 @@ ROWS: dict[str, ControlParams] = {
     "two floors": asked(
         **objective("floor", weights={"a": 1.0}, floors={"b": 0.5, "c": 0.1}), max_kl=0.5, step_size=0.5
     ),
+    "a field": control({"f": 1.0}, max_kl=0.5, step_size=0.05),
+    "a field that its budget holds": control({"f": -1.0}, max_kl=0.05, **STRONG),
+    "a field with a cap on the shift": control({"g": 1.0}, max_shift=0.02, step_size=2.0, max_kl=0.5),
+    "fields among heads": control({"a": 1.0, "f": 0.5, "b": -0.5, "g": 0.7}, max_kl=0.5, step_size=0.05),
+    "worst of fields and a head": asked(
+        **objective("worst_case", weights={"f": 1.0, "a": 2.0, "g": -1.0}), max_kl=0.5, step_size=0.05
+    ),
+    "targets of a field and a head": asked(**objective("target", values={"f": 0.4, "a": -0.2}), max_kl=0.5, **STRONG),
+    "a field under a floor": asked(
+        **objective("floor", weights={"a": 1.0}, floors={"f": 0.5}), max_kl=0.5, step_size=0.1
+    ),
+    "a gate on a field": control({"a": 1.0}, gate={"head": "g", "below": 0.3}),
     "a gate that is shut": control({"a": 1.0}, gate={"head": "b", "below": -1e6}),
     "a gate that is open": control({"a": 1.0}, gate={"head": "b", "below": 1e6}),
     "a gate on its own head": control({"a": 1.0}, gate={"head": "a", "above": 0.0, "hysteresis": 0.5}),
@@ -240,11 +264,14 @@ def test_states_and_logits_in_either_precision_are_edited_alike(device: str, dty
 
 
 def test_what_ascents_earn_weighs_the_worst_case_where_cards_tell_it(device: str) -> None:
-    rows = [ROWS["worst of two"], ROWS["worst of three"], control({"a": 1.0, "b": 1.0, "c": 1.0}, max_kl=0.5)]
-    gains = {"a": 0.05, "b": 0.2, "c": 0.1}
-    telling, silent = (Compared(states(3, device), rows, registry(device, gains=g)) for g in (gains, None))
+    weighted = control({"a": 1.0, "b": 1.0, "c": 1.0}, max_kl=0.5)
+    rows: list[ControlParams | None] = [ROWS["worst of two"], ROWS["worst of three"], weighted]
+    rows.append(asked(**objective("worst_case", weights={"f": 1.0, "c": -1.0}), max_kl=0.5, step_size=0.05))
+    gains = {"a": 0.05, "b": 0.2, "c": 0.1, "f": 0.15, "g": 0.3}
+    telling, silent = (Compared(states(4, device), rows, registry(device, gains=g)) for g in (gains, None))
     telling.assert_alike()
     assert not torch.equal(telling.logits_BV[1], silent.logits_BV[1])
+    assert not torch.equal(telling.logits_BV[3], silent.logits_BV[3])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -383,7 +410,7 @@ def test_rows_that_draw_again_are_edited_as_they_are_among_the_others(device: st
 def test_heads_that_come_and_go_find_their_place_in_the_bank(device: str) -> None:
     heads, unembedding = registry(device), Unembedding(device)
     editor, hidden_BD = StateEditor(unembedding), states(2, device)
-    for names in (["b"], ["a", "b"], ["h1", "a"], ["c"], ["b", "c", "h4"]):
+    for names in (["b"], ["a", "b"], ["g", "a"], ["h1", "a"], ["c"], ["b", "c", "f"]):
         rows = [control(dict.fromkeys(names, 1.0)), control({names[0]: -1.0})]
         got, _ = editor.logits(hidden_BD, editor.plan(rows, heads, device=device))
         expected = Compared(hidden_BD, rows, heads, unembedding)  # type: ignore[arg-type]

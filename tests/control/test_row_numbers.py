@@ -21,11 +21,15 @@ from server.control.plan import EditGroup, EditPlan, GateRows
 from server.control.registry import HeadRegistry
 from server.control.state import HELD_BY, ControlState, HeldBy
 from server.kernels.gpu import layout
-from tests.conftest import control, random_head, random_linear_head
+from tests.conftest import control, random_field_head, random_head, random_linear_head
 from tests.control.test_editor import LinearUnembedding
 
 NAMES = ("a", "b", "c")
-HEADS = {**{name: random_linear_head(seed) for seed, name in enumerate(NAMES)}, "deep": random_head(9)}
+HEADS = {
+    **{name: random_linear_head(seed) for seed, name in enumerate(NAMES)},
+    **{f"field-{count}": random_field_head(count, num_features=count) for count in (2, 6, 7)},
+    "deep": random_head(9),
+}
 REGISTRY = HeadRegistry({name: head.to("meta") for name, head in HEADS.items()})
 BOUNDS = {"a": 0.0}
 OBJECTIVES: dict[str, tuple[dict[str, Any], bool]] = {
@@ -111,6 +115,29 @@ def test_rows_over_pinned_control_or_of_a_head_with_a_hidden_layer_are_torchs(st
     assert not is_fused(steer)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("field-7",), True),
+        (("a", "field-2", "b"), True),
+        (("a", "field-6", "field-7"), True),
+        (("a", "b", "field-6", "field-7"), False),
+    ],
+)
+def test_fields_are_the_kernels_as_long_as_a_row_has_room_for_their_units(
+    names: tuple[str, ...], expected: bool
+) -> None:
+    assert is_fused(control(dict.fromkeys(names, 1.0))) == expected
+
+
+def test_a_row_with_a_field_has_the_values_of_its_heads_first_and_then_the_features() -> None:
+    (group,) = planned(control({"a": 1.0, "field-2": 2.0, "b": 3.0}))
+    row = _table(group, [4, 5, 6, 7, 8])[0].tolist()
+    assert (row[layout.COUNT], row[layout.NUM_UNITS]) == (3.0, 5.0)
+    field = group.stack.names.index("field-2")
+    assert row[layout.LEADERS : layout.LEADERS + 5] == [0.0, 1.0, 2.0, field, field]
+
+
 def test_a_model_with_a_soft_cap_is_torchs_alone() -> None:
     assert not is_fused(control({"a": 1.0}), softcap=5.0)
 
@@ -150,7 +177,8 @@ def test_a_rows_table_says_what_it_asks_for_now() -> None:
     (group,) = planned(steer, control({"b": -2.0, "a": 0.0}))
     row, other = _table(group.at(lambda _: ControlState(3, 0.875, True)), [7, 9]).tolist()
     assert row[layout.COUNT] == 2.0
-    assert row[layout.HEADS : layout.HEADS + 2] == [7.0, 9.0]
+    assert row[layout.PLACES : layout.PLACES + 2] == [7.0, 9.0]
+    assert (row[layout.NUM_UNITS], row[layout.LEADERS : layout.LEADERS + 2]) == (2.0, [0.0, 1.0])
     assert row[layout.WEIGHTS : layout.WEIGHTS + 2] == [1.5, 0.0]
     assert (row[layout.SIZE], row[layout.MAX_SHIFT]) == (2.0, 0.75)
     assert row[layout.LIMIT] == pytest.approx(0.125 - ROUNDING_NATS)

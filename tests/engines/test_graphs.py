@@ -52,6 +52,21 @@ def test_padding_to_a_bucket_changes_nothing(
     assert len(buckets) > 2
 
 
+def test_candidates_that_end_at_different_steps_are_compared_by_their_own_states(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    """Each step's states come to the same place, where those of a candidate that waits for others are overwritten."""
+    search = control({"good": 1.0}, search={"type": "blocks", "candidates": 4, "block_tokens": 12})
+    often = {"max_tokens": 30, "logit_bias": {256: 4.5}}
+    requests = [GenerationRequest(f"r{i}", (1, 2, i), SamplingParams(seed=i, **often), search) for i in range(6)]
+    requests += [
+        GenerationRequest(f"b{i}", (1, 2, i), SamplingParams(seed=i, **often), control({"good": 1.0}), best_of=4)
+        for i in range(6)
+    ]
+    plain, recorded = run(make_core(), requests), run(with_graphs(make_core()), requests)
+    assert {key: r.token_ids for key, r in recorded.items()} == {key: r.token_ids for key, r in plain.items()}
+
+
 def test_each_bucket_is_recorded_once(make_core: Callable[..., EngineCore]) -> None:
     made = []
 

@@ -174,6 +174,34 @@ def test_editing_and_drawing_do_not_wait_for_the_device(make_core: Callable[...,
     assert torch.equal(got, expected)
 
 
+def test_a_step_of_all_that_changes_logits_does_not_wait_for_the_device(make_core: Callable[..., EngineCore]) -> None:
+    """From the states to the next step's launch, with penalties, bias, log-probabilities and heads of every kind."""
+    core, asking = make_core(device="cuda"), {"max_tokens": 40, "ignore_eos": True, "logprobs": 3, "top_p": 0.9}
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {9: 2.0}}
+    for i, steer in enumerate([None, control({"line": 1.0}), control({"good": 1.0})]):
+        sampling = SamplingParams(seed=i, **asking, **(penalties if i < 2 else {}))
+        core.add(core.sequences(GenerationRequest(f"r{i}", (5, 6, i), sampling, steer), lambda _: None))
+    for _ in range(6):
+        core.step()
+    assert core._ahead is not None
+    with torch.inference_mode():
+        rows, hidden_BD = core._computed(*core._ahead)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            core._ahead = core._launch_behind(core._draw(rows, hidden_BD))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(rows) == 3
+    core.abort_all()
+
+
+def test_steps_that_are_launched_ahead_give_the_tokens_of_one_after_the_other(
+    make_core: Callable[..., EngineCore],
+) -> None:
+    ahead, after = (run(make_core(device="cuda", runs_ahead=runs_ahead), scored()) for runs_ahead in (True, False))
+    assert_alike(ahead, after, TOLERANCE["float32"])
+
+
 def test_an_edit_that_is_recorded_is_the_plain_one_for_other_states_too(make_core: Callable[..., EngineCore]) -> None:
     core = make_core(device="cuda")
     editor, hidden_BD = StateEditor(core.lm_head), torch.randn(4, 32, device="cuda")

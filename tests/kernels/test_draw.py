@@ -5,15 +5,22 @@ A draw may differ where the number lies within 1e-5 of the border between two to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from server.engines.embedded.logits import LogitRules, adjusted
+from server.engines.embedded.rule_tables import RuleRows
 from server.engines.embedded.sampler import RowSampling, _draw, _filtered, sample
-from server.kernels.gpu.draw import Drawing, draw
+from server.engines.embedded.sequence import SequenceState
+from server.errors import GenerationError
+from server.kernels.gpu.draw import Drawing, draw, launch
+from server.types import SamplingParams
 from tests.triton_interpreter import quicken
 
 pytestmark = pytest.mark.triton
@@ -113,3 +120,132 @@ def test_a_vocabulary_of_256_000_is_drawn_from(device: str) -> None:
     cumulative_V = _filtered(logits_BV.softmax(-1), [row])[0].double().cumsum(0)
     shares = cumulative_V / cumulative_V[-1]
     assert abs(float(shares[drawn] - shares[expected])) < 1e-4
+
+
+PROMPT = [3, 9, 3, 700, 1499]
+RULES: dict[str, dict[str, Any]] = {
+    "bias": {"logit_bias": {9: 4.0, 10: -100.0, 700: 0.1}},
+    "repetition": {"repetition_penalty": 1.8},
+    "repetition that is wanted": {"repetition_penalty": 0.7},
+    "frequency": {"frequency_penalty": 0.3},
+    "presence": {"presence_penalty": -1.1},
+    "all": {"logit_bias": {9: 1.3, 12: 2.0}, "repetition_penalty": 1.3, "frequency_penalty": 0.37,
+            "presence_penalty": 0.51},
+}  # fmt: skip
+GREEDY, PLAIN = Drawing(0.0, 0, 1.0, 0.0, 0.5), Drawing(1.0, 0, 1.0, 0.0, 0.0)
+
+
+@dataclass(eq=False)
+class Row:
+    """What `RuleRows` reads of a sequence."""
+
+    logit_rules: LogitRules | None = None
+    token_ids: list[int] = field(default_factory=list)
+    held_to: Any = None
+    state: SequenceState = SequenceState.DECODING
+
+
+@dataclass
+class Mask:
+    tokens: tuple[int, ...] | None
+
+    def allowed(self) -> np.ndarray:
+        if self.tokens is None:
+            raise GenerationError("no way on")
+        return np.isin(np.arange(1500), self.tokens)
+
+
+def ruled(name: str, output: list[int]) -> Row:
+    return Row(LogitRules.of(SamplingParams(**RULES[name]), PROMPT), output)
+
+
+def by_torch_rules(logits_BV: Tensor, rows: list[Row]) -> Tensor:
+    return adjusted(logits_BV, [row.logit_rules for row in rows], [row.token_ids for row in rows])
+
+
+def drawn(logits_BV: Tensor, rows: list[Row], drawings: list[Drawing], rule_rows: RuleRows | None = None) -> list[int]:
+    tables = (rule_rows or RuleRows()).tables(rows, logits_BV.shape[1], logits_BV.device)  # type: ignore[arg-type]
+    return draw(logits_BV, drawings, tables).tolist()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_change_logits_as_torch_does_to_the_last_bit(name: str, device: str) -> None:
+    """A token that no rule concerns, before or behind one that rules raise or lower, gets what that comes to: of two
+    equal logits the first is drawn, and were one a last bit higher, it would be drawn whichever comes first."""
+    concerned = [9, 700] if name == "bias" else [9, 20, 40]
+    rows = [ruled(name, [20] * (1 + i // 3) + [40, 9] + [60] * i) for i in range(12)]
+    logits_BV = logits(12, device).clamp(-4.0, 4.0)
+    for i in range(12):
+        logits_BV[i, concerned[i % len(concerned)]] = 9.0 + 0.713 * i
+    top_B = by_torch_rules(logits_BV, rows).max(-1).values
+    for i in range(12):
+        logits_BV[i, (5, 1400)[i // len(concerned) % 2]] = top_B[i]
+    expected = by_torch_rules(logits_BV, rows).argmax(-1).tolist()
+    assert {5, *concerned} == set(expected)
+    assert drawn(logits_BV, rows, [GREEDY] * 12) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_rules_and_rows_without_are_drawn_as_torch_draws_them(dtype: torch.dtype, device: str) -> None:
+    rows = [*(ruled(name, [20, 20, 40, 9, 20]) for name in RULES), Row(), ruled("frequency", [])]
+    logits_BV = logits(len(rows), device).to(dtype)
+    uniforms, sampling = NUMBERS[: len(rows)], RowSampling(0.9, 0.8, 50, (0,), 0.01)
+    before_BV, expected = logits_BV.clone(), by_torch(by_torch_rules(logits_BV.float(), rows), sampling, uniforms)
+    assert drawn(logits_BV, rows, [Drawing(0.9, 50, 0.8, 0.01, u) for u in uniforms]) == expected
+    assert torch.equal(logits_BV, before_BV)
+
+
+def test_what_schemas_forbid_is_never_drawn_and_one_that_fails_ends_its_row_alone(device: str) -> None:
+    free = ruled("bias", [])
+    rows = [Row(held_to=Mask((31, 32, 1499))), Row(held_to=Mask(None)), free, ruled("all", [32])]
+    rows[3].held_to = Mask((0, 64))
+    logits_BV = logits(4, device)
+    logits_BV[0, 1499] = logits_BV[3, 64] = 50.0
+    assert drawn(logits_BV, rows, [GREEDY] * 4) == [1499, -1, drawn(logits_BV[2:3], [free], [GREEDY])[0], 64]
+    assert drawn(logits_BV, rows, [PLAIN] * 4)[::3] == [31, 0]
+
+
+def test_what_has_been_drawn_is_counted_on_and_anew_where_tokens_are_taken_back(device: str) -> None:
+    row, rule_rows, logits_BV = ruled("frequency", []), RuleRows(), logits(1, device)
+    greedy = []
+    for _ in range(12):
+        greedy += drawn(logits_BV, [row], [GREEDY], rule_rows)
+        assert greedy[-1] == int(by_torch_rules(logits_BV, [row]).argmax())
+        row.token_ids.append(greedy[-1])
+        if len(row.token_ids) == 5:
+            del row.token_ids[2:]
+    assert len(set(greedy)) < len(greedy)
+
+
+def test_rules_over_a_vocabulary_of_256_000_read_all_of_it(device: str) -> None:
+    logits_BV, row = logits(1, device, 256_000), ruled("all", [255_999, 255_999, 2047, 2048])
+    logits_BV[0, 255_999], logits_BV[0, 255_998] = 30.0, 27.5
+    expected = int(by_torch_rules(logits_BV, [row]).argmax())
+    assert (drawn(logits_BV, [row], [GREEDY]), expected) == ([expected], 255_998)
+
+
+def test_a_draw_that_is_recorded_reads_its_tables_and_logits_anew(device: str) -> None:
+    """On a CPU, where nothing is recorded, it is launched again."""
+    rows, logits_BV = [ruled("all", [20, 40, 20]), Row(), ruled("bias", [])], logits(3, device)
+    tables = RuleRows().tables(rows, logits_BV.shape[1], logits_BV.device)  # type: ignore[arg-type]
+    table_BW = torch.tensor([Drawing(1.0, 0, 0.9, 0.0, u) for u in (0.1, 0.5, 0.7)], device=device)
+    again = recorded(lambda: launch(logits_BV, table_BW, tables), device)
+    logits_BV.copy_(logits(3, device).flip(1))
+    table_BW[:, 4] = torch.tensor([0.9, 0.3, 0.6])
+    expected = drawn(logits_BV, rows, [Drawing(1.0, 0, 0.9, 0.0, u) for u in (0.9, 0.3, 0.6)])
+    assert again().tolist() == expected
+
+
+def recorded(draw_once: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    draw_once()
+    if device != "cuda":
+        return draw_once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens_B = draw_once()
+
+    def replayed() -> Tensor:
+        graph.replay()
+        return tokens_B
+
+    return replayed

@@ -92,13 +92,14 @@ ATTENTION = {
     "QUERIES": 4, "KEY_SIZE": 64, "VALUE_SIZE": 64, "ROWS": 64, "KEYS": 64, "VALUES": 64, "PAGE": 64,
     "HAS_BLOCKS": True, "IS_SPLIT": False, "HAS_SINKS": True, "HAS_CAP": True, "PRECISION": "tf32",
 }
-CONSTANTS |= ATTENTION
+CONSTANTS |= {**ATTENTION, "HAS_RULES": True}
 BRAINS = ("hidden", "queries", "keys", "values", "out")
 WHOLE = (
-    "hidden_stride", "hidden_size", "num_heads", "logits_stride", "source_stride", "size_V", "num_splits", "chunk",
-    "query_stride", "table_width", "window", "split_pages",
+    "hidden_stride", "hidden_size", "num_heads", "num_units", "logits_stride", "source_stride", "size_V", "num_splits",
+    "chunk", "query_stride", "table_width", "window", "split_pages", "num_outputs", "mask_width",
 )
-TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 1024}
+TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 2048}
+OPTIONS = {"draw": {"num_warps": 16, "enable_fp_fusion": False}}
 
 def type_of(name, logits):
     if name in CONSTANTS or name == "TILE":
@@ -107,10 +108,11 @@ def type_of(name, logits):
         return "i32"
     if name in BRAINS:
         return "*bf16"
-    if name in ("scaling", "softcap"):
+    if name in ("scaling", "softcap", "feature_limit"):
         return "fp32"
     known = {"places_B": "*i32", "tokens_B": "*i64", "source": logits, "tables": "*i32", "blocks": "*i32"}
     known |= {"sequences_T": "*i64", "positions_T": "*i64"}
+    known |= dict.fromkeys(("places_BP", "biased_N", "prompt_N", "outputs_2N", "masks_MW"), "*i32")
     return known.get(name, "*fp32")
 
 kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle", "move"))]
@@ -122,7 +124,8 @@ for kernel in kernels:
         signature["logits"] = "*bf16"
     known = {**CONSTANTS, "TILE": TILES.get(kernel.__name__)}
     constants = {name: value for name, value in known.items() if name in names}
-    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    options = OPTIONS.get(kernel.__name__)
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]) > 0)
 """
 

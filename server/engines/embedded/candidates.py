@@ -115,12 +115,13 @@ class Candidates:
             # Its leader has just given way, or its rivals have failed.
             return []
         if not _is_at_end(sequence, trial):
-            trial.hidden_D = hidden_D
+            # A copy, here and below: where steps are recorded, the next one's states come to the same place.
+            trial.hidden_D = hidden_D.clone()
             return [(sequence, hidden_D)]
         if not bool(hidden_D.isfinite().all()):
             raise FloatingPointError("the model's state is not finite")
         if sequence.token_ids[-1] not in sequence.end_token_ids:
-            trial.hidden_D = hidden_D
+            trial.hidden_D = hidden_D.clone()
         trial.has_arrived = True
         if leader is None:
             self._end(sequence, trial)
@@ -134,7 +135,7 @@ class Candidates:
             return []
         for candidate in leader.candidates:
             trial = candidate.own_trial
-            trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D, False
+            trial.chunks, trial.hidden_D, trial.has_arrived = [], hidden_D.clone(), False
             candidate.go_on_from(leader)
             candidate.states, candidate.acted = None if leader.states is None else [], []
         return [(candidate, hidden_D) for candidate in leader.candidates]

@@ -23,8 +23,8 @@ from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
 from server.engines.embedded.candidates import Candidates, check_room, with_candidates
+from server.engines.embedded.drawing import TokenDraw
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
-from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
@@ -35,11 +35,10 @@ from server.engines.embedded.model.takeover.rotation import text_length
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reasoned_structure import check_structure
-from server.engines.embedded.reports import Scores, edits_by_row
-from server.engines.embedded.sampler import sample
+from server.engines.embedded.reports import Drawn, Scores
 from server.engines.embedded.scheduler import Scheduler, Step
 from server.engines.embedded.sequence import Sequence, SequenceState
-from server.engines.embedded.structure import CompiledSchema, constrained
+from server.engines.embedded.structure import CompiledSchema
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
@@ -69,9 +68,11 @@ class EngineCore:
         rewards: Mapping[str, Reward] | None = None,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        runs_ahead: bool | None = None,
     ) -> None:
         """With `max_step_stretch`, a step takes so many times as long with prompts as without, as `clock` tells.
         `rewards` are what requests may search by, by name; the thread of the steps calls them.
+        With `runs_ahead`, as on a GPU by default, a step is launched before the last one's tokens are read.
 
         Raises ModelLoadError when the model cannot be run exactly, ConfigurationError when no sequence would fit.
         """
@@ -103,6 +104,7 @@ class EngineCore:
         self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
         self._markup = None if output_format is None else Markup(output_format, self._vocabulary)
         self._scores = Scores(self.lm_head, self._vocabulary)
+        self._token_draw = TokenDraw()
         self._candidates = Candidates(
             self._scheduler,
             score=lambda hidden_CD, control: scores(hidden_CD, control.objective, self.registry),
@@ -111,6 +113,9 @@ class EngineCore:
             finish=self._finish,
             failing_alone=self._failing_alone,
         )
+        self._runs_ahead = loaded.model.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._ahead: tuple[Step, Tensor] | None = None
+        """A step that the device computes while the host is busy with the one before, and its states [T, D]."""
         self._plan = EditPlan(())
         self._plan_rows: list[Sequence] = []
         self._plan_controls: list[ControlParams | None] = []
@@ -205,18 +210,29 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit."""
+        """One token for every decoding sequence, and a budget's worth of prompts. Failures end only whom they hit.
+
+        Where it runs ahead, the device has been given the next step before this one's tokens are read, so that it
+        computes while the host detokenizes, emits and looks for what ends. The next tokens are drawn only after that.
+        """
         started_s = self._clock()
         try:
-            step = self._scheduler.schedule(time.monotonic())
-            rows, hidden_BD = self._forward(step)
+            step, hidden_TD = self._ahead or self._launch()
+            self._ahead = None
+            rows, hidden_BD = self._computed(step, hidden_TD)
             while rows:
-                rows, hidden_BD = self._sample(rows, hidden_BD)
+                drawn = self._draw(rows, hidden_BD)
+                if self._runs_ahead and self._ahead is None:
+                    self._ahead = self._launch_behind(drawn)
+                rows, hidden_BD = self._take_in(drawn)
             self._scheduler.took(step, self._clock() - started_s)
         except Exception:
             _log.exception("A step failed; its sequences end with an error")
+            self._ahead = None
             for sequence in list(self._scheduler.running):
                 self._finish(sequence, FinishReason.ERROR)
+        if not self.has_work:
+            self._ahead = None
         self._observer.on_step(self.status())
 
     @torch.inference_mode()
@@ -242,11 +258,36 @@ class EngineCore:
             for segment in segments:
                 self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))
 
-    def _forward(self, step: Step) -> tuple[list[Sequence], Tensor]:
-        """Run the model; the sequences that get a token now, and the state [B, D] behind each."""
+    def _launch(self, *drawn_B: Tensor) -> tuple[Step, Tensor]:
+        """Schedule a step and run the model; its states [T, D]. Tokens that have not been read yet are among these."""
+        step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
         segments = [segment for _, segment in step.chunks]
-        hidden_TD = self.runner.forward(decode, segments) if decode or segments else torch.empty(0)
+        hidden_TD = self.runner.forward(decode, segments, *drawn_B) if decode or segments else torch.empty(0)
+        return step, hidden_TD
+
+    def _launch_behind(self, drawn: Drawn) -> tuple[Step, Tensor] | None:
+        """The next step, as if no sequence ended by its token or turned back from it; None if there would be none.
+
+        Who ends or turns back all the same is passed over when the step is computed.
+        """
+        going_on = [
+            (place, one)
+            for place, sequence in enumerate(drawn.rows)
+            if not sequence.ends_with_next
+            for one in sequence.both
+        ]
+        try:
+            for place, sequence in going_on:
+                sequence.drawn = place
+            step, hidden_TD = self._launch(drawn.tokens_B)
+        finally:
+            for _, sequence in going_on:
+                sequence.drawn = None
+        return (step, hidden_TD) if step.decoding or step.chunks or step.complete else None
+
+    def _computed(self, step: Step, hidden_TD: Tensor) -> tuple[list[Sequence], Tensor]:
+        """Of a step with these states: the sequences that get a token now, and the state [B, D] behind each."""
         self._scheduler.advance(step)
         computed: list[tuple[Sequence, Tensor]] = []
         first = 0
@@ -265,29 +306,31 @@ class EngineCore:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
         for sequence in step.complete:
+            if sequence.state is SequenceState.FINISHED:
+                continue
             if sequence.request.sampling.max_tokens == 0:
                 with self._failing_alone(sequence):
                     self._finish(sequence, FinishReason.LENGTH, prompt_chunk(sequence, self._scores, self.registry))
                 continue
-            self._scheduler.start_decoding(sequence)
-            if sequence.token_ids:
+            if not self._scheduler.start_decoding(sequence) or sequence.token_ids:
                 continue  # It was preempted: its tokens are fed again from the next step on.
             assert sequence.group.last_hidden_D is not None
             computed.append((sequence, sequence.group.last_hidden_D))
         drawing = self._candidates.settle(both_read(computed))
         return [sequence for sequence, _ in drawing], _stacked(drawing)
 
-    def _sample(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[list[Sequence], Tensor]:
-        """Edit, draw a token for each row, and hand it on; the rows that a guardrail lets draw again, and from what."""
+    def _draw(self, rows: list[Sequence], hidden_BD: Tensor) -> Drawn:
+        """Edit, and draw a token for each row. Nothing here waits for a GPU."""
         logits_BV, stats = self._edited_logits(rows, hidden_BD)
-        drawn_BV = adjusted(logits_BV, [s.logit_rules for s in rows], [s.token_ids for s in rows])
-        drawn_BV = constrained(drawn_BV, [s.held_to for s in rows])
-        tokens = sample(drawn_BV, [s.row_sampling for s in rows], [len(s.token_ids) for s in rows]).tolist()
-        logprobs = self._scores.of_tokens(rows, logits_BV, tokens)
-        numbers = edits_by_row(stats)
-        now_s = time.monotonic()
+        tokens_B = self._token_draw.tokens(logits_BV, rows)
+        return Drawn.of(rows, hidden_BD, tokens_B, stats, self._scores.of_tokens(rows, logits_BV, tokens_B))
+
+    def _take_in(self, drawn: Drawn) -> tuple[list[Sequence], Tensor]:
+        """Hand the tokens on; the rows that a guardrail lets draw again, and from what."""
+        tokens, logprobs, numbers = drawn.read()
+        hidden_BD, now_s = drawn.hidden_BD, time.monotonic()
         again: list[tuple[Sequence, Tensor]] = []
-        for i, (sequence, token_id) in enumerate(zip(rows, tokens, strict=True)):
+        for i, (sequence, token_id) in enumerate(zip(drawn.rows, tokens, strict=True)):
             if sequence.owner.state is SequenceState.FINISHED:
                 continue  # Another candidate has failed.
             with self._failing_alone(sequence):
@@ -306,6 +349,8 @@ class EngineCore:
         """After a token from a state below its guardrail's bound: the sequence and the state that it draws from again,
         or neither where it ends. Nothing is computed anew, and its neighbours draw once as ever."""
         assert sequence.guard is not None
+        if self._ahead is not None:
+            self._ahead[0].void.update(sequence.both)
         sequence.emit(sequence.guard.dropped())
         state_D = sequence.draw_again(numbers, hidden_D)
         if state_D is None:

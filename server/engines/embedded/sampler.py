@@ -11,12 +11,16 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from server.kernels import gpu, ops
 from server.kernels.transfer import on_device
+
+if TYPE_CHECKING:
+    from server.kernels.gpu.draw import RuleTables
 
 # Below it a row is greedy: its logits over its temperature would not be finite in float32.
 _MIN_TEMPERATURE = 1e-5
@@ -49,15 +53,16 @@ def uniform(stream: tuple[int, ...], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> Tensor:
+def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int], rules: RuleTables | None = None) -> Tensor:
     """Token ids [B] int64 from logits [B, V] float32; `positions` are the rows' own, counted in new tokens.
 
-    A row whose largest logit is not finite gets -1.
+    A row whose largest logit is not finite gets -1. Only a GPU's kernel takes `rules`.
     """
     # A row's u stays below its total even when the product rounds up.
     uniforms = [uniform(row.stream, position) * (1 - 2.0**-24) for row, position in zip(rows, positions, strict=True)]
     if gpu.are_used_on(logits_BV.device):
-        return _sample_by_kernel(logits_BV, rows, uniforms)
+        return _sample_by_kernel(logits_BV, rows, uniforms, rules)
+    assert rules is None
     if not ops.can_run_natively(logits_BV):
         return _sample_by_torch(logits_BV, rows, uniforms)
     return ops.sample(
@@ -70,14 +75,16 @@ def sample(logits_BV: Tensor, rows: list[RowSampling], positions: list[int]) -> 
     )
 
 
-def _sample_by_kernel(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:
+def _sample_by_kernel(
+    logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float], rules: RuleTables | None
+) -> Tensor:
     from server.kernels.gpu.draw import Drawing, draw
 
     drawings = [
         Drawing(0.0 if row.is_greedy else row.temperature, row.top_k, row.top_p, row.min_p, u)
         for row, u in zip(rows, uniforms, strict=True)
     ]
-    return draw(logits_BV, drawings)
+    return draw(logits_BV, drawings, rules)
 
 
 def _sample_by_torch(logits_BV: Tensor, rows: list[RowSampling], uniforms: list[float]) -> Tensor:

@@ -40,6 +40,8 @@ class Step:
     chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
     complete: list[Sequence] = field(default_factory=list)
     """Those whose prompt is computed after this step."""
+    void: set[Sequence] = field(default_factory=set)
+    """Of the decoding ones, those that have turned back since: what is computed for them is of no text."""
     num_usual: int = 0
     """Of the decoding sequences, those that feed one token as at every step."""
     pieces: list[Piece] = field(default_factory=list)
@@ -116,16 +118,22 @@ class Scheduler:
         if self._pace is not None:
             self._pace.observe(step.num_usual, step.pieces, seconds)
 
-    def start_decoding(self, sequence: Sequence) -> None:
-        """The prompt is in the cache, in the sequence's own pages or in a sibling's, which it then forks."""
+    def start_decoding(self, sequence: Sequence) -> bool:
+        """The prompt is in the cache, in the sequence's own pages or in a sibling's, which it then forks.
+
+        False when that sibling has ended since the step was scheduled: then it reads the prompt itself.
+        """
         if sequence.num_computed < sequence.prompt_len:
-            donor = next(s for s in sequence.group.residents if s is not sequence and s.num_computed >= s.prompt_len)
+            donor = next((one for one in _siblings(sequence) if one.num_computed >= one.prompt_len), None)
+            if donor is None:
+                return False
             self.pool.release(sequence.pages)
             forked = fork_pages(self._kv, self.pool, donor.pages, sequence.prompt_len)
             assert forked is not None, "its own page has just become free"
             sequence.pages = forked
             sequence.num_computed = sequence.prompt_len
         sequence.state = SequenceState.DECODING
+        return True
 
     def spread(self, leader: Sequence) -> bool:
         """Let a choice's candidates run, each in a copy of its pages; False when it had to give way instead."""
@@ -149,7 +157,12 @@ class Scheduler:
         self._drop_candidates(leader)
 
     def truncate(self, sequence: Sequence) -> None:
-        """Give back the pages behind the positions that a sequence has left, after it took tokens back."""
+        """Give back the pages behind the positions that a sequence has left, after it took tokens back.
+
+        One that has lost its pages meanwhile holds those of its prompt alone, if any.
+        """
+        if not _decodes(sequence):
+            return
         kept = num_pages_for(sequence.num_computed)
         self.pool.release(sequence.pages[kept:])
         del sequence.pages[kept:]
@@ -157,7 +170,8 @@ class Scheduler:
     def advance(self, step: Step) -> None:
         """The step is computed: count its positions, and remember full pages for later prompts."""
         for sequence, rows in step.decoding:
-            sequence.num_computed += len(rows)
+            if _decodes(sequence) and sequence not in step.void:
+                sequence.num_computed += len(rows)
         for sequence, segment in step.chunks:
             sequence.num_computed = segment.end
             if sequence.state is not SequenceState.FINISHED:
@@ -333,6 +347,8 @@ class Scheduler:
         end = first + count
         if not self._find_pages(sequence, end):
             return []
+        if sequence.drawn is not None:
+            return [DecodeRow(sequence.pages, first, 0, sequence.drawn)]
         tokens = sequence.token_ids[first - sequence.prompt_len : end - sequence.prompt_len]
         return [DecodeRow(sequence.pages, position, token) for position, token in enumerate(tokens, start=first)]
 
@@ -390,7 +406,12 @@ class Scheduler:
         return forgotten
 
     def _is_computed_by_sibling(self, sequence: Sequence) -> bool:
-        return any(s is not sequence and s.num_computed >= s.prompt_len for s in sequence.group.residents)
+        return any(one.num_computed >= one.prompt_len for one in _siblings(sequence))
+
+
+def _siblings(sequence: Sequence) -> list[Sequence]:
+    """Those that run."""
+    return [one for one in sequence.group.residents if one is not sequence]
 
 
 def _decodes(sequence: Sequence) -> bool:

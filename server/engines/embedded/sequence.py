@@ -78,6 +78,8 @@ class Sequence(Choice):
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Positions whose keys and values are in the cache."""
+    drawn: int | None = None
+    """While a step is scheduled, where its newest token lies among those that only the device knows yet."""
     num_passed: int = 0
     """Sequences that were admitted past it while it was next and lacked rows or pages."""
     trial: Trial | None = None
@@ -161,7 +163,13 @@ class Sequence(Choice):
     def num_unread(self) -> int:
         """Tokens that are not in the cache yet: the rest of the prompt, and behind it those that were drawn."""
         is_in_prompt = self.num_computed < self.prompt_len
-        return (self.prompt_len if is_in_prompt else self.num_tokens) - self.num_computed
+        num_known = self.prompt_len if is_in_prompt else self.num_tokens + (self.drawn is not None)
+        return num_known - self.num_computed
+
+    @property
+    def ends_with_next(self) -> bool:
+        """Whether its next token is the last one asked for, behind which nothing is to be computed."""
+        return self.trial is None and len(self.token_ids) + 1 >= self.request.sampling.max_tokens
 
     @property
     def tells_prompt(self) -> bool:

@@ -1,11 +1,12 @@
 # type: ignore  (Triton compiles this language; it is not run as Python)
-"""The ascent of rows over linear heads as one Triton kernel: values, gate, objective, shift, and the cap on the shift.
+"""The ascent of rows over straight heads as one Triton kernel: values, gate, objective, shift, and the cap on it.
 
 One program takes one row. What server/control/ascent.py, objectives.py and multipliers.py do for many rows and any
-heads is done here for one row and heads of one unit each, whose slope is constant, so that one step is the whole
-ascent. Knows nothing of the vocabulary (budget_kernels.py). Enter at `ascend`.
+heads is done here for one row and heads whose slope is constant along an ascent, so that one step is the whole of it:
+linear heads, of one unit each, and fields, whose further units are features by which their direction follows the
+state. Knows nothing of the vocabulary (budget_kernels.py). Enter at `ascend`.
 
-Shapes: D hidden size, K heads of the bank, and `SLOTS` places for a row's heads.
+Shapes: D hidden size, U units of the bank, and `SLOTS` places for the units of a row's heads, whose values come first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ GATE_SLOT, GATE_LEVEL = tl.constexpr(layout.GATE_SLOT), tl.constexpr(layout.GATE
 GATE_SIDE, GATE_BAND = tl.constexpr(layout.GATE_SIDE), tl.constexpr(layout.GATE_BAND)
 IS_GATED, WAS_OPEN = tl.constexpr(layout.IS_GATED), tl.constexpr(layout.WAS_OPEN)
 LOWEST, HIGHEST = tl.constexpr(layout.LOWEST), tl.constexpr(layout.HIGHEST)
-HEADS, WEIGHTS = tl.constexpr(layout.HEADS), tl.constexpr(layout.WEIGHTS)
+PLACES, LEADERS = tl.constexpr(layout.PLACES), tl.constexpr(layout.LEADERS)
+NUM_UNITS, WEIGHTS = tl.constexpr(layout.NUM_UNITS), tl.constexpr(layout.WEIGHTS)
 LEVELS, MARKED = tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
 EARNED = tl.constexpr(layout.EARNED)
 ROW_WIDTH, STATE_WIDTH = tl.constexpr(layout.ROW_WIDTH), tl.constexpr(layout.STATE_WIDTH)
@@ -34,38 +36,41 @@ REWARD_SCALE = tl.constexpr(layout.REWARD_SCALE)
 WORST_CASE, TARGET = tl.constexpr(layout.WORST_CASE), tl.constexpr(layout.TARGET)
 SWEEPS = tl.constexpr(12)
 LEAST_GAIN = tl.constexpr(1e-9)
+LEAST_LENGTH = tl.constexpr(1e-9)
 INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_heads"])
+@triton.jit(do_not_specialize=["num_units"])
 def ascend(
-    hidden, hidden_stride, hidden_size, table, inputs_KD, ascent_KD, numbers_3K, effects_KK, cosines_KK, num_heads,
-    state, TILE: tl.constexpr,
+    hidden, hidden_stride, hidden_size, table, inputs_UD, ascent_UD, numbers_3U, effects_UU, inner_UU, num_units,
+    feature_limit, state, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program r: from row r of the table, the state [.., D] at its place and the bank of K heads, row r of `state`."""
+    """Program r: from row r of the table, the state [.., D] at its place and the bank of U units, row r of `state`."""
     place = tl.program_id(0)
     entry, out = table + place * ROW_WIDTH, state + place * STATE_WIDTH
     slots = tl.arange(0, SLOTS)
     num_used = tl.load(entry + COUNT).to(tl.int32)
-    is_used = slots < num_used
-    heads = tl.load(entry + HEADS + slots).to(tl.int64)
+    is_unit = slots < tl.load(entry + NUM_UNITS).to(tl.int32)
+    is_head = slots < num_used
+    places = tl.load(entry + PLACES + slots).to(tl.int64)
     row = hidden + tl.load(entry + ROW).to(tl.int64) * hidden_stride
-    length, units = _read(row, hidden_size, inputs_KD, heads, is_used, TILE)
-    units = tl.where(is_used, units + tl.load(numbers_3K + BIAS * num_heads + heads), 0.0)
-    mean = tl.load(numbers_3K + REWARD_MEAN * num_heads + heads)
-    scale = tl.load(numbers_3K + REWARD_SCALE * num_heads + heads)
+    length, units = _read(row, hidden_size, inputs_UD, places, is_unit, TILE)
+    units = tl.where(is_unit, units + tl.load(numbers_3U + BIAS * num_units + places), 0.0)
+    mean = tl.load(numbers_3U + REWARD_MEAN * num_units + places)
+    scale = tl.load(numbers_3U + REWARD_SCALE * num_units + places)
 
     is_open = _is_gate_open(entry, mean + scale * units, slots)
     size = tl.where(is_open, tl.load(entry + SIZE), 0.0)
-    pairs = heads[:, None] * num_heads + heads[None, :]
-    are_used = is_used[:, None] & is_used[None, :]
-    effects = tl.load(effects_KK + pairs, mask=are_used, other=0.0)
+    shares = _shares(entry, units, is_unit, is_head, feature_limit, slots)
+    pairs = places[:, None] * num_units + places[None, :]
+    moves_values = tl.load(effects_UU + pairs, mask=is_unit[:, None] & is_head[None, :], other=0.0)
+    effects = tl.sum(shares[:, :, None] * moves_values[:, None, :], axis=0)
     weights = tl.load(entry + WEIGHTS + slots)
     kind = tl.load(entry + KIND)
     is_marked = tl.load(entry + MARKED + slots) > 0
     if kind == WORST_CASE:
-        cosines = tl.load(cosines_KK + pairs, mask=are_used, other=0.0)
-        earnings = cosines * tl.load(entry + EARNED + slots)[None, :]
+        inner = tl.load(inner_UU + pairs, mask=is_unit[:, None] & is_unit[None, :], other=0.0)
+        earnings = _cosines(inner, shares, slots) * tl.load(entry + EARNED + slots)[None, :]
         moves = tl.where(tl.load(entry + EARNS) > 0, earnings, effects)
         weights = _worst_case(units, moves, size, weights, is_marked, num_used, slots)
     elif kind >= TARGET:
@@ -74,16 +79,16 @@ def ascend(
         weights = _onto_levels(units, effects, size, weights, levels, is_marked, lowest, highest, num_used, slots)
         weights = _within_bounds(units, effects, size, weights, levels, is_marked, kind == TARGET)
 
-    taken = tl.where(is_used, size * weights, 0.0)
-    ends = units + tl.sum(taken[:, None] * effects, axis=0)
-    ratio = _length_of(ascent_KD, hidden_size, heads, taken, is_used, TILE) / length
+    taken = tl.where(is_unit, size * tl.sum(shares * weights[None, :], axis=1), 0.0)
+    ends = units + tl.sum(taken[:, None] * moves_values, axis=0)
+    ratio = _length_of(ascent_UD, hidden_size, places, taken, is_unit, TILE) / length
     is_finite = _is_finite(ratio) & (tl.min(_is_finite(ends).to(tl.int32), axis=0) > 0)
     max_shift = tl.load(entry + MAX_SHIFT)
     share = tl.where(is_finite, tl.where(ratio > max_shift, max_shift / ratio, 1.0), 0.0)
     kept = tl.where(is_finite, taken * share, 0.0)
     tl.store(out + COEFFICIENTS + slots, kept)
     tl.store(out + UNITS + slots, units)
-    tl.store(out + CLIMB + slots, tl.sum(kept[:, None] * effects, axis=0))
+    tl.store(out + CLIMB + slots, tl.sum(kept[:, None] * moves_values, axis=0))
     tl.store(out + RATIO, tl.where(is_finite, ratio * share, 0.0))
     tl.store(out + IS_NONFINITE, tl.where(is_finite, 0.0, 1.0))
     tl.store(out + IS_CAPPED, tl.where(is_finite & (share < 1.0), 1.0, 0.0))
@@ -91,8 +96,30 @@ def ascend(
 
 
 @triton.jit
-def _read(row, hidden_size, inputs_KD, heads, is_used, TILE: tl.constexpr):
-    """A state's length, and its products with the input rows of these heads."""
+def _shares(entry, units, is_unit, is_head, feature_limit, slots):
+    """How much of each unit's ascent row [unit, head] a step of length one along a head's ascent takes: all of its
+    value's, and of its features' as much as these are, within limits. See `FieldHead.readout`."""
+    cut = tl.maximum(tl.minimum(units, feature_limit), -feature_limit)
+    # What is not a number stays so.
+    features = tl.where(units == units, cut, units)  # noqa: PLR0124
+    leaders = tl.load(entry + LEADERS + slots).to(tl.int32)
+    is_of_head = is_unit[:, None] & (leaders[:, None] == slots[None, :])
+    return tl.where(is_of_head, tl.where(is_head, 1.0, features)[:, None], 0.0)
+
+
+@triton.jit
+def _cosines(inner, shares, slots):
+    """Of every two heads' ascents, from the inner products of units' ascent rows."""
+    half = tl.sum(shares[:, :, None] * inner[:, None, :], axis=0)
+    products = tl.sum(half[:, :, None] * shares[None, :, :], axis=1)
+    squares = tl.sum(tl.where(slots[:, None] == slots[None, :], products, 0.0), axis=1)
+    lengths = tl.maximum(tl.sqrt(squares), LEAST_LENGTH)
+    return products / lengths[:, None] / lengths[None, :]
+
+
+@triton.jit
+def _read(row, hidden_size, inputs_UD, places, is_used, TILE: tl.constexpr):
+    """A state's length, and its products with the input rows of these units."""
     dims = tl.arange(0, TILE)
     squares = tl.zeros([TILE], tl.float32)
     products = tl.zeros([SLOTS, TILE], tl.float32)
@@ -100,20 +127,20 @@ def _read(row, hidden_size, inputs_KD, heads, is_used, TILE: tl.constexpr):
         is_in = start + dims < hidden_size
         state = tl.load(row + start + dims, mask=is_in, other=0.0).to(tl.float32)
         wanted = is_used[:, None] & is_in[None, :]
-        inputs = tl.load(inputs_KD + heads[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
+        inputs = tl.load(inputs_UD + places[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
         squares += state * state
         products += inputs * state[None, :]
     return tl.sqrt(tl.sum(squares, axis=0)), tl.sum(products, axis=1)
 
 
 @triton.jit
-def _length_of(ascent_KD, hidden_size, heads, taken, is_used, TILE: tl.constexpr):
-    """The length of the shift that these heads' ascent rows, so much of each, come to."""
+def _length_of(ascent_UD, hidden_size, places, taken, is_used, TILE: tl.constexpr):
+    """The length of the shift that these units' ascent rows, so much of each, come to."""
     dims = tl.arange(0, TILE)
     squares = tl.zeros([TILE], tl.float32)
     for start in range(0, hidden_size, TILE):
         wanted = is_used[:, None] & (start + dims < hidden_size)[None, :]
-        rows = tl.load(ascent_KD + heads[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
+        rows = tl.load(ascent_UD + places[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
         shift = tl.sum(taken[:, None] * rows, axis=0)
         squares += shift * shift
     return tl.sqrt(tl.sum(squares, axis=0))

@@ -11,7 +11,7 @@ is that of server/control/budget.py, which explains it; here it is evaluated for
 
 So what is done is the same whatever the numbers are, and no launch waits for the host to read one. A row's vocabulary
 is split over programs, so that few rows fill the device too; each program puts its sums into a table, and whoever needs
-them adds a row's together. Knows nothing of heads beyond their rows. Called by edit.py.
+them adds a row's together. Knows nothing of heads beyond the rows of their units. Called by edit.py.
 
 Shapes: B rows of the step, R edited rows, V vocabulary.
 """
@@ -26,7 +26,8 @@ from server.kernels.gpu import layout
 SLOTS, ROW, COUNT = tl.constexpr(layout.SLOTS), tl.constexpr(layout.ROW), tl.constexpr(layout.COUNT)
 KIND, LIMIT, KL_HELD = tl.constexpr(layout.KIND), tl.constexpr(layout.LIMIT), tl.constexpr(layout.KL_HELD)
 HELD, IS_GATED = tl.constexpr(layout.HELD), tl.constexpr(layout.IS_GATED)
-HEADS, LEVELS, MARKED = tl.constexpr(layout.HEADS), tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
+PLACES, NUM_UNITS = tl.constexpr(layout.PLACES), tl.constexpr(layout.NUM_UNITS)
+LEVELS, MARKED = tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
 ROW_WIDTH, STATE_WIDTH = tl.constexpr(layout.ROW_WIDTH), tl.constexpr(layout.STATE_WIDTH)
 COEFFICIENTS, UNITS, CLIMB = (tl.constexpr(place) for place in (layout.COEFFICIENTS, layout.UNITS, layout.CLIMB))
 RATIO, IS_NONFINITE = tl.constexpr(layout.RATIO), tl.constexpr(layout.IS_NONFINITE)
@@ -52,7 +53,7 @@ def measure(logits, logits_stride, size_V, basis, table, state, measured, num_sp
     place, split = tl.program_id(0), tl.program_id(1)
     entry, coefficients = table + place * ROW_WIDTH, state + place * STATE_WIDTH + COEFFICIENTS
     row = logits + tl.load(entry + ROW).to(tl.int64) * logits_stride
-    count = tl.load(entry + COUNT).to(tl.int32)
+    count = tl.load(entry + NUM_UNITS).to(tl.int32)
     begin = split * chunk
     end = tl.minimum(begin + chunk, size_V)
     columns = tl.arange(0, TILE)
@@ -111,7 +112,7 @@ def probe(
     place, split = tl.program_id(0), tl.program_id(1)
     entry, coefficients = table + place * ROW_WIDTH, state + place * STATE_WIDTH + COEFFICIENTS
     row = logits + tl.load(entry + ROW).to(tl.int64) * logits_stride
-    count = tl.load(entry + COUNT).to(tl.int32)
+    count = tl.load(entry + NUM_UNITS).to(tl.int32)
     points = tl.arange(0, POINTS)
     divergences, slope, mass, top, peak, _ = _sum_measured(measured + place * num_splits * MEASURED, num_splits)
     limit = tl.load(entry + LIMIT)
@@ -151,9 +152,9 @@ def settle(table, measured, probed, scale_R, divergence_R, num_splits):
     tl.store(divergence_R + place, divergence)
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_heads"])
+@triton.jit(do_not_specialize=["num_splits", "num_units"])
 def move(
-    source, source_stride, logits, size_V, places_B, basis, table, state, measured, probed, numbers_3K, num_heads,
+    source, source_stride, logits, size_V, places_B, basis, table, state, measured, probed, numbers_3U, num_units,
     report, num_splits, chunk, IS_WIDENED: tl.constexpr, TOLERANCE: tl.constexpr, BY_CAP: tl.constexpr,
     BY_GATE: tl.constexpr, BY_LEVEL: tl.constexpr, REPORTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -169,11 +170,11 @@ def move(
     entry, out = table + place * ROW_WIDTH, state + place * STATE_WIDTH
     scale, divergence, is_finite = _largest(measured, probed, place, num_splits, tl.load(entry + LIMIT))
     taken = tl.where(is_edited & (tl.load(out + RATIO) > 0), scale, 0.0)
-    count = tl.load(entry + COUNT).to(tl.int32)
+    count = tl.load(entry + NUM_UNITS).to(tl.int32)
     if is_edited & (split == 0):
         is_nonfinite = (tl.load(out + IS_NONFINITE) > 0) | (is_finite == 0)
         _tell(
-            report + place * REPORTED, entry, out, numbers_3K, num_heads, scale, divergence, is_nonfinite,
+            report + place * REPORTED, entry, out, numbers_3U, num_units, scale, divergence, is_nonfinite,
             TOLERANCE, BY_CAP, BY_GATE, BY_LEVEL,
         )  # fmt: skip
     columns = tl.arange(0, TILE)
@@ -192,16 +193,16 @@ def move(
 
 @triton.jit
 def _tell(
-    report, entry, out, numbers_3K, num_heads, scale, divergence, is_nonfinite, TOLERANCE: tl.constexpr,
+    report, entry, out, numbers_3U, num_units, scale, divergence, is_nonfinite, TOLERANCE: tl.constexpr,
     BY_CAP: tl.constexpr, BY_GATE: tl.constexpr, BY_LEVEL: tl.constexpr,
 ):  # fmt: skip
     """As `GroupStats.numbers_RN` has it."""
     slots = tl.arange(0, SLOTS)
     count = tl.load(entry + COUNT).to(tl.int32)
     is_used = slots < count
-    heads = tl.load(entry + HEADS + slots).to(tl.int32)
-    mean = tl.load(numbers_3K + REWARD_MEAN * num_heads + heads)
-    reward_scale = tl.load(numbers_3K + REWARD_SCALE * num_heads + heads)
+    places = tl.load(entry + PLACES + slots).to(tl.int32)
+    mean = tl.load(numbers_3U + REWARD_MEAN * num_units + places)
+    reward_scale = tl.load(numbers_3U + REWARD_SCALE * num_units + places)
     before = tl.load(out + UNITS + slots)
     ratio = tl.load(out + RATIO)
     after = tl.where(ratio * scale > 0, before + scale * tl.load(out + CLIMB + slots), before)
@@ -232,7 +233,7 @@ def _change(basis, size_V, entry, coefficients, count, columns, is_in):
     """How much the logits of these columns change by the whole edit."""
     change = tl.zeros_like(columns).to(tl.float32)
     for slot in range(count):
-        row = basis + tl.load(entry + HEADS + slot).to(tl.int64) * size_V
+        row = basis + tl.load(entry + PLACES + slot).to(tl.int64) * size_V
         change += tl.load(coefficients + slot) * tl.load(row + columns, mask=is_in, other=0.0)
     return change
 

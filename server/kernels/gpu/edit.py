@@ -5,7 +5,7 @@ shapes alone, and buffers are kept while shapes last, so a CUDA graph may record
 is in the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors
 without values, the same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
 
-Shapes: B rows of a step, R edited rows, K heads, D hidden size, V vocabulary.
+Shapes: B rows of a step, R edited rows, K heads of a row, U units, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,18 +34,21 @@ REPORT_WIDTH = 2 * layout.SLOTS + layout.NUM_REPORTED
 
 @dataclass(slots=True, frozen=True)
 class Bank:
-    """K linear heads: rows that read and move a state [K, D], `numbers_3K` as layout.py names them, how each head's
-    ascent moves every value and its cosine with every ascent [K, K], and what it does to the logits [K, V].
+    """The units of straight heads: rows that read and move a state [U, D], `numbers_3U` as layout.py names them, how
+    each ascent row moves every unit and its inner product with every ascent row [U, U], and what it does to the logits
+    [U, V]. A head's units lie side by side, its value first.
 
     All are float32 and contiguous.
     """
 
-    inputs_KD: Tensor
-    ascent_KD: Tensor
-    numbers_3K: Tensor
-    effects_KK: Tensor
-    cosines_KK: Tensor
-    basis_KV: Tensor
+    inputs_UD: Tensor
+    ascent_UD: Tensor
+    numbers_3U: Tensor
+    effects_UU: Tensor
+    inner_UU: Tensor
+    basis_UV: Tensor
+    feature_limit: float
+    """Within which features count."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,21 +79,21 @@ class EditKernels:
         """
         assert logits_BV.stride(1) == 1
         assert hidden_BD.stride(1) == 1
-        num_rows, num_heads = len(table_RW), len(bank.inputs_KD)
+        num_rows, num_units = len(table_RW), len(bank.inputs_UD)
         state = self._buffer("state", hidden_BD.device, num_rows, layout.STATE_WIDTH)
         self._launch(
             "ascend", (num_rows,), hidden_BD, hidden_BD.stride(0), hidden_BD.shape[1], table_RW,
-            bank.inputs_KD, bank.ascent_KD, bank.numbers_3K, bank.effects_KK, bank.cosines_KK, num_heads, state,
-            TILE=_HIDDEN_TILE,
+            bank.inputs_UD, bank.ascent_UD, bank.numbers_3U, bank.effects_UU, bank.inner_UU, num_units,
+            bank.feature_limit, state, TILE=_HIDDEN_TILE,
         )  # fmt: skip
-        measured, probed, splits = self._search(logits_BV, bank.basis_KV, table_RW, state)
+        measured, probed, splits = self._search(logits_BV, bank.basis_UV, table_RW, state)
         is_widened = logits_BV.dtype != torch.float32
         out_BV = torch.empty(logits_BV.shape, device=logits_BV.device) if is_widened else logits_BV
         assert out_BV.is_contiguous()
         report_RN = torch.empty(num_rows, REPORT_WIDTH, device=logits_BV.device)
         self._launch(
             "move", (len(places_B), splits[0]), logits_BV, logits_BV.stride(0), out_BV,
-            logits_BV.shape[1], places_B, bank.basis_KV, table_RW, state, measured, probed, bank.numbers_3K, num_heads,
+            logits_BV.shape[1], places_B, bank.basis_UV, table_RW, state, measured, probed, bank.numbers_3U, num_units,
             report_RN, *splits, IS_WIDENED=is_widened, TOLERANCE=codes.level_tolerance, BY_CAP=codes.by_cap,
             BY_GATE=codes.by_gate, BY_LEVEL=codes.by_level, REPORTED=REPORT_WIDTH, TILE=_MOVED_TILE,
         )  # fmt: skip
@@ -99,7 +102,7 @@ class EditKernels:
     def largest_scales(self, base_RV: Tensor, delta_RV: Tensor, limit_R: Tensor) -> tuple[Tensor, Tensor]:
         """The scale [R] in [0, 1] at which base + scale x delta is within each row's limit, and that divergence [R]."""
         num_rows, device = len(base_RV), base_RV.device
-        # Each row is its own only head.
+        # Each row is its own only unit.
         table_RW = self._buffer("given table", device, num_rows, layout.ROW_WIDTH, fill=_given_rows)
         state = self._buffer("given state", device, num_rows, layout.STATE_WIDTH, fill=_taken_once)
         table_RW[:, layout.LIMIT] = limit_R
@@ -109,7 +112,7 @@ class EditKernels:
         return scale_R, kl_R
 
     def _search(
-        self, logits_BV: Tensor, basis_KV: Tensor, table_RW: Tensor, state: Tensor
+        self, logits_BV: Tensor, basis_UV: Tensor, table_RW: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Divergences at the scales that are tried for each row, and how its vocabulary is split: parts, and the size
         of one."""
@@ -117,7 +120,7 @@ class EditKernels:
         splits = _splits(num_rows, size)
         measured = self._buffer("measured", device, num_rows, splits[0], MEASURED_WIDTH)
         probed = self._buffer("probed", device, num_rows, NUM_ROUNDS, splits[0], PROBED_WIDTH)
-        shared = (logits_BV, logits_BV.stride(0), size, basis_KV, table_RW, state, measured)
+        shared = (logits_BV, logits_BV.stride(0), size, basis_UV, table_RW, state, measured)
         grid = (num_rows, splits[0])
         self._launch("measure", grid, *shared, *splits, TILE=_MEASURED_TILE)
         aims = self._buffer("aims", device, 2, len(_AIMS), fill=lambda aims: aims.copy_(torch.tensor([_AIMS, _PLACES])))
@@ -160,8 +163,8 @@ def _splits(num_rows: int, size: int) -> tuple[int, int]:
 def _given_rows(table_RW: Tensor) -> None:
     places_R = torch.arange(len(table_RW), device=table_RW.device, dtype=torch.float32)
     table_RW.zero_()
-    table_RW[:, layout.ROW] = table_RW[:, layout.HEADS] = places_R
-    table_RW[:, layout.COUNT] = 1.0
+    table_RW[:, layout.ROW] = table_RW[:, layout.PLACES] = places_R
+    table_RW[:, layout.COUNT] = table_RW[:, layout.NUM_UNITS] = 1.0
 
 
 def _taken_once(state: Tensor) -> None:

@@ -6,27 +6,29 @@ among them are far below 2^24. Knows nothing of tensors.
 
 from __future__ import annotations
 
-SLOTS = 8
-"""The most heads that a row has; what is of its heads lies in so many entries, the first `COUNT` of them used."""
+SLOTS = 16
+"""The most units that a row's heads have together: first the value of each of the `COUNT` heads, then the features of
+those that are fields. What is of heads lies in the first entries of as many."""
 
 ROW, COUNT, KIND, SIZE, MAX_SHIFT, LIMIT, KL_HELD, HELD = range(8)
 """Place in the step; heads; kind of objective; length of the ascent's step; budgets of the shift and of the divergence,
 the latter less what rounding may hide; the reason that is reported where it holds; one that is known beforehand."""
 GATE_SLOT, GATE_LEVEL, GATE_SIDE, GATE_BAND, IS_GATED, WAS_OPEN = range(8, 14)
-LOWEST, HIGHEST, EARNS = range(14, 17)
-"""Bounds on what is added to the weight of a head with a level; whether steps are weighed by what ascents earn."""
-HEADS, WEIGHTS, LEVELS, MARKED, EARNED = range(20, 20 + 5 * SLOTS, SLOTS)
-"""Places in the bank; weights; levels in reward units; heads that a worst case is of, or that have a level; what each
-head's own ascent of length one earns."""
-ROW_WIDTH = 60
+LOWEST, HIGHEST, EARNS, NUM_UNITS = range(14, 18)
+"""Bounds on what is added to the weight of a head with a level; whether steps are weighed by what ascents earn; units
+of all heads."""
+PLACES, LEADERS, WEIGHTS, LEVELS, MARKED, EARNED = range(20, 20 + 6 * SLOTS, SLOTS)
+"""Places of units in the bank; the entry of the head that each is of; weights; levels in reward units; heads that a
+worst case is of, or that have a level; what each head's own ascent of length one earns."""
+ROW_WIDTH = 20 + 6 * SLOTS
 
 COEFFICIENTS, UNITS, CLIMB = range(0, 3 * SLOTS, SLOTS)
-"""What the heads' ascent rows are taken times, units before, and what the ascent adds to them."""
+"""What the units' ascent rows are taken times, units before, and what the ascent adds to those that are values."""
 RATIO, IS_NONFINITE, IS_CAPPED, IS_OPEN = range(3 * SLOTS, 3 * SLOTS + 4)
-STATE_WIDTH = 28
+STATE_WIDTH = 3 * SLOTS + 4
 
 BIAS, REWARD_MEAN, REWARD_SCALE = range(3)
-"""Rows of a bank's numbers [3, K]."""
+"""Rows of a bank's numbers [3, U]."""
 
 WEIGHTED_SUM, WORST_CASE, TARGET, FLOOR = range(4)
 """Kinds of objectives."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.edit import draws
 from benchmarks.edit.cases import CASES, Shape, Step
 from benchmarks.edit.command import main
 from benchmarks.edit.launches import beyond_base
@@ -18,7 +19,7 @@ from tests.triton_interpreter import quicken
 META = torch.device("meta")
 SHAPE = Shape(8, 32, 500)
 KERNELS = 5
-"""The launches of rows of linear heads, however many and whatever they ask for."""
+"""The launches of rows of straight heads, however many and whatever they ask for."""
 BEYOND = KERNELS - 1
 """The last of them widens the logits too, which is a launch of its own without control."""
 
@@ -36,8 +37,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["one head", "three heads mixed", "worst case of three heads"])
-def test_rows_of_linear_heads_take_five_launches_where_torch_takes_a_hundred(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["one head", "three heads mixed", "worst case of three heads", "a field of three features"]
+)
+def test_rows_of_straight_heads_take_five_launches_where_torch_takes_a_hundred(name: str) -> None:
     assert beyond_base(SHAPE, CASES[name], fuses=True) == BEYOND
     assert beyond_base(SHAPE, CASES[name], fuses=False) > 100
 
@@ -89,9 +92,18 @@ def test_a_step_edited_twice_leaves_its_numbers_in_the_same_buffers() -> None:
     assert all(kernels._buffers[name] is buffer for name, buffer in before.items())
 
 
+@pytest.mark.parametrize("name", draws.CASES)
+def test_a_draw_is_one_launch_and_few_copies_however_many_rows_have_rules(name: str) -> None:
+    few, many = (draws.count(rows, 500)[name] for rows in (4, 8))
+    assert few["kernels"] == many["kernels"] == (2 if name == "top-p alone" else 5)
+    assert few["torch"] > 40
+    assert (few["torch"] < many["torch"]) == (name != "top-p alone")
+
+
 def test_the_file_behind_the_page_holds_every_case() -> None:
     result = json.loads(Path("benchmarks/results/edit-launches.json").read_text())
     assert result["launches"].keys() == CASES.keys()
+    assert result["draws"].keys() == draws.CASES.keys()
 
 
 SIZES = ["--rows", "1,2", "--hidden", "32", "--vocabulary", "300", "--repeats", "1"]

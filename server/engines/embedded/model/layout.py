@@ -27,6 +27,8 @@ class DecodeRow:
     pages: list[int]
     position: int
     token_id: int
+    drawn: int | None = None
+    """Where the token lies among those that were drawn last, of one that the host has not read yet."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -21,6 +21,7 @@ from server.engines.embedded.model.pages import NULL_PAGE, num_pages_for
 from server.engines.embedded.model.takeover.takeover import take_over
 from server.errors import ConfigurationError
 from server.kernels.linear import Bits
+from server.kernels.transfer import on_device
 
 
 class ModelRunner:
@@ -60,12 +61,25 @@ class ModelRunner:
         return self._body.is_native
 
     @torch.inference_mode()
-    def forward(self, decode: list[DecodeRow], segments: list[Segment]) -> Tensor:
-        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token."""
+    def forward(self, decode: list[DecodeRow], segments: list[Segment], drawn_B: Tensor | None = None) -> Tensor:
+        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token.
+
+        `drawn_B` are the tokens that were drawn last, for rows that name theirs by its place among them.
+        """
         token_ids_T, step = self._body.layout(self.kv, decode, segments)
+        if drawn_B is not None:
+            _take_drawn(token_ids_T, decode, drawn_B)
         if self.graphs is not None and not segments:
             return self.graphs.forward(token_ids_T, step)
         return self._body.states(token_ids_T, step)
+
+
+def _take_drawn(token_ids_T: Tensor, decode: list[DecodeRow], drawn_B: Tensor) -> None:
+    """Put the tokens that the device alone knows in their rows; what stands for none there may be any token."""
+    pairs = [(row, decoded.drawn) for row, decoded in enumerate(decode) if decoded.drawn is not None]
+    if pairs:
+        rows_R, places_R = on_device(list(zip(*pairs, strict=True)), token_ids_T.device)
+        token_ids_T.index_copy_(0, rows_R, drawn_B[places_R].clamp(min=0))
 
 
 def num_pages(bytes_per_page: int, max_len: int, max_sequences: int, kv_bytes: int) -> int:
