@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.quality.rivals import (
     BLOCKWISE,
+    CONTRASTIVE,
     CONTROLLED_DECODING,
     END_TOKEN,
     RE_CONTROL,
+    REPLACEMENT,
     TOKEN_LOG_ODDS,
     WORD_SCORES,
 )
@@ -52,6 +54,8 @@ _LOOKS = {
     TOKEN_LOG_ODDS.name: _Look("token log-odds", "#8A8A00", "<"),
     WORD_SCORES.name: _Look("word scores", "#7F3C8D", ">"),
     END_TOKEN.name: _Look("end token", "#999999", "*"),
+    CONTRASTIVE.name: _Look("activation steering", "#A6761D", "p"),
+    REPLACEMENT.name: _Look("prompt replacement", "#66A61E", "h"),
     HEAD.name: _Look("head", "#0072B2", "o"),
     PROMPTING.name: _Look("prompting", "#000000", "X"),
 }
@@ -62,6 +66,8 @@ _LEGEND_ORDER = (
     TOKEN_LOG_ODDS.name,
     WORD_SCORES.name,
     END_TOKEN.name,
+    CONTRASTIVE.name,
+    REPLACEMENT.name,
     RE_CONTROL.name,
     CONTROLLED_DECODING.name,
     BLOCKWISE.name,

@@ -8,6 +8,8 @@
     token log-odds        a constant bias on tokens, from better against worse responses to the same prompt
     word scores           one of what the reward says of each word by itself: its lexicon
     end token             one on the tokens that end a response
+    activation steering   the difference of better from worse responses, added to the states that enter a middle layer
+    prompt replacement    what an instruction does to those states, added as often as a probe of the state says
 
 Enter at RIVALS; to add one, write a `Method` and put it there, and its look into plots.py.
 
@@ -22,9 +24,11 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding
+from benchmarks.quality.steering import Steering, activation_steering
+from benchmarks.quality.steering_fit import contrastive, replacement
 from benchmarks.quality.token_bias import token_bias
 from server.cli.arms import ArmFactory
-from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, BiasSources, Method, Subject
+from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, FitSources, Method, Subject
 from server.control.objectives import WeightedSum
 from server.control.params import Blocks, ControlParams
 from value_models.baselines import Baseline
@@ -75,15 +79,30 @@ def _controlled_decoding(subject: Subject, weight: float) -> Arm:
 
 
 def _token_bias(
-    name: str, label: str, bias: Callable[[BiasSources], Tensor], *, rewards: Iterable[str] | None = None
+    name: str, label: str, bias: Callable[[FitSources], Tensor], *, rewards: Iterable[str] | None = None
 ) -> Method:
     """Under the head's budget at every token, and matched to the head's divergence as a static vector is."""
 
     def arm(subject: Subject, strength: float) -> Arm:
-        return token_bias(subject.factory, subject.biases[name], strength=strength, max_kl=subject.max_kl)
+        return token_bias(subject.factory, subject.fitted(method), strength=strength, max_kl=subject.max_kl)
 
     can_raise = None if rewards is None else frozenset(rewards)
-    return Method(name, label, arm, strengths=(1.0,), is_matched=True, bias=bias, rewards=can_raise)
+    method = Method(name, label, arm, strengths=(1.0,), is_matched=True, fit=bias, rewards=can_raise)
+    return method
+
+
+def _steering(
+    name: str, label: str, fit: Callable[[FitSources], Steering], *, needs_instruction: bool = False
+) -> Method:
+    """Under the head's budget at every token, and matched to the head's divergence as a static vector is."""
+
+    def arm(subject: Subject, strength: float) -> Arm:
+        return activation_steering(subject.factory, subject.fitted(method), strength=strength, max_kl=subject.max_kl)
+
+    method = Method(
+        name, label, arm, strengths=(1.0,), is_matched=True, fit=fit, num_rows=2, needs_instruction=needs_instruction
+    )
+    return method
 
 
 BLOCKWISE = Method(
@@ -125,6 +144,8 @@ END_TOKEN = _token_bias(
     lambda sources: end_tokens(sources.end_token_ids, sources.vocab_size),
     rewards={"brevity"},
 )
+CONTRASTIVE = _steering("activation-steering", "activation steering", contrastive)
+REPLACEMENT = _steering("prompt-replacement", "prompt replacement", replacement, needs_instruction=True)
 
 RIVALS = {
     method.name: method
@@ -138,6 +159,8 @@ RIVALS = {
         TOKEN_LOG_ODDS,
         WORD_SCORES,
         END_TOKEN,
+        CONTRASTIVE,
+        REPLACEMENT,
     )
 }
 """As tables have them."""

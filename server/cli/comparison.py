@@ -74,8 +74,8 @@ class EvalSetup:
         )
 
     def with_best_instruction(self) -> tuple[EvalSetup, Choice | None]:
-        """Prompting by the best of the instructions there are to choose from, if it takes part."""
-        if PROMPTING not in self.methods or not self.instructions:
+        """With the best of the instructions there are to choose from, if a method that needs one takes part."""
+        if not self.instructions or not any(method.needs_instruction for method in self.methods):
             return self, None
         has_chats = any(prompt.format == "chat" for prompt in self.tuning_prompts)
         choice = best_instruction(self.instructions, self.subject, self.tune, has_system_role=has_chats)

@@ -26,7 +26,7 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.logits import adjusted
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
-from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.layout import Segment, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -214,8 +214,8 @@ class EngineCore:
         return self.states_of([token_ids])[0]
 
     @torch.inference_mode()
-    def states_of(self, texts: list[list[int]]) -> list[Tensor]:
-        """The states [T, D] behind each of some texts, which the model reads in one pass.
+    def states_of(self, texts: list[list[int]], watch: StepWatch | None = None) -> list[Tensor]:
+        """The states [T, D] behind each of some texts, which the model reads in one pass, perhaps watched.
 
         Raises ContextLengthError where there is no room for all of them.
         """
@@ -226,7 +226,8 @@ class EngineCore:
                 if pages is None:
                     raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
                 segments.append(Segment(pages, 0, token_ids))
-            return list(self.runner.forward([], segments).split([len(token_ids) for token_ids in texts]))
+            hidden_TD = self.runner.forward([], segments, watch)
+            return list(hidden_TD.split([len(token_ids) for token_ids in texts]))
         finally:
             for segment in segments:
                 self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.graphs import DecodeGraphs, record_on_cuda
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, Segment, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.pages import NULL_PAGE, num_pages_for
 from server.engines.embedded.model.takeover.takeover import take_over
@@ -60,9 +60,14 @@ class ModelRunner:
         return self._body.is_native
 
     @torch.inference_mode()
-    def forward(self, decode: list[DecodeRow], segments: list[Segment]) -> Tensor:
-        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token."""
-        token_ids_T, step = self._body.layout(self.kv, decode, segments)
+    def forward(self, decode: list[DecodeRow], segments: list[Segment], watch: StepWatch | None = None) -> Tensor:
+        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token.
+
+        A watch is told what each layer gets ("entered", [T, D]), and says what the layer goes on with.
+        """
+        token_ids_T, step = self._body.layout(self.kv, decode, segments, watch)
+        if watch is not None:
+            return self._body.watched_states(token_ids_T, step)
         if self.graphs is not None and not segments:
             return self.graphs.forward(token_ids_T, step)
         return self._body.states(token_ids_T, step)
