@@ -136,6 +136,23 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
     return "\n".join(lines) if is_measured else _NOT_YET
 
 
+def compute_table(cards: Sequence[HeadCard]) -> str:
+    """The mean gain of reward over all compute up to some times the base model's, on validation prompts.
+
+    Of results that count the tokens that the model is run over, which older ones do not.
+    """
+    lines = header(["head", "test set", "method", "tokens run over, of the base's", "mean gain", "head over it", "p"])
+    is_measured = False
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            for method, figure in (areas := result.get("compute_areas") or {"gain": {}})["gain"].items():
+                is_measured, over = True, areas["head_over"].get(method)
+                more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
+                times = ", ".join(dict.fromkeys(f"{one:.1f}" for one in areas["times"][method])) or "no sound text"
+                lines.append(row([f"`{card.name}`", result["test_set"], method, times, signed(figure), *more]))
+    return "\n".join(lines) if is_measured else _NOT_YET
+
+
 def kept_table(cards: Sequence[HeadCard]) -> str:
     """What each head loses of the base model's coherence, at its default and at its best strength.
 
@@ -173,6 +190,7 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "heads": evaluation_tables,
     "claims": claims_table,
     "areas": areas_table,
+    "compute": compute_table,
     "kept": kept_table,
     "stress": stress_tables,
     "commands": commands,

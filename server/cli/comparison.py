@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from server.cli.asked import ASKED
-from server.cli.claims import areas, claims, show_claims
+from server.cli.claims import areas, claims, compute_areas, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
 from server.cli.prompting import Choice, best_instruction
 from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
@@ -154,6 +154,7 @@ class MethodsStudy:
             "arms": figures,
             "claims": claims(figures),
             "areas": areas(sweep),
+            "compute_areas": compute_areas(sweep),
             **setup.describe(),
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
             # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.
