@@ -64,7 +64,8 @@ class Frontier:
     def _hull(self) -> list[tuple[float, int | None]]:
         """(times, strength) of the upper hull, from the best that is no dearer than the base model, which has None."""
         mean_Q = self.gain_QP.mean(axis=1)
-        at, level, hull = 1.0, 0.0, [(1.0, None)]
+        at, level = 1.0, 0.0
+        hull: list[tuple[float, int | None]] = [(at, None)]
         for place in np.flatnonzero(self.times_Q <= at):
             if mean_Q[place] > level:
                 level, hull = float(mean_Q[place]), [(at, int(place))]

@@ -91,8 +91,8 @@ def evaluate_arms(
     """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
     `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
-    how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's mean reward and divergence.
-    `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
+    how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's means of the reward, the
+    divergence and the judges' scores. `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
     ties counting half. `coherence_loss` is the base's coherence less the arm's, prompt by prompt. `worst` is the mean
     over prompts of the lowest reward among a prompt's samples. `forwarded` is how many tokens the model was run over to
     write a response, with those of all candidates and of responses that were not kept, but without prompts. Raises
@@ -123,7 +123,9 @@ def evaluate_arms(
                 if other in done
             },
             **_cost(scored.samples),
-            "by_prompt": {name: scored.scores[name].mean(axis=1).round(5).tolist() for name in ("reward", "kl")},
+            "by_prompt": {
+                name: scored.scores[name].mean(axis=1).round(5).tolist() for name in ("reward", "kl", *scoring.judges)
+            },
             "examples": _examples(scored.samples, prompts),
         }
         done[name] = scored

@@ -44,6 +44,8 @@ class TrainingData:
     """Where blocks are put, and so what is computed of them."""
     prefixes: PrefixReport | str = "the text so far was not scored"
     """What the rewards of the text so far took, which blocks then have as `prefix_rewards_N`; or why there are none."""
+    times_B: Tensor | None = None
+    """How often `tokens` give each response, where that is not once; see resampled.py."""
 
     @property
     def prefix_stride(self) -> int | None:
@@ -59,6 +61,11 @@ class TrainingData:
     def lengths_B(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    @property
+    def given_B(self) -> Tensor:
+        """Tokens that `tokens` give of each response."""
+        return self.lengths_B if self.times_B is None else self.lengths_B * self.times_B
+
     def is_in(self, split: str) -> Tensor:
         """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""
         is_in_B = torch.tensor([name == split for name in self.split])
@@ -71,7 +78,7 @@ class TrainingData:
         return torch.tensor(sorted({int(number) for number in self.prompt_B[self.is_in(split)].unbind()}))
 
     def num_tokens(self, split: str) -> int:
-        return int(self.lengths_B[self.is_in(split)].sum())
+        return int(self.given_B[self.is_in(split)].sum())
 
     def blocks(self, split: str | None, *, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
         """The responses of a split, or all, in order; `order` draws another one of the files.

@@ -99,7 +99,10 @@ def commands(cards: Sequence[HeadCard]) -> str:
     """What made and measured each head."""
     lines: list[str] = []
     for card in cards:
-        results = [*(card.evaluation or {}).values(), *(result for result in (card.stress, card.cost) if result)]
+        results = [
+            *(card.evaluation or {}).values(),
+            *(result for result in (card.stress, card.cost, card.seeds) if result),
+        ]
         lines += [card.command, *(command(result) for result in results)]
     return "\n".join(f"    {line}" for line in lines)
 
@@ -153,6 +156,20 @@ def compute_table(cards: Sequence[HeadCard]) -> str:
     return "\n".join(lines) if is_measured else _NOT_YET
 
 
+def seeds_table(cards: Sequence[HeadCard]) -> str:
+    """Each measured head's seeds: the gains over the base model and over the static vector of the same seed."""
+    titles = ["head", "test set", "by", "by seed", "over the base model", "over the static vector"]
+    lines = header(titles)
+    measured = [(card.name, card.seeds) for card in cards if card.seeds is not None]
+    for name, result in measured:
+        for metric in ("reward", *result["judges"]):
+            means = ", ".join(f"{result['arms'][arm][metric]['mean']:.2f}" for arm in result["head_arms"])
+            cells = [metric, means, *(signed(result[over][metric]) for over in ("over_base", "over_static_vector"))]
+            lines.append(row([f"`{name}`", result["test_set"], *cells]))
+    told = "\n".join(f"`{command(result)}`" for _, result in measured)
+    return "\n".join([*lines, "", told]) if measured else "No head was measured with several seeds yet."
+
+
 def kept_table(cards: Sequence[HeadCard]) -> str:
     """What each head loses of the base model's coherence, at its default and at its best strength.
 
@@ -191,6 +208,7 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "claims": claims_table,
     "areas": areas_table,
     "compute": compute_table,
+    "seeds": seeds_table,
     "kept": kept_table,
     "stress": stress_tables,
     "commands": commands,

@@ -205,7 +205,7 @@ class Evaluation(HeadsModelCommand):
             prompts=self.test_prompts(),
             tuning_prompts=self._prompts(self._tuning_file, "validation") if self.sets_strengths else [],
             split=self.split,
-            test_set=self.test_set,
+            test_set=self.test_set_for(card),
             num_samples=self.num_samples,
             methods=methods,
             max_coherence_loss=self.max_coherence_loss,
@@ -245,6 +245,11 @@ class Evaluation(HeadsModelCommand):
             return "locked"
         return self.prompts.stem if self.prompts else "project"
 
+    def test_set_for(self, card: HeadCard) -> str:
+        """Responses that are longer than those a head was trained on are a test set of their own."""
+        trained = card.data.get("rollouts", {}).get("max_tokens", self.max_tokens)
+        return self.test_set if self.max_tokens <= trained else f"{self.test_set}, {self.max_tokens} tokens"
+
     def sampling(self) -> RolloutSettings:
         return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})
 
@@ -267,8 +272,8 @@ class Evaluation(HeadsModelCommand):
         baselines = {method.name: method.baseline for method in methods if method.baseline is not None}
         if not baselines:
             return registry
-        self._check_rollouts(card)
-        heads = load_baselines(self.work / "baselines", self.rollouts, reward, self._training_texts(), baselines)
+        self.check_rollouts(card)
+        heads = load_baselines(self.work / "baselines", self.rollouts, reward, self.training_texts(), baselines)
         for name, head in heads.items():
             registry = registry.with_head(name, head.to(loaded.model.device))
         return registry
@@ -303,17 +308,19 @@ class Evaluation(HeadsModelCommand):
 
     def _training_data(self, card: HeadCard, reward: str) -> TrainingData:
         """Raises ConfigurationError, RolloutError, RewardError."""
-        self._check_rollouts(card)
-        return load_training_data(self.rollouts, reward, self._training_texts())
+        self.check_rollouts(card)
+        return load_training_data(self.rollouts, reward, self.training_texts())
 
-    def _check_rollouts(self, card: HeadCard) -> None:
+    def check_rollouts(self, card: HeadCard) -> None:
+        """Raises ConfigurationError where rivals would be fitted to other prompts than the head."""
         prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
         if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
             raise ConfigurationError(
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
 
-    def _training_texts(self) -> dict[str, str]:
+    def training_texts(self) -> dict[str, str]:
+        """Of the rollouts' prompts, by id."""
         return {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
