@@ -90,13 +90,13 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
-    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
-    how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's means of the reward, the
-    divergence and the judges' scores. `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
-    ties counting half. `coherence_loss` is the base's coherence less the arm's, prompt by prompt. `worst` is the mean
-    over prompts of the lowest reward among a prompt's samples. `forwarded` is how many tokens the model was run over to
-    write a response, with those of all candidates and of responses that were not kept, but without prompts. Raises
-    RewardError, MetricError.
+    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and
+    tells how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's means of the reward,
+    the divergence and the judges' scores. `win_over_base` and, where every prompt has a reference,
+    `win_over_reference` are the share of judges' votes won, ties counting half. `coherence_loss` is the base's
+    coherence less the arm's, prompt by prompt. `worst` is the mean over prompts of the lowest reward among a
+    prompt's samples. `forwarded` is how many tokens the model was run over to write a response, with those of all
+    candidates and of responses that were not kept, but without prompts. Raises RewardError, MetricError.
     """
     store = store or GenerationStore(None)
     reference = _reference_scores(prompts, scoring)

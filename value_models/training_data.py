@@ -27,6 +27,8 @@ from value_models.scores import RunScores
 from value_models.shards import damaged
 from value_models.token_blocks import TokenBlock, TokenSource, blocks_of
 
+_NOT_SCORED = "the text so far was not scored"
+
 
 @dataclass(slots=True)
 class TrainingData:
@@ -42,7 +44,7 @@ class TrainingData:
     kind: RunKind = "rollouts"
     device: str = "cpu"
     """Where blocks are put, and so what is computed of them."""
-    prefixes: PrefixReport | str = "the text so far was not scored"
+    prefixes: PrefixReport | str = _NOT_SCORED
     """What the rewards of the text so far took, which blocks then have as `prefix_rewards_N`; or why there are none."""
     times_B: Tensor | None = None
     """How often `tokens` give each response, where that is not once; see resampled.py."""
@@ -203,7 +205,7 @@ class _Reader:
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self._lengths).cumsum(0)])
         prompt_B = torch.cat(self._prompt_B)
         prefixes = self.prefixes if isinstance(self.prefixes, PrefixRewards) else None
-        why_none = {"prefixes": self.prefixes} if isinstance(self.prefixes, str) else {}
+        why_none = self.prefixes if isinstance(self.prefixes, str) else _NOT_SCORED
         return TrainingData(
             tokens=RunTokens(self._run, self._first_responses, offsets, prefixes),
             offsets=offsets,
@@ -214,5 +216,5 @@ class _Reader:
             manifest=self._run.manifest,
             kind=self._run.kind,
             device=device,
-            **({"prefixes": prefixes.report} if prefixes is not None else why_none),
+            prefixes=prefixes.report if prefixes is not None else why_none,
         )
