@@ -23,7 +23,7 @@ from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
 from value_models.head_folder import open_heads
 
-_STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy, "cost": CostStudy}
+_STUDIES = {"stress": StressStudy, "map": MapStudy, "cost": CostStudy}
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
     "methods": {"worst_case", "num_seeds"},
@@ -94,6 +94,11 @@ class Quality(Evaluation):
         "heads that it names",
     )
     num_seeds: int = Field(3, ge=2, description="of the seeds study")
+    add_rows: bool = Field(
+        False,
+        description="with --update-card: leave the figures that the card has of other methods; the head, the prompts "
+        "and the sampling must be the same",
+    )
     quick: bool = Field(
         False,
         description="the main claim in ten minutes: the head, the base model, prompting and the static vector at the "
@@ -105,6 +110,8 @@ class Quality(Evaluation):
     def check_flags(self) -> None:
         if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
             raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
+        if self.add_rows and not (self.update_card and self.study == "methods"):
+            raise ValueError("add_rows: goes with --update-card and the methods study alone")
         if self.quick:
             self._be_quick()
         super().check_flags()
@@ -146,6 +153,8 @@ class Quality(Evaluation):
             return ObjectivesStudy(self._objectives_setup(loaded, registry))
         if self.study == "seeds":
             return self._seeds_study(loaded, registry)
+        if self.study == "methods":
+            return SweptMethodsStudy(self.setup(loaded, registry), adds_rows=self.add_rows)
         return _STUDIES[self.study](self.setup(loaded, registry))
 
     def _seeds_study(self, loaded: LoadedModel, registry: HeadRegistry) -> SeedsStudy:

@@ -103,7 +103,8 @@ def commands(cards: Sequence[HeadCard]) -> str:
             *(card.evaluation or {}).values(),
             *(result for result in (card.stress, card.cost, card.seeds) if result),
         ]
-        lines += [card.command, *(command(result) for result in results)]
+        added = [each for result in (card.evaluation or {}).values() for each in result.get("added_by", ())]
+        lines += [card.command, *(command(result) for result in results), *added]
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -134,7 +135,7 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
             for method, figure in (areas := result.get("areas") or {"gain": {}})["gain"].items():
                 is_measured, over = True, areas["head_over"].get(method)
                 more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
-                cells = [method, f"{areas['max_kl']:.2f}", signed(figure), *more]
+                cells = [method, f"{figure.get('max_kl', areas['max_kl']):.2f}", signed(figure), *more]
                 lines.append(row([f"`{card.name}`", result["test_set"], *cells]))
     return "\n".join(lines) if is_measured else _NOT_YET
 
