@@ -176,6 +176,8 @@ class SteeredDecoder:
         logits_MV = within_budget(base_MV, steered_MV, self._max_kl)
         sampling = [_row_sampling(lane.result.job, settings) for lane in lanes]
         tokens = sample(logits_MV, sampling, [len(lane.result.token_ids) for lane in lanes]).tolist()
+        if min(tokens) < 0:
+            raise FloatingPointError("no token has a finite logit")
         for lane, state_D, token_id, nats in zip(
             lanes, hidden_TD, tokens, kl(logits_MV, base_MV).tolist(), strict=False
         ):

@@ -205,12 +205,12 @@ def _probed(layer: int, bare: Sequence[Tensor], moves: Sequence[Tensor]) -> Stee
     see, is told better.
     """
     move_ND = torch.cat(list(moves))
-    direction_D = move_ND.mean(0) / move_ND.mean(0).norm()
+    direction_D = move_ND.mean(0) / move_ND.mean(0).norm().clamp(min=1e-9)
     target_N = move_ND @ direction_D
     states_ND = torch.cat(list(bare))
     mean_D, scale_D = states_ND.mean(0), states_ND.std(0).clamp(min=1e-6)
     inputs_ND = (states_ND - mean_D) / scale_D
-    is_held_out_N = torch.cat([torch.full((len(text),), number % 5 == 0) for number, text in enumerate(bare)])
+    is_held_out_N = torch.cat([torch.full((len(text),), number % 5 == 1) for number, text in enumerate(bare)])
     weights_D = _ridge(inputs_ND[~is_held_out_N], target_N[~is_held_out_N] - target_N.mean())
     start = torch.cat([weights_D, target_N.mean()[None]])
     fitted = _rectified(start, inputs_ND, target_N, is_held_out_N)
@@ -231,8 +231,9 @@ def _rectified(start: Tensor, inputs_ND: Tensor, target_N: Tensor, is_held_out_N
         best, best_error = start, float("inf")
         for _ in range(_PROBE_STEPS):
             error_N = ((inputs_ND @ fitted[:-1] + fitted[-1]).clamp(min=0.0) - target_N).square()
-            held_out = float(error_N.detach()[is_held_out_N].mean())
-            if held_out < best_error:
+            # Of a single text there is none, and the last step is as good as any.
+            held_out = float(error_N.detach()[is_held_out_N].mean().nan_to_num(0.0))
+            if held_out <= best_error:
                 best, best_error = fitted.detach().clone(), held_out
             optimizer.zero_grad()
             error_N[~is_held_out_N].mean().backward()  # pyright: ignore[reportUnknownMemberType]
@@ -260,8 +261,8 @@ def _best(core: EngineCore, candidates: Sequence[Steering], sources: FitSources)
 def _in_unit(core: EngineCore, steering: Steering, held_out: Sequence[_HeldOut]) -> Steering:
     states_TD = _response_states(core, held_out[0].text, [steering.layer])[steering.layer]
     added_TD = steering.moved(states_TD, 1.0) - states_TD
-    length = float(states_TD.norm(dim=1).mean()) / max(float(added_TD.norm(dim=1).mean()), 1e-9)
-    steering = steering.scaled(_START_SHARE * length)
+    if (added := float(added_TD.norm(dim=1).mean())) > 0:
+        steering = steering.scaled(_START_SHARE * float(states_TD.norm(dim=1).mean()) / added)
     for _ in range(2):
         _, nats = _told_apart(core, steering, held_out)
         steering = steering.scaled(min(max((_WANTED_KL / max(nats, 1e-9)) ** 0.5, 0.1), 10.0))
