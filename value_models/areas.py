@@ -68,7 +68,8 @@ class Frontier:
         hull: list[tuple[float, int | None]] = [(at, None)]
         for place in np.flatnonzero(self.times_Q <= at):
             if mean_Q[place] > level:
-                level, hull = float(mean_Q[place]), [(at, int(place))]
+                level = float(mean_Q[place])
+                hull[0] = (at, int(place))
         while len(dearer := np.flatnonzero((self.times_Q > at) & (mean_Q > level))):
             slopes = (mean_Q[dearer] - level) / (self.times_Q[dearer] - at)
             best = int(dearer[slopes.argmax()])

@@ -1,7 +1,7 @@
 """How much of a head's gain is the luck of what it was trained on: the same training with several seeds.
 
 A seed draws the training prompts anew (value_models/resampled.py), and a head and a static vector are fitted to what it
-drew, by today's defaults and with one direction. All heads meet the same test prompts at the same strength, each beside
+drew, by today's defaults. All heads meet the same test prompts at the same strength, each beside
 its own vector, which diverges as far as it does on validation prompts. Intervals draw prompts and seeds again. Enter at
 `SeedsStudy`.
 
@@ -10,9 +10,10 @@ Shapes: F seeds, P prompts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from value_models.training_data import load_training_data
 
 # Part of what tells kept heads apart: raise it when the way they are fitted changes.
 _VERSION = 1
-_TRAINING = TrainSettings(field_features=0)
+_TRAINING = TrainSettings()
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,20 +69,27 @@ def seeded_heads(
     manifest = open_rollouts(rollouts).manifest
     told = {"version": _VERSION, "rollouts": manifest, "reward": reward_name, "settings": _TRAINING.model_dump()}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-    paths = {seed: [folder / f"{key}-{seed}-{what}.safetensors" for what in ("head", "vector")] for seed in seeds}
-    missing = [seed for seed, both in paths.items() if not all(path.exists() for path in both)]
-    if missing:
-        data = load_training_data(rollouts, reward_name, prompt_texts, with_prefixes=True)
-        for seed in missing:
-            drawn = resampled(data, seed)
-            for path, head in zip(
-                paths[seed], (train_head([drawn], _TRAINING).head, static_vector_head(drawn)), strict=True
-            ):
-                write_bytes(path, save(head.state_dict()))
-    return [
-        SeededHeads(seed, *(head_from_tensors("linear", load(path.read_bytes())) for path in both))
-        for seed, both in paths.items()
-    ]
+    data = functools.cache(
+        lambda: load_training_data(rollouts, reward_name, prompt_texts, with_prefixes=_TRAINING.wants_prefix_rewards)
+    )
+
+    def fitted(seed: int) -> SeededHeads:
+        fits = {
+            "head": lambda: train_head([resampled(data(), seed)], _TRAINING).head,
+            "vector": lambda: static_vector_head(resampled(data(), seed)),
+        }
+        return SeededHeads(seed, *(_kept(folder, f"{key}-{seed}-{what}", fit) for what, fit in fits.items()))
+
+    return [fitted(seed) for seed in seeds]
+
+
+def _kept(folder: Path, name: str, fit: Callable[[], ValueHead]) -> ValueHead:
+    """From a file whose suffix tells the head's type, or fitted now and put there."""
+    for path in folder.glob(f"{name}.*.safetensors"):
+        return head_from_tensors(path.suffixes[0].removeprefix("."), load(path.read_bytes()))
+    head = fit()
+    write_bytes(folder / f"{name}.{head.type_name}.safetensors", save(head.state_dict()))
+    return head
 
 
 class SeedsStudy:

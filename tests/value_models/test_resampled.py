@@ -62,5 +62,5 @@ def test_a_prompt_that_came_twice_counts_in_a_fit_as_two_copies_would(data: Trai
         split=[data.split[number] for number in order],
     )
     for fit in (static_vector_head, lambda one: train_head([one], TrainSettings(critic="value")).head):
-        ways = [fit(one).ascent_UD for one in (drawn, copied)]
-        assert float(torch.cosine_similarity(*ways)) > 0.99
+        way_UD, same_UD = (fit(one).ascent_UD for one in (drawn, copied))
+        assert float(torch.cosine_similarity(way_UD, same_UD)) > 0.99
