@@ -35,7 +35,6 @@ from value_models.order import order_figures
 from value_models.prefix_rewards import MODEL_STRIDE, STRIDE
 from value_models.rollouts import RunKind
 from value_models.sources import FitSource, token_weights
-from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
 
 _POSITIONS = (0, 10, 20, 40, 60)
@@ -289,24 +288,33 @@ def _figures(head: ValueHead, source: FitSource, *, is_unit: bool) -> Validation
     gain = ascent_gain(head, source, "validation").gain
     if not math.isfinite(gain):
         raise TrainingDataError("rollouts: validation states hold numbers that are not finite; make them anew")
-    sums = _expected_sums(head, source.data) if is_unit else None
+    r2, sums = _over_validation(head, source)
     return ValidationFigures(
         ascent_gain=round(gain, 4),
-        r2=_r2_by_position(head, source, "validation"),
+        r2=r2,
         num_train_tokens=source.data.num_tokens("train"),
         num_validation_tokens=source.data.num_tokens("validation"),
         order=order_figures(head, source.data),
-        calibration={} if sums is None else sums.figures(),
-        expected=None if sums is None else sums.fitted(),
+        calibration=sums.figures() if is_unit else {},
+        expected=sums.fitted() if is_unit else None,
     )
 
 
-def _expected_sums(head: ValueHead, data: TrainingData) -> ExpectedSums:
-    """Over validation tokens."""
+def _over_validation(head: ValueHead, source: FitSource) -> tuple[dict[str, float], ExpectedSums]:
+    """The share of the reward's variance that the head explains, at all tokens and at some positions, and what reward
+    to expect of its values, in one pass over validation tokens."""
+    explained = {"all": _Explained(), **{f"token_{position}": _Explained() for position in _POSITIONS}}
     sums = ExpectedSums(head.reward_mean, head.reward_scale)
-    for block in data.blocks("validation"):
-        sums.add(head.value(block.states_ND), block.of_tokens(data.reward_B), block.of_tokens(data.prompt_B))
-    return sums
+    for block in source.data.blocks("validation"):
+        standard_N = head.readout(head.units(block.states_ND))[0].cpu().double()
+        truth_N, position_N = block.of_tokens(source.standard_B), block.position_of_tokens()
+        explained["all"].add(standard_N, truth_N)
+        for position in _POSITIONS:
+            at = position_N == position
+            explained[f"token_{position}"].add(standard_N[at], truth_N[at])
+        values_N = head.reward_mean + head.reward_scale * standard_N
+        sums.add(values_N, block.of_tokens(source.data.reward_B), block.of_tokens(source.data.prompt_B))
+    return {name: part.share() for name, part in explained.items() if part.count > 1 or name == "all"}, sums
 
 
 class _Explained:
@@ -326,21 +334,3 @@ class _Explained:
     def share(self) -> float:
         variance = self._squares / self.count - (self._sum / self.count) ** 2
         return 1.0 - self._errors / self.count / max(variance, 1e-12)
-
-
-def _r2_by_position(head: ValueHead, source: FitSource, split: str) -> dict[str, float]:
-    """Share of the reward's variance that the head explains on a split's tokens, overall and at some positions."""
-    explained = {"all": _Explained(), **{f"token_{position}": _Explained() for position in _POSITIONS}}
-    for block in source.data.blocks(split):
-        values_N, truth_N = _standard_values(head, block), block.of_tokens(source.standard_B)
-        explained["all"].add(values_N, truth_N)
-        position_N = block.position_of_tokens()
-        for position in _POSITIONS:
-            at = position_N == position
-            explained[f"token_{position}"].add(values_N[at], truth_N[at])
-    return {name: part.share() for name, part in explained.items() if part.count > 1 or name == "all"}
-
-
-def _standard_values(head: ValueHead, block: TokenBlock) -> Tensor:
-    """[N], in standard deviations of the training reward, float64."""
-    return head.readout(head.units(block.states_ND))[0].cpu().double()

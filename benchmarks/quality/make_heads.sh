@@ -24,7 +24,7 @@ train positive 'Positive, cheerful text (VADER sentiment)'
 train plain "$plain"
 train neutral 'A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
 train relevance 'Responses that stay with the prompt (cosine of sentence embeddings)'
-train brevity 'Short answers (words of the response)' --rollouts runs/long --field-features 0
+train brevity 'Short answers (words of the response)' --rollouts runs/long
 train nontoxic 'Text without insults, threats or swear words (the classifier of alt-profanity-check)' \
     --rollouts runs/rtp --prompts runs/rtp.jsonl
 train plain "$plain" --rollouts runs/gemma --damping 1

@@ -37,7 +37,7 @@ class BiasEditor(StateEditor):
         logits_BV, stats = super().logits(hidden_BD, plan, instructed)
         bias_BV = self._bias_V.to(logits_BV.device).expand_as(logits_BV).contiguous()
         max_kl_B = torch.full_like(logits_BV[:, 0], self._max_kl)
-        scale_B, _ = largest_linear_scale(logits_BV, bias_BV, max_kl_B)
+        scale_B, _ = largest_linear_scale(logits_BV, torch.arange(len(logits_BV)), bias_BV, max_kl_B)
         return torch.addcmul(logits_BV, scale_B[:, None], bias_BV), stats
 
 

@@ -3,7 +3,7 @@
 The LM head is linear, so the logits at scale s of an edit are l0 + s * dl, and KL(s) = KL(softmax(l0 + s dl) ||
 softmax(l0)) costs no further product with the LM head. It grows with s, and its square root is close to linear, which
 makes regula falsi on the root converge in a few evaluations. Only scales that were evaluated and found within budget
-are returned, so the budget holds exactly. server/kernels/budget.cpp does the same natively. Knows nothing of heads or
+are returned, so the budget holds exactly. server/kernels/budget.h does the same natively. Knows nothing of heads or
 models. Enter at `largest_linear_scale` and `largest_general_scale`.
 
 Shapes: R controlled rows, V vocabulary.
@@ -103,11 +103,11 @@ class GeneralDivergence:
         return GeneralDivergence(self._base_RV[rows], self._delta_RV[rows], self._finish, from_RV=from_RV)
 
 
-def largest_linear_scale(base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `largest_scale` does, for logits that are base + s * delta exactly; natively where that can be."""
-    if ops.can_run_natively(base_RV):
-        return ops.largest_scales(base_RV, delta_RV, max_kl_R - ROUNDING_NATS)
-    return _by_rows(LinearDivergence, base_RV, delta_RV, max_kl_R)
+def largest_linear_scale(base_BV: Tensor, rows_R: Tensor, delta_RV: Tensor, max_kl_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `largest_scale` does, for logits that are base[rows] + s * delta exactly; natively where that can be."""
+    if ops.can_run_natively(base_BV):
+        return ops.largest_scales(base_BV, rows_R, delta_RV, max_kl_R - ROUNDING_NATS)
+    return _by_rows(LinearDivergence, base_BV[rows_R], delta_RV, max_kl_R)
 
 
 def largest_general_scale(

@@ -25,16 +25,15 @@ from server.control.ascent import TOLERANCE, Ascent, ascend, ascend_beside, leav
 from server.control.budget import ROUNDING_NATS, largest_added_scale, largest_general_scale, largest_linear_scale
 from server.control.fused import FusedRows, HeadBank
 from server.control.guidance import InstructedLogits, guidance_weights, instructed_states
-from server.control.objectives import MAX_HEADS_PER_REQUEST
 from server.control.params import ControlParams
 from server.control.pinned import loses_ground, pinned_share
 from server.control.plan import EditGroup, EditPlan
-from server.control.registry import MAX_STACKS, HeadRegistry, HeadStack
+from server.control.registry import HeadRegistry, HeadStack
+from server.control.row_logits import RowLogits
 from server.control.shared import SharedEdit, SharedRows, shared_shift
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
 from server.kernels.gpu import edit_kernels_on
-from server.kernels.linear import FrozenLinear, frozen_linear
 
 if TYPE_CHECKING:
     from server.kernels.gpu.edit import EditKernels
@@ -43,8 +42,6 @@ Key = TypeVar("Key")
 Made = TypeVar("Made")
 # Two rows of the vocabulary's size each; a batch of more distinct controls than this makes them anew each step.
 _MAX_SHARED = 64
-_MAX_ROWS = MAX_STACKS * MAX_HEADS_PER_REQUEST
-"""Of heads' ascents whose change of the logits is kept: as many as the largest sets of linear heads have."""
 _MAX_DEVICES = 8
 
 
@@ -104,14 +101,15 @@ class GroupStats:
 class _Edit:
     """An ascent, the scale [R] that its KL budget allows and the divergence [R] there.
 
-    The logits move by scale_R x delta_RV.
+    The logits move by scale_R x delta_RV; where the scale is 0 by nothing, whatever the delta is.
     """
 
     ascent: Ascent
     scale_R: Tensor
     kl_R: Tensor
     is_nonfinite_R: Tensor
-    delta_RV: Tensor
+    delta_RV: Tensor | None
+    """It is None of one that was made in place."""
     is_outside_R: Tensor | None
     """Rows whose edit was dropped for leaving the values that their objective allows; None where that cannot be."""
     is_short_R: Tensor | None = None
@@ -127,7 +125,7 @@ class StateEditor:
 
     def __init__(self, unembedding: Unembedding) -> None:
         self._unembedding = unembedding
-        self._row_logits: dict[HeadStack, FrozenLinear] = {}
+        self._row_logits = RowLogits(unembedding.project)
         self._shifts: dict[tuple[HeadStack, tuple[float, ...]], ops.SharedShift] = {}
         self._shared_rows: SharedRows | None = None
         self._kernels: dict[torch.device, EditKernels | None] = {}
@@ -156,8 +154,8 @@ class StateEditor:
         """
         edits, shared, logits_BV = self._edits(hidden_BD, plan, instructed or {})
         for edit in edits:
-            rows_R = edit.ascent.group.rows_R
-            logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:, None], edit.delta_RV)
+            if edit.delta_RV is not None:
+                _move(logits_BV, edit)
         if not self._unembedding.is_linear:
             logits_BV = self._unembedding.finish(logits_BV)
         return logits_BV, _all_stats(edits, shared)
@@ -166,7 +164,7 @@ class StateEditor:
         self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor]
     ) -> tuple[list[_Edit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
-        projection. These have been moved by the shared and fused edits already."""
+        projection. These have been moved already by the shared and fused edits, and by those without a delta."""
         can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
         sharing: list[EditGroup] = []
         fused: list[EditGroup] = []
@@ -174,7 +172,7 @@ class StateEditor:
         for group in plan.groups:
             if group.fixed_RW is not None:
                 fused.append(group)
-            elif can_share and group.coefficients is not None:
+            elif can_share and group.factors is not None:
                 sharing.append(group)
             else:
                 ascents.append(ascend(hidden_BD, group.pinned or group))
@@ -193,14 +191,17 @@ class StateEditor:
         assert not (fused and sharing), "rows of linear heads are all the kernels' or none"
         edit = self._fused_edits if fused else self._shared_edits
         base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
+        over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
         edits: list[_Edit] = []
         for ascent in ascents:
+            if id(ascent.group) not in over and self._is_made_in_place(ascent.group, base_BV):
+                edits.append(self._made_in_place(ascent, base_BV))
+                continue
             delta_RV = self._delta(ascent, deltas, num_logits=base_BV.shape[1])
             weight_R = guidance_weights(ascent)
             if weight_R is not None:
                 delta_RV = delta_RV + guidance.moves(ascent.group, weight_R)
             edits.append(self._within_budget(ascent, delta_RV, base_BV, weight_R))
-        over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
         edits = [
             self._over_pinned(over[id(edit.ascent.group)], edit, hidden_BD, base_BV)
             if id(edit.ascent.group) in over
@@ -214,7 +215,33 @@ class StateEditor:
         stack = ascent.group.stack
         if not stack.heads:
             return ascent.shift_ratio_R.new_zeros(len(ascent.shift_ratio_R), num_logits)
-        return self._row_logits_of(stack)(ascent.coefficients_RU) if stack.is_straight else next(deltas)
+        return self._row_logits.change(stack, ascent.coefficients_RU) if stack.is_straight else next(deltas)
+
+    def _is_made_in_place(self, group: EditGroup, base_BV: Tensor) -> bool:
+        """Whether one native call finds how far rows of this group may go, and moves them."""
+        is_straight = group.guidance_R is None and group.stack.is_straight and bool(group.stack.heads)
+        return is_straight and self._unembedding.is_linear and ops.can_run_natively(base_BV)
+
+    def _made_in_place(self, ascent: Ascent, base_BV: Tensor) -> _Edit:
+        group = ascent.group
+        held, count = len(group.rows_R), len(group.rows)
+        found = ops.edit_straight(
+            base_BV,
+            group.rows_R[:count],
+            ascent.coefficients_RU[:count],
+            self._row_logits.of(group.stack),
+            group.max_kl_R[:count] - ROUNDING_NATS,
+        )
+        # A group of one row has it twice.
+        scale_R, kl_R, is_finite_R = (found_R.repeat(held // count) for found_R in found)
+        return _Edit(
+            ascent=ascent,
+            scale_R=scale_R,
+            kl_R=kl_R,
+            is_nonfinite_R=ascent.is_nonfinite_R | ~is_finite_R,
+            delta_RV=None,
+            is_outside_R=None,
+        )
 
     def _over_pinned(self, group: EditGroup, pinned: _Edit, hidden_BD: Tensor, base_BV: Tensor) -> _Edit:
         """The edit of pinned heads with as much of the callers' as budgets leave room for and takes nothing back."""
@@ -223,12 +250,12 @@ class StateEditor:
         hidden_RD, base_RV, moved_RV = (
             hidden_BD[group.rows_R],
             base_BV[group.rows_R],
-            pinned.scale_R[:, None] * pinned.delta_RV,
+            _taken(pinned),
         )
         first = first.taken(pinned.scale_R, hidden_RD)
         added = ascend_beside(hidden_BD, group, first)
         if stack.is_straight:
-            delta_RV = self._row_logits_of(stack)(added.coefficients_RU)
+            delta_RV = self._row_logits.change(stack, added.coefficients_RU)
         else:
             delta_RV = self._unembedding.project(added.shift_RD.to(hidden_BD.dtype)).float()
         is_lost_R = pinned.is_nonfinite_R | added.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite()
@@ -286,37 +313,27 @@ class StateEditor:
             return None
         return _kept(self._kernels, _MAX_DEVICES, device, lambda: edit_kernels_on(device))
 
-    def _row_logits_of(self, stack: HeadStack) -> FrozenLinear:
-        """c [R, U] -> change of the projected logits [R, V], for a stack of few units."""
-        if stack not in self._row_logits:
-            # Fields have several rows, each as long as the vocabulary, and callers choose the sets of heads.
-            num_rows = len(stack.inputs_UD)
-            while self._row_logits and num_rows + sum(len(kept.inputs_UD) for kept in self._row_logits) > _MAX_ROWS:
-                del self._row_logits[next(iter(self._row_logits))]
-            self._row_logits[stack] = frozen_linear(self._unembedding.project(_rows_of(stack)).float().t())
-        return self._row_logits[stack]
-
     def _shift_of(self, group: EditGroup) -> ops.SharedShift:
-        stack, coefficients = group.stack, group.coefficients
-        assert coefficients is not None
+        stack, factors = group.stack, group.factors
+        assert factors is not None
         return _kept(
             self._shifts,
             _MAX_SHARED,
-            (stack, coefficients),
-            lambda: shared_shift(stack, coefficients, self._row_logits_of(stack)),
+            (stack, factors),
+            lambda: shared_shift(stack, factors, self._row_logits),
         )
 
     def _within_budget(
         self, ascent: Ascent, delta_RV: Tensor, base_BV: Tensor, guidance_R: Tensor | None = None
     ) -> _Edit:
-        base_RV = base_BV[ascent.group.rows_R]
-        kernels = self.kernels_on(base_RV.device)
+        rows_R, max_kl_R = ascent.group.rows_R, ascent.group.max_kl_R
+        kernels = self.kernels_on(base_BV.device)
         if self._unembedding.is_linear and kernels is not None:
-            scale_R, kl_R = kernels.largest_scales(base_RV, delta_RV, ascent.group.max_kl_R - ROUNDING_NATS)
+            scale_R, kl_R = kernels.largest_scales(base_BV[rows_R], delta_RV, max_kl_R - ROUNDING_NATS)
         elif self._unembedding.is_linear:
-            scale_R, kl_R = largest_linear_scale(base_RV, delta_RV, ascent.group.max_kl_R)
+            scale_R, kl_R = largest_linear_scale(base_BV, rows_R, delta_RV, max_kl_R)
         else:
-            scale_R, kl_R = largest_general_scale(base_RV, delta_RV, ascent.group.max_kl_R, self._unembedding.finish)
+            scale_R, kl_R = largest_general_scale(base_BV[rows_R], delta_RV, max_kl_R, self._unembedding.finish)
         objectives, is_outside_R = ascent.group.objectives, None
         if objectives is not None and not ascent.group.stack.is_straight:
             is_outside_R = leaves_bounds(ascent, objectives, scale_R)
@@ -325,21 +342,33 @@ class StateEditor:
             ascent=ascent,
             scale_R=scale_R,
             kl_R=kl_R,
-            # Scale zero must not meet an infinite shift.
-            delta_RV=torch.where(scale_R[:, None] > 0, delta_RV, 0.0),
+            delta_RV=delta_RV,
             is_nonfinite_R=ascent.is_nonfinite_R | ~delta_RV.sum(dim=-1).isfinite(),
             is_outside_R=is_outside_R,
             guidance_R=guidance_R,
         )
 
 
+def _taken(edit: _Edit) -> Tensor:
+    """What an edit adds to the logits [R, V]. Scale zero must not meet an infinite change."""
+    assert edit.delta_RV is not None
+    scale_R1 = edit.scale_R[:, None]
+    return torch.where(scale_R1 > 0, scale_R1 * edit.delta_RV, 0.0)
+
+
+def _move(logits_BV: Tensor, edit: _Edit) -> None:
+    """Add what an edit adds, in place; a single row's was computed twice."""
+    count = len(edit.ascent.group.rows)
+    rows_R = edit.ascent.group.rows_R[:count]
+    if edit.delta_RV is not None and ops.can_run_natively(logits_BV):
+        ops.move_rows(logits_BV, rows_R, edit.delta_RV[:count], edit.scale_R[:count])
+    else:
+        logits_BV[rows_R] = logits_BV[rows_R] + _taken(edit)[:count]
+
+
 def _as_it_is(logits_RV: Tensor) -> Tensor:
     """What `finish` is for logits that have been finished already."""
     return logits_RV
-
-
-def _rows_of(stack: HeadStack) -> Tensor:
-    return torch.cat([head.folded_ascent() for head in stack.heads])
 
 
 def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made]) -> Made:

@@ -1,9 +1,9 @@
 """Which rows of a step are controlled, and how: rows grouped by what they can share.
 
 Rows with the same heads run through the same few matrix products, whatever their objectives and budgets are. When all
-of those heads are linear and the objective is a weighted sum, an ascent is the same shift in every state, and on a CPU
-rows are grouped by that too: by what their weights, step size and steps come to. Such a group shares most of its work,
-but there is one for each distinct control. On a GPU the kernels of server/kernels/gpu edit rows of linear heads, and
+of those heads are straight and the objective is a weighted sum, rows whose weights, step size and steps come to the
+same share what makes their shift, and on a CPU they are grouped by that too (shared.py): there is a group for each
+distinct control. On a GPU the kernels of server/kernels/gpu edit rows of linear heads, and
 what they have to know of them stays on the host until all of it travels together (fused.py). A plan stays valid while
 the step's rows stay the same; what changes from token to token (gate, window, schedule, what is left of a response's
 budget) is filled in by `EditPlan.at`, for the rows that have any of it. Knows nothing of models or sampling. Enter at
@@ -50,8 +50,8 @@ class EditGroup:
     """R rows that share a stack of heads. A group of one row is held twice: torch may sum a single row in
     another order than the same row among others.
 
-    `coefficients`: what every row takes the stack's ascent rows times, [U], when all heads are linear; otherwise, and
-    on a GPU, where more groups cost more than what they share saves, None.
+    `factors`: what every row takes each head's ascent times, [K], when all heads are straight; otherwise, and on a GPU,
+    where more groups cost more than what they share saves, None.
     """
 
     stack: HeadStack
@@ -68,7 +68,7 @@ class EditGroup:
     max_steps: int
     max_kl_R: Tensor
     max_shift_R: Tensor
-    coefficients: tuple[float, ...] | None
+    factors: tuple[float, ...] | None
     is_paced: bool
     """Whether something of a row changes from token to token."""
     gates: GateRows | None = None
@@ -128,9 +128,9 @@ class EditPlan:
             if control is not None:
                 stack = registry.stack(control.head_names)
                 is_fused = fuses and can_fuse(stack, control)
-                is_shared = stack.is_linear and device.type == "cpu" and not fuses
-                coefficients = _coefficients(stack, control) if is_shared else None
-                key = (stack, coefficients, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
+                is_shared = stack.is_straight and device.type == "cpu" and not fuses
+                factors = _factors(stack, control) if is_shared else None
+                key = (stack, factors, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
                 members.setdefault(key, []).append(index)
         return cls(tuple(_group_of(key, indices, rows, device) for key, indices in members.items()))
 
@@ -147,17 +147,17 @@ def _group_of(
     rows: Sequence[ControlParams | None],
     device: torch.device,
 ) -> EditGroup:
-    stack, coefficients, is_over, _, is_fused = key
+    stack, factors, is_over, _, is_fused = key
     if is_fused:
         return _group((stack, None), indices, rows, torch.device("cpu"), is_fused=True)
-    return (_group_over_pinned if is_over else _group)((stack, coefficients), indices, rows, device)
+    return (_group_over_pinned if is_over else _group)((stack, factors), indices, rows, device)
 
 
 def _is_paced(control: ControlParams) -> bool:
     return any(part is not None for part in (control.gate, control.window, control.schedule, control.max_response_kl))
 
 
-def _coefficients(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
+def _factors(stack: HeadStack, control: ControlParams) -> tuple[float, ...] | None:
     """What the ascent rows are multiplied by, where neither state nor token changes it."""
     if not isinstance(control.heads_objective, WeightedSum) or control.instruction is not None:
         return None
@@ -230,7 +230,7 @@ def _group(
     *,
     is_fused: bool = False,
 ) -> EditGroup:
-    stack, coefficients = key
+    stack, factors = key
     held = indices * 2 if len(indices) == 1 else indices
     controls = tuple(control for i in held if (control := rows[i]) is not None)
     steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
@@ -250,7 +250,7 @@ def _group(
         max_steps=max(steps),
         max_kl_R=on_device([c.max_kl for c in controls], device),
         max_shift_R=on_device([c.max_shift for c in controls], device),
-        coefficients=coefficients,
+        factors=factors,
         is_paced=any(map(_is_paced, controls)),
         fixed_RW=fixed_numbers(stack, controls) if is_fused else None,
         guidance_R=_guidance(controls, [1.0] * len(controls), device),

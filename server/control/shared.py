@@ -1,15 +1,16 @@
-"""Edits that many rows share: linear heads under weighted sums ascend by one shift, whatever the state.
+"""Edits whose rows share all that makes their shift: straight heads under weighted sums that no token changes.
 
-What a shift does to logits is worked out once; a step's edits are then one native call for all rows of all such groups,
+Linear heads ascend by one shift, whatever the state, and what that does to the logits is worked out once; fields by a
+sum of a few rows, which the state weights. A step's edits are then one native call for all rows of all such groups,
 each row read, capped, held to its budget and moved while its logits are in the cache. Rows are laid out once for as
 long as a plan holds. Knows nothing of requests or models. Enter at `SharedRows`.
 
-Shapes: B rows of the step, R rows of a group, K heads, D hidden size, V vocabulary.
+Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,32 +19,43 @@ from torch import Tensor
 from server.control.budget import ROUNDING_NATS
 from server.control.plan import EditGroup
 from server.control.registry import HeadStack
+from server.control.row_logits import RowLogits
 from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
+from value_models.heads import MAX_FEATURE
 from value_models.linalg import vector_norm
 
 _HELD_BY_KL, _HELD_BY_CAP = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_SHIFT)
 
 
-def shared_shift(
-    stack: HeadStack, coefficients: Sequence[float], row_logits: Callable[[Tensor], Tensor]
-) -> ops.SharedShift:
-    """A group's shift as the native kernel knows it.
+def shared_shift(stack: HeadStack, factors: Sequence[float], row_logits: RowLogits) -> ops.SharedShift:
+    """What the native kernel knows of a group, the factors [K] those of its heads' ascents."""
+    first_K = [span.start for span in stack.spans]
+    widths = torch.tensor([head.num_units for head in stack.heads])
+    factor_U = torch.tensor(factors).repeat_interleave(widths)
+    change_KU = stack.gram(torch.eye(len(factor_U)))[:, first_K].T
+    if stack.is_linear:
+        length_peak, logits = _of_all_states(stack, factor_U, row_logits)
+    else:
+        length_peak, logits = _of_each_state(stack, row_logits)
+    each_U2 = torch.stack([stack.input_bias_U, factor_U], dim=1)
+    each_K3 = torch.stack([torch.tensor(first_K).float(), stack.reward_mean_K, stack.reward_scale_K], dim=1)
+    parts = [length_peak, torch.tensor([MAX_FEATURE]), each_U2.flatten(), each_K3.flatten(), change_KU.flatten()]
+    return ops.SharedShift(torch.cat(parts), stack.inputs_UD, len(first_K), logits)
 
-    `row_logits`: c [R, U] -> the logits [R, V] of the stack's ascent rows taken c times.
-    """
-    row_1U = torch.tensor([coefficients])
-    shift_D, climb_K, delta_V = stack.ascent(row_1U)[0], stack.gram(row_1U)[0], row_logits(row_1U)[0]
-    is_finite = bool(shift_D.isfinite().all() & climb_K.isfinite().all() & delta_V.isfinite().all())
-    largest = delta_V.amax()
-    head = torch.stack([vector_norm(shift_D), largest if is_finite else torch.tensor(torch.nan)])
-    each_K4 = torch.stack([stack.input_bias_U, climb_K, stack.reward_mean_K, stack.reward_scale_K], dim=1)
-    return ops.SharedShift(
-        numbers=torch.cat([head, each_K4.flatten()]),
-        weight_KD=stack.inputs_UD,
-        delta_V=delta_V.contiguous(),
-        tilts_V=(delta_V - largest).exp(),
-    )
+
+def _of_all_states(stack: HeadStack, factor_U: Tensor, row_logits: RowLogits) -> tuple[Tensor, ops.ShiftLogits]:
+    """The length and the largest change of a logit [2] of linear heads' shift, and what it does to the logits."""
+    shift_D, delta_V = stack.ascent(factor_U[None])[0], row_logits.change(stack, factor_U[None])[0]
+    largest = delta_V.amax() if bool(shift_D.isfinite().all() & delta_V.isfinite().all()) else torch.tensor(torch.nan)
+    logits = ops.ShiftLogits(delta_V.contiguous(), (delta_V - delta_V.amax()).exp())
+    return torch.stack([vector_norm(shift_D), largest]), logits
+
+
+def _of_each_state(stack: HeadStack, row_logits: RowLogits) -> tuple[Tensor, ops.RowAscents]:
+    """The same of a shift that follows the state, whose length and largest change are each row's own."""
+    ascent_UD = torch.cat([head.folded_ascent() for head in stack.heads])
+    return torch.zeros(2), ops.RowAscents.of(ascent_UD, row_logits.of(stack))
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,7 +75,7 @@ class SharedRows:
         self._num_rows = num_rows
         self._counts = [len(group.rows) for group in groups]
         self._num_heads = max(len(group.stack.names) for group in groups)
-        self._entries_G5 = torch.tensor([shift.entry() for shift in shifts])
+        self._entries_G8 = torch.tensor([shift.entry() for shift in shifts])
         self._shift_of_R = torch.repeat_interleave(torch.tensor(self._counts))
         # What a plan has of a single row twice is taken once.
         rows = [row for group in groups for row in group.rows]
@@ -87,7 +99,7 @@ class SharedRows:
         logits_BV, _, report_RN = ops.edit_shared(
             hidden_BD,
             logits_BV,
-            self._entries_G5,
+            self._entries_G8,
             self._shift_of_R,
             self._rows_B,
             self._max_shift_R,

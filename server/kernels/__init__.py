@@ -47,8 +47,11 @@ _SIGNATURES = {
     "paged_attention_bf16": _ATTENTION,
     "paged_attention_f32": _ATTENTION,
     "sample_f32": (_P, _I, _I, _P, _P, _P, _P, _P, _P),
-    "largest_scales_f32": (_P, _I, _I, _P, _P, _P, _P),
-    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F),
+    "largest_scales_f32": (_P, _I, _I, _P, _I, _P, _P, _P, _P),
+    "combine_rows_f32": (_P, _I, _I, _P, _I, _P),
+    "edit_straight_f32": (_P, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P),
+    "move_rows_f32": (_P, _I, _I, _P, _I, _P, _P),
+    "edit_shared": (_P, _INT, _I, _P, _I, _P, _I, _P, _I, _P, _P, _I, _I, _P, _P, _P, _P, _I, _F, _F),
 }
 
 

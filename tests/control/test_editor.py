@@ -120,12 +120,12 @@ def test_a_fields_direction_is_that_of_the_models_own_state(registry: HeadRegist
 def test_what_is_kept_of_fields_is_bounded_by_their_rows(registry: HeadRegistry, hidden: Tensor) -> None:
     editor = StateEditor(UNEMBEDDING)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.control.editor._MAX_ROWS", 6)
+        patch.setattr("server.control.row_logits.MAX_ROWS", 4)
         for weights in ({"field": 1.0}, {"line": 1.0}, {"field": 1.0, "line": 1.0}):
             plan = plan_of(registry, [control(weights, steps=2, max_response_kl=9.0)] * 7)
             logits, _ = editor.logits(hidden, plan)
             assert torch.equal(logits, EDITOR.logits(hidden, plan)[0])
-    assert [stack.names for stack in editor._row_logits] == [("line",), ("field", "line")]
+            assert sum(len(rows_UV) for rows_UV in editor._row_logits._kept.values()) <= 4
 
 
 @pytest.mark.parametrize("name", ["good", "deep", "line", "field"])
@@ -251,13 +251,20 @@ def test_one_controlled_row_of_two_is_edited_as_if_alone(
         assert float((log_moved.exp() * (log_moved - log_base)).sum()) <= 0.05
 
 
-def test_sharing_a_shift_changes_nothing_but_rounding(registry: HeadRegistry, hidden: Tensor) -> None:
-    rows = [control({"line": 1.0}, step_size=3.0, max_kl=0.02 * (i + 1), max_shift=0.5) for i in range(7)]
+@pytest.mark.parametrize("weights", [{"line": 1.0}, {"field": 1.0}, {"field": -0.5, "line": 1.0}])
+@pytest.mark.parametrize("max_shift", [0.01, 0.5])
+def test_sharing_a_shift_changes_nothing_but_rounding(
+    registry: HeadRegistry, hidden: Tensor, weights: dict[str, float], max_shift: float
+) -> None:
+    rows = [control(weights, step_size=3.0, max_kl=0.02 * (i + 1), max_shift=max_shift) for i in range(7)]
     plan = plan_of(registry, rows)
-    alone = EditPlan(tuple(replace(group, coefficients=None) for group in plan.groups))
+    alone = EditPlan(tuple(replace(group, factors=None) for group in plan.groups))
     (shared_BV, (shared,)), (alone_BV, (other,)) = EDITOR.logits(hidden, plan), EDITOR.logits(hidden, alone)
     torch.testing.assert_close(shared_BV, alone_BV, atol=0.02, rtol=0.02)
     torch.testing.assert_close(shared.kl_R, other.kl_R, rtol=0.05, atol=1e-5)
+    torch.testing.assert_close(shared.values_before_RK, other.values_before_RK, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shared.values_after_RK, other.values_after_RK, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(shared.shift_ratio_R, other.shift_ratio_R, rtol=0.05, atol=1e-4)
     assert shared.held_by_R.tolist() == other.held_by_R.tolist()
 
 
@@ -268,7 +275,7 @@ def test_more_distinct_shifts_than_are_kept_give_each_row_its_own(registry: Head
         assert torch.equal(EDITOR.logits(hidden[:1].contiguous(), plan_of(registry, [rows[i]]))[0][0], many[i])
 
 
-@pytest.mark.parametrize("name", ["good", "line"])
+@pytest.mark.parametrize("name", ["good", "line", "field"])
 def test_a_row_that_overflows_is_counted_and_spares_the_others_of_its_group(
     registry: HeadRegistry, hidden: Tensor, name: str
 ) -> None:

@@ -137,7 +137,7 @@ def test_whatever_changes_an_edit_is_in_the_table_or_keeps_a_row_out_of_it() -> 
     in_table = {"stack", "controls", "fixed_RW", "rows_R", "step_size_R", "steps_R", "max_kl_R", "gates", "held_R",
                 "kl_held_R"}  # fmt: skip
     fixed = {"weights_RK", "objectives", "max_shift_R"}
-    keeps_out = {"pinned", "beneath", "guidance_R", "coefficients"}
+    keeps_out = {"pinned", "beneath", "guidance_R", "factors"}
     of_plans = {"rows", "max_steps", "is_paced"}
     assert {field.name for field in fields(EditGroup)} == in_table | fixed | keeps_out | of_plans
     gates = {"head_R", "level_R", "side_R", "hysteresis_R", "is_gated_R", "was_open_R"}
