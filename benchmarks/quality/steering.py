@@ -188,8 +188,9 @@ class SteeredDecoder:
 
 def within_budget(base_MV: Tensor, steered_MV: Tensor, max_kl: float) -> Tensor:
     """As much of the way from one row of logits to another as the budget allows, in nats."""
-    delta_MV = (steered_MV - base_MV).contiguous()
-    scale_M, _ = largest_linear_scale(base_MV.contiguous(), delta_MV, torch.full_like(base_MV[:, 0], max_kl))
+    base_MV, delta_MV = base_MV.contiguous(), (steered_MV - base_MV).contiguous()
+    max_kl_M = torch.full_like(base_MV[:, 0], max_kl)
+    scale_M, _ = largest_linear_scale(base_MV, torch.arange(len(base_MV)), delta_MV, max_kl_M)
     return torch.addcmul(base_MV, scale_M[:, None], delta_MV)
 
 
