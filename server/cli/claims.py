@@ -59,8 +59,8 @@ def areas(sweep: Sweep) -> dict[str, Any]:
 def compute_areas(sweep: Sweep) -> dict[str, Any]:
     """What each method earns over all amounts of compute up to MAX_TIMES the base model's, as `areas` has it.
 
-    Compute is tokens that the model is run over. Strengths whose text is unsound do not count, and neither does what
-    takes more.
+    Compute is tokens that the model is run over. Strengths that may not be a method's best do not count, and neither
+    does what takes more.
     """
     (base,) = sweep.points["base"]
     frontiers = {
@@ -68,8 +68,8 @@ def compute_areas(sweep: Sweep) -> dict[str, Any]:
             np.array([point.mean("forwarded") / base.mean("forwarded") for point in points]),
             _by_prompt(points, "reward") - _rewards(base) if points else np.zeros((0, len(_rewards(base)))),
         )
-        for name, sound in sweep.sound.items()
-        for points in [[point for point, is_sound in zip(sweep.points[name], sound, strict=True) if is_sound]]
+        for name, allowed in sweep.allowed.items()
+        for points in [[point for point, is_allowed in zip(sweep.points[name], allowed, strict=True) if is_allowed]]
     }
     return {
         "max_times": MAX_TIMES,

@@ -52,8 +52,9 @@ class Sweep:
     best: dict[str, float] = field(default_factory=dict)
     coherence_loss: dict[str, list[float]] = field(default_factory=dict)
     """Of each point; see `coherence_losses`."""
-    sound: dict[str, list[bool]] = field(default_factory=dict)
-    """Of each point, whether its text is sound and on its topic, as that of a best strength must be."""
+    allowed: dict[str, list[bool]] = field(default_factory=dict)
+    """Of each point, whether it may be a best strength: its text is sound and on its topic, or the method has no
+    strength to choose."""
     unsound: list[str] = field(default_factory=list)
     """Methods without a strength that is allowed: `best` is then the nearest to the base model."""
 
@@ -110,9 +111,10 @@ class StrengthSearch:
                 points = [self._point(method, strength) for strength in method.strengths]
             sweep.points[method.name] = points
             losses = sweep.coherence_loss[method.name] = coherence_losses(points, base)
-            sound = sweep.sound[method.name] = _are_sound(points, base, losses, self._max_coherence_loss)
+            sweep.allowed[method.name] = [True] * len(points)
             if method.tested_at is None:
-                kept = [point for point, is_sound in zip(points, sound, strict=True) if is_sound]
+                allowed = sweep.allowed[method.name] = _are_sound(points, base, losses, self._max_coherence_loss)
+                kept = [point for point, is_sound in zip(points, allowed, strict=True) if is_sound]
                 best = max(kept, key=lambda point: point.mean("reward"), default=None)
                 sweep.best[method.name] = (best or _nearest(points, 0.0)).strength
                 sweep.unsound += [] if best else [method.name]
