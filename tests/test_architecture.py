@@ -58,6 +58,7 @@ ALLOWED = {
                                    "value_models.prompt_sets",
                                    "value_models.rewards", "value_models.rollouts", "value_models.scores",
                                    "value_models.shards", "value_models.token_blocks"),
+    "value_models.resampled": ("value_models.token_blocks", "value_models.training_data"),
     "value_models.sources": ("value_models.errors", "value_models.given_texts", "value_models.targets",
                              "value_models.training_data"),
     "value_models.network": ("value_models.errors", "value_models.heads", "value_models.moments",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.cli.claims import areas, claims
+from server.cli.claims import areas, claims, compute_areas
 from server.cli.strengths import Point, Sweep
 
 
@@ -43,3 +43,20 @@ def test_areas_are_of_matched_methods_up_to_the_divergence_that_all_reach() -> N
 def test_methods_that_do_not_move_have_no_areas() -> None:
     points = {"base": [point(0, [0], [0.5])], "head": [point(0, [0], [0.5])]}
     assert areas(Sweep(points, matched={"head": 0})) == {}
+
+
+def test_areas_over_compute_are_of_all_methods_at_the_strengths_that_may_be_their_best() -> None:
+    def costly(strength: float, times: float, reward: float) -> Point:
+        return Point(strength, {"forwarded": {"mean": 50 * times}, "by_prompt": {"reward": [reward, reward]}})
+
+    points = {
+        "base": [costly(0, 1.0, 0.5)],
+        "head": [costly(1, 1.0, 0.8), costly(2, 1.0, 0.9)],
+        "best-of": [costly(8, 8.0, 0.9)],
+        "vector": [costly(1, 1.0, 0.9)],
+    }
+    found = compute_areas(Sweep(points, allowed={"head": [True, False], "best-of": [True], "vector": [False]}))
+    gains = {name: figure["mean"] for name, figure in found["gain"].items()}
+    assert gains == pytest.approx({"head": 0.3, "best-of": 0.2, "vector": 0.0})
+    assert found["head_over"]["best-of"]["mean"] == pytest.approx(0.1)
+    assert found["times"] == {"head": [1.0], "best-of": [8.0], "vector": []}

@@ -94,7 +94,7 @@ def _vector(data: TrainingData, side_B: Tensor) -> ValueHead:
     classes = [(side_B == side) & is_train_B for side in (1.0, -1.0)]
     means = torch.stack([_mean_state(data, chosen_B) for chosen_B in classes])
     difference_D = (means[0] - means[1]).float()
-    counts = torch.stack([data.lengths_B[chosen_B].sum() for chosen_B in classes]).double()
+    counts = torch.stack([data.given_B[chosen_B].sum() for chosen_B in classes]).double()
     head = LinearHead(
         mean_D=counts @ means / counts.sum(),
         scale_D=torch.ones_like(difference_D),
@@ -117,7 +117,7 @@ def _mean_state(data: TrainingData, is_wanted_B: Tensor) -> Tensor:
     total_D = torch.zeros(())
     for block in data.tokens.blocks(is_wanted_B, device=data.device):
         total_D = total_D + block.states_ND.sum(0, dtype=torch.float64)
-    return total_D / data.lengths_B[is_wanted_B].sum()
+    return total_D / data.given_B[is_wanted_B].sum()
 
 
 STATIC_VECTOR = Baseline(static_vector_head, "linear")

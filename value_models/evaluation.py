@@ -37,6 +37,8 @@ class Arm:
     spec: dict[str, Any]
     sampler: Sampler
     best_of: int = 1
+    num_rows: int = 1
+    """Of a step, which one response takes."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,11 +90,13 @@ def evaluate_arms(
 ) -> dict[str, Any]:
     """Arm -> metric -> {mean, low, high}; the first arm is the base that win rates are over.
 
-    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and tells
-    how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's mean reward and divergence.
-    `win_over_base` and, where every prompt has a reference, `win_over_reference` are the share of judges' votes won,
-    ties counting half. `coherence_loss` is the base's coherence less the arm's, prompt by prompt. `worst` is the mean
-    over prompts of the lowest reward among a prompt's samples. Raises RewardError, MetricError.
+    `gain_over` compares an arm, prompt by prompt, with those it has in `comparisons`, if they came before it, and
+    tells how likely that gain is by luck (`p`; see claims.py). `by_prompt` are each prompt's means of the reward,
+    the divergence and the judges' scores. `win_over_base` and, where every prompt has a reference,
+    `win_over_reference` are the share of judges' votes won, ties counting half. `coherence_loss` is the base's
+    coherence less the arm's, prompt by prompt. `worst` is the mean over prompts of the lowest reward among a
+    prompt's samples. `forwarded` is how many tokens the model was run over to write a response, with those of all
+    candidates and of responses that were not kept, but without prompts. Raises RewardError, MetricError.
     """
     store = store or GenerationStore(None)
     reference = _reference_scores(prompts, scoring)
@@ -103,6 +107,7 @@ def evaluate_arms(
         on_arm(name, len(prompts) * num_samples * arm.best_of)
         drawn = store.samples(arm.spec, prompts, num_samples * arm.best_of, arm.sampler, on_sample=on_sample)
         scored = _score(_best_of(drawn, prompts, scoring, arm.best_of), prompts, scoring)
+        scored.scores["forwarded"] = _forwarded(drawn, arm, num_prompts=len(prompts))
         base = base or scored
         figures[name] = {
             **{metric: mean_interval(values) for metric, values in scored.scores.items()},
@@ -118,7 +123,9 @@ def evaluate_arms(
                 if other in done
             },
             **_cost(scored.samples),
-            "by_prompt": {name: scored.scores[name].mean(axis=1).round(5).tolist() for name in ("reward", "kl")},
+            "by_prompt": {
+                name: scored.scores[name].mean(axis=1).round(5).tolist() for name in ("reward", "kl", *scoring.judges)
+            },
             "examples": _examples(scored.samples, prompts),
         }
         done[name] = scored
@@ -139,6 +146,12 @@ def _best_of(
         wall_s = sum(sample.wall_s for sample in samples[first : first + group])
         kept.append(replace(samples[best], sample=samples[first].sample // group, mean_kl=kl, max_kl=kl, wall_s=wall_s))
     return kept
+
+
+def _forwarded(drawn: Sequence[EvalSample], arm: Arm, *, num_prompts: int) -> np.ndarray:
+    """Tokens [P, S] that the model was run over for each response that is kept."""
+    tokens = np.array([sample.num_tokens for sample in drawn], dtype=float)
+    return arm.num_rows * tokens.reshape(num_prompts, -1, arm.best_of).sum(axis=-1)
 
 
 def _score(samples: list[EvalSample], prompts: Sequence[RolloutPrompt], scoring: Scoring) -> _Scored:

@@ -1,9 +1,9 @@
 """95% intervals of figures over prompts, by the percentile bootstrap.
 
 Prompts are drawn again, and not responses, since responses to one prompt are not independent. Enter at `mean_interval`;
-`bootstrap` is for a figure that is no mean.
+`bootstrap` is for a figure that is no mean, and `mean_over_fits` for one of several fits of the same method.
 
-Shapes: P prompts, S responses to each.
+Shapes: P prompts, S responses to each, F fits.
 """
 
 from __future__ import annotations
@@ -32,3 +32,13 @@ def bootstrap(figure: Callable[[np.ndarray], np.ndarray], num_prompts: int) -> d
     low, high = np.quantile(figure(rows), _QUANTILES)
     mean = figure(np.arange(num_prompts))
     return {"mean": round(float(mean), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def mean_over_fits(values_FP: np.ndarray) -> dict[str, float]:
+    """{mean, low, high} of figures of several fits on the same prompts, where fits are drawn again as prompts are."""
+    num_fits, num_prompts = values_FP.shape
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, num_prompts, (_NUM_RESAMPLES, 1, num_prompts))
+    fits = rng.integers(0, num_fits, (_NUM_RESAMPLES, num_fits, 1))
+    low, high = np.quantile(values_FP[fits, prompts].mean(axis=(1, 2)), _QUANTILES)
+    return {"mean": round(float(values_FP.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}

@@ -47,8 +47,8 @@ class FitSource:
 
     def mean_score(self, split: str) -> float:
         """Over the tokens of a split."""
-        is_in_B, lengths_B = self.data.is_in(split), self.data.lengths_B.double()
-        return float((self.standard_B * lengths_B)[is_in_B].sum() / lengths_B[is_in_B].sum())
+        is_in_B, given_B = self.data.is_in(split), self.data.given_B.double()
+        return float((self.standard_B * given_B)[is_in_B].sum() / given_B[is_in_B].sum())
 
 
 def token_weights(sources: Sequence[FitSource]) -> list[float]:

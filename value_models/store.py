@@ -138,6 +138,8 @@ class HeadCard(_Frozen):
     """The figures of every method on held-out prompts, by test set; written by `recontrol eval`."""
     stress: dict[str, Any] | None = None
     """The same at the corners of the ranges that a request may ask for; written by benchmarks/quality."""
+    seeds: dict[str, Any] | None = None
+    """What heads that were trained as this one was do, each on training prompts that a seed drew again; so too."""
     cost: dict[str, Any] | None = None
     """What a response of each method takes; written by benchmarks/quality."""
     command: str

@@ -27,6 +27,8 @@ from value_models.scores import RunScores
 from value_models.shards import damaged
 from value_models.token_blocks import TokenBlock, TokenSource, blocks_of
 
+_NOT_SCORED = "the text so far was not scored"
+
 
 @dataclass(slots=True)
 class TrainingData:
@@ -42,8 +44,10 @@ class TrainingData:
     kind: RunKind = "rollouts"
     device: str = "cpu"
     """Where blocks are put, and so what is computed of them."""
-    prefixes: PrefixReport | str = "the text so far was not scored"
+    prefixes: PrefixReport | str = _NOT_SCORED
     """What the rewards of the text so far took, which blocks then have as `prefix_rewards_N`; or why there are none."""
+    times_B: Tensor | None = None
+    """How often `tokens` give each response, where that is not once; see resampled.py."""
 
     @property
     def prefix_stride(self) -> int | None:
@@ -59,6 +63,11 @@ class TrainingData:
     def lengths_B(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    @property
+    def given_B(self) -> Tensor:
+        """Tokens that `tokens` give of each response."""
+        return self.lengths_B if self.times_B is None else self.lengths_B * self.times_B
+
     def is_in(self, split: str) -> Tensor:
         """Whether a response is in a split, [B] bool. Raises TrainingDataError when none is."""
         is_in_B = torch.tensor([name == split for name in self.split])
@@ -71,7 +80,7 @@ class TrainingData:
         return torch.tensor(sorted({int(number) for number in self.prompt_B[self.is_in(split)].unbind()}))
 
     def num_tokens(self, split: str) -> int:
-        return int(self.lengths_B[self.is_in(split)].sum())
+        return int(self.given_B[self.is_in(split)].sum())
 
     def blocks(self, split: str | None, *, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
         """The responses of a split, or all, in order; `order` draws another one of the files.
@@ -196,7 +205,7 @@ class _Reader:
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(self._lengths).cumsum(0)])
         prompt_B = torch.cat(self._prompt_B)
         prefixes = self.prefixes if isinstance(self.prefixes, PrefixRewards) else None
-        why_none = {"prefixes": self.prefixes} if isinstance(self.prefixes, str) else {}
+        why_none = self.prefixes if isinstance(self.prefixes, str) else _NOT_SCORED
         return TrainingData(
             tokens=RunTokens(self._run, self._first_responses, offsets, prefixes),
             offsets=offsets,
@@ -207,5 +216,5 @@ class _Reader:
             manifest=self._run.manifest,
             kind=self._run.kind,
             device=device,
-            **({"prefixes": prefixes.report} if prefixes is not None else why_none),
+            prefixes=prefixes.report if prefixes is not None else why_none,
         )

@@ -13,6 +13,7 @@ from pydantic_settings import CliPositionalArg
 from benchmarks.quality.objectives import ObjectivesSetup, ObjectivesStudy
 from benchmarks.quality.plots import require_matplotlib
 from benchmarks.quality.rivals import RE_CONTROL, RIVALS
+from benchmarks.quality.seeds import SeedsStudy, seeded_heads
 from benchmarks.quality.studies import CostStudy, MapStudy, StressStudy, SweptMethodsStudy
 from server.cli.comparison import Study
 from server.cli.evaluate import Evaluation
@@ -22,12 +23,13 @@ from server.engines.embedded.model.loader import LoadedModel
 from server.errors import ConfigurationError
 from value_models.head_folder import open_heads
 
-_STUDIES = {"methods": SweptMethodsStudy, "stress": StressStudy, "map": MapStudy, "cost": CostStudy}
+_STUDIES = {"stress": StressStudy, "map": MapStudy, "cost": CostStudy}
 # What a study does not use; to give it would mean nothing.
 _UNUSED_FLAGS = {
-    "methods": {"worst_case"},
+    "methods": {"worst_case", "num_seeds"},
     "stress": {
         "worst_case",
+        "num_seeds",
         "max_kl",
         "step_size",
         "instruction",
@@ -36,9 +38,11 @@ _UNUSED_FLAGS = {
         "rollouts",
         "max_coherence_loss",
     },
-    "cost": {"worst_case", "max_prompts"},
+    "cost": {"worst_case", "max_prompts", "num_seeds"},
+    "seeds": {"worst_case", "methods", "instruction", "max_coherence_loss"},
     "map": {
         "worst_case",
+        "num_seeds",
         "prompts",
         "split",
         "max_prompts",
@@ -48,6 +52,7 @@ _UNUSED_FLAGS = {
         "max_coherence_loss",
     },
     "objectives": {
+        "num_seeds",
         "reward",
         "tuning_prompts",
         "rollouts",
@@ -76,16 +81,23 @@ class Quality(Evaluation):
         "first is raised and searched for, the second kept at a floor, the last brought to targets"
     )
     methods: list[str] = Field(list(RIVALS), description=f"comma-separated rivals, of: {', '.join(RIVALS)}")
-    study: Literal["methods", "stress", "map", "cost", "objectives"] = Field(
+    study: Literal["methods", "stress", "map", "cost", "seeds", "objectives"] = Field(
         "methods",
         description="methods: compare all methods; stress: the corners of the allowed ranges; map: the step size and "
         "number of steps of RE-Control as published, with and without a budget; cost: what a response takes; "
+        "seeds: heads and static vectors trained anew on training prompts that seeds draw again; "
         "objectives: what each objective and each search does to text",
     )
     worst_case: list[str] | None = Field(
         None,
         description="comma-separated sets of heads, as in a+b, for the objectives study's worst case; by default all "
         "heads that it names",
+    )
+    num_seeds: int = Field(3, ge=2, description="of the seeds study")
+    add_rows: bool = Field(
+        False,
+        description="with --update-card: leave the figures that the card has of other methods; the head, the prompts "
+        "and the sampling must be the same",
     )
     quick: bool = Field(
         False,
@@ -98,6 +110,8 @@ class Quality(Evaluation):
     def check_flags(self) -> None:
         if given := sorted(_UNUSED_FLAGS[self.study] & self.model_fields_set):
             raise ValueError(f"{given[0]}: the {self.study} study does not use it; leave it out")
+        if self.add_rows and not (self.update_card and self.study == "methods"):
+            raise ValueError("add_rows: goes with --update-card and the methods study alone")
         if self.quick:
             self._be_quick()
         super().check_flags()
@@ -118,7 +132,7 @@ class Quality(Evaluation):
 
     @property
     def sets_strengths(self) -> bool:
-        return self.study in ("methods", "cost", "map")
+        return self.study in ("methods", "cost", "map", "seeds")
 
     def rivals(self) -> Sequence[Method]:
         if self.study in ("methods", "cost"):
@@ -137,7 +151,27 @@ class Quality(Evaluation):
     def study_of(self, loaded: LoadedModel, registry: HeadRegistry) -> Study:
         if self.study == "objectives":
             return ObjectivesStudy(self._objectives_setup(loaded, registry))
+        if self.study == "seeds":
+            return self._seeds_study(loaded, registry)
+        if self.study == "methods":
+            return SweptMethodsStudy(self.setup(loaded, registry), adds_rows=self.add_rows)
         return _STUDIES[self.study](self.setup(loaded, registry))
+
+    def _seeds_study(self, loaded: LoadedModel, registry: HeadRegistry) -> SeedsStudy:
+        registry.check([self.head], param="head")
+        card = open_heads(self.heads_location(loaded)).card(self.head)
+        self.check_rollouts(card)
+        pairs = seeded_heads(
+            self.work / "seeds",
+            self.rollouts,
+            self.reward_of(card),
+            self.training_texts(),
+            range(1, self.num_seeds + 1),
+        )
+        for pair in pairs:
+            for name, head in pair.heads.items():
+                registry = registry.with_head(name, head.to(loaded.model.device))
+        return SeedsStudy(self.setup(loaded, registry), pairs)
 
     def _objectives_setup(self, loaded: LoadedModel, registry: HeadRegistry) -> ObjectivesSetup:
         heads = list(dict.fromkeys(self.head.split(",")))

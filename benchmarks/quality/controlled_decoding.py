@@ -16,13 +16,21 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from benchmarks.quality.decoding import (
+    NO_ROOM,
+    PREFILL_CHUNK_TOKENS,
+    DecodingJob,
+    DecodingResult,
+    eval_samples,
+    jobs_of,
+    taken,
+)
 from server.cli.arms import ArmFactory
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.kv_cache import fork_pages
@@ -31,16 +39,11 @@ from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.sampler import uniform
-from server.engines.rollout_prompts import response_seed
-from server.engines.text import Detokenizer
-from server.engines.vocabulary import Vocabulary
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
 from value_models.heads import ValueHead
 from value_models.rollouts import RolloutPrompt, RolloutSettings
-
-_PREFILL_CHUNK_TOKENS = 256
-_NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
+from value_models.store import tensors_digest
 
 
 class ControlledDecoding(BaseModel):
@@ -54,38 +57,28 @@ class ControlledDecoding(BaseModel):
 
 def controlled_decoding(factory: ArmFactory, head: str, params: ControlledDecoding) -> Arm:
     """Tokens tried and drawn by a head's value; at temperature 1, whatever the factory's sampling says."""
-    value_head = factory.registry.head(head)
+    return decoding_by_value(factory, head, factory.registry.head(head), params)
 
-    def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterator[EvalSample]:
-        return _sample(factory.source, prompts, settings, value_head, params)
+
+def decoding_by_value(factory: ArmFactory, name: str, head: ValueHead, params: ControlledDecoding) -> Arm:
+    """By a head of that name that no engine knows."""
+
+    def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterable[EvalSample]:
+        jobs = jobs_of(factory.source, prompts, settings)
+        return eval_samples(factory.source, decoder_of(factory.source, head).run(jobs, params))
 
     search = {"type": "controlled_decoding", **params.model_dump()}
-    return factory.arm({"search": search, "heads": factory.digests([head])}, sample)
+    spec = {"search": search, "heads": {name: tensors_digest(head)}}
+    return factory.arm(spec, sample, num_rows=params.num_candidates)
 
 
-@dataclass(slots=True, frozen=True)
-class DecodingJob:
-    """One response to one prompt; (seed, index) is the key of its random stream."""
-
-    prompt_id: str
-    index: int
-    prompt_token_ids: tuple[int, ...]
-    seed: int
-    max_tokens: int
-
-
-@dataclass(slots=True)
-class DecodingResult:
-    """`kl` is in nats for each token, exact."""
-
-    job: DecodingJob
-    token_ids: list[int] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    """The state behind each token."""
-    kl: list[float] = field(default_factory=list)
-    is_finished: bool = False
-    wall_s: float = 0.0
-    """Each step's seconds, shared by the lanes it served."""
+def decoder_of(source: EngineRolloutSource, head: ValueHead) -> ControlledDecoder:
+    """On the model of an engine that rests."""
+    core = source.core
+    assert isinstance(core, EngineCore)
+    return ControlledDecoder(
+        core.runner, core.page_pool, head, source.loaded.eos_token_ids, max_rows=core.max_batch_size
+    )
 
 
 @dataclass(slots=True)
@@ -158,10 +151,10 @@ class ControlledDecoder:
 
     def _open(self, job: DecodingJob, width: int) -> _Lane:
         prompt = list(job.prompt_token_ids)
-        pages = self._take(num_pages_for(len(prompt)))
+        pages = taken(self._pool, num_pages_for(len(prompt)))
         hidden_TD = torch.empty(0)
-        for start in range(0, len(prompt), _PREFILL_CHUNK_TOKENS):
-            chunk = prompt[start : start + _PREFILL_CHUNK_TOKENS]
+        for start in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
+            chunk = prompt[start : start + PREFILL_CHUNK_TOKENS]
             hidden_TD = self._runner.forward([], [Segment(pages, start, chunk)])
         first = _Candidate(pages, hidden_TD[-1], self._values(hidden_TD[-1:])[0])
         return _Lane(DecodingResult(job), hidden_TD[-1], self._spread(first, len(prompt), width))
@@ -172,15 +165,9 @@ class ControlledDecoder:
         for _ in range(width - 1):
             forked = fork_pages(self._runner.kv, self._pool, chosen.pages, length)
             if forked is None:
-                raise RuntimeError(_NO_ROOM)
+                raise RuntimeError(NO_ROOM)
             pages.append(forked)
         return [_Candidate(its_pages, chosen.hidden_D, chosen.value) for its_pages in pages]
-
-    def _take(self, count: int) -> list[int]:
-        pages = self._pool.take(count)
-        if pages is None:
-            raise RuntimeError(_NO_ROOM)
-        return pages
 
     def _release(self, candidates: Iterable[_Candidate]) -> None:
         for candidate in candidates:
@@ -199,7 +186,7 @@ class ControlledDecoder:
         rows: list[DecodeRow] = []
         for lane in lanes:
             for candidate in lane.candidates:
-                candidate.pages += self._take(num_pages_for(lane.length + 1) - len(candidate.pages))
+                candidate.pages += taken(self._pool, num_pages_for(lane.length + 1) - len(candidate.pages))
                 rows.append(DecodeRow(candidate.pages, lane.length, candidate.token_id))
         hidden_BD = self._runner.forward(rows, [])
         tried = [candidate for lane in lanes for candidate in lane.candidates]
@@ -221,45 +208,6 @@ class ControlledDecoder:
     def _values(self, hidden_BD: Tensor) -> list[float]:
         """In standard deviations of the training reward."""
         return self._head.readout(self._head.units(hidden_BD))[0].tolist()
-
-
-def _sample(
-    source: EngineRolloutSource,
-    prompts: Sequence[RolloutPrompt],
-    settings: RolloutSettings,
-    head: ValueHead,
-    params: ControlledDecoding,
-) -> Iterator[EvalSample]:
-    core, eos_token_ids = source.core, source.loaded.eos_token_ids
-    assert isinstance(core, EngineCore)
-    decoder = ControlledDecoder(core.runner, core.page_pool, head, eos_token_ids, max_rows=core.max_batch_size)
-    jobs = [
-        DecodingJob(
-            prompt_id=prompt.id,
-            index=index,
-            prompt_token_ids=tuple(source.encode(prompt)),
-            seed=response_seed(settings.seed, prompt.id),
-            max_tokens=settings.max_tokens,
-        )
-        for prompt in prompts
-        for index in range(settings.num_samples)
-    ]
-    tokenizer: Any = source.loaded.tokenizer
-    vocabulary = Vocabulary(tokenizer.backend_tokenizer)
-    for result in decoder.run(jobs, params):
-        detokenizer = Detokenizer(vocabulary, result.job.prompt_token_ids)
-        shown = (token_id for token_id in result.token_ids if token_id not in eos_token_ids)
-        yield EvalSample(
-            prompt_id=result.job.prompt_id,
-            sample=result.job.index,
-            response="".join(detokenizer.add(token_id).text for token_id in shown) + detokenizer.flush(),
-            num_tokens=len(result.token_ids),
-            nll=source.nll(torch.stack(result.states), result.token_ids),
-            mean_kl=sum(result.kl) / len(result.kl),
-            max_kl=max(result.kl),
-            is_finished=result.is_finished,
-            wall_s=result.wall_s,
-        )
 
 
 def _draw(lane: _Lane, value_weight: float) -> tuple[int, float]:

@@ -39,6 +39,10 @@ toxic='--prompts runs/rtp.jsonl --formats text --max-tokens 32'
 stress='--study stress --max-prompts 16 --num-samples 2'
 measure positive
 measure positive --study map
+measure positive --max-tokens 128 $few
+measure plain --max-tokens 128 $few
+measure positive --study seeds --num-samples 2
+measure plain --study seeds --num-samples 2
 measure positive --study cost --num-samples 2
 measure positive,neutral,plain --study objectives --worst-case neutral+plain,positive+relevance --max-prompts 40 --num-samples 2
 measure nontoxic --rollouts runs/rtp $toxic --num-samples 8
@@ -46,7 +50,7 @@ measure nontoxic $toxic --study stress --num-samples 2
 measure brevity --rollouts runs/long --max-tokens 96 $few,end-token
 measure brevity --max-tokens 96 $stress
 measure neutral --num-samples 2 $few,word-scores
-measure plain $few,word-scores,best-of
+measure plain $few,word-scores,best-of,activation-steering,prompt-replacement
 measure relevance $few,best-of
 for head in positive plain neutral relevance; do measure $head $stress; done
 measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds

@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.quality.rivals import (
     BLOCKWISE,
+    CONTRASTIVE,
     CONTROLLED_DECODING,
     END_TOKEN,
+    IVR,
     RE_CONTROL,
+    REPLACEMENT,
     TOKEN_LOG_ODDS,
+    VAS,
     WORD_SCORES,
 )
 from server.cli.methods import BEST_OF, HEAD, PROMPTING, STATIC_VECTOR
@@ -47,11 +51,15 @@ _LOOKS = {
     BEST_OF.name: _Look("best of N (KL bound)", "#CC79A7", "v"),
     BLOCKWISE.name: _Look("blockwise best of N (KL bound)", "#56B4E9", "D"),
     CONTROLLED_DECODING.name: _Look("controlled decoding", "#009E73", "^"),
+    VAS.name: _Look("VAS", "#1B9E77", "1"),
+    IVR.name: _Look("IVR", "#E7298A", "2"),
     STATIC_VECTOR.name: _Look("static vector", "#E69F00", "s"),
     RE_CONTROL.name: _Look("RE-Control", "#D55E00", "P"),
     TOKEN_LOG_ODDS.name: _Look("token log-odds", "#8A8A00", "<"),
     WORD_SCORES.name: _Look("word scores", "#7F3C8D", ">"),
     END_TOKEN.name: _Look("end token", "#999999", "*"),
+    CONTRASTIVE.name: _Look("activation steering", "#A6761D", "p"),
+    REPLACEMENT.name: _Look("prompt replacement", "#66A61E", "h"),
     HEAD.name: _Look("head", "#0072B2", "o"),
     PROMPTING.name: _Look("prompting", "#000000", "X"),
 }
@@ -62,8 +70,12 @@ _LEGEND_ORDER = (
     TOKEN_LOG_ODDS.name,
     WORD_SCORES.name,
     END_TOKEN.name,
+    CONTRASTIVE.name,
+    REPLACEMENT.name,
     RE_CONTROL.name,
     CONTROLLED_DECODING.name,
+    VAS.name,
+    IVR.name,
     BLOCKWISE.name,
     BEST_OF.name,
     PROMPTING.name,

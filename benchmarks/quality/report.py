@@ -99,8 +99,12 @@ def commands(cards: Sequence[HeadCard]) -> str:
     """What made and measured each head."""
     lines: list[str] = []
     for card in cards:
-        results = [*(card.evaluation or {}).values(), *(result for result in (card.stress, card.cost) if result)]
-        lines += [card.command, *(command(result) for result in results)]
+        results = [
+            *(card.evaluation or {}).values(),
+            *(result for result in (card.stress, card.cost, card.seeds) if result),
+        ]
+        added = [each for result in (card.evaluation or {}).values() for each in result.get("added_by", ())]
+        lines += [card.command, *(command(result) for result in results), *added]
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -131,9 +135,40 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
             for method, figure in (areas := result.get("areas") or {"gain": {}})["gain"].items():
                 is_measured, over = True, areas["head_over"].get(method)
                 more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
-                cells = [method, f"{areas['max_kl']:.2f}", signed(figure), *more]
+                cells = [method, f"{figure.get('max_kl', areas['max_kl']):.2f}", signed(figure), *more]
                 lines.append(row([f"`{card.name}`", result["test_set"], *cells]))
     return "\n".join(lines) if is_measured else _NOT_YET
+
+
+def compute_table(cards: Sequence[HeadCard]) -> str:
+    """The mean gain of reward over all compute up to some times the base model's, on validation prompts.
+
+    Of results that count the tokens that the model is run over, which older ones do not.
+    """
+    lines = header(["head", "test set", "method", "tokens run over, of the base's", "mean gain", "head over it", "p"])
+    is_measured = False
+    for card in cards:
+        for result in (card.evaluation or {}).values():
+            for method, figure in (areas := result.get("compute_areas") or {"gain": {}})["gain"].items():
+                is_measured, over = True, areas["head_over"].get(method)
+                more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
+                times = ", ".join(dict.fromkeys(f"{one:.1f}" for one in areas["times"][method])) or "no sound text"
+                lines.append(row([f"`{card.name}`", result["test_set"], method, times, signed(figure), *more]))
+    return "\n".join(lines) if is_measured else _NOT_YET
+
+
+def seeds_table(cards: Sequence[HeadCard]) -> str:
+    """Each measured head's seeds: the gains over the base model and over the static vector of the same seed."""
+    titles = ["head", "test set", "by", "by seed", "over the base model", "over the static vector"]
+    lines = header(titles)
+    measured = [(card.name, card.seeds) for card in cards if card.seeds is not None]
+    for name, result in measured:
+        for metric in ("reward", *result["judges"]):
+            means = ", ".join(f"{result['arms'][arm][metric]['mean']:.2f}" for arm in result["head_arms"])
+            cells = [metric, means, *(signed(result[over][metric]) for over in ("over_base", "over_static_vector"))]
+            lines.append(row([f"`{name}`", result["test_set"], *cells]))
+    told = "\n".join(f"`{command(result)}`" for _, result in measured)
+    return "\n".join([*lines, "", told]) if measured else "No head was measured with several seeds yet."
 
 
 def kept_table(cards: Sequence[HeadCard]) -> str:
@@ -173,6 +208,8 @@ SECTIONS: dict[str, Callable[[Sequence[HeadCard]], str]] = {
     "heads": evaluation_tables,
     "claims": claims_table,
     "areas": areas_table,
+    "compute": compute_table,
+    "seeds": seeds_table,
     "kept": kept_table,
     "stress": stress_tables,
     "commands": commands,

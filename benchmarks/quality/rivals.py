@@ -2,16 +2,23 @@
 
     blockwise best-of     the head's value picks the best of several continuations, block by block
     controlled decoding   the head's value of every likely token is tried by a real forward step
+    VAS                   the same with twenty tokens, and values that are trained by temporal differences
+    IVR                   the same with values that are trained again on what they guided
     RE-Control            the paper's head: a network of two layers fitted to one-step targets, ascended along its plain
                           gradient without a budget (with the mistakes of the published code mended; see
                           tests/value_models)
     token log-odds        a constant bias on tokens, from better against worse responses to the same prompt
     word scores           one of what the reward says of each word by itself: its lexicon
     end token             one on the tokens that end a response
+    activation steering   the difference of better from worse responses, added to the states that enter a middle layer
+    prompt replacement    what an instruction does to those states, added as often as a probe of the state says
 
 Enter at RIVALS; to add one, write a `Method` and put it there, and its look into plots.py.
 
-Source: Kong et al. 2024, Aligning large language models with representation editing (arXiv 2406.05954).
+Sources: Kong et al. 2024, Aligning large language models with representation editing (arXiv 2406.05954); Han et al.
+2024, Value augmented sampling for language model alignment and personalization (arXiv 2405.06639); Liu et al. 2025,
+Iterative value refinement (arXiv 2503.02368). Those two papers train a language model as the value; here it reads the
+frozen model's own states, as a head does.
 """
 
 from __future__ import annotations
@@ -21,10 +28,13 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding
+from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding, decoding_by_value
+from benchmarks.quality.steering import Steering, activation_steering
+from benchmarks.quality.steering_fit import contrastive, replacement
 from benchmarks.quality.token_bias import token_bias
+from benchmarks.quality.value_refinement import refined_values
 from server.cli.arms import ArmFactory
-from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, BiasSources, Method, Subject
+from server.cli.methods import BEST_OF, PROMPTING, STATIC_VECTOR, FitSources, Method, Subject
 from server.control.objectives import WeightedSum
 from server.control.params import Blocks, ControlParams
 from value_models.baselines import Baseline
@@ -44,6 +54,19 @@ _PUBLISHED_TRAINING = TrainSettings(
     learning_rate=1e-3,
     max_epochs=6,
 )
+
+
+# Han et al. 2024 take lambda 0.95, the twenty likeliest tokens and a weight of 3 of rewards that spread by about one.
+_VAS_TRAINING = TrainSettings(
+    targets="td_lambda",
+    trace=0.95,
+    center_by_prompt=False,
+    hidden_widths=(512,),
+    metric="identity",
+    max_epochs=6,
+)
+_NUM_GUIDED_TOKENS = 20
+_VALUE_WEIGHTS = (3.0, 6.0)
 
 
 def blockwise(candidates: int = 4, block_tokens: int = 8) -> Blocks:
@@ -66,6 +89,16 @@ def re_control_head(data: TrainingData) -> ValueHead:
     return head.with_ascent(head.inputs_UD / head.scale_D.square())
 
 
+def vas_head(data: TrainingData) -> ValueHead:
+    """Values of the base model's rewards as they are, by temporal differences. Raises TrainingDataError."""
+    return train_head([data], _VAS_TRAINING).head
+
+
+def _value_guided(subject: Subject, name: str, head: ValueHead, weight: float) -> Arm:
+    params = ControlledDecoding(num_candidates=_NUM_GUIDED_TOKENS, value_weight=weight)
+    return decoding_by_value(subject.factory, name, head, params)
+
+
 def _blockwise_best_of(subject: Subject, number: float) -> Arm:
     return subject.factory.control(ControlParams.for_head(subject.head, steps=0, search=blockwise(int(number))))
 
@@ -75,15 +108,30 @@ def _controlled_decoding(subject: Subject, weight: float) -> Arm:
 
 
 def _token_bias(
-    name: str, label: str, bias: Callable[[BiasSources], Tensor], *, rewards: Iterable[str] | None = None
+    name: str, label: str, bias: Callable[[FitSources], Tensor], *, rewards: Iterable[str] | None = None
 ) -> Method:
     """Under the head's budget at every token, and matched to the head's divergence as a static vector is."""
 
     def arm(subject: Subject, strength: float) -> Arm:
-        return token_bias(subject.factory, subject.biases[name], strength=strength, max_kl=subject.max_kl)
+        return token_bias(subject.factory, subject.fitted(method), strength=strength, max_kl=subject.max_kl)
 
     can_raise = None if rewards is None else frozenset(rewards)
-    return Method(name, label, arm, strengths=(1.0,), is_matched=True, bias=bias, rewards=can_raise)
+    method = Method(name, label, arm, strengths=(1.0,), is_matched=True, fit=bias, rewards=can_raise)
+    return method
+
+
+def _steering(
+    name: str, label: str, fit: Callable[[FitSources], Steering], *, needs_instruction: bool = False
+) -> Method:
+    """Under the head's budget at every token, and matched to the head's divergence as a static vector is."""
+
+    def arm(subject: Subject, strength: float) -> Arm:
+        return activation_steering(subject.factory, subject.fitted(method), strength=strength, max_kl=subject.max_kl)
+
+    method = Method(
+        name, label, arm, strengths=(1.0,), is_matched=True, fit=fit, num_rows=2, needs_instruction=needs_instruction
+    )
+    return method
 
 
 BLOCKWISE = Method(
@@ -100,6 +148,22 @@ CONTROLLED_DECODING = Method(
     _controlled_decoding,
     strengths=(2.0, 6.0),
     num_rows=ControlledDecoding().num_candidates,
+)
+VAS = Method(
+    "vas",
+    "VAS",
+    lambda subject, weight: _value_guided(subject, VAS.name, subject.factory.registry.head(VAS.name), weight),
+    strengths=_VALUE_WEIGHTS,
+    num_rows=_NUM_GUIDED_TOKENS,
+    baseline=Baseline(vas_head, "mlp", settings=_VAS_TRAINING.model_dump()),
+)
+IVR = Method(
+    "ivr",
+    "IVR",
+    lambda subject, weight: _value_guided(subject, IVR.name, subject.fitted(IVR), weight),
+    strengths=_VALUE_WEIGHTS,
+    num_rows=_NUM_GUIDED_TOKENS,
+    fit=refined_values,
 )
 RE_CONTROL = Method(
     "re-control",
@@ -125,6 +189,8 @@ END_TOKEN = _token_bias(
     lambda sources: end_tokens(sources.end_token_ids, sources.vocab_size),
     rewards={"brevity"},
 )
+CONTRASTIVE = _steering("activation-steering", "activation steering", contrastive)
+REPLACEMENT = _steering("prompt-replacement", "prompt replacement", replacement, needs_instruction=True)
 
 RIVALS = {
     method.name: method
@@ -133,11 +199,15 @@ RIVALS = {
         BEST_OF,
         BLOCKWISE,
         CONTROLLED_DECODING,
+        VAS,
+        IVR,
         RE_CONTROL,
         STATIC_VECTOR,
         TOKEN_LOG_ODDS,
         WORD_SCORES,
         END_TOKEN,
+        CONTRASTIVE,
+        REPLACEMENT,
     )
 }
 """As tables have them."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.quality.added_rows import with_rows
 from benchmarks.quality.plots import plot_map, plot_pareto
 from benchmarks.quality.rivals import RE_CONTROL, re_control
 from server.cli.asked import ASKED
@@ -30,16 +31,27 @@ _MAP_METRICS = ("reward", "diversity", "coherence", "nll", "kl")
 
 
 class SweptMethodsStudy(MethodsStudy):
-    """Keeps the sweep, which is of validation prompts, beside the card, with its plot."""
+    """Keeps the sweep, which is of validation prompts, beside the card, with its plot.
+
+    With `adds_rows` other methods that the card and the sweep hold stay there; see added_rows.py.
+    """
+
+    def __init__(self, setup: EvalSetup, *, adds_rows: bool = False) -> None:
+        super().__init__(setup)
+        self._adds_rows = adds_rows
 
     def save(self, result: dict[str, Any]) -> None:
-        super().save(result)
+        kept = (self.setup.card().evaluation or {}).get(result["test_set"]) if self._adds_rows else None
+        super().save(result if kept is None else with_rows(kept, for_card(result)))
         # Of the same sweep other test sets may have fewer methods.
         if self.setup.split == "test":
-            kept = ("test_set", "num_tuning_prompts", "strengths", "sweep", "sampling", "command")
+            fields = ("test_set", "num_tuning_prompts", "strengths", "sweep", "sampling", "command")
             judges = list(self.setup.scoring.without(ASKED).judges)
-            sweep = {name: result[name] for name in kept} | {"judges": judges}
+            sweep = {name: result[name] for name in fields} | {"judges": judges}
             path = self.setup.folder / SWEEP_FILE
+            if self._adds_rows and path.exists():
+                there = json.loads(path.read_text())
+                sweep = there | {"sweep": there["sweep"] | sweep["sweep"]}
             write_text(path, json.dumps(sweep, indent=1) + "\n")
             plot_pareto(sweep, path.with_suffix(".svg"), title=self.setup.subject.head)
 

@@ -80,13 +80,19 @@ class ArmFactory:
         sample: Callable[[Sequence[RolloutPrompt], RolloutSettings], Iterable[EvalSample]],
         *,
         best_of: int = 1,
+        num_rows: int = 1,
     ) -> Arm:
-        """A way to sample that `spec` tells apart from all others of this model and sampling."""
+        """A way to sample that `spec` tells apart from all others of this model and sampling; a response takes so many
+        rows of a step."""
 
         def sampler(prompts: Sequence[RolloutPrompt], num_samples: int) -> Iterable[EvalSample]:
             return sample(prompts, self._sampling.model_copy(update={"num_samples": num_samples}))
 
-        return Arm(self._common | spec, sampler, best_of)
+        return Arm(self._common | spec, sampler, best_of, num_rows)
+
+    def source_of(self, instruction: Instruction | None) -> EngineRolloutSource:
+        """What puts an instruction where it belongs."""
+        return self._in_system_role if instruction is not None and instruction.place == "system" else self.source
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """What tells heads apart from others of the same names."""
@@ -102,9 +108,8 @@ class ArmFactory:
         read: Sequence[str] = (),
     ) -> Arm:
         def sample(prompts: Sequence[RolloutPrompt], settings: RolloutSettings) -> Iterable[EvalSample]:
-            is_in_system_role = instruction is not None and instruction.place == "system"
-            source = self._in_system_role if is_in_system_role else self.source
             text = None if instruction is None else instruction.text
+            source = self.source_of(instruction)
             return source.evaluate(prompts, settings, control=control, instruction=text, read=read)
 
         if read:
@@ -119,7 +124,15 @@ class ArmFactory:
             spec = spec | {"control": fields, "heads": self.digests(control.head_names)}
             if control.objective.looks_ahead:
                 spec = spec | {"earned": self.registry.earned(control.head_names)}
-        return self.arm(spec, sample, best_of=best_of)
+        return self.arm(spec, sample, best_of=best_of, num_rows=_num_rows(control))
+
+
+def _num_rows(control: ControlParams | None) -> int:
+    """Of a step, which one response takes: its own, its candidates' and that of the text behind an instruction."""
+    if control is None:
+        return 1
+    candidates = 1 if control.search is None else control.search.candidates
+    return candidates * (1 if control.instruction is None else 2)
 
 
 class _InSystemRole(EngineRolloutSource):

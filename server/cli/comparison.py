@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from server.cli.asked import ASKED
-from server.cli.claims import areas, claims, show_claims
+from server.cli.claims import areas, claims, compute_areas, show_claims
 from server.cli.methods import HEAD, PROMPTING, Method, Subject
 from server.cli.prompting import Choice, best_instruction
 from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS, Point, StrengthSearch, Sweep
@@ -74,8 +74,8 @@ class EvalSetup:
         )
 
     def with_best_instruction(self) -> tuple[EvalSetup, Choice | None]:
-        """Prompting by the best of the instructions there are to choose from, if it takes part."""
-        if PROMPTING not in self.methods or not self.instructions:
+        """With the best of the instructions there are to choose from, if a method that needs one takes part."""
+        if not self.instructions or not any(method.needs_instruction for method in self.methods):
             return self, None
         has_chats = any(prompt.format == "chat" for prompt in self.tuning_prompts)
         choice = best_instruction(self.instructions, self.subject, self.tune, has_system_role=has_chats)
@@ -154,6 +154,7 @@ class MethodsStudy:
             "arms": figures,
             "claims": claims(figures),
             "areas": areas(sweep),
+            "compute_areas": compute_areas(sweep),
             **setup.describe(),
             "control": {"step_size": setup.subject.step_size, "max_kl": setup.subject.max_kl},
             # Results without this are older, and behind an instruction theirs are estimates from the tokens drawn.

@@ -18,13 +18,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from pydantic_settings import CliPositionalArg
-from torch import Tensor
 
 from server.cli.arms import ArmFactory, Instruction
 from server.cli.asked import ASKED
 from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
-from server.cli.methods import METHODS, BiasSources, Method, Subject
+from server.cli.methods import METHODS, Fits, FitSources, Method, Subject
 from server.cli.program import command_line
 from server.cli.strengths import FACTORS, MAX_COHERENCE_LOSS
 from server.control.params import MAX_KL_NATS, MAX_STEP_SIZE, ControlParams
@@ -39,7 +38,7 @@ from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, in_mixed_order, load_instructions, locked_prompts_file, split_of
-from value_models.rewards import Reward, check_built_in
+from value_models.rewards import check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 from value_models.training_data import TrainingData, load_training_data
@@ -196,9 +195,9 @@ class Evaluation(HeadsModelCommand):
         methods = self._rivals_for(reward)
         data = functools.cache(lambda: self._training_data(card, reward))
         factory = self.factory(loaded, self._with_baselines(loaded, registry, reward, card, methods))
-        biases = _biases(methods, loaded, scoring.reward, data)
+        fits = self._fits(methods, loaded, factory, scoring, data)
         return EvalSetup(
-            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, biases),
+            subject=Subject(factory, self.head, self.step_size, self.max_kl, instruction, fits),
             folder=Path(self.heads_location(loaded)) / self.head,
             tensors_sha256=card.tensors_sha256,
             scoring=scoring,
@@ -206,7 +205,7 @@ class Evaluation(HeadsModelCommand):
             prompts=self.test_prompts(),
             tuning_prompts=self._prompts(self._tuning_file, "validation") if self.sets_strengths else [],
             split=self.split,
-            test_set=self.test_set,
+            test_set=self.test_set_for(card),
             num_samples=self.num_samples,
             methods=methods,
             max_coherence_loss=self.max_coherence_loss,
@@ -246,6 +245,11 @@ class Evaluation(HeadsModelCommand):
             return "locked"
         return self.prompts.stem if self.prompts else "project"
 
+    def test_set_for(self, card: HeadCard) -> str:
+        """Responses that are longer than those a head was trained on are a test set of their own."""
+        trained = card.data.get("rollouts", {}).get("max_tokens", self.max_tokens)
+        return self.test_set if self.max_tokens <= trained else f"{self.test_set}, {self.max_tokens} tokens"
+
     def sampling(self) -> RolloutSettings:
         return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})
 
@@ -268,25 +272,55 @@ class Evaluation(HeadsModelCommand):
         baselines = {method.name: method.baseline for method in methods if method.baseline is not None}
         if not baselines:
             return registry
-        self._check_rollouts(card)
-        heads = load_baselines(self.work / "baselines", self.rollouts, reward, self._training_texts(), baselines)
+        self.check_rollouts(card)
+        heads = load_baselines(self.work / "baselines", self.rollouts, reward, self.training_texts(), baselines)
         for name, head in heads.items():
             registry = registry.with_head(name, head.to(loaded.model.device))
         return registry
 
+    def _fits(
+        self,
+        methods: Sequence[Method],
+        loaded: LoadedModel,
+        factory: ArmFactory,
+        scoring: Scoring,
+        training_data: Callable[[], TrainingData],
+    ) -> Fits:
+        """Of rivals that are no heads. Those that need no instruction are fitted now. Raises what they do."""
+        tokenizer: Any = loaded.tokenizer
+        size: int = loaded.identity["vocab_size"]
+        sources = FitSources(
+            factory=factory,
+            end_token_ids=loaded.eos_token_ids,
+            words=lambda: words_of_tokens(Vocabulary(tokenizer.backend_tokenizer), size),
+            reward_name=scoring.reward_name,
+            reward=scoring.reward,
+            rollouts=self.rollouts,
+            training_data=training_data,
+            prompts=lambda: {prompt.id: prompt for prompt in read_prompts(self._tuning_file)},
+            folder=self.work / "fits",
+        )
+        fits = Fits(sources)
+        for method in methods:
+            if method.fit is not None and not method.needs_instruction:
+                fits.of(method)
+        return fits
+
     def _training_data(self, card: HeadCard, reward: str) -> TrainingData:
         """Raises ConfigurationError, RolloutError, RewardError."""
-        self._check_rollouts(card)
-        return load_training_data(self.rollouts, reward, self._training_texts())
+        self.check_rollouts(card)
+        return load_training_data(self.rollouts, reward, self.training_texts())
 
-    def _check_rollouts(self, card: HeadCard) -> None:
+    def check_rollouts(self, card: HeadCard) -> None:
+        """Raises ConfigurationError where rivals would be fitted to other prompts than the head."""
         prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
         if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
             raise ConfigurationError(
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
 
-    def _training_texts(self) -> dict[str, str]:
+    def training_texts(self) -> dict[str, str]:
+        """Of the rollouts' prompts, by id."""
         return {prompt.id: prompt.text for prompt in read_prompts(self._tuning_file)}
 
     def _prompts(self, path: Path | None, split: str) -> list[RolloutPrompt]:
@@ -296,22 +330,6 @@ class Evaluation(HeadsModelCommand):
             source = path or "the project's own prompts"
             raise ConfigurationError(f"prompts: none of the {len(served)} of {source} is in the {split} split")
         return chosen
-
-
-def _biases(
-    methods: Sequence[Method], loaded: LoadedModel, reward: Reward, training_data: Callable[[], TrainingData]
-) -> dict[str, Tensor]:
-    """By method, of those that are biases on tokens."""
-    tokenizer: Any = loaded.tokenizer
-    size: int = loaded.identity["vocab_size"]
-    sources = BiasSources(
-        vocab_size=size,
-        end_token_ids=loaded.eos_token_ids,
-        words=lambda: words_of_tokens(Vocabulary(tokenizer.backend_tokenizer), size),
-        reward=reward,
-        training_data=training_data,
-    )
-    return {method.name: method.bias(sources) for method in methods if method.bias is not None}
 
 
 class Eval(Evaluation):

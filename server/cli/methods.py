@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from server.cli.arms import ArmFactory, Instruction
 from server.control.params import MAX_STEP_SIZE, ControlParams
 from value_models.baselines import STATIC_VECTOR as STATIC_VECTOR_BASELINE
 from value_models.baselines import Baseline
 from value_models.evaluation import Arm
+from value_models.prompt_sets import RolloutPrompt
 from value_models.rewards import Reward
 from value_models.training_data import TrainingData
 
@@ -31,9 +32,9 @@ class Subject:
     max_kl: float
     """Nats a token, of every arm with a budget."""
     instruction: Instruction | None
-    """For prompting, which alone needs one."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """By the methods' names, of those that are biases on tokens [V]."""
+    """For prompting, and methods that learn from it."""
+    fits: Fits | None = None
+    """Of methods that are fitted to rollouts and are no heads."""
 
     def control(self, step_size: float, *, by: str | None = None) -> ControlParams:
         """By its head, or by another one under the same budget."""
@@ -43,18 +44,51 @@ class Subject:
         assert self.instruction is not None
         return self.factory.prompting(self.instruction, control)
 
+    def fitted(self, method: Method) -> Any:
+        """What the method is for this subject's instruction. Raises what its `fit` does."""
+        assert self.fits is not None
+        return self.fits.of(method, self.instruction)
+
 
 @dataclass(slots=True, frozen=True)
-class BiasSources:
-    """What biases on tokens are made of."""
+class FitSources:
+    """What methods are fitted to."""
 
-    vocab_size: int
+    factory: ArmFactory
+    """Of the model that is steered."""
     end_token_ids: frozenset[int]
     words: Callable[[], Mapping[int, str]]
     """Those of tokens that begin one, by token."""
+    reward_name: str
     reward: Reward
+    rollouts: Path
     training_data: Callable[[], TrainingData]
     """Rollouts and their rewards. Raises RolloutError, RewardError."""
+    prompts: Callable[[], Mapping[str, RolloutPrompt]]
+    """Those of the rollouts, by id."""
+    folder: Path
+    """For what takes long to fit."""
+    instruction: Instruction | None = None
+    """Of methods that need one."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.factory.source.base_model["vocab_size"]
+
+
+class Fits:
+    """What methods come to, each fitted when it is first asked for."""
+
+    def __init__(self, sources: FitSources) -> None:
+        self._sources = sources
+        self._made: dict[tuple[str, Instruction | None], Any] = {}
+
+    def of(self, method: Method, instruction: Instruction | None = None) -> Any:
+        assert method.fit is not None
+        key = (method.name, instruction if method.needs_instruction else None)
+        if key not in self._made:
+            self._made[key] = method.fit(replace(self._sources, instruction=key[1]))
+        return self._made[key]
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,8 +112,8 @@ class Method:
     """Of a step, which one response takes."""
     baseline: Baseline | None = None
     """The head that it is, registered under the method's name."""
-    bias: Callable[[BiasSources], Tensor] | None = None
-    """The bias on tokens [V] that it is."""
+    fit: Callable[[FitSources], Any] | None = None
+    """What else its arms are made of, as `Subject.fitted` gives it."""
     rewards: frozenset[str] | None = None
     """Those that it can raise, where it cannot raise any."""
 

@@ -52,6 +52,9 @@ class Sweep:
     best: dict[str, float] = field(default_factory=dict)
     coherence_loss: dict[str, list[float]] = field(default_factory=dict)
     """Of each point; see `coherence_losses`."""
+    allowed: dict[str, list[bool]] = field(default_factory=dict)
+    """Of each point, whether it may be a best strength: its text is sound and on its topic, or the method has no
+    strength to choose."""
     unsound: list[str] = field(default_factory=list)
     """Methods without a strength that is allowed: `best` is then the nearest to the base model."""
 
@@ -108,8 +111,11 @@ class StrengthSearch:
                 points = [self._point(method, strength) for strength in method.strengths]
             sweep.points[method.name] = points
             losses = sweep.coherence_loss[method.name] = coherence_losses(points, base)
+            sweep.allowed[method.name] = [True] * len(points)
             if method.tested_at is None:
-                best = _best(points, base, losses, self._max_coherence_loss)
+                allowed = sweep.allowed[method.name] = _are_sound(points, base, losses, self._max_coherence_loss)
+                kept = [point for point, is_sound in zip(points, allowed, strict=True) if is_sound]
+                best = max(kept, key=lambda point: point.mean("reward"), default=None)
                 sweep.best[method.name] = (best or _nearest(points, 0.0)).strength
                 sweep.unsound += [] if best else [method.name]
         return sweep
@@ -168,12 +174,11 @@ def coherence_losses(points: Sequence[Point], base: Point) -> list[float]:
     return [round(float(loss), 4) for loss in fitted]
 
 
-def _best(points: Sequence[Point], base: Point, losses: Sequence[float], max_loss: float) -> Point | None:
-    """Of highest reward among those whose text is sound, if any is."""
+def _are_sound(points: Sequence[Point], base: Point, losses: Sequence[float], max_loss: float) -> list[bool]:
+    """Of each point, whether its text is sound."""
 
     def is_sound(point: Point, loss: float) -> bool:
         is_diverse = point.mean("diversity") >= _MIN_DIVERSITY_SHARE * base.mean("diversity")
         return is_diverse and point.mean("nll") <= base.mean("nll") + _MAX_ADDED_NLL and loss <= max_loss
 
-    sound = [point for point, loss in zip(points, losses, strict=True) if is_sound(point, loss)]
-    return max(sound, key=lambda point: point.mean("reward"), default=None)
+    return [is_sound(point, loss) for point, loss in zip(points, losses, strict=True)]

@@ -221,5 +221,5 @@ def test_rows_that_are_not_the_devices_own_are_fed_as_ever(make_core: Callable[.
     with torch.inference_mode():
         expected = core.runner.forward(rows, [])
         drawn = [replace(rows[0], token_id=0, drawn=2), rows[1]]
-        got = core.runner.forward(drawn, [], torch.tensor([-1, 5, 11]))
+        got = core.runner.forward(drawn, [], drawn_B=torch.tensor([-1, 5, 11]))
     assert torch.equal(got, expected)

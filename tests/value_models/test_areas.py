@@ -1,11 +1,11 @@
-"""Areas under reward over divergence, on curves that are known."""
+"""Areas under reward over divergence and over compute, on curves that are known."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from value_models.areas import Curve, area, area_over, shared_bound
+from value_models.areas import Curve, Frontier, area, area_over, shared_bound
 
 
 def curve(kl: list[float], gain: list[float], *, base: float = 0.5) -> Curve:
@@ -41,3 +41,30 @@ def test_one_method_over_another_is_paired_by_prompt() -> None:
     assert (over["mean"], over["low"], over["high"]) == pytest.approx((0.1, 0.1, 0.1))
     assert over["p"] == 1 / 16
     assert area_over(low, low, 0.2)["p"] == 1.0
+
+
+def frontier(times: list[float], gain: list[float]) -> Frontier:
+    """The same at each of three prompts."""
+    return Frontier(np.array(times), np.repeat(np.array(gain)[:, None], 3, axis=1))
+
+
+def test_what_costs_no_more_than_the_base_model_earns_its_gain_at_every_compute() -> None:
+    assert area(frontier([1.0, 0.9], [0.2, 0.3]), 8.0)["mean"] == pytest.approx(0.3)
+    assert area(frontier([1.0], [-0.2]), 8.0)["mean"] == 0.0
+    assert area(Frontier(np.zeros(0), np.zeros((0, 3))), 8.0)["mean"] == 0.0
+
+
+def test_between_two_costs_methods_are_mixed_and_beyond_the_dearest_gains_stay() -> None:
+    # 0 to 0.2 over [1, 2], to 0.3 over [2, 4], and 0.3 up to 8: areas of 0.1, 0.5 and 1.2.
+    assert area(frontier([2.0, 4.0], [0.2, 0.3]), 8.0)["mean"] == pytest.approx(1.8 / 7, abs=1e-4)
+    assert area(frontier([15.0], [0.7]), 8.0)["mean"] == pytest.approx(0.5 * 7 * 0.35 / 7, abs=1e-4)
+
+
+def test_a_strength_that_a_mixture_of_others_beats_does_not_count() -> None:
+    assert area(frontier([2.0, 3.0, 4.0], [0.1, 0.11, 0.5]), 8.0) == area(frontier([4.0], [0.5]), 8.0)
+    assert area(frontier([2.0, 4.0], [0.3, 0.1]), 8.0) == area(frontier([2.0], [0.3]), 8.0)
+
+
+def test_areas_over_compute_are_compared_prompt_by_prompt() -> None:
+    over = area_over(frontier([1.0], [0.4]), frontier([1.0], [0.1]), 8.0)
+    assert (over["mean"], over["p"]) == (pytest.approx(0.3), 1 / 8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from value_models.intervals import bootstrap, mean_interval
+from value_models.intervals import bootstrap, mean_interval, mean_over_fits
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_prompts() -> None:
@@ -29,3 +30,13 @@ def test_a_figure_that_is_no_mean_is_drawn_again_as_a_whole() -> None:
     values_P = np.array([1.0, 2.0, 3.0])
     largest = bootstrap(lambda rows: values_P[rows].max(axis=-1), len(values_P))
     assert largest == {"mean": 3.0, "low": 1.0, "high": 3.0}
+
+
+def test_the_mean_over_fits_is_as_uncertain_as_prompts_and_fits_make_it() -> None:
+    rng = np.random.default_rng(1)
+    prompts_P, fits_F = rng.normal(size=50), np.array([-0.5, 0.0, 0.5])
+    alike, apart = (mean_over_fits(prompts_P + share * fits_F[:, None]) for share in (0.0, 1.0))
+    assert alike["mean"] == apart["mean"] == pytest.approx(prompts_P.mean(), abs=1e-4)
+    assert apart["low"] < alike["low"] < alike["mean"] < alike["high"] < apart["high"]
+    one = mean_interval(prompts_P[:, None])
+    assert (alike["low"], alike["high"]) == pytest.approx((one["low"], one["high"]), abs=0.05)

@@ -26,7 +26,7 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.drawing import TokenDraw
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
-from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.layout import Segment, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -241,8 +241,8 @@ class EngineCore:
         return self.states_of([token_ids])[0]
 
     @torch.inference_mode()
-    def states_of(self, texts: list[list[int]]) -> list[Tensor]:
-        """The states [T, D] behind each of some texts, which the model reads in one pass.
+    def states_of(self, texts: list[list[int]], watch: StepWatch | None = None) -> list[Tensor]:
+        """The states [T, D] behind each of some texts, which the model reads in one pass, perhaps watched.
 
         Raises ContextLengthError where there is no room for all of them.
         """
@@ -253,17 +253,18 @@ class EngineCore:
                 if pages is None:
                     raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
                 segments.append(Segment(pages, 0, token_ids))
-            return list(self.runner.forward([], segments).split([len(token_ids) for token_ids in texts]))
+            hidden_TD = self.runner.forward([], segments, watch=watch)
+            return list(hidden_TD.split([len(token_ids) for token_ids in texts]))
         finally:
             for segment in segments:
                 self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))
 
-    def _launch(self, *drawn_B: Tensor) -> tuple[Step, Tensor]:
+    def _launch(self, drawn_B: Tensor | None = None) -> tuple[Step, Tensor]:
         """Schedule a step and run the model; its states [T, D]. Tokens that have not been read yet are among these."""
         step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
         segments = [segment for _, segment in step.chunks]
-        hidden_TD = self.runner.forward(decode, segments, *drawn_B) if decode or segments else torch.empty(0)
+        hidden_TD = self.runner.forward(decode, segments, drawn_B=drawn_B) if decode or segments else torch.empty(0)
         return step, hidden_TD
 
     def _launch_behind(self, drawn: Drawn) -> tuple[Step, Tensor] | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.quality.controlled_decoding import ControlledDecoder, ControlledDecoding, DecodingJob
+from benchmarks.quality.controlled_decoding import ControlledDecoder, ControlledDecoding
+from benchmarks.quality.decoding import DecodingJob
 from server.engines.embedded.core import EngineCore
 from server.types import GenerationRequest, SamplingParams
 from tests.conftest import CONFIGS, random_head, run

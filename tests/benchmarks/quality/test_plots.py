@@ -45,7 +45,7 @@ def map_result() -> dict[str, Any]:
 def label(method: str) -> str:
     """What a legend begins with."""
     known = {"best-of": "best of N", "blockwise-best-of": "blockwise best of N"}
-    known |= {"re-control": "RE-Control", "token-log-odds": "token log-odds"}
+    known |= {"re-control": "RE-Control", "token-log-odds": "token log-odds", "vas": "VAS", "ivr": "IVR"}
     return known.get(method, method.replace("-", " "))
 
 

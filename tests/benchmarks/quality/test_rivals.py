@@ -10,13 +10,14 @@ import torch
 
 from benchmarks.quality.controlled_decoding import ControlledDecoding, controlled_decoding
 from benchmarks.quality.rivals import RIVALS, blockwise, re_control, re_control_head
+from benchmarks.quality.steering import Steering, activation_steering
 from server.cli.arms import ArmFactory
 from server.cli.methods import METHODS
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model.loader import LoadedModel
-from tests.conftest import plain_gradient, random_head
+from tests.conftest import HIDDEN, plain_gradient, random_head
 from tests.value_models.test_training import PROMPTS as TRAINING_PROMPTS
 from tests.value_models.test_training import SyntheticSource
 from value_models.evaluation import Arm
@@ -39,6 +40,7 @@ def arms(load_tiny: Callable[..., LoadedModel], heads: dict[str, ValueHead]) -> 
         controlled_decoding(factory, "good", ControlledDecoding()),
         controlled_decoding(factory, "good", ControlledDecoding(value_weight=1.0)),
         controlled_decoding(factory, "line", ControlledDecoding()),
+        activation_steering(factory, Steering(1, torch.ones(HIDDEN)), strength=1.0, max_kl=0.1),
         factory.control(ControlParams.for_head("good", steps=0, search=blockwise())),
         factory.control(ControlParams.for_head("good", steps=0, search=blockwise(3))),
     ]
@@ -48,7 +50,7 @@ def test_what_matters_for_a_response_tells_rivals_apart(arms: list[Arm]) -> None
     assert len({str(arm.spec) for arm in arms}) == len(arms)
 
 
-@pytest.mark.parametrize("way", range(8))
+@pytest.mark.parametrize("way", range(9))
 def test_every_rival_gives_each_response_once_with_figures(arms: list[Arm], way: int) -> None:
     samples = list(arms[way].sampler(PROMPTS, 2))
     assert {(s.prompt_id, s.sample) for s in samples} == {(p.id, i) for p in PROMPTS for i in range(2)}

@@ -17,7 +17,7 @@ from benchmarks.quality.studies import SweptMethodsStudy
 from server.cli import main, run
 from server.cli.comparison import MethodsStudy
 
-WORK = ["--max-batch-size", "8", "--formats", "text"]
+WORK = ["--max-batch-size", "20", "--formats", "text"]
 
 
 def study(*words: str) -> int:
@@ -60,10 +60,68 @@ def test_every_rival_is_compared_and_the_sweep_is_kept_with_its_plot(
     assert arms == ["base", *(method.label for method in rivals.values()), "head", "head + prompting"]
     assert set(compared["sweep"]) == {"base", "head", *rivals}
     matched = {"head", "static-vector", "re-control", "token-log-odds", "end-token"}
+    matched |= {"activation-steering", "prompt-replacement"}
     assert set(compared["strengths"]["equal_divergence"]) == matched
     assert compared["command"].startswith(f"{PROGRAM} ")
     assert json.loads((place[1] / "short" / "sweep.json").read_text())["sweep"] == compared["sweep"]
     assert "<svg" in (place[1] / "short" / "sweep.svg").read_text()
+
+
+def test_compute_is_of_all_rows_and_responses_that_a_method_takes(compared: dict[str, Any]) -> None:
+    def tokens_a_row(arm: str, rows: int) -> bool:
+        """Whether as many tokens were run over as so many rows of the response's length."""
+        figures = compared["arms"][arm]
+        return figures["forwarded"]["mean"] == pytest.approx(rows * figures["tokens"]["mean"], abs=1e-3)
+
+    rows = {"base": 1, "prompting": 1, "VAS": 20, "activation steering": 2, "blockwise best of 4": 4, "head": 1}
+    assert all(tokens_a_row(arm, number) for arm, number in rows.items())
+    assert 2 < compared["arms"]["best of 4"]["forwarded"]["mean"] / compared["arms"]["base"]["tokens"]["mean"] < 6
+    assert set(compared["compute_areas"]["gain"]) == {"head", *compared["sweep"]} - {"base"}
+
+
+def test_a_rival_that_comes_later_is_added_to_what_the_card_holds(
+    compared: dict[str, Any],
+    place: tuple[list[str], Path],
+    workshop: tuple[list[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs = ["--rollouts", str(workshop[1] / "rollouts"), "--prompts", str(workshop[1] / "prompts.jsonl")]
+    words = [*place[0], *inputs, "--max-tokens", "6", "--methods", "static-vector", "--update-card", "--add-rows"]
+    before = card(place[1])["evaluation"]["prompts"]
+    assert study("short", *words, "--num-samples", "1") == 0
+    after = card(place[1])["evaluation"]["prompts"]
+    assert after["arms"] == before["arms"]
+    assert len(after["added_by"]) == 1
+    assert set(json.loads((place[1] / "short" / "sweep.json").read_text())["sweep"]) == set(compared["sweep"])
+    assert study("short", *words, "--num-samples", "2") == 2
+    assert "add_rows: the card's figures of prompts are of other sampling" in capsys.readouterr().err
+
+
+def test_seeds_are_heads_and_vectors_of_their_own_with_intervals_over_both(
+    place: tuple[list[str], Path], workshop: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = ["--rollouts", str(workshop[1] / "rollouts"), "--prompts", str(workshop[1] / "prompts.jsonl")]
+    size = ["--num-samples", "1", "--max-tokens", "4", "--num-seeds", "2"]
+    assert study("short", *place[0], *inputs, *size, "--study", "seeds", "--update-card") == 0
+    found = card(place[1])["seeds"]
+    arms = [f"{what}, seed {seed}" for seed in (1, 2) for what in ("head", "static vector")]
+    assert list(found["arms"]) == ["base", *arms]
+    means = [
+        found["arms"][f"head, seed {seed}"]["reward"]["mean"] - found["arms"]["base"]["reward"]["mean"]
+        for seed in (1, 2)
+    ]
+    assert found["over_base"]["reward"]["mean"] == pytest.approx(sum(means) / 2, abs=2e-4)
+    assert report("--heads-dir", str(place[1])) == 0
+    assert "| `short` | prompts | reward |" in capsys.readouterr().out
+
+
+def test_responses_longer_than_a_head_was_trained_on_are_a_test_set_of_their_own(
+    place: tuple[list[str], Path], workshop: tuple[list[str], Path]
+) -> None:
+    inputs = ["--rollouts", str(workshop[1] / "rollouts"), "--prompts", str(workshop[1] / "prompts.jsonl")]
+    size = ["--num-samples", "1", "--max-tokens", "12", "--max-prompts", "2", "--methods", "static-vector"]
+    assert study("short", *place[0], *inputs, *size, "--update-card") == 0
+    assert {"prompts", "prompts, 12 tokens"} <= set(card(place[1])["evaluation"])
 
 
 @pytest.mark.parametrize(("split", "keeps"), [("test", True), ("locked", False), ("all", False)])

@@ -7,13 +7,13 @@ Shapes: T tokens of a step, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.engines.embedded.model.kv_cache import KVCache
 from server.engines.embedded.model.layout import DecodeRow, Segment, StepLayout, StepSlot, StepWatch
@@ -33,6 +33,8 @@ class Body:
     slot: StepSlot = field(default_factory=StepSlot)
     steady: Steady | None = None
     """For a backbone that needs it."""
+    layers: Sequence[nn.Module] = ()
+    """Of transformers' own; native layers tell a watch by themselves."""
 
     @property
     def is_native(self) -> bool:
@@ -54,3 +56,27 @@ class Body:
         with self.steady or nullcontext():
             output = self.backbone(input_ids=token_ids_T[None], position_ids=step.positions_T[None], use_cache=False)
         return output.last_hidden_state[0]
+
+    def watched_states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
+        """The same while the step's watch is told what each layer gets, and says what it goes on with."""
+        with _watched(self.layers, step.watch):
+            return self.states(token_ids_T, step)
+
+
+@contextmanager
+def _watched(layers: Sequence[nn.Module], watch: StepWatch | None) -> Iterator[None]:
+    """Transformers' layers, whose states are [1, T, D]."""
+
+    def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert watch is not None
+        if args:
+            return (watch.saw(index, "entered", args[0][0])[None], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": watch.saw(index, "entered", kwargs["hidden_states"][0])[None]}
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers if watch is not None else ()):
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, kwargs, index=index: hook(index, args, kwargs), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        yield

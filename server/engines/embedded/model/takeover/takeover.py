@@ -172,7 +172,8 @@ class _Takeover:
             ) from error
 
     def _body(self, backbone: Any, facts: Mapping[int, LayerFacts]) -> Body:
-        return Body(backbone, _spans(facts), self._model.device, StepSlot.of(backbone))
+        layers = () if backbone is not self._backbone else self._blocks.layers
+        return Body(backbone, _spans(facts), self._model.device, StepSlot.of(backbone), layers=layers)
 
     def _lm_head(self, reference: Reference) -> LMHead:
         head = LMHead.like(self._linear, self._config, reference.shown_states, reference.logits)

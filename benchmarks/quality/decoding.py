@@ -1,0 +1,110 @@
+"""What ways to decode that no request can ask for have in common: one response's job, and what is told of it.
+
+A study drives the model itself while the engine rests. Knows nothing of how tokens are chosen. Enter at `jobs_of` and
+`eval_samples`.
+
+Shapes: D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.engines.embedded.model.pages import PagePool
+from server.engines.embedded.rollouts import EngineRolloutSource
+from server.engines.rollout_prompts import response_seed
+from server.engines.text import Detokenizer
+from server.engines.vocabulary import Vocabulary
+from value_models.generations import EvalSample
+from value_models.prompt_sets import RolloutPrompt
+from value_models.rollouts import RolloutSettings
+from value_models.sampled import StreamedText
+
+PREFILL_CHUNK_TOKENS = 256
+NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
+
+
+@dataclass(slots=True, frozen=True)
+class DecodingJob:
+    """One response to one prompt; (seed, index) is the key of its random stream."""
+
+    prompt_id: str
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class DecodingResult:
+    """`kl` is in nats for each token, exact."""
+
+    job: DecodingJob
+    token_ids: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    """The base model's state [D] behind each token."""
+    kl: list[float] = field(default_factory=list)
+    is_finished: bool = False
+    wall_s: float = 0.0
+    """Each step's seconds, shared by the lanes it served."""
+
+
+def jobs_of(
+    source: EngineRolloutSource, prompts: Sequence[RolloutPrompt], settings: RolloutSettings
+) -> list[DecodingJob]:
+    """Every response that is asked for, with the random streams that the engine gives it."""
+    return [
+        DecodingJob(
+            prompt_id=prompt.id,
+            index=index,
+            prompt_token_ids=tuple(source.encode(prompt)),
+            seed=response_seed(settings.seed, prompt.id),
+            max_tokens=settings.max_tokens,
+        )
+        for prompt in prompts
+        for index in range(settings.num_samples)
+    ]
+
+
+def eval_samples(source: EngineRolloutSource, results: Iterable[DecodingResult]) -> Iterator[EvalSample]:
+    vocabulary = vocabulary_of(source)
+    for result in results:
+        yield EvalSample(
+            prompt_id=result.job.prompt_id,
+            sample=result.job.index,
+            response=text_of(result, vocabulary, source.loaded.eos_token_ids).text,
+            num_tokens=len(result.token_ids),
+            nll=source.nll(torch.stack(result.states), result.token_ids),
+            mean_kl=sum(result.kl) / len(result.kl),
+            max_kl=max(result.kl),
+            is_finished=result.is_finished,
+            wall_s=result.wall_s,
+        )
+
+
+def vocabulary_of(source: EngineRolloutSource) -> Vocabulary:
+    tokenizer: Any = source.loaded.tokenizer
+    return Vocabulary(tokenizer.backend_tokenizer)
+
+
+def text_of(result: DecodingResult, vocabulary: Vocabulary, eos_token_ids: frozenset[int]) -> StreamedText:
+    """What a client would have seen, with the place of each token in it."""
+    detokenizer, streamed = Detokenizer(vocabulary, result.job.prompt_token_ids), StreamedText()
+    for number, token_id in enumerate(result.token_ids, 1):
+        text = "" if token_id in eos_token_ids else detokenizer.add(token_id).text
+        is_last = number == len(result.token_ids)
+        streamed.add(text + (detokenizer.flush() if is_last else ""), 1)
+    return streamed
+
+
+def taken(pool: PagePool, count: int) -> list[int]:
+    """So many pages. Raises RuntimeError where there are none left."""
+    pages = pool.take(count)
+    if pages is None:
+        raise RuntimeError(NO_ROOM)
+    return pages
