@@ -486,9 +486,9 @@ def test_what_is_cached_for_one_key_is_never_used_for_another(
     computed: list[int] = []
     forward = core.runner.forward
 
-    def count(rows: Any, segments: Any) -> Any:
+    def count(rows: Any, segments: Any, **options: Any) -> Any:
         computed.append(sum(len(segment.token_ids) for segment in segments))
-        return forward(rows, segments)
+        return forward(rows, segments, **options)
 
     monkeypatch.setattr(core.runner, "forward", count)
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)

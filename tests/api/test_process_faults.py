@@ -161,7 +161,7 @@ def test_an_engine_short_of_memory_answers_500_and_serves_the_next_request(
 ) -> None:
     app = make_embedded_app()
 
-    def short(*_: object) -> None:
+    def short(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB at 0x7f00deadbeef")
 
     with TestClient(app) as client:

@@ -29,9 +29,9 @@ def prompt_tokens_read(core: EngineCore) -> list[int]:
     read: list[int] = []
     forward = core.runner.forward
 
-    def counting(decode: list[DecodeRow], segments: list[Segment]) -> Tensor:
+    def counting(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
         read.append(sum(len(segment.token_ids) for segment in segments))
-        return forward(decode, segments)
+        return forward(decode, segments, **options)
 
     core.runner.forward = counting  # type: ignore[method-assign]
     return read

@@ -89,9 +89,9 @@ def test_beside_requests_a_step_holds_a_few_tokens_of_the_background_and_without
     sizes: list[int] = []
     forward = core.runner.forward
 
-    def counted(decode: list[Any], segments: list[Any]) -> Tensor:
+    def counted(decode: list[Any], segments: list[Any], **options: Any) -> Tensor:
         sizes.append(len(decode) + sum(len(segment.token_ids) for segment in segments))
-        return forward(decode, segments)
+        return forward(decode, segments, **options)
 
     monkeypatch.setattr(core.runner, "forward", counted)
     request = add(core, REQUESTS[0])

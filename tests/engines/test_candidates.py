@@ -335,9 +335,9 @@ def test_rows_are_set_aside_for_all_candidates_at_once(make_core: Callable[..., 
     sizes: list[int] = []
     forward = core.runner.forward
 
-    def counted(decode: list[Any], segments: list[Any]) -> torch.Tensor:
+    def counted(decode: list[Any], segments: list[Any], **options: Any) -> torch.Tensor:
         sizes.append(len(decode))
-        return forward(decode, segments)
+        return forward(decode, segments, **options)
 
     core.runner.forward = counted  # type: ignore[method-assign]
     run(core, [ask(searching(WAYS[0], 3, 2), n=2, name="a", ignore_eos=True), *requests(4)])
@@ -367,8 +367,8 @@ def test_a_candidate_that_is_not_finite_ends_its_request_alone(
     expected = kept(run(core, others))
     forward, steps = core.runner.forward, itertools.count()
 
-    def failing(*args: Any) -> torch.Tensor:
-        hidden = forward(*args)
+    def failing(*args: Any, **options: Any) -> torch.Tensor:
+        hidden = forward(*args, **options)
         if next(steps) == (2 if where == "behind the last token" else 1):
             hidden = hidden.clone()
             hidden[1] = float("nan")

@@ -147,10 +147,10 @@ def test_running_out_of_memory_in_a_step_ends_what_runs_and_serves_what_waits(
     core = make_core(max_batch_size=3)
     forward, steps = core.runner.forward, iter(range(1000))
 
-    def short_of_memory(*args: Any) -> torch.Tensor:
+    def short_of_memory(*args: Any, **options: Any) -> torch.Tensor:
         if next(steps) == 2:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-        return forward(*args)
+        return forward(*args, **options)
 
     monkeypatch.setattr(core.runner, "forward", short_of_memory)
     results = run(core, asked)
@@ -205,7 +205,7 @@ async def test_a_loop_that_dies_tells_everyone_exactly_once(engine: EmbeddedEngi
 async def test_a_device_that_fails_for_good_tells_everyone_exactly_once(engine: EmbeddedEngine) -> None:
     """After some CUDA errors every later operation fails, those that tidy up included."""
 
-    def fail(*_: object) -> torch.Tensor:
+    def fail(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def break_device(core: EngineCore) -> None:

@@ -262,8 +262,8 @@ def test_an_instruction_whose_state_is_not_finite_leaves_the_base_models_tokens_
     expected = tokens(run(core, [ask(None)]))
     forward = core.runner.forward
 
-    def broken(decode: list[Any], segments: list[Any]) -> torch.Tensor:
-        hidden = forward(decode, segments).clone()
+    def broken(decode: list[Any], segments: list[Any], **options: Any) -> torch.Tensor:
+        hidden = forward(decode, segments, **options).clone()
         if not segments and len(decode) == 2:
             hidden[1] = float("nan")
         return hidden
@@ -278,7 +278,7 @@ def test_an_instruction_whose_state_is_not_finite_leaves_the_base_models_tokens_
 
 def test_a_failed_step_ends_the_choice_once(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(core.runner, "forward", lambda *_: 1 / 0)
+        patch.setattr(core.runner, "forward", lambda *_, **__: 1 / 0)
         failed = run(core, [ask(following())])["r", 0]
     assert failed.finish_reasons == [FinishReason.ERROR]
     assert (core.page_pool.num_held, core.status().num_running) == (0, 0)

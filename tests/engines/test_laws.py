@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_a_failed_step_ends_its_sequences_with_an_error_and_the_loop_goes_on(
 ) -> None:
     request = GenerationRequest("r", (1, 2), SamplingParams(max_tokens=5, seed=0))
     with monkeypatch.context() as patch:
-        patch.setattr(core.runner, "forward", lambda *_: 1 / 0)
+        patch.setattr(core.runner, "forward", lambda *_, **__: 1 / 0)
         failed = run(core, [request])["r", 0]
     assert failed.finish_reasons == [FinishReason.ERROR]
     assert "division" not in (failed.chunks[-1].error or "")
@@ -270,8 +271,8 @@ def break_a_row(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = core.runner.forward
     steps = iter(range(100))
 
-    def broken(*args: object) -> torch.Tensor:
-        hidden = forward(*args)  # type: ignore[arg-type]
+    def broken(*args: Any, **options: Any) -> torch.Tensor:
+        hidden = forward(*args, **options)
         if next(steps) == 2:
             hidden = hidden.clone()
             hidden[1] = float("nan")

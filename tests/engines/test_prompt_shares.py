@@ -31,11 +31,11 @@ class Machine:
     def runs(self, core: EngineCore) -> EngineCore:
         forward, add_prompt = core.runner.forward, core._scores.add_prompt
 
-        def timed(decode: list[DecodeRow], segments: list[Segment]) -> Any:
+        def timed(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Any:
             num_tokens = len(decode) + sum(len(segment.token_ids) for segment in segments)
             self.fed.append(num_tokens - len({id(row.pages) for row in decode}))
             self.now_s += 0.016 + self.token_s * num_tokens
-            return forward(decode, segments)
+            return forward(decode, segments, **options)
 
         def tell(sequence: Sequence, segment: Segment, hidden_TD: Any) -> None:
             self.now_s += self.told_s * len(segment.token_ids) * sequence.tells_prompt

@@ -197,8 +197,8 @@ def test_a_state_that_is_not_finite_is_an_error_of_its_request_alone(
     expected = [told(core, request) for request in short]
     forward = core.runner.forward
 
-    def broken(*args: Any) -> torch.Tensor:
-        hidden_TD = forward(*args).clone()
+    def broken(*args: Any, **options: Any) -> torch.Tensor:
+        hidden_TD = forward(*args, **options).clone()
         hidden_TD[7] = math.nan
         return hidden_TD
 

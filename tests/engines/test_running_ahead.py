@@ -107,9 +107,9 @@ class _Order:
         self.events: list[str] = []
         forward, read = core.runner.forward, Arriving.read
 
-        def launched(decode: list[DecodeRow], segments: list[Segment], *drawn_B: Tensor) -> Tensor:
+        def launched(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
             self.events.append("launch")
-            return forward(decode, segments, *drawn_B)
+            return forward(decode, segments, **options)
 
         def awaited(arriving: Arriving) -> list[Tensor]:
             self.events.append("read")
@@ -140,9 +140,9 @@ def test_what_a_token_is_fed_as_is_known_to_the_device_alone(
     core, fed = make_core(runs_ahead=True), []
     forward = core.runner.forward
 
-    def watched(decode: list[DecodeRow], segments: list[Segment], *drawn_B: Tensor) -> Tensor:
+    def watched(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
         fed.append([(row.drawn, row.token_id) for row in decode])
-        return forward(decode, segments, *drawn_B)
+        return forward(decode, segments, **options)
 
     monkeypatch.setattr(core.runner, "forward", watched)
     run(core, [ask("a", max_tokens=3, ignore_eos=True), ask("b", max_tokens=3, ignore_eos=True)])
@@ -176,10 +176,10 @@ def test_a_launch_that_fails_ends_all_with_an_error_and_the_engine_goes_on(
 def _failing_at(launch: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     count = iter(range(1000))
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any, **options: Any) -> Tensor:
         if next(count) == launch:
             raise RuntimeError("the device has failed")
-        return forward(*args)
+        return forward(*args, **options)
 
     return failing
 

@@ -115,6 +115,7 @@ def test_seeds_are_heads_and_vectors_of_their_own_with_intervals_over_both(
     assert "| `short` | prompts | reward |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("compared")
 def test_responses_longer_than_a_head_was_trained_on_are_a_test_set_of_their_own(
     place: tuple[list[str], Path], workshop: tuple[list[str], Path]
 ) -> None:

@@ -71,8 +71,8 @@ class ModelRunner:
     ) -> Tensor:
         """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token.
 
-        `drawn_B` are the tokens that were drawn last, for rows that name theirs by its place among them. A watch is told
-        what each layer gets ("entered", [T, D]), and says what the layer goes on with.
+        `drawn_B` are the tokens that were drawn last, for rows that name theirs by its place among them. A watch is
+        told what each layer gets ("entered", [T, D]), and says what the layer goes on with.
         """
         token_ids_T, step = self._body.layout(self.kv, decode, segments, watch)
         if drawn_B is not None:
