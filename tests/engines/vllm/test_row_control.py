@@ -218,8 +218,10 @@ def test_bad_control_and_unknown_heads_are_told_and_touch_nobody(registry: HeadR
 def test_heads_of_many_units_are_not_used_together(registry: HeadRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(params_module, "MAX_UNITS_PER_REQUEST", 1)
     row_control = RowControl(registry, unembedding_of(Model()))
-    rows = rows_for(row_control, [LINE, control({"line": 0.5, "good": 1.0})])
-    row_control.logits(states(2), rows)
+    for name, asked in (("r0", LINE), ("r1", control({"line": 0.5, "good": 1.0}))):
+        of_vllms_server = {CONTROL_KEY: control_args(asked, "")[CONTROL_KEY]}
+        row_control.add(name, of_vllms_server, prompt_len=5)
+    row_control.logits(states(2), [row_control.row(name, 5) for name in ("r0", "r1")])
     report = row_control.take_report()
     assert report is not None
     data = report.as_plain_data()
