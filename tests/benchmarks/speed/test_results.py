@@ -17,6 +17,7 @@ from benchmarks import (
     fields_sampling,
     guidance,
     reward_levels,
+    reward_search,
     tool_calls,
     training_memory,
 )
@@ -45,6 +46,7 @@ RENDERERS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "judges": (judges.Judges.section, judges.table),
     "pinned": (pinned.SECTION, pinned.table),
     "reward-levels": (reward_levels.SECTION, reward_levels.table),
+    "reward-search": (reward_search.RewardSearch.section, reward_search.table),
     "roads": (roads.SECTION, roads.table),
     "tool-calls": ("bench-tool-calls", tool_calls.table),
     "training-memory": (training_memory.SECTION, training_memory.table),
