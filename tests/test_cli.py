@@ -292,7 +292,7 @@ def test_a_prompt_may_go_to_the_model_as_it_is_and_an_engine_that_fails_is_one_c
         assert main([*generate, how]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] != outputs[1]
-    monkeypatch.setattr(EngineCore, "_sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(EngineCore, "_draw", lambda *_: 1 / 0)
     assert main(generate) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("generate: The engine failed; the log says why.")
 

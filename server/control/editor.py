@@ -250,7 +250,7 @@ class StateEditor:
         hidden_RD, base_RV, moved_RV = (
             hidden_BD[group.rows_R],
             base_BV[group.rows_R],
-            _taken(pinned),
+            pinned.scale_R[:, None] * _takeable(pinned),
         )
         first = first.taken(pinned.scale_R, hidden_RD)
         added = ascend_beside(hidden_BD, group, first)
@@ -349,11 +349,10 @@ class StateEditor:
         )
 
 
-def _taken(edit: _Edit) -> Tensor:
-    """What an edit adds to the logits [R, V]. Scale zero must not meet an infinite change."""
+def _takeable(edit: _Edit) -> Tensor:
+    """The change [R, V] that an edit takes some of. Scale zero must not meet an infinite one."""
     assert edit.delta_RV is not None
-    scale_R1 = edit.scale_R[:, None]
-    return torch.where(scale_R1 > 0, scale_R1 * edit.delta_RV, 0.0)
+    return torch.where(edit.scale_R[:, None] > 0, edit.delta_RV, 0.0)
 
 
 def _move(logits_BV: Tensor, edit: _Edit) -> None:
@@ -363,7 +362,8 @@ def _move(logits_BV: Tensor, edit: _Edit) -> None:
     if edit.delta_RV is not None and ops.can_run_natively(logits_BV):
         ops.move_rows(logits_BV, rows_R, edit.delta_RV[:count], edit.scale_R[:count])
     else:
-        logits_BV[rows_R] = logits_BV[rows_R] + _taken(edit)[:count]
+        taken_RV = _takeable(edit)[:count]
+        logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:count, None], taken_RV)
 
 
 def _as_it_is(logits_RV: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Change) -> Ser
     """With an engine whose states are changed."""
     plain = ModelRunner.forward
 
-    def forward(self: ModelRunner, decode: list[Any], segments: list[Any]) -> Tensor:
-        return change(plain(self, decode, segments), decode, segments)
+    def forward(self: ModelRunner, decode: list[Any], segments: list[Any], **options: Any) -> Tensor:
+        return change(plain(self, decode, segments, **options), decode, segments)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
     return judge(folder, torch.float32)
