@@ -15,6 +15,8 @@ from server.settings import DEFAULT_MODEL
 from value_models.store import CARD_FILE, HeadCard, load_card, shipped_heads_folder
 
 README = Path("README.md")
+TEST_SETS = {"nontoxic": "rtp"}
+"""Of heads for which the locked prompts are not meant: those are harmless."""
 SPEED_FILE = Path("benchmarks/results/cpu.json")
 ENGINES = {
     "recontrol": "recontrol, no control",
@@ -44,12 +46,18 @@ def sample(transcript: Mapping[str, Any]) -> str:
 
 
 def quality_table(cards: Sequence[HeadCard]) -> str:
-    """A row for each head, on its first test set."""
-    lines = header(["head", "base", "prompting", "static vector", "head", "head wins"])
+    """A row for each head; the best rival is the method without the head that has the highest reward."""
+    lines = header(["head", "base", "static vector", "best rival", "head", "head wins"])
     for card in cards:
-        arms = next(iter((card.evaluation or {}).values()))["arms"]
-        rewards = [f"{arms[name]['reward']['mean']:.2f}" for name in ("base", "prompting", "static vector", "head")]
-        lines.append(row([f"`{card.name}`", *rewards, share(arms["head"]["win_over_base"])]))
+        arms = (card.evaluation or {})[TEST_SETS.get(card.name, "locked")]["arms"]
+        means = {name: arm["reward"]["mean"] for name, arm in arms.items()}
+        rewards = [f"{means[name]:.2f}" for name in ("base", "static vector")]
+        rivals = {name: mean for name, mean in means.items() if name != "base" and not name.startswith("head")}
+        best = max(rivals, key=rivals.__getitem__)
+        rival = f"{rivals[best]:.2f} ({best.removesuffix(', best strength')})"
+        lines.append(
+            row([f"`{card.name}`", *rewards, rival, f"{means['head']:.2f}", share(arms["head"]["win_over_base"])])
+        )
     return "\n".join(lines)
 
 

@@ -117,11 +117,14 @@ def load_reward(name: str, *, device: str = "cpu", dtype: str = "auto") -> Rewar
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         if len(prompts) != len(responses):
             raise RewardError(f"reward {name!r}: {len(prompts)} prompts do not pair with {len(responses)} responses")
-        returned = reward(prompts, responses)
+        try:
+            returned = reward(prompts, responses)
+        except SystemExit as error:
+            raise RewardError(f"reward {name!r} ended the program, with {error.code!r}, in place of scores") from error
         must = f"reward {name!r} must return one finite number for each of {len(responses)} responses"
         try:
             scores = [float(score) for score in returned]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RewardError(f"{must}: {error}") from error
         if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
             raise RewardError(f"{must}: it returned {len(scores)}, {sum(map(math.isfinite, scores))} of them finite")
@@ -134,8 +137,9 @@ def _user_reward(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise RewardError(f"reward: {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise RewardError(f"reward: {name!r} cannot be imported: {told}") from error
     if not callable(function):
         raise RewardError(f"reward: {name!r} is not callable; it must take prompts and responses")
     return function  # type: ignore[return-value]

@@ -200,7 +200,7 @@ EXPORT int edit_straight_f32(int64_t threads, float* logits, int64_t stride, int
             float *probs = scratch.get(), *change = probs + vocabulary;
             for (const int64_t r : pieces) {
                 const float* taken = coefficients + r * units;
-                finite[r] = 1, scales[r] = 1, divergences[r] = 0;
+                finite[r] = 1, scales[r] = limits[r] >= 0, divergences[r] = 0;
                 if (std::all_of(taken, taken + units, [](float c) { return c == 0; })) continue;
                 combine(taken, units, [&](int64_t u) { return row_logits[u]; }, vocabulary, change);
                 const float peak = largest_if_finite(change, vocabulary);

@@ -97,6 +97,7 @@ def words(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         (["no:such"], "give other rewards as NAME=REWARD"),
         (["mine=no.such:thing"], "cannot be imported"),
         (["brevity", "brevity=plain"], "given twice"),
+        (["mine=tests.engines.test_search_rewards:failing"], "mine fails for a first answer: "),
     ],
 )
 def test_what_cannot_be_registered_stops_the_start_with_the_reason(listed: list[str], reason: str) -> None:

@@ -92,15 +92,34 @@ def test_weights_that_are_no_safetensors_are_a_clear_error(saved: SaveModel, tmp
         load_reward(name)
 
 
-@pytest.mark.parametrize("returned", ["[None for _ in r]", "1.0", "['x' for _ in r]", "None"])
+@pytest.mark.parametrize("returned", ["[None for _ in r]", "1.0", "['x' for _ in r]", "None", "[10**400]"])
 def test_what_is_not_a_list_of_numbers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
 ) -> None:
-    (tmp_path / "odd_rewards.py").write_text(f"def odd(p, r):\n    return {returned}\n")
+    name = module_of(tmp_path, monkeypatch, f"def odd(p, r):\n    return {returned}\n")
+    with pytest.raises(RewardError, match="one finite number for each of 1 responses: "):
+        load_reward(name)(["a"], ["b"])
+
+
+def module_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> str:
+    (tmp_path / "odd_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "odd_rewards", raising=False)
-    with pytest.raises(RewardError, match="one finite number for each of 1 responses: "):
-        load_reward("odd_rewards:odd")(["a"], ["b"])
+    return "odd_rewards:odd"
+
+
+def test_a_reward_that_ends_the_program_fails_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = module_of(tmp_path, monkeypatch, "import sys\ndef odd(p, r):\n    sys.exit(3)\n")
+    with pytest.raises(RewardError, match="'odd_rewards:odd' ended the program, with 3, in place of scores"):
+        load_reward(name)(["a"], ["b"])
+
+
+@pytest.mark.parametrize("code", ["def odd(:", "x = y", "import sys; sys.exit(2)", "raise RuntimeError('no')", "1 / 0"])
+def test_a_module_that_fails_at_import_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    with pytest.raises(RewardError, match="'odd_rewards:odd' cannot be imported: [A-Z][A-Za-z]+: "):
+        load_reward(module_of(tmp_path, monkeypatch, code))
 
 
 def test_prompts_that_do_not_pair_with_responses_are_refused() -> None:

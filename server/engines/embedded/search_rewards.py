@@ -16,7 +16,8 @@ _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_REWARD_CHARS}}}")
 def registered(listed: Sequence[str]) -> dict[str, Reward]:
     """What `search_rewards` lists: `NAME` of a built-in reward, or `NAME=REWARD` (value_models/rewards.py).
 
-    Raises ConfigurationError for one that cannot be had, a name that is no name, and one that is given twice.
+    Each is asked once. Raises ConfigurationError for one that cannot be had or fails, a name that is no name, and one
+    that is given twice.
     """
     rewards: dict[str, Reward] = {}
     for entry in listed:
@@ -30,6 +31,11 @@ def registered(listed: Sequence[str]) -> dict[str, Reward]:
             raise ConfigurationError(f"search_rewards: {name} is given twice")
         try:
             rewards[name] = load_reward(given or name)
+            # Some need a package, or fail, only when they are asked.
+            rewards[name](["A question?"], ["An answer."])
         except ValueModelError as error:
             raise ConfigurationError(f"search_rewards: {error}") from error
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ConfigurationError(f"search_rewards: {name} fails for a first answer: {told}") from error
     return rewards
