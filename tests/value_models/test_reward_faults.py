@@ -118,7 +118,7 @@ def test_a_reward_that_ends_the_program_fails_and_ends_nothing(tmp_path: Path, m
 def test_a_module_that_fails_at_import_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    with pytest.raises(RewardError, match="'odd_rewards:odd' cannot be imported: [A-Z][A-Za-z]+: "):
+    with pytest.raises(RewardError, match=r"'odd_rewards:odd' cannot be imported: [A-Z][A-Za-z]+: "):
         load_reward(module_of(tmp_path, monkeypatch, code))
 
 
