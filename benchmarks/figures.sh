@@ -35,6 +35,9 @@ once training-memory benchmarks.training_memory --tokens 200000,1000000 --hidden
 once edit-launches benchmarks.edit --rows 256 --out $results/edit-launches.json --into docs/performance.md
 once soak tests.soak --num-requests 10000 --out $results/cpu-soak.json --into docs/operation.md
 
+once field-speed benchmarks.speed --only offline --peers recontrol,recontrol-1-head --heads brevity --batch-sizes 1,8,32 \
+    --repeats 5 --label field --out $results/field-speed.json --into docs/performance.md
+
 # A table for each kind of processor; one of another kind is measured and written into no page.
 heads='--heads positive,plain,neutral'
 peers=recontrol,recontrol-1-head,recontrol-4bit,vllm,transformers,llama-cpp,llama-cpp-4bit

@@ -36,7 +36,7 @@ MIN_TOKENS = 10
 _MIN_VARIANCE = 1e-6
 """Of a component, relative to that of one dimension."""
 _WORTH_IT = 1.1
-"""Times the gain of the constant direction that a field has to gain, since the kernels of a GPU know no fields."""
+"""Times the gain of the constant direction that a field has to gain, since its edits take longer."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -201,6 +201,16 @@ def test_what_chat_does_not_serve_is_refused_with_a_reason(client: TestClient, f
     assert_refused(client, chat(client, **{field.partition(".")[0]: value}), field)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("control.objective", None), ("control.objective", []), ("control.window", 3)]
+)
+def test_what_must_be_an_object_is_told_in_words_of_json(client: TestClient, field: str, value: Any) -> None:
+    control = {"objective": {"weights": {"plain": 1.0}}, field.partition(".")[2]: value}
+    response = complete(client, control=control)
+    assert_refused(client, response, field)
+    assert response.json()["error"]["message"] == f"{field}: Input should be an object"
+
+
 def test_a_body_for_the_other_endpoint_is_told_where_to_go(client: TestClient) -> None:
     for response, field, place in [
         (complete(client, messages=[{"role": "user", "content": "hi"}]), "messages", "/v1/chat/completions"),
