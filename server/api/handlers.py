@@ -111,8 +111,8 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 
 def _reason(error: dict[str, Any]) -> str:
-    """What pydantic says of a value, in words of JSON. Behind a validator of ours it no longer knows that what it counts
-    are letters."""
+    """What pydantic says of a value, in words of JSON. Behind a validator of ours it no longer knows that what it
+    counts are letters."""
     reason: str = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
         return "Input should be an object"
