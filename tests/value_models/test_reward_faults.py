@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.conftest import byte_tokenizer
-from value_models import metrics, packages
+from value_models import metrics, packages, rewards
 from value_models.errors import MissingPackageError, RewardError
 from value_models.metrics import load_metric
 from value_models.rewards import load_reward
@@ -134,6 +134,7 @@ def test_a_reward_without_a_module_is_a_clear_error(name: str) -> None:
 
 
 def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards._vader.cache_clear()
     for module in ("vaderSentiment.vaderSentiment", "textstat", "textblob"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in ("positive", "plain"):
