@@ -22,20 +22,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from benchmarks.quality.decoding import (
-    NO_ROOM,
-    PREFILL_CHUNK_TOKENS,
-    DecodingJob,
-    DecodingResult,
-    eval_samples,
-    jobs_of,
-    taken,
-)
+from benchmarks.quality.decoding import DecodingJob, DecodingResult, PagedTexts, eval_samples, jobs_of
 from server.cli.arms import ArmFactory
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.kv_cache import fork_pages
-from server.engines.embedded.model.layout import DecodeRow, Segment
-from server.engines.embedded.model.pages import PagePool, num_pages_for
+from server.engines.embedded.model.layout import DecodeRow
+from server.engines.embedded.model.pages import PagePool
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.embedded.sampler import uniform
@@ -112,7 +103,7 @@ class ControlledDecoder:
         self, runner: ModelRunner, pool: PagePool, head: ValueHead, eos_token_ids: frozenset[int], *, max_rows: int
     ) -> None:
         self._runner = runner
-        self._pool = pool
+        self._texts = PagedTexts(runner, pool)
         self._head = head
         self._eos_token_ids = eos_token_ids
         self._max_rows = max_rows
@@ -151,27 +142,18 @@ class ControlledDecoder:
 
     def _open(self, job: DecodingJob, width: int) -> _Lane:
         prompt = list(job.prompt_token_ids)
-        pages = taken(self._pool, num_pages_for(len(prompt)))
-        hidden_TD = torch.empty(0)
-        for start in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
-            chunk = prompt[start : start + PREFILL_CHUNK_TOKENS]
-            hidden_TD = self._runner.forward([], [Segment(pages, start, chunk)])
-        first = _Candidate(pages, hidden_TD[-1], self._values(hidden_TD[-1:])[0])
-        return _Lane(DecodingResult(job), hidden_TD[-1], self._spread(first, len(prompt), width))
+        pages, hidden_D = self._texts.read(prompt)
+        first = _Candidate(pages, hidden_D, self._values(hidden_D[None])[0])
+        return _Lane(DecodingResult(job), hidden_D, self._spread(first, len(prompt), width))
 
     def _spread(self, chosen: _Candidate, length: int, width: int) -> list[_Candidate]:
         """As many candidates that go on from one, the first of them in its pages."""
-        pages = [chosen.pages]
-        for _ in range(width - 1):
-            forked = fork_pages(self._runner.kv, self._pool, chosen.pages, length)
-            if forked is None:
-                raise RuntimeError(NO_ROOM)
-            pages.append(forked)
+        pages = [chosen.pages, *(self._texts.fork(chosen.pages, length) for _ in range(width - 1))]
         return [_Candidate(its_pages, chosen.hidden_D, chosen.value) for its_pages in pages]
 
     def _release(self, candidates: Iterable[_Candidate]) -> None:
         for candidate in candidates:
-            self._runner.kv.clear(self._pool.release(candidate.pages, forget=True))
+            self._texts.release(candidate.pages)
 
     def _propose(self, lanes: list[_Lane], width: int) -> None:
         """Give the candidates of every lane the tokens that are likeliest next."""
@@ -186,7 +168,7 @@ class ControlledDecoder:
         rows: list[DecodeRow] = []
         for lane in lanes:
             for candidate in lane.candidates:
-                candidate.pages += taken(self._pool, num_pages_for(lane.length + 1) - len(candidate.pages))
+                self._texts.extend(candidate.pages, lane.length + 1)
                 rows.append(DecodeRow(candidate.pages, lane.length, candidate.token_id))
         hidden_BD = self._runner.forward(rows, [])
         tried = [candidate for lane in lanes for candidate in lane.candidates]

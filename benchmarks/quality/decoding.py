@@ -1,7 +1,7 @@
 """What ways to decode that no request can ask for have in common: one response's job, and what is told of it.
 
-A study drives the model itself while the engine rests. Knows nothing of how tokens are chosen. Enter at `jobs_of` and
-`eval_samples`.
+A study drives the model itself while the engine rests. Knows nothing of how tokens are chosen. Enter at `jobs_of`,
+`PagedTexts` and `eval_samples`.
 
 Shapes: D hidden size.
 """
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engines.embedded.model.pages import PagePool
+from server.engines.embedded.model.kv_cache import fork_pages
+from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.pages import PagePool, num_pages_for
+from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.rollouts import EngineRolloutSource
 from server.engines.rollout_prompts import response_seed
 from server.engines.text import Detokenizer
@@ -25,8 +28,8 @@ from value_models.prompt_sets import RolloutPrompt
 from value_models.rollouts import RolloutSettings
 from value_models.sampled import StreamedText
 
-PREFILL_CHUNK_TOKENS = 256
-NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
+_PREFILL_CHUNK_TOKENS = 256
+_NO_ROOM = "the key-value cache has no room for these candidates; set kv_cache_gib higher"
 
 
 @dataclass(slots=True, frozen=True)
@@ -102,9 +105,35 @@ def text_of(result: DecodingResult, vocabulary: Vocabulary, eos_token_ids: froze
     return streamed
 
 
-def taken(pool: PagePool, count: int) -> list[int]:
-    """So many pages. Raises RuntimeError where there are none left."""
-    pages = pool.take(count)
-    if pages is None:
-        raise RuntimeError(NO_ROOM)
-    return pages
+@dataclass(slots=True, frozen=True)
+class PagedTexts:
+    """Texts in a model's pages, which nobody else takes meanwhile. Raises RuntimeError where none are left."""
+
+    runner: ModelRunner
+    pool: PagePool
+
+    def read(self, token_ids: list[int]) -> tuple[list[int], Tensor]:
+        """A text's pages, and the state [D] behind its last token; empty of no text."""
+        pages, hidden_TD = list[int](), torch.empty(1, 0)
+        self.extend(pages, len(token_ids))
+        for start in range(0, len(token_ids), _PREFILL_CHUNK_TOKENS):
+            chunk = token_ids[start : start + _PREFILL_CHUNK_TOKENS]
+            hidden_TD = self.runner.forward([], [Segment(pages, start, chunk)])
+        return pages, hidden_TD[-1]
+
+    def fork(self, pages: list[int], length: int) -> list[int]:
+        """Pages of a text that goes on from so many tokens of another."""
+        forked = fork_pages(self.runner.kv, self.pool, pages, length)
+        if forked is None:
+            raise RuntimeError(_NO_ROOM)
+        return forked
+
+    def extend(self, pages: list[int], length: int) -> None:
+        """Let a text have so many tokens."""
+        added = self.pool.take(num_pages_for(length) - len(pages))
+        if added is None:
+            raise RuntimeError(_NO_ROOM)
+        pages += added
+
+    def release(self, pages: list[int]) -> None:
+        self.runner.kv.clear(self.pool.release(pages, forget=True))

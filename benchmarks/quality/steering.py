@@ -22,22 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.quality.decoding import (
-    NO_ROOM,
-    PREFILL_CHUNK_TOKENS,
-    DecodingJob,
-    DecodingResult,
-    eval_samples,
-    jobs_of,
-    taken,
-)
+from benchmarks.quality.decoding import DecodingJob, DecodingResult, PagedTexts, eval_samples, jobs_of
 from server.cli.arms import ArmFactory
 from server.control.budget import largest_linear_scale
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.divergence import kl
-from server.engines.embedded.model.kv_cache import fork_pages
-from server.engines.embedded.model.layout import DecodeRow, Segment
-from server.engines.embedded.model.pages import num_pages_for
+from server.engines.embedded.model.layout import DecodeRow
 from server.engines.embedded.sampler import RowSampling, sample
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample
@@ -117,7 +107,7 @@ class SteeredDecoder:
 
     def __init__(self, core: EngineCore, steering: Steering, *, strength: float, max_kl: float) -> None:
         self._core = core
-        self._runner, self._pool = core.runner, core.page_pool
+        self._runner, self._texts = core.runner, PagedTexts(core.runner, core.page_pool)
         self._steering, self._strength, self._max_kl = steering, strength, max_kl
 
     @torch.inference_mode()
@@ -149,17 +139,12 @@ class SteeredDecoder:
     def _open(self, job: DecodingJob) -> _Lane:
         """Both texts read the prompt but for its last token, whose state draws the first of the response."""
         read = list(job.prompt_token_ids[:-1])
-        pages = taken(self._pool, num_pages_for(len(read)))
-        for start in range(0, len(read), PREFILL_CHUNK_TOKENS):
-            self._runner.forward([], [Segment(pages, start, read[start : start + PREFILL_CHUNK_TOKENS])])
-        steered_pages = fork_pages(self._runner.kv, self._pool, pages, len(read))
-        if steered_pages is None:
-            raise RuntimeError(NO_ROOM)
-        return _Lane(DecodingResult(job), pages, steered_pages)
+        pages, _ = self._texts.read(read)
+        return _Lane(DecodingResult(job), pages, self._texts.fork(pages, len(read)))
 
     def _release(self, lane: _Lane) -> None:
         for pages in (lane.steered_pages, lane.base_pages):
-            self._runner.kv.clear(self._pool.release(pages, forget=True))
+            self._texts.release(pages)
 
     def _step(self, lanes: list[_Lane], settings: RolloutSettings) -> None:
         """A token for every lane."""
@@ -167,7 +152,7 @@ class SteeredDecoder:
         for pages_of in (lambda lane: lane.base_pages, lambda lane: lane.steered_pages):
             for lane in lanes:
                 pages, token_ids = pages_of(lane), lane.token_ids
-                pages += taken(self._pool, num_pages_for(len(token_ids)) - len(pages))
+                self._texts.extend(pages, len(token_ids))
                 rows.append(DecodeRow(pages, len(token_ids) - 1, token_ids[-1]))
         is_steered_T = torch.arange(len(rows)) >= len(lanes)
         hidden_TD = self._runner.forward(rows, [], watch=SteeringWatch(self._steering, self._strength, is_steered_T))
