@@ -36,6 +36,7 @@ ALLOWED = {
                                   "value_models.training_data"),
     "value_models.importer": ("value_models.errors", "value_models.heads", "value_models.linalg"),
     "value_models.files": (),
+    "value_models.kept_fits": ("value_models.files",),
     "value_models.calibration": ("value_models.errors",),
     "value_models.expected": ("value_models.calibration",),
     "value_models.head_folder": ("value_models.errors", "value_models.files", "value_models.heads",

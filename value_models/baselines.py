@@ -6,21 +6,19 @@ at `load_baselines`.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from value_models.ascent import ascent_gain, calibrated
 from value_models.errors import TrainingDataError
-from value_models.files import write_bytes
 from value_models.heads import LinearHead, ValueHead, head_from_tensors
+from value_models.kept_fits import fit_key, kept_tensors
 from value_models.linalg import vector_norm
 from value_models.rollouts import open_rollouts
 from value_models.sources import FitSource
@@ -50,16 +48,14 @@ def load_baselines(
     Raises RolloutError, RewardError, TrainingDataError.
     """
     made_from = {"version": _VERSION, "rollouts": open_rollouts(rollouts).manifest, "reward": reward_name}
-    paths = {
-        name: folder / f"{_key(made_from | {'settings': dict(baseline.settings)})}-{name}.safetensors"
-        for name, baseline in baselines.items()
-    }
-    missing = [name for name, path in paths.items() if not path.exists()]
-    if missing:
-        data = load_training_data(rollouts, reward_name, prompt_texts)
-        for name in missing:
-            write_bytes(paths[name], save(baselines[name].fit(data).state_dict()))
-    return {name: head_from_tensors(baselines[name].head_type, load(path.read_bytes())) for name, path in paths.items()}
+    data = functools.cache(lambda: load_training_data(rollouts, reward_name, prompt_texts))
+
+    def kept(name: str, baseline: Baseline) -> ValueHead:
+        key = fit_key(made_from | {"settings": dict(baseline.settings)})
+        tensors = kept_tensors(folder / f"{key}-{name}.safetensors", lambda: baseline.fit(data()).state_dict())
+        return head_from_tensors(baseline.head_type, tensors)
+
+    return {name: kept(name, baseline) for name, baseline in baselines.items()}
 
 
 def static_vector_head(data: TrainingData) -> ValueHead:
@@ -121,7 +117,3 @@ def _mean_state(data: TrainingData, is_wanted_B: Tensor) -> Tensor:
 
 
 STATIC_VECTOR = Baseline(static_vector_head, "linear")
-
-
-def _key(made_from: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

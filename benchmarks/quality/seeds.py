@@ -1,9 +1,8 @@
 """How much of a head's gain is the luck of what it was trained on: the same training with several seeds.
 
 A seed draws the training prompts anew (value_models/resampled.py), and a head and a static vector are fitted to what it
-drew, by today's defaults. All heads meet the same test prompts at the same strength, each beside
-its own vector, which diverges as far as it does on validation prompts. Intervals draw prompts and seeds again. Enter at
-`SeedsStudy`.
+drew, by today's defaults. All heads meet the same test prompts at the same strength, each beside its own vector, which
+diverges as far as it does on validation prompts. Intervals draw prompts and seeds again. Enter at `SeedsStudy`.
 
 Shapes: F seeds, P prompts.
 """
@@ -11,8 +10,6 @@ Shapes: F seeds, P prompts.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from value_models.evaluation import Arm
 from value_models.files import write_bytes
 from value_models.heads import ValueHead, head_from_tensors
 from value_models.intervals import mean_over_fits
+from value_models.kept_fits import fit_key
 from value_models.resampled import resampled
 from value_models.rollouts import open_rollouts
 from value_models.store import save_card
@@ -68,7 +66,7 @@ def seeded_heads(
     """Fitted to a run where `folder` does not hold them yet. Raises RolloutError, RewardError, TrainingDataError."""
     manifest = open_rollouts(rollouts).manifest
     told = {"version": _VERSION, "rollouts": manifest, "reward": reward_name, "settings": _TRAINING.model_dump()}
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    key = fit_key(told)
     data = functools.cache(
         lambda: load_training_data(rollouts, reward_name, prompt_texts, with_prefixes=_TRAINING.wants_prefix_rewards)
     )

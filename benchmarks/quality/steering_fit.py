@@ -18,15 +18,12 @@ prompting does to it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +33,7 @@ from server.engines.embedded.core import EngineCore
 from server.engines.embedded.divergence import kl
 from server.errors import ConfigurationError
 from value_models.errors import TrainingDataError
-from value_models.files import write_bytes
+from value_models.kept_fits import fit_key, kept_tensors
 from value_models.prompt_sets import in_mixed_order, split_of
 from value_models.rollouts import open_rollouts
 from value_models.training_data import RunTokens
@@ -305,8 +302,5 @@ def _kept(sources: FitSources, name: str, make: Callable[[EngineCore], Steering]
         "reward": sources.reward_name,
         "instruction": None if sources.instruction is None else [sources.instruction.text, sources.instruction.place],
     }
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-    path = sources.folder / f"{key}-{name}.safetensors"
-    if not path.exists():
-        write_bytes(path, save(make(core).tensors()))
-    return Steering.of(load(path.read_bytes()))
+    path = sources.folder / f"{fit_key(told)}-{name}.safetensors"
+    return Steering.of(kept_tensors(path, lambda: make(core).tensors()))

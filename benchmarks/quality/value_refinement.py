@@ -10,20 +10,17 @@ Source: Liu et al. 2025, Evolutionary guided decoding: iterative value refinemen
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from benchmarks.quality.controlled_decoding import ControlledDecoding, decoder_of
 from benchmarks.quality.decoding import jobs_of, text_of, vocabulary_of
 from server.cli.methods import FitSources
 from server.engines.embedded.rollouts import EngineRolloutSource
-from value_models.files import write_bytes
 from value_models.heads import ValueHead, head_from_tensors
+from value_models.kept_fits import fit_key, kept_tensors
 from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
 from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts, open_rollouts
 from value_models.training import TrainSettings, train_head
@@ -77,11 +74,9 @@ def refined_values(sources: FitSources) -> ValueHead:
         "training": _TRAINING.model_dump(),
         "guided": [_GUIDED.model_dump(), _NUM_ROUNDS, _NUM_PROMPTS, _NUM_SAMPLES],
     }
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    key = fit_key(told)
     path = sources.folder / f"{key}-refined.safetensors"
-    if not path.exists():
-        write_bytes(path, save(_refined(sources, key).state_dict()))
-    return head_from_tensors("mlp", load(path.read_bytes()))
+    return head_from_tensors("mlp", kept_tensors(path, lambda: _refined(sources, key).state_dict()))
 
 
 def _refined(sources: FitSources, key: str) -> ValueHead:
