@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.markdown import header, replace_sections, row
+from benchmarks.markdown import header, replace_sections, row, with_range
 from benchmarks.speed.system import facts
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
@@ -150,7 +150,7 @@ def table(result: Mapping[str, Any]) -> str:
         reward, wins, kl = arm["reward"], arm["judged_better"], arm["kl"]
         ratio = f"{arm['step_ratio']:.2f}" if "step_ratio" in arm else "-"
         lines.append(
-            row([name, f"{reward['mean']:.2f} ({reward['low']:.2f} to {reward['high']:.2f})", f"{wins['mean']:.0%}",
+            row([name, with_range(reward), f"{wins['mean']:.0%}",
                  f"{kl['mean']:.3f}", f"{arm['diversity']['mean']:.2f}", ratio])
         )  # fmt: skip
     settings, system = result["settings"], result["system"]

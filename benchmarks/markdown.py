@@ -1,7 +1,7 @@
 """Markdown: the rows of tables, and the sections of a page that results are rendered into.
 
-A section is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at `header` and `row`, or at
-`replace_sections`.
+A section is what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Enter at `header`, `row` and
+`with_range`, or at `replace_sections`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ def header(titles: Sequence[str]) -> list[str]:
 
 def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def with_range(figure: Mapping[str, float], form: str = ".2f") -> str:
+    """A mean and its interval, each number in this form."""
+    return f"{figure['mean']:{form}} ({figure['low']:{form}} to {figure['high']:{form}})"
 
 
 def replace_sections(page: Path, sections: Mapping[str, str]) -> None:

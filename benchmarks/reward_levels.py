@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from benchmarks.markdown import header, row
+from benchmarks.markdown import header, row, with_range
 from benchmarks.study import Study
 from server.cli.arms import ArmFactory
 from server.cli.calibrate import STEP_SIZE, Calibrate, rewards_of
@@ -148,8 +148,8 @@ def table(result: Mapping[str, Any]) -> str:
         before, after = one["value"], one["reward"]
         kind = "target" if one["raised"] is None else f"floor, `{one['raised']}` raised,"
         lines.append(
-            row([f"`{one['head']}`", f"{kind} {one['asked']:.2f}", _interval(after["reward"]),
-                 _interval(before["reward"]), f"{one['level']:.3f}", f"{one['base']['reward']['mean']:.2f}",
+            row([f"`{one['head']}`", f"{kind} {one['asked']:.2f}", with_range(after["reward"]),
+                 with_range(before["reward"]), f"{one['level']:.3f}", f"{one['base']['reward']['mean']:.2f}",
                  f"{after['kl']:.3f}", f"{before['kl']:.3f}"])
         )  # fmt: skip
     missed = "; ".join(
@@ -164,10 +164,6 @@ def table(result: Mapping[str, Any]) -> str:
         f"{STEP_SIZE:g}; 95% intervals over prompts."
     )
     return "\n".join([*lines, "", told, "", f"`{result['command']}`, {system['cpu']}, {system['date'][:10]}."])
-
-
-def _interval(figure: Mapping[str, float]) -> str:
-    return f"{figure['mean']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
 if __name__ == "__main__":

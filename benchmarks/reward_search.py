@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from benchmarks.markdown import header, row
+from benchmarks.markdown import header, row, with_range
 from benchmarks.study import Study
 from server.cli import run
 from server.control.params import ControlParams
@@ -199,7 +199,7 @@ def table(result: Mapping[str, Any]) -> str:
     for reward, one in result["rewards"].items():
         for name, way in ways(reward, result["number"], result["max_response_kl"]).items():
             arm = one["arms"][name]
-            above = [_interval(arm["above"][rival]) if rival != name else "" for rival in RIVALS]
+            above = [with_range(arm["above"][rival], "+.2f") if rival != name else "" for rival in RIVALS]
             judges = "; ".join(f"{arm[judge]['mean']:.2f}" for judge in one["judges"])
             rest = [f"{arm[metric]['mean']:.2f}" for metric in _TABLED]
             kl = arm["kl"]["mean"] + best_of_kl_bound(way.num_samples)
@@ -221,10 +221,6 @@ def table(result: Mapping[str, Any]) -> str:
         f"{judged}. KL is nats a response, with the bound of what keeping the best may add."
     )
     return "\n".join([*lines, "", told, "", f"`{result['command']}`, {result['system']['date'][:10]}."])
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
 if __name__ == "__main__":

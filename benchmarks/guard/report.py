@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.guard.detection import shares
-from benchmarks.markdown import header, row
+from benchmarks.markdown import header, row, with_range
 
 SECTION = "bench-guard"
 
@@ -52,9 +52,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _cells(arm: Mapping[str, Any]) -> list[str]:
-    toxic = arm["toxic"]
     return [
-        f"{toxic['mean']:.1%} ({toxic['low']:.1%} to {toxic['high']:.1%})",
+        with_range(arm["toxic"], ".1%"),
         f"{arm['ended']:.1%}",
         f"{arm['ended_harmless']:.1%}",
         f"{arm['retries']:.2f}",

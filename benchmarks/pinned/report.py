@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.markdown import header, row
+from benchmarks.markdown import header, row, with_range
 
 SECTION = "bench-pinned"
 
@@ -17,7 +17,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(row([name, "", f"{scores['value']:.3f}", "", f"{scores['reward']:.3f}", ""]))
     for attempt in result["attempts"]:
         change = attempt["change"]
-        told = f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+        told = with_range(change, "+.3f")
         if attempt["against"] != "alone":
             told += "*"
         falls = "yes" if change["high"] < 0 else "no"
