@@ -119,7 +119,9 @@ def can_edit_natively(hidden: Tensor) -> bool:
 def _row_addresses(tensors: Sequence[Tensor]) -> Tensor:
     """Where each row of these [U_k, V] begins, int64 [U], valid as long as they live."""
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
-    return torch.tensor([row.data_ptr() for tensor in tensors for row in tensor])
+    # By arithmetic, since this is asked at every step and a view of each row would cost more than its address.
+    firsts = ((tensor, first) for tensor in tensors for first in range(0, tensor.numel(), tensor.shape[1]))
+    return torch.tensor([tensor.data_ptr() + first * tensor.element_size() for tensor, first in firsts])
 
 
 @dataclass(slots=True, frozen=True)
