@@ -264,7 +264,7 @@ def test_an_answer_that_is_unfinished_and_comes_last_is_continued(fields: dict[s
     [
         ({"input": 3}, "input", "string or a list of items"),
         ({"input": []}, "input", "must hold an item"),
-        ({"input": [3]}, "input.0", "dictionary"),
+        ({"input": [3]}, "input.0", "should be an object"),
         ({"input": [QUESTION, {"type": "web_search_call", "id": "ws_1"}]}, "input.1.type", "web_search_call"),
         ({"input": [{"type": "x" * 99}]}, "input.0.type", "message, function_call"),
         ({"input": [{"id": "msg_1"}]}, "input.0.type", "give the item itself"),
