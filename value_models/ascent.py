@@ -11,19 +11,20 @@ not with the luck of the whole response. The critic is the head's own value, or 
 (critic.py). Texts that the model did not write have their scores for advantages, and the Fisher information is that of
 tokens which the model draws in the same states.
 
-From several sources each gives the direction that its own advantages ask for, by the Fisher information of all their
-tokens. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of
+From several sources each gives the direction that its own advantages ask for, by the Fisher information of tokens of
+all. Directions of one cost are added by the sources' weights, so neither the unit of a score nor the number of
 tokens decides how much a source counts.
 
 All rows are scaled so that an ascent of length 1 costs UNIT_COST_NATS a token on average over training states, to
 second order, where KL = u F u / 2. So step sizes mean the same for every head. Knows nothing of files or servers. Enter
-at `ascent_rows`, `calibrated` and `ascent_gain`.
+at `NaturalSums`, `calibrated` and `ascent_gain`.
 
 A field (fields.py) has a direction for each of its features beside the constant one, which are fitted jointly.
 
-Tokens are read in blocks, in one pass for a direction and one for its length, and only sums are kept.
+Tokens are read in blocks, in one pass for all directions and one for their length, and only sums are kept.
 
-Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head, W fitted rows, F = W D.
+Shapes: N tokens of a block, B responses of a source, D hidden size, U units of a head, W fitted rows, F = W D, C ways
+of crediting tokens.
 
 Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimensional continuous control using GAE.
 """
@@ -31,7 +32,7 @@ Source: Kakade 2001, A natural policy gradient; Schulman et al. 2016, High-dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ from value_models.critic import Credit, PrefixCritic
 from value_models.errors import TrainingDataError
 from value_models.heads import UNIT_COST_NATS, FieldHead, ValueHead
 from value_models.linalg import solve, vecdot
-from value_models.moments import GramSum, Moments
+from value_models.moments import Moments, ProductGramSum
 from value_models.sources import FitSource
 from value_models.token_blocks import TokenBlock
 from value_models.training_data import TrainingData
@@ -52,70 +53,93 @@ MONTE_CARLO = Credit(trace=1.0)
 """The reward less the head's value."""
 ADDED_DAMPING = 10.0
 """Of a field's added rows, relative to that of its constant one."""
-_AT_ONCE = 4096
-"""Tokens whose products of features and gradients are in memory."""
 CLEAR_ERRORS = 2.0
 """Standard errors by which one gain has to be above another to be clearly so."""
 _MIN_COST_NATS = 1e-12
+_FISHER_TOKENS = 128
+"""Tokens for each number of a direction that the Fisher information is the mean of, where there are as many. That makes
+a direction worse by a share of about 1 / 128, and to take all of millions would be most of the time of a fit."""
+_MIN_FISHER_TOKENS = 1 << 18
 
 
-def ascent_rows(
-    head: ValueHead,
-    sources: Sequence[FitSource],
-    moments: Moments,
-    *,
-    metric: Metric,
-    shrinkage: float,
-    credits: Sequence[Credit],
-    damping: float,
-) -> list[Tensor]:
-    """Rows [U, D] over the normalised state, not yet calibrated: of the natural metric one for each of `credits`.
+def plain_rows(head: ValueHead, moments: Moments, metric: Metric, shrinkage: float) -> Tensor:
+    """Rows [U, D] over the normalised state, not yet calibrated, of the metrics that ask no tokens; `shrinkage` belongs
+    to the covariance metric."""
+    return head.inputs_UD.clone() if metric == "identity" else head.inputs_UD @ moments.metric(shrinkage)
 
-    `shrinkage` belongs to the covariance metric; `credits` and `damping` (added to the Fisher information, relative to
-    its mean eigenvalue) to the natural one. There the linear unit alone has a row.
+
+@dataclass(slots=True, frozen=True)
+class NaturalSums:
+    """What natural directions are solved from: one pass over the training tokens of all sources.
+
+    Of a field it has the constant direction too, since that is what the field's first row is without the others.
     """
-    if metric == "identity":
-        return [head.inputs_UD.clone()]
-    if metric == "covariance":
-        return [head.inputs_UD @ moments.metric(shrinkage)]
-    if any(source.data.is_given for source in sources):
-        # A handful of texts tells little of the Fisher information of so many dimensions.
-        damping += len(head.scale_D) / sum(source.data.num_tokens("train") for source in sources)
-    found = natural_directions(head, sources, credits, damping=damping)
-    rest_UD = torch.zeros_like(head.inputs_UD[_num_fitted(head) :])
-    return [torch.cat([u_WD / head.scale_D, rest_UD]) for u_WD in found]
+
+    head: ValueHead
+    fisher: ProductGramSum
+    """Of the head's features and the gradients."""
+    num_fisher_tokens: int
+    gains: list[Tensor]
+    """For each source and each way of crediting the tokens of rollouts, [C, W, D]: the mean of advantages times
+    features times gradients, float64."""
+    weights: list[float]
+    """Of the sources."""
+
+    @classmethod
+    def of(cls, head: ValueHead, sources: Sequence[FitSource], credits: Sequence[Credit]) -> NaturalSums:
+        num_rows, size, device = _num_fitted(head), head.hidden_size, head.scale_D.device
+        fisher, gains = ProductGramSum(num_rows, size, device), list[Tensor]()
+        num_tokens, num_fisher_tokens = sum(source.data.num_tokens("train") for source in sources), 0
+        share = max(_FISHER_TOKENS * num_rows * size, _MIN_FISHER_TOKENS) / num_tokens
+        order = torch.Generator().manual_seed(0)
+        for source in sources:
+            mean_score = source.mean_score("train")
+            gain_CWD = torch.zeros(len(credits), num_rows, size, dtype=torch.float64, device=device)
+            for block in source.data.blocks("train"):
+                features_NW = head.readout(head.units(block.states_ND))[1][:, :num_rows]
+                grads_ND = block.cost_grads_ND
+                is_in_N = torch.rand(len(grads_ND), generator=order).to(device) < share
+                num_fisher_tokens += int(is_in_N.sum())
+                fisher.add(features_NW[is_in_N], grads_ND[is_in_N])
+                for number, credit in enumerate(credits):
+                    advantage_N = _advantages(head, source, block, mean_score, credit)
+                    gain_CWD[number] += (features_NW * advantage_N[:, None]).T @ block.logp_grads_ND
+            gains.append(gain_CWD / source.data.num_tokens("train"))
+        return cls(head, fisher, num_fisher_tokens, gains, [source.weight for source in sources])
+
+    def directions(self, credits: Sequence[int], *, damping: float, num_rows: int | None = None) -> list[Tensor]:
+        """u [W, D] = (F + damping * mean eigenvalue * I)^-1 E[A x], x a token's features times its gradient, of several
+        sources their sum, for some of the ways of crediting; of the first rows alone where `num_rows` says so."""
+        num_rows = num_rows or _num_fitted(self.head)
+        fisher_FF = self.fisher.matrix(num_rows).div_(self.num_fisher_tokens)
+        damping_F = _damping(fisher_FF, self.head.hidden_size, damping)
+        fisher_FF.diagonal().add_(damping_F)
+        found: list[Tensor] = []
+        for number in credits:
+            directions = [solve(fisher_FF, gain_CWD[number, :num_rows].flatten()) for gain_CWD in self.gains]
+            if len(self.gains) > 1:
+                costs = [
+                    max(0.5 * float(u_F @ fisher_FF @ u_F - damping_F @ u_F.square()), _MIN_COST_NATS)
+                    for u_F in directions
+                ]
+                directions = [
+                    weight * u_F / cost**0.5 for weight, u_F, cost in zip(self.weights, directions, costs, strict=True)
+                ]
+            found.append(torch.stack(directions).sum(0).float().view(num_rows, self.head.hidden_size))
+        return found
 
 
 def natural_directions(
     head: ValueHead, sources: Sequence[FitSource], credits: Sequence[Credit], *, damping: float
 ) -> list[Tensor]:
-    """u [W, D] = (F + damping * mean eigenvalue * I)^-1 E[A x] over training tokens, x a token's features times its
-    gradient, of several sources their sum; one for each way of crediting the tokens of rollouts."""
-    num_rows, device = _num_fitted(head), head.scale_D.device
-    size = num_rows * head.hidden_size
-    fisher, gains = GramSum(size, device), list[Tensor]()
-    for source in sources:
-        mean_score = source.mean_score("train")
-        gain_CF = torch.zeros(len(credits), size, dtype=torch.float64, device=device)
-        for block in source.data.blocks("train"):
-            features_NW = head.readout(head.units(block.states_ND))[1][:, :num_rows]
-            for cost_MF in _products(features_NW, block.cost_grads_ND):
-                fisher.add(cost_MF)
-            for number, credit in enumerate(credits):
-                gain_CF[number] += _gain(features_NW, _advantages(head, source, block, mean_score, credit), block)
-        gains.append(gain_CF / source.data.num_tokens("train"))
-    fisher_FF = fisher.matrix().div_(sum(source.data.num_tokens("train") for source in sources))
-    damped_FF = _damped(fisher_FF, head.hidden_size, damping)
-    found: list[Tensor] = []
-    for number in range(len(credits)):
-        directions = [solve(damped_FF, gain_CF[number]) for gain_CF in gains]
-        if len(sources) > 1:
-            costs = [max(0.5 * float(u_F @ fisher_FF @ u_F), _MIN_COST_NATS) for u_F in directions]
-            directions = [
-                source.weight * u_F / cost**0.5 for source, u_F, cost in zip(sources, directions, costs, strict=True)
-            ]
-        found.append(torch.stack(directions).sum(0).float().view(num_rows, head.hidden_size))
-    return found
+    """u [W, D], one for each way of crediting the tokens of rollouts; see `NaturalSums.directions`."""
+    return NaturalSums.of(head, sources, credits).directions(range(len(credits)), damping=damping)
+
+
+def ascending(head: ValueHead, u_WD: Tensor) -> ValueHead:
+    """The head with a direction of its first rows, not yet calibrated; its other rows move nothing."""
+    rest_UD = torch.zeros_like(head.inputs_UD[len(u_WD) :])
+    return head.with_ascent(torch.cat([u_WD / head.scale_D, rest_UD]))
 
 
 def _num_fitted(head: ValueHead) -> int:
@@ -123,23 +147,11 @@ def _num_fitted(head: ValueHead) -> int:
     return head.num_units if isinstance(head, FieldHead) else 1
 
 
-def _products(features_NW: Tensor, grads_ND: Tensor) -> Iterator[Tensor]:
-    """Features times gradients, [M, F] of some tokens at once."""
-    for features_MW, grads_MD in zip(torch.split(features_NW, _AT_ONCE), torch.split(grads_ND, _AT_ONCE), strict=True):
-        yield (features_MW[:, :, None] * grads_MD[:, None, :]).flatten(1)
-
-
-def _gain(features_NW: Tensor, advantage_N: Tensor, block: TokenBlock) -> Tensor:
-    """The sum [F] of a block's advantages times features times gradients."""
-    return ((features_NW * advantage_N[:, None]).T @ block.logp_grads_ND).flatten()
-
-
-def _damped(fisher_FF: Tensor, hidden_size: int, damping: float) -> Tensor:
-    """F with each row's damping, relative to the mean eigenvalue of its own part."""
-    damped_FF = fisher_FF.clone()
-    for row, part_D in enumerate(torch.split(damped_FF.diagonal(), hidden_size)):
-        part_D.add_(damping * (ADDED_DAMPING if row else 1.0) * part_D.mean())
-    return damped_FF
+def _damping(fisher_FF: Tensor, hidden_size: int, damping: float) -> Tensor:
+    """What is added to the diagonal [F]: of each row relative to the mean eigenvalue of its own part."""
+    parts = torch.split(fisher_FF.diagonal(), hidden_size)
+    means = [damping * (ADDED_DAMPING if row else 1.0) * part_D.mean() for row, part_D in enumerate(parts)]
+    return torch.stack(means).repeat_interleave(hidden_size)
 
 
 def calibrated(head: ValueHead, sources: Sequence[TrainingData]) -> ValueHead:

@@ -82,10 +82,11 @@ def credits_to_try(
 
 def choose(
     ways: Sequence[ValueHead], tried: CreditsToTry, rollouts: FitSource | None
-) -> tuple[ValueHead, CriticFigures | None]:
-    """Of a head with the directions that `tried` gave, one each; no figures where there are no rollouts to judge by."""
+) -> tuple[int, CriticFigures | None]:
+    """The number of the one that is taken, of a head with the directions that `tried` gave, one each; no figures where
+    there are no rollouts to judge by."""
     if rollouts is None:
-        return ways[0], None
+        return 0, None
     found = [ascent_gain(way, rollouts, "validation") for way in ways]
     taken, above_value = 0, None
     if len(ways) > 1:
@@ -101,7 +102,7 @@ def choose(
         prefix_stride=None if credit.critic is None else rollouts.data.prefix_stride,
         why_not=tried.why_not,
     )
-    return ways[taken], figures
+    return taken, figures
 
 
 def _why_no_prefix_critic(rollouts: FitSource | None) -> str | None:

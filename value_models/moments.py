@@ -2,13 +2,15 @@
 
 Blocks are multiplied in float32 and summed in float64, less the first block's mean, so that the result depends neither
 on how many tokens there are nor on how large their mean is. Memory is three hidden sizes squared, whatever the number
-of tokens. Knows nothing of heads or rewards. Enter at `MomentSums`, and at `GramSum` for second moments alone.
+of tokens. Knows nothing of heads or rewards. Enter at `MomentSums`, and at `GramSum` and `ProductGramSum` for second
+moments alone.
 
-Shapes: N tokens of a block, D hidden size.
+Shapes: N tokens of a block, D hidden size, W features.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from value_models.linalg import solve
 
 _MIN_SCALE = 1e-4
-_PANEL = 1024
+_PANEL = 512
 """Columns that are multiplied at once; the half below the diagonal is left out, which saves much of large matrices."""
 
 
@@ -54,9 +56,11 @@ class GramSum:
     def __init__(self, size: int, device: torch.device) -> None:
         self._upper_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
 
-    def add(self, x_ND: Tensor, weight: float = 1.0) -> None:
+    def add(self, x_ND: Tensor, weight: float = 1.0, weight_N: Tensor | None = None) -> None:
+        """Rows [N, D], weighted by one number and perhaps by one of each row."""
+        weighted_ND = x_ND if weight_N is None else x_ND * weight_N[:, None]
         for first in range(0, x_ND.shape[1], _PANEL):
-            panel = x_ND[:, first : first + _PANEL].T @ x_ND[:, first:]
+            panel = weighted_ND[:, first : first + _PANEL].T @ x_ND[:, first:]
             self._upper_DD[first : first + _PANEL, first:].add_(panel, alpha=weight)
 
     def add_sum(self, other: GramSum) -> None:
@@ -66,6 +70,27 @@ class GramSum:
         """[D, D], float64. Nothing may be added afterwards."""
         upper_DD = self._upper_DD.triu_()
         return upper_DD.add_(upper_DD.triu(1).T)
+
+
+class ProductGramSum:
+    """sum z^T z over blocks, where z [W D] are the products of W features with a row x [D].
+
+    The part of two features, sum f_v f_w x^T x, is symmetric, so that each takes half of its products.
+    """
+
+    def __init__(self, num_features: int, size: int, device: torch.device) -> None:
+        pairs = itertools.combinations_with_replacement(range(num_features), 2)
+        self._parts = {pair: GramSum(size, device) for pair in pairs}
+
+    def add(self, features_NW: Tensor, x_ND: Tensor) -> None:
+        for (v, w), part in self._parts.items():
+            part.add(x_ND, weight_N=features_NW[:, v] * features_NW[:, w])
+
+    def matrix(self, num_features: int) -> Tensor:
+        """Of the first features alone, [W D, W D], float64. Nothing may be added afterwards."""
+        features = range(num_features)
+        rows = [[self._parts[min(v, w), max(v, w)].matrix() for w in features] for v in features]
+        return torch.cat([torch.cat(row, dim=1) for row in rows])
 
 
 class MomentSums:

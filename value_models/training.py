@@ -21,9 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from value_models.ascent import Metric, ascent_gain, ascent_rows, calibrated
+from value_models.ascent import Metric, NaturalSums, ascending, ascent_gain, calibrated, plain_rows
 from value_models.calibration import ExpectedRewards
-from value_models.critic import Credit
 from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
 from value_models.errors import TrainingDataError
 from value_models.expected import ExpectedSums
@@ -197,51 +196,48 @@ def train_head(
     moments = _moments(fitted)
     head = _value_head(fitted, moments, settings)
     rollouts = next((source for source in fitted if not source.data.is_given), None)
-    critic_name = settings.critic if settings.metric == "natural" else "value"
-    tried = credits_to_try(rollouts, critic_name, trace=settings.advantage_trace, ridge=settings.ridge)
-    ways = _ways(head, fitted, moments, settings, tried.credits)
-    head, critic = choose(ways, tried, rollouts) if settings.metric == "natural" else (ways[0], None)
-    field_figures = None
-    if rollouts is not None and critic is not None:
-        credit = next(credit for credit in tried.credits if credit.name == critic.name)
-        head, field_figures = _perhaps_following(head, fitted, moments, settings, rollouts, credit)
-    elif settings.field_features not in (0, "auto"):
+    if rollouts is None and settings.field_features not in (0, "auto"):
         raise TrainingDataError("field_features: a field is fitted to rollouts by the metric natural; there are none")
+    critic, field_figures = None, None
+    if settings.metric == "natural":
+        head, critic, field_figures = _natural_head(head, fitted, moments, settings, rollouts)
+    else:
+        head = head.with_ascent(plain_rows(head, moments, settings.metric, settings.shrinkage))
     head = calibrated(head, sources)
     figures = [_figures(head, source, is_unit=source is fitted[0]) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
     return TrainedHead(head, figures, critic, field_figures)
 
 
-def _perhaps_following(
+def _natural_head(
     head: ValueHead,
     sources: Sequence[FitSource],
     moments: Moments,
     settings: TrainSettings,
-    rollouts: FitSource,
-    credit: Credit,
-) -> tuple[ValueHead, FieldFigures | None]:
-    """The head, or a field in its place; figures where one was tried."""
-    num_features = settings.features_tried(head.hidden_size, rollouts.data.num_tokens("train"))
-    if num_features == 0:
-        return head, None
-    (field,) = _ways(as_field(head, moments, num_features), sources, moments, settings, [credit])
-    return choose_field(head, field, rollouts, credit.critic, is_asked=settings.field_features != "auto")
-
-
-def _ways(
-    head: ValueHead,
-    sources: Sequence[FitSource],
-    moments: Moments,
-    settings: TrainSettings,
-    credits: Sequence[Credit],
-) -> list[ValueHead]:
-    """The head with each of the ways uphill that `ascent_rows` finds."""
-    rows = ascent_rows(
-        head, sources, moments, metric=settings.metric, shrinkage=settings.shrinkage, credits=credits,
-        damping=settings.damping,
-    )  # fmt: skip
-    return [head.with_ascent(rows_UD) for rows_UD in rows]
+    rollouts: FitSource | None,
+) -> tuple[ValueHead, CriticFigures | None, FieldFigures | None]:
+    """The head with its natural direction, or a field in its place; figures of what was tried, from rollouts alone."""
+    damping = settings.damping
+    if any(source.data.is_given for source in sources):
+        # A handful of texts tells little of the Fisher information of so many dimensions.
+        damping += head.hidden_size / sum(source.data.num_tokens("train") for source in sources)
+    tried = credits_to_try(rollouts, settings.critic, trace=settings.advantage_trace, ridge=settings.ridge)
+    num_features = 0
+    if rollouts is not None:
+        num_features = settings.features_tried(head.hidden_size, rollouts.data.num_tokens("train"))
+    field = as_field(head, moments, num_features) if num_features else head
+    sums = NaturalSums.of(field, sources, tried.credits)
+    numbers = range(len(tried.credits))
+    ways = [ascending(head, u_WD) for u_WD in sums.directions(numbers, damping=damping, num_rows=1)]
+    taken, critic = choose(ways, tried, rollouts)
+    if rollouts is None or critic is None or not num_features:
+        return ways[taken], critic, None
+    (u_WD,) = sums.directions([taken], damping=damping)
+    is_asked = settings.field_features != "auto"
+    chosen, figures = choose_field(
+        ways[taken], ascending(field, u_WD), rollouts, tried.credits[taken].critic, is_asked=is_asked
+    )
+    return chosen, critic, figures
 
 
 def _moments(sources: Sequence[FitSource]) -> Moments:

@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from value_models.ascent import MONTE_CARLO, UNIT_COST_NATS, ascent_gain, ascent_rows, calibrated, natural_directions
+from value_models.ascent import (
+    MONTE_CARLO,
+    UNIT_COST_NATS,
+    ascending,
+    ascent_gain,
+    calibrated,
+    natural_directions,
+    plain_rows,
+)
 from value_models.baselines import static_vector_head
 from value_models.critic import Credit
 from value_models.heads import LinearHead, MLPHead
@@ -127,13 +135,11 @@ def test_the_identity_metric_is_the_plain_gradient_and_the_natural_one_moves_the
 ) -> None:
     head = train_head([data], TrainSettings(hidden_widths=(4,), max_epochs=1)).head
     assert isinstance(head, MLPHead)
-    options = {"shrinkage": 0.0, "credits": [Credit(0.95), MONTE_CARLO], "damping": 1.0}
     sources, sums = [FitSource(data, 1.0, data.reward_B, 0.0, 1.0)], MomentSums()
     sums.add(held(data).states_ND, torch.zeros(NUM_RESPONSES * LENGTH))
-    moments = sums.moments()
-    (identity_UD,) = ascent_rows(head, sources, moments, metric="identity", **options)
-    assert torch.equal(identity_UD, head.inputs_UD)
-    for natural_UD in ascent_rows(head, sources, moments, metric="natural", **options):
+    assert torch.equal(plain_rows(head, sums.moments(), "identity", 0.0), head.inputs_UD)
+    for u_WD in natural_directions(head, sources, [Credit(0.95), MONTE_CARLO], damping=1.0):
+        natural_UD = ascending(head, u_WD).ascent_UD
         assert natural_UD[0].norm() > 0
         assert not natural_UD[1:].any()
 

@@ -86,7 +86,9 @@ def test_where_one_direction_earns_all_a_field_is_not_taken_unless_it_is_asked_f
     assert unasked.head.type_name == "linear"
     assert unasked.field is not None
     assert unasked.field.num_features == 0
-    assert train_head([data], TrainSettings.model_validate(EXACT | {"field_features": 0})).field is None
+    untried = train_head([data], TrainSettings.model_validate(EXACT | {"field_features": 0}))
+    assert untried.field is None
+    assert unasked.head.ascent_UD == pytest.approx(untried.head.ascent_UD, rel=1e-5)
     asked = train_head([data], TrainSettings.model_validate(EXACT | {"field_features": 2}))
     assert asked.head.num_units == 3
 
