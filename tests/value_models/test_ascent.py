@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from value_models import ascent
 from value_models.ascent import (
     MONTE_CARLO,
     UNIT_COST_NATS,
+    NaturalSums,
     ascending,
     ascent_gain,
     calibrated,
@@ -86,6 +88,20 @@ def test_the_natural_direction_is_the_one_that_explains_the_advantages(data: Tra
     source = FitSource(one_token, 1.0, held(data).logp_grads_ND @ GOAL, 0.0, 1.0)
     ((direction_D,),) = natural_directions(silent, [source], [MONTE_CARLO], damping=0.0)
     assert direction_D == pytest.approx(GOAL, abs=1e-3)
+
+
+def test_the_fisher_information_of_some_tokens_gives_nearly_the_direction_of_all(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = train_head([data], TrainSettings()).head
+    source = FitSource(data, 1.0, data.reward_B, 0.0, 1.0)
+    every = NaturalSums.of(head, [source], [MONTE_CARLO])
+    monkeypatch.setattr(ascent, "_MIN_FISHER_TOKENS", 0)
+    some = NaturalSums.of(head, [source], [MONTE_CARLO])
+    assert every.num_fisher_tokens == data.num_tokens("train")
+    assert some.num_fisher_tokens == pytest.approx(128 * SIZE, rel=0.1)
+    (every_WD,), (some_WD,) = (sums.directions([0], damping=0.1) for sums in (every, some))
+    assert cosine(some_WD[0], every_WD[0]) > 0.99
 
 
 def test_the_natural_metric_finds_from_terminal_rewards_what_the_state_alone_does_not_tell(data: TrainingData) -> None:
