@@ -121,7 +121,7 @@ def claims_table(cards: Sequence[HeadCard]) -> str:
     ]
     lines = header(["head", "test set", "over", "by", "gain", "p", "p after Holm"])
     for (name, test_set, claim), corrected in zip(made, holm([claim["p"] for *_, claim in made]), strict=True):
-        cells = [signed(claim), f"{claim['p']:.4f}", f"{corrected:.4f}"]
+        cells = [signed(claim), f"{claim['p']:.5f}", f"{corrected:.5f}"]
         lines.append(row([f"`{name}`", test_set, claim["over"], claim["metric"], *cells]))
     return "\n".join(lines) if made else _NOT_YET
 
@@ -134,7 +134,7 @@ def areas_table(cards: Sequence[HeadCard]) -> str:
         for result in (card.evaluation or {}).values():
             for method, figure in (areas := result.get("areas") or {"gain": {}})["gain"].items():
                 is_measured, over = True, areas["head_over"].get(method)
-                more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
+                more = [signed(over), f"{over['p']:.5f}"] if over else ["", ""]
                 cells = [method, f"{figure.get('max_kl', areas['max_kl']):.2f}", signed(figure), *more]
                 lines.append(row([f"`{card.name}`", result["test_set"], *cells]))
     return "\n".join(lines) if is_measured else _NOT_YET
@@ -151,7 +151,7 @@ def compute_table(cards: Sequence[HeadCard]) -> str:
         for result in (card.evaluation or {}).values():
             for method, figure in (areas := result.get("compute_areas") or {"gain": {}})["gain"].items():
                 is_measured, over = True, areas["head_over"].get(method)
-                more = [signed(over), f"{over['p']:.4f}"] if over else ["", ""]
+                more = [signed(over), f"{over['p']:.5f}"] if over else ["", ""]
                 times = ", ".join(dict.fromkeys(f"{one:.1f}" for one in areas["times"][method])) or "no sound text"
                 lines.append(row([f"`{card.name}`", result["test_set"], method, times, signed(figure), *more]))
     return "\n".join(lines) if is_measured else _NOT_YET

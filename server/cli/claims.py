@@ -87,7 +87,7 @@ def show_claims(result: dict[str, Any]) -> None:
     """A line for each claim and area."""
     for claim in result["claims"]:
         where = f"head over {claim['over']}, {claim['metric']}:"
-        print(f"{where:60}{claim['mean']:+.3f} [{claim['low']:+.3f}, {claim['high']:+.3f}]  Holm p {claim['holm']:.4f}")
+        print(f"{where:60}{claim['mean']:+.3f} [{claim['low']:+.3f}, {claim['high']:+.3f}]  Holm p {claim['holm']:.5f}")
     for name, figure in result["areas"].get("gain", {}).items():
         print(f"area up to {result['areas']['max_kl']:.3f} nats, {name}: {figure['mean']:+.3f}")
     for name, figure in result["compute_areas"]["gain"].items():
