@@ -40,7 +40,7 @@ def test_claims_of_all_heads_are_corrected_together() -> None:
     claimed = result([], claims=[claim])
     text = claims_table([card(project=claimed), card("plain", project=claimed), card("old", project=result([]))])
     assert text.splitlines()[2:] == [
-        f"| `{name}` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.0100 | 0.0200 |"
+        f"| `{name}` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.01000 | 0.02000 |"
         for name in ("good", "plain")
     ]
     assert claims_table([card(project=result([]))]).startswith("None of the results")
@@ -55,7 +55,7 @@ def test_areas_are_told_with_the_heads_gain_over_each_method() -> None:
     text = areas_table([card(project=result([], areas=areas), shp=result([], areas={}), old=result([]))])
     assert text.splitlines()[2:] == [
         "| `good` | project | head | 0.20 | +0.50 [+0.40, +0.60] |  |  |",
-        "| `good` | project | re-control | 0.20 | +0.50 [+0.40, +0.60] | +0.50 [+0.40, +0.60] | 0.0100 |",
+        "| `good` | project | re-control | 0.20 | +0.50 [+0.40, +0.60] | +0.50 [+0.40, +0.60] | 0.01000 |",
     ]
     assert areas_table([card(project=result([]))]).startswith("None of the results")
 
