@@ -30,7 +30,7 @@ done
 once fields benchmarks.fields brevity --rollouts runs/rollouts --out $results/fields.json --into docs/tried.md
 once reward-levels benchmarks.reward_levels positive,plain --out $results/reward-levels.json --into docs/control.md
 once tool-calls benchmarks.tool_calls --out $results/tool-calls.json --into docs/http-api.md
-once training-memory benchmarks.training_memory --tokens 200000,1000000 --hidden-size 256 --out $results/training-memory.json \
+once training-memory benchmarks.training_memory --tokens 300000,5000000 --hidden-size 4096 --out $results/training-memory.json \
     --into docs/heads.md
 once edit-launches benchmarks.edit --rows 256 --out $results/edit-launches.json --into docs/performance.md
 once soak tests.soak --num-requests 10000 --out $results/cpu-soak.json --into docs/operation.md

@@ -266,6 +266,15 @@ class GuardReport:
 
 
 @dataclass(slots=True, frozen=True)
+class SearchReport:
+    """How a choice that was searched for came off."""
+
+    score: float | None
+    """Of the text that was kept, by the reward that the search names or else by the objective, as candidates were
+    compared last; None where that is no finite number."""
+
+
+@dataclass(slots=True, frozen=True)
 class ControlSummary:
     """A choice's edits taken together: means over its tokens, and the largest KL."""
 
@@ -283,6 +292,8 @@ class ControlSummary:
     """By head, where the guardrail ended the choice."""
     guardrail: GuardReport | None = None
     """Of one that repairs or holds tokens back."""
+    search: SearchReport | None = None
+    """Of a choice whose candidates were compared."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,6 +1,8 @@
-"""Triton's interpreter made quicker: within a kernel it would patch Triton's language anew for every function called.
+"""Triton's interpreter made quicker, and its products of matrices the same wherever a row is in a tile.
 
-That takes a millisecond each, and `tl.sum` is such a function. Enter at `quicken`.
+Within a kernel it would patch Triton's language anew for every function called, which takes a millisecond each, and
+`tl.sum` is such a function. Its products are numpy's, whose library may add up a row in another order at another place
+of the matrix (seen with AVX2), which a GPU's units do not. Enter at `quicken` and `add_in_order`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -31,6 +34,19 @@ def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
         return scope
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+def add_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the test: `tl.dot` adds the products of each element one after the other."""
+    from triton.runtime import interpreter
+
+    def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+        total = np.zeros_like(d.data)
+        for column, row in zip(a.data.T, b.data, strict=True):
+            total += column[:, None].astype(total.dtype) * row.astype(total.dtype)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def _then(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -120,7 +120,7 @@ class Generation:
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
         summary = shown(asdict(control))
-        for name in ("stopped_by", "guardrail"):
+        for name in ("stopped_by", "guardrail", "search"):
             if getattr(control, name) is None:
                 del summary[name]
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary

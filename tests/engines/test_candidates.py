@@ -19,7 +19,7 @@ from server.engines.base import EngineStatus, NullObserver
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.sequence import Sequence
 from server.errors import InvalidRequestError
-from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams, TokenEdit
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SamplingParams, SearchReport, TokenEdit
 from tests.conftest import Collected, Results, run, waiting_again
 from tests.engines.test_laws import requests
 from tests.engines.test_scheduler import MODELS, small_core
@@ -46,8 +46,19 @@ def ask(control: ControlParams | None, *, prompt: tuple[int, ...] = (5, 6, 7), n
 
 
 def told(collected: Collected) -> list[GenerationChunk]:
-    """Without the chunks that only count tokens."""
-    return [chunk for chunk in collected.chunks if not chunk.num_drawn]
+    """Without the chunks that only count tokens, and without what only a search reports."""
+    return [unsearched(chunk) for chunk in collected.chunks if not chunk.num_drawn]
+
+
+def unsearched(chunk: GenerationChunk) -> GenerationChunk:
+    return chunk if chunk.control is None else replace(chunk, control=replace(chunk.control, search=None))
+
+
+def reported_score(collected: Collected) -> float | None:
+    control = collected.chunks[-1].control
+    assert control is not None
+    assert control.search is not None
+    return control.search.score
 
 
 def has_ended(core: EngineCore, token_ids: list[int]) -> bool:
@@ -157,7 +168,7 @@ def test_whoever_wins_the_text_goes_on_as_if_it_had_been_drawn_alone(
     expected = solo(core, plain, number)
     request = replace(plain, control=searching(way, 3, block))
     order = core._candidates._order
-    core._candidates._order = lambda candidates: [number, *order(candidates)]  # type: ignore[method-assign]
+    core._candidates._order = lambda candidates: [(number, SearchReport(None)), *order(candidates)]  # type: ignore[method-assign]
     try:
         result = run(core, [request])["r", 0]
     finally:
@@ -301,6 +312,8 @@ def test_best_of_returns_the_best_of_the_choices_that_it_would_have_been(make_co
         for rank, i in enumerate(best):
             expected = [replace(chunk, index=rank, num_drawn=0) for chunk in choices["r", i].chunks]
             assert told(results["r", rank]) == expected
+            assert reported_score(results["r", rank]) == pytest.approx(values[i], rel=1e-4)
+            assert choices["r", i].chunks[-1].control.search is None
         assert drawn(results)["r"] == sum(len(choice.token_ids) for choice in choices.values())
 
 

@@ -13,7 +13,7 @@ from server.engines.embedded.search_rewards import registered
 from server.errors import ConfigurationError, InvalidRequestError
 from server.types import FinishReason
 from tests.conftest import run
-from tests.engines.test_candidates import WAYS, ask, kept, searching, solo
+from tests.engines.test_candidates import WAYS, ask, kept, reported_score, searching, solo
 
 BY_LENGTH: dict[str, Any] = {
     **WAYS[0],
@@ -46,6 +46,12 @@ def test_the_candidate_whose_whole_text_scores_highest_is_kept(make_core: Callab
         assert prompts == [core._tokenizer.decode([5, 6, 7])] * 3
         assert result.text.startswith(max(answers, key=len))
     assert result.text == max(reward.asked[-1][1], key=len)
+    assert reported_score(result) == len(result.text)
+
+
+def test_a_score_that_is_no_number_is_reported_as_none(make_core: Callable[..., EngineCore]) -> None:
+    core = make_core(rewards={"long": lambda _, answers: [float("nan")] * len(answers)})
+    assert reported_score(run(core, [ask(ControlParams.model_validate(BY_LENGTH))])["r", 0]) is None
 
 
 def test_one_block_of_the_whole_response_keeps_the_best_of_n(make_core: Callable[..., EngineCore]) -> None:

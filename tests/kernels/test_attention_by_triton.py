@@ -15,7 +15,7 @@ from server.engines.embedded.model.spans import AttentionKind
 from tests.conftest import run
 from tests.engines.test_laws import requests, tokens
 from tests.kernels.attended import KINDS, PAGES, PLAIN, STRANGERS, Attended, Shape, each_case, each_dtype, part
-from tests.triton_interpreter import quicken
+from tests.triton_interpreter import add_in_order, quicken
 
 pytestmark = pytest.mark.triton
 # Of a result, at most, as a share of the weighted magnitudes of values: as of the native kernel.
@@ -27,6 +27,7 @@ def _by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RECONTROL_KERNELS", "triton")
     monkeypatch.setattr(attention, "can_attend_natively", lambda *_: False)
     quicken(monkeypatch)
+    add_in_order(monkeypatch)
     with np.errstate(all="ignore"):
         yield
 

@@ -18,6 +18,7 @@ Shapes: C candidates, D hidden size.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,9 +30,9 @@ from torch import Tensor
 from server.control.params import ControlParams, UnderPinned
 from server.engines.embedded.model.pages import num_pages_for
 from server.engines.embedded.scheduler import Scheduler
-from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial
+from server.engines.embedded.sequence import PromptScores, Rivals, Sequence, SequenceState, Trial, with_search
 from server.errors import InvalidRequestError
-from server.types import FinishReason, GenerationChunk, GenerationRequest
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SearchReport
 
 _PARAM = "control.search.candidates"
 Rows = list[tuple[Sequence, Tensor]]
@@ -43,8 +44,7 @@ def with_candidates(choices: list[Sequence]) -> list[Sequence]:
     request, emit = choices[0].request, choices[0].emit
     if request.search is not None:
         for choice in choices:
-            if request.search.reward is not None:
-                choice.emit = _keeping_answer(choice)
+            choice.emit = _keeping_answer(choice)
             choice.candidates = [_candidate(choice, number) for number in range(request.search.candidates)]
     elif request.best_of is not None:
         rivals = Rivals(choices, emit)
@@ -141,7 +141,8 @@ class Candidates:
         return [(candidate, hidden_D) for candidate in leader.candidates]
 
     def _keep_best(self, leader: Sequence) -> Rows:
-        winner = leader.candidates[self._order(leader.candidates)[0]]
+        place, leader.search_report = self._order(leader.candidates)[0]
+        winner = leader.candidates[place]
         trial = winner.own_trial
         chunks = trial.chunks
         if not leader.token_ids:
@@ -171,14 +172,14 @@ class Candidates:
         if rivals is not None and all(rival.finish_reason is not None for rival in rivals.members):
             rivals.tell(self._order(rivals.members), self._take_scores(rivals.members[0]))
 
-    def _order(self, candidates: list[Sequence]) -> list[int]:
-        """Their places, best first: by score, a broken guardrail and what is no number last, the first where equal."""
-        if len(candidates) == 1:
-            return [0]
+    def _order(self, candidates: list[Sequence]) -> list[tuple[int, SearchReport]]:
+        """Their places with their scores, best first: a broken guardrail and what is no number last, the first where
+        equal."""
         control = candidates[0].request.control
         assert control is not None
         states_CD = torch.stack([hidden_D for c in candidates if (hidden_D := c.own_trial.hidden_D) is not None])
         scores = self._scores_of(candidates, states_CD, control)
+        reports = [SearchReport(score if math.isfinite(score) else None) for score in scores]
         if isinstance(control, UnderPinned):
             num_kept = 1 if candidates[0].leader is not None else candidates[0].request.num_choices
             allowed = _not_taken_back(self._score(states_CD, control.pinned).tolist(), num_kept)
@@ -197,7 +198,7 @@ class Candidates:
                 0.0 if is_nan else -scores[place],
             )
 
-        return sorted(range(len(candidates)), key=rank)
+        return [(place, reports[place]) for place in sorted(range(len(candidates)), key=rank)]
 
     def _scores_of(self, candidates: list[Sequence], states_CD: Tensor, control: ControlParams) -> list[float]:
         """By the objective, or by the reward that the search names."""
@@ -239,7 +240,7 @@ def _keeping_answer(choice: Sequence) -> Callable[[GenerationChunk], None]:
 
     def keep(chunk: GenerationChunk) -> None:
         choice.answer += chunk.text
-        emit(chunk)
+        emit(chunk if choice.search_report is None else with_search(chunk, choice.search_report))
 
     return keep
 

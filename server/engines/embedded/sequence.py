@@ -25,7 +25,7 @@ from server.engines.embedded.sampler import RowSampling
 from server.engines.embedded.structure import CompiledSchema, SchemaMatcher, TokenMask
 from server.engines.segments import Markup, Segment
 from server.engines.text import TextOfTokens
-from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenEdit, TokenLogprob
+from server.types import FinishReason, GenerationChunk, GenerationRequest, SearchReport, TokenEdit, TokenLogprob
 
 PromptScores = tuple[TokenLogprob | None, ...]
 
@@ -89,7 +89,9 @@ class Sequence(Choice):
     candidates: list[Sequence] = field(default_factory=list)
     """Of a choice that is searched for: it keeps the text so far, and they try the next block."""
     answer: str = ""
-    """Of a choice whose candidates a reward judges: its text so far, without reasoning and calls."""
+    """Of a choice that is searched for: its text so far, without reasoning and calls."""
+    search_report: SearchReport | None = None
+    """Of one whose candidates have been compared."""
     rivals: Rivals | None = None
     """Of a candidate for a whole response."""
     shadow: Sequence | None = None
@@ -308,6 +310,11 @@ class Trial:
             self.emit(GenerationChunk(index=self.index, segment=chunk.segment, num_drawn=1))
 
 
+def with_search(chunk: GenerationChunk, report: SearchReport) -> GenerationChunk:
+    """The chunk, its summary telling how the search came off if it has one."""
+    return chunk if chunk.control is None else replace(chunk, control=replace(chunk.control, search=report))
+
+
 @dataclass(slots=True, eq=False)
 class Rivals:
     """The candidates for a request's choices, each a whole response. When one fails, all do."""
@@ -324,10 +331,10 @@ class Rivals:
             for index in range(member.request.num_choices):
                 self.emit(replace(chunk, index=index))
 
-    def tell(self, order: list[int], scores: PromptScores | None) -> None:
+    def tell(self, order: list[tuple[int, SearchReport]], scores: PromptScores | None) -> None:
         """The first of them in this order are the choices; the prompt's scores go with the first."""
         self.is_over = True
-        for index, chosen in enumerate(order[: self.members[0].request.num_choices]):
+        for index, (chosen, report) in enumerate(order[: self.members[0].request.num_choices]):
             for chunk in self.members[chosen].own_trial.chunks:
-                self.emit(replace(chunk, index=index, prompt_logprobs=scores))
+                self.emit(replace(with_search(chunk, report), index=index, prompt_logprobs=scores))
                 scores = None

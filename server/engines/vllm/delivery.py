@@ -62,7 +62,8 @@ class Delivery:
     def _summary(self, request_id: str, totals: EditTotals) -> dict[str, Any]:
         """As this program's own API has it."""
         summary = asdict(totals.summary())
-        del summary["stopped_by"]  # Guardrails are refused here.
+        for name in ("stopped_by", "guardrail", "search"):  # Refused here.
+            del summary[name]
         warnings = self._warnings.get(request_id)
         return {**summary, "warnings": list(warnings)} if warnings else summary
 
