@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ _LENGTH = 64
 _SAMPLES = 16
 _SIGNAL = 0.1
 """Of a reward in a gradient, beside noise of 1."""
+_TENSORS = ("states_ND", "logp_grads_ND", "prefix_rewards_N")
 _MIB = 2**20
 
 
@@ -77,17 +78,10 @@ class MadeTokens:
     def group_size(self) -> int:
         return max(1, BLOCK_NUMBERS // self.case.hidden_size // _LENGTH)
 
-    def group(self, first: int) -> dict[str, Tensor]:
-        """The tokens of a group of responses, the first of which is named, in bfloat16."""
+    def group(self, first: int) -> Mapping[str, Tensor]:
+        """The tokens of a group of responses, the first of which is named, in bfloat16; each made when it is read."""
         reward_N = self.reward_B[first : first + self.group_size].repeat_interleave(_LENGTH)
-        shape = (len(reward_N), self.case.hidden_size)
-        rng = torch.Generator().manual_seed((self.case.seed << 40) + first)
-        tensors: dict[str, Tensor] = {}
-        for name in ("states_ND", "logp_grads_ND"):
-            noise_ND = torch.randn(shape, generator=rng)
-            tensors[name] = noise_ND.addr_(reward_N, self.goal_D, alpha=_SIGNAL).bfloat16()
-        tensors["prefix_rewards_N"] = reward_N + torch.randn(len(reward_N), generator=rng)
-        return tensors
+        return _Group(self.case, self.goal_D, reward_N, first)
 
     def blocks(self, is_wanted_B: Tensor, *, device: str, order: torch.Generator | None = None) -> Iterator[TokenBlock]:
         starts = torch.arange(0, len(is_wanted_B), self.group_size)
@@ -98,6 +92,22 @@ class MadeTokens:
             if wanted.any():
                 offsets = torch.arange(len(wanted) + 1) * _LENGTH
                 yield from blocks_of(self.group(first), offsets, wanted, device=device, first_response=first)
+
+
+class _Group(dict[str, Tensor]):
+    def __init__(self, case: Case, goal_D: Tensor, reward_N: Tensor, first: int) -> None:
+        super().__init__()
+        self._case, self._goal_D, self._reward_N, self._first = case, goal_D, reward_N, first
+
+    def __missing__(self, name: str) -> Tensor:
+        seed = (self._case.seed << 40) + 3 * self._first + _TENSORS.index(name)
+        rng = torch.Generator().manual_seed(seed)
+        if name == "prefix_rewards_N":
+            self[name] = self._reward_N + torch.randn(len(self._reward_N), generator=rng)
+        else:
+            noise_ND = torch.randn(len(self._reward_N), self._case.hidden_size, generator=rng)
+            self[name] = noise_ND.addr_(self._reward_N, self._goal_D, alpha=_SIGNAL).bfloat16()
+        return self[name]
 
 
 def made_data(case: Case) -> TrainingData:

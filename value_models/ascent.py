@@ -96,14 +96,14 @@ class NaturalSums:
             mean_score = source.mean_score("train")
             gain_CWD = torch.zeros(len(credits), num_rows, size, dtype=torch.float64, device=device)
             for block in source.data.blocks("train"):
-                features_NW = head.readout(head.units(block.states_ND))[1][:, :num_rows]
-                grads_ND = block.cost_grads_ND
-                is_in_N = torch.rand(len(grads_ND), generator=order).to(device) < share
+                values_N, slope_NU = head.readout(head.units(block.states_ND))
+                features_NW = slope_NU[:, :num_rows]
+                is_in_N = torch.rand(len(values_N), generator=order).to(device) < share
                 num_fisher_tokens += int(is_in_N.sum())
-                fisher.add(features_NW[is_in_N], grads_ND[is_in_N])
-                for number, credit in enumerate(credits):
-                    advantage_N = _advantages(head, source, block, mean_score, credit)
-                    gain_CWD[number] += (features_NW * advantage_N[:, None]).T @ block.logp_grads_ND
+                fisher.add(features_NW[is_in_N], block.cost_grads_ND[is_in_N])
+                advantages = [_advantages(values_N, source, block, mean_score, credit) for credit in credits]
+                weights_NCW = torch.stack(advantages, dim=1)[:, :, None] * features_NW[:, None]
+                gain_CWD += (weights_NCW.flatten(1).T @ block.logp_grads_ND).view_as(gain_CWD)
             gains.append(gain_CWD / source.data.num_tokens("train"))
         return cls(head, fisher, num_fisher_tokens, gains, [source.weight for source in sources])
 
@@ -212,27 +212,44 @@ class AscentGain:
 
 def ascent_gain(head: ValueHead, source: FitSource, split: str, critic: PrefixCritic | None = None) -> AscentGain:
     """Of a head's way uphill on the tokens of a split; by the head's value where no critic is given."""
-    data = source.data
+    (gain,) = ascent_gains([head], source, split, critic)
+    return gain
+
+
+def ascent_gains(
+    heads: Sequence[ValueHead], source: FitSource, split: str, critic: PrefixCritic | None = None
+) -> list[AscentGain]:
+    """`ascent_gain` of several heads in one pass over the tokens."""
+    data, mean_score, credit = source.data, source.mean_score(split), Credit(1.0, critic)
     prompts = data.prompts_in(split)
     number_B = torch.searchsorted(prompts, data.prompt_B)
-    earned_P, paid, mean_score = torch.zeros(len(prompts), dtype=torch.float64), 0.0, source.mean_score(split)
+    earned_HP, paid_H = torch.zeros(len(heads), len(prompts), dtype=torch.float64), [0.0] * len(heads)
     for block in data.blocks(split):
-        shift_D = shift_of(head, block)
-        advantage_N = _advantages(head, source, block, mean_score, Credit(1.0, critic))
-        earned_N = (advantage_N * vecdot(shift_D, block.logp_grads_ND)).double().cpu()
-        earned_P.index_add_(0, block.of_tokens(number_B), earned_N)
-        paid += 0.5 * float(vecdot(shift_D, block.cost_grads_ND).square().sum(dtype=torch.float64))
-    return AscentGain(earned_P, paid, data.num_tokens(split))
+        states_ND, logp_grads_ND, cost_grads_ND = block.states_ND, block.logp_grads_ND, block.cost_grads_ND
+        for number, head in enumerate(heads):
+            values_N, shift_ND = _value_and_shift(head, states_ND)
+            advantage_N = _advantages(values_N, source, block, mean_score, credit)
+            earned_N = (advantage_N * vecdot(shift_ND, logp_grads_ND)).double().cpu()
+            earned_HP[number].index_add_(0, block.of_tokens(number_B), earned_N)
+            paid_H[number] += 0.5 * float(vecdot(shift_ND, cost_grads_ND).square().sum(dtype=torch.float64))
+    num_tokens = data.num_tokens(split)
+    return [AscentGain(earned_P, paid, num_tokens) for earned_P, paid in zip(earned_HP, paid_H, strict=True)]
 
 
 def shift_of(head: ValueHead, block: TokenBlock) -> Tensor:
     """How an ascent of length 1 moves each token's state, [N, D]."""
-    _, slope_NU = head.readout(head.units(block.states_ND))
-    return slope_NU @ head.folded_ascent()
+    return _value_and_shift(head, block.states_ND)[1]
 
 
-def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_score: float, credit: Credit) -> Tensor:
-    """What each token [N] of a block earned, in standard deviations of the source's training reward.
+def _value_and_shift(head: ValueHead, states_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [N] in standard deviations, and how an ascent of length 1 moves each state, [N, D]."""
+    values_N, slope_NU = head.readout(head.units(states_ND))
+    return values_N, slope_NU @ head.folded_ascent()
+
+
+def _advantages(values_N: Tensor, source: FitSource, block: TokenBlock, mean_score: float, credit: Credit) -> Tensor:
+    """What each token [N] of a block earned, in standard deviations of the source's training reward. `values_N` are
+    the head's, for where the credit has no critic.
 
     Of texts that the model did not write: their text's score, less `mean_score`, that of all tokens of the split. So
     E[A grad] is the gradient of the margin between better and worse texts. What the mean leaves out is that all texts
@@ -240,9 +257,9 @@ def _advantages(head: ValueHead, source: FitSource, block: TokenBlock, mean_scor
     texts, and a value fitted to them knows most of their scores, of which nothing would be left.
     """
     if source.data.is_given:
-        return block.of_tokens(source.standard_B - mean_score).to(head.scale_D.device)
-    critic = credit.critic
-    values_N = head.readout(head.units(block.states_ND))[0] if critic is None else critic.values(block)
+        return block.of_tokens(source.standard_B - mean_score).to(values_N.device)
+    if credit.critic is not None:
+        values_N = credit.critic.values(block)
     if credit.trace == 1.0:
         return block.of_tokens(source.standard_B).to(values_N.device) - values_N
     returns_N = block.lambda_returns(source.standard_B, values_N.cpu(), trace=credit.trace)

@@ -26,10 +26,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from value_models.errors import TrainingDataError
 from value_models.moments import Moments, MomentSums
 from value_models.sources import FitSource
 from value_models.token_blocks import TokenBlock
 
+NOT_FINITE = "rollouts: training states hold numbers that are not finite; make them anew"
 NUM_PARTS = 4
 """Of the training prompts: each is valued by a fit to the three others."""
 _POSITIONS = 4
@@ -103,10 +105,15 @@ class PrefixCritic:
     explained: float
     """Share of the variance of training rewards that the values of their tokens explain, each fitted without its
     prompt."""
+    state_sums: MomentSums
+    """Of the training states alone, with the rewards as their target: the fit of a head needs them too."""
 
     @classmethod
     def fit(cls, source: FitSource, *, ridge: float) -> PrefixCritic:
-        """One pass over the training tokens, of two prompts at least, with rewards of the text so far."""
+        """One pass over the training tokens, of two prompts at least, with rewards of the text so far.
+
+        Raises TrainingDataError for states that are not finite.
+        """
         features, part_B = PrivilegedFeatures.of(source), _parts(source)
         sums: list[MomentSums] = []
         pivot_F = torch.zeros(0)
@@ -119,6 +126,8 @@ class PrefixCritic:
             for part, part_sums in enumerate(sums):
                 if (is_in_N := part_N == part).any():
                     part_sums.add(x_NF[is_in_N.to(x_NF.device)], target_N[is_in_N])
+        if not all(part_sums.is_finite() for part_sums in sums):
+            raise TrainingDataError(NOT_FINITE)
         penalty_F = torch.full_like(pivot_F, ridge, dtype=torch.float64)
         # A response's tokens share one reward, so it is responses that so many coefficients of the state count by.
         size = len(pivot_F) - features.num_blocks * _PER_BLOCK
@@ -126,7 +135,10 @@ class PrefixCritic:
         fits = [_fitted(MomentSums.pooled(sums[:part] + sums[part + 1 :]), penalty_F) for part in range(len(sums))]
         weights_FK = torch.stack([weights_F for weights_F, _ in fits], dim=1)
         bias_K = torch.tensor([bias for _, bias in fits], dtype=torch.float64, device=weights_FK.device)
-        return cls(features, part_B, weights_FK.float(), bias_K.float(), _explained(sums, weights_FK, bias_K))
+        total = MomentSums.pooled(sums)
+        state_sums = total.first(size)
+        explained = _explained(sums, total, weights_FK, bias_K)
+        return cls(features, part_B, weights_FK.float(), bias_K.float(), explained, state_sums)
 
     def values(self, block: TokenBlock) -> Tensor:
         """Of a block's tokens, [N]; of prompts that no fit has seen, by the fit to all parts but the first."""
@@ -159,9 +171,8 @@ def _fitted(sums: MomentSums, penalty_F: Tensor) -> tuple[Tensor, float]:
     return weights_F, moments.target_mean - float(weights_F @ moments.mean_D)
 
 
-def _explained(sums: Sequence[MomentSums], weights_FK: Tensor, bias_K: Tensor) -> float:
+def _explained(sums: Sequence[MomentSums], total: MomentSums, weights_FK: Tensor, bias_K: Tensor) -> float:
     """From the sums of each part and the fit to the others, so that tokens need not be read again."""
-    total = MomentSums.pooled(sums)
     num_tokens, variance = total.weight, total.moments().target_variance
     squares = 0.0
     for part, part_sums in enumerate(sums):

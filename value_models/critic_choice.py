@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from value_models.ascent import CLEAR_ERRORS, ascent_gain
+from value_models.ascent import CLEAR_ERRORS, ascent_gains
 from value_models.critic import Credit, PrefixCritic
 from value_models.errors import TrainingDataError
 from value_models.heads import ValueHead
+from value_models.moments import MomentSums
 from value_models.sources import FitSource
 
 CriticName = Literal["auto", "prefix_reward", "value"]
@@ -60,13 +61,18 @@ class CreditsToTry:
     why_not: str | None = None
     """Why prefix_reward is not among them, where it was to be."""
 
+    @property
+    def state_sums(self) -> MomentSums | None:
+        """Of the training states of rollouts, where the fit of a critic has read them."""
+        return next((credit.critic.state_sums for credit in self.credits if credit.critic is not None), None)
+
 
 def credits_to_try(
     rollouts: FitSource | None, critic: CriticName, *, trace: float | None, ridge: float
 ) -> CreditsToTry:
     """Those that `critic` asks for. `trace` is lambda, by default the critic's own; `ridge` is of the fit of a critic.
 
-    Raises TrainingDataError where the one that was asked for by name cannot be had.
+    Raises TrainingDataError where the one that was asked for by name cannot be had, and for states that are not finite.
     """
     by_value = Credit(VALUE_TRACE if trace is None else trace)
     if critic == "value":
@@ -87,7 +93,7 @@ def choose(
     there are no rollouts to judge by."""
     if rollouts is None:
         return 0, None
-    found = [ascent_gain(way, rollouts, "validation") for way in ways]
+    found = ascent_gains(ways, rollouts, "validation")
     taken, above_value = 0, None
     if len(ways) > 1:
         margin, error = above_value = found[1].margin(found[0])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from value_models.ascent import CLEAR_ERRORS, ascent_gain
+from value_models.ascent import CLEAR_ERRORS, ascent_gains
 from value_models.critic import PrefixCritic
 from value_models.heads import FieldHead, ValueHead
 from value_models.linalg import eigh
@@ -96,7 +96,7 @@ def choose_field(
 
     Both are judged by the same Monte Carlo advantages, less the critic's values where there is one.
     """
-    constant_gain, field_gain = (ascent_gain(head, rollouts, "validation", critic) for head in (constant, field))
+    constant_gain, field_gain = ascent_gains([constant, field], rollouts, "validation", critic)
     margin, error = field_gain.margin(constant_gain)
     pays = margin > CLEAR_ERRORS * error and field_gain.gain >= _WORTH_IT * constant_gain.gain
     is_taken = is_asked or pays

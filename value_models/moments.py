@@ -63,8 +63,21 @@ class GramSum:
             panel = weighted_ND[:, first : first + _PANEL].T @ x_ND[:, first:]
             self._upper_DD[first : first + _PANEL, first:].add_(panel, alpha=weight)
 
-    def add_sum(self, other: GramSum) -> None:
-        self._upper_DD += other._upper_DD
+    def add_sum(self, other: GramSum, weight: float = 1.0) -> None:
+        self._upper_DD.add_(other._upper_DD, alpha=weight)
+
+    def add_symmetric(self, matrix_DD: Tensor) -> None:
+        self._upper_DD += matrix_DD
+
+    @property
+    def diagonal_D(self) -> Tensor:
+        return self._upper_DD.diagonal()
+
+    def first(self, size: int) -> GramSum:
+        """Of the first columns alone."""
+        part = GramSum(size, self._upper_DD.device)
+        part._upper_DD += self._upper_DD[:size, :size]
+        return part
 
     def matrix(self) -> Tensor:
         """[D, D], float64. Nothing may be added afterwards."""
@@ -94,8 +107,11 @@ class ProductGramSum:
 
 
 class MomentSums:
-    """What `moments` are of, as blocks are added. Sums that are to be pooled have the same pivot [D]; any that is near
-    the states' mean will do."""
+    """What `moments` are of, as blocks are added.
+
+    `pivot_D` is what is subtracted from states before they are added up, by default the first block's mean; any that is
+    near the mean of all will do.
+    """
 
     def __init__(self, pivot_D: Tensor | None = None) -> None:
         self.weight = 0.0
@@ -106,18 +122,40 @@ class MomentSums:
     @classmethod
     def pooled(cls, parts: Sequence[MomentSums]) -> MomentSums:
         """Of everything that was added to several."""
-        pivot_D = parts[0]._pivot_D
-        assert pivot_D is not None
-        assert all(part._pivot_D is pivot_D for part in parts)
-        whole = cls(pivot_D)
+        whole = cls()
         for part in parts:
-            whole.weight += part.weight
-            whole._gram.add_sum(part._gram)
-            whole._total_D += part._total_D
-            whole._product_D += part._product_D
-            whole._target += part._target
-            whole._square += part._square
+            whole.add_sums(part)
         return whole
+
+    def add_sums(self, other: MomentSums, weight: float = 1.0) -> None:
+        """Everything that was added to others, each token's weight times this one."""
+        assert other._pivot_D is not None
+        if self._pivot_D is None:
+            self._begin(other._pivot_D)
+        assert self._pivot_D is not None
+        self.weight += weight * other.weight
+        self._gram.add_sum(other._gram, weight)
+        self._total_D += weight * other._total_D
+        self._product_D += weight * other._product_D
+        self._target += weight * other._target
+        self._square += weight * other._square
+        if other._pivot_D is not self._pivot_D:
+            offset_D = other._pivot_D.double() - self._pivot_D.double()
+            crossed_DD = torch.outer(other._total_D, offset_D)
+            moved_DD = crossed_DD + crossed_DD.T + other.weight * torch.outer(offset_D, offset_D)
+            self._gram.add_symmetric(weight * moved_DD)
+            self._total_D += weight * other.weight * offset_D
+            self._product_D += weight * other._target * offset_D
+
+    def first(self, size: int) -> MomentSums:
+        """Of the first columns of the states alone."""
+        assert self._pivot_D is not None
+        part = MomentSums(self._pivot_D[:size])
+        part.weight, part._target, part._square = self.weight, self._target, self._square
+        part._gram = self._gram.first(size)
+        part._total_D += self._total_D[:size]
+        part._product_D += self._product_D[:size]
+        return part
 
     def add(self, states_ND: Tensor, target_N: Tensor, weight: float = 1.0) -> None:
         """States [N, D] float32 with their targets; `weight` is of each token."""
@@ -138,6 +176,10 @@ class MomentSums:
         self._total_D = torch.zeros_like(pivot_D, dtype=torch.float64)
         self._product_D = torch.zeros_like(self._total_D)
         self._target = self._square = 0.0
+
+    def is_finite(self) -> bool:
+        """Whether all numbers that were added are, as far as sums tell."""
+        return bool(self._gram.diagonal_D.isfinite().all())
 
     def moments(self) -> Moments:
         """Of what was added, at least one token. Nothing may be added afterwards."""

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from value_models.ascent import Metric, NaturalSums, ascending, ascent_gain, calibrated, plain_rows
 from value_models.calibration import ExpectedRewards
-from value_models.critic_choice import PREFIX_TRACE, VALUE_TRACE, CriticFigures, CriticName, choose, credits_to_try
+from value_models.critic import NOT_FINITE
+from value_models.critic_choice import (
+    PREFIX_TRACE,
+    VALUE_TRACE,
+    CreditsToTry,
+    CriticFigures,
+    CriticName,
+    choose,
+    credits_to_try,
+)
 from value_models.errors import TrainingDataError
 from value_models.expected import ExpectedSums
 from value_models.fields import AUTO_FEATURES, FieldFigures, as_field, choose_field, num_tried
@@ -193,16 +202,18 @@ def train_head(
         FitSource.of(data, weight=weight, is_centred=settings.centres(data.kind))
         for data, weight in zip(sources, weights or [1.0] * len(sources), strict=True)
     ]
-    moments = _moments(fitted)
-    head = _value_head(fitted, moments, settings)
     rollouts = next((source for source in fitted if not source.data.is_given), None)
     if rollouts is None and settings.field_features not in (0, "auto"):
         raise TrainingDataError("field_features: a field is fitted to rollouts by the metric natural; there are none")
-    critic, field_figures = None, None
+    tried = None
     if settings.metric == "natural":
-        head, critic, field_figures = _natural_head(head, fitted, moments, settings, rollouts)
-    else:
+        tried = credits_to_try(rollouts, settings.critic, trace=settings.advantage_trace, ridge=settings.ridge)
+    moments = _moments(fitted, rollouts, tried)
+    head, critic, field_figures = _value_head(fitted, moments, settings), None, None
+    if tried is None:
         head = head.with_ascent(plain_rows(head, moments, settings.metric, settings.shrinkage))
+    else:
+        head, critic, field_figures = _natural_head(head, fitted, moments, settings, rollouts, tried)
     head = calibrated(head, sources)
     figures = [_figures(head, source, is_unit=source is fitted[0]) for source in fitted]
     head = head_from_tensors(head.type_name, {k: v.cpu() for k, v in head.state_dict().items()})
@@ -215,13 +226,13 @@ def _natural_head(
     moments: Moments,
     settings: TrainSettings,
     rollouts: FitSource | None,
+    tried: CreditsToTry,
 ) -> tuple[ValueHead, CriticFigures | None, FieldFigures | None]:
     """The head with its natural direction, or a field in its place; figures of what was tried, from rollouts alone."""
     damping = settings.damping
     if any(source.data.is_given for source in sources):
         # A handful of texts tells little of the Fisher information of so many dimensions.
         damping += head.hidden_size / sum(source.data.num_tokens("train") for source in sources)
-    tried = credits_to_try(rollouts, settings.critic, trace=settings.advantage_trace, ridge=settings.ridge)
     num_features = 0
     if rollouts is not None:
         num_features = settings.features_tried(head.hidden_size, rollouts.data.num_tokens("train"))
@@ -240,16 +251,20 @@ def _natural_head(
     return chosen, critic, figures
 
 
-def _moments(sources: Sequence[FitSource]) -> Moments:
-    """Of the training states, with the rewards of their responses as the target."""
+def _moments(sources: Sequence[FitSource], rollouts: FitSource | None, tried: CreditsToTry | None) -> Moments:
+    """Of the training states, with the rewards of their responses as the target; rollouts that the fit of a critic has
+    read are not read again."""
+    read = None if tried is None else tried.state_sums
     sums = MomentSums()
     for source, weight in zip(sources, token_weights(sources), strict=True):
+        if read is not None and source is rollouts:
+            sums.add_sums(read, weight)
+            continue
         for block in source.data.blocks("train"):
             sums.add(block.states_ND, block.of_tokens(source.standard_B), weight)
-    moments = sums.moments()
-    if not bool(moments.correlation_DD.isfinite().all()):
-        raise TrainingDataError("rollouts: training states hold numbers that are not finite; make them anew")
-    return moments
+    if not sums.is_finite():
+        raise TrainingDataError(NOT_FINITE)
+    return sums.moments()
 
 
 def _value_head(sources: Sequence[FitSource], moments: Moments, settings: TrainSettings) -> ValueHead:
