@@ -136,7 +136,8 @@ def write_files(case: Case) -> None:
 
     def make(index: int) -> list[Rollout]:
         first = starts[index]
-        parts = {name: tensor.split(_LENGTH) for name, tensor in tokens.group(first).items()}
+        group = tokens.group(first)
+        parts = [group[name].split(_LENGTH) for name in ("states_ND", "logp_grads_ND")]
         return [
             Rollout(
                 prompt_id=f"made-{(first + at) // _SAMPLES}",
@@ -148,7 +149,7 @@ def write_files(case: Case) -> None:
                 logp_grads_TD=grads_TD,
                 text_ends=_text_ends(repr(float(tokens.reward_B[first + at]))),
             )
-            for at, (states_TD, grads_TD) in enumerate(zip(parts["states_ND"], parts["logp_grads_ND"], strict=True))
+            for at, (states_TD, grads_TD) in enumerate(zip(*parts, strict=True))
         ]
 
     manifest = {
