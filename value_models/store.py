@@ -35,6 +35,8 @@ _MAX_HEADER_BYTES = 2**16
 _MAX_LENGTH = 1e15
 """Of a row of inputs or of an ascent, and of a bias. Trained ones have some tens; the product of two such rows is far
 from the end of float32."""
+_MOST_EARNED = 1e6
+"""Of what a card's figures say of a response, in standard deviations; heads have up to some tens."""
 _DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -100,9 +102,9 @@ def _earned(fields: dict[str, Any]) -> float | None:
     report = {"ascent_gain": validation.get("ascent_gain"), **{key: data.get(key) for key in ("tokens", "responses")}}
     try:
         earned = _GainReport.model_validate(report).earned
-    except ValidationError:
+    except (ValidationError, OverflowError):
         return None
-    return earned if earned > 0 else None
+    return earned if 0 < earned <= _MOST_EARNED else None
 
 
 class HeadCard(_Frozen):
@@ -117,8 +119,8 @@ class HeadCard(_Frozen):
     metric: str
     """Which way the head ascends, and what a step of length 1 costs."""
     reward: str
-    reward_mean: float
-    reward_scale: float
+    reward_mean: FiniteFloat
+    reward_scale: FiniteFloat
     targets: str
     data: dict[str, Any]
     """Prompts, rollouts, sampling settings, and the split."""
@@ -158,6 +160,13 @@ class HeadCard(_Frozen):
     A response is as long as those that the head was trained on. It follows from `validation` and `data`, so no file
     holds it: it is worked out when a card is made or read.
     """
+
+    @property
+    def trained_tokens(self) -> int | None:
+        """How long the responses were that the head was trained on, as far as the card tells."""
+        rollouts = self.data.get("rollouts")
+        told = rollouts.get("max_tokens") if isinstance(rollouts, dict) else None
+        return told if type(told) is int else None
 
     @field_validator("earned", mode="before")
     @classmethod
