@@ -5,6 +5,7 @@ Enter at `install` for what routes raise, at `error_response` for what is raised
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
@@ -130,7 +131,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         message = f"There is no {request.method} {path}.{_where_it_is(path)}"
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {path}.{_where_it_is(path)}"
-        headers = {"Allow": _allowed_methods(request, error)}
+        headers = {"Allow": await asyncio.to_thread(_allowed_methods, request, error)}
     elif error.detail == _UNREADABLE_BODY:
         code = "invalid_json"
         message = "The body is not JSON that can be read: nested too deep, a number of too many digits, or not UTF-8."

@@ -23,7 +23,7 @@ from value_models.errors import HeadFileError, ImportFileError, RolloutError
 from value_models.importer import import_pth
 from value_models.prompt_sets import RolloutPrompt, load_prompts, split_of
 from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts, open_rollouts
-from value_models.store import CARD_FILE, HEAD_FILE, load_head
+from value_models.store import CARD_FILE, HEAD_FILE, load_head, parse_card
 
 IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]
@@ -174,6 +174,25 @@ def test_tensors_of_another_size_than_the_card_says_are_refused(tmp_path: Path) 
     write_heads(tmp_path, {"h": random_head(3)}, {**IDENTITY, "hidden_size": 48})
     with pytest.raises(HeadFileError, match="states of size 32, but its card says 48"):
         load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": {"tokens": 10**400, "responses": {"train": 1}}}, {"data": {"tokens": 1, "responses": {"train": 10**400}}},
+     {"validation": {"ascent_gain": 1e308}}, {"data": {"rollouts": "x"}}, {"data": {"rollouts": {"max_tokens": "x"}}}],
+)  # fmt: skip
+def test_figures_of_a_card_that_are_beyond_numbers_tell_nothing(change: dict[str, Any]) -> None:
+    written = card_of("h", random_head(3), ascent_gain=0.02).model_dump(mode="json") | change
+    card = parse_card(json.dumps(written).encode(), "a card")
+    assert (card.earned, card.trained_tokens) == (None, None)
+
+
+@pytest.mark.parametrize("field", ["reward_mean", "reward_scale"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_card_whose_list_could_not_be_told_as_json_is_refused(field: str, number: str) -> None:
+    written = json.dumps(card_of("h", random_head(3)).model_dump(mode="json") | {field: 1234.5})
+    with pytest.raises(HeadFileError, match=f"{field}: Input should be a finite number"):
+        parse_card(written.replace("1234.5", number).encode(), "a card")
 
 
 @pytest.mark.parametrize("file", [CARD_FILE, HEAD_FILE])
