@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
