@@ -24,6 +24,7 @@ from value_models.calibration import ExpectedRewards, RewardLevels
 from value_models.errors import HeadFileError, HeadShapeError
 from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
+from value_models.linalg import vector_norm
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
@@ -96,6 +97,14 @@ class _GainReport(BaseModel):
         return self.ascent_gain * UNIT_COST_NATS**0.5 * self.tokens / max(sum(self.responses.values()), 1)
 
 
+class _Rollouts(BaseModel):
+    """The part of a card's `data` that says how long responses were."""
+
+    model_config = ConfigDict(strict=True)
+
+    max_tokens: int
+
+
 def _earned(fields: dict[str, Any]) -> float | None:
     """Work out `HeadCard.earned` from a card's other fields. An imported head's card tells nothing of gains."""
     validation, data = fields["validation"], fields["data"]
@@ -164,9 +173,10 @@ class HeadCard(_Frozen):
     @property
     def trained_tokens(self) -> int | None:
         """How long the responses were that the head was trained on, as far as the card tells."""
-        rollouts = self.data.get("rollouts")
-        told = rollouts.get("max_tokens") if isinstance(rollouts, dict) else None
-        return told if type(told) is int else None
+        try:
+            return _Rollouts.model_validate(self.data.get("rollouts")).max_tokens
+        except ValidationError:
+            return None
 
     @field_validator("earned", mode="before")
     @classmethod
@@ -336,7 +346,7 @@ def _check_finite(head: ValueHead, where: str) -> None:
     """Raises HeadFileError for numbers that are not finite, in float32 and with the normalisation folded in, or so
     large that products of them are not: beside such a head no other one could be computed."""
     (inputs_UD, bias_U), ascent_UD = head.folded_inputs(), head.folded_ascent()
-    lengths = [float(rows.norm(dim=1).max()) for rows in (inputs_UD, bias_U[:, None], ascent_UD)]
+    lengths = [float(vector_norm(rows).max()) for rows in (inputs_UD, bias_U[:, None], ascent_UD)]
     is_finite = all(tensor.isfinite().all() for tensor in head.state_dict().values())
     if not is_finite or not all(length <= _MAX_LENGTH for length in lengths):
         raise HeadFileError(f"{where} holds numbers that are not finite, or whose products are not")
