@@ -176,10 +176,12 @@ $(CLIENTS_STAMP):
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  "guidellm>=0.8" "instructor>=1.15" "langchain>=1.2" "langchain-openai>=1.7" \
-	  "llama-index-llms-openai-like>=0.8" "lm-eval[api,hf]>=0.4.13" "openai-agents>=0.24"
-	# in an environment of its own, since its proxy pins much; 1.110 asks for a package that indexes do not have
+	  "lm-eval[api,hf]>=0.4.13" "openai-agents>=0.24"
+	# in another environment what asks for OpenAI's SDK before its release 3, which the Agents SDK asks for; LiteLLM
+	# 1.110 asks for a package that indexes do not have
 	$(PYTHON) -m venv $(LITELLM)
-	$(LITELLM)/bin/python -m pip install --quiet --disable-pip-version-check "litellm[proxy]>=1.105,<1.110"
+	$(LITELLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "litellm[proxy]>=1.105,<1.110" "llama-index-llms-openai-like>=0.8"
 	command -v npm >/dev/null || { \
 	  $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -q -y --no-install-recommends nodejs npm; }
 	# without running what packages would run when they are installed

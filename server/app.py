@@ -78,9 +78,11 @@ def create_app(settings: Settings, engine: Engine | None = None, telemetry: Tele
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
 
-    # The interactive docs load scripts from other hosts; /openapi.json stays.
+    # The interactive docs load scripts from other hosts; /openapi.json is our own (system.py).
     # A redirect would be built from the Host header, so a path with a slash too many is a 404.
-    app = FastAPI(title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="recontrol", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.engine, app.state.telemetry = engine, telemetry
     app.state.workers, app.state.jobs = workers, jobs
     app.state.pinned, app.state.pinned_refuses = pinned, settings.pinned_refuses

@@ -3,6 +3,7 @@
     RecontrolError                     a code and an HTTP status for each leaf
     |-- InvalidRequestError      400   the caller can mend the request
     |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
+    |   |-- InvalidJsonError     400   a body that is not JSON in UTF-8
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
     |-- AuthenticationError      401   no key, or one that does not open this path
     |-- PermissionDeniedError    403   the key opens this path, but not for what was asked
@@ -38,9 +39,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-SHOWN_CHARS = 64
-"""Of a caller's own words in a message."""
-
 
 class RecontrolError(Exception):
     """Root. `message` is shown to the user; `param` names the request field at fault, if one is."""
@@ -61,6 +59,10 @@ class InvalidRequestError(RecontrolError):
 
 class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
+
+
+class InvalidJsonError(InvalidRequestError):
+    code = "invalid_json"
 
 
 class UnsupportedFieldError(InvalidRequestError):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Never
@@ -23,6 +24,7 @@ from value_models.calibration import ExpectedRewards, RewardLevels
 from value_models.errors import HeadFileError, HeadShapeError
 from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
+from value_models.linalg import vector_norm
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 SWEEP_FILE, MAP_FILE = "sweep.json", "map.json"
@@ -31,6 +33,11 @@ MAX_CARD_BYTES, MAX_HEAD_BYTES = 2 * 2**20, 512 * 2**20
 """The largest shipped card has 0.05 MiB, and the paper's heads for models of 7 billion parameters 270 MiB."""
 MAX_FILE_BYTES = {CARD_FILE: MAX_CARD_BYTES, HEAD_FILE: MAX_HEAD_BYTES}
 _MAX_HEADER_BYTES = 2**16
+_MAX_LENGTH = 1e15
+"""Of a row of inputs or of an ascent, and of a bias. Trained ones have some tens; the product of two such rows is far
+from the end of float32."""
+_MOST_EARNED = 1e6
+"""Of what a card's figures say of a response, in standard deviations; heads have up to some tens."""
 _DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -90,15 +97,23 @@ class _GainReport(BaseModel):
         return self.ascent_gain * UNIT_COST_NATS**0.5 * self.tokens / max(sum(self.responses.values()), 1)
 
 
+class _Rollouts(BaseModel):
+    """The part of a card's `data` that says how long responses were."""
+
+    model_config = ConfigDict(strict=True)
+
+    max_tokens: int
+
+
 def _earned(fields: dict[str, Any]) -> float | None:
     """Work out `HeadCard.earned` from a card's other fields. An imported head's card tells nothing of gains."""
     validation, data = fields["validation"], fields["data"]
     report = {"ascent_gain": validation.get("ascent_gain"), **{key: data.get(key) for key in ("tokens", "responses")}}
     try:
         earned = _GainReport.model_validate(report).earned
-    except ValidationError:
+    except (ValidationError, OverflowError):
         return None
-    return earned if earned > 0 else None
+    return earned if 0 < earned <= _MOST_EARNED else None
 
 
 class HeadCard(_Frozen):
@@ -113,8 +128,8 @@ class HeadCard(_Frozen):
     metric: str
     """Which way the head ascends, and what a step of length 1 costs."""
     reward: str
-    reward_mean: float
-    reward_scale: float
+    reward_mean: FiniteFloat
+    reward_scale: FiniteFloat
     targets: str
     data: dict[str, Any]
     """Prompts, rollouts, sampling settings, and the split."""
@@ -154,6 +169,14 @@ class HeadCard(_Frozen):
     A response is as long as those that the head was trained on. It follows from `validation` and `data`, so no file
     holds it: it is worked out when a card is made or read.
     """
+
+    @property
+    def trained_tokens(self) -> int | None:
+        """How long the responses were that the head was trained on, as far as the card tells."""
+        try:
+            return _Rollouts.model_validate(self.data.get("rollouts")).max_tokens
+        except ValidationError:
+            return None
 
     @field_validator("earned", mode="before")
     @classmethod
@@ -199,7 +222,7 @@ def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:
     there.
     """
     tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
-    _check_finite(tensors, str(folder / HEAD_FILE))
+    _check_finite(head, str(folder / HEAD_FILE))
     # A head that is replaced must not be left with the old one's card and figures.
     for name in (CARD_FILE, SWEEP_FILE, MAP_FILE):
         for path in (folder / name, (folder / name).with_suffix(".svg")):
@@ -235,13 +258,24 @@ def parse_card(data: bytes, where: str) -> HeadCard:
 
 
 def read_file(path: Path) -> bytes:
-    """One of a head's two files. Raises HeadFileError for one that is too large, before it is read, and OSError."""
-    with path.open("rb") as file:
+    """One of a head's two files.
+
+    Raises HeadFileError for one that is too large, before it is read, and for what is no file, such as a named pipe, in
+    which whoever reads would wait for ever; and OSError.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise HeadFileError(f"{path} is not a file")
         # Measured on the open file, and bounded all the same: it may grow, or have no size.
-        check_size(os.fstat(file.fileno()).st_size, path.name, str(path))
+        check_size(status.st_size, path.name, str(path))
         data = file.read(MAX_FILE_BYTES[path.name] + 1)
     check_size(len(data), path.name, str(path))
     return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_size(num_bytes: int, file: str, where: str) -> None:
@@ -281,7 +315,7 @@ def head_from_bytes(data: bytes, card: HeadCard, where: str, *, device: torch.de
     except Exception as error:
         # A stranger's file; what nobody thought of must not get past those who expect HeadFileError.
         raise HeadFileError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
-    _check_finite(tensors, where)
+    _check_finite(head, where)
     if head.hidden_size != card.base_model.hidden_size:
         raise HeadFileError(
             f"{where} reads states of size {head.hidden_size}, but its card says {card.base_model.hidden_size}"
@@ -308,6 +342,11 @@ def _check_header(data: bytes, where: str) -> None:
             raise HeadFileError(f"{where} cannot be loaded: {name} is of type {dtype!r}; allowed are {allowed}")
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise HeadFileError(f"{where} holds numbers that are not finite")
+def _check_finite(head: ValueHead, where: str) -> None:
+    """Raises HeadFileError for numbers that are not finite, in float32 and with the normalisation folded in, or so
+    large that products of them are not: beside such a head no other one could be computed."""
+    (inputs_UD, bias_U), ascent_UD = head.folded_inputs(), head.folded_ascent()
+    lengths = [float(vector_norm(rows).max()) for rows in (inputs_UD, bias_U[:, None], ascent_UD)]
+    is_finite = all(tensor.isfinite().all() for tensor in head.state_dict().values())
+    if not is_finite or not all(length <= _MAX_LENGTH for length in lengths):
+        raise HeadFileError(f"{where} holds numbers that are not finite, or whose products are not")

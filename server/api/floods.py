@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
-from server.errors import SHOWN_CHARS
+from server.unicode import beginning
 
 MAX_MEMBERS = 2**15
 """Of all objects and lists of a field together; token ids do not count."""
@@ -25,12 +25,12 @@ def refuse_flood(model: type[BaseModel], body: Any) -> None:
         return
     allowed = [field.alias or name for name, field in model.model_fields.items()]
     if len(body) > len(allowed) + _FEW:
-        name = next(name for name in body if name not in allowed)[:SHOWN_CHARS]
+        name = beginning(next(name for name in body if name not in allowed))
         context = {"name": name, "allowed": ", ".join(allowed)}
         raise PydanticCustomError(UNKNOWN, "{name}: there is no such field. Allowed here: {allowed}.", context)
     for name, value in body.items():
         if isinstance(value, dict | list) and _has_many(value):
-            context = {"name": name[:SHOWN_CHARS], "most": MAX_MEMBERS}
+            context = {"name": beginning(name), "most": MAX_MEMBERS}
             raise PydanticCustomError("field", "{name}: holds more than {most} fields and items in all", context)
 
 

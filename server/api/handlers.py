@@ -5,6 +5,7 @@ Enter at `install` for what routes raise, at `error_response` for what is raised
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request
@@ -18,7 +19,6 @@ from server.api.gate.encodings import ENCODINGS
 from server.api.schemas import locate
 from server.api.unserved import REFUSED
 from server.errors import (
-    SHOWN_CHARS,
     AuthenticationError,
     ContentEncodingError,
     DeadlineExceededError,
@@ -28,6 +28,7 @@ from server.errors import (
     SlowBodyError,
     UnknownHeadError,
 )
+from server.unicode import beginning
 
 _UNREADABLE_BODY = "There was an error parsing the body"
 """FastAPI's words for what is no JSON for another reason than its form."""
@@ -87,7 +88,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path = [*path, context["discriminator"].strip("'")]
     # A name comes from the request, so only its beginning is sent back.
-    where = ".".join(str(part)[:SHOWN_CHARS] for part in path)
+    where = ".".join(beginning(str(part)) for part in path)
     if first["type"] in (REFUSED, UNKNOWN, "field"):
         holder = f"{where}." if where else ""
         content = _body(400, f"{holder}{first['msg']}", f"{holder}{context['name']}", _code(first["type"]))
@@ -96,7 +97,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         # No head has such a name: a path, a URL, or code is never more than a name that is not known.
         field = path[:-2] if path[-1] == "[key]" else [part for part in path if isinstance(part, str)]
         unknown = UnknownHeadError(
-            first["input"][:SHOWN_CHARS], request.app.state.engine.info.heads, param=".".join(map(str, field))
+            beginning(first["input"]), request.app.state.engine.info.heads, param=".".join(map(str, field))
         )
         return error_response(unknown, request_id_of(request))
     if first["type"] == "json_invalid":
@@ -130,7 +131,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         message = f"There is no {request.method} {path}.{_where_it_is(path)}"
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {path}.{_where_it_is(path)}"
-        headers = {"Allow": _allowed_methods(request, error)}
+        headers = {"Allow": await asyncio.to_thread(_allowed_methods, request, error)}
     elif error.detail == _UNREADABLE_BODY:
         code = "invalid_json"
         message = "The body is not JSON that can be read: nested too deep, a number of too many digits, or not UTF-8."

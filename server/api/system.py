@@ -1,7 +1,8 @@
-"""GET /health (does the loop run?), /ready (may requests be sent?), /version and /metrics."""
+"""GET /health (does the loop run?), /ready (may requests be sent?), /version, /metrics and /openapi.json."""
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
@@ -41,3 +42,9 @@ async def metrics(request: Request) -> Response:
     """Prometheus exposition text."""
     telemetry: Telemetry = request.app.state.telemetry
     return Response(telemetry.render(), media_type=telemetry.content_type)
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def document(request: Request) -> JSONResponse:
+    """The API's description. It is made when it is first asked for, in a thread, since it takes half a second."""
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))

@@ -26,6 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _log = logging.getLogger(__name__)
 _LEAST_BYTES_A_SECOND = 512
 """That a client has to take of what waits for it: who takes a byte now and then would hold it for days."""
+_MOST_BYTES_AHEAD = 64 * 1024
+"""Of further requests, which a client sends before the response to the last one has come."""
 
 
 @dataclass(slots=True)
@@ -79,10 +81,12 @@ class Protocol(H11Protocol):
         if not self.transport.is_closing():
             super().data_received(data)
             self._watch_sender()
+            self._listen_on()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch_sender()
+        self._listen_on()
 
     def pause_writing(self) -> None:
         """Called by the transport when more is written than the client takes."""
@@ -146,6 +150,19 @@ class Protocol(H11Protocol):
             self._stop_watching(self._receive_timer)
             if awaited is not None:
                 self._receive_timer = self.loop.call_later(self._limits.receive_timeout_s, self._end_unsent)
+
+    def _listen_on(self) -> None:
+        """Behind a whole request uvicorn stops reading when anything more has come, and would not see the client leave
+        before the response is sent."""
+        if self.transport.is_closing() or self.conn.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
+            return
+        if len(self.conn.trailing_data[0]) <= _MOST_BYTES_AHEAD:
+            self.flow.resume_reading()
+        else:
+            _log.info(
+                "A client sends the next requests before it has the response to the last; its connection is closed"
+            )
+            self.transport.abort()
 
     def _end_unsent(self) -> None:
         if self.transport.is_closing():

@@ -247,8 +247,9 @@ class Evaluation(HeadsModelCommand):
 
     def test_set_for(self, card: HeadCard) -> str:
         """Responses that are longer than those a head was trained on are a test set of their own."""
-        trained = card.data.get("rollouts", {}).get("max_tokens", self.max_tokens)
-        return self.test_set if self.max_tokens <= trained else f"{self.test_set}, {self.max_tokens} tokens"
+        trained = card.trained_tokens
+        is_as_long = trained is None or self.max_tokens <= trained
+        return self.test_set if is_as_long else f"{self.test_set}, {self.max_tokens} tokens"
 
     def sampling(self) -> RolloutSettings:
         return RolloutSettings(num_samples=self.num_samples, **{name: getattr(self, name) for name in _SAMPLING_FLAGS})

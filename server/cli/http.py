@@ -37,6 +37,8 @@ class DrainingServer(uvicorn.Server):
         config = ServerConfig(
             app,
             http=Protocol,
+            # Nothing here speaks WebSocket, and connections that did would be none of ours, with its time limits.
+            ws="none",
             # uvicorn hands it to the event loop, which takes fractions.
             timeout_keep_alive=cast(int, limits.keep_alive_s),
             # By default uvicorn believes every process of this machine.

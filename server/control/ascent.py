@@ -171,9 +171,14 @@ def _climb(start_RU: Tensor, group: EditGroup, size_R: Tensor) -> tuple[Tensor, 
             weights_RK = group.beneath.kept_weights(
                 group.weights_RK, stack.effects(slopes), stack.inner_products(slopes)
             )
-        weighted_RU = torch.cat([slope * weights_RK[:, k : k + 1] for k, slope in enumerate(slopes)], dim=1)
+        # A head that a row does not ascend has no part in it, also where its slope is no number.
+        weighted_RU = torch.cat([_times(slope, weights_RK[:, k : k + 1]) for k, slope in enumerate(slopes)], dim=1)
         # Nothing for rows that have made all of their steps.
         step_R1 = torch.where(step < group.steps_R, size_R, 0.0)[:, None]
         coefficients_RU = coefficients_RU + step_R1 * weighted_RU
         units_RU = start_RU + stack.gram(coefficients_RU)
     return units_RU, coefficients_RU
+
+
+def _times(slope_RU: Tensor, weight_R1: Tensor) -> Tensor:
+    return torch.where(weight_R1 == 0, 0.0, slope_RU * weight_R1)

@@ -60,13 +60,15 @@ def encode_chat(
     control = control_tokens(tokenizer, _template(tokenizer, rendering))
     mark = secrets.token_hex(16)
     told = _Told([dict(message) for message in messages], rendering, call_format)
-    marked = told.marked(control, mark)
-    if marked == told:
-        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
-    try:
-        shown = _shown_apart(tokenizer, told, control, mark, text) or marked.text(tokenizer)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    shown = _shown_everywhere(tokenizer, told, control, mark, text) if control.may_be_made else None
+    if shown is None:
+        marked = told.marked(control, mark)
+        if marked == told:
+            return control.encode(text, add_special_tokens=rendering.add_special_tokens)
+        try:
+            shown = _shown_apart(tokenizer, told, control, mark, text) or marked.text(tokenizer)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
     return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
 
 
@@ -78,14 +80,15 @@ class _Told:
     rendering: ChatRendering
     call_format: CallFormat | None
 
-    def marked(self, control: ControlTokens, mark: str) -> _Told:
+    def marked(self, control: ControlTokens, mark: str, *, everywhere: bool = False) -> _Told:
+        def marked(value: Any) -> Any:
+            return control.marked(value, mark, everywhere=everywhere)
+
         rendering = replace(
-            self.rendering,
-            tools=tuple(control.marked(self.rendering.tools, mark)),
-            variables=control.marked(self.rendering.variables, mark),
+            self.rendering, tools=tuple(marked(self.rendering.tools)), variables=marked(self.rendering.variables)
         )
         # Templates compare a message's role, and no caller can choose it freely; what else is called so is content.
-        messages = [{**control.marked(message, mark), "role": message["role"]} for message in self.messages]
+        messages = [{**marked(message), "role": message["role"]} for message in self.messages]
         return replace(self, messages=messages, rendering=rendering)
 
     def text(self, tokenizer: Any) -> str:
@@ -155,7 +158,25 @@ def _text(tokenizer: Any, messages: Sequence[Message], rendering: ChatRendering,
         ) from error
 
 
-def _shown_apart(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str | None:
+def _shown_everywhere(tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str) -> str | None:
+    """The conversation with marks wherever a control token could begin, where the template shows `text` with them.
+
+    A template that takes a word out of a content, such as `/no_think`, puts together what stood around it; and what is
+    then a control token was none before.
+    """
+    marked = told.marked(control, mark, everywhere=True)
+    if marked == told:
+        return None
+    try:
+        shown = _shown_apart(tokenizer, told, control, mark, text, everywhere=True) or marked.text(tokenizer)
+    except InvalidRequestError:
+        return None
+    return shown if shown.replace(mark, "") == text else None
+
+
+def _shown_apart(
+    tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str, *, everywhere: bool = False
+) -> str | None:
     """The conversation with marks in it and its reasoning told apart, where the template then shows `text`, marked.
 
     Templates of models that reason look for the end of reasoning in an answer, to leave out or to show apart what is
@@ -165,7 +186,7 @@ def _shown_apart(tokenizer: Any, told: _Told, control: ControlTokens, mark: str,
     parts = [_with_reasoning_apart(message, control.names) for message in told.messages]
     if parts == told.messages:
         return None
-    apart = replace(told, messages=parts).marked(control, mark).text(tokenizer)
+    apart = replace(told, messages=parts).marked(control, mark, everywhere=everywhere).text(tokenizer)
     return apart if apart.replace(mark, "") == text else None
 
 

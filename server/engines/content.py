@@ -21,6 +21,8 @@ from tokenizers import AddedToken, Tokenizer
 from server.errors import InvalidRequestError
 
 _BRACKETS = {("<", ">"), ("[", "]")}
+_REWRITES = re.compile(r"replace|split|strip|lower|upper|join|regex|:\s*-?\d*\s*\]")
+"""In a template that may take something out of a content, or change its letters."""
 
 
 @lru_cache(maxsize=4)
@@ -46,22 +48,32 @@ class ControlTokens:
         self._beginnings = {name[:end] for name in self._names for end in range(1, len(name))}
         self._ends = {name[start:] for name in self._names for start in range(1, len(name))}
         self._longest = max(map(len, self._names), default=0)
+        self._first = re.compile(
+            "|".join(re.escape(first) for first in sorted({name[0] for name in self._names})) or "(?!)"
+        )
+        self.may_be_made = _REWRITES.search(template) is not None
+        """Whether the template may make a control token of a content that spells none."""
 
     @property
     def names(self) -> Collection[str]:
         return self._names.keys()
 
-    def marked(self, value: Any, mark: str) -> Any:
+    def marked(self, value: Any, mark: str, *, everywhere: bool = False) -> Any:
         """The same plain data with the mark, a word that nobody can have written, inside all that spells a control
         token, or could together with what a template puts beside it. Equal to `value` where there is nothing of the
-        kind."""
+        kind.
+
+        With `everywhere` it is behind every character that a control token begins with.
+        """
         if isinstance(value, str):
-            return self._marked_text(value, mark)
+            return self._marked_text(value, mark, everywhere=everywhere)
         if isinstance(value, Mapping):
             return {
-                self._marked_text(name, mark, at_borders=False): self.marked(each, mark) for name, each in value.items()
+                self._marked_text(name, mark, at_borders=False): self.marked(each, mark, everywhere=everywhere)
+                for name, each in value.items()
             }
-        return [self.marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
+        is_list = isinstance(value, list | tuple)
+        return [self.marked(each, mark, everywhere=everywhere) for each in value] if is_list else value
 
     @property
     def added_before(self) -> list[int]:
@@ -99,8 +111,8 @@ class ControlTokens:
             return True
         return (name[0], name[-1]) in _BRACKETS and self._backend.model.token_to_id(name) is None
 
-    def _marked_text(self, text: str, mark: str, *, at_borders: bool = True) -> str:
-        places = {match.start() + 1 for match in self._any_start.finditer(text)}
+    def _marked_text(self, text: str, mark: str, *, at_borders: bool = True, everywhere: bool = False) -> str:
+        places = {match.start() + 1 for match in (self._first if everywhere else self._any_start).finditer(text)}
         sizes = range(1, min(len(text) + 1, self._longest) if at_borders else 1)
         if any(text[:size] in self._ends for size in sizes):
             places.add(0)

@@ -41,6 +41,33 @@ def test_half_a_surrogate_pair_in_a_message_is_refused(client: TestClient) -> No
         assert response.json()["error"]["param"] == "messages.0.content.0.text"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"\ud800": 1}),
+        ("/v1/completions", {f"\ud800{i}": 1 for i in range(200)}),
+        ("/v1/completions", {"prompt": "x", "control": {"\ud800": 1}}),
+        ("/v1/responses", {"input": [{"type": "\ud800"}]}),
+        ("/v1/responses", {"input": [{"\ud800": 1, "role": "user"}]}),
+        ("/tokenize", {"prompt": "x", "tools": [{"type": "\ud800"}]}),
+    ],
+)
+def test_half_a_surrogate_pair_in_a_name_is_told_without_it(client: TestClient, path: str, fields: Any) -> None:
+    response = post(client, path, fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_a_body_whose_parts_are_not_counted_is_refused(client: TestClient, encoding: str) -> None:
+    """Python reads more encodings than JSON has, and marks are counted in UTF-8."""
+    text = '{"model": "fake", "prompt": "\\"", "user": "a", "max_tokens": 1}'
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/completions", content=text.encode("utf-8-sig"), headers=headers).status_code == 200
+    response = client.post("/v1/completions", content=text.encode(encoding), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+
+
 @pytest.mark.parametrize("content", [[], [{"type": "text", "text": "x"}] * 1025])
 def test_a_message_has_a_bounded_number_of_parts(client: TestClient, content: Any) -> None:
     response = chat(client, messages=[{"role": "user", "content": content}])

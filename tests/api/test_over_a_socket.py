@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,10 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from server.cli.connection import ConnectionLimits
+from server.cli.http import DrainingServer
 from tests.api.conftest import eventually, serving
+from tests.api.test_slow_clients import HEAD, sent
 
 CONTROL = {"control": {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3}}
 
@@ -60,6 +64,28 @@ def test_a_client_that_leaves_frees_its_slots(make_app: Callable[..., FastAPI], 
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{url}/v1/completions", json=body, timeout=0.3)
         assert eventually(lambda: engine.num_open == 0)
+
+
+@pytest.mark.parametrize("header", [b"", b"connection: upgrade\r\nupgrade: h2c\r\n"])
+@pytest.mark.parametrize("more", [b"", b"G", b"G" * 200_000], ids=["nothing", "little", "much"])
+def test_a_client_that_leaves_having_sent_more_frees_its_slots_too(
+    make_app: Callable[..., FastAPI], header: bytes, more: bytes
+) -> None:
+    app = make_app(token_delay_s=0.02)
+    body = json.dumps({"model": "fake", "prompt": "hi", "max_tokens": 4000}).encode()
+    with serving(app) as url:
+        client = sent(url, HEAD + header + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert eventually(lambda: app.state.engine.num_open == 1)
+        with contextlib.suppress(OSError):
+            client.sendall(more)
+        client.close()
+        assert eventually(lambda: app.state.engine.num_open == 0)
+
+
+def test_no_connection_is_handed_to_what_knows_no_time_limits() -> None:
+    server = DrainingServer(FastAPI(), ConnectionLimits(), grace_s=1.0, log_level="warning")
+    server.config.load()
+    assert server.config.ws_protocol_class is None
 
 
 def test_a_huge_header_is_refused_and_the_server_lives(sdk: openai.OpenAI) -> None:

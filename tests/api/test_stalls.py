@@ -146,6 +146,13 @@ async def test_a_body_full_of_what_there_is_no_place_for_is_refused_at_once(
     assert stall.is_short, stall
 
 
+async def test_the_apis_description_is_made_beside_others(make_app: Callable[..., FastAPI]) -> None:
+    """For whoever asks first for it, or by a method that a path does not have."""
+    stall, response = await _stall_once(make_app(), "/openapi.json", {})
+    assert (response.status_code, response.headers["allow"]) == (405, "GET")
+    assert stall.own_s < MOST_S, stall
+
+
 async def test_a_text_may_hold_as_many_brackets_as_it_likes(make_app: Callable[..., FastAPI]) -> None:
     prompt = '[{"\\' * 100_000
     stall, response = await longest_stall(make_app(settings=ROOM), "/tokenize", {"prompt": prompt})

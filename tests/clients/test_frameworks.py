@@ -25,7 +25,7 @@ def test_instructor_gets_its_models_by_every_mode_whole_and_streamed(default_ser
 
 def test_llama_index_asks_alike_by_every_way_and_calls_tools(default_server: str, tmp_path: Path) -> None:
     found = run_python(
-        ".venv-clients", "llama_index", "llama_index_calls.py", f"{default_server}/v1", DEFAULT_MODEL, cwd=tmp_path
+        ".venv-litellm", "llama_index", "llama_index_calls.py", f"{default_server}/v1", DEFAULT_MODEL, cwd=tmp_path
     )
     assert found["chat"] == found["streamed"] == found["async"]
     assert found["completion"] == found["completion_streamed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,8 +33,12 @@ def against(head: LinearHead, noise: float) -> LinearHead:
 
 
 LINE = random_linear_head(3)
+OVERFLOWING = random_head(6, widths=(16, 12))
+OVERFLOWING.hidden_weight_0.fill_(3e38)
+OVERFLOWING.out_weight_H.copy_(torch.tensor([3e38, -3e38] * 6))
 REGISTRY = HeadRegistry(
     {
+        "overflows": OVERFLOWING,
         "line": LINE, "other": random_linear_head(4), "opposite": against(LINE, 0.0), "nearly": against(LINE, 0.1),
         "good": random_head(1), "deep": random_head(2, widths=(16, 12)),
     }
@@ -111,6 +117,16 @@ def test_tokens_that_the_pinned_edit_raises_are_as_likely_as_they_are_alone(
         for logits in (hidden @ LinearUnembedding().weight.T, alone, together)
     ]
     assert ground[2] >= ground[1] - 0.03 * abs(ground[1] - ground[0]) - 1e-4
+
+
+@pytest.mark.parametrize("pin", list(PINS))
+def test_a_callers_head_that_gives_no_number_takes_nothing_of_what_is_pinned(pin: str) -> None:
+    hidden, pinned = states(6, 3), PINS[pin]
+    alone, _ = edited([pinned] * 3, hidden)
+    asked = control({"overflows": 1.0, "other" if pin == "one" else "nearly": 0.5})
+    together, told = edited([over(asked, pinned)] * 3, hidden)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert all(math.isnan(row["overflows"]) for row in told)
 
 
 def test_a_callers_heads_act_where_they_take_nothing_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 from tests.conftest import card_of, plain_gradient, random_head, write_heads
@@ -21,7 +23,7 @@ from value_models.errors import HeadFileError, ImportFileError, RolloutError
 from value_models.importer import import_pth
 from value_models.prompt_sets import RolloutPrompt, load_prompts, split_of
 from value_models.rollouts import Rollout, RolloutSettings, collect_rollouts, open_rollouts
-from value_models.store import CARD_FILE, HEAD_FILE, load_head
+from value_models.store import CARD_FILE, HEAD_FILE, load_head, parse_card
 
 IDENTITY = {"name": "tiny", "architecture": "X", "hidden_size": 32, "vocab_size": 9, "fingerprint": "ab"}
 PROMPTS = [RolloutPrompt(id=f"p{i}", prompt=f"prompt {i}") for i in range(5)]
@@ -171,6 +173,52 @@ def test_tensors_that_the_card_was_not_written_for_are_refused(tmp_path: Path) -
 def test_tensors_of_another_size_than_the_card_says_are_refused(tmp_path: Path) -> None:
     write_heads(tmp_path, {"h": random_head(3)}, {**IDENTITY, "hidden_size": 48})
     with pytest.raises(HeadFileError, match="states of size 32, but its card says 48"):
+        load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": {"tokens": 10**400, "responses": {"train": 1}}}, {"data": {"tokens": 1, "responses": {"train": 10**400}}},
+     {"validation": {"ascent_gain": 1e308}}, {"data": {"rollouts": "x"}}, {"data": {"rollouts": {"max_tokens": "x"}}}],
+)  # fmt: skip
+def test_figures_of_a_card_that_are_beyond_numbers_tell_nothing(change: dict[str, Any]) -> None:
+    written = card_of("h", random_head(3), ascent_gain=0.02).model_dump(mode="json") | change
+    card = parse_card(json.dumps(written).encode(), "a card")
+    assert (card.earned, card.trained_tokens) == (None, None)
+
+
+@pytest.mark.parametrize("field", ["reward_mean", "reward_scale"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_card_whose_list_could_not_be_told_as_json_is_refused(field: str, number: str) -> None:
+    written = json.dumps(card_of("h", random_head(3)).model_dump(mode="json") | {field: 1234.5})
+    with pytest.raises(HeadFileError, match=f"{field}: Input should be a finite number"):
+        parse_card(written.replace("1234.5", number).encode(), "a card")
+
+
+@pytest.mark.parametrize("file", [CARD_FILE, HEAD_FILE])
+def test_what_is_no_file_is_refused_and_nobody_waits_for_it(tmp_path: Path, file: str) -> None:
+    write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
+    (tmp_path / "h" / file).unlink()
+    os.mkfifo(tmp_path / "h" / file)
+    with pytest.raises(HeadFileError, match=f"{file} is not a file"):
+        load_head(tmp_path / "h")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "number"),
+    [("scale_D", 0.0), ("scale_D", 1e-40), ("mean_D", 1e38), ("inputs_UD", 1e30), ("ascent_UD", 1e30),
+     ("input_bias_U", float("inf"))],
+)  # fmt: skip
+def test_a_head_beside_which_no_other_could_be_computed_is_refused(tmp_path: Path, tensor: str, number: float) -> None:
+    """Finite numbers in a file may be none once the normalisation is folded in, or multiplied."""
+    write_heads(tmp_path, {"h": random_head(3)}, IDENTITY)
+    path, card = tmp_path / "h" / HEAD_FILE, tmp_path / "h" / CARD_FILE
+    tensors = load_file(path)
+    tensors[tensor].view(-1)[0] = number
+    path.write_bytes(data := save(tensors))
+    digest = hashlib.sha256(data).hexdigest()
+    card.write_text(json.dumps({**json.loads(card.read_text()), "tensors_sha256": digest}))
+    with pytest.raises(HeadFileError, match="not finite, or whose products are not"):
         load_head(tmp_path / "h")
 
 

@@ -4,6 +4,7 @@ one that is not JSON or in an encoding that is not known."""
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +16,15 @@ from server.api.gate.context import context_of
 from server.api.gate.encodings import decoded
 from server.api.handlers import error_response
 from server.errors import (
-    SHOWN_CHARS,
     BodyTooLargeError,
     HeadersTooLargeError,
+    InvalidJsonError,
     InvalidRequestError,
     MediaTypeError,
     RecontrolError,
     SlowBodyError,
 )
+from server.unicode import beginning
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_PARTS = 2**17
@@ -80,8 +82,8 @@ class BodyLimit:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """None when the client has gone.
 
-        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, InvalidRequestError for one of too many parts, and what
-        `decoded` raises.
+        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, InvalidJsonError, InvalidRequestError for one of too
+        many parts, and what `decoded` raises.
         """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
@@ -100,6 +102,8 @@ class BodyLimit:
         if body and (encoding := ",".join(headers.getlist("content-encoding"))):
             # In a thread, since it takes as long as the body is large.
             body = await asyncio.to_thread(decoded, body, encoding, self._max_body_bytes)
+        if _is_wide(body):
+            raise InvalidJsonError("The body is not UTF-8, which JSON between programs has to be.")
         if _may_have_many_parts(body):
             await asyncio.to_thread(_refuse_many_parts, body)
         return body
@@ -119,6 +123,12 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is larger than {self._max_body_bytes} bytes.")
+
+
+def _is_wide(body: bytes) -> bool:
+    """Python would read UTF-16 and UTF-32 too, of which nothing here counts the marks. JSON begins with an ASCII
+    character, behind the mark for the order of bytes where there is one."""
+    return b"\0" in body[:4] or body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def _may_have_many_parts(body: bytes) -> bool:
@@ -145,7 +155,7 @@ def _refuse_many_parts(body: bytes) -> None:
                 field = between[index - 1]
             if num_parts > MAX_PARTS or num_members > MAX_MEMBERS:
                 most = f"{MAX_PARTS} objects and lists" if num_parts > MAX_PARTS else f"{MAX_MEMBERS} fields in all"
-                name = field.decode(errors="replace")[:SHOWN_CHARS] or None
+                name = beginning(field.decode(errors="replace")) or None
                 where = "" if name is None else f" before the end of `{name}`"
                 raise InvalidRequestError(f"The body has more than {most}{where}.", param=name)
 

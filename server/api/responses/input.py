@@ -26,6 +26,7 @@ from server.api.messages import (
     ToolCall,
 )
 from server.api.unserved import ITEM, ITEMS, NO_ITEM, REFUSED, without_unserved
+from server.unicode import beginning
 
 _MAX_TYPE_CHARS = 32
 _SERVED = ("message", "function_call", "function_call_output", "reasoning")
@@ -127,7 +128,7 @@ def _as_item(item: Any) -> Any:
     if kind is None:
         kind = "item_reference" if item.keys() == {"id"} else "message"
     if kind not in _SERVED:
-        shown = str(kind)[:_MAX_TYPE_CHARS]
+        shown = beginning(str(kind), _MAX_TYPE_CHARS)
         reason = ITEMS.get(shown, NO_ITEM.format(served=", ".join(_SERVED)))
         raise PydanticCustomError(REFUSED, "{name} {kind}: {reason}", {"name": "type", "kind": shown, "reason": reason})
     if kind == "message":

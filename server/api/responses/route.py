@@ -19,8 +19,9 @@ from server.api.tools import resolve_tools
 from server.api.turns import Conversation, turn_of
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
-from server.errors import SHOWN_CHARS, InvalidRequestError, NotFoundError
+from server.errors import InvalidRequestError, NotFoundError
 from server.types import FinishReason, Segment, TokenLogprob
+from server.unicode import beginning
 
 _INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.GUARDRAIL: "content_filter"}
 """Why a response is not whole, in OpenAI's words."""
@@ -63,7 +64,7 @@ async def create_response(request: Request, body: ResponseBody) -> Response:
 @router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
 async def find_stored_response(response_id: str) -> None:
     raise NotFoundError(
-        f"There is no response {response_id[:SHOWN_CHARS]!r}: none is stored. Each is told whole when it is made."
+        f"There is no response {beginning(response_id)!r}: none is stored. Each is told whole when it is made."
     )
 
 
