@@ -191,7 +191,7 @@ class StateEditor:
         assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
         edit = self._fused_edits if fused else self._shared_edits
         base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
-        over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
+        over = {id(group.pinned): group for group in plan.groups if group.beneath is not None}
         edits: list[_Edit] = []
         for ascent in ascents:
             if id(ascent.group) not in over and self._is_made_in_place(ascent.group, base_BV):

@@ -1,11 +1,13 @@
 """The kernels of an edit on a GPU for tensors: tables, buffers and launches, without waiting for the device.
 
-Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Which programs run depends on
-shapes alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token
-is in the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors
-without values, the same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
+Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Rows over pinned control, if there
+are any, take five more for all of them: `weigh` three times and `seek` twice. Which programs run depends on shapes
+alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token is in
+the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors without
+values, the same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
 
-Shapes: B rows of a step, R edited rows, K heads of a row, U units, D hidden size, V vocabulary.
+Shapes: B rows of a step, R edited rows, Q of them over pinned control, K heads of a row, U units, D hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,17 +20,35 @@ import torch
 from torch import Tensor
 
 from server.kernels.gpu import layout
-from server.kernels.gpu.layout import MAX_SPLITS, MEASURED_WIDTH, NUM_ROUNDS, PROBED_WIDTH
+from server.kernels.gpu.layout import (
+    MAX_SPLITS,
+    MEASURED_WIDTH,
+    NUM_ROUNDS,
+    NUM_SOUGHT,
+    NUM_WEIGHED,
+    PROBED_WIDTH,
+    SOUGHT_WIDTH,
+    WEIGHED_WIDTH,
+)
 
 # Two for each of the 132 multiprocessors of an H100, twice.
 _PROGRAMS = 528
 _HIDDEN_TILE = 512
 # Numbers of a tile times scales are what a program holds at once.
-_MEASURED_TILE, _PROBED_TILE, _MOVED_TILE = 1024, 512, 1024
+_MEASURED_TILE, _PROBED_TILE, _MOVED_TILE, _WEIGHED_TILE, _SOUGHT_TILE = 1024, 512, 1024, 512, 256
 _AIMS = (1.1, 1.03, 1.005, 0.99, 0.975, 0.95, 0.9, 0.8, 0.6, 0.3, *(0.0,) * 6)
 """Of the limit, the divergences that scales are guessed for: around it, since guesses err to both sides."""
 _PLACES = (0.5, 0.25, *(2.0**-power for power in range(4, 20, 2)), *(seventh / 7 for seventh in range(1, 7)))
 """Between the two scales known to be around the limit's, where the curve leads nowhere, and where an aim is 0."""
+_SOUGHT = (
+    (0.0, *(part * 2.0**-halvings for halvings in range(7) for part in (1.0, 0.75)), 2.0**-7),
+    (0.0, 1.1, 1.03, 1.005, 0.99, 0.975, 0.95, 0.9, 0.8, *(0.0,) * 7),
+    (0.0, 0.5, 0.25, *(2.0**-power for power in range(4, 14, 2)), 0.75, *(eighth / 8 for eighth in range(1, 8))),
+)
+"""Scales of the first round that seeks how much of the callers' change may be added to a pinned one, and of the second
+aims and places; the first of each is the base's."""
+_SOUGHT_SIZE = (len(_SOUGHT), layout.SOUGHT_POINTS)
+assert all(len(numbers) == layout.SOUGHT_POINTS for numbers in _SOUGHT)
 REPORT_WIDTH = 2 * layout.SLOTS + layout.NUM_REPORTED
 
 
@@ -58,6 +78,7 @@ class Codes:
     by_cap: int
     by_gate: int
     by_level: int
+    by_pinned: int
     level_tolerance: float
 
 
@@ -70,34 +91,72 @@ class EditKernels:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def edit(
-        self, hidden_BD: Tensor, logits_BV: Tensor, table_RW: Tensor, places_B: Tensor, bank: Bank, codes: Codes
+        self,
+        hidden_BD: Tensor,
+        logits_BV: Tensor,
+        table_EW: Tensor,
+        places_B: Tensor,
+        bank: Bank,
+        codes: Codes,
+        *,
+        num_beside: int,
     ) -> tuple[Tensor, Tensor]:
-        """Edit the rows of a table [R, ROW_WIDTH]; `places_B`, int32, holds each row's place in it, or -1.
+        """Edit the rows of a table [R + Q, ROW_WIDTH], whose last Q = `num_beside` entries are what callers add to the
+        pinned control of as many rows; `places_B`, int32, holds each row's place in it, or -1.
 
         Returns logits [B, V] float32 and a report [R, REPORT_WIDTH]: for a row of K heads, values before [K] and after
         [K], and then as layout.NUM_REPORTED says. Float32 logits are moved in place, bfloat16 ones are widened.
         """
         assert logits_BV.stride(1) == 1
         assert hidden_BD.stride(1) == 1
-        num_rows, num_units = len(table_RW), len(bank.inputs_UD)
-        state = self._buffer("state", hidden_BD.device, num_rows, layout.STATE_WIDTH)
+        num_rows, num_units = len(table_EW) - num_beside, len(bank.inputs_UD)
+        state = self._buffer("state", hidden_BD.device, len(table_EW), layout.STATE_WIDTH)
         self._launch(
-            "ascend", (num_rows,), hidden_BD, hidden_BD.stride(0), hidden_BD.shape[1], table_RW,
+            "ascend", (num_rows,), hidden_BD, hidden_BD.stride(0), hidden_BD.shape[1], table_EW,
             bank.inputs_UD, bank.ascent_UD, bank.numbers_3U, bank.effects_UU, bank.inner_UU, num_units,
             bank.feature_limit, state, TILE=_HIDDEN_TILE,
         )  # fmt: skip
-        measured, probed, splits = self._search(logits_BV, bank.basis_UV, table_RW, state)
+        measured, probed, splits = self._search(logits_BV, bank.basis_UV, table_EW[:num_rows], state)
+        alone = (num_rows, measured, probed, splits[0])
+        weighed, sought, beside_splits = self._beside(logits_BV, bank.basis_UV, table_EW, state, alone, num_beside)
         is_widened = logits_BV.dtype != torch.float32
         out_BV = torch.empty(logits_BV.shape, device=logits_BV.device) if is_widened else logits_BV
         assert out_BV.is_contiguous()
         report_RN = torch.empty(num_rows, REPORT_WIDTH, device=logits_BV.device)
         self._launch(
             "move", (len(places_B), splits[0]), logits_BV, logits_BV.stride(0), out_BV,
-            logits_BV.shape[1], places_B, bank.basis_UV, table_RW, state, measured, probed, bank.numbers_3U, num_units,
-            report_RN, *splits, IS_WIDENED=is_widened, TOLERANCE=codes.level_tolerance, BY_CAP=codes.by_cap,
-            BY_GATE=codes.by_gate, BY_LEVEL=codes.by_level, REPORTED=REPORT_WIDTH, TILE=_MOVED_TILE,
+            logits_BV.shape[1], places_B, bank.basis_UV, table_EW, state, num_rows, measured, probed, weighed, sought,
+            bank.numbers_3U, num_units, report_RN, *splits, beside_splits, HAS_BESIDE=num_beside > 0,
+            IS_WIDENED=is_widened, TOLERANCE=codes.level_tolerance, BY_CAP=codes.by_cap, BY_GATE=codes.by_gate,
+            BY_LEVEL=codes.by_level, BY_PINNED=codes.by_pinned, REPORTED=REPORT_WIDTH, TILE=_MOVED_TILE,
         )  # fmt: skip
         return out_BV, report_RN
+
+    def _beside(
+        self,
+        logits_BV: Tensor,
+        basis_UV: Tensor,
+        table_EW: Tensor,
+        state: Tensor,
+        alone: tuple[int, Tensor, Tensor, int],
+        num_beside: int,
+    ) -> tuple[Tensor, Tensor, int]:
+        """What tells how much callers may add to pinned changes, and in how many parts a row's vocabulary is split for
+        it. `alone` is the number of rows, what was found of their own changes, and the parts for that."""
+        if not num_beside:
+            return state, state, 0
+        device, size = logits_BV.device, logits_BV.shape[1]
+        splits = _splits(num_beside, size)
+        weighed = self._buffer("weighed", device, num_beside, NUM_WEIGHED, splits[0], WEIGHED_WIDTH)
+        sought = self._buffer("sought", device, num_beside, NUM_SOUGHT, splits[0], SOUGHT_WIDTH)
+        shared = (logits_BV, logits_BV.stride(0), size, basis_UV, table_EW, state, *alone, weighed)
+        grid = (num_beside, splits[0])
+        for number in range(NUM_WEIGHED):
+            self._launch("weigh", grid, *shared, *splits, ROUND=number, TILE=_WEIGHED_TILE)
+        scales = self._buffer("scales", device, *_SOUGHT_SIZE, fill=lambda held: held.copy_(torch.tensor(_SOUGHT)))
+        for number in range(NUM_SOUGHT):
+            self._launch("seek", grid, *shared, scales, sought, *splits, ROUND=number, TILE=_SOUGHT_TILE)
+        return weighed, sought, splits[0]
 
     def largest_scales(self, base_RV: Tensor, delta_RV: Tensor, limit_R: Tensor) -> tuple[Tensor, Tensor]:
         """The scale [R] in [0, 1] at which base + scale x delta is within each row's limit, and that divergence [R]."""
@@ -147,9 +206,10 @@ class EditKernels:
 
 @functools.cache
 def _kernel(name: str) -> Any:
-    from server.kernels.gpu import ascent_kernel, budget_kernels
+    from server.kernels.gpu import ascent_kernel, beside_kernels, budget_kernels, move_kernel
 
-    return getattr(ascent_kernel if name == "ascend" else budget_kernels, name)
+    modules = {"ascend": ascent_kernel, "weigh": beside_kernels, "seek": beside_kernels, "move": move_kernel}
+    return getattr(modules.get(name, budget_kernels), name)
 
 
 def _splits(num_rows: int, size: int) -> tuple[int, int]:
