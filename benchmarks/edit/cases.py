@@ -26,6 +26,7 @@ NUM_LINEAR = 3
 _WIDTH = 512
 _FEATURES = 3
 _WEIGHTS = {f"linear-{i}": 1.0 for i in range(NUM_LINEAR)}
+_PINNED = {f"pinned-{i}": 1.0 for i in range(NUM_LINEAR)}
 
 
 def _each(*asked: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
@@ -60,7 +61,10 @@ CASES: dict[str, Callable[[int], list[ControlParams]]] = {
     "a head beside an instruction": _each(
         {"objective": {"type": "instruction", "text": "x", "weight": 0.5, "beside": {"weights": {"linear-0": 1.0}}}}
     ),
-    "a head over a pinned one": _over_pinned(_one("linear-0"), pinned=_one("linear-1")),
+    "a head over a pinned one": _over_pinned(_one("linear-0"), pinned=_one("pinned-0")),
+    "three heads over three pinned ones": _over_pinned(
+        {"objective": {"weights": _WEIGHTS}}, pinned={"objective": {"weights": _PINNED}}
+    ),
     "a field of three features": _each(_one("field")),
 }
 
@@ -97,7 +101,7 @@ class Step:
         def normal(*size: int) -> Tensor:
             return torch.empty(size, device="meta") if on_host == "meta" else torch.randn(size, generator=rng)
 
-        heads = {f"linear-{i}": _linear(normal, shape.hidden) for i in range(NUM_LINEAR)}
+        heads = {name: _linear(normal, shape.hidden) for name in (*_WEIGHTS, *_PINNED)}
         others = {"deep": _deep(normal, shape.hidden), "field": _field(normal, shape.hidden)}
         self.registry = HeadRegistry({**heads, **others})
         self.registry = HeadRegistry({name: _on(self.registry.head(name), device) for name in self.registry.names})

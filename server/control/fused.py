@@ -1,11 +1,12 @@
 """Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of straight heads in five launches, or
 ten where a row is over pinned control.
 
-What a row asks for travels to the device as one table; one over pinned control has two entries there. The units of the heads that are in use lie there in a bank, each
-with what its ascent row does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.
+What a row asks for travels to the device as one table; one over pinned control has two entries there. The units of the
+heads that are in use lie there in a bank, each with what its ascent row does to the logits. Knows nothing of requests
+or models. Enter at `FusedRows`.
 
-Shapes: B rows of the step, R edited rows, Q of them over pinned control, E entries of the table, U units of the bank, D
-hidden size, V vocabulary, W numbers of an entry.
+Shapes: B rows of the step, R edited rows, E entries of the table, Q of them of callers over pinned control, U units of
+the bank, D hidden size, V vocabulary, W numbers of an entry.
 """
 
 from __future__ import annotations

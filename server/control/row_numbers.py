@@ -71,7 +71,9 @@ def _fixed(stack: HeadStack, control: ControlParams) -> list[float]:
     row[layout.BESIDE] = -1.0
     weights, levels, no_level = objective.head_weights, objective.head_levels, 0.0
     if isinstance(control, UnderPinned):
-        marks = {name: math.copysign(1.0, weight) for name, weight in control.pinned.objective.head_weights.items() if weight}
+        marks = {
+            name: math.copysign(1.0, weight) for name, weight in control.pinned.objective.head_weights.items() if weight
+        }
         weights, levels, no_level = control.own_weights, control.pinned.stop_below or {}, -math.inf
     else:
         marks = dict.fromkeys(levels or weights, 1.0)

@@ -6,7 +6,7 @@ beside it as base + m + t (room (d + more m)), and is found like this:
 
     weigh   three times: how likely the tokens are that m raises, under base, base + m, and base + (1 + more) m + d, by
             which `more` grows so that m takes no loss; the cap on the shift then says how much room there is
-    seek    twice: KL from the base at 15 scales t, the second time near the one at which it meets the limit
+    seek    twice: KL from the base at 31 scales t, the second time near the one at which it meets the limit
 
 and `joined` says for move_kernel.py how much of both is taken in the end. Every program sums its part of a row's
 vocabulary, as in budget_kernels.py. Called by edit.py.
@@ -131,9 +131,7 @@ def joined(
 
 
 @triton.jit
-def _takes_back(
-    entry, first, added, more_of_first, of_added, scale, numbers_3U, num_units, TOLERANCE: tl.constexpr
-):
+def _takes_back(entry, first, added, more_of_first, of_added, scale, numbers_3U, num_units, TOLERANCE: tl.constexpr):
     """See `PinnedRows.takes_back`."""
     slots = tl.arange(0, SLOTS)
     is_used = slots < tl.load(entry + COUNT).to(tl.int32)

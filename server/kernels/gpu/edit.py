@@ -1,10 +1,10 @@
 """The kernels of an edit on a GPU for tensors: tables, buffers and launches, without waiting for the device.
 
-Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Rows over pinned control, if there
-are any, take five more for all of them: `weigh` three times and `seek` twice. Which programs run depends on shapes
-alone, and buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token is in
-the table of rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors without
-values, the same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
+Five launches edit any number of rows: `ascend`, `measure`, `probe` twice, and `move`. Five more, `weigh` three times
+and `seek` twice, are for rows over pinned control, if there are any. Which programs run depends on shapes alone, and
+buffers are kept while shapes last, so a CUDA graph may record them; what changes from token to token is in the table of
+rows, which whoever records must keep at its address. Under Triton's interpreter, and on tensors without values, the
+same runs without a GPU: the latter only counts, and needs no Triton. Enter at `EditKernels`.
 
 Shapes: B rows of a step, R edited rows, Q of them over pinned control, K heads of a row, U units, D hidden size, V
 vocabulary.
@@ -35,15 +35,15 @@ from server.kernels.gpu.layout import (
 _PROGRAMS = 528
 _HIDDEN_TILE = 512
 # Numbers of a tile times scales are what a program holds at once.
-_MEASURED_TILE, _PROBED_TILE, _MOVED_TILE, _WEIGHED_TILE, _SOUGHT_TILE = 1024, 512, 1024, 512, 256
+_MEASURED_TILE, _PROBED_TILE, _MOVED_TILE, _WEIGHED_TILE, _SOUGHT_TILE = 1024, 512, 1024, 512, 128
 _AIMS = (1.1, 1.03, 1.005, 0.99, 0.975, 0.95, 0.9, 0.8, 0.6, 0.3, *(0.0,) * 6)
 """Of the limit, the divergences that scales are guessed for: around it, since guesses err to both sides."""
 _PLACES = (0.5, 0.25, *(2.0**-power for power in range(4, 20, 2)), *(seventh / 7 for seventh in range(1, 7)))
 """Between the two scales known to be around the limit's, where the curve leads nowhere, and where an aim is 0."""
 _SOUGHT = (
-    (0.0, *(part * 2.0**-halvings for halvings in range(7) for part in (1.0, 0.75)), 2.0**-7),
-    (0.0, 1.1, 1.03, 1.005, 0.99, 0.975, 0.95, 0.9, 0.8, *(0.0,) * 7),
-    (0.0, 0.5, 0.25, *(2.0**-power for power in range(4, 14, 2)), 0.75, *(eighth / 8 for eighth in range(1, 8))),
+    (0.0, *(2.0 ** (-quarters / 4) for quarters in range(31))),
+    (0.0, 1.05, 1.02, 1.005, *(0.995 - 0.01 * aim for aim in range(6)), 0.92, 0.87, *(0.0,) * 20),
+    (0.0, *(2.0**-power for power in range(5, 16)), *(part / 21 for part in range(1, 21))),
 )
 """Scales of the first round that seeks how much of the callers' change may be added to a pinned one, and of the second
 aims and places; the first of each is the base's."""

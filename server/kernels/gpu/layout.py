@@ -42,7 +42,7 @@ MEASURED_SCALES, PROBED_SCALES, NUM_ROUNDS, MAX_SPLITS = 8, 16, 2, 64
 """Scales of a measurement, scales of a round of probes, rounds, and the most parts of a row's vocabulary."""
 MEASURED_WIDTH, PROBED_WIDTH = 2 * MEASURED_SCALES + 6, 3 * PROBED_SCALES
 """What a part leaves of each."""
-WEIGHED_POINTS, SOUGHT_POINTS, NUM_WEIGHED, NUM_SOUGHT = 4, 16, 3, 2
+WEIGHED_POINTS, SOUGHT_POINTS, NUM_WEIGHED, NUM_SOUGHT = 4, 32, 3, 2
 """Distributions that a round compares where a change is added to a pinned one, or seeks its scale; rounds of both."""
 NUM_NOTED = 6
 """What a part leaves of each such distribution, and one number for all."""

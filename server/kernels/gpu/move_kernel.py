@@ -52,7 +52,7 @@ def move(
     is_lost = (tl.load(first + IS_NONFINITE) > 0) | (is_finite == 0)
     is_short, is_capped, is_dropped = scale < 1.0, tl.load(first + IS_CAPPED) > 0, scale < 0.0
     ratio = scale * tl.load(first + RATIO)
-    added, of_added = first, 0.0 * scale
+    added, of_added = first, tl.full([], 0.0, tl.float32)
     if HAS_BESIDE:
         beside = tl.load(entry + BESIDE).to(tl.int32)
         if beside >= 0:
@@ -83,10 +83,8 @@ def move(
         moved = base.to(tl.float32)
         if is_moved:
             moved += scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, start + columns, is_in)
-            if HAS_BESIDE:
-                if of_added > 0:
-                    change = _change(basis, size_V, entry, added + COEFFICIENTS, count, start + columns, is_in)
-                    moved += of_added * change
+            if of_added > 0:
+                moved += of_added * _change(basis, size_V, entry, added + COEFFICIENTS, count, start + columns, is_in)
         tl.store(logits + row.to(tl.int64) * size_V + start + columns, moved, mask=is_in)
 
 
