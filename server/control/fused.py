@@ -91,10 +91,13 @@ class FusedRows:
             return False
         return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
 
-    def edit(self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
+    def edit(
+        self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor, soft_cap: tuple[float, float] | None
+    ) -> tuple[Tensor, list[SharedEdit]]:
         """Logits [B, V] in float32, moved by each group's edit, and the edits.
 
-        Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
+        Logits must be linear along an edit, if only before a `soft_cap` (`Unembedding.soft_cap`). Those in float32 are
+        moved in place; those in bfloat16 are widened here.
         """
         from server.kernels.gpu.edit import Codes
 
@@ -107,8 +110,9 @@ class FusedRows:
         )
         assert HELD_BY.index(HeldBy.FLOOR) == codes.by_level + 1
         logits_BV, report_RN = kernels.edit(
-            hidden_BD, logits_BV, self._table_EW, self._places_B, self._heads, codes, num_beside=self._num_beside
-        )
+            hidden_BD, logits_BV, self._table_EW, self._places_B, self._heads, codes,
+            num_beside=self._num_beside, soft_cap=soft_cap,
+        )  # fmt: skip
         parts = torch.split(report_RN, self._counts)
         return logits_BV, [
             SharedEdit(group, part[:, : 2 * len(group.stack.names) + layout.NUM_REPORTED])

@@ -23,15 +23,22 @@ from tests.conftest import HIDDEN, card_of, on_device, random_field_head, random
 from value_models.heads import ValueHead
 
 VOCAB = 3001
+SOFT_CAP = (20.0, 15.0)
+"""Width and height."""
 BY_KL, BY_RESPONSE_KL = HELD_BY.index(HeldBy.MAX_KL), HELD_BY.index(HeldBy.MAX_RESPONSE_KL)
 
 
 class Unembedding:
-    """Logits of a random LM head, as float32 or rounded to bfloat16."""
+    """Logits of a random LM head, as float32 or rounded to bfloat16, and under a soft cap, if there is one."""
 
-    is_linear = True
-
-    def __init__(self, device: str, dtype: torch.dtype = torch.float32, vocab: int = VOCAB) -> None:
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        vocab: int = VOCAB,
+        soft_cap: tuple[float, float] | None = None,
+    ) -> None:
+        self.soft_cap, self.is_linear = soft_cap, soft_cap is None
         weight = torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(9))
         self.weight, self._dtype = weight.to(device), dtype
 
@@ -39,7 +46,16 @@ class Unembedding:
         return (hidden_MD.float() @ self.weight.T).to(self._dtype)
 
     def finish(self, projected_MV: Tensor) -> Tensor:
-        return projected_MV
+        if self.soft_cap is None:
+            return projected_MV
+        width, height = self.soft_cap
+        return height * torch.tanh(projected_MV / width)
+
+    def unfinished(self, logits_MV: Tensor) -> Tensor:
+        if self.soft_cap is None:
+            return logits_MV
+        width, height = self.soft_cap
+        return width * torch.atanh(logits_MV / height)
 
 
 def linear_head(seed: int, *, scale: float = 1.0, mean: float = 0.0) -> ValueHead:
@@ -89,13 +105,13 @@ class Compared:
     ) -> None:
         device = hidden_BD.device
         unembedding = unembedding or Unembedding(str(device))
-        editor = StateEditor(unembedding)
+        editor, self._unfinished = StateEditor(unembedding), unembedding.unfinished
         plan = editor.plan(rows, heads, device=device)
         self.num_fused = sum(len(group.rows) for group in plan.groups if group.fixed_RW is not None)
         other = EditPlan.from_rows(rows, heads, device=device)
         if state_of is not None:
             plan, other = plan.at(state_of), other.at(state_of)
-        self.base_BV = unembedding.project(hidden_BD).float()
+        self.base_BV = unembedding.finish(unembedding.project(hidden_BD).float())
         self.logits_BV, stats = editor.logits(hidden_BD, plan, instructed)
         editor.without_kernels()
         self.other_BV, other_stats = editor.logits(hidden_BD, other, instructed)
@@ -128,8 +144,11 @@ class Compared:
         torch.testing.assert_close(moved_V, other_V * (ratio / other_ratio), rtol=1e-3, atol=1e-4)
 
     def moves(self, row: int) -> tuple[Tensor, Tensor]:
-        """What the kernels and torch change of a row's logits [V]."""
-        return (self.logits_BV - self.base_BV)[row], (self.other_BV - self.base_BV)[row]
+        """What the kernels and torch change of a row's logits [V] before a cap."""
+        base_V, moved_V, other_V = (
+            self._unfinished(logits_BV[row]) for logits_BV in (self.base_BV, self.logits_BV, self.other_BV)
+        )
+        return moved_V - base_V, other_V - base_V
 
     def divergence(self, row: int) -> float:
         """Of the row's logits from its base, in float64."""

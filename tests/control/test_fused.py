@@ -14,6 +14,7 @@ from server.control.turns import Turn
 from tests.conftest import control, random_head
 from tests.control.by_gpu_kernels import (
     HEADS,
+    SOFT_CAP,
     Compared,
     Unembedding,
     asked,
@@ -100,6 +101,15 @@ def test_a_batch_of_all_kinds_and_of_rows_without_control_is_one_edit(device: st
     assert stays == stays_by_torch
     assert all(stays[row] for row, params in enumerate(rows) if params is None)
     assert not all(stays)
+
+
+def test_a_batch_of_all_kinds_is_edited_as_torch_edits_it_under_a_soft_cap(device: str) -> None:
+    rows = [None, *ROWS.values()]
+    unembedding = Unembedding(device, vocab=1500, soft_cap=SOFT_CAP)
+    compared = Compared(states(len(rows), device), rows, registry(device), unembedding)
+    assert compared.num_fused == len(ROWS)
+    compared.assert_alike()
+    assert torch.equal(compared.logits_BV[0], compared.base_BV[0])
 
 
 def test_rows_without_control_and_null_controls_keep_the_base_models_logits_to_the_bit(device: str) -> None:

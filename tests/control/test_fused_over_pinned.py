@@ -19,7 +19,7 @@ from server.control.editor import StateEditor
 from server.control.params import ControlParams, UnderPinned
 from server.control.state import HELD_BY, ControlState, HeldBy
 from tests.conftest import control
-from tests.control.by_gpu_kernels import FIELDS, HEADS, Compared, Unembedding, linear_head, registry, states
+from tests.control.by_gpu_kernels import FIELDS, HEADS, SOFT_CAP, Compared, Unembedding, linear_head, registry, states
 from value_models.heads import LinearHead, ValueHead
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("torch_judges")]
@@ -122,7 +122,7 @@ class OverPinned(Compared):
             moved_V - alone_V for moved_V, alone_V in zip(self.moves(row), self.alone.moves(row), strict=True)
         )
         share = float(moves @ others / (others @ others))
-        torch.testing.assert_close(moves, share * others, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(moves, share * others, rtol=1e-3, atol=1e-3)
         assert alone_kl < mine[-5]
         return None
 
@@ -164,10 +164,19 @@ def test_rows_of_all_kinds_in_one_step_are_edited_alike_in_either_precision(devi
     ]
 
 
+def test_rows_of_all_kinds_are_edited_as_torch_edits_them_under_a_soft_cap(device: str) -> None:
+    rows = [None, ONE, *ROWS.values(), THREE]
+    unembedding = Unembedding(device, vocab=VOCAB, soft_cap=SOFT_CAP)
+    compared = OverPinned(states(len(rows), device), rows, unembedding=unembedding)
+    assert compared.num_fused == len(rows) - 1
+    compared.assert_alike()
+
+
 def test_callers_who_ask_for_nothing_leave_the_pinned_edit_to_the_bit(device: str) -> None:
-    rows = [ROWS["no steps"], ROWS["no weight"], over(control({"b": 1.0}, steps=0), pin(max_kl=0.02, **STRONG))]
-    compared = OverPinned(states(3, device), rows)  # type: ignore[arg-type]
-    assert torch.equal(compared.logits_BV, compared.alone.logits_BV)
+    held = pin(max_kl=0.02, **STRONG)
+    rows = [ROWS["no steps"], ONE, ROWS["no weight"], ONE, over(control({"b": 1.0}, steps=0), held), held]
+    compared = Compared(states(3, device).repeat_interleave(2, dim=0), rows, registry(device))  # type: ignore[arg-type]
+    assert torch.equal(compared.logits_BV[0::2], compared.logits_BV[1::2])
 
 
 def test_what_would_lift_a_value_over_a_pinned_bound_is_dropped_and_said_so(device: str) -> None:
@@ -220,8 +229,9 @@ def test_rows_that_are_drawn_again_find_their_place_beside_others(device: str) -
     assert torch.equal(edit([0, 1, 2, 3, 4]), whole_BV)
 
 
-def test_no_budget_is_exceeded_over_a_vocabulary_of_256_000(device: str) -> None:
-    unembedding = Unembedding(device, vocab=256_000)
+def test_no_budget_is_exceeded_over_a_large_vocabulary(device: str) -> None:
+    # The interpreter would take minutes for the larger one.
+    unembedding = Unembedding(device, vocab=32_000 if device == "cpu" else 256_000)
     budgets = [0.3, 0.02]
     rows = [over(control({"b": 1.0}, max_kl=kl, **STRONG), pin(max_kl=kl / 2, **STRONG)) for kl in budgets]
     compared = Compared(states(2, device), rows, registry(device), unembedding)  # type: ignore[arg-type]

@@ -147,8 +147,12 @@ def test_a_row_with_a_field_has_the_values_of_its_heads_first_and_then_the_featu
     assert row[layout.LEADERS : layout.LEADERS + 5] == [0.0, 1.0, 2.0, field, field]
 
 
-def test_a_model_with_a_soft_cap_is_torchs_alone() -> None:
-    assert not is_fused(control({"a": 1.0}), softcap=5.0)
+def test_a_model_with_a_soft_cap_is_the_kernels_if_they_know_all_that_becomes_of_its_logits() -> None:
+    assert is_fused(control({"a": 1.0}), softcap=5.0)
+    unembedding = LinearUnembedding(5.0)
+    unembedding.soft_cap = None
+    (group,) = StateEditor(unembedding).plan([control({"a": 1.0})], REGISTRY, device="meta").groups
+    assert group.fixed_RW is None
 
 
 def test_kinds_in_one_step_are_groups_of_their_own_and_no_row_is_missed() -> None:

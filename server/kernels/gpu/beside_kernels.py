@@ -9,7 +9,8 @@ beside it as base + m + t (room (d + more m)), and is found like this:
     seek    twice: KL from the base at 31 scales t, the second time near the one at which it meets the limit
 
 and `joined` says for move_kernel.py how much of both is taken in the end. Every program sums its part of a row's
-vocabulary, as in budget_kernels.py. Called by edit.py.
+vocabulary, as in budget_kernels.py. The logits may be under a soft cap here: there `seek_alone`, likewise twice, stands
+in place of that file's kernels, which need logits that are linear along a change. Called by edit.py.
 
 Shapes: Q rows over pinned control, whose entries of the table come after those of all edited rows; V vocabulary.
 """
@@ -46,15 +47,16 @@ LOST_SHARE = tl.constexpr(0.02)
 
 @triton.jit(do_not_specialize=["num_first", "first_splits", "num_splits"])
 def weigh(
-    logits, logits_stride, size_V, basis, table, state, num_first, measured, probed, first_splits, weighed, num_splits,
-    chunk, ROUND: tl.constexpr, TILE: tl.constexpr,
+    logits, logits_stride, size_V, basis, table, state, width, height, num_first, measured, probed, first_splits,
+    weighed, num_splits, chunk, HAS_CAP: tl.constexpr, ROUND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (q, split): its part of the vocabulary into the part of this round of `weighed` [Q, NUM_WEIGHED, splits,
     WEIGHED]. `num_first` entries of the table come before those of callers."""
     place, split = tl.program_id(0), tl.program_id(1)
     entry = table + (num_first + place) * ROW_WIDTH
     alone = tl.load(entry + BESIDE).to(tl.int32)
-    scale, _, _ = _largest(measured, probed, alone, first_splits, tl.load(table + alone * ROW_WIDTH + LIMIT))
+    allowed = tl.load(table + alone * ROW_WIDTH + LIMIT)
+    scale, _, _ = found_alone(measured, probed, alone, first_splits, allowed, HAS_CAP)
     parts = weighed + place * NUM_WEIGHED * num_splits * WEIGHED
     more = _more(parts, num_splits, ROUND)
     points = tl.arange(0, WEIGHED_POINTS)
@@ -63,14 +65,15 @@ def weigh(
     _look(
         logits + tl.load(entry + ROW).to(tl.int64) * logits_stride, basis, size_V, entry, state + alone * STATE_WIDTH,
         state + (num_first + place) * STATE_WIDTH, scale, of_first, of_second, of_second, split * chunk,
-        tl.minimum((split + 1) * chunk, size_V), parts + (ROUND * num_splits + split) * WEIGHED, WEIGHED_POINTS, TILE,
+        tl.minimum((split + 1) * chunk, size_V), parts + (ROUND * num_splits + split) * WEIGHED,
+        width, height, HAS_CAP, WEIGHED_POINTS, TILE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_first", "first_splits", "num_splits"])
 def seek(
-    logits, logits_stride, size_V, basis, table, state, num_first, measured, probed, first_splits, weighed, scales_3P,
-    sought, num_splits, chunk, ROUND: tl.constexpr, TILE: tl.constexpr,
+    logits, logits_stride, size_V, basis, table, state, width, height, num_first, measured, probed, first_splits,
+    weighed, scales_3P, sought, num_splits, chunk, HAS_CAP: tl.constexpr, ROUND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (q, split): likewise into `sought` [Q, NUM_SOUGHT, splits, SOUGHT].
 
@@ -81,25 +84,52 @@ def seek(
     entry, added = table + (num_first + place) * ROW_WIDTH, state + (num_first + place) * STATE_WIDTH
     alone = tl.load(entry + BESIDE).to(tl.int32)
     limit = tl.load(entry + LIMIT)
-    scale, alone_kl, _ = _largest(measured, probed, alone, first_splits, tl.load(table + alone * ROW_WIDTH + LIMIT))
+    allowed = tl.load(table + alone * ROW_WIDTH + LIMIT)
+    scale, alone_kl, _ = found_alone(measured, probed, alone, first_splits, allowed, HAS_CAP)
     more = _more(weighed + place * NUM_WEIGHED * num_splits * WEIGHED, num_splits, NUM_WEIGHED)
     room = _room(entry, state + alone * STATE_WIDTH, added, scale, more)
     parts = sought + place * NUM_SOUGHT * num_splits * SOUGHT
     points = tl.arange(0, SOUGHT_POINTS)
-    scales = tl.load(scales_3P + points)
-    if ROUND > 0:
-        low, low_kl, high, high_kl = _found(parts, num_splits, limit, alone_kl, ROUND)
-        wanted = tl.sqrt(tl.maximum(tl.load(scales_3P + SOUGHT_POINTS + points) * limit, 0.0))
-        places = tl.load(scales_3P + 2 * SOUGHT_POINTS + points)
-        # The divergence is not 0 where the scale is, so its root has no known slope there.
-        slope = tl.full([], 0.0, tl.float32)
-        scales = _near(low, tl.sqrt(low_kl), high, tl.sqrt(high_kl), slope, wanted, places)
-        scales = tl.where(points == BASE, 0.0, scales)
+    scales = _tried(parts, num_splits, limit, alone_kl, scales_3P, ROUND)
     _look(
         logits + tl.load(entry + ROW).to(tl.int64) * logits_stride, basis, size_V, entry, state + alone * STATE_WIDTH,
         added, scale, tl.where(points == BASE, 0.0, 1.0 + scales * room * more), scales * room, scales, split * chunk,
-        tl.minimum((split + 1) * chunk, size_V), parts + (ROUND * num_splits + split) * SOUGHT, SOUGHT_POINTS, TILE,
+        tl.minimum((split + 1) * chunk, size_V), parts + (ROUND * num_splits + split) * SOUGHT,
+        width, height, HAS_CAP, SOUGHT_POINTS, TILE,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def seek_alone(
+    logits, logits_stride, size_V, basis, table, state, width, height, scales_3P, sought, num_splits, chunk,
+    HAS_CAP: tl.constexpr, ROUND: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (r, split): likewise for row r's own change, into `sought` [R, NUM_SOUGHT, splits, SOUGHT]."""
+    place, split = tl.program_id(0), tl.program_id(1)
+    entry, own = table + place * ROW_WIDTH, state + place * STATE_WIDTH
+    parts = sought + place * NUM_SOUGHT * num_splits * SOUGHT
+    none = tl.full([], 0.0, tl.float32)
+    scales = _tried(parts, num_splits, tl.load(entry + LIMIT), none, scales_3P, ROUND)
+    _look(
+        logits + tl.load(entry + ROW).to(tl.int64) * logits_stride, basis, size_V, entry, own, own, none,
+        scales, scales, scales, split * chunk, tl.minimum((split + 1) * chunk, size_V),
+        parts + (ROUND * num_splits + split) * SOUGHT, width, height, HAS_CAP, SOUGHT_POINTS, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def found_alone(measured, probed, place, num_splits, limit, HAS_CAP: tl.constexpr):
+    """A row's own largest scale that is within the limit, its divergence, and whether all changes are finite: by
+    `seek_alone`, which left `measured`, where there is a cap, and by `measure` and `probe` otherwise."""
+    if HAS_CAP:
+        parts = measured + place * NUM_SOUGHT * num_splits * SOUGHT
+        none = tl.full([], 0.0, tl.float32)
+        scale, divergence, _, _ = _found(parts, num_splits, limit, none, NUM_SOUGHT)
+        _, _, _, _, is_finite = _sum_looked(parts, num_splits, SOUGHT, SOUGHT_POINTS)
+        scale, divergence = tl.where(is_finite, scale, 0.0), tl.where(is_finite, divergence, 0.0)
+    else:
+        scale, divergence, is_finite = _largest(measured, probed, place, num_splits, limit)
+    return scale, divergence, is_finite
 
 
 @triton.jit
@@ -199,6 +229,22 @@ def _found(sought, num_splits, limit, alone_kl, NUM: tl.constexpr):
 
 
 @triton.jit
+def _tried(sought, num_splits, limit, alone_kl, scales_3P, ROUND: tl.constexpr):
+    """The scales of a round: given ones, and then those near which the divergence should meet the limit."""
+    points = tl.arange(0, SOUGHT_POINTS)
+    scales = tl.load(scales_3P + points)
+    if ROUND > 0:
+        low, low_kl, high, high_kl = _found(sought, num_splits, limit, alone_kl, ROUND)
+        wanted = tl.sqrt(tl.maximum(tl.load(scales_3P + SOUGHT_POINTS + points) * limit, 0.0))
+        places = tl.load(scales_3P + 2 * SOUGHT_POINTS + points)
+        # The slope of the divergence's root is not known at 0.
+        slope = tl.full([], 0.0, tl.float32)
+        scales = _near(low, tl.sqrt(low_kl), high, tl.sqrt(high_kl), slope, wanted, places)
+        scales = tl.where(points == BASE, 0.0, scales)
+    return scales
+
+
+@triton.jit
 def _ground_at(sought, num_splits, taken):
     """The mean of the pinned change at a scale that was evaluated."""
     ground = tl.full([], -INFINITY, tl.float32)
@@ -211,12 +257,13 @@ def _ground_at(sought, num_splits, taken):
 
 @triton.jit
 def _look(
-    row, basis, size_V, entry, first, second, scale, of_first, of_second, noted, begin, end, out,
-    POINTS: tl.constexpr, TILE: tl.constexpr,
+    row, basis, size_V, entry, first, second, scale, of_first, of_second, noted, begin, end, out, width, height,
+    HAS_CAP: tl.constexpr, POINTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of a part of a row's vocabulary under base + of_first m + of_second d, for POINTS pairs of factors, the first of
-    which is the base: the largest logit, and relative to it the sums of exponentials, of the moves, of m and of its
-    square; and the sum of d, to tell whether it is finite. `noted` is kept beside them."""
+    which is the base, and under the cap, if there is one: the largest logit, and relative to it the sums of
+    exponentials, of what logits moved by, of m and of its square; and the sum of d, to tell whether it is finite.
+    `noted` is kept beside them."""
     count = tl.load(entry + NUM_UNITS).to(tl.int32)
     columns, points = tl.arange(0, TILE), tl.arange(0, POINTS)
     tops = tl.full([POINTS, TILE], -INFINITY, tl.float32)
@@ -226,7 +273,8 @@ def _look(
         pinned = scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, start + columns, is_in)
         change = _change(basis, size_V, entry, second + COEFFICIENTS, count, start + columns, is_in)
         moves = of_first[:, None] * pinned[None, :] + of_second[:, None] * change[None, :]
-        tops = tl.maximum(tops, base[None, :] + moves)
+        logits = _capped(base[None, :] + moves, width, height, HAS_CAP)
+        tops = tl.maximum(tops, tl.where(is_in[None, :], logits, -INFINITY))
     top = tl.max(tops, axis=1)
     # Of a part without any finite logit nothing is left but zeros.
     lowered_by = tl.where(top > -INFINITY, top, 0.0)
@@ -243,7 +291,10 @@ def _look(
         pinned = scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, start + columns, is_in)
         change = _change(basis, size_V, entry, second + COEFFICIENTS, count, start + columns, is_in)
         moves = of_first[:, None] * pinned[None, :] + of_second[:, None] * change[None, :]
-        weight = tl.exp(base[None, :] + moves - lowered_by[:, None])
+        logits = _capped(base[None, :] + moves, width, height, HAS_CAP)
+        weight = tl.where(is_in[None, :], tl.exp(logits - lowered_by[:, None]), 0.0)
+        if HAS_CAP:
+            moves = logits - _capped(base, width, height, HAS_CAP)[None, :]
         totals += weight
         moved += weight * (moves - gained[:, None])
         grounds += weight * pinned[None, :]
@@ -257,6 +308,14 @@ def _look(
     tl.store(out + 4 * POINTS + points, tl.sum(grounds, axis=1))
     tl.store(out + 5 * POINTS + points, tl.sum(squares, axis=1))
     tl.store(out + NOTED * POINTS, tl.sum(check, axis=0))
+
+
+@triton.jit
+def _capped(logits, width, height, HAS_CAP: tl.constexpr):
+    """What `finish` makes of them: height x tanh(logit / width), if there is a cap."""
+    if HAS_CAP:
+        logits = height * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / width)))
+    return logits
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from server.kernels.gpu import layout
-from server.kernels.gpu.beside_kernels import joined, shift_ratio
-from server.kernels.gpu.budget_kernels import _change, _largest
+from server.kernels.gpu.beside_kernels import found_alone, joined, shift_ratio
+from server.kernels.gpu.budget_kernels import _change
 
 SLOTS, COUNT, KIND = tl.constexpr(layout.SLOTS), tl.constexpr(layout.COUNT), tl.constexpr(layout.KIND)
 LIMIT, KL_HELD = tl.constexpr(layout.LIMIT), tl.constexpr(layout.KL_HELD)
@@ -33,7 +33,7 @@ WEIGHED, SOUGHT = tl.constexpr(layout.WEIGHED_WIDTH), tl.constexpr(layout.SOUGHT
 @triton.jit(do_not_specialize=["num_splits", "num_units", "num_first", "beside_splits"])
 def move(
     source, source_stride, logits, size_V, places_B, basis, table, state, num_first, measured, probed, weighed, sought,
-    numbers_3U, num_units, report, num_splits, chunk, beside_splits, HAS_BESIDE: tl.constexpr,
+    numbers_3U, num_units, report, num_splits, chunk, beside_splits, HAS_CAP: tl.constexpr, HAS_BESIDE: tl.constexpr,
     IS_WIDENED: tl.constexpr, TOLERANCE: tl.constexpr, BY_CAP: tl.constexpr, BY_GATE: tl.constexpr,
     BY_LEVEL: tl.constexpr, BY_PINNED: tl.constexpr, REPORTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -42,13 +42,14 @@ def move(
 
     Without IS_WIDENED both are one, and rows that do not move are left as they are. `BY_CAP`, `BY_GATE` and `BY_PINNED`
     are reported of what these hold, `BY_LEVEL` of a target, and one more of a floor. Without HAS_BESIDE no row is over
-    pinned control, and `weighed` and `sought` hold nothing.
+    pinned control, and `weighed` and `sought` hold nothing; with HAS_CAP `measured` is what `seek_alone` left.
     """
     row, split = tl.program_id(0), tl.program_id(1)
     is_edited = tl.load(places_B + row) >= 0
     place = tl.maximum(tl.load(places_B + row), 0)
     entry, first = table + place * ROW_WIDTH, state + place * STATE_WIDTH
-    scale, divergence, is_finite = _largest(measured, probed, place, num_splits, tl.load(entry + LIMIT))
+    limit = tl.load(entry + LIMIT)
+    scale, divergence, is_finite = found_alone(measured, probed, place, num_splits, limit, HAS_CAP)
     is_lost = (tl.load(first + IS_NONFINITE) > 0) | (is_finite == 0)
     is_short, is_capped, is_dropped = scale < 1.0, tl.load(first + IS_CAPPED) > 0, scale < 0.0
     ratio = scale * tl.load(first + RATIO)

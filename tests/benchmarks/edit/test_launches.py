@@ -52,6 +52,11 @@ def test_rows_over_pinned_control_take_five_launches_more() -> None:
     assert beyond_base(SHAPE, CASES["a head over a pinned one"], fuses=False) > 500
 
 
+def test_rows_under_a_soft_cap_take_a_launch_less_and_none_of_torchs() -> None:
+    assert beyond_base(SHAPE, CASES["one head under a soft cap"], fuses=True) == BEYOND - 1
+    assert beyond_base(SHAPE, CASES["one head under a soft cap"], fuses=False) > 100
+
+
 def test_what_changes_from_token_to_token_travels_in_two_copies_more() -> None:
     assert beyond_base(SHAPE, CASES["gate, window and a response's budget"], fuses=True) == BEYOND + 2
 
@@ -89,7 +94,7 @@ def test_the_same_launches_run_whatever_rows_ask_for(
     monkeypatch.setattr("server.kernels.gpu.edit.EditKernels._launch", launch)
     step = Step(SHAPE, META)
     for name in names:
-        step.control(CASES[name](SHAPE.rows))
+        step.control(CASES[name].rows(SHAPE.rows))
         recorded.append([])
         step.edit()
     assert len(recorded[0]) == expected
@@ -99,7 +104,7 @@ def test_the_same_launches_run_whatever_rows_ask_for(
 @pytest.mark.parametrize("name", ["one head", "a head over a pinned one"])
 def test_a_step_edited_twice_leaves_its_numbers_in_the_same_buffers(name: str) -> None:
     step = Step(SHAPE, META)
-    step.control(CASES[name](SHAPE.rows))
+    step.control(CASES[name].rows(SHAPE.rows))
     kernels = step.editor.kernels_on(META)
     assert kernels is not None
     step.edit()
