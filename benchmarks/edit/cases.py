@@ -25,26 +25,37 @@ from value_models.heads import FieldHead, LinearHead, MLPHead, ValueHead
 NUM_LINEAR = 3
 _WIDTH = 512
 _FEATURES = 3
+_SOFT_CAP = 30.0
 _WEIGHTS = {f"linear-{i}": 1.0 for i in range(NUM_LINEAR)}
+_PINNED = {f"pinned-{i}": 1.0 for i in range(NUM_LINEAR)}
 
 
-def _each(*asked: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
-    """Row i is asked for what comes next, and round again."""
-    controls = [ControlParams.model_validate(fields) for fields in asked]
-    return lambda num_rows: [controls[row % len(controls)] for row in range(num_rows)]
+@dataclass(slots=True, frozen=True)
+class Case:
+    """Row i is under what comes next of these controls, and round again; logits may be under a soft cap."""
+
+    controls: tuple[ControlParams, ...]
+    soft_cap: float | None = None
+
+    def rows(self, num_rows: int) -> list[ControlParams]:
+        return [self.controls[row % len(self.controls)] for row in range(num_rows)]
 
 
-def _over_pinned(asked: dict[str, Any], *, pinned: dict[str, Any]) -> Callable[[int], list[ControlParams]]:
+def _each(*asked: dict[str, Any], soft_cap: float | None = None) -> Case:
+    return Case(tuple(ControlParams.model_validate(fields) for fields in asked), soft_cap)
+
+
+def _over_pinned(asked: dict[str, Any], *, pinned: dict[str, Any]) -> Case:
     control = with_pinned(ControlParams.model_validate(asked), ControlParams.model_validate(pinned))
     assert control is not None
-    return lambda num_rows: [control] * num_rows
+    return Case((control,))
 
 
 def _one(name: str) -> dict[str, Any]:
     return {"objective": {"weights": {name: 1.0}}}
 
 
-CASES: dict[str, Callable[[int], list[ControlParams]]] = {
+CASES: dict[str, Case] = {
     "one head": _each(_one("linear-0")),
     "three heads mixed": _each(*(_one(f"linear-{i}") for i in range(NUM_LINEAR)), {"objective": {"weights": _WEIGHTS}}),
     "worst case of three heads": _each({"objective": {"type": "worst_case", "weights": _WEIGHTS}}),
@@ -60,24 +71,30 @@ CASES: dict[str, Callable[[int], list[ControlParams]]] = {
     "a head beside an instruction": _each(
         {"objective": {"type": "instruction", "text": "x", "weight": 0.5, "beside": {"weights": {"linear-0": 1.0}}}}
     ),
-    "a head over a pinned one": _over_pinned(_one("linear-0"), pinned=_one("linear-1")),
+    "a head over a pinned one": _over_pinned(_one("linear-0"), pinned=_one("pinned-0")),
+    "three heads over three pinned ones": _over_pinned(
+        {"objective": {"weights": _WEIGHTS}}, pinned={"objective": {"weights": _PINNED}}
+    ),
     "a field of three features": _each(_one("field")),
+    "one head under a soft cap": _each(_one("linear-0"), soft_cap=_SOFT_CAP),
 }
 
 
 class PlainUnembedding:
-    """An LM head without a bias or a cap, of weights [V, D]."""
+    """An LM head of weights [V, D] without a bias, with or without a soft cap."""
 
-    is_linear = True
-
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, soft_cap: float | None) -> None:
         self._weight_VD = weight_VD
+        self.is_linear, self.soft_cap = soft_cap is None, None if soft_cap is None else (soft_cap, soft_cap)
 
     def project(self, hidden_MD: Tensor) -> Tensor:
         return nn.functional.linear(hidden_MD.to(self._weight_VD.dtype), self._weight_VD)
 
     def finish(self, projected_MV: Tensor) -> Tensor:
-        return projected_MV
+        if self.soft_cap is None:
+            return projected_MV
+        width, height = self.soft_cap
+        return height * torch.tanh(projected_MV / width)
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,19 +107,26 @@ class Shape:
 class Step:
     """An editor and a step's states, on a device or, on `meta`, without values."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        soft_cap: float | None = None,
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
         on_host = "meta" if device.type == "meta" else "cpu"
 
         def normal(*size: int) -> Tensor:
             return torch.empty(size, device="meta") if on_host == "meta" else torch.randn(size, generator=rng)
 
-        heads = {f"linear-{i}": _linear(normal, shape.hidden) for i in range(NUM_LINEAR)}
+        heads = {name: _linear(normal, shape.hidden) for name in (*_WEIGHTS, *_PINNED)}
         others = {"deep": _deep(normal, shape.hidden), "field": _field(normal, shape.hidden)}
         self.registry = HeadRegistry({**heads, **others})
         self.registry = HeadRegistry({name: _on(self.registry.head(name), device) for name in self.registry.names})
         weight_VD = (normal(shape.vocabulary, shape.hidden) / shape.hidden**0.5).to(device, dtype)
-        self.editor = StateEditor(PlainUnembedding(weight_VD))
+        self.editor = StateEditor(PlainUnembedding(weight_VD, soft_cap))
         self.hidden_BD = normal(shape.rows, shape.hidden).to(device, dtype)
         self._instructed = dict(enumerate(normal(shape.rows, shape.hidden).to(device, dtype)))
         self.plan = EditPlan(())

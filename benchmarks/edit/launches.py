@@ -6,7 +6,7 @@ but none that only looks at memory otherwise or takes some, and every launch of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.edit.cases import CASES, Shape, Step
+from benchmarks.edit.cases import CASES, Case, Shape, Step
 
 _TAKE_MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "detach")
 _META = torch.device("meta")
@@ -47,8 +47,8 @@ def count(shape: Shape) -> dict[str, Any]:
     """For each case, what a step of this shape launches beyond the same step without control: by torch's operations
     alone, and with the kernels. RECONTROL_KERNELS=triton must be in the environment."""
     return {
-        name: {"torch": beyond_base(shape, rows, fuses=False), "kernels": beyond_base(shape, rows, fuses=True)}
-        for name, rows in CASES.items()
+        name: {"torch": beyond_base(shape, case, fuses=False), "kernels": beyond_base(shape, case, fuses=True)}
+        for name, case in CASES.items()
     }
 
 
@@ -56,14 +56,14 @@ def table_rows(launches: Mapping[str, Any]) -> list[list[str]]:
     return [[name, str(each["torch"]), str(each["kernels"])] for name, each in launches.items()]
 
 
-def beyond_base(shape: Shape, rows: Callable[[int], Any], *, fuses: bool) -> int:
+def beyond_base(shape: Shape, case: Case, *, fuses: bool) -> int:
     """The same for one case, by the kernels or by torch's operations alone."""
     with torch.inference_mode():
-        step = Step(shape, _META)
+        step = Step(shape, _META, soft_cap=case.soft_cap)
         if not fuses:
             step.editor.without_kernels()
         base = _count(step)
-        step.control(rows(shape.rows))
+        step.control(case.rows(shape.rows))
         step.edit()  # What is laid out once for a plan is not counted.
         return _count(step) - base
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.edit.cases import CASES, Shape, Step
+from benchmarks.edit.cases import CASES, Case, Shape, Step
 
 _WARM_UP = 3
 _WARM_UP_ON_A_CPU = 1
@@ -21,22 +21,22 @@ _WARM_UP_ON_A_CPU = 1
 def measure(shapes: Sequence[Shape], device: torch.device, *, repeats: int) -> dict[str, Any]:
     """Median ms of an edit for each case and number of rows; `recorded` on a GPU alone, None for what cannot be."""
     times: dict[str, Any] = {}
-    for name, rows in CASES.items():
+    for name, case in CASES.items():
         for shape in shapes:
             with torch.inference_mode():
-                times.setdefault(name, {})[str(shape.rows)] = _times(shape, rows, device, repeats)
+                times.setdefault(name, {})[str(shape.rows)] = _times(shape, case, device, repeats)
     return times
 
 
-def _times(shape: Shape, rows: Callable[[int], Any], device: torch.device, repeats: int) -> dict[str, float | None]:
-    step = Step(shape, device)
+def _times(shape: Shape, case: Case, device: torch.device, repeats: int) -> dict[str, float | None]:
+    step = Step(shape, device, soft_cap=case.soft_cap)
     base_ms = _median_ms(step.edit, device, repeats)
-    step.control(rows(shape.rows))
+    step.control(case.rows(shape.rows))
     is_fused = any(group.fixed_RW is not None for group in step.plan.groups)
     kernels_ms = _median_ms(step.edit, device, repeats)
     recorded_ms = _recorded_ms(step, device, repeats) if is_fused and device.type == "cuda" else None
     step.editor.without_kernels()
-    step.control(rows(shape.rows))
+    step.control(case.rows(shape.rows))
     torch_ms = _median_ms(step.edit, device, repeats)
     return {
         "base_ms": base_ms, "torch_ms": torch_ms - base_ms, "kernels_ms": kernels_ms - base_ms,

@@ -53,6 +53,11 @@ class Unembedding(Protocol):
         """Whether `finish` only adds a constant, so that logits are linear along an edit."""
         ...
 
+    @property
+    def soft_cap(self) -> tuple[float, float] | None:
+        """Width and height where `finish` is height x tanh(projected / width) and nothing else."""
+        ...
+
     def project(self, hidden_MD: Tensor) -> Tensor:
         """[M, D] -> [M, V] in float32, or in bfloat16 if that is how they were computed and `finish` is nothing."""
         ...
@@ -138,7 +143,8 @@ class StateEditor:
     ) -> EditPlan:
         """`EditPlan.from_rows` with what this editor's kernels can do. Raises UnknownHeadError."""
         device = torch.device(device)
-        fuses = self._unembedding.is_linear and self.kernels_on(device) is not None
+        may_fuse = self._unembedding.is_linear or self._unembedding.soft_cap is not None
+        fuses = may_fuse and self.kernels_on(device) is not None
         return EditPlan.from_rows(rows, registry, device=device, fuses=fuses)
 
     def without_kernels(self) -> None:
@@ -191,7 +197,7 @@ class StateEditor:
         assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
         edit = self._fused_edits if fused else self._shared_edits
         base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
-        over = {id(group.pinned): group for group in plan.groups if group.pinned is not None}
+        over = {id(group.pinned): group for group in plan.groups if group.beneath is not None}
         edits: list[_Edit] = []
         for ascent in ascents:
             if id(ascent.group) not in over and self._is_made_in_place(ascent.group, base_BV):
@@ -305,7 +311,7 @@ class StateEditor:
         assert kernels is not None
         if self._fused_rows is None or not self._fused_rows.are_for(groups, num_rows):
             self._fused_rows = FusedRows(groups, self._bank, num_rows, device)
-        return self._fused_rows.edit(kernels, hidden_BD, logits_BV)
+        return self._fused_rows.edit(kernels, hidden_BD, logits_BV, self._unembedding.soft_cap)
 
     def kernels_on(self, device: torch.device) -> EditKernels | None:
         """Those of a GPU that edit rows of this device, if any do."""

@@ -1,15 +1,18 @@
-"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of straight heads in five launches.
+"""Edits on a GPU by the kernels of server/kernels/gpu: all rows of all groups of straight heads in five launches, or
+ten where a row is over pinned control.
 
-What a row asks for travels to the device as one table. The units of the heads that are in use lie there in a bank, each
-with what its ascent row does to the logits. Knows nothing of requests or models. Enter at `FusedRows`.
+What a row asks for travels to the device as one table; one over pinned control has two entries there. The units of the
+heads that are in use lie there in a bank, each with what its ascent row does to the logits. Knows nothing of requests
+or models. Enter at `FusedRows`.
 
-Shapes: B rows of the step, R edited rows, U units of the bank, D hidden size, V vocabulary, W numbers of a row.
+Shapes: B rows of the step, R edited rows, E entries of the table, Q of them of callers over pinned control, U units of
+the bank, D hidden size, V vocabulary, W numbers of an entry.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,9 +77,8 @@ class FusedRows:
         self._num_rows = num_rows
         self._counts = [len(group.rows) for group in groups]
         self._bank = bank
-        places = bank.places([group.stack for group in groups])
-        tables = [_table(group, places[group.stack]) for group in groups]
-        self._table_RW = to_device(torch.cat(tables), device)
+        table_EW, self._num_beside = _entries(groups, bank.places([group.stack for group in groups]))
+        self._table_EW = to_device(table_EW, device)
         places_B = torch.full((num_rows,), -1, dtype=torch.int32)
         rows = torch.tensor([row for group in groups for row in group.rows])
         places_B[rows] = torch.arange(len(rows), dtype=torch.int32)
@@ -89,10 +91,13 @@ class FusedRows:
             return False
         return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
 
-    def edit(self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
+    def edit(
+        self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor, soft_cap: tuple[float, float] | None
+    ) -> tuple[Tensor, list[SharedEdit]]:
         """Logits [B, V] in float32, moved by each group's edit, and the edits.
 
-        Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
+        Logits must be linear along an edit, if only before a `soft_cap` (`Unembedding.soft_cap`). Those in float32 are
+        moved in place; those in bfloat16 are widened here.
         """
         from server.kernels.gpu.edit import Codes
 
@@ -100,15 +105,33 @@ class FusedRows:
             by_cap=HELD_BY.index(HeldBy.MAX_SHIFT),
             by_gate=HELD_BY.index(HeldBy.GATE),
             by_level=HELD_BY.index(HeldBy.TARGET),
+            by_pinned=HELD_BY.index(HeldBy.PINNED),
             level_tolerance=TOLERANCE,
         )
         assert HELD_BY.index(HeldBy.FLOOR) == codes.by_level + 1
-        logits_BV, report_RN = kernels.edit(hidden_BD, logits_BV, self._table_RW, self._places_B, self._heads, codes)
+        logits_BV, report_RN = kernels.edit(
+            hidden_BD, logits_BV, self._table_EW, self._places_B, self._heads, codes,
+            num_beside=self._num_beside, soft_cap=soft_cap,
+        )  # fmt: skip
         parts = torch.split(report_RN, self._counts)
         return logits_BV, [
             SharedEdit(group, part[:, : 2 * len(group.stack.names) + layout.NUM_REPORTED])
             for group, part in zip(self._groups, parts, strict=True)
         ]
+
+
+def _entries(groups: Sequence[EditGroup], places: Mapping[HeadStack, Sequence[int]]) -> tuple[Tensor, int]:
+    """The entries [E, W] of all rows, of what is pinned where something is, behind them those of callers over pinned
+    control, and how many these are."""
+    table_RW = torch.cat([_table(group.pinned or group, places[group.stack]) for group in groups])
+    is_over = [group.pinned is not None for group in groups for _ in group.rows]
+    if not any(is_over):
+        return table_RW, 0
+    table_QW = torch.cat([_table(group, places[group.stack]) for group in groups if group.pinned is not None])
+    pinned_Q = torch.tensor(is_over).nonzero()[:, 0]
+    table_QW[:, layout.BESIDE] = pinned_Q.float()
+    table_RW[pinned_Q, layout.BESIDE] = len(table_RW) + torch.arange(len(pinned_Q), dtype=torch.float32)
+    return torch.cat([table_RW, table_QW]), len(pinned_Q)
 
 
 def _table(group: EditGroup, places: Sequence[int]) -> Tensor:

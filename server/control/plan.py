@@ -79,7 +79,7 @@ class EditGroup:
     pinned: EditGroup | None = None
     """The same rows under what the server pins, alone; then this group is what callers add to it."""
     beneath: PinnedRows | None = None
-    """What callers may not take back; None without `pinned`."""
+    """What callers may not take back; None without `pinned`, and where kernels know it from `fixed_RW`."""
     fixed_RW: Tensor | None = None
     """What the kernels of a GPU's edit have to know of each held row (row_numbers.py), where they do this group. Then
     its other tensors lie on the host, and it has no `objectives`."""
@@ -148,9 +148,9 @@ def _group_of(
     device: torch.device,
 ) -> EditGroup:
     stack, factors, is_over, _, is_fused = key
-    if is_fused:
-        return _group((stack, None), indices, rows, torch.device("cpu"), is_fused=True)
-    return (_group_over_pinned if is_over else _group)((stack, factors), indices, rows, device)
+    # What the kernels have to know stays on the host until all of it travels together.
+    held_on = torch.device("cpu") if is_fused else device
+    return (_group_over_pinned if is_over else _group)((stack, factors), indices, rows, held_on, is_fused=is_fused)
 
 
 def _is_paced(control: ControlParams) -> bool:
@@ -263,12 +263,19 @@ def _group_over_pinned(
     indices: list[int],
     rows: Sequence[ControlParams | None],
     device: torch.device,
+    *,
+    is_fused: bool = False,
 ) -> EditGroup:
-    stack, _ = key
-    group = _group(key, indices, rows, device)
-    pinned = _group(key, indices, [row.pinned if isinstance(row, UnderPinned) else None for row in rows], device)
+    beneath = [row.pinned if isinstance(row, UnderPinned) else None for row in rows]
+    pinned = _group(key, indices, beneath, device, is_fused=is_fused)
+    group = replace(_group(key, indices, rows, device, is_fused=is_fused), pinned=pinned)
+    return group if is_fused else replace(group, beneath=_kept_beneath(pinned, device))
+
+
+def _kept_beneath(pinned: EditGroup, device: torch.device) -> PinnedRows:
+    stack = pinned.stack
     bounds = [[(control.stop_below or {}).get(name, -torch.inf) for name in stack.names] for control in pinned.controls]
     bounds_RK = (on_device(bounds, device) - stack.reward_mean_K) / stack.reward_scale_K
     weighted = {name for control in pinned.controls for name in control.objective.head_weights}
     places = tuple(k for k, name in enumerate(stack.names) if name in weighted)
-    return replace(group, pinned=pinned, beneath=PinnedRows(pinned.weights_RK.sign(), bounds_RK, places))
+    return PinnedRows(pinned.weights_RK.sign(), bounds_RK, places)

@@ -8,6 +8,7 @@ Shapes: R rows, W numbers of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,11 +39,12 @@ assert layout.SLOTS >= MAX_HEADS_PER_REQUEST
 
 
 def can_fuse(stack: HeadStack, control: ControlParams) -> bool:
-    """Whether the kernels can do it: straight heads alone, of few units together, an objective that they know, no
-    instruction that acts, and nothing pinned beneath."""
+    """Whether the kernels can do it: straight heads alone, of few units together, an objective that they know, and no
+    instruction that acts; over pinned control weighted sums alone, as everywhere."""
     is_known = type(control.heads_objective) in _KINDS and control.instruction is None
-    has_few_units = stack.is_straight and 0 < len(stack.inputs_UD) <= layout.SLOTS
-    return is_known and has_few_units and not isinstance(control, UnderPinned)
+    if isinstance(control, UnderPinned):
+        is_known = type(control.objective) is type(control.pinned.objective) is WeightedSum
+    return is_known and stack.is_straight and 0 < len(stack.inputs_UD) <= layout.SLOTS
 
 
 def units_in_order(stack: HeadStack) -> list[tuple[int, int]]:
@@ -66,10 +68,18 @@ def _fixed(stack: HeadStack, control: ControlParams) -> list[float]:
     row[layout.MAX_SHIFT] = control.max_shift
     row[layout.LOWEST], row[layout.HIGHEST] = _ADDED.get(type(objective), (0.0, 0.0))
     row[layout.EARNS] = float(objective.looks_ahead and stack.earned is not None)
-    marked = objective.head_levels or objective.head_weights
+    row[layout.BESIDE] = -1.0
+    weights, levels, no_level = objective.head_weights, objective.head_levels, 0.0
+    if isinstance(control, UnderPinned):
+        marks = {
+            name: math.copysign(1.0, weight) for name, weight in control.pinned.objective.head_weights.items() if weight
+        }
+        weights, levels, no_level = control.own_weights, control.pinned.stop_below or {}, -math.inf
+    else:
+        marks = dict.fromkeys(levels or weights, 1.0)
     for slot, name in enumerate(stack.names):
-        row[layout.WEIGHTS + slot] = objective.head_weights.get(name, 0.0)
-        row[layout.LEVELS + slot] = objective.head_levels.get(name, 0.0)
-        row[layout.MARKED + slot] = float(name in marked)
+        row[layout.WEIGHTS + slot] = weights.get(name, 0.0)
+        row[layout.LEVELS + slot] = levels.get(name, no_level)
+        row[layout.MARKED + slot] = marks.get(name, 0.0)
         row[layout.EARNED + slot] = 0.0 if stack.earned is None else stack.earned[slot]
     return row

@@ -24,6 +24,7 @@ class LinearUnembedding:
         self.weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
         self._linear = PackedLinear(self.weight)
         self._softcap = softcap
+        self.soft_cap = None if softcap is None else (softcap, softcap)
 
     @property
     def is_linear(self) -> bool:

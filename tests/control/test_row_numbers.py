@@ -5,6 +5,7 @@ Plans are made on `meta`, where neither a GPU nor Triton is needed; what the ker
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import torch
 from server.api.resolution import with_pinned
 from server.control.budget import ROUNDING_NATS
 from server.control.editor import StateEditor
-from server.control.fused import _table
+from server.control.fused import _entries, _table
 from server.control.objectives import Objective, WeightedSum
 from server.control.params import ControlParams
 from server.control.plan import EditGroup, EditPlan, GateRows
@@ -103,15 +104,23 @@ def test_an_instruction_that_acts_is_torchs_and_heads_beside_one_that_does_not_a
 @pytest.mark.parametrize(
     "steer",
     [
-        with_pinned(control({"a": 1.0}), control({"b": 1.0})),
         control({"deep": 1.0}),
+        with_pinned(control({"deep": 1.0}), control({"b": 1.0})),
+        with_pinned(control({"a": 1.0}), control({"deep": 1.0})),
         control({"a": 1.0, "deep": 1.0}),
         control({"a": 1.0}, gate={"head": "deep", "below": 0.0}),
         control({"a": 1.0}, stop_below={"deep": 0.0}),
     ],
-    ids=["over pinned control", "a hidden layer", "one among others", "a gate of one", "a guardrail of one"],
+    ids=[
+        "a hidden layer",
+        "one over pinned control",
+        "a pinned one",
+        "one among others",
+        "a gate of one",
+        "a guardrail of one",
+    ],
 )
-def test_rows_over_pinned_control_or_of_a_head_with_a_hidden_layer_are_torchs(steer: ControlParams | None) -> None:
+def test_rows_of_a_head_with_a_hidden_layer_are_torchs(steer: ControlParams | None) -> None:
     assert not is_fused(steer)
 
 
@@ -138,8 +147,12 @@ def test_a_row_with_a_field_has_the_values_of_its_heads_first_and_then_the_featu
     assert row[layout.LEADERS : layout.LEADERS + 5] == [0.0, 1.0, 2.0, field, field]
 
 
-def test_a_model_with_a_soft_cap_is_torchs_alone() -> None:
-    assert not is_fused(control({"a": 1.0}), softcap=5.0)
+def test_a_model_with_a_soft_cap_is_the_kernels_if_they_know_all_that_becomes_of_its_logits() -> None:
+    assert is_fused(control({"a": 1.0}), softcap=5.0)
+    unembedding = LinearUnembedding(5.0)
+    unembedding.soft_cap = None
+    (group,) = StateEditor(unembedding).plan([control({"a": 1.0})], REGISTRY, device="meta").groups
+    assert group.fixed_RW is None
 
 
 def test_kinds_in_one_step_are_groups_of_their_own_and_no_row_is_missed() -> None:
@@ -148,7 +161,7 @@ def test_kinds_in_one_step_are_groups_of_their_own_and_no_row_is_missed() -> Non
         with_pinned(control({"b": 1.0}), control({"a": 1.0})), following(0.0, {"weights": {"a": 1.0}}),
     ]  # fmt: skip
     told = {group.rows: group.fixed_RW is not None for group in planned(*rows)}
-    assert told == {(0, 2, 4): True, (1,): False, (3,): False}
+    assert told == {(0, 2, 4): True, (1,): False, (3,): True}
 
 
 def test_told_to_do_without_kernels_a_plan_has_none() -> None:
@@ -164,9 +177,10 @@ def test_whatever_changes_an_edit_is_in_the_table_or_keeps_a_row_out_of_it() -> 
     in_table = {"stack", "controls", "fixed_RW", "rows_R", "step_size_R", "steps_R", "max_kl_R", "gates", "held_R",
                 "kl_held_R"}  # fmt: skip
     fixed = {"weights_RK", "objectives", "max_shift_R"}
-    keeps_out = {"pinned", "beneath", "guidance_R", "factors"}
+    keeps_out = {"guidance_R", "factors"}
+    over_pinned = {"pinned", "beneath"}
     of_plans = {"rows", "max_steps", "is_paced"}
-    assert {field.name for field in fields(EditGroup)} == in_table | fixed | keeps_out | of_plans
+    assert {field.name for field in fields(EditGroup)} == in_table | fixed | keeps_out | over_pinned | of_plans
     gates = {"head_R", "level_R", "side_R", "hysteresis_R", "is_gated_R", "was_open_R"}
     assert {field.name for field in fields(GateRows)} == gates
 
@@ -187,6 +201,24 @@ def test_a_rows_table_says_what_it_asks_for_now() -> None:
     assert (other[layout.ROW], other[layout.IS_GATED], HELD_BY[int(other[layout.KL_HELD])]) == (1.0, 0.0, HeldBy.MAX_KL)
 
 
+def test_a_row_over_pinned_control_has_an_entry_for_what_is_pinned_and_one_for_what_is_added() -> None:
+    pinned = control({"b": -2.0, "c": 0.0}, steps=2, step_size=0.25, max_kl=0.125, stop_below={"c": 0.5})
+    over = with_pinned(control({"a": 0.5}, steps=1, step_size=3.0, max_kl=0.25, stop_below={"a": 9.0}), pinned)
+    groups = planned(control({"a": 1.0}), over, None, over)
+    entries, num_beside = _entries(groups, {group.stack: [4, 5, 6] for group in groups})
+    plain, first, second, *callers = entries.tolist()
+    assert (len(callers), num_beside) == (2, 2)
+    assert [row[layout.BESIDE] for row in (plain, first, second, *callers)] == [-1.0, 3.0, 4.0, 1.0, 2.0]
+    assert [row[layout.ROW] for row in (first, second, *callers)] == [1.0, 3.0, 1.0, 3.0]
+    weights, marks, levels = (slice(place, place + 3) for place in (layout.WEIGHTS, layout.MARKED, layout.LEVELS))
+    assert (first[weights], first[layout.SIZE]) == ([0.0, -2.0, 0.0], 0.5)
+    assert first[layout.LIMIT] == pytest.approx(0.125 - ROUNDING_NATS)
+    (theirs, _) = callers
+    assert (theirs[weights], theirs[layout.SIZE]) == ([0.5, 0.0, 0.0], 3.0)
+    assert theirs[layout.LIMIT] == pytest.approx(0.25 - ROUNDING_NATS)
+    assert (theirs[marks], theirs[levels]) == ([0.0, -1.0, 0.0], [-math.inf, -math.inf, 0.5])
+
+
 def test_a_row_without_steps_has_none_in_the_table_however_long_they_were() -> None:
     endless = ControlParams.without_limits(WeightedSum(weights={"a": 0.0}), step_size=3e38, steps=100)
     (group,) = planned(endless)
@@ -194,6 +226,12 @@ def test_a_row_without_steps_has_none_in_the_table_however_long_they_were() -> N
 
 
 def test_what_kernels_are_told_lies_on_the_host_until_it_travels_together() -> None:
-    (group,) = planned(control({"a": 1.0}), control({"a": 1.0}, window={"start": 2}))
-    tensors = [getattr(group, field.name) for field in fields(group)]
+    over = with_pinned(control({"a": 1.0}), control({"b": 1.0}, window={"start": 2}))
+    tensors = [
+        getattr(part, field.name)
+        for group in planned(control({"a": 1.0}), control({"a": 1.0}, window={"start": 2}), over)
+        for part in (group, group.pinned)
+        if part is not None
+        for field in fields(part)
+    ]
     assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"cpu"}

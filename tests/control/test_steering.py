@@ -180,7 +180,7 @@ def test_no_edit_takes_a_value_below_its_floor_or_further_below(
 class Chain:
     """Two tokens move a state of two numbers, each read by a head: `up` raises the first, and `down` the second."""
 
-    is_linear = True
+    is_linear, soft_cap = True, None
 
     def __init__(self) -> None:
         self._linear = PackedLinear(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))

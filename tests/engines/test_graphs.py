@@ -98,7 +98,7 @@ def test_editing_and_drawing_never_wait_for_a_gpu() -> None:
 class _Plain:
     """An unembedding without a bias."""
 
-    is_linear = True
+    is_linear, soft_cap = True, None
 
     def __init__(self, weight_VD: torch.Tensor) -> None:
         self._weight_VD = weight_VD

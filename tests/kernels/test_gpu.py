@@ -84,10 +84,12 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from server.kernels.gpu import ascent_kernel, attention_kernel, budget_kernels, draw_kernel
+from server.kernels.gpu import (
+    ascent_kernel, attention_kernel, beside_kernels, budget_kernels, draw_kernel, move_kernel,
+)
 
-CODES = {"BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "REPORTED": 21}
-CONSTANTS = {"ROUND": 1, "IS_WIDENED": True, "TOLERANCE": 1e-3, **CODES}
+CODES = {"BY_CAP": 6, "BY_GATE": 3, "BY_LEVEL": 7, "BY_PINNED": 9, "REPORTED": 37}
+CONSTANTS = {"ROUND": 1, "HAS_BESIDE": True, "IS_WIDENED": True, "TOLERANCE": 1e-3, **CODES}
 ATTENTION = {
     "QUERIES": 4, "KEY_SIZE": 64, "VALUE_SIZE": 64, "ROWS": 64, "KEYS": 64, "VALUES": 64, "PAGE": 64,
     "HAS_BLOCKS": True, "IS_SPLIT": False, "HAS_SINKS": True, "HAS_CAP": True, "PRECISION": "tf32",
@@ -96,9 +98,10 @@ CONSTANTS |= {**ATTENTION, "HAS_RULES": True}
 BRAINS = ("hidden", "queries", "keys", "values", "out")
 WHOLE = (
     "hidden_stride", "hidden_size", "num_heads", "num_units", "logits_stride", "source_stride", "size_V", "num_splits",
+    "num_first", "first_splits", "beside_splits",
     "chunk", "query_stride", "table_width", "window", "split_pages", "num_outputs", "mask_width",
 )
-TILES = {"ascend": 512, "measure": 1024, "probe": 512, "move": 1024, "draw": 2048}
+TILES = {"ascend": 512, "measure": 1024, "probe": 512, "weigh": 512, "seek": 128, "move": 1024, "draw": 2048}
 OPTIONS = {"draw": {"num_warps": 16, "enable_fp_fusion": False}}
 
 def type_of(name, logits):
@@ -115,7 +118,8 @@ def type_of(name, logits):
     known |= dict.fromkeys(("places_BP", "biased_N", "prompt_N", "outputs_2N", "masks_MW"), "*i32")
     return known.get(name, "*fp32")
 
-kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle", "move"))]
+kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle"))]
+kernels += [beside_kernels.weigh, beside_kernels.seek, move_kernel.move]
 kernels += [draw_kernel.draw, attention_kernel.attend, attention_kernel.join]
 for kernel in kernels:
     names = kernel.arg_names
@@ -137,5 +141,17 @@ def test_they_compile_for_a_hopper_gpu_without_one() -> None:
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]
     assert [(name, is_made) for name, _, is_made in told] == [
-        (name, "True") for name in ("ascend", "measure", "probe", "settle", "move", "draw", "attend", "join")
+        (name, "True")
+        for name in (
+            "ascend",
+            "measure",
+            "probe",
+            "settle",
+            "weigh",
+            "seek",
+            "move",
+            "draw",
+            "attend",
+            "join",
+        )
     ]

@@ -59,6 +59,12 @@ class VllmUnembedding:
         return self._processor is None
 
     @property
+    def soft_cap(self) -> tuple[float, float] | None:
+        if self._processor is None or self._bias_V is not None:
+            return None
+        return self._processor.soft_cap, self._processor.soft_cap * self._processor.scale
+
+    @property
     def is_exact(self) -> bool:
         """Whether finish(project(h)) is what vLLM computes, to the bit."""
         return self._processor is None and self._bias_V is None

@@ -4,7 +4,8 @@
 One program takes one row. What server/control/ascent.py, objectives.py and multipliers.py do for many rows and any
 heads is done here for one row and heads whose slope is constant along an ascent, so that one step is the whole of it:
 linear heads, of one unit each, and fields, whose further units are features by which their direction follows the
-state. Knows nothing of the vocabulary (budget_kernels.py). Enter at `ascend`.
+state. The program of a pinned row does the ascent of the callers' heads beside it too, which pinned.py explains. Knows
+nothing of the vocabulary (budget_kernels.py). Enter at `ascend`.
 
 Shapes: D hidden size, U units of the bank, and `SLOTS` places for the units of a row's heads, whose values come first.
 """
@@ -26,17 +27,20 @@ LOWEST, HIGHEST = tl.constexpr(layout.LOWEST), tl.constexpr(layout.HIGHEST)
 PLACES, LEADERS = tl.constexpr(layout.PLACES), tl.constexpr(layout.LEADERS)
 NUM_UNITS, WEIGHTS = tl.constexpr(layout.NUM_UNITS), tl.constexpr(layout.WEIGHTS)
 LEVELS, MARKED = tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
-EARNED = tl.constexpr(layout.EARNED)
+EARNED, BESIDE = tl.constexpr(layout.EARNED), tl.constexpr(layout.BESIDE)
 ROW_WIDTH, STATE_WIDTH = tl.constexpr(layout.ROW_WIDTH), tl.constexpr(layout.STATE_WIDTH)
 COEFFICIENTS, UNITS, CLIMB = (tl.constexpr(place) for place in (layout.COEFFICIENTS, layout.UNITS, layout.CLIMB))
 RATIO, IS_NONFINITE = tl.constexpr(layout.RATIO), tl.constexpr(layout.IS_NONFINITE)
 IS_CAPPED, IS_OPEN = tl.constexpr(layout.IS_CAPPED), tl.constexpr(layout.IS_OPEN)
+ALONG, ASIDE = tl.constexpr(layout.ALONG), tl.constexpr(layout.ASIDE)
 BIAS, REWARD_MEAN = tl.constexpr(layout.BIAS), tl.constexpr(layout.REWARD_MEAN)
 REWARD_SCALE = tl.constexpr(layout.REWARD_SCALE)
 WORST_CASE, TARGET = tl.constexpr(layout.WORST_CASE), tl.constexpr(layout.TARGET)
 SWEEPS = tl.constexpr(12)
 LEAST_GAIN = tl.constexpr(1e-9)
 LEAST_LENGTH = tl.constexpr(1e-9)
+# Of a change, relative to the sizes of what it is the sum of.
+ROUNDING = tl.constexpr(1e-4)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -70,7 +74,7 @@ def ascend(
     is_marked = tl.load(entry + MARKED + slots) > 0
     if kind == WORST_CASE:
         inner = tl.load(inner_UU + pairs, mask=is_unit[:, None] & is_unit[None, :], other=0.0)
-        earnings = _cosines(inner, shares, slots) * tl.load(entry + EARNED + slots)[None, :]
+        earnings = _cosines(_products(inner, shares), slots) * tl.load(entry + EARNED + slots)[None, :]
         moves = tl.where(tl.load(entry + EARNS) > 0, earnings, effects)
         weights = _worst_case(units, moves, size, weights, is_marked, num_used, slots)
     elif kind >= TARGET:
@@ -80,6 +84,34 @@ def ascend(
         weights = _within_bounds(units, effects, size, weights, levels, is_marked, kind == TARGET)
 
     taken = tl.where(is_unit, size * tl.sum(shares * weights[None, :], axis=1), 0.0)
+    kept = _leave(
+        out, entry, units, taken, moves_values, is_open, length, ascent_UD, hidden_size, places, is_unit, slots, TILE
+    )
+    beside = tl.load(entry + BESIDE).to(tl.int32)
+    if beside >= 0:
+        theirs, left = table + beside * ROW_WIDTH, state + beside * STATE_WIDTH
+        inner = tl.load(inner_UU + pairs, mask=is_unit[:, None] & is_unit[None, :], other=0.0)
+        weights = _kept_weights(theirs, effects, _products(inner, shares), num_used, slots)
+        size = tl.where(is_open, tl.load(theirs + SIZE), 0.0)
+        taken = tl.where(is_unit, size * tl.sum(shares * weights[None, :], axis=1), 0.0)
+        units += tl.sum(kept[:, None] * moves_values, axis=0)
+        added = _leave(
+            left, theirs, units, taken, moves_values, is_open, length, ascent_UD, hidden_size, places, is_unit, slots,
+            TILE,
+        )  # fmt: skip
+        along, aside = _against(ascent_UD, hidden_size, places, kept, added, is_unit, TILE)
+        # Nothing is taken of what is not finite, and that is 0 times it.
+        is_finite = _is_finite(along) & _is_finite(aside / length)
+        tl.store(left + ALONG, tl.where(is_finite, along, 0.0))
+        tl.store(left + ASIDE, tl.where(is_finite, aside / length, 0.0))
+
+
+@triton.jit
+def _leave(
+    out, entry, units, taken, moves_values, is_open, length, ascent_UD, hidden_size, places, is_unit, slots,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Write what is left of an ascent within the cap on its shift; the coefficients of that."""
     ends = units + tl.sum(taken[:, None] * moves_values, axis=0)
     ratio = _length_of(ascent_UD, hidden_size, places, taken, is_unit, TILE) / length
     is_finite = _is_finite(ratio) & (tl.min(_is_finite(ends).to(tl.int32), axis=0) > 0)
@@ -93,6 +125,7 @@ def ascend(
     tl.store(out + IS_NONFINITE, tl.where(is_finite, 0.0, 1.0))
     tl.store(out + IS_CAPPED, tl.where(is_finite & (share < 1.0), 1.0, 0.0))
     tl.store(out + IS_OPEN, tl.where(is_open, 1.0, 0.0))
+    return kept
 
 
 @triton.jit
@@ -108,10 +141,15 @@ def _shares(entry, units, is_unit, is_head, feature_limit, slots):
 
 
 @triton.jit
-def _cosines(inner, shares, slots):
+def _products(inner, shares):
     """Of every two heads' ascents, from the inner products of units' ascent rows."""
     half = tl.sum(shares[:, :, None] * inner[:, None, :], axis=0)
-    products = tl.sum(half[:, :, None] * shares[None, :, :], axis=1)
+    return tl.sum(half[:, :, None] * shares[None, :, :], axis=1)
+
+
+@triton.jit
+def _cosines(products, slots):
+    """Of every two heads' ascents, from their inner products."""
     squares = tl.sum(tl.where(slots[:, None] == slots[None, :], products, 0.0), axis=1)
     lengths = tl.maximum(tl.sqrt(squares), LEAST_LENGTH)
     return products / lengths[:, None] / lengths[None, :]
@@ -144,6 +182,22 @@ def _length_of(ascent_UD, hidden_size, places, taken, is_used, TILE: tl.constexp
         shift = tl.sum(taken[:, None] * rows, axis=0)
         squares += shift * shift
     return tl.sqrt(tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _against(ascent_UD, hidden_size, places, first, second, is_used, TILE: tl.constexpr):
+    """How many times the first shift the second one goes along it, and the length of what goes aside."""
+    dims = tl.arange(0, TILE)
+    inner, square = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    for start in range(0, hidden_size, TILE):
+        wanted = is_used[:, None] & (start + dims < hidden_size)[None, :]
+        rows = tl.load(ascent_UD + places[:, None] * hidden_size + (start + dims)[None, :], mask=wanted, other=0.0)
+        one, other = tl.sum(first[:, None] * rows, axis=0), tl.sum(second[:, None] * rows, axis=0)
+        inner += one * other
+        square += one * one
+    length = tl.sum(square, axis=0)
+    along = tl.where(length > 0, tl.sum(inner, axis=0) / length, 0.0)
+    return along, _length_of(ascent_UD, hidden_size, places, second - along * first, is_used, TILE)
 
 
 @triton.jit
@@ -208,6 +262,41 @@ def _within_bounds(values, effects, size, weights, levels, is_levelled, is_targe
     room = tl.where(ends < low, low - values, high - values)
     share = tl.min(tl.where((ends < low) | (ends > high), room / change, 1.0), axis=0)
     return weights * tl.maximum(share, 0.0)
+
+
+@triton.jit
+def _kept_weights(entry, effects, inner, num_used, slots):
+    """See `PinnedRows.kept_weights`."""
+    weights, signs = tl.load(entry + WEIGHTS + slots), tl.load(entry + MARKED + slots)
+    is_pinned = (signs != 0.0).to(tl.int32)
+    added = tl.zeros([SLOTS], tl.float32)
+    for _ in range(tl.where(tl.sum(is_pinned, axis=0) == 1, 1, SWEEPS)):
+        for k in range(num_used):
+            if _at(is_pinned, slots, k) > 0:
+                total = weights + signs * added
+                sign, before = _at(signs, slots, k), _at(added, slots, k)
+                wanted = tl.maximum(
+                    _wanted(effects, total, sign, before, k, slots), _wanted(inner, total, sign, before, k, slots)
+                )
+                added = tl.where(slots == k, tl.maximum(wanted, 0.0), added)
+    total = weights + signs * added
+    return tl.where(_keeps(signs, total, effects) & _keeps(signs, total, inner), total, 0.0)
+
+
+@triton.jit
+def _wanted(moves, total, sign, before, k, slots):
+    """The multiplier of pinned head k that makes up for what all the others' ascents move of it."""
+    column = tl.sum(tl.where(slots[None, :] == k, moves, 0.0), axis=1)
+    gain = _at(column, slots, k)
+    others = sign * tl.sum(total * column, axis=0) - before * gain
+    return tl.where(gain > LEAST_GAIN, -others / gain, 0.0)
+
+
+@triton.jit
+def _keeps(signs, weights, moves):
+    terms = weights[:, None] * moves
+    is_kept = signs * tl.sum(terms, axis=0) >= -ROUNDING * tl.sum(tl.abs(terms), axis=0)
+    return tl.min(is_kept.to(tl.int32), axis=0) > 0
 
 
 @triton.jit

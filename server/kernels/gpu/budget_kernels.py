@@ -1,19 +1,19 @@
 # type: ignore  (Triton compiles this language; it is not run as Python)
-"""What is as large as the vocabulary of an edit on a GPU, as Triton kernels: divergences, the scale, the move.
+"""How far rows may go along their changes on a GPU, as Triton kernels: divergences over the vocabulary, and the scale.
 
 The logits of a row move along a change d, the rows of a basis taken so many times. The divergence KL(s) of such a move
 is that of server/control/budget.py, which explains it; here it is evaluated for several scales s in one pass:
 
     measure   KL at 8 scales, halves of each other from the whole edit on, and its curvature at zero
     probe     twice: KL at 16 scales near the one at which it meets the limit, by a curve through what is known by then
-    move      the largest scale of all these whose KL is within the limit, the logits there, and the row's report
-    settle    that scale and its divergence alone
+    settle    the largest scale of all these whose KL is within the limit, and that KL, for whoever moves rows himself
 
 So what is done is the same whatever the numbers are, and no launch waits for the host to read one. A row's vocabulary
 is split over programs, so that few rows fill the device too; each program puts its sums into a table, and whoever needs
-them adds a row's together. Knows nothing of heads beyond the rows of their units. Called by edit.py.
+them adds a row's together. move_kernel.py makes the move, and beside_kernels.py adds another change to one that has
+been found here. Knows nothing of heads beyond the rows of their units. Called by edit.py.
 
-Shapes: B rows of the step, R edited rows, V vocabulary.
+Shapes: R edited rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,17 +23,10 @@ import triton.language as tl
 
 from server.kernels.gpu import layout
 
-SLOTS, ROW, COUNT = tl.constexpr(layout.SLOTS), tl.constexpr(layout.ROW), tl.constexpr(layout.COUNT)
-KIND, LIMIT, KL_HELD = tl.constexpr(layout.KIND), tl.constexpr(layout.LIMIT), tl.constexpr(layout.KL_HELD)
-HELD, IS_GATED = tl.constexpr(layout.HELD), tl.constexpr(layout.IS_GATED)
+ROW, LIMIT = tl.constexpr(layout.ROW), tl.constexpr(layout.LIMIT)
 PLACES, NUM_UNITS = tl.constexpr(layout.PLACES), tl.constexpr(layout.NUM_UNITS)
-LEVELS, MARKED = tl.constexpr(layout.LEVELS), tl.constexpr(layout.MARKED)
 ROW_WIDTH, STATE_WIDTH = tl.constexpr(layout.ROW_WIDTH), tl.constexpr(layout.STATE_WIDTH)
-COEFFICIENTS, UNITS, CLIMB = (tl.constexpr(place) for place in (layout.COEFFICIENTS, layout.UNITS, layout.CLIMB))
-RATIO, IS_NONFINITE = tl.constexpr(layout.RATIO), tl.constexpr(layout.IS_NONFINITE)
-IS_CAPPED, IS_OPEN = tl.constexpr(layout.IS_CAPPED), tl.constexpr(layout.IS_OPEN)
-REWARD_MEAN, REWARD_SCALE = tl.constexpr(layout.REWARD_MEAN), tl.constexpr(layout.REWARD_SCALE)
-TARGET = tl.constexpr(layout.TARGET)
+COEFFICIENTS = tl.constexpr(layout.COEFFICIENTS)
 
 SCALES, POINTS = tl.constexpr(layout.MEASURED_SCALES), tl.constexpr(layout.PROBED_SCALES)
 SPLITS, ROUNDS = tl.constexpr(layout.MAX_SPLITS), tl.constexpr(layout.NUM_ROUNDS)
@@ -150,82 +143,6 @@ def settle(table, measured, probed, scale_R, divergence_R, num_splits):
     scale, divergence, _ = _largest(measured, probed, place, num_splits, limit)
     tl.store(scale_R + place, scale)
     tl.store(divergence_R + place, divergence)
-
-
-@triton.jit(do_not_specialize=["num_splits", "num_units"])
-def move(
-    source, source_stride, logits, size_V, places_B, basis, table, state, measured, probed, numbers_3U, num_units,
-    report, num_splits, chunk, IS_WIDENED: tl.constexpr, TOLERANCE: tl.constexpr, BY_CAP: tl.constexpr,
-    BY_GATE: tl.constexpr, BY_LEVEL: tl.constexpr, REPORTED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Program (b, split): its part of row b of `source` into the same of `logits` [B, V] float32, moved if `places_B`
-    has a place of the table for the row, and not -1; the first split writes the row's report [R, REPORTED].
-
-    Without IS_WIDENED both are one, and rows that do not move are left as they are. `BY_CAP` and `BY_GATE` are reported
-    of what these hold, `BY_LEVEL` of a target, and one more of a floor.
-    """
-    row, split = tl.program_id(0), tl.program_id(1)
-    is_edited = tl.load(places_B + row) >= 0
-    place = tl.maximum(tl.load(places_B + row), 0)
-    entry, out = table + place * ROW_WIDTH, state + place * STATE_WIDTH
-    scale, divergence, is_finite = _largest(measured, probed, place, num_splits, tl.load(entry + LIMIT))
-    taken = tl.where(is_edited & (tl.load(out + RATIO) > 0), scale, 0.0)
-    count = tl.load(entry + NUM_UNITS).to(tl.int32)
-    if is_edited & (split == 0):
-        is_nonfinite = (tl.load(out + IS_NONFINITE) > 0) | (is_finite == 0)
-        _tell(
-            report + place * REPORTED, entry, out, numbers_3U, num_units, scale, divergence, is_nonfinite,
-            TOLERANCE, BY_CAP, BY_GATE, BY_LEVEL,
-        )  # fmt: skip
-    columns = tl.arange(0, TILE)
-    end = tl.minimum((split + 1) * chunk, size_V)
-    if not IS_WIDENED:
-        end = tl.where(taken > 0, end, 0)
-    for start in range(split * chunk, end, TILE):
-        is_in = start + columns < end
-        base = tl.load(source + row.to(tl.int64) * source_stride + start + columns, mask=is_in, other=0.0)
-        moved = base.to(tl.float32)
-        if taken > 0:
-            change = _change(basis, size_V, entry, out + COEFFICIENTS, count, start + columns, is_in)
-            moved += taken * change
-        tl.store(logits + row.to(tl.int64) * size_V + start + columns, moved, mask=is_in)
-
-
-@triton.jit
-def _tell(
-    report, entry, out, numbers_3U, num_units, scale, divergence, is_nonfinite, TOLERANCE: tl.constexpr,
-    BY_CAP: tl.constexpr, BY_GATE: tl.constexpr, BY_LEVEL: tl.constexpr,
-):  # fmt: skip
-    """As `GroupStats.numbers_RN` has it."""
-    slots = tl.arange(0, SLOTS)
-    count = tl.load(entry + COUNT).to(tl.int32)
-    is_used = slots < count
-    places = tl.load(entry + PLACES + slots).to(tl.int32)
-    mean = tl.load(numbers_3U + REWARD_MEAN * num_units + places)
-    reward_scale = tl.load(numbers_3U + REWARD_SCALE * num_units + places)
-    before = tl.load(out + UNITS + slots)
-    ratio = tl.load(out + RATIO)
-    after = tl.where(ratio * scale > 0, before + scale * tl.load(out + CLIMB + slots), before)
-    held = tl.where(scale < 1.0, tl.load(entry + KL_HELD), tl.where(tl.load(out + IS_CAPPED) > 0, BY_CAP, 0.0))
-    held = tl.where(is_nonfinite, 0.0, held)
-    kind = tl.load(entry + KIND)
-    levels = (tl.load(entry + LEVELS + slots) - mean) / reward_scale
-    is_levelled = tl.load(entry + MARKED + slots) * tl.where(kind >= TARGET, 1.0, 0.0) > 0
-    is_at_level = tl.max((is_levelled & (tl.abs(after - levels) <= TOLERANCE)).to(tl.int32), axis=0) > 0
-    held = tl.where((held == 0.0) & is_at_level, BY_LEVEL + kind - TARGET, held)
-    is_open = tl.load(out + IS_OPEN)
-    held = tl.where((tl.load(entry + IS_GATED) > 0) & (is_open == 0), BY_GATE, held)
-    known = tl.load(entry + HELD)
-    held = tl.where(known == 0.0, held, known)
-    tl.store(report + slots, mean + reward_scale * before, mask=is_used)
-    tl.store(report + count + slots, mean + reward_scale * after, mask=is_used)
-    rest = report + 2 * count
-    # No shift, no divergence: what is left of it would be rounding.
-    tl.store(rest, tl.where(ratio > 0, divergence, 0.0))
-    tl.store(rest + 1, ratio * scale)
-    tl.store(rest + 2, held)
-    tl.store(rest + 3, tl.where(is_nonfinite, 1.0, 0.0))
-    tl.store(rest + 4, is_open)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ KERNELS = 5
 """The launches of rows of straight heads, however many and whatever they ask for."""
 BEYOND = KERNELS - 1
 """The last of them widens the logits too, which is a launch of its own without control."""
+BESIDE = 5
+"""More where rows are over pinned control."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,16 @@ def test_rows_of_straight_heads_take_five_launches_where_torch_takes_a_hundred(n
     assert beyond_base(SHAPE, CASES[name], fuses=False) > 100
 
 
+def test_rows_over_pinned_control_take_five_launches_more() -> None:
+    assert beyond_base(SHAPE, CASES["a head over a pinned one"], fuses=True) == BEYOND + BESIDE
+    assert beyond_base(SHAPE, CASES["a head over a pinned one"], fuses=False) > 500
+
+
+def test_rows_under_a_soft_cap_take_a_launch_less_and_none_of_torchs() -> None:
+    assert beyond_base(SHAPE, CASES["one head under a soft cap"], fuses=True) == BEYOND - 1
+    assert beyond_base(SHAPE, CASES["one head under a soft cap"], fuses=False) > 100
+
+
 def test_what_changes_from_token_to_token_travels_in_two_copies_more() -> None:
     assert beyond_base(SHAPE, CASES["gate, window and a response's budget"], fuses=True) == BEYOND + 2
 
@@ -62,7 +74,16 @@ def test_the_number_of_launches_depends_on_no_number_of_rows(name: str) -> None:
     assert few == many
 
 
-def test_the_same_launches_run_whatever_rows_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("one head", "worst case of three heads"), KERNELS),
+        (("a head over a pinned one", "three heads over three pinned ones"), KERNELS + BESIDE),
+    ],
+)
+def test_the_same_launches_run_whatever_rows_ask_for(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], expected: int
+) -> None:
     """So that a graph may record them; nothing can depend on numbers that tensors do not have."""
     recorded: list[list[object]] = []
 
@@ -72,17 +93,18 @@ def test_the_same_launches_run_whatever_rows_ask_for(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("server.kernels.gpu.edit.EditKernels._launch", launch)
     step = Step(SHAPE, META)
-    for name in ("one head", "worst case of three heads"):
-        step.control(CASES[name](SHAPE.rows))
+    for name in names:
+        step.control(CASES[name].rows(SHAPE.rows))
         recorded.append([])
         step.edit()
-    assert len(recorded[0]) == KERNELS
+    assert len(recorded[0]) == expected
     assert recorded[0] == recorded[1]
 
 
-def test_a_step_edited_twice_leaves_its_numbers_in_the_same_buffers() -> None:
+@pytest.mark.parametrize("name", ["one head", "a head over a pinned one"])
+def test_a_step_edited_twice_leaves_its_numbers_in_the_same_buffers(name: str) -> None:
     step = Step(SHAPE, META)
-    step.control(CASES["one head"](SHAPE.rows))
+    step.control(CASES[name].rows(SHAPE.rows))
     kernels = step.editor.kernels_on(META)
     assert kernels is not None
     step.edit()

@@ -64,6 +64,10 @@ class LMHead:
     def is_linear(self) -> bool:
         return self._softcap is None
 
+    @property
+    def soft_cap(self) -> tuple[float, float] | None:
+        return None if self._softcap is None or self._bias is not None else (self._softcap, self._softcap)
+
     def project(self, hidden_MD: Tensor) -> Tensor:
         """[M, D] any float dtype -> [M, V] float32."""
         logits_MV = self._linear(hidden_MD.to(self._dtype)).float()
