@@ -26,6 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _log = logging.getLogger(__name__)
 _LEAST_BYTES_A_SECOND = 512
 """That a client has to take of what waits for it: who takes a byte now and then would hold it for days."""
+_WITHOUT_REQUEST = (h11.IDLE, h11.SEND_BODY, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
+"""States of a client that has no whole request behind which another one could come."""
 _MOST_BYTES_AHEAD = 64 * 1024
 """Of further requests, which a client sends before the response to the last one has come."""
 
@@ -154,7 +156,7 @@ class Protocol(H11Protocol):
     def _listen_on(self) -> None:
         """Behind a whole request uvicorn stops reading when anything more has come, and would not see the client leave
         before the response is sent."""
-        if self.transport.is_closing() or self.conn.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
+        if self.transport.is_closing() or self.conn.their_state in _WITHOUT_REQUEST:
             return
         if len(self.conn.trailing_data[0]) <= _MOST_BYTES_AHEAD:
             self.flow.resume_reading()
@@ -209,7 +211,10 @@ class Protocol(H11Protocol):
             timer.cancel()
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answer what is no request, or none yet, and hang up."""
+        """Answer what is no request, or none yet, and hang up; where an answer has begun already, without another."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
         headers = [

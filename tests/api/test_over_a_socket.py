@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from server.cli.connection import ConnectionLimits
 from server.cli.http import DrainingServer
 from tests.api.conftest import eventually, serving
-from tests.api.test_slow_clients import HEAD, sent
+from tests.api.test_slow_clients import HEAD, rest, sent
 
 CONTROL = {"control": {"objective": {"type": "weighted_sum", "weights": {"positive": 1.0}}, "max_kl": 0.3}}
 
@@ -80,6 +80,24 @@ def test_a_client_that_leaves_having_sent_more_frees_its_slots_too(
             client.sendall(more)
         client.close()
         assert eventually(lambda: app.state.engine.num_open == 0)
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+def test_what_is_no_request_ends_the_response_before_it_without_a_traceback(
+    make_app: Callable[..., FastAPI], is_streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(token_delay_s=0.02)
+    body = json.dumps({"model": "fake", "prompt": "hi", "max_tokens": 4000, "stream": is_streaming}).encode()
+    with serving(app) as url:
+        client = sent(url, HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert eventually(lambda: app.state.engine.num_open == 1)
+        if is_streaming:
+            assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+        client.sendall(b"G")
+        with contextlib.suppress(ConnectionError):
+            rest(client)
+        assert eventually(lambda: app.state.engine.num_open == 0)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_no_connection_is_handed_to_what_knows_no_time_limits() -> None:

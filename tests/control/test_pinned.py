@@ -34,7 +34,7 @@ def against(head: LinearHead, noise: float) -> LinearHead:
 
 LINE = random_linear_head(3)
 OVERFLOWING = random_head(6, widths=(16, 12))
-OVERFLOWING.hidden_weight_0.fill_(3e38)
+OVERFLOWING.get_buffer("hidden_weight_0").fill_(3e38)
 OVERFLOWING.out_weight_H.copy_(torch.tensor([3e38, -3e38] * 6))
 REGISTRY = HeadRegistry(
     {
