@@ -74,7 +74,7 @@ edit() { "$PYTHON" -m benchmarks.edit "${EDIT[@]}" --out "$OUT/edit.json"; }
 
 laws() {
     "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/engines/test_on_a_gpu.py tests/control/test_fused.py \
-        tests/kernels/test_draw.py >"$WORK/laws.txt" 2>&1
+        tests/control/test_fused_over_pinned.py tests/kernels/test_draw.py >"$WORK/laws.txt" 2>&1
     local status=$?
     tail -n 30 "$WORK/laws.txt"
     LAWS="$(tail -n 1 "$WORK/laws.txt")" "$PYTHON" -c 'import json, os; print(json.dumps({"laws": os.environ["LAWS"]}))' >"$OUT/laws.json"

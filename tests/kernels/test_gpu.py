@@ -98,10 +98,11 @@ CONSTANTS |= {**ATTENTION, "HAS_RULES": True}
 BRAINS = ("hidden", "queries", "keys", "values", "out")
 WHOLE = (
     "hidden_stride", "hidden_size", "num_heads", "num_units", "logits_stride", "source_stride", "size_V", "num_splits",
-    "num_first", "first_splits", "beside_splits",
-    "chunk", "query_stride", "table_width", "window", "split_pages", "num_outputs", "mask_width",
+    "num_first", "first_splits", "beside_splits", "chunk", "query_stride", "table_width", "window", "split_pages",
+    "num_outputs", "mask_width",
 )
-TILES = {"ascend": 512, "measure": 1024, "probe": 512, "weigh": 512, "seek": 128, "move": 1024, "draw": 2048}
+TILES = {"ascend": 512, "measure": 1024, "probe": 512, "weigh": 512, "seek": 128, "seek_alone": 128, "move": 1024,
+         "draw": 2048}
 OPTIONS = {"draw": {"num_warps": 16, "enable_fp_fusion": False}}
 
 def type_of(name, logits):
@@ -111,7 +112,7 @@ def type_of(name, logits):
         return "i32"
     if name in BRAINS:
         return "*bf16"
-    if name in ("scaling", "softcap", "feature_limit"):
+    if name in ("scaling", "softcap", "feature_limit", "width", "height"):
         return "fp32"
     known = {"places_B": "*i32", "tokens_B": "*i64", "source": logits, "tables": "*i32", "blocks": "*i32"}
     known |= {"sequences_T": "*i64", "positions_T": "*i64"}
@@ -121,12 +122,13 @@ def type_of(name, logits):
 kernels = [ascent_kernel.ascend, *(getattr(budget_kernels, name) for name in ("measure", "probe", "settle"))]
 kernels += [beside_kernels.weigh, beside_kernels.seek, move_kernel.move]
 kernels += [draw_kernel.draw, attention_kernel.attend, attention_kernel.join]
-for kernel in kernels:
+uncapped = [(kernel, {"HAS_CAP": False}) for kernel in (beside_kernels.weigh, beside_kernels.seek, move_kernel.move)]
+for kernel, more in [*((kernel, {}) for kernel in (*kernels, beside_kernels.seek_alone)), *uncapped]:
     names = kernel.arg_names
     signature = {name: type_of(name, "*bf16") for name in names}
     if "IS_WIDENED" not in names and "logits" in names:
         signature["logits"] = "*bf16"
-    known = {**CONSTANTS, "TILE": TILES.get(kernel.__name__)}
+    known = {**CONSTANTS, **more, "TILE": TILES.get(kernel.__name__)}
     constants = {name: value for name, value in known.items() if name in names}
     options = OPTIONS.get(kernel.__name__)
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
@@ -140,18 +142,5 @@ def test_they_compile_for_a_hopper_gpu_without_one() -> None:
     done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     told = [line.split() for line in done.stdout.splitlines()]
-    assert [(name, is_made) for name, _, is_made in told] == [
-        (name, "True")
-        for name in (
-            "ascend",
-            "measure",
-            "probe",
-            "settle",
-            "weigh",
-            "seek",
-            "move",
-            "draw",
-            "attend",
-            "join",
-        )
-    ]
+    names = "ascend measure probe settle weigh seek move draw attend join seek_alone weigh seek move"
+    assert [(name, is_made) for name, _, is_made in told] == [(name, "True") for name in names.split()]

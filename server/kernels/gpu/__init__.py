@@ -1,14 +1,15 @@
 """Attention, the edit of controlled rows and the draw on a GPU by kernels in Triton, which comes with torch there.
 
 What stays with torch's operations on a GPU, too: the ascent of heads with hidden layers or of very many units, rows
-that follow an instruction, models with a soft cap on their logits, and attention whose heads are too large.
+that follow an instruction, models with both a soft cap and a bias on their logits, and attention whose heads are too
+large.
 RECONTROL_KERNELS=torch leaves everything to them. `triton` takes these kernels on any device, for tests, where Triton's
 interpreter stands in for a GPU.
 
 layout.py             where a number lies in the tables that kernels share
 ascent_kernel.py      values, objectives and shifts of rows
 budget_kernels.py     divergences over the vocabulary, and the largest scale that a budget allows
-beside_kernels.py     how much of what callers ask for comes beside a pinned change
+beside_kernels.py     how much of what callers ask for comes beside a pinned change; scales under a soft cap
 move_kernel.py        the move and the report
 edit.py               these for tensors
 draw_kernel.py        tokens from logits: bias, penalties, masks, filters and the draw
