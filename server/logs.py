@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -14,28 +15,32 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-_CONTROL_CHARS = [
-    *range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
-]  # fmt: skip
-"""What moves a cursor, ends a line or turns the direction of writing."""
-_ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROL_CHARS}
-_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CHARS if chr(code) != "\n"}
-_TEXT_ESCAPES = {code: told for code, told in _ESCAPES.items() if code < 0xA0 and chr(code) not in "\n\t"}
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of what moves a cursor, ends a line, turns the direction of writing, is not seen, or cannot be written."""
+_TEXT_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
     """One line for a terminal, whatever a file or a request put into the text."""
-    return text.translate(_ESCAPES)
+    return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def printable_json(text: str) -> str:
     """JSON for a terminal, which may have several lines."""
-    return text.translate(_JSON_ESCAPES)
+    return "".join(char if char == "\n" or not _is_unseen(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def printable_text(text: str) -> str:
     """What a model wrote, for a terminal: lines, tabs and marks of direction stay, and nothing moves the cursor."""
     return text.translate(_TEXT_ESCAPES)
+
+
+def _is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in _UNSEEN
+
+
+def _escaped(char: str) -> str:
+    return f"\\x{ord(char):02x}" if _is_unseen(char) else char
 
 
 def configure(log_format: LogFormat, level: str) -> None:
@@ -52,12 +57,12 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}".translate(_ESCAPES)
+        line = printable(f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}")
         if not hasattr(record, "fields") and (request_id := request_id_var.get()):
             line += f" request_id={json.dumps(request_id)}"
         if record.exc_info:
             trace = self.formatException(record.exc_info).splitlines()
-            line += "".join(f"\n  | {part.translate(_ESCAPES)}" for part in trace)
+            line += "".join(f"\n  | {printable(part)}" for part in trace)
         return line
 
 

@@ -218,7 +218,7 @@ def test_a_prompt_that_does_not_fit_is_named(
 
 def test_a_cards_text_moves_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_heads(tmp_path, {"kind": random_linear_head(1)}, {"name": "tiny\x1b]0;x\x07", "hidden_size": HIDDEN})
-    hostile = "good\x1b[2J\x9b31m\r\n\u202ekind"
+    hostile = "good\x1b[2J\x9b31m\r\n\u202e\u061c\u200b\ufeff\U000e0041kind"
     save_card(folder / "kind", load_card(folder / "kind").model_copy(update={"description": hostile}))
     for words in (["heads", "list"], ["heads", "show", "kind"]):
         assert main([*words, "--heads-dir", str(tmp_path)]) == 0

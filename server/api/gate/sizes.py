@@ -1,5 +1,5 @@
 """Limits on what a request brings: 431 for its headers, 413 for its body, 408 for a body that does not come, 415 for
-one that is not JSON or in an encoding that is not known."""
+one that is not JSON or in an encoding that is not known, and 429 where too many large bodies are on their way."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from server.errors import (
     InvalidJsonError,
     InvalidRequestError,
     MediaTypeError,
+    OverloadedError,
     RecontrolError,
     SlowBodyError,
 )
@@ -31,6 +32,10 @@ MAX_PARTS = 2**17
 """Objects and lists in a body."""
 MAX_MEMBERS = 2**16
 """Fields of all its objects."""
+_MOST_BODIES = 64
+"""Of the largest size, that are on their way at once."""
+_SMALL_BYTES = 2**16
+"""Of a body that is always taken; connections bound their number."""
 _MAX_LENGTH_DIGITS = 15
 _MARKS = re.compile(rb"[\[\]{}:]")
 
@@ -58,13 +63,16 @@ class HeaderLimit:
 class BodyLimit:
     """Answers 413 before a large body is read, or while it is or is decoded; hands a whole, decoded body on.
 
-    A body has `receive_timeout_s` from its headers on, however it trickles in; then the answer is 408.
+    A body has `receive_timeout_s` from its headers on, however it trickles in; then the answer is 408. Large bodies
+    that are on their way may take as much memory together as 64 of the largest; one more is answered 429.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, receive_timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._receive_timeout_s = receive_timeout_s
+        self._num_held_bytes = 0
+        """Of bodies that are on their way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,8 +90,8 @@ class BodyLimit:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """None when the client has gone.
 
-        Raises BodyTooLargeError, SlowBodyError, MediaTypeError, InvalidJsonError, InvalidRequestError for one of too
-        many parts, and what `decoded` raises.
+        Raises BodyTooLargeError, OverloadedError, SlowBodyError, MediaTypeError, InvalidJsonError, InvalidRequestError
+        for one of too many parts, and what `decoded` raises.
         """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
@@ -109,17 +117,24 @@ class BodyLimit:
         return body
 
     async def _received(self, receive: Receive) -> bytes | None:
-        """None when the client has gone. Raises BodyTooLargeError."""
+        """None when the client has gone. Raises BodyTooLargeError, OverloadedError."""
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body"):
-                return bytes(body)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                part = message.get("body", b"")
+                body += part
+                self._num_held_bytes += len(part)
+                if len(body) > self._max_body_bytes:
+                    raise self._too_large()
+                if not message.get("more_body"):
+                    return bytes(body)
+                if len(body) > _SMALL_BYTES and self._num_held_bytes > _MOST_BODIES * self._max_body_bytes:
+                    raise OverloadedError("Too many large bodies are on their way; try again later.")
+        finally:
+            self._num_held_bytes -= len(body)
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is larger than {self._max_body_bytes} bytes.")

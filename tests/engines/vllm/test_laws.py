@@ -38,8 +38,9 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 TOLERANCE = 1e-3
-# Steps that end on a floor make a difference in rounding one of the side that the next step begins on.
-TOLERANCES = {"floor": 1e-2}
+# Steps that end on a floor make a difference in rounding one of the side that the next step begins on. With AVX2 alone
+# 0.014 was seen.
+TOLERANCES = {"floor": 3e-2}
 
 
 def params(body: dict[str, Any]) -> ControlParams:
