@@ -29,7 +29,7 @@ from transformers import (
 
 from server.cli import main
 from server.control.ascent import ascend
-from server.control.editor import GroupStats
+from server.control.group_edit import GroupStats
 from server.control.params import ControlParams
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore

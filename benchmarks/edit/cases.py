@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from server.api.resolution import with_pinned
-from server.control.editor import GroupStats, StateEditor
+from server.control.editor import StateEditor
+from server.control.group_edit import GroupStats
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from server.cli.arms import ArmFactory
 from server.control.budget import largest_linear_scale
-from server.control.editor import GroupStats, StateEditor, Unembedding
+from server.control.editor import StateEditor, Unembedding
+from server.control.group_edit import GroupStats
 from server.control.plan import EditPlan
 from value_models.evaluation import Arm
 from value_models.generations import EvalSample

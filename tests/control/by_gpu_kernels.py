@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.control.editor import GroupStats, StateEditor
+from server.control.editor import StateEditor
+from server.control.group_edit import GroupStats
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry

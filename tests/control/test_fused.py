@@ -105,7 +105,7 @@ def test_a_batch_of_all_kinds_and_of_rows_without_control_is_one_edit(device: st
 
 def test_a_batch_of_all_kinds_is_edited_as_torch_edits_it_under_a_soft_cap(device: str) -> None:
     rows = [None, *ROWS.values()]
-    unembedding = Unembedding(device, vocab=1500, soft_cap=SOFT_CAP)
+    unembedding = Unembedding(device, vocab=600, soft_cap=SOFT_CAP)
     compared = Compared(states(len(rows), device), rows, registry(device), unembedding)
     assert compared.num_fused == len(ROWS)
     compared.assert_alike()

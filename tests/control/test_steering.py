@@ -13,7 +13,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from server.control.ascent import TOLERANCE, ascend
-from server.control.editor import GroupStats, StateEditor
+from server.control.editor import StateEditor
+from server.control.group_edit import GroupStats
 from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.control.editor import GroupStats, StateEditor
+from server.control.editor import StateEditor
+from server.control.group_edit import GroupStats
 from server.control.objective_rows import scores
 from server.control.params import ControlParams
 from server.control.plan import EditPlan

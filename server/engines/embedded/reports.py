@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.control.editor import GroupStats
+from server.control.group_edit import GroupStats
 from server.engines.embedded.model.layout import Segment
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.sequence import PromptGroup, Sequence

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
-from server.control.editor import GroupStats, StateEditor
+from server.control.editor import StateEditor
+from server.control.group_edit import GroupStats
 from server.control.levels import UNCALIBRATED, in_values, uncalibrated
 from server.control.params import ControlParams, check_units
 from server.control.plan import EditPlan
