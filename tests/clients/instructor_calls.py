@@ -10,7 +10,10 @@ import instructor
 from openai import OpenAI
 from pydantic import BaseModel, ConfigDict
 
-MESSAGES = [{"role": "user", "content": 'Name a fruit, in this form: {"colour": "red", "ripe": true}'}]
+ANSWER = {"role": "assistant", "content": '{"colour": "red", "ripe": true}'}
+QUESTION = {"role": "user", "content": "Tell me the colour of a fruit, and whether it is ripe."}
+# A small model does as it did, and without that writes the schema of the mode JSON once more.
+MESSAGES = [QUESTION, ANSWER, QUESTION, ANSWER, QUESTION]
 MODES = ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "JSON")
 
 
