@@ -41,10 +41,11 @@ class Unembedding:
     ) -> None:
         self.soft_cap, self.is_linear = soft_cap, soft_cap is None
         weight = torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(9))
-        self.weight, self._dtype = weight.to(device), dtype
+        self.weight, self._dtype = weight.double().to(device), dtype
 
     def project(self, hidden_MD: Tensor) -> Tensor:
-        return (hidden_MD.float() @ self.weight.T).to(self._dtype)
+        # In float64, so that no row is rounded in another way beside others.
+        return (hidden_MD.double() @ self.weight.T).to(self._dtype)
 
     def finish(self, projected_MV: Tensor) -> Tensor:
         if self.soft_cap is None:

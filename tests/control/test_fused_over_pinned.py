@@ -237,4 +237,5 @@ def test_no_budget_is_exceeded_over_a_large_vocabulary(device: str) -> None:
     rows = [over(control({"b": 1.0}, max_kl=kl, **STRONG), pin(max_kl=kl / 2, **STRONG)) for kl in budgets]
     compared = Compared(states(2, device), rows, registry(device), unembedding)  # type: ignore[arg-type]
     for row, budget in enumerate(budgets):
-        assert 0.9 * budget < compared.divergence(row) <= budget
+        # Half of it is what is pinned, beside which a caller's head may find nothing to add.
+        assert 0.9 * budget / 2 < compared.divergence(row) <= budget
