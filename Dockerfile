@@ -44,7 +44,7 @@ RUN python -m venv /opt/recontrol && \
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS="[structured]"
 RUN pip install "$(echo /wheels/*.whl)$EXTRAS"
-RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
+RUN python -c "from server.engines.checkpoint.packaged import default_model_folder; default_model_folder()"
 
 # The wheel on the package index brings CUDA's libraries; the host brings the driver and the NVIDIA container toolkit.
 FROM base AS build-cuda
@@ -55,7 +55,7 @@ RUN python -m venv /opt/recontrol && \
 COPY --from=wheel /wheels /wheels
 ARG EXTRAS="[structured]"
 RUN pip install "$(echo /wheels/*.whl)$EXTRAS"
-RUN python -c "from server.engines.embedded.model.loader import default_model_folder; default_model_folder()"
+RUN python -c "from server.engines.checkpoint.packaged import default_model_folder; default_model_folder()"
 
 FROM base AS runtime
 USER 10001:10001

@@ -234,6 +234,13 @@ def test_a_container_that_is_stopped_while_it_starts_ends_at_once(image: Image, 
     assert "Started server process" not in log.read_text()
 
 
+def test_what_the_dockerfile_imports_is_there() -> None:
+    codes = re.findall(r'^RUN python -c "(from server[^;"]*)', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert codes
+    for code in codes:
+        exec(code, {})
+
+
 def test_what_the_dockerfile_copies_makes_a_wheel_with_all_that_the_image_serves(tmp_path: Path) -> None:
     """The image installs the wheel and not the folder, so the shipped heads and cards must be in it."""
     context = tmp_path / "context"
