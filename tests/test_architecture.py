@@ -42,7 +42,7 @@ ALLOWED = {
     "value_models.head_folder": ("value_models.errors", "value_models.files", "value_models.heads",
                                  "value_models.store"),
     "value_models.store": ("value_models.calibration", "value_models.errors", "value_models.files",
-                           "value_models.heads"),
+                           "value_models.heads", "value_models.linalg"),
     "value_models.lines": ("value_models.errors",),
     "value_models.messages": ("value_models.errors",),
     "value_models.prompt_sets": ("value_models.errors", "value_models.lines", "value_models.messages",

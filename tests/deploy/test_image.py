@@ -206,10 +206,9 @@ def test_a_container_serves_with_control_and_finishes_cleanly_when_stopped(image
         for path in ("/opt/recontrol/cache/new", "/var/tmp/new", "/new"):
             assert "Read-only file system" in container.exec("touch", path).stderr
         body = {"model": "SmolLM2-135M-Instruct@positive", "prompt": "Hello", "max_tokens": 3}
-        post = f"httpx.post('http://127.0.0.1:8000/v1/completions', json={body}, timeout=60).text"
-        answer = container.python(f"import httpx; print({post})")
+        answer = container.python(_asking("/v1/completions", body))
         assert answer["choices"][0]["control"]["value_after"].keys() == {"positive"}
-        heads = container.python("import httpx; print(httpx.get('http://127.0.0.1:8000/v1/heads').text)")
+        heads = container.python(_asking("/v1/heads"))
         assert {head["name"] for head in heads["data"]} == HEADS
         loaded = Path(f"/proc/{container.pid}/maps").read_text()
         assert all(f"server/kernels/_native_{level}." in loaded for level in machine_levels()[-1:])
@@ -232,6 +231,13 @@ def test_a_container_that_is_stopped_while_it_starts_ends_at_once(image: Image, 
         container.stop()
         assert container.sandbox.wait(GRACE_S) == 128 + signal.SIGTERM
     assert "Started server process" not in log.read_text()
+
+
+def _asking(path: str, body: dict[str, Any] | None = None) -> str:
+    """Code that prints what the server answers, by Python's own library: the image has no client."""
+    request = f"request.Request('http://127.0.0.1:8000{path}', {body and json.dumps(body).encode()!r}, headers)"
+    headers = "headers = {'content-type': 'application/json'}"
+    return f"from urllib import request; {headers}; print(request.urlopen({request}, timeout=60).read().decode())"
 
 
 def test_what_the_dockerfile_imports_is_there() -> None:
