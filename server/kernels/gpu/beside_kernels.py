@@ -269,11 +269,10 @@ def _look(
     tops = tl.full([POINTS, TILE], -INFINITY, tl.float32)
     for start in range(begin, end, TILE):
         is_in = start + columns < end
-        base = tl.load(row + start + columns, mask=is_in, other=-INFINITY).to(tl.float32)
-        pinned = scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, start + columns, is_in)
-        change = _change(basis, size_V, entry, second + COEFFICIENTS, count, start + columns, is_in)
-        moves = of_first[:, None] * pinned[None, :] + of_second[:, None] * change[None, :]
-        logits = _capped(base[None, :] + moves, width, height, HAS_CAP)
+        _, _, _, _, logits = _moved_tile(
+            row, basis, size_V, entry, first, second, scale, of_first, of_second, count, start + columns, is_in,
+            width, height, HAS_CAP,
+        )  # fmt: skip
         tops = tl.maximum(tops, tl.where(is_in[None, :], logits, -INFINITY))
     top = tl.max(tops, axis=1)
     # Of a part without any finite logit nothing is left but zeros.
@@ -287,11 +286,10 @@ def _look(
     check = tl.zeros([TILE], tl.float32)
     for start in range(begin, end, TILE):
         is_in = start + columns < end
-        base = tl.load(row + start + columns, mask=is_in, other=-INFINITY).to(tl.float32)
-        pinned = scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, start + columns, is_in)
-        change = _change(basis, size_V, entry, second + COEFFICIENTS, count, start + columns, is_in)
-        moves = of_first[:, None] * pinned[None, :] + of_second[:, None] * change[None, :]
-        logits = _capped(base[None, :] + moves, width, height, HAS_CAP)
+        base, pinned, change, moves, logits = _moved_tile(
+            row, basis, size_V, entry, first, second, scale, of_first, of_second, count, start + columns, is_in,
+            width, height, HAS_CAP,
+        )  # fmt: skip
         weight = tl.where(is_in[None, :], tl.exp(logits - lowered_by[:, None]), 0.0)
         if HAS_CAP:
             moves = logits - _capped(base, width, height, HAS_CAP)[None, :]
@@ -308,6 +306,19 @@ def _look(
     tl.store(out + 4 * POINTS + points, tl.sum(grounds, axis=1))
     tl.store(out + 5 * POINTS + points, tl.sum(squares, axis=1))
     tl.store(out + NOTED * POINTS, tl.sum(check, axis=0))
+
+
+@triton.jit
+def _moved_tile(
+    row, basis, size_V, entry, first, second, scale, of_first, of_second, count, columns, is_in, width, height,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Of these columns the base, m and d, how far each pair of factors moves the base, and the logits there."""
+    base = tl.load(row + columns, mask=is_in, other=-INFINITY).to(tl.float32)
+    pinned = scale * _change(basis, size_V, entry, first + COEFFICIENTS, count, columns, is_in)
+    change = _change(basis, size_V, entry, second + COEFFICIENTS, count, columns, is_in)
+    moves = of_first[:, None] * pinned[None, :] + of_second[:, None] * change[None, :]
+    return base, pinned, change, moves, _capped(base[None, :] + moves, width, height, HAS_CAP)
 
 
 @triton.jit
