@@ -6,7 +6,7 @@ Plain data: knows neither HTTP nor torch. Enter at `GenerationRequest` (in) and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
 
@@ -294,6 +294,10 @@ class ControlSummary:
     """Of one that repairs or holds tokens back."""
     search: SearchReport | None = None
     """Of a choice whose candidates were compared."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, without the reports that there are not."""
+        return {name: part for name, part in asdict(self).items() if part is not None}
 
 
 @dataclass(slots=True, frozen=True)

@@ -119,10 +119,7 @@ class Generation:
 
     def control_shown(self, control: ControlSummary) -> dict[str, Any]:
         """A choice's summary, with the warnings of its heads where there are any."""
-        summary = shown(asdict(control))
-        for name in ("stopped_by", "guardrail", "search"):
-            if getattr(control, name) is None:
-                del summary[name]
+        summary = shown(control.as_dict())
         return {**summary, "warnings": warnings} if (warnings := self.warnings) else summary
 
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
