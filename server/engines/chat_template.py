@@ -60,15 +60,16 @@ def encode_chat(
     control = control_tokens(tokenizer, _template(tokenizer, rendering))
     mark = secrets.token_hex(16)
     told = _Told([dict(message) for message in messages], rendering, call_format)
-    shown = _shown_everywhere(tokenizer, told, control, mark, text) if control.may_be_made else None
+    shown = None
+    if control.may_be_made:
+        shown = _shown_everywhere(tokenizer, told, control, mark, text)
     if shown is None:
-        marked = told.marked(control, mark)
-        if marked == told:
-            return control.encode(text, add_special_tokens=rendering.add_special_tokens)
         try:
-            shown = _shown_apart(tokenizer, told, control, mark, text) or marked.text(tokenizer)
+            shown = _shown(tokenizer, told, control, mark, text)
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+    if shown is None:
+        return control.encode(text, add_special_tokens=rendering.add_special_tokens)
     return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
 
 
@@ -164,14 +165,21 @@ def _shown_everywhere(tokenizer: Any, told: _Told, control: ControlTokens, mark:
     A template that takes a word out of a content, such as `/no_think`, puts together what stood around it; and what is
     then a control token was none before.
     """
-    marked = told.marked(control, mark, everywhere=True)
-    if marked == told:
-        return None
     try:
-        shown = _shown_apart(tokenizer, told, control, mark, text, everywhere=True) or marked.text(tokenizer)
+        shown = _shown(tokenizer, told, control, mark, text, everywhere=True)
     except InvalidRequestError:
         return None
-    return shown if shown.replace(mark, "") == text else None
+    return shown if shown is not None and shown.replace(mark, "") == text else None
+
+
+def _shown(
+    tokenizer: Any, told: _Told, control: ControlTokens, mark: str, text: str, *, everywhere: bool = False
+) -> str | None:
+    """The conversation with marks in it; None where there is nothing to mark."""
+    marked = told.marked(control, mark, everywhere=everywhere)
+    if marked == told:
+        return None
+    return _shown_apart(tokenizer, told, control, mark, text, everywhere=everywhere) or marked.text(tokenizer)
 
 
 def _shown_apart(
