@@ -241,7 +241,7 @@ def _natural_head(
     numbers = range(len(tried.credits))
     ways = [ascending(head, u_WD) for u_WD in sums.directions(numbers, damping=damping, num_rows=1)]
     taken, critic = choose(ways, tried, rollouts)
-    if rollouts is None or critic is None or not num_features:
+    if rollouts is None or not num_features:
         return ways[taken], critic, None
     (u_WD,) = sums.directions([taken], damping=damping)
     is_asked = settings.field_features != "auto"

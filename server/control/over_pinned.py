@@ -4,7 +4,7 @@ By torch's operations, on top of the pinned edit, whose budgets have been kept a
 where they can (server/kernels/gpu/beside_kernels.py). Every operation treats rows alone. Enter at `edit_over_pinned`;
 pinned.py explains the rule.
 
-Shapes: R rows of a group, K heads, D hidden size, V vocabulary.
+Shapes: B rows of the step, R rows of a group, K heads, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class _Addition:
     The logits move by `delta_RV` and the state by room x (added + more x first).
     """
 
+    hidden_RD: Tensor
+    """The states, before either ascent."""
     first: Ascent
     added: Ascent
     moved_RV: Tensor
@@ -38,10 +40,10 @@ class _Addition:
     is_lost_R: Tensor
     """Rows of which something is not finite; nothing is added there."""
 
-    def joined(self, taken_R: Tensor, hidden_RD: Tensor) -> Ascent:
+    def joined(self, taken_R: Tensor) -> Ascent:
         """The pinned ascent with so much [R] of the addition."""
         of_added_R = taken_R * self.room_R
-        return self.first.joined_with(self.added, of_added_R * self.more_R + 1.0, of_added_R, hidden_RD)
+        return self.first.joined_with(self.added, of_added_R * self.more_R + 1.0, of_added_R, self.hidden_RD)
 
 
 def edit_over_pinned(
@@ -57,17 +59,17 @@ def edit_over_pinned(
     `base_BV` are logits of all rows, or what `finish` makes logits of, and `change` says by how much an ascent changes
     them [R, V].
     """
-    hidden_RD, base_RV = hidden_BD[group.rows_R], base_BV[group.rows_R]
+    base_RV = base_BV[group.rows_R]
     addition = _addition(group, pinned, hidden_BD, base_RV, change, finish)
     moved_RV, delta_RV, is_lost_R = addition.moved_RV, addition.delta_RV, addition.is_lost_R
     taken_R, kl_R = largest_added_scale(base_RV, moved_RV, delta_RV, group.max_kl_R, finish)
-    is_worse_R = _takes_back(group, addition, taken_R, hidden_RD)
+    is_worse_R = _takes_back(group, addition, taken_R)
     is_worse_R = is_worse_R | loses_ground(base_RV, moved_RV, taken_R[:, None] * delta_RV, finish)
     is_dropped_R = is_worse_R & ~is_lost_R
     is_short_R = (taken_R < 1.0) & ~is_dropped_R & ~is_lost_R
     taken_R = torch.where(is_lost_R | is_dropped_R, 0.0, taken_R)
     return GroupEdit(
-        ascent=replace(addition.joined(taken_R, hidden_RD), group=group),
+        ascent=replace(addition.joined(taken_R), group=group),
         scale_R=torch.ones_like(taken_R),
         kl_R=torch.where(taken_R > 0, kl_R, pinned.kl_R),
         is_nonfinite_R=is_lost_R,
@@ -96,13 +98,13 @@ def _addition(
     more_R = pinned_share(base_RV, moved_RV, delta_RV, finish)
     room_R = room_beside(first, added, more_R, group.max_shift_R, hidden_RD)
     delta_RV = room_R[:, None] * (delta_RV + more_R[:, None] * moved_RV)
-    return _Addition(first, added, moved_RV, delta_RV, more_R, room_R, is_lost_R)
+    return _Addition(hidden_RD, first, added, moved_RV, delta_RV, more_R, room_R, is_lost_R)
 
 
-def _takes_back(group: EditGroup, addition: _Addition, taken_R: Tensor, hidden_RD: Tensor) -> Tensor:
+def _takes_back(group: EditGroup, addition: _Addition, taken_R: Tensor) -> Tensor:
     """Whether [R] so much of the addition leaves pinned values worse than they are alone."""
     assert group.beneath is not None
-    first, whole = addition.first, addition.joined(taken_R, hidden_RD)
+    first, whole = addition.first, addition.joined(taken_R)
     alone_RK, _ = group.stack.readout(first.units_RU + first.climb_RU)
     together_RK, _ = group.stack.readout(first.units_RU + whole.climb_RU)
     return group.beneath.takes_back(alone_RK, together_RK, TOLERANCE)
