@@ -59,10 +59,11 @@ serve: setup
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# Each process computes on one thread, since two for every core wait for each other. Files are shared out in the order
-# of tests/conftest.py, the longest first.
+# Each process computes on one thread, since two for every core wait for each other. Tests of more threads have them
+# sleep while they wait: one that spins takes the core that the other needs. Files are shared out in the order of
+# tests/conftest.py, the longest first.
 test: data lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: data
 	$(BIN)/python -m pytest --cov $(ARGS)
