@@ -31,8 +31,11 @@ async def get_model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/v1/heads")
 async def list_heads(request: Request) -> dict[str, Any]:
-    """Every value head with its card, and warnings where it was made for another model."""
-    return {"object": "list", "data": [_head(request, name) for name in _info(request).heads]}
+    """Every value head with its card, and warnings where it was made for another model; and the names of the rewards
+    that a search may go by."""
+    info = _info(request)
+    data = [_head(request, name) for name in info.heads]
+    return {"object": "list", "data": data, "search_rewards": list(info.search_rewards)}
 
 
 @router.get("/v1/heads/{name}")

@@ -50,6 +50,8 @@ class EngineInfo:
     """How the model writes calls of tools; None where that is not known."""
     marks_reasoning: bool = False
     """Whether responses of chats are told apart into reasoning and answer."""
+    search_rewards: tuple[str, ...] = ()
+    """The rewards that are registered for searches."""
 
     def with_head(self, name: str, card: Mapping[str, Any], warning: str | None) -> EngineInfo:
         """One head more, or another in its place."""

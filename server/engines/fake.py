@@ -106,6 +106,7 @@ class FakeEngine:
             heads={name: dict(_CARD) for name in heads},
             call_format=FORMATS[call_format],
             marks_reasoning=reasoning_tokens is not None,
+            search_rewards=tuple(rewards),
         )
         self._reasoning_tokens = reasoning_tokens or 0
         self._opens_reasoning = opens_reasoning
@@ -113,7 +114,6 @@ class FakeEngine:
         self._text = text
         self.num_open = 0
         self._known_heads = (*heads, *spare_heads)
-        self._rewards = rewards
         self._observer = observer or NullObserver()
         self._token_delay_s = token_delay_s
         self._fail_after = fail_after
@@ -204,7 +204,7 @@ class FakeEngine:
             heads=info.heads,
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
-            rewards=self._rewards,
+            rewards=info.search_rewards,
         )
         self.num_open += 1
         return _FakeStream(self, request, self._chunks(request))

@@ -165,6 +165,7 @@ def test_a_search_goes_by_a_reward_that_the_operator_has_registered(make_embedde
         assert whole["usage"]["completion_tokens"] == 3 * 24
         error = error_of(complete(client, **options, control={**CONTROL, "search": {**BLOCKS, "reward": "brevity"}}))
         assert (error["param"], "registered are plain, terse" in error["message"]) == ("control.search.reward", True)
+        assert client.get("/v1/heads").json()["search_rewards"] == ["plain", "terse"]
 
 
 def test_more_candidates_than_rows_are_refused_and_more_whole_responses_are_not(tiny: TestClient) -> None:

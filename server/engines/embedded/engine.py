@@ -215,7 +215,14 @@ class EmbeddedEngine(ModelEngine):
         )
         log_memory(core.runner, core.page_pool, loaded.model.device)
         self._schemas = SchemaCompiler(tokenizer, vocab_size=core.vocab_size, eos_token_ids=loaded.eos_token_ids)
-        self._offer(loaded.name, registry, max_model_len=core.max_model_len, vocab_size=core.vocab_size, can_score=True)
+        self._offer(
+            loaded.name,
+            registry,
+            max_model_len=core.max_model_len,
+            vocab_size=core.vocab_size,
+            can_score=True,
+            search_rewards=tuple(rewards),
+        )
         return core
 
     def _run(self) -> None:
