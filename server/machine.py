@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 _MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")
 """Version 2's hard limit and the one from which on it throttles; version 1's."""
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+"""Of the OpenMP library that torch's builds for CPUs bring, read as that is loaded."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,6 +55,16 @@ def limit_threads(environ: MutableMapping[str, str] = os.environ, proc: Path = P
     environ[_THREADS_VARIABLE] = str(cores)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(cores)
+
+
+def let_waiting_threads_sleep(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have torch's threads sleep as soon as they wait, unless the environment says how they are to wait.
+
+    By default they spin for milliseconds after each operation, on the cores that the threads of the native kernels need
+    for the next. To be called before torch is imported.
+    """
+    if not environ.keys() & {SPIN_VARIABLE, "OMP_WAIT_POLICY"}:
+        environ[SPIN_VARIABLE] = "0"
 
 
 def _num_cores() -> int:

@@ -12,7 +12,7 @@ import torch
 
 from server.cli import program
 from server.engines.embedded.model.kv_cache import default_kv_bytes
-from server.machine import limit_threads, memory_limit_bytes, usable_cores
+from server.machine import let_waiting_threads_sleep, limit_threads, memory_limit_bytes, usable_cores
 
 GIB = 2**30
 HOST_BYTES = memory_limit_bytes(Path("/nonexistent"))
@@ -123,13 +123,24 @@ def test_threads_follow_the_quota_unless_the_user_said_how_many(
     assert (unlimited, told) == ({}, [3])
 
 
-def test_every_command_limits_its_threads_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}])
+def test_waiting_threads_sleep_unless_the_user_said_how_they_wait(said: dict[str, str]) -> None:
+    environ: dict[str, str] = {}
+    let_waiting_threads_sleep(environ)
+    assert environ == {"GOMP_SPINCOUNT": "0"}
+    before = dict(said)
+    let_waiting_threads_sleep(said)
+    assert said == before
+
+
+def test_every_command_settles_its_threads_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(program, "limit_threads", lambda: done.append("limited"))
+    monkeypatch.setattr(program, "let_waiting_threads_sleep", lambda: done.append("asleep"))
     command_at = program._command_at
     monkeypatch.setattr(program, "_command_at", lambda path: (done.append(path), command_at(path))[1])
     assert program.main(["serve", "--port", "99999"]) == 2
-    assert done == ["limited", "server.cli.serve:Serve"]
+    assert done == ["limited", "asleep", "server.cli.serve:Serve"]
 
 
 def test_keys_and_values_get_half_of_what_the_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from server.cli.command import Command
 from server.cli.program import command_line
 from server.engines.devices import resolve_device, resolve_dtype
 from server.errors import ConfigurationError
+from server.kernels import native
 from server.settings import DEFAULT_MODEL
 from value_models.files import write_text
 
@@ -101,7 +102,7 @@ class Measurement(Command):
     def model_setup(self) -> dict[str, Any]:
         """The fields of a `ModelSetup`. Raises ConfigurationError, ModelLoadError."""
         device = resolve_device(self.device)
-        dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+        dtype = str(resolve_dtype(self.dtype, device, has_native_kernels=native() is not None)).removeprefix("torch.")
         common = {"device": device.type, "dtype": dtype, "threads": self.threads, "seed": self.seed, "work": self.work}
         return {**common, **self.located(device=device.type, dtype=dtype)}
 

@@ -28,7 +28,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 from server.environment import no_such_setting, no_such_variable, unknown_variable
 from server.errors import ConfigurationError, RecontrolError
 from server.logs import TextFormatter, printable
-from server.machine import limit_threads
+from server.machine import let_waiting_threads_sleep, limit_threads
 from server.settings import Settings
 from value_models.errors import ValueModelError
 
@@ -81,6 +81,7 @@ def run(path: str, program: str, words: Sequence[str]) -> int:
     is a mistake of the program's own and is raised, for its traceback to be reported.
     """
     limit_threads()
+    let_waiting_threads_sleep()
     before = _running.set(f"{program} {shlex.join(words)}".strip())
     command = _command_at(path)
     command.model_config["cli_prog_name"] = program

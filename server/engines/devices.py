@@ -15,11 +15,13 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device, *, has_native_kernels: bool = False) -> torch.dtype:
+    """What `auto` stands for: bfloat16 where it is fast, which is wherever this program's own kernels compute."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported()
+        is_fast = torch.cuda.is_bf16_supported()
     else:
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+        # The kernels widen bfloat16 as they read it, and reading weights is most of what a step takes.
+        is_fast = has_native_kernels or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_fast else torch.float32

@@ -19,7 +19,8 @@ from server.engines.checkpoint.packaged import (
     default_model_folder,
     packaged_model_folder,
 )
-from server.engines.devices import resolve_device
+from server.engines.devices import resolve_device, resolve_dtype
+from server.engines.embedded.model import loader
 from server.engines.embedded.model.loader import LoadedModel, load_model
 from server.errors import ModelLoadError
 from server.settings import DEFAULT_MODEL
@@ -154,3 +155,26 @@ def test_chunks_in_packages_are_joined_in_order_and_checked_and_no_package_is_ru
     with pytest.raises(ModelLoadError, match="--force-reinstall chunks-0==1 chunks-1==1"):
         packaged_model_folder(dataclasses.replace(model, sha256="0" * 64))
     assert len(joined) == 1
+
+
+@pytest.mark.parametrize("has_native_kernels", [True, False])
+@pytest.mark.parametrize("is_fast_in_torch", [True, False])
+def test_numbers_are_bfloat16_where_the_kernels_or_the_processor_read_it(
+    monkeypatch: pytest.MonkeyPatch, has_native_kernels: bool, is_fast_in_torch: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_fast_in_torch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    chosen = resolve_dtype("auto", torch.device("cpu"), has_native_kernels=has_native_kernels)
+    assert (chosen == torch.bfloat16) is (has_native_kernels or is_fast_in_torch)
+    given = resolve_dtype("float32", torch.device("cpu"), has_native_kernels=has_native_kernels)
+    assert given == torch.float32
+
+
+def test_a_model_of_auto_numbers_is_loaded_in_those_that_the_kernels_read(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for kernels, dtype in ((object(), torch.bfloat16), (None, torch.float32)):
+        monkeypatch.setattr(loader, "native", lambda kernels=kernels: kernels)
+        assert load_model(str(model_folder("llama")), device="cpu").model.dtype == dtype

@@ -17,7 +17,7 @@ from server.engines.devices import resolve_dtype
 from server.engines.heads import HeadSource
 from server.engines.vllm.wire import CONFIG_KEY, SCHEDULER, WORKER
 from server.errors import ConfigurationError, ModelLoadError
-from server.machine import memory_limit_bytes
+from server.machine import SPIN_VARIABLE, memory_limit_bytes
 from server.settings import Settings
 
 _DEFAULT_CPU_CACHE_GIB = 4.0
@@ -29,6 +29,9 @@ def launch(settings: Settings, files: ModelFiles, heads: HeadSource, on_status: 
     # Before vLLM is imported: unless an operator says otherwise, nothing is reported to its makers, or to Ray's.
     for name, value in _NO_REPORTS.items():
         os.environ.setdefault(name, value)
+    # Of this program's own engine (server/machine.py): nearly all of vLLM's operations on a CPU are OpenMP's.
+    if os.environ.get(SPIN_VARIABLE) == "0":
+        del os.environ[SPIN_VARIABLE]
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]

@@ -19,6 +19,7 @@ from server.engines.checkpoint.model_files import ModelFiles
 from server.engines.checkpoint.quiet import quiet_transformers
 from server.engines.checkpoint.tokenizer import eos_token_ids, placeholder_ids, warn_of_tokens_beyond
 from server.engines.devices import resolve_device, resolve_dtype
+from server.kernels import native
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def load_model(
     with quiet_transformers():
         files = ModelFiles.find(name)
         tokenizer = files.tokenizer
-        model = files.load(dtype=resolve_dtype(dtype, target))
+        model = files.load(dtype=resolve_dtype(dtype, target, has_native_kernels=native() is not None))
         identity = base_model_identity(model, files.name)
         if lora is not None:
             model, identity = _with_adapter(lora, model, identity)
