@@ -24,7 +24,7 @@ from server.control.plan import EditGroup
 from server.control.registry import HeadStack
 from server.control.row_numbers import units_in_order
 from server.control.shared import SharedEdit
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
 from server.kernels.gpu import layout
 from server.kernels.transfer import to_device
 from value_models.heads import MAX_FEATURE, ValueHead
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _MAX_UNITS = 64
 _BY_KL = HELD_BY.index(HeldBy.MAX_KL)
+assert layout.NUM_REPORTED == NUM_FIGURES
 
 
 class HeadBank:
@@ -115,7 +116,7 @@ class FusedRows:
         )  # fmt: skip
         parts = torch.split(report_RN, self._counts)
         return logits_BV, [
-            SharedEdit(group, part[:, : 2 * len(group.stack.names) + layout.NUM_REPORTED])
+            SharedEdit(group, part[:, : 2 * len(group.stack.names) + NUM_FIGURES])
             for group, part in zip(self._groups, parts, strict=True)
         ]
 

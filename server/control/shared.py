@@ -20,7 +20,7 @@ from server.control.budget import ROUNDING_NATS
 from server.control.plan import EditGroup
 from server.control.registry import HeadStack
 from server.control.row_logits import RowLogits
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
 from server.kernels import ops
 from value_models.heads import MAX_FEATURE
 from value_models.linalg import vector_norm
@@ -110,5 +110,5 @@ class SharedRows:
         )
         edits: list[SharedEdit] = []
         for group, report in zip(self._groups, torch.split(report_RN, self._counts), strict=True):
-            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + 5]))
+            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + NUM_FIGURES]))
         return logits_BV, edits
