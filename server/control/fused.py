@@ -20,7 +20,7 @@ from torch import Tensor
 
 from server.control.ascent import TOLERANCE
 from server.control.budget import ROUNDING_NATS
-from server.control.plan import EditGroup
+from server.control.plan import EditGroup, are_same
 from server.control.registry import HeadStack
 from server.control.row_numbers import units_in_order
 from server.control.shared import SharedEdit
@@ -87,10 +87,8 @@ class FusedRows:
         self._heads = bank.bank
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
-        """Whether it was made for these groups, by identity: a plan keeps its groups while nothing changes."""
-        if (len(groups), num_rows) != (len(self._groups), self._num_rows):
-            return False
-        return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
+        """Whether it was made for these groups."""
+        return num_rows == self._num_rows and are_same(groups, self._groups)
 
     def edit(
         self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor, soft_cap: tuple[float, float] | None

@@ -137,6 +137,12 @@ class EditPlan:
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
 
+def are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether groups or controls are those of before, by identity: a step has no time to compare what they hold, and
+    they stay the same objects while nothing changes."""
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
 class _Shared(NamedTuple):
     """What the rows of a group have in common."""
 

@@ -24,7 +24,7 @@ from server.control.editor import StateEditor
 from server.control.group_edit import GroupStats
 from server.control.levels import UNCALIBRATED, in_values, uncalibrated
 from server.control.params import ControlParams, check_units
-from server.control.plan import EditPlan
+from server.control.plan import EditPlan, are_same
 from server.control.registry import HeadRegistry
 from server.control.state import ControlState, EditFigures, Segment
 from server.engines.vllm.phases import FollowedParts, PartsReader
@@ -240,7 +240,7 @@ class RowControl:
         self, hidden_BD: Tensor, rows: Sequence[Row | None], controls: list[ControlParams | None]
     ) -> tuple[Tensor, list[GroupStats]]:
         try:
-            if not _are_same(controls, self._plan_controls):
+            if self._plan_controls is None or not are_same(controls, self._plan_controls):
                 self._plan = self._editor.plan(controls, self.registry, device=hidden_BD.device)
                 self._plan_controls = controls
             self._unembedding.num_rows = len(hidden_BD)
@@ -294,10 +294,3 @@ class RowControl:
             for name, position in waiting.items():
                 if name in edits:
                     self._requests[name].remember(position, edits[name])
-
-
-def _are_same(controls: Sequence[ControlParams | None], others: Sequence[ControlParams | None] | None) -> bool:
-    """By identity, which a step has time for."""
-    if others is None or len(controls) != len(others):
-        return False
-    return all(mine is other for mine, other in zip(controls, others, strict=True))
