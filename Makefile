@@ -1,7 +1,7 @@
 # make serve   set everything up and serve the default model on 127.0.0.1:8000
 # make help    these lines
 # make test    set everything up, then lint, types and tests
-# make coverage      all tests, and which lines of server/ and value_models/ none of them runs; fails under 95%
+# make coverage      all tests, and which lines of server/, value_models/ and benchmarks/ none of them runs; fails under 95%
 # make docs    the documentation site, in build/docs; a broken link fails
 # make architectures  judge a tiny model of every architecture of transformers, and write docs/architectures.md
 # make heads   train and measure the shipped heads anew, and with them the tables and plots of the pages (some hours)

@@ -1,6 +1,7 @@
 """The direction of imports (lower never imports higher), read from the source; imports inside functions count too."""
 
 import ast
+import re
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -189,6 +190,18 @@ def test_only_the_importer_unpickles_and_only_the_command_line_reaches_it() -> N
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_file_that_a_module_names_exists() -> None:
+    names = {path.name for path in FILES} | {"setup.py", "convert_hf_to_gguf.py"}
+    for path in FILES:
+        source = path.read_text()
+        for named in re.findall(
+            r"\b(?:server|value_models|benchmarks|tests|docs)/[\w./-]+\.(?:py|cpp|h|md|sh)\b", source
+        ):
+            assert (ROOT / named).is_file(), (path, named)
+        for named in re.findall(r"(?<![\w/*.-])[a-z_]+\.py\b", source):
+            assert named in names, (path, named)
 
 
 def test_the_files_that_are_run_first_are_there() -> None:

@@ -365,7 +365,7 @@ def _nearness(texts: InstructedTexts, output: OutputLayer, change_V: Tensor) -> 
 
 
 def _share(part: float, whole: float) -> float:
-    """None of a whole that is nothing, as when the instruction is the template's own default."""
+    """Zero of a whole that is nothing, as when the instruction is the template's own default."""
     return part / whole if whole > _MIN_DIVERGENCE else 0.0
 
 

@@ -39,6 +39,8 @@ MAX_FEATURES = 8
 """Of a field. What each of its rows does to the logits is kept, a row of the vocabulary's size."""
 MAX_FEATURE = 3.0
 """That a feature counts, in standard deviations."""
+_NOT_OF_THE_VALUE = frozenset({"mean_D", "scale_D", "ascent_UD", "reward"})
+"""Tensors of every head: normalisation, the way uphill, and the reward's mean and scale."""
 
 
 class ValueHead(nn.Module):
@@ -134,8 +136,26 @@ class ValueHead(nn.Module):
         """The same head with other ascent rows (see value_models/ascent.py)."""
         return head_from_tensors(self.type_name, {**self.state_dict(), "ascent_UD": ascent_UD})
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that its standardised value is fitted by."""
+        return sum(t.numel() for name, t in self.state_dict().items() if name not in _NOT_OF_THE_VALUE)
+
+    @property
+    def hidden_widths(self) -> list[int]:
+        """The widths of its hidden layers; empty without any."""
+        return []
+
     def map_with(self, linear: MakeLinear) -> None:
         """Let `linear` make anew the maps between hidden layers, where there are any; torch alone does at first."""
+
+    @classmethod
+    def take_own(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:  # noqa: ARG003
+        """Take the tensors that this class adds out of a state dict, as arguments of its `__init__`.
+
+        Raises KeyError for one that is missing.
+        """
+        return {}
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.detach().float().contiguous())
@@ -218,6 +238,21 @@ class MLPHead(ValueHead):
         self._keep("out_bias", out_bias.reshape(()))
         self.map_with(PackedLinear)
 
+    @property
+    def hidden_widths(self) -> list[int]:
+        later = [getattr(self, f"hidden_weight_{i}").shape[0] for i in range(self._num_hidden)]
+        return [self.num_units - 1, *later]
+
+    @classmethod
+    def take_own(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        num_hidden = sum(name.startswith("hidden_weight_") for name in tensors)
+        return {
+            "out_weight_H": tensors.pop("out_weight_H"),
+            "out_bias": tensors.pop("out_bias"),
+            "hidden_weights": [tensors.pop(f"hidden_weight_{i}") for i in range(num_hidden)],
+            "hidden_biases": [tensors.pop(f"hidden_bias_{i}") for i in range(num_hidden)],
+        }
+
     def map_with(self, linear: MakeLinear) -> None:
         weights = [getattr(self, f"hidden_weight_{i}") for i in range(self._num_hidden)]
         biases = [getattr(self, f"hidden_bias_{i}") for i in range(self._num_hidden)]
@@ -255,11 +290,7 @@ def head_from_tensors(type_name: str, tensors: dict[str, Tensor]) -> ValueHead:
         }
         _check_shape("reward", reward, (2,))
         arguments |= {"reward_mean": float(reward[0]), "reward_scale": float(reward[1])}
-        if HEAD_TYPES[type_name] is MLPHead:
-            arguments |= {"out_weight_H": rest.pop("out_weight_H"), "out_bias": rest.pop("out_bias")}
-            num_hidden = sum(name.startswith("hidden_weight_") for name in rest)
-            arguments["hidden_weights"] = [rest.pop(f"hidden_weight_{i}") for i in range(num_hidden)]
-            arguments["hidden_biases"] = [rest.pop(f"hidden_bias_{i}") for i in range(num_hidden)]
+        arguments |= HEAD_TYPES[type_name].take_own(rest)
     except KeyError as error:
         raise HeadShapeError(f"the {type_name} head lacks the tensor {error.args[0]!r}") from error
     if rest:

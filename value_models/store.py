@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from value_models.calibration import ExpectedRewards, RewardLevels
 from value_models.errors import HeadFileError, HeadShapeError
 from value_models.files import write_bytes, write_text
-from value_models.heads import UNIT_COST_NATS, MLPHead, ValueHead, head_from_tensors
+from value_models.heads import UNIT_COST_NATS, ValueHead, head_from_tensors
 from value_models.linalg import vector_norm
 
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
@@ -208,11 +208,12 @@ def tensors_digest(head: ValueHead) -> str:
 
 
 def architecture_card(head: ValueHead) -> ArchitectureCard:
-    tensors = head.state_dict()
-    later = [tensors[name].shape[0] for name in sorted(tensors) if name.startswith("hidden_weight_")]
-    widths = [head.num_units - 1, *later] if isinstance(head, MLPHead) else []
-    counted = sum(t.numel() for name, t in tensors.items() if name.startswith(("inputs", "input_", "hidden", "out")))
-    return ArchitectureCard(type=head.type_name, num_units=head.num_units, hidden_widths=widths, num_parameters=counted)
+    return ArchitectureCard(
+        type=head.type_name,
+        num_units=head.num_units,
+        hidden_widths=head.hidden_widths,
+        num_parameters=head.num_parameters,
+    )
 
 
 def save_head(folder: Path, head: ValueHead, card: HeadCard) -> None:

@@ -15,6 +15,7 @@ from benchmarks.quality.plots import require_matplotlib
 from benchmarks.quality.rivals import RE_CONTROL, RIVALS
 from benchmarks.quality.seeds import SeedsStudy, seeded_heads
 from benchmarks.quality.studies import CostStudy, MapStudy, StressStudy, SweptMethodsStudy
+from server.cli.command import scoring_reward
 from server.cli.comparison import Study
 from server.cli.evaluate import Evaluation
 from server.cli.methods import PROMPTING, STATIC_VECTOR, Method
@@ -164,7 +165,7 @@ class Quality(Evaluation):
         pairs = seeded_heads(
             self.work / "seeds",
             self.rollouts,
-            self.reward_of(card),
+            scoring_reward(self.reward, card),
             self.training_texts(),
             range(1, self.num_seeds + 1),
         )

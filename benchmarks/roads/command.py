@@ -14,6 +14,7 @@ from benchmarks.markdown import replace_sections
 from benchmarks.roads import report
 from benchmarks.roads.making import ROADS, Aim, Spent, Workshop, head_name
 from benchmarks.speed import system
+from server.cli.command import scoring_reward
 from server.cli.comparison import EvalSetup, Study, show_arms
 from server.cli.evaluate import Evaluation
 from server.cli.methods import HEAD, Method
@@ -60,7 +61,7 @@ class Roads(Evaluation):
         registry.check([self.head], param="head")
         if clash := {head_name(road) for road in ROADS} & set(registry.names):
             raise ConfigurationError(f"heads_dir: {min(clash)!r} is the name of a head that is made here")
-        reward = self.reward_of(open_heads(self.heads_location(loaded)).card(self.head))
+        reward = scoring_reward(self.reward, open_heads(self.heads_location(loaded)).card(self.head))
         instruction = self.instruction_of(reward)
         if instruction is None:
             raise ConfigurationError(f"instruction: the reward {reward!r} has none built in; give one")

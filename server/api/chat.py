@@ -9,8 +9,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, read_chat, shown_logprobs, start
+from server.api.generation import read_chat, start
+from server.api.running import Choice, Generation
 from server.api.schemas import ChatBody
+from server.api.shown import shown_logprobs
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
 from server.api.turns import Conversation, turn_of

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, shown_logprob, start, tokenized
+from server.api.generation import start, tokenized
 from server.api.inspection import check_may_inspect
+from server.api.running import Choice, Generation
 from server.api.schemas import CompletionBody
+from server.api.shown import shown_logprob
 from server.api.sse import STREAMED
 from server.api.writer import ChoicesWriter
 from server.engines.base import Engine, check_token_ids

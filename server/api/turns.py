@@ -16,8 +16,9 @@ from typing import Any
 
 from fastapi import Request
 
-from server.api.generation import collect, queue, requests_for, tokenized
+from server.api.generation import queue, requests_for, tokenized
 from server.api.messages import ChatMessage
+from server.api.running import collect
 from server.api.schemas import GenerationBody
 from server.control.params import ControlParams
 from server.control.turns import Turn

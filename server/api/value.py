@@ -20,11 +20,13 @@ from pydantic_core import PydanticCustomError
 
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
-from server.api.generation import Choice, Generation, collect, queue, requests_for, shown, tokenized
+from server.api.generation import queue, requests_for, tokenized
 from server.api.inspection import check_may_inspect
 from server.api.messages import ChatMessage, Chats
 from server.api.resolution import MAX_PROMPT_SCORES, head_of_model
+from server.api.running import Choice, Generation, collect
 from server.api.schemas import MAX_USER_CHARS
+from server.api.shown import shown
 from server.api.unserved import WithUnserved
 from server.api.writer import whole_response
 from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName

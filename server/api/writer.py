@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request, Response
 
 from server.api.gate.context import request_id_of
-from server.api.generation import Choice, Generation, collect
 from server.api.json_text import json_bytes
+from server.api.running import Choice, Generation, collect
 from server.api.schemas import ChoicesBody, GenerationBody
 from server.api.sse import EventStream, large_event
 from server.api.workers import LARGE

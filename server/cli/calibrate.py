@@ -18,7 +18,12 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from server.cli.arms import ArmFactory
-from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
+from server.cli.command import (
+    HeadsModelCommand,
+    allow_rewards_of_the_working_folder,
+    read_prompts,
+    scoring_reward,
+)
 from server.cli.program import command_line
 from server.control.objectives import MAX_ABS_LEVEL, Target
 from server.control.params import MAX_KL_NATS, ControlParams
@@ -28,7 +33,7 @@ from value_models.evaluation import Arm
 from value_models.generations import EvalSample, GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.prompt_sets import RolloutPrompt, in_mixed_order, split_of
-from value_models.rewards import Reward, check_built_in, load_reward
+from value_models.rewards import Reward, load_reward
 from value_models.rollouts import RolloutSettings
 from value_models.store import HeadCard, load_card, save_card, shipped_heads_folder
 
@@ -92,7 +97,7 @@ class Calibrate(HeadsModelCommand):
             raise ConfigurationError(f"head: a card tells of the head's own model. {warnings[self.head]}")
         location = self.heads_dir or shipped_heads_folder(loaded.name)
         card = open_heads(location).card(self.head)
-        reward, levels = self._reward(card), self._levels(card)
+        reward, levels = load_reward(scoring_reward(self.reward, card)), self._levels(card)
         factory = ArmFactory(loaded, self.core(loaded, registry), self._sampling())
         measured = self._measure(factory, card, levels, prompts, reward)
         base_reward = measured.pop(0).reward
@@ -131,14 +136,6 @@ class Calibrate(HeadsModelCommand):
                 f"levels: {largest:g} in units of {card.reward}; a request may ask for {MAX_ABS_LEVEL:g} at most"
             )
         return levels
-
-    def _reward(self, card: HeadCard) -> Reward:
-        """Raises RewardError, ConfigurationError."""
-        if self.reward is None and ("given" in card.data or card.distillation is not None):
-            raise ConfigurationError(
-                f"reward: {card.name} was trained on {card.reward}, which scores no other text; give one"
-            )
-        return load_reward(self.reward or check_built_in(card.reward, f"the card of {card.name}"))
 
     def _prompts(self) -> list[RolloutPrompt]:
         served = read_prompts(self.prompts, self.formats)

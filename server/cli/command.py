@@ -19,6 +19,11 @@ from server.errors import ConfigurationError
 from server.settings import ALLOW_OTHER_BASE, DEFAULT_MODEL, KV_CACHE_GIB, HeadsLocation
 from value_models.head_folder import is_url
 from value_models.prompt_sets import RolloutPrompt, load_prompts, own_prompts_file
+from value_models.rewards import check_built_in
+from value_models.store import HeadCard
+
+_WITHOUT_REWARD = frozenset({"given", "instruction", "source"})
+"""What the data of cards hold of heads that were made of pairs or texts, of an instruction, or of another's file."""
 
 
 class Command(BaseSettings):
@@ -93,6 +98,20 @@ class HeadsModelCommand(ModelCommand):
         """Raises HeadMismatchError, ConfigurationError."""
         source = HeadSource.of(self.heads_dir, loaded.identity, allow_other_base=self.allow_other_base)
         return source.load(loaded.model.device)
+
+
+def scoring_reward(asked: str | None, card: HeadCard) -> str:
+    """The name of the reward that a head's responses are scored with: the one that is asked for, or its card's.
+
+    Raises ConfigurationError for a head that was made without one, RewardError for a card that names code.
+    """
+    if asked is not None:
+        return asked
+    if _WITHOUT_REWARD & card.data.keys():
+        raise ConfigurationError(
+            f"reward: {card.name} was trained by none that scores texts (its card says {card.reward!r}); give one"
+        )
+    return check_built_in(card.reward, f"the card of {card.name}")
 
 
 def allow_rewards_of_the_working_folder() -> None:

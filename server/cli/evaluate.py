@@ -21,7 +21,12 @@ from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory, Instruction
 from server.cli.asked import ASKED
-from server.cli.command import HeadsModelCommand, allow_rewards_of_the_working_folder, read_prompts
+from server.cli.command import (
+    HeadsModelCommand,
+    allow_rewards_of_the_working_folder,
+    read_prompts,
+    scoring_reward,
+)
 from server.cli.comparison import EvalSetup, MethodsStudy, Study
 from server.cli.methods import METHODS, Fits, FitSources, Method, Subject
 from server.cli.program import command_line
@@ -38,7 +43,6 @@ from value_models.generations import GenerationStore
 from value_models.head_folder import is_url, open_heads
 from value_models.metrics import EVAL_METRICS
 from value_models.prompt_sets import RolloutPrompt, in_mixed_order, load_instructions, locked_prompts_file, split_of
-from value_models.rewards import check_built_in
 from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 from value_models.training_data import TrainingData, load_training_data
@@ -184,7 +188,7 @@ class Evaluation(HeadsModelCommand):
         """Of one head. What can be wrong with names, or is missing, is said before minutes of sampling."""
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
-        reward = self.reward_of(card)
+        reward = scoring_reward(self.reward, card)
         scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
         text = self.instruction_of(reward)
         instruction = None if text is None else Instruction(text)
@@ -212,14 +216,6 @@ class Evaluation(HeadsModelCommand):
             factors=self.factors,
             instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
-
-    def reward_of(self, card: HeadCard) -> str:
-        """What a head's responses are scored with. Raises RewardError for a card that names code."""
-        if self.reward is None and "given" in card.data:
-            raise ConfigurationError(
-                f"reward: {card.name} was trained on {card.reward}, which score no other text; give one"
-            )
-        return self.reward or check_built_in(card.reward, f"the card of {card.name}")
 
     def instruction_of(self, reward: str) -> str | None:
         """What is said before each prompt to raise a reward, where none is chosen among several."""

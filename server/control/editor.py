@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -66,6 +67,16 @@ class Unembedding(Protocol):
     def finish(self, projected_MV: Tensor) -> Tensor: ...
 
 
+@dataclass(slots=True)
+class _Products:
+    """What the LM head makes of a step's states and of shifts, before `finish`; groups take theirs in turn."""
+
+    base_BV: Tensor
+    deltas: Iterator[Tensor]
+    """Float32 [R, V] for each ascent of heads that are not straight."""
+    guidance: InstructedLogits
+
+
 class StateEditor:
     """Holds the unembedding, and what it makes of linear heads' ascent rows; used from the engine's thread."""
 
@@ -112,48 +123,65 @@ class StateEditor:
     ) -> tuple[list[GroupEdit], list[SharedEdit], Tensor]:
         """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
         projection. These have been moved already by the shared and fused edits, and by those without a delta."""
+        fused, sharing, others = self._sorted(plan, hidden_BD)
+        ascents = [ascend(hidden_BD, group.pinned or group) for group in others]
+        products = self._products(hidden_BD, ascents, instructed)
+        base_BV = products.base_BV
+        if self._unembedding.is_linear:
+            base_BV = self._unembedding.finish(base_BV)
+        assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
+        if fused:
+            base_BV, shared = self._fused_edits(hidden_BD, fused, base_BV)
+        else:
+            base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV)
+        edits = [
+            self._edit(group, ascent, hidden_BD, base_BV, products)
+            for group, ascent in zip(others, ascents, strict=True)
+        ]
+        return edits, shared, base_BV
+
+    def _sorted(self, plan: EditPlan, hidden_BD: Tensor) -> tuple[list[EditGroup], list[EditGroup], list[EditGroup]]:
+        """Groups for the kernels of a GPU's edit, those that share their shift, and all others."""
         can_share = self._unembedding.is_linear and ops.can_edit_natively(hidden_BD)
-        sharing: list[EditGroup] = []
         fused: list[EditGroup] = []
-        ascents: list[Ascent] = []
+        sharing: list[EditGroup] = []
+        others: list[EditGroup] = []
         for group in plan.groups:
             if group.fixed_RW is not None:
                 fused.append(group)
             elif can_share and group.factors is not None:
                 sharing.append(group)
             else:
-                ascents.append(ascend(hidden_BD, group.pinned or group))
-        # One product with the LM head serves all states and shifts, but those of heads of few units need none.
+                others.append(group)
+        return fused, sharing, others
+
+    def _products(self, hidden_BD: Tensor, ascents: Sequence[Ascent], instructed: Mapping[int, Tensor]) -> _Products:
+        """One product with the LM head serves all states and shifts; those of straight heads need none."""
         nonlinear = [ascent for ascent in ascents if not ascent.group.stack.is_straight]
         added = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
         added += [state_D[None] for state_D in instructed_states((ascent.group for ascent in ascents), instructed)]
         projected = self._unembedding.project(torch.cat([hidden_BD, *added]) if added else hidden_BD)
         num_rows = hidden_BD.shape[0]
-        parts = torch.split(projected[num_rows:].float(), [len(part) for part in added])
-        deltas = iter(parts[: len(nonlinear)])
         base_BV = projected[:num_rows]
-        guidance = InstructedLogits(base_BV, [part[0] for part in parts[len(nonlinear) :]])
-        if self._unembedding.is_linear:
-            base_BV = self._unembedding.finish(base_BV)
-        assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
-        edit = self._fused_edits if fused else self._shared_edits
-        base_BV, shared = edit(hidden_BD, fused or sharing, base_BV)
-        over = {id(group.pinned): group for group in plan.groups if group.beneath is not None}
-        edits: list[GroupEdit] = []
-        for ascent in ascents:
-            if id(ascent.group) not in over and self._is_made_in_place(ascent.group, base_BV):
-                edits.append(self._made_in_place(ascent, base_BV))
-                continue
-            delta_RV = self._delta(ascent, deltas, num_logits=base_BV.shape[1])
-            weight_R = guidance_weights(ascent)
-            if weight_R is not None:
-                delta_RV = delta_RV + guidance.moves(ascent.group, weight_R)
-            edits.append(self._within_budget(ascent, delta_RV, base_BV, weight_R))
-        for place, edit in enumerate(edits):
-            if (group := over.get(id(edit.ascent.group))) is not None:
-                change = functools.partial(self._change, dtype=hidden_BD.dtype)
-                edits[place] = edit_over_pinned(group, edit, hidden_BD, base_BV, change, self._finish)
-        return edits, shared, base_BV
+        parts = torch.split(projected[num_rows:].float(), [len(part) for part in added])
+        deltas, of_instructions = parts[: len(nonlinear)], parts[len(nonlinear) :]
+        return _Products(base_BV, iter(deltas), InstructedLogits(base_BV, [part[0] for part in of_instructions]))
+
+    def _edit(
+        self, group: EditGroup, ascent: Ascent, hidden_BD: Tensor, base_BV: Tensor, products: _Products
+    ) -> GroupEdit:
+        """A group's edit, whose ascent is that of what is pinned if something is."""
+        if group.beneath is None and self._is_made_in_place(group, base_BV):
+            return self._made_in_place(ascent, base_BV)
+        delta_RV = self._delta(ascent, products.deltas, num_logits=base_BV.shape[1])
+        weight_R = guidance_weights(ascent)
+        if weight_R is not None:
+            delta_RV = delta_RV + products.guidance.moves(ascent.group, weight_R)
+        edit = self._within_budget(ascent, delta_RV, base_BV, weight_R)
+        if group.beneath is None:
+            return edit
+        change = functools.partial(self._change, dtype=hidden_BD.dtype)
+        return edit_over_pinned(group, edit, hidden_BD, base_BV, change, self._finish)
 
     def _delta(self, ascent: Ascent, deltas: Iterator[Tensor], *, num_logits: int) -> Tensor:
         """What an ascent changes of the projected logits [R, V]; `deltas` are those of stacks that are not straight."""

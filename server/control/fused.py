@@ -20,11 +20,11 @@ from torch import Tensor
 
 from server.control.ascent import TOLERANCE
 from server.control.budget import ROUNDING_NATS
-from server.control.plan import EditGroup
+from server.control.plan import EditGroup, are_same
 from server.control.registry import HeadStack
 from server.control.row_numbers import units_in_order
 from server.control.shared import SharedEdit
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
 from server.kernels.gpu import layout
 from server.kernels.transfer import to_device
 from value_models.heads import MAX_FEATURE, ValueHead
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _MAX_UNITS = 64
 _BY_KL = HELD_BY.index(HeldBy.MAX_KL)
+assert layout.NUM_REPORTED == NUM_FIGURES
 
 
 class HeadBank:
@@ -86,10 +87,8 @@ class FusedRows:
         self._heads = bank.bank
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
-        """Whether it was made for these groups, by identity: a plan keeps its groups while nothing changes."""
-        if (len(groups), num_rows) != (len(self._groups), self._num_rows):
-            return False
-        return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
+        """Whether it was made for these groups."""
+        return num_rows == self._num_rows and are_same(groups, self._groups)
 
     def edit(
         self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor, soft_cap: tuple[float, float] | None
@@ -115,7 +114,7 @@ class FusedRows:
         )  # fmt: skip
         parts = torch.split(report_RN, self._counts)
         return logits_BV, [
-            SharedEdit(group, part[:, : 2 * len(group.stack.names) + layout.NUM_REPORTED])
+            SharedEdit(group, part[:, : 2 * len(group.stack.names) + NUM_FIGURES])
             for group, part in zip(self._groups, parts, strict=True)
         ]
 

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from server.control.ascent import TOLERANCE, Ascent
 from server.control.plan import EditGroup
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HELD_BY, NUM_FIGURES, EditFigures, HeldBy
 
 
 @dataclass(slots=True, frozen=True)
 class GroupStats:
     """What happened to a group's rows, as it travels to the host in one piece.
 
-    `numbers_RN`, N = 2 K + 5, float32: values before [K] and after [K] in reward units; divergence in nats; length of
-    the shift relative to the state; what kept the row from its whole ascent, as a place in HELD_BY, 0 for nothing;
-    whether the edit was not finite; whether the row's gate was open, 1 without a gate.
+    `numbers_RN`, float32: values before [K] and after [K] in reward units, and behind them `EditFigures`.
     """
 
     group: EditGroup
@@ -35,23 +33,26 @@ class GroupStats:
 
     @property
     def values_after_RK(self) -> Tensor:
-        return self.numbers_RN[:, len(self.group.stack.names) : -5]
+        return self.numbers_RN[:, len(self.group.stack.names) : -NUM_FIGURES]
 
     @property
     def kl_R(self) -> Tensor:
-        return self.numbers_RN[:, -5]
+        return self._figure("kl")
 
     @property
     def shift_ratio_R(self) -> Tensor:
-        return self.numbers_RN[:, -4]
+        return self._figure("shift_ratio")
 
     @property
     def held_by_R(self) -> Tensor:
-        return self.numbers_RN[:, -3].long()
+        return self._figure("held_by").long()
 
     @property
     def is_nonfinite_R(self) -> Tensor:
-        return self.numbers_RN[:, -2] > 0
+        return self._figure("is_nonfinite") > 0
+
+    def _figure(self, name: str) -> Tensor:
+        return self.numbers_RN[:, EditFigures._fields.index(name) - NUM_FIGURES]
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,6 +93,7 @@ def stats_of(edit: GroupEdit) -> GroupStats:
     is_moved_R = ascent.shift_ratio_R > 0
     if edit.guidance_R is not None:
         is_moved_R = is_moved_R | (edit.guidance_R != 0)
+    # In the order of EditFigures.
     columns = [
         # No move, no divergence: what is left of it would be rounding.
         torch.where(is_moved_R, edit.kl_R, 0.0),

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# With linear heads one step is the whole ascent, so a solution must be close at once.
-_SWEEPS = 12
-_LEAST_GAIN = 1e-9
+SWEEPS = 12
+"""With linear heads one step is the whole ascent, so a solution must be close at once."""
+LEAST_GAIN = 1e-9
+"""Of what a weight moves; with less it is taken to move nothing, and is not solved for."""
 
 
 def predicted_change(effects_RKK: Tensor, size_R: Tensor, weights_RK: Tensor) -> Tensor:
@@ -44,11 +45,11 @@ class Box:
         """
         ends_RK = values_RK + predicted_change(effects_RKK, size_R, self.start_RK)
         added_RK = torch.zeros_like(self.start_RK)
-        for _ in range(1 if len(self.free) == 1 else _SWEEPS):
+        for _ in range(1 if len(self.free) == 1 else SWEEPS):
             for k in self.free:
                 gain_R = size_R * effects_RKK[:, k, k]
                 wanted_R = added_RK[:, k] + (self.levels_RK[:, k] - ends_RK[:, k]) / gain_R
-                held_R = torch.where(gain_R > _LEAST_GAIN, wanted_R.clamp(self.lowest, self.highest), added_RK[:, k])
+                held_R = torch.where(gain_R > LEAST_GAIN, wanted_R.clamp(self.lowest, self.highest), added_RK[:, k])
                 ends_RK = ends_RK + (size_R * (held_R - added_RK[:, k]))[:, None] * effects_RKK[:, k]
                 added_RK[:, k] = held_R
         return self.start_RK + added_RK
@@ -76,11 +77,11 @@ def simplex_weights(values_RK: Tensor, effects_RKK: Tensor, size_R: Tensor, name
     weights_RK = torch.zeros_like(values_RK)
     weights_RK[:, list(named)] = 1.0 / len(named)
     ends_RK = values_RK + predicted_change(effects_RKK, size_R, weights_RK)
-    for _ in range(1 if len(named) == 2 else _SWEEPS):
+    for _ in range(1 if len(named) == 2 else SWEEPS):
         for i, j in itertools.combinations(named, 2):
             difference_RK = effects_RKK[:, i] - effects_RKK[:, j]
             curvature_R = size_R * (difference_RK[:, i] - difference_RK[:, j])
-            wanted_R = (ends_RK[:, j] - ends_RK[:, i]) / curvature_R.clamp(min=_LEAST_GAIN)
+            wanted_R = (ends_RK[:, j] - ends_RK[:, i]) / curvature_R.clamp(min=LEAST_GAIN)
             # From j to i, and no more than there is.
             moved_R = wanted_R.minimum(weights_RK[:, j]).maximum(-weights_RK[:, i])
             weights_RK[:, i] += moved_R

@@ -5,7 +5,7 @@ so that weights mean the same for a head that counts words and one that scores s
 floor, are the mean reward that responses are to have. Before a request is queued they become levels of the value, as
 values are reported (levels.py), and those are all that the functions here see. The functions of a class take many rows
 at once, each with its own `Terms`, and never mix rows. Knows nothing of hidden states, models or HTTP. Enter at
-`Objective`; to add a type, write one class and put it in that union.
+`Objective`; to add a type, write one class and put it in the union `_OfHeads`.
 
 Beside `score` and its `slope`, a class says which weights the next step of the ascent takes, given how each head's
 ascent moves every value. They are the slope at the end of the step instead of at its start, which is why a target is
@@ -314,10 +314,9 @@ def _default_type(objective: object) -> object:
     )
 
 
-HeadsObjective = Annotated[
-    WeightedSum | WorstCase | Target | Floor, Discriminator("type"), BeforeValidator(_default_type)
-]
+_OfHeads = WeightedSum | WorstCase | Target | Floor
 """Those that the values of heads say all of."""
+HeadsObjective = Annotated[_OfHeads, Discriminator("type"), BeforeValidator(_default_type)]
 NO_HEADS = WeightedSum.model_construct(weights={})
 """What an instruction alone asks of heads."""
 
@@ -344,9 +343,7 @@ class Instruction(BaseObjective):
         return self.weight == 0 and (self.beside is None or self.beside.is_null)
 
 
-Objective = Annotated[
-    WeightedSum | WorstCase | Target | Floor | Instruction, Discriminator("type"), BeforeValidator(_default_type)
-]
+Objective = Annotated[_OfHeads | Instruction, Discriminator("type"), BeforeValidator(_default_type)]
 
 
 def _weighted_where_named(values_RK: Tensor, terms: Terms) -> Tensor:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SWEEPS = 12
-_LEAST_GAIN = 1e-9
+from server.control.multipliers import LEAST_GAIN, SWEEPS
+
 _TRIES = 3
 _LOST_SHARE = 0.02
 """Of the ground that the pinned edit gains, what is too little to matter."""
@@ -49,7 +49,7 @@ class PinnedRows:
         """
         added_RK = torch.zeros_like(weights_RK)
         # One head's multiplier does not depend on another's.
-        for _ in range(1 if len(self.pinned) == 1 else _SWEEPS):
+        for _ in range(1 if len(self.pinned) == 1 else SWEEPS):
             for k in self.pinned:
                 total_RK = weights_RK + self.signs_RK * added_RK
                 wanted_R = torch.zeros_like(added_RK[:, k])
@@ -57,7 +57,7 @@ class PinnedRows:
                     gain_R = moves_RKK[:, k, k]
                     change_R = self.signs_RK[:, k] * (total_RK * moves_RKK[:, :, k]).sum(dim=1)
                     others_R = change_R - added_RK[:, k] * gain_R
-                    wanted_R = wanted_R.maximum(torch.where(gain_R > _LEAST_GAIN, -others_R / gain_R, 0.0))
+                    wanted_R = wanted_R.maximum(torch.where(gain_R > LEAST_GAIN, -others_R / gain_R, 0.0))
                 added_RK[:, k] = torch.where(self.signs_RK[:, k] != 0, wanted_R, 0.0)
         total_RK = weights_RK + self.signs_RK * added_RK
         is_kept_R = self._keeps(total_RK, effects_RKK) & self._keeps(total_RK, inner_RKK)
@@ -86,7 +86,7 @@ def pinned_share(base_RV: Tensor, moved_RV: Tensor, delta_RV: Tensor, finish: Fi
     more_R = torch.zeros_like(alone_R)
     for _ in range(_TRIES):
         together_R, _ = _ground(finish(base_RV + (1.0 + more_R[:, None]) * moved_RV + delta_RV), moved_RV)
-        lacking_R = torch.where(variance_R > _LEAST_GAIN, (alone_R - together_R) / variance_R, 0.0)
+        lacking_R = torch.where(variance_R > LEAST_GAIN, (alone_R - together_R) / variance_R, 0.0)
         more_R = (more_R + lacking_R).clamp(min=0.0)
     return more_R
 

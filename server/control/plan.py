@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,16 +124,11 @@ class EditPlan:
         With `fuses`, rows that the kernels of a GPU's edit can do are planned for them. Raises UnknownHeadError.
         """
         device = torch.device(device)
-        members: dict[tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool], list[int]] = {}
+        members: dict[_Shared, list[int]] = {}
         for index, control in enumerate(rows):
             if control is not None:
-                stack = registry.stack(control.head_names)
-                is_fused = fuses and can_fuse(stack, control)
-                is_shared = stack.is_straight and device.type == "cpu" and not fuses
-                factors = _factors(stack, control) if is_shared else None
-                key = (stack, factors, isinstance(control, UnderPinned), control.instruction is not None, is_fused)
-                members.setdefault(key, []).append(index)
-        return cls(tuple(_group_of(key, indices, rows, device) for key, indices in members.items()))
+                members.setdefault(_Shared.of(control, registry, device, fuses=fuses), []).append(index)
+        return cls(tuple(_group_of(shared, indices, rows, device) for shared, indices in members.items()))
 
     def at(self, state_of: Callable[[int], ControlState]) -> EditPlan:
         """The plan for the token that comes next; `state_of` is asked for the states of those rows that need one."""
@@ -141,16 +137,45 @@ class EditPlan:
         return EditPlan(tuple(group.at(state_of) if group.is_paced else group for group in self.groups))
 
 
+def are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether groups or controls are those of before, by identity: a step has no time to compare what they hold, and
+    they stay the same objects while nothing changes."""
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+class _Shared(NamedTuple):
+    """What the rows of a group have in common."""
+
+    stack: HeadStack
+    factors: tuple[float, ...] | None
+    """See `EditGroup`."""
+    is_over_pinned: bool
+    is_instructed: bool
+    is_fused: bool
+    """Whether the kernels of a GPU's edit do them."""
+
+    @classmethod
+    def of(cls, control: ControlParams, registry: HeadRegistry, device: torch.device, *, fuses: bool) -> _Shared:
+        """Raises UnknownHeadError."""
+        stack = registry.stack(control.head_names)
+        has_factors = stack.is_straight and device.type == "cpu" and not fuses
+        return cls(
+            stack=stack,
+            factors=_factors(stack, control) if has_factors else None,
+            is_over_pinned=isinstance(control, UnderPinned),
+            is_instructed=control.instruction is not None,
+            is_fused=fuses and can_fuse(stack, control),
+        )
+
+
 def _group_of(
-    key: tuple[HeadStack, tuple[float, ...] | None, bool, bool, bool],
-    indices: list[int],
-    rows: Sequence[ControlParams | None],
-    device: torch.device,
+    shared: _Shared, indices: list[int], rows: Sequence[ControlParams | None], device: torch.device
 ) -> EditGroup:
-    stack, factors, is_over, _, is_fused = key
     # What the kernels have to know stays on the host until all of it travels together.
-    held_on = torch.device("cpu") if is_fused else device
-    return (_group_over_pinned if is_over else _group)((stack, factors), indices, rows, held_on, is_fused=is_fused)
+    held_on = torch.device("cpu") if shared.is_fused else device
+    if shared.is_over_pinned:
+        return _group_over_pinned(shared, indices, rows, held_on)
+    return _group(shared, indices, rows, held_on)
 
 
 def _is_paced(control: ControlParams) -> bool:
@@ -223,14 +248,9 @@ def _gates(
 
 
 def _group(
-    key: tuple[HeadStack, tuple[float, ...] | None],
-    indices: list[int],
-    rows: Sequence[ControlParams | None],
-    device: torch.device,
-    *,
-    is_fused: bool = False,
+    shared: _Shared, indices: list[int], rows: Sequence[ControlParams | None], device: torch.device
 ) -> EditGroup:
-    stack, factors = key
+    stack = shared.stack
     held = indices * 2 if len(indices) == 1 else indices
     controls = tuple(control for i in held if (control := rows[i]) is not None)
     steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
@@ -243,33 +263,28 @@ def _group(
         controls=controls,
         weights_RK=on_device([_weights(stack, control) for control in controls], device),
         objectives=None
-        if is_constant or is_fused
+        if is_constant or shared.is_fused
         else ObjectiveRows.of(objectives, stack.names, stack.reward_mean_K, stack.reward_scale_K),
         step_size_R=on_device(sizes, device),
         steps_R=on_device(steps, device),
         max_steps=max(steps),
         max_kl_R=on_device([c.max_kl for c in controls], device),
         max_shift_R=on_device([c.max_shift for c in controls], device),
-        factors=factors,
+        factors=shared.factors,
         is_paced=any(map(_is_paced, controls)),
-        fixed_RW=fixed_numbers(stack, controls) if is_fused else None,
+        fixed_RW=fixed_numbers(stack, controls) if shared.is_fused else None,
         guidance_R=_guidance(controls, [1.0] * len(controls), device),
     )
     return group.at(lambda _: ControlState()) if group.is_paced else group
 
 
 def _group_over_pinned(
-    key: tuple[HeadStack, tuple[float, ...] | None],
-    indices: list[int],
-    rows: Sequence[ControlParams | None],
-    device: torch.device,
-    *,
-    is_fused: bool = False,
+    shared: _Shared, indices: list[int], rows: Sequence[ControlParams | None], device: torch.device
 ) -> EditGroup:
     beneath = [row.pinned if isinstance(row, UnderPinned) else None for row in rows]
-    pinned = _group(key, indices, beneath, device, is_fused=is_fused)
-    group = replace(_group(key, indices, rows, device, is_fused=is_fused), pinned=pinned)
-    return group if is_fused else replace(group, beneath=_kept_beneath(pinned, device))
+    pinned = _group(shared, indices, beneath, device)
+    group = replace(_group(shared, indices, rows, device), pinned=pinned)
+    return group if shared.is_fused else replace(group, beneath=_kept_beneath(pinned, device))
 
 
 def _kept_beneath(pinned: EditGroup, device: torch.device) -> PinnedRows:

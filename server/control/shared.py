@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
-from server.control.plan import EditGroup
+from server.control.plan import EditGroup, are_same
 from server.control.registry import HeadStack
 from server.control.row_logits import RowLogits
-from server.control.state import HELD_BY, HeldBy
+from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
 from server.kernels import ops
 from value_models.heads import MAX_FEATURE
 from value_models.linalg import vector_norm
@@ -85,11 +85,8 @@ class SharedRows:
         self._limit_R = torch.cat([group.max_kl_R[:count] for group, count in held]) - ROUNDING_NATS
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
-        """Whether it was made for these groups. They are compared by identity: a plan keeps its groups while nothing
-        changes."""
-        if (len(groups), num_rows) != (len(self._groups), self._num_rows):
-            return False
-        return all(mine is other for mine, other in zip(groups, self._groups, strict=True))
+        """Whether it was made for these groups."""
+        return num_rows == self._num_rows and are_same(groups, self._groups)
 
     def edit(self, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
         """Logits [B, V] in float32, moved by each group's edit, and the edits.
@@ -110,5 +107,5 @@ class SharedRows:
         )
         edits: list[SharedEdit] = []
         for group, report in zip(self._groups, torch.split(report_RN, self._counts), strict=True):
-            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + 5]))
+            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + NUM_FIGURES]))
         return logits_BV, edits

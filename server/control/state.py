@@ -1,12 +1,14 @@
-"""What control knows of a choice between tokens: its state, the part of the response, and what held an edit back.
+"""What control knows of a choice between tokens: its state, the part of the response, and how an edit came off.
 
-Enter at `ControlState`, `Segment` and `HeldBy`.
+Enter at `ControlState`, `Segment`, `HeldBy` and `EditFigures`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Segment(StrEnum):
@@ -38,6 +40,28 @@ class HeldBy(StrEnum):
 
 HELD_BY = (None, *HeldBy)
 """What an entry of a tensor of reasons stands for: 0 is nothing."""
+
+
+class EditFigures(NamedTuple):
+    """What a row of numbers tells of an edit behind the values before and after (`GroupStats.numbers_RN`)."""
+
+    kl: float
+    """In nats."""
+    shift_ratio: float
+    """Length of the shift relative to the state."""
+    held_by: float
+    """What kept the row from its whole ascent, as a place in HELD_BY."""
+    is_nonfinite: float
+    is_gate_open: float
+    """1 without a gate."""
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> EditFigures:
+        """Of a row, or of sums of rows."""
+        return cls(*numbers[-NUM_FIGURES:])
+
+
+NUM_FIGURES = len(EditFigures._fields)
 
 
 @dataclass(slots=True, frozen=True)

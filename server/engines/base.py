@@ -159,7 +159,7 @@ class ChunkStream(Protocol):
 
 
 class Engine(Protocol):
-    """Turns requests into chunks. `tests/engines/contract.py` holds every implementation to this."""
+    """Turns requests into chunks. `tests/engines/test_contract.py` holds every implementation to this."""
 
     @property
     def info(self) -> EngineInfo: ...

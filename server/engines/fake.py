@@ -18,6 +18,7 @@ from typing import Any
 
 from server.calls.formats import FORMATS
 from server.calls.structure import CallStructure
+from server.control.state import EditFigures
 from server.engines.base import (
     ChunkStream,
     EngineInfo,
@@ -53,8 +54,7 @@ _FAILED = "The fake engine failed as told."
 _CARD: dict[str, Any] = {"description": "a made-up head", "reward": "none"}
 
 
-# The end of an edit's numbers that moved nothing: its gate was open.
-_UNMOVED = [0.0, 0.0, 0.0, 0.0, 1.0]
+_UNMOVED = EditFigures(kl=0.0, shift_ratio=0.0, held_by=0.0, is_nonfinite=0.0, is_gate_open=1.0)
 
 
 class _Letters:
@@ -263,7 +263,7 @@ class FakeEngine:
         numbers = (
             None
             if not choice.is_controlled or choice.totals is None
-            else [self._value_of(position, num_retries)] * (2 * len(choice.totals.names)) + _UNMOVED
+            else [*[self._value_of(position, num_retries)] * (2 * len(choice.totals.names)), *_UNMOVED]
         )
         if guard is not None and numbers is not None and choice.breaks_guard(numbers):
             is_over = choice.turn_back(numbers, position) is None

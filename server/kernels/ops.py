@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import native
+from server.kernels.gpu.layout import NUM_REPORTED
 
 
 def can_run_natively(logits: Tensor) -> bool:
@@ -191,9 +192,9 @@ def edit_shared(
     """Edit rows by the shifts of these `SharedShift.entry`s, each capped relative to its state and by its divergence.
 
     `rows_B`: places of the R rows to edit, then of the others. Returns float32 logits [B, V], what was taken of each
-    shift [R], and a report [R, 2 num_heads + 5], num_heads the most that a shift has: for a shift of K heads values
-    before [K] and after [K], divergence, length relative to the state, what held it (one of the two given, or 0),
-    whether it was not finite, and a 1. Logits are moved in place if they were float32, not bfloat16.
+    shift [R], and a report [R, 2 num_heads + NUM_REPORTED], num_heads the most that a shift has: for a shift of K heads
+    values before [K] and after [K], divergence, length relative to the state, what held it (one of the two given, or
+    0), whether it was not finite, and a 1. Logits are moved in place if they were float32, not bfloat16.
     """
     library: Any = native()
     assert logits_BV.stride(1) == 1
@@ -202,7 +203,7 @@ def edit_shared(
     if logits_BV.dtype == torch.bfloat16:
         source, logits_BV = logits_BV.data_ptr(), torch.empty(num_rows, size)
     assert logits_BV.is_contiguous()
-    taken_R, report_RN = torch.empty(num_edited), torch.ones(num_edited, 2 * num_heads + 5)
+    taken_R, report_RN = torch.empty(num_edited), torch.ones(num_edited, 2 * num_heads + NUM_REPORTED)
     library.edit_shared(
         hidden_BD.data_ptr(), hidden_BD.dtype == torch.float32, hidden_BD.shape[1], source, from_BV.stride(0),
         logits_BV.data_ptr(), size, entries_G8.data_ptr(), int(entries_G8[:, 1].max()), shift_of_R.data_ptr(),

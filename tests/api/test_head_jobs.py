@@ -19,7 +19,7 @@ from server.cli import main
 from server.training import trainer
 from tests.api.conftest import eventually
 from tests.api.test_access import KEY, MANAGER, bearer
-from tests.test_own_texts import CHAT, LABELLED, write
+from tests.cli.test_own_texts import CHAT, LABELLED, write
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
 PROMPTS = [f"say {i}" for i in range(40)]

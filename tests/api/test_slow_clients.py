@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 import server.app
-from server.api import generation
+from server.api import running
 from server.api.gate.limits import LocalRates
 from tests.api.conftest import eventually, serving
 from tests.api.test_sse import connected
@@ -162,7 +162,7 @@ def test_a_reader_that_falls_behind_is_let_go_when_a_response_may_take_no_longer
 def test_a_stream_whose_client_reads_too_little_of_it_ends_and_keeps_no_more(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "_MAX_UNREAD", 50)
+    monkeypatch.setattr(running, "_MAX_UNREAD", 50)
     app = make_app()
     with serving(app, send_buffer_bytes=SMALL) as url, connected(url, UNREAD) as reader:
         assert eventually(lambda: app.state.engine.num_open == 1)

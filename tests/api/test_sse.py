@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from server.api import generation
+from server.api import running
 from server.api.sse import EventStream, _event
 from server.cli.serve import _connection_limits
 from server.settings import Settings
@@ -151,7 +151,7 @@ def test_a_stream_that_is_read_slowly_goes_on_to_its_end(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The engine that needs no model is faster than any client.
-    monkeypatch.setattr(generation, "_MAX_UNREAD", 10**6)
+    monkeypatch.setattr(running, "_MAX_UNREAD", 10**6)
     with serving(make_app(), send_timeout_s=0.3) as url, connected(url, UNREAD) as reader:
         read = bytearray()
         time.sleep(0.2)

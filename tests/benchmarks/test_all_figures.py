@@ -42,7 +42,9 @@ def run(folder: Path, *, fails: str = "nothing fails") -> list[str]:
 def test_every_file_of_results_is_made_and_written_into_a_page(script: Path) -> None:
     lines = [line for line in run(script) if "--out" in line and "recontrol" not in line.split()[0]]
     made = {Path(out).name for line in lines for out in re.findall(r"--out (\S+)", line)}
-    of_other_processors = {name for name in RESULTS if name.startswith(("amx", "avx2", "cpu")) and name != "cpu-soak.json"}
+    of_other_processors = {
+        name for name in RESULTS if name.startswith(("amx", "avx2", "cpu")) and name != "cpu-soak.json"
+    }
     assert RESULTS - OF_A_GPU - of_other_processors <= made
     for line in lines:
         # Figures of speed go into a page on the kinds of processor that pages are about.

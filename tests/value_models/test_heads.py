@@ -1,9 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from tests.conftest import plain_gradient, random_field_head, random_head, random_linear_head
+from tests.conftest import card_of, plain_gradient, random_field_head, random_head, random_linear_head
 from value_models.errors import HeadShapeError
-from value_models.heads import LinearHead, MLPHead, ValueHead, head_from_tensors
+from value_models.heads import HEAD_TYPES, LinearHead, MLPHead, ValueHead, head_from_tensors
+from value_models.store import load_head, save_head
 
 HEADS = [random_head(0), random_head(1, widths=(16, 12)), random_head(2, widths=(8, 8, 8)), random_linear_head(3)]
 
@@ -104,3 +109,51 @@ def test_a_linear_head_has_one_unit() -> None:
     }
     with pytest.raises(HeadShapeError, match="one unit"):
         head_from_tensors("linear", tensors | two)
+
+
+class SquaredHead(ValueHead):
+    """f = power * z^2, with a tensor of its own."""
+
+    type_name = "squared"
+    power: Tensor
+
+    def __init__(self, *, power: Tensor, **first_layer: Any) -> None:
+        super().__init__(**first_layer)
+        self._keep("power", power)
+
+    def readout(self, units_BU: Tensor) -> tuple[Tensor, Tensor]:
+        return self.power * units_BU[:, 0].square(), 2.0 * self.power * units_BU
+
+    @classmethod
+    def take_own(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {"power": tensors.pop("power")}
+
+
+def test_an_architecture_is_added_by_its_class_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEAD_TYPES, "squared", SquaredHead)
+    first_layer = {name: tensor for name, tensor in random_linear_head(0).state_dict().items() if name != "reward"}
+    head = SquaredHead(power=torch.tensor([3.0]), **first_layer)
+    save_head(tmp_path, head, card_of("own", head))
+    again, card = load_head(tmp_path)
+    hidden = torch.randn(4, head.hidden_size)
+    assert isinstance(again, SquaredHead)
+    assert torch.equal(again.value(hidden), head.value(hidden))
+    assert card.architecture.num_parameters == head.hidden_size + 2
+    with pytest.raises(HeadShapeError, match="the squared head lacks the tensor 'power'"):
+        head_from_tensors("squared", {**random_linear_head(0).state_dict()})
+
+
+@pytest.mark.parametrize(
+    ("head", "widths", "num_parameters"),
+    [
+        (random_linear_head(0), [], 32 + 1),
+        (random_field_head(0, num_features=2), [], 3 * (32 + 1)),
+        (random_head(0, widths=(8, 4)), [8, 4], (1 + 8) * (32 + 1) + (8 + 1) * 4 + 4 + 1),
+        (random_head(0, widths=(2,) * 12), [2] * 12, (1 + 2) * (32 + 1) + 11 * (2 + 1) * 2 + 2 + 1),
+    ],
+    ids=["linear", "field", "two layers", "twelve layers"],
+)
+def test_a_head_tells_its_hidden_layers_and_the_numbers_of_its_value(
+    head: ValueHead, widths: list[int], num_parameters: int
+) -> None:
+    assert (head.hidden_widths, head.num_parameters) == (widths, num_parameters)

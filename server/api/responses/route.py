@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.generation import Choice, Generation, read_chat, shown_logprobs, start
+from server.api.generation import read_chat, start
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
 from server.api.responses.output import Event, Output
+from server.api.running import Choice, Generation
+from server.api.shown import shown_logprobs
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
 from server.api.turns import Conversation, turn_of

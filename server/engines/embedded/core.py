@@ -19,7 +19,7 @@ from server.control.editor import StateEditor
 from server.control.group_edit import GroupStats
 from server.control.objective_rows import scores
 from server.control.params import ControlParams
-from server.control.plan import EditPlan
+from server.control.plan import EditPlan, are_same
 from server.control.registry import HeadRegistry
 from server.engines.base import EngineObserver, EngineStatus, NullObserver
 from server.engines.checks import check_request
@@ -363,7 +363,7 @@ class EngineCore:
 
     def _edited_logits(self, rows: list[Sequence], hidden_BD: Tensor) -> tuple[Tensor, list[GroupStats]]:
         controls = [sequence.acting_control for sequence in rows]
-        if rows != self._plan_rows or any(a is not b for a, b in zip(controls, self._plan_controls, strict=True)):
+        if rows != self._plan_rows or not are_same(controls, self._plan_controls):
             self._plan = self.editor.plan(controls, self.registry, device=hidden_BD.device)
             self._plan_rows, self._plan_controls = rows, controls
         started_s = time.perf_counter()

@@ -24,9 +24,9 @@ from server.control.editor import StateEditor
 from server.control.group_edit import GroupStats
 from server.control.levels import UNCALIBRATED, in_values, uncalibrated
 from server.control.params import ControlParams, check_units
-from server.control.plan import EditPlan
+from server.control.plan import EditPlan, are_same
 from server.control.registry import HeadRegistry
-from server.control.state import ControlState, Segment
+from server.control.state import ControlState, EditFigures, Segment
 from server.engines.vllm.phases import FollowedParts, PartsReader
 from server.engines.vllm.unembedding import VllmUnembedding
 from server.engines.vllm.wire import ID_KEY, parse_control, parse_opening
@@ -81,12 +81,11 @@ class _Request:
         return ControlState(position, known.nats_spent, known.is_gate_open)
 
     def remember(self, position: int, numbers: Sequence[float]) -> None:
-        kl, shift_ratio, _, _, is_gate_open = numbers[-5:]
-        before = self.state_at(position)
-        spent = before.nats_spent + kl + (ROUNDING_NATS if shift_ratio > 0 else 0.0)
+        figures, before = EditFigures.of(numbers), self.state_at(position)
+        spent = before.nats_spent + figures.kl + (ROUNDING_NATS if figures.shift_ratio > 0 else 0.0)
         count = self.count_at(position)
         del self.states[count + 1 :]
-        self.states.append(ControlState(count + 1, spent, bool(is_gate_open)))
+        self.states.append(ControlState(count + 1, spent, bool(figures.is_gate_open)))
 
 
 class StepReport:
@@ -241,7 +240,7 @@ class RowControl:
         self, hidden_BD: Tensor, rows: Sequence[Row | None], controls: list[ControlParams | None]
     ) -> tuple[Tensor, list[GroupStats]]:
         try:
-            if not _are_same(controls, self._plan_controls):
+            if self._plan_controls is None or not are_same(controls, self._plan_controls):
                 self._plan = self._editor.plan(controls, self.registry, device=hidden_BD.device)
                 self._plan_controls = controls
             self._unembedding.num_rows = len(hidden_BD)
@@ -295,10 +294,3 @@ class RowControl:
             for name, position in waiting.items():
                 if name in edits:
                     self._requests[name].remember(position, edits[name])
-
-
-def _are_same(controls: Sequence[ControlParams | None], others: Sequence[ControlParams | None] | None) -> bool:
-    """By identity, which a step has time for."""
-    if others is None or len(controls) != len(others):
-        return False
-    return all(mine is other for mine, other in zip(controls, others, strict=True))

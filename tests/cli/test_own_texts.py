@@ -137,5 +137,5 @@ def test_a_head_of_pairs_is_evaluated_by_a_reward_that_is_named(
     words = ["eval", "mine", *flags, "--heads-dir", "heads", "--prompts", str(folder / "prompts.jsonl")]
     words += ["--formats", "text", "--methods", "best-of", "--num-samples", "1", "--max-tokens", "4"]
     assert main(words) == 2
-    assert "reward: mine was trained on pairs of mine.jsonl, which score no other text" in capsys.readouterr().err
+    assert "reward: mine was trained by none that scores texts" in capsys.readouterr().err
     assert main([*words, "--reward", "brevity", "--judges", "few_characters"]) == 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.cli import main
-from server.cli.command import allow_rewards_of_the_working_folder
+from server.cli.command import allow_rewards_of_the_working_folder, scoring_reward
 from server.cli.methods import METHODS
 from server.cli.program import COMMANDS, command_class
 from server.control.ascent import ascend
@@ -26,8 +27,9 @@ from server.control.params import ControlParams
 from server.control.plan import EditPlan
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
+from server.errors import ConfigurationError
 from server.logs import printable_text
-from tests.conftest import HIDDEN, random_linear_head, write_heads
+from tests.conftest import HIDDEN, card_of, random_linear_head, write_heads
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
@@ -89,6 +91,22 @@ def test_a_head_without_judges_is_evaluated_by_its_reward_alone(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines][:2] == ["base", "best of 4"]
     assert "win_over_base" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "reward"),
+    [
+        ({"given": {"kind": "pairs"}}, "pairs of mine.jsonl"),
+        ({"instruction": "Be kind.", "contrast": None}, "instruction"),
+        ({"source": "head.pth"}, "unknown: imported"),
+    ],
+)
+def test_a_head_that_no_reward_made_asks_for_one_to_be_scored_by(data: dict[str, Any], reward: str) -> None:
+    card = card_of("mine", random_linear_head(0)).model_copy(update={"data": data, "reward": reward})
+    told = f"reward: mine was trained by none that scores texts (its card says '{reward}'); give one"
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        scoring_reward(None, card)
+    assert scoring_reward("plain", card) == "plain"
 
 
 def test_calibration_keeps_what_each_level_gives_in_the_card(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
-from tests.test_own_texts import CHAT, LABELLED, write
+from tests.cli.test_own_texts import CHAT, LABELLED, write
 
 
 @pytest.fixture
