@@ -44,6 +44,8 @@ _EMBEDDED_ONLY = (
 )  # fmt: skip
 _ONLY_IN = {"embedded": ("adapter", *_EMBEDDED_ONLY), "vllm": _VLLM_ONLY}
 """The settings that only this engine has."""
+_NOT_IN = {"embedded": _VLLM_ONLY, "vllm": _EMBEDDED_ONLY, "fake": (*_EMBEDDED_ONLY, *_VLLM_ONLY)}
+"""The settings that this engine refuses for no other reason than that it does not have them."""
 
 
 def _as_text(location: Any) -> Any:
@@ -288,7 +290,7 @@ class Settings(BaseSettings):
                     f"{own[0]}: only the engine embedded has this setting, and only vllm has {vllms[0]}; leave one out"
                 )
             return self
-        for name in _EMBEDDED_ONLY if self.engine == "vllm" else _VLLM_ONLY:
+        for name in _NOT_IN[self.engine]:
             if self._is_given(name):
                 raise ValueError(f"{name}: the engine {self.engine} does not have this setting")
         return self

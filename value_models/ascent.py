@@ -107,15 +107,15 @@ class NaturalSums:
             gains.append(gain_CWD / source.data.num_tokens("train"))
         return cls(head, fisher, num_fisher_tokens, gains, [source.weight for source in sources])
 
-    def directions(self, credits: Sequence[int], *, damping: float, num_rows: int | None = None) -> list[Tensor]:
+    def directions(self, numbers: Sequence[int], *, damping: float, num_rows: int | None = None) -> list[Tensor]:
         """u [W, D] = (F + damping * mean eigenvalue * I)^-1 E[A x], x a token's features times its gradient, of several
-        sources their sum, for some of the ways of crediting; of the first rows alone where `num_rows` says so."""
+        sources their sum, for the credits of these `numbers`; of the first rows alone where `num_rows` says so."""
         num_rows = num_rows or _num_fitted(self.head)
         fisher_FF = self.fisher.matrix(num_rows).div_(self.num_fisher_tokens)
         damping_F = _damping(fisher_FF, self.head.hidden_size, damping)
         fisher_FF.diagonal().add_(damping_F)
         found: list[Tensor] = []
-        for number in credits:
+        for number in numbers:
             directions = [solve(fisher_FF, gain_CWD[number, :num_rows].flatten()) for gain_CWD in self.gains]
             if len(self.gains) > 1:
                 costs = [

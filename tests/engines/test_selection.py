@@ -144,3 +144,18 @@ def test_a_vllm_for_cpus_is_none_for_a_gpu(version: str, lack: str | None, monke
     monkeypatch.setattr("server.engines.selection._vllm_architectures", lambda: frozenset(["LlamaForCausalLM"]))
     expected = "there are a CUDA device and vLLM" if lack is None else lack
     assert choose(Settings(engine="auto")).reason == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "given"),
+    [
+        ("embedded", {"tensor_parallel_size": 2}),
+        ("vllm", {"quantization": "int8"}),
+        ("fake", {"search_rewards": ("plain",)}),
+        ("fake", {"pipeline_parallel_size": 2}),
+    ],
+)
+def test_a_setting_that_the_engine_does_not_have_is_refused(engine: Any, given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ValidationError, match=f"{name}: the engine {engine} does not have this setting"):
+        Settings(engine=engine, **given)
