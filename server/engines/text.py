@@ -24,6 +24,7 @@ from server.types import ChatRendering, TokenLogprob, TokenText
 
 _LONG_CHARS = 2**14
 _GAP = "\ud800"
+"""Half a surrogate pair, which is in no text and in no stop string."""
 
 
 class Tokenization(ABC):

@@ -58,8 +58,8 @@ class Gatekeeper:
         context = context_of(scope)
         try:
             context.caller = self._caller(scope)
-            # The patterns of routes end in `$`, which stands before a last line end too: they would take `/metrics\n` for
-            # the path that was not seen here.
+            # The patterns of routes end in `$`, which stands before a last line end too: they would take `/metrics\n`
+            # for the path that was not seen here.
             if scope["path"].endswith("\n"):
                 raise NotFoundError("No path of this server ends in a line end.")
         except (AuthenticationError, NotFoundError) as error:
