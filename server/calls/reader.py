@@ -18,6 +18,8 @@ from server.calls.writers import Frame
 
 _LEAST_OPENING = 2
 """Characters that begin what opens a call, beyond which it is taken for one until it turns out to be none."""
+_MOST_FALSE = 16
+"""Openings of a text that opened no call, beyond which it is text: behind each all of it may be read anew."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -82,6 +84,7 @@ class FreeReader:
         self._raw = ""
         """The region's own text, its opener included."""
         self.num_calls = 0
+        self._num_false = 0
         self._has_begun = False
         """Whether anything but white space has come."""
         self._follows_call = False
@@ -170,6 +173,9 @@ class FreeReader:
             # Behind what seemed to open a call there may be one all the same.
             self._region = None
             opener = next((known for known in self._openers if self._raw.startswith(known)), self._raw[:1])
+            self._num_false += 1
+            if self._num_false == _MOST_FALSE:
+                self._openers = {}
             out.append(self._let_go(opener))
             return self._raw[len(opener) :]
         if outcome is None:

@@ -30,6 +30,9 @@ _WITHOUT_REQUEST = (h11.IDLE, h11.SEND_BODY, h11.MUST_CLOSE, h11.CLOSED, h11.ERR
 """States of a client that has no whole request behind which another one could come."""
 _MOST_BYTES_AHEAD = 64 * 1024
 """Of further requests, which a client sends before the response to the last one has come."""
+_MOST_SMALL_CHUNKS = 4096
+_LEAST_CHUNK_BYTES = 64
+"""Of further chunks of a body on average. Each takes the event loop some 15 us, whatever it holds."""
 
 
 @dataclass(slots=True)
@@ -57,6 +60,33 @@ class ServerConfig(uvicorn.Config):
     limits: ConnectionLimits
 
 
+class _TooManyChunksError(h11.RemoteProtocolError):
+    """A body in chunks that are far smaller than any client needs."""
+
+
+class _Connection(h11.Connection):
+    """h11's own, which counts the chunks of a body: a quarter of a megabyte, which is read at one go, may hold 40,000
+    of a byte each, whether or not anybody still wants the body."""
+
+    _num_chunks = 0
+    _num_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises _TooManyChunksError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_chunks = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_chunks += event.chunk_start
+            self._num_bytes += len(event.data)
+            if self._num_chunks > _MOST_SMALL_CHUNKS + self._num_bytes // _LEAST_CHUNK_BYTES:
+                raise _TooManyChunksError(
+                    f"The body comes in chunks of less than {_LEAST_CHUNK_BYTES} bytes, of which there may be "
+                    f"{_MOST_SMALL_CHUNKS}; send larger ones."
+                )
+        return event
+
+
 class Protocol(H11Protocol):
     """Answers what is no HTTP, has too large headers or does not send them, with the same body as everything else.
 
@@ -70,6 +100,10 @@ class Protocol(H11Protocol):
     _slow_cycle: Any = None
     """The request whose response the client fell behind with, and the time by which it must have read it."""
     _due_s = math.inf
+
+    def __init__(self, config: ServerConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.conn = _Connection(h11.SERVER, config.h11_max_incomplete_event_size or _MOST_BYTES_AHEAD)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -121,7 +155,7 @@ class Protocol(H11Protocol):
         if hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The headers are too large.")
         else:
-            self._refuse(HTTPStatus.BAD_REQUEST, msg)
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error) if isinstance(error, _TooManyChunksError) else msg)
 
     @property
     def _limits(self) -> ConnectionLimits:
@@ -231,3 +265,6 @@ class Protocol(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        if self.cycle is not None:
+            # The app may not have seen yet that there is nobody to answer any more.
+            self.cycle.disconnected = True

@@ -23,6 +23,8 @@ from server.engines.vocabulary import Vocabulary
 from server.types import ChatRendering, TokenLogprob, TokenText
 
 _LONG_CHARS = 2**14
+_GAP = "\ud800"
+"""Half a surrogate pair, which is in no text and in no stop string."""
 
 
 class Tokenization(ABC):
@@ -230,7 +232,26 @@ class StopMatcher:
             self.has_stopped = True
             _, start = min(matches)
             return self._release(start, drop_rest=True)
+        self._forget_names()
         return self._release(self._safe_length())
+
+    def _forget_names(self) -> None:
+        """Put one character that no text has in the place of names that no stop string can end behind any more: text
+        before them may be held for as long as nothing visible comes."""
+        open_from = len(self._held) - self._open_suffix(self._held)
+        if not any(end <= open_from and end - start > 1 for start, end in self._hidden):
+            return
+        held, hidden, begin = "", [], 0
+        for start, end in self._hidden:
+            held += self._held[begin:start]
+            begin = end
+            if end > open_from:
+                hidden.append((len(held), len(held) + end - start))
+                held += self._held[start:end]
+            elif not held.endswith(_GAP):
+                hidden.append((len(held), len(held) + 1))
+                held += _GAP
+        self._held, self._hidden = held + self._held[begin:], hidden
 
     def flush(self) -> str:
         """What is still held, at the end of the text."""
@@ -255,7 +276,11 @@ class StopMatcher:
 
     def _visible(self) -> tuple[str, list[int]]:
         """The held text without special tokens, and where its characters are held."""
-        places = [i for i in range(len(self._held)) if not any(start <= i < end for start, end in self._hidden)]
+        places: list[int] = []
+        begin = 0
+        for start, end in [*self._hidden, (len(self._held), 0)]:
+            places += range(begin, start)
+            begin = end
         return "".join(self._held[i] for i in places), places
 
     def _safe_length(self) -> int:

@@ -67,6 +67,15 @@ def test_metrics_are_the_operators_and_no_callers(
             assert (response.status_code, told in response.text) == (status, True)
 
 
+@pytest.mark.parametrize("key", [None, KEY, MANAGER])
+def test_a_line_end_behind_a_path_opens_none(keyed: Callable[..., TestClient], key: str | None) -> None:
+    """Routes' patterns would match it, with the key of another path."""
+    with keyed(key) as client:
+        for method, path in (("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/health"), ("POST", "/v1/heads")):
+            response = client.request(method, f"{path}%0A")
+            assert response.status_code == (404 if key == KEY else 401), path
+
+
 def test_without_a_management_key_a_closed_servers_metrics_are_nobodys(make_app: Callable[..., FastAPI]) -> None:
     with TestClient(make_app(settings={"api_keys": KEY}), headers=bearer(KEY)) as client:
         assert client.get("/metrics").status_code == 401

@@ -75,6 +75,40 @@ def test_bodies_on_their_way_take_bounded_memory_together(make_app: Callable[...
         assert eventually(lambda: httpx.post(f"{url}/v1/completions", json=large).status_code == 400)
 
 
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def test_a_body_in_chunks_of_a_byte_is_a_400_before_they_hold_up_others(make_app: Callable[..., FastAPI]) -> None:
+    with serving(make_app()) as url:
+        answer = rest(sent(url, CHUNKED + b"1\r\n \r\n" * 5000))
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"in chunks of less than 64 bytes" in answer
+        # Also where a body is only passed over.
+        with contextlib.suppress(ConnectionError):
+            unwanted = CHUNKED.replace(b"/v1/completions", b"/v1/none")
+            assert b"200" not in rest(sent(url, unwanted + b"1\r\n \r\n" * 5000))
+
+
+def test_a_body_that_is_refused_for_its_chunks_gets_no_second_answer(
+    make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of the app's own, to which it is too large as well."""
+    large = b"ff00\r\n" + b" " * 0xFF00 + b"\r\n"
+    with serving(make_app(settings={"max_body_bytes": 0xFF00})) as url:
+        assert rest(sent(url, CHUNKED + large + b"1\r\n \r\n" * 5500)).count(b"HTTP/1.1 4") == 1
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_body_may_come_in_small_chunks_and_in_many_of_a_usual_size(make_app: Callable[..., FastAPI]) -> None:
+    body = json.dumps(SHORT).encode()
+    few = (b"%c" % byte for byte in body + b" " * 4000)
+    many = (b" " * 64 for _ in range(6000))
+    with serving(make_app(settings={"max_body_bytes": 2**20})) as url:
+        for parts in (few, (part for some in ((body,), many) for part in some)):
+            headers = {"content-type": "application/json"}
+            assert httpx.post(f"{url}/v1/completions", content=parts, headers=headers).status_code == 200
+
+
 def _early(connection: socket.socket) -> bytes:
     """What has come before the body is whole."""
     connection.settimeout(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -263,3 +264,12 @@ def test_of_a_held_call_that_the_limit_cuts_before_its_name_is_whole_nothing_is_
     text = held(form, ("weather", "{}"))
     cuts = range(text.index("weather") + len("weather"))
     assert {cut: read(form, list(text[:cut]), is_held=True) for cut in cuts} == dict.fromkeys(cuts, ("", []))
+
+
+def test_a_text_full_of_what_opens_no_call_is_not_read_anew_for_each() -> None:
+    text = "<code>" * 3000 + ")"
+    reader = CallRules(FORMATS["smollm-python"], {"f": None}).reader()
+    started_s = time.process_time()
+    out = "".join(reader.add(text[at : at + 6])[0] for at in range(0, len(text), 6)) + reader.end()[0]
+    assert out == text
+    assert time.process_time() - started_s < 3  # of a minute, in the loop that all requests share

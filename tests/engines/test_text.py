@@ -103,3 +103,12 @@ def test_a_byte_fallback_decoder_that_rewrites_its_text_changes_nothing_that_is_
     text = "".join(detokenizer.add(token).text for token in [*tokens, 2, 2])
     # A decoding of the whole would make all four bytes replacement characters, and 天 is out already.
     assert text == "天\ufffddd"
+
+
+def test_special_tokens_behind_held_text_are_not_kept_one_by_one() -> None:
+    """A second token by token once took minutes, in the loop that all requests share."""
+    stop = StopMatcher(["ab", "a<|x|>"])
+    assert [stop.add("a"), *(stop.add("", "<|y|>") for _ in range(500))] == [""] * 501
+    assert len(stop._held) < 10
+    assert (stop.add("", "<|x|>"), stop.has_stopped) == ("", False)
+    assert (stop.copy().add("c"), stop.add("b"), stop.has_stopped) == ("ac", "", True)
