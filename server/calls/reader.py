@@ -18,7 +18,7 @@ from server.calls.writers import Frame
 
 _LEAST_OPENING = 2
 """Characters that begin what opens a call, beyond which it is taken for one until it turns out to be none."""
-_MOST_FALSE = 16
+_MOST_FALSE = 64
 """Openings of a text that opened no call, beyond which it is text: behind each all of it may be read anew."""
 
 
