@@ -13,11 +13,14 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from server.cli.signals import before_the_end
 
 _STOP_TIMEOUT_S = 20.0
 _FREEZE_TIMEOUT_S = 10.0
@@ -26,6 +29,17 @@ _TAIL_LINES = 6
 
 class PeerError(Exception):
     """A peer failed, died or was too slow; the message holds the end of its log."""
+
+
+_children: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
+def _kill_children() -> None:
+    for child in list(_children):
+        child.kill()
+
+
+before_the_end(_kill_children)
 
 
 class Child:
@@ -45,9 +59,14 @@ class Child:
                 stderr=out,
                 **{"stdin": subprocess.DEVNULL, "stdout": out, **pipes},
             )
+        _children.add(self)
         self._frozen_cpu_s: float | None = None
         self.idle_cpu_s = 0.0
         """CPU time that it took while it was frozen: the proof that it was idle."""
+
+    def kill(self) -> None:
+        """At once, frozen or not, with all that it has started."""
+        self._each(psutil.Process.kill)
 
     @property
     def is_running(self) -> bool:

@@ -12,10 +12,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_last_acts: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -36,6 +37,15 @@ def ending_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def before_the_end(act: Callable[[], None]) -> None:
+    """Have a signal that ends the process do this first, since no `finally` is come to. It must be quick."""
+    _last_acts.append(act)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     del frame
-    os._exit(128 + number)
+    try:
+        for act in _last_acts:
+            act()
+    finally:
+        os._exit(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,17 @@ child = Child([sys.executable, "-c", "import time; time.sleep(600)"], env={}, lo
 child.freeze()
 print(child._popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
+"""
+LEFT = """
+import os, pathlib, signal, sys, time
+from benchmarks.speed.process import Child
+from server.cli.signals import ending_at_once
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+with ending_at_once():
+    child = Child([sys.executable, "-c", deaf], env={}, log=pathlib.Path(sys.argv[1]))
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), int(sys.argv[2]))
+    time.sleep(600)
 """
 
 
@@ -66,6 +78,15 @@ def test_a_frozen_child_dies_with_a_benchmark_that_is_killed(tmp_path: Path, pre
     done = subprocess.run(
         [*prefix, sys.executable, "-c", ORPHAN, str(tmp_path / "log")], capture_output=True, text=True, check=False
     )
+    pid = int(done.stdout)
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it died")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_child_dies_with_a_benchmark_that_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", LEFT, str(tmp_path / "log"), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, "")
     pid = int(done.stdout)
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it died")
 
