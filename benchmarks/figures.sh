@@ -49,8 +49,8 @@ if grep -qw amx_tile /proc/cpuinfo; then
     once amx-long benchmarks.speed --only long,neighbours --peers recontrol,vllm,transformers --repeats 2 \
         --heads positive --label amx --out $results/amx-long.json $into
 elif grep -qw avx2 /proc/cpuinfo && ! grep -qw avx512f /proc/cpuinfo; then
-    once avx2 benchmarks.speed --only offline --peers $peers --batch-sizes 1,8,32,64 --repeats 2 --heads positive \
-        --label avx2 --out $results/avx2.json $into
+    once avx2 benchmarks.speed --only offline --peers recontrol,recontrol-1-head,recontrol-4bit,vllm \
+        --batch-sizes 1,8,32,64 --repeats 2 --heads positive --label avx2 --out $results/avx2.json $into
 else
     grep -qw avx512_bf16 /proc/cpuinfo || { into='' && results=runs/figures; }
     once cpu benchmarks.speed --repeats 4 --rates 2,4 --num-requests 30 $heads --out $results/cpu.json $into
