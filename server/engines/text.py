@@ -232,7 +232,8 @@ class StopMatcher:
             self.has_stopped = True
             _, start = min(matches)
             return self._release(start, drop_rest=True)
-        self._forget_names()
+        if self._hidden:
+            self._forget_names()
         return self._release(self._safe_length())
 
     def _forget_names(self) -> None:
