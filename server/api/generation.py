@@ -34,14 +34,8 @@ from server.api.workers import Workers
 from server.control.levels import UNCALIBRATED, uncalibrated
 from server.control.turns import Turn
 from server.engines.base import ChunkStream, Engine, EngineInfo
-from server.errors import (
-    ShuttingDownError,
-)
-from server.types import (
-    ChatRendering,
-    GenerationRequest,
-    Opening,
-)
+from server.errors import ShuttingDownError
+from server.types import ChatRendering, GenerationRequest, Opening
 
 LEAST_NEW_TOKENS = 16
 """Of a text whose length the caller left open; with fewer in the minute's rest there is a 429 and no useless text."""
