@@ -74,12 +74,7 @@ class JsonScanner:
         """How many of these characters belong to the value, or None while it goes on. Raises MalformedError."""
         for position, character in enumerate(text):
             if self._is_in_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif character == "\\":
-                    self._is_escaped = True
-                elif character == '"':
-                    self._is_in_string = False
+                self._go_on_in_string(character)
             elif character in _CLOSERS:
                 self._open.append(_CLOSERS[character])
                 if len(self._open) > _MAX_DEPTH:
@@ -94,6 +89,14 @@ class JsonScanner:
                 if not self._open:
                     return position + 1
         return None
+
+    def _go_on_in_string(self, character: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif character == "\\":
+            self._is_escaped = True
+        elif character == '"':
+            self._is_in_string = False
 
 
 def parsed(text: str) -> Any:

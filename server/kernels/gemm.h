@@ -41,8 +41,9 @@ struct Inputs<float, bf16> {
     const float* numbers;
 };
 
-// How products of bfloat16 numbers are summed: pairs at once where there is an instruction for it; elsewhere first numbers
-// of pairs and then second ones, of inputs that are widened, so that few registers hold weights and many hold sums.
+// How products of bfloat16 numbers are summed: pairs at once where there is an instruction for it. Elsewhere the first
+// numbers of pairs and then the second ones, of inputs that are widened, so that few registers hold weights and many
+// hold sums.
 struct PairProducts {
 #ifdef __AVX512BF16__
     using Input = bf16;

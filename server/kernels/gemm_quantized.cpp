@@ -54,6 +54,26 @@ struct Int8 {
 #endif
 };
 
+#ifndef __AVX512BF16__
+// A format's numbers of kHalves halves of a panel, widened once for several tiles: [pairs, 2, kHalves, 16] floats.
+template <class Format>
+struct Widened {
+    static constexpr int64_t kPairBytes = 2 * kHalves * kLanes * sizeof(float), kScales = Format::kScales;
+    static constexpr bool kHasLeast = Format::kHasLeast;
+    static Floats weights(const uint8_t* p, int half, int part) {
+        return load((const float*)p + (part * kHalves + half % kHalves) * kLanes);
+    }
+};
+
+template <class Format>
+void widen_halves(const uint8_t* numbers, int64_t pairs, int first_half, float* wide) {
+    for (; pairs > 0; --pairs, numbers += Format::kPairBytes)
+        for (int part = 0; part < 2; ++part)
+            for (int h = 0; h < kHalves; ++h, wide += kLanes)
+                store(wide, Format::floats(numbers, first_half + h, part));
+}
+#endif
+
 // For the halves of a panel from `first_half` on; sums [M][groups] as sums_of_groups has them.
 template <class Format, int M>
 void quantized_tile(const PairProducts::Input* x, int64_t x_stride, const uint8_t* panel, const uint16_t* scales,
@@ -107,34 +127,49 @@ std::vector<float> sums_of_groups(const bf16* x, int64_t groups) {
     return sums;
 }
 
+using QuantizedTile = void (*)(const PairProducts::Input*, int64_t, const uint8_t*, const uint16_t*, const float*,
+                               int64_t, int, Floats[][kHalves]);
 template <class Format>
-void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
-               int64_t inputs, int64_t outputs, bool is_f32) {
-    using Tile = void (*)(const PairProducts::Input*, int64_t, const uint8_t*, const uint16_t*, const float*, int64_t, int,
-                          Floats[][kHalves]);
-    static constexpr Tile kTiles[] = {
-        nullptr,
-        quantized_tile<Format, 1>, quantized_tile<Format, 2>, quantized_tile<Format, 3>,
-        quantized_tile<Format, 4>, quantized_tile<Format, 5>, quantized_tile<Format, 6>,
-    };
-    const Inputs<PairProducts::Input, bf16> given(x, rows * inputs);
-    const int64_t panels = panels_of(outputs), groups = inputs / kGroup;
-    const int64_t tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
-    const std::vector<float> sums = sums_of_groups<Format>(x, rows * groups);
-    share_each(panels, 1, [&](int64_t p) {
-        const uint8_t* panel = packed + p * groups * kGroupPairs * Format::kPairBytes;
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+constexpr QuantizedTile kQuantizedTiles[] = {
+    nullptr,
+    quantized_tile<Format, 1>, quantized_tile<Format, 2>, quantized_tile<Format, 3>,
+    quantized_tile<Format, 4>, quantized_tile<Format, 5>, quantized_tile<Format, 6>,
+};
+
+template <class Format>
+void quantized(const bf16* given, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
+               int64_t rows, int64_t inputs, int64_t outputs, bool is_f32) {
+    const Inputs<PairProducts::Input, bf16> x(given, rows * inputs);
+    const int64_t groups = inputs / kGroup, tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
+    const std::vector<float> sums = sums_of_groups<Format>(given, rows * groups);
+    share(panels_of(outputs), [&](Pieces& pieces) {
+        const QuantizedTile* tile_of = kQuantizedTiles<Format>;
+#ifndef __AVX512BF16__
+        const bool is_widened = tiles > 2;
+        std::vector<float> wide(is_widened ? inputs * kHalves * kLanes : 0);
+        if (is_widened) tile_of = kQuantizedTiles<Widened<Format>>;
+#endif
+        for (const int64_t p : pieces)
             for (int half = 0; half < 2; half += kHalves) {
-                Floats out[kMaxQuantizedTile][kHalves];
-                kTiles[count](given.numbers + first * inputs, inputs, panel, scales + p * groups * Format::kScales,
-                              sums.data() + first * groups, groups, half, out);
-                for (int64_t m = 0; m < count; ++m)
-                    for (int h = 0; h < kHalves; ++h)
-                        store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes, outputs,
-                                      bias, is_f32);
+                const uint8_t* numbers = packed + p * groups * kGroupPairs * Format::kPairBytes;
+#ifndef __AVX512BF16__
+                if (is_widened) {
+                    widen_halves<Format>(numbers, groups * kGroupPairs, half, wide.data());
+                    numbers = (const uint8_t*)wide.data();
+                }
+#endif
+                for (int64_t t = 0; t < tiles; ++t) {
+                    // Tiles of nearly equal size.
+                    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+                    Floats out[kMaxQuantizedTile][kHalves];
+                    tile_of[count](x.numbers + first * inputs, inputs, numbers, scales + p * groups * Format::kScales,
+                                   sums.data() + first * groups, groups, half, out);
+                    for (int64_t m = 0; m < count; ++m)
+                        for (int h = 0; h < kHalves; ++h)
+                            store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes,
+                                          outputs, bias, is_f32);
+                }
             }
-        }
     });
 }
 

@@ -139,9 +139,7 @@ inline Floats load_even(const bf16* p) {
 inline Floats load_odd(const bf16* p) {
     return {upper(_mm256_loadu_si256((const __m256i*)p)), upper(_mm256_loadu_si256((const __m256i*)(p + 16)))};
 }
-inline Pairs load_pairs(const bf16* p) {
-    return {load_even(p), load_odd(p)};
-}
+inline Pairs load_pairs(const bf16* p) { return {load_even(p), load_odd(p)}; }
 inline Pairs all_pairs(int32_t pair) {
     const __m256i a = _mm256_set1_epi32(pair);
     return {{lower(a), lower(a)}, {upper(a), upper(a)}};
