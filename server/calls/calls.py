@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 MAX_CALLS = 128
 """Of one text."""
+_MAX_DEPTH = 512
+"""Of JSON. What is open is copied with each token that a guardrail may take back."""
 WHITESPACE = " \t\r\n"
 _CLOSERS = {"{": "}", "[": "]"}
 _OUTSIDE_STRINGS = frozenset(WHITESPACE + '{}[]:,"+-.0123456789eEtrufalsn')
@@ -59,7 +61,8 @@ class Region(Protocol):
 class JsonScanner:
     """Finds where a JSON object or array ends, without looking twice at a character.
 
-    It lets pass some texts that are no JSON, but none that goes on behind the value's end.
+    It lets pass some texts that are no JSON, but none that goes on behind the value's end or is nested more than
+    512 deep.
     """
 
     def __init__(self) -> None:
@@ -71,14 +74,11 @@ class JsonScanner:
         """How many of these characters belong to the value, or None while it goes on. Raises MalformedError."""
         for position, character in enumerate(text):
             if self._is_in_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif character == "\\":
-                    self._is_escaped = True
-                elif character == '"':
-                    self._is_in_string = False
+                self._go_on_in_string(character)
             elif character in _CLOSERS:
                 self._open.append(_CLOSERS[character])
+                if len(self._open) > _MAX_DEPTH:
+                    raise MalformedError
             elif character not in _OUTSIDE_STRINGS or not self._open:
                 raise MalformedError
             elif character == '"':
@@ -89,6 +89,14 @@ class JsonScanner:
                 if not self._open:
                     return position + 1
         return None
+
+    def _go_on_in_string(self, character: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif character == "\\":
+            self._is_escaped = True
+        elif character == '"':
+            self._is_in_string = False
 
 
 def parsed(text: str) -> Any:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.calls.calls import WHITESPACE, JsonScanner, MalformedError, Outcome, checked, parsed
+from server.calls.calls import MAX_CALLS, WHITESPACE, JsonScanner, MalformedError, Outcome, checked, parsed
 
 _ARGUMENTS = ("arguments", "parameters")
 _MISTRAL_HEAD = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*", re.ASCII)
@@ -92,6 +92,8 @@ class BareJson:
             if not behind:
                 return None
             if behind[0] != ";":
+                return self._outcome(self._behind)
+            if len(self._values) == MAX_CALLS:
                 return self._outcome(self._behind)
             text, self._behind = behind[1:], None
             self._value, self._scanner = "", JsonScanner()

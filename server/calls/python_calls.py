@@ -13,7 +13,8 @@ from typing import Any
 from server.calls.calls import WHITESPACE, MalformedError, Outcome, checked
 from server.calls.json_calls import json_calls
 
-_MAX_CHARS = 65_536
+_MAX_CHARS = 32_768
+"""Of calls that are parsed at once, in the loop that all requests share."""
 _MAX_DEPTH = 64
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 

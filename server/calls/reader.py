@@ -18,8 +18,8 @@ from server.calls.writers import Frame
 
 _LEAST_OPENING = 2
 """Characters that begin what opens a call, beyond which it is taken for one until it turns out to be none."""
-_MOST_FALSE = 64
-"""Openings of a text that opened no call, beyond which it is text: behind each all of it may be read anew."""
+_MOST_READ_ANEW = 65_536
+"""Characters behind openings of a text that opened no call, beyond which it is text: each is read once more."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,7 +84,7 @@ class FreeReader:
         self._raw = ""
         """The region's own text, its opener included."""
         self.num_calls = 0
-        self._num_false = 0
+        self._num_read_anew = 0
         self._has_begun = False
         """Whether anything but white space has come."""
         self._follows_call = False
@@ -173,8 +173,8 @@ class FreeReader:
             # Behind what seemed to open a call there may be one all the same.
             self._region = None
             opener = next((known for known in self._openers if self._raw.startswith(known)), self._raw[:1])
-            self._num_false += 1
-            if self._num_false == _MOST_FALSE:
+            self._num_read_anew += len(self._raw)
+            if self._num_read_anew > _MOST_READ_ANEW:
                 self._openers = {}
             out.append(self._let_go(opener))
             return self._raw[len(opener) :]

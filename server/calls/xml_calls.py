@@ -50,17 +50,16 @@ class XmlCall:
         return Outcome(checked(calls, self._tools), rest)
 
     def _arguments(self, name: str, body: str) -> dict[str, Any]:
-        properties = (self._tools.get(name) or {}).get("properties")
-        arguments: dict[str, Any] = {}
+        given: dict[str, str] = {}
         at = 0
         while match := _PARAMETER.match(body, at):
-            key = match[1].strip()
-            schema = properties.get(key) if isinstance(properties, dict) else None
-            arguments[key] = _typed(match[2].removeprefix("\n").removesuffix("\n"), schema)
+            given[match[1].strip()] = match[2].removeprefix("\n").removesuffix("\n")
             at = match.end()
         if body[at:].strip(WHITESPACE):
             raise MalformedError
-        return arguments
+        properties = (self._tools.get(name) or {}).get("properties")
+        schemas = properties if isinstance(properties, dict) else {}
+        return {key: _typed(value, schemas.get(key)) for key, value in given.items()}
 
 
 def _typed(text: str, schema: Any) -> Any:

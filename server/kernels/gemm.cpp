@@ -11,29 +11,34 @@
 namespace recontrol {
 namespace {
 
+// A format's weights are multiplied in `kParts`, one after the other, each with its own inputs of a step.
 struct Float32 {
     using Number = float;
-    static constexpr int kStep = 1;
+    using Input = float;
+    static constexpr int kStep = 1, kParts = 1;
     static int64_t panel_size(int64_t inputs) { return inputs * kPanel; }
-    static Floats weights(const float* p) { return load(p); }
-    static Floats inputs(const float* p) { return all(*p); }
-    static Floats last_inputs(const float* p) { return all(*p); }
+    static Floats weights(const float* p, int) { return load(p); }
+    static Floats inputs(const float* p, int) { return all(*p); }
+    static Floats last_inputs(const float* p, int) { return all(*p); }
     static Floats multiply(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
 };
 
-struct Bfloat16 {
+struct Bfloat16 : PairProducts {
     using Number = bf16;
     static constexpr int kStep = 2;
     static int64_t panel_size(int64_t inputs) { return padded(inputs) * kPanel; }
-    static Pairs weights(const bf16* p) { return load_pairs(p); }
-    static Pairs inputs(const bf16* p) { return all_pairs(p); }
-    static Pairs last_inputs(const bf16* p) { return all_pairs((int32_t)*p); }
-    static Floats multiply(Floats sum, Pairs w, Pairs x) { return dot(sum, w, x); }
+#ifdef __AVX512BF16__
+    static Pairs weights(const bf16* p, int) { return load_pairs(p); }
+    static Pairs last_inputs(const bf16* p, int) { return all_pairs((int32_t)*p); }
+#else
+    static Floats weights(const bf16* p, int part) { return part ? load_odd(p) : load_even(p); }
+    static Floats last_inputs(const float* p, int part) { return part ? zeros() : all(*p); }
+#endif
 };
 
 // Sums [M][kHalves] over all inputs of M rows, for the halves of a panel that begin at `panel`.
 template <class Format, int M>
-void tile(const typename Format::Number* x, int64_t x_stride, const typename Format::Number* panel, int64_t inputs,
+void tile(const typename Format::Input* x, int64_t x_stride, const typename Format::Number* panel, int64_t inputs,
           Floats out[][kHalves]) {
     constexpr int kStep = Format::kStep;
     Floats acc[M][kHalves];
@@ -45,12 +50,15 @@ void tile(const typename Format::Number* x, int64_t x_stride, const typename For
         const auto* w = panel + k * kPanel;
         _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
         _mm_prefetch((const char*)w + 2048 + 64, _MM_HINT_T0);
-        decltype(Format::weights(w)) weights[kHalves];
-        for (int h = 0; h < kHalves; ++h) weights[h] = Format::weights(w + h * kLanes * kStep);
+#pragma GCC unroll 2
+        for (int part = 0; part < Format::kParts; ++part) {
+            decltype(Format::weights(w, part)) weights[kHalves];
+            for (int h = 0; h < kHalves; ++h) weights[h] = Format::weights(w + h * kLanes * kStep, part);
 #pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) {
-            const auto xs = inputs_at(x + m * x_stride + k);
-            for (int h = 0; h < kHalves; ++h) acc[m][h] = Format::multiply(acc[m][h], weights[h], xs);
+            for (int m = 0; m < M; ++m) {
+                const auto xs = inputs_at(x + m * x_stride + k, part);
+                for (int h = 0; h < kHalves; ++h) acc[m][h] = Format::multiply(acc[m][h], weights[h], xs);
+            }
         }
     };
     int64_t k = 0;
@@ -62,17 +70,20 @@ void tile(const typename Format::Number* x, int64_t x_stride, const typename For
 }
 
 template <class Format>
-void linear(const typename Format::Number* x, const typename Format::Number* packed, const float* bias, void* y,
+void linear(const typename Format::Number* given, const typename Format::Number* packed, const float* bias, void* y,
             int64_t rows, int64_t inputs, int64_t outputs, bool is_f32) {
     using Number = typename Format::Number;
-    using Tile = void (*)(const Number*, int64_t, const Number*, int64_t, Floats[][kHalves]);
+    using Input = typename Format::Input;
+    using Tile = void (*)(const Input*, int64_t, const Number*, int64_t, Floats[][kHalves]);
     static constexpr Tile kTiles[] = {
         nullptr,         tile<Format, 1>, tile<Format, 2>, tile<Format, 3>, tile<Format, 4>,
+        tile<Format, 5>, tile<Format, 6>,
 #ifdef __AVX512F__
-        tile<Format, 5>, tile<Format, 6>, tile<Format, 7>, tile<Format, 8>, tile<Format, 9>,
+        tile<Format, 7>, tile<Format, 8>, tile<Format, 9>,
         tile<Format, 10>, tile<Format, 11>, tile<Format, 12>,
 #endif
     };
+    const Inputs<Input, Number> x(given, rows * inputs);
     const int64_t panels = panels_of(outputs), tiles = (rows + kMaxTile - 1) / kMaxTile;
     share_each(panels, 1, [&](int64_t p) {
         for (int64_t t = 0; t < tiles; ++t) {
@@ -81,7 +92,7 @@ void linear(const typename Format::Number* x, const typename Format::Number* pac
             for (int half = 0; half < 2; half += kHalves) {
                 Floats out[kMaxTile][kHalves];
                 const Number* panel = packed + p * Format::panel_size(inputs) + half * kLanes * Format::kStep;
-                kTiles[count](x + first * inputs, inputs, panel, inputs, out);
+                kTiles[count](x.numbers + first * inputs, inputs, panel, inputs, out);
                 for (int64_t m = 0; m < count; ++m)
                     for (int h = 0; h < kHalves; ++h)
                         store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes, outputs,

@@ -17,36 +17,67 @@ namespace recontrol {
 namespace {
 
 constexpr int kGroupPairs = kGroup / 2;
+#ifdef __AVX512F__
 // Two sums an output: of the group, and of all.
 constexpr int kMaxQuantizedTile = kMaxTile / 2;
+#else
+// Numbers take so long to widen here that the sums of all leave the registers while a group is summed.
+constexpr int kMaxQuantizedTile = kMaxTile;
+#endif
 
 struct Int4 {
     static constexpr int64_t kPairBytes = 32, kScales = 2 * kPanel;
     static constexpr bool kHasLeast = true;
     // A byte holds a number of each half.
-    static Pairs weights(const uint8_t* p, int half) {
+    static Floats floats(const uint8_t* p, int half, int part) { return load_int4_floats(p, half, part); }
+#ifdef __AVX512BF16__
+    static Pairs weights(const uint8_t* p, int half, int = 0) {
         Pairs low, high;
         load_int4_pairs(p, low, high);
         return half ? high : low;
     }
-#ifdef __AVX512F__
-    static FloatPairs floats(const uint8_t* p, int half) { return load_int4_floats(p, half); }
+#else
+    static Floats weights(const uint8_t* p, int half, int part) { return floats(p, half, part); }
 #endif
 };
 
 struct Int8 {
     static constexpr int64_t kPairBytes = 64, kScales = kPanel;
     static constexpr bool kHasLeast = false;
-    static Pairs weights(const uint8_t* p, int half) { return load_int8_pairs(p + half * kPairBytes / 2); }
-#ifdef __AVX512F__
-    static FloatPairs floats(const uint8_t* p, int half) { return load_int8_floats(p + half * kPairBytes / 2); }
+    static Floats floats(const uint8_t* p, int half, int part) {
+        return load_int8_floats(p + half * kPairBytes / 2, part);
+    }
+#ifdef __AVX512BF16__
+    static Pairs weights(const uint8_t* p, int half, int = 0) { return load_int8_pairs(p + half * kPairBytes / 2); }
+#else
+    static Floats weights(const uint8_t* p, int half, int part) { return floats(p, half, part); }
 #endif
 };
 
+#ifndef __AVX512BF16__
+// A format's numbers of kHalves halves of a panel, widened once for several tiles: [pairs, 2, kHalves, 16] floats.
+template <class Format>
+struct Widened {
+    static constexpr int64_t kPairBytes = 2 * kHalves * kLanes * sizeof(float), kScales = Format::kScales;
+    static constexpr bool kHasLeast = Format::kHasLeast;
+    static Floats weights(const uint8_t* p, int half, int part) {
+        return load((const float*)p + (part * kHalves + half % kHalves) * kLanes);
+    }
+};
+
+template <class Format>
+void widen_halves(const uint8_t* numbers, int64_t pairs, int first_half, float* wide) {
+    for (; pairs > 0; --pairs, numbers += Format::kPairBytes)
+        for (int part = 0; part < 2; ++part)
+            for (int h = 0; h < kHalves; ++h, wide += kLanes)
+                store(wide, Format::floats(numbers, first_half + h, part));
+}
+#endif
+
 // For the halves of a panel from `first_half` on; sums [M][groups] as sums_of_groups has them.
 template <class Format, int M>
-void quantized_tile(const bf16* x, int64_t x_stride, const uint8_t* panel, const uint16_t* scales, const float* sums,
-                    int64_t groups, int first_half, Floats out[][kHalves]) {
+void quantized_tile(const PairProducts::Input* x, int64_t x_stride, const uint8_t* panel, const uint16_t* scales,
+                    const float* sums, int64_t groups, int first_half, Floats out[][kHalves]) {
     Floats total[M][kHalves];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
@@ -58,14 +89,17 @@ void quantized_tile(const bf16* x, int64_t x_stride, const uint8_t* panel, const
             for (int h = 0; h < kHalves; ++h) acc[m][h] = zeros();
         const uint8_t* numbers = panel + g * kGroupPairs * Format::kPairBytes;
         for (int64_t k = 0; k < kGroupPairs; ++k) {
-            _mm_prefetch((const char*)(numbers + k * Format::kPairBytes + 2048), _MM_HINT_T0);
-            Pairs weights[kHalves];
-            for (int h = 0; h < kHalves; ++h)
-                weights[h] = Format::weights(numbers + k * Format::kPairBytes, first_half + h);
+            const uint8_t* w = numbers + k * Format::kPairBytes;
+            _mm_prefetch((const char*)(w + 2048), _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int part = 0; part < PairProducts::kParts; ++part) {
+                PairProducts::Terms weights[kHalves];
+                for (int h = 0; h < kHalves; ++h) weights[h] = Format::weights(w, first_half + h, part);
 #pragma GCC unroll 6
-            for (int m = 0; m < M; ++m) {
-                const Pairs xs = all_pairs(x + m * x_stride + g * kGroup + 2 * k);
-                for (int h = 0; h < kHalves; ++h) acc[m][h] = dot(acc[m][h], weights[h], xs);
+                for (int m = 0; m < M; ++m) {
+                    const auto xs = PairProducts::inputs(x + m * x_stride + g * kGroup + 2 * k, part);
+                    for (int h = 0; h < kHalves; ++h) acc[m][h] = PairProducts::multiply(acc[m][h], weights[h], xs);
+                }
             }
         }
         for (int h = 0; h < kHalves; ++h) {
@@ -93,34 +127,49 @@ std::vector<float> sums_of_groups(const bf16* x, int64_t groups) {
     return sums;
 }
 
+using QuantizedTile = void (*)(const PairProducts::Input*, int64_t, const uint8_t*, const uint16_t*, const float*,
+                               int64_t, int, Floats[][kHalves]);
 template <class Format>
-void quantized(const bf16* x, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y, int64_t rows,
-               int64_t inputs, int64_t outputs, bool is_f32) {
-    using Tile = void (*)(const bf16*, int64_t, const uint8_t*, const uint16_t*, const float*, int64_t, int,
-                          Floats[][kHalves]);
-    static constexpr Tile kTiles[] = {
-        nullptr, quantized_tile<Format, 1>, quantized_tile<Format, 2>,
-#ifdef __AVX512F__
-        quantized_tile<Format, 3>, quantized_tile<Format, 4>, quantized_tile<Format, 5>, quantized_tile<Format, 6>,
+constexpr QuantizedTile kQuantizedTiles[] = {
+    nullptr,
+    quantized_tile<Format, 1>, quantized_tile<Format, 2>, quantized_tile<Format, 3>,
+    quantized_tile<Format, 4>, quantized_tile<Format, 5>, quantized_tile<Format, 6>,
+};
+
+template <class Format>
+void quantized(const bf16* given, const uint8_t* packed, const uint16_t* scales, const float* bias, void* y,
+               int64_t rows, int64_t inputs, int64_t outputs, bool is_f32) {
+    const Inputs<PairProducts::Input, bf16> x(given, rows * inputs);
+    const int64_t groups = inputs / kGroup, tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
+    const std::vector<float> sums = sums_of_groups<Format>(given, rows * groups);
+    share(panels_of(outputs), [&](Pieces& pieces) {
+        const QuantizedTile* tile_of = kQuantizedTiles<Format>;
+#ifndef __AVX512BF16__
+        const bool is_widened = tiles > 2;
+        std::vector<float> wide(is_widened ? inputs * kHalves * kLanes : 0);
+        if (is_widened) tile_of = kQuantizedTiles<Widened<Format>>;
 #endif
-    };
-    const int64_t panels = panels_of(outputs), groups = inputs / kGroup;
-    const int64_t tiles = (rows + kMaxQuantizedTile - 1) / kMaxQuantizedTile;
-    const std::vector<float> sums = sums_of_groups<Format>(x, rows * groups);
-    share_each(panels, 1, [&](int64_t p) {
-        const uint8_t* panel = packed + p * groups * kGroupPairs * Format::kPairBytes;
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+        for (const int64_t p : pieces)
             for (int half = 0; half < 2; half += kHalves) {
-                Floats out[kMaxQuantizedTile][kHalves];
-                kTiles[count](x + first * inputs, inputs, panel, scales + p * groups * Format::kScales,
-                              sums.data() + first * groups, groups, half, out);
-                for (int64_t m = 0; m < count; ++m)
-                    for (int h = 0; h < kHalves; ++h)
-                        store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes, outputs,
-                                      bias, is_f32);
+                const uint8_t* numbers = packed + p * groups * kGroupPairs * Format::kPairBytes;
+#ifndef __AVX512BF16__
+                if (is_widened) {
+                    widen_halves<Format>(numbers, groups * kGroupPairs, half, wide.data());
+                    numbers = (const uint8_t*)wide.data();
+                }
+#endif
+                for (int64_t t = 0; t < tiles; ++t) {
+                    // Tiles of nearly equal size.
+                    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+                    Floats out[kMaxQuantizedTile][kHalves];
+                    tile_of[count](x.numbers + first * inputs, inputs, numbers, scales + p * groups * Format::kScales,
+                                   sums.data() + first * groups, groups, half, out);
+                    for (int64_t m = 0; m < count; ++m)
+                        for (int h = 0; h < kHalves; ++h)
+                            store_outputs(out[m][h], y, (first + m) * outputs, p * kPanel + (half + h) * kLanes,
+                                          outputs, bias, is_f32);
+                }
             }
-        }
     });
 }
 
@@ -148,9 +197,8 @@ void quantized_row(const float* x, const uint8_t* numbers, const uint16_t* scale
         for (int64_t k = 0; k < kGroupPairs; ++k, numbers += Format::kPairBytes, x += 2) {
             _mm_prefetch((const char*)numbers + 2048, _MM_HINT_T0);
             for (int h = 0; h < 2; ++h) {
-                const FloatPairs weights = Format::floats(numbers, h);
-                first[h] = fma(weights.first, all(x[0]), first[h]);
-                second[h] = fma(weights.second, all(x[1]), second[h]);
+                first[h] = fma(Format::floats(numbers, h, 0), all(x[0]), first[h]);
+                second[h] = fma(Format::floats(numbers, h, 1), all(x[1]), second[h]);
             }
         }
         for (int h = 0; h < 2; ++h) {

@@ -133,32 +133,34 @@ inline __m256 upper(__m256i x) {
     return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xFFFF0000)));
 }
 inline __m256 lower(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline Pairs load_pairs(const bf16* p) {
-    const __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 16));
-    return {{lower(a), lower(b)}, {upper(a), upper(b)}};
+inline Floats load_even(const bf16* p) {
+    return {lower(_mm256_loadu_si256((const __m256i*)p)), lower(_mm256_loadu_si256((const __m256i*)(p + 16)))};
 }
+inline Floats load_odd(const bf16* p) {
+    return {upper(_mm256_loadu_si256((const __m256i*)p)), upper(_mm256_loadu_si256((const __m256i*)(p + 16)))};
+}
+inline Pairs load_pairs(const bf16* p) { return {load_even(p), load_odd(p)}; }
 inline Pairs all_pairs(int32_t pair) {
     const __m256i a = _mm256_set1_epi32(pair);
     return {{lower(a), lower(a)}, {upper(a), upper(a)}};
 }
 inline Floats dot(Floats sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
 
-inline Pairs load_int8_pairs(const uint8_t* p) {
-    const auto eight = [](const uint8_t* from, int left) {
+// Of 16 pairs of signed bytes, the first numbers or the second.
+inline Floats load_int8_floats(const uint8_t* p, int is_second) {
+    const auto eight = [is_second](const uint8_t* from) {
         const __m256i pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
-        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, left), 24));
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, is_second ? 16 : 24), 24));
     };
-    return {{eight(p, 24), eight(p + 16, 24)}, {eight(p, 16), eight(p + 16, 16)}};
+    return {eight(p), eight(p + 16)};
 }
-inline void load_int4_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
-    const auto numbers = [p](int shift) {
-        const auto eight = [shift](const uint8_t* from) {
-            const __m256i pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
-            return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(pairs, shift), _mm256_set1_epi32(15)));
-        };
-        return Floats{eight(p), eight(p + 16)};
+// Of numbers of 4 bits, the lower ones of bytes or the higher.
+inline Floats load_int4_floats(const uint8_t* p, int is_high, int is_second) {
+    const auto eight = [shift = 4 * is_high + 8 * is_second](const uint8_t* from) {
+        const __m256i pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(pairs, shift), _mm256_set1_epi32(15)));
     };
-    low = {numbers(0), numbers(8)}, high = {numbers(4), numbers(12)};
+    return {eight(p), eight(p + 16)};
 }
 
 }  // namespace

@@ -74,22 +74,35 @@ inline Floats dot(Floats sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a
 struct Pairs {
     Floats even, odd;
 };
-inline Pairs as_pairs(__m512i bits) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xFFFF0000)))};
+inline Floats lower(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+inline Floats upper(__m512i x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xFFFF0000)));
 }
+inline Floats load_even(const bf16* p) { return lower(_mm512_loadu_si512(p)); }
+inline Floats load_odd(const bf16* p) { return upper(_mm512_loadu_si512(p)); }
+inline Pairs as_pairs(__m512i bits) { return {lower(bits), upper(bits)}; }
 inline Floats dot(Floats sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
 #endif
 inline Pairs load_pairs(const bf16* p) { return as_pairs(_mm512_loadu_si512(p)); }
 inline Pairs all_pairs(int32_t pair) { return as_pairs(_mm512_set1_epi32(pair)); }
 
+// Of 16 pairs of signed bytes, the first numbers or the second.
+inline Floats load_int8_floats(const uint8_t* p, int is_second) {
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, is_second ? 16 : 24), 24));
+}
+// Of numbers of 4 bits, the lower ones of bytes or the higher. The look-up reads four bits.
+inline Floats load_int4_floats(const uint8_t* p, int is_high, int is_second) {
+    alignas(64) static constexpr float kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4 * is_high + 8 * is_second), load(kNumbers));
+}
+
+#ifdef __AVX512BF16__
 // 16 pairs of signed bytes. Whole numbers of so few bits are exact in the upper half of a float.
 inline Pairs load_int8_pairs(const uint8_t* p) {
-    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    const auto number = [&](int left) {
-        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, left), 24)));
-    };
-    return as_pairs(_mm512_or_si512(_mm512_srli_epi32(number(24), 16), number(16)));
+    const auto number = [p](int part) { return _mm512_castps_si512(load_int8_floats(p, part)); };
+    return as_pairs(_mm512_or_si512(_mm512_srli_epi32(number(0), 16), number(1)));
 }
 // 32 pairs of numbers of 4 bits: a byte holds one of `low` below one of `high`. The look-up reads five bits, of which
 // the table ignores the fifth.
@@ -103,27 +116,7 @@ inline void load_int4_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
     low = as_pairs(_mm512_permutexvar_epi16(words, table));
     high = as_pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
 }
-
-// 16 pairs, their first numbers and their second.
-struct FloatPairs {
-    Floats first, second;
-};
-// Of signed bytes.
-inline FloatPairs load_int8_floats(const uint8_t* p) {
-    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    const auto number = [&](int left) {
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, left), 24));
-    };
-    return {number(24), number(16)};
-}
-// Of numbers of 4 bits, the lower ones of bytes or the higher. The look-up reads four bits.
-inline FloatPairs load_int4_floats(const uint8_t* p, int is_high) {
-    alignas(64) static constexpr float kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    const Floats table = load(kNumbers);
-    return {_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4 * is_high), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4 * is_high + 8), table)};
-}
+#endif
 
 }  // namespace
 }  // namespace recontrol

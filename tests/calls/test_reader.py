@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.calls.calls import CallDelta
+from server.calls.calls import MAX_CALLS, CallDelta
 from server.calls.formats import FORMATS
 from server.calls.reader import CallRules
 
@@ -265,12 +265,51 @@ def test_of_a_held_call_that_the_limit_cuts_before_its_name_is_whole_nothing_is_
     assert {cut: read(form, list(text[:cut]), is_held=True) for cut in cuts} == dict.fromkeys(cuts, ("", []))
 
 
-@pytest.mark.parametrize(("num_false", "is_read"), [(63, True), (64, False)])
-def test_behind_many_openings_that_open_no_call_none_is_looked_for(num_false: int, is_read: bool) -> None:
-    """Since all behind each of them may be read anew, in the loop that all requests share."""
+@pytest.mark.parametrize(("num_false", "is_read"), [(100, True), (200, False)])
+def test_behind_much_text_that_had_to_be_read_anew_no_call_is_looked_for(num_false: int, is_read: bool) -> None:
+    """Since all behind each opening that opens no call is read once more, in the loop that all requests share."""
     text = "<code>" * num_false + ") " + "<code>f()</code>"
     reader = CallRules(FORMATS["smollm-python"], {"f": None}).reader()
     read = [reader.add(text[at : at + 6]) for at in range(0, len(text), 6)]
     assert (reader.num_calls == 1) is is_read
     if not is_read:
         assert "".join(part for part, _ in read) + reader.end()[0] == text
+
+
+def test_openings_that_are_seen_at_once_to_open_no_call_do_not_end_the_search() -> None:
+    reader = CallRules(FORMATS["hermes"], TOOLS).reader()
+    for _ in range(5000):
+        reader.add("<tool_call>x")
+    reader.add(ONE["hermes"])
+    assert reader.num_calls == 1
+
+
+@pytest.mark.parametrize(("depth", "is_read"), [(500, True), (600, False)])
+def test_arguments_that_are_nested_without_end_are_text(depth: int, is_read: bool) -> None:
+    """Since what is open is copied with each token that a guardrail may take back."""
+    nested = "[" * depth + "]" * depth
+    text = f'<tool_call>{{"name": "now", "arguments": {{"a": {nested}}}}}</tool_call>'
+    out, calls = read("hermes", list(text))
+    assert bool(calls) is is_read
+    assert is_read or out == text
+
+
+def test_a_schema_is_read_once_for_each_name_however_often_a_text_gives_it() -> None:
+    class Counted(dict[str, Any]):
+        num_asked = 0
+
+        def get(self, *args: Any) -> Any:
+            self.num_asked += 1
+            return super().get(*args)
+
+    properties = Counted(a={"type": "integer"})
+    inner = "".join(f"<parameter=a>\n{value}\n</parameter>\n" for value in range(100))
+    reader = CallRules(FORMATS["qwen-xml"], {"f": {"properties": properties}}).reader()
+    _, deltas = reader.add(f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>")
+    assert (json.loads(deltas[1].arguments), properties.num_asked) == ({"a": 99}, 1)
+
+
+def test_of_more_calls_than_a_text_may_hold_the_first_are_read() -> None:
+    text = "; ".join(['{"name": "now", "parameters": {}}'] * (MAX_CALLS + 9))
+    out, calls = read("llama", [text])
+    assert (out, len(calls)) == ("", MAX_CALLS)

@@ -8,12 +8,15 @@ from typing import Any
 
 
 def draw_control(rng: random.Random, heads: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """`control` of a body; levels lie about each head's mean, in units of its scale."""
+    """`control` of a body; levels lie about each head's mean, in units of its scale.
+
+    They do not go as far as 1.25 of it, beyond which control was not seen to lead for every head that ships.
+    """
     names = rng.sample(sorted(heads), rng.randint(1, min(3, len(heads))))
 
     def level(name: str) -> float:
         mean, scale = heads[name]
-        return mean + scale * rng.uniform(-1.5, 1.5)
+        return mean + scale * rng.uniform(-1.2, 1.2)
 
     side = rng.choice(["below", "above"])
     conditions: dict[str, tuple[float, Callable[[], Any]]] = {
@@ -36,6 +39,8 @@ def draw_control(rng: random.Random, heads: Mapping[str, tuple[float, float]]) -
     return {"objective": _objective(rng, names, level), **chosen}
 
 
+_IN_VALUE = 0.3
+"""Share of levels that are those of the value and not of the reward."""
 _REPAIRS: list[dict[str, Any]] = [
     {},
     {"on_stop": "retry"},
@@ -49,10 +54,11 @@ def _objective(rng: random.Random, names: list[str], level: Callable[[str], floa
     weights = {name: rng.choice([-1.0, 0.5, 1.0, 3.0]) for name in names}
     kinds = ["weighted_sum", "weighted_sum", "worst_case", "target", *(["floor"] if len(names) > 1 else [])]
     kind = rng.choice(kinds)
+    unit = {"unit": "value"} if rng.random() < _IN_VALUE else {}
     if kind == "target":
-        return {"type": kind, "values": {name: level(name) for name in names}}
+        return {"type": kind, "values": {name: level(name) for name in names}, **unit}
     if kind == "floor":
-        return {"type": kind, "weights": {names[0]: 1.0}, "floors": {name: level(name) for name in names[1:]}}
+        return {"type": kind, "weights": {names[0]: 1.0}, "floors": {name: level(name) for name in names[1:]}, **unit}
     return {"type": kind, "weights": weights}
 
 

@@ -104,7 +104,7 @@ async def _soak(server: SoakedServer, plan: list[Planned], seed: int, due_s: flo
         same, mismatches = await _compare(client, plan, load, compared, due_s)
     last, after = await _when_idle(server), server.held()
     growth = growth_bytes(load.series, _WARM_UP)
-    failures = load.problems + mismatches + _of_the_end(server, last, before, after, growth)
+    failures = mismatches + load.problems + _of_the_end(server, last, before, after, growth)
     if (num_unsent := len(plan) - load.num_done) > 0:
         failures.append(f"{num_unsent} requests were not sent in time")
     figures = {
