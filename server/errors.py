@@ -4,6 +4,7 @@
     |-- InvalidRequestError      400   the caller can mend the request
     |   |-- ContextLengthError   400   prompt and max_tokens do not fit the model
     |   |-- InvalidJsonError     400   a body that is not JSON in UTF-8
+    |   |-- SchemaTooComplexError 400  a text has come where its schema allows more at once than is affordable
     |   `-- UnsupportedFieldError 400  a known field that this server refuses, with the reason
     |-- AuthenticationError      401   no key, or one that does not open this path
     |-- PermissionDeniedError    403   the key opens this path, but not for what was asked
@@ -63,6 +64,10 @@ class ContextLengthError(InvalidRequestError):
 
 class InvalidJsonError(InvalidRequestError):
     code = "invalid_json"
+
+
+class SchemaTooComplexError(InvalidRequestError):
+    code = "schema_too_complex"
 
 
 class UnsupportedFieldError(InvalidRequestError):

@@ -16,6 +16,7 @@ from server.calls.calls import CallDelta
 from server.calls.reader import CallRules
 from server.control.params import Blocks, ControlParams
 from server.control.state import HeldBy, Segment
+from server.errors import RecontrolError
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 256
@@ -339,8 +340,8 @@ class GenerationChunk:
     """It comes with the last chunk of a request that has `scoring` and ended well."""
     finish_reason: FinishReason | None = None
     control: ControlSummary | None = None
-    error: str | None = None
-    """A sentence for the user, without inner details; it comes with FinishReason.ERROR."""
+    error: RecontrolError | None = None
+    """It comes with FinishReason.ERROR; its message is for the user, without inner details."""
     num_drawn: int = 0
     """Tokens that this chunk is the first to tell of, whether they are kept or not; over all chunks, the usage."""
     num_held: int = 0

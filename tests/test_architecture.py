@@ -98,7 +98,7 @@ ALLOWED = {
                        "value_models.linear", "value_models.linalg", "server.errors", "server.control",
                        "server.kernels", "server.unicode"),
     "server.calls": ("server.calls",),
-    "server.types": ("server.calls", "server.control.params", "server.control.state"),
+    "server.types": ("server.calls", "server.control.params", "server.control.state", "server.errors"),
     "server.telemetry": ("server.types", "server.control.state", "server.engines.base"),
     "server.engines": ("server.engines", "server.calls", "server.control", "server.kernels", "server.types",
                        "server.errors", "server.machine", "server.settings", "value_models.calibration",

@@ -28,7 +28,7 @@ from server.api.resolution import (
 )
 from server.api.running import Generation, close_all
 from server.api.schemas import GenerationBody
-from server.api.structure import structure_of
+from server.api.structure import structure_of, wanted_structure
 from server.api.tools import ToolPlan
 from server.api.workers import Workers
 from server.control.levels import UNCALIBRATED, uncalibrated
@@ -143,6 +143,7 @@ async def start(
         request, requests, timeout_s=body.timeout_s, size_field=body.size_field, takes_less=max_tokens is None
     )
     generation.hides_reasoning = hides_reasoning
+    generation.structure_field = wanted_structure(body.structures)[0] if held is None else "tools"
     generation.first_warnings += _of_uncalibrated(body, info)
     return generation
 

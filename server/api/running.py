@@ -16,7 +16,14 @@ from server.api.shown import shown
 from server.api.workers import Workers
 from server.calls.calls import Call, CallDelta
 from server.engines.base import ChunkStream, Engine
-from server.errors import DeadlineExceededError, EngineStoppedError, GenerationError, SlowReaderError
+from server.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    GenerationError,
+    RecontrolError,
+    SchemaTooComplexError,
+    SlowReaderError,
+)
 from server.telemetry import Telemetry
 from server.types import (
     ControlSummary,
@@ -51,6 +58,8 @@ class Generation:
     workers: Workers
     facts: dict[str, Any]
     """Of the access line; gets the usage at the end."""
+    structure_field: str = ""
+    """The field that holds its texts to a schema, if there is one."""
     hides_reasoning: bool = False
     """Whether nothing of a reasoning token is told but that it was drawn."""
     completion_tokens: int = 0
@@ -89,8 +98,9 @@ class Generation:
     async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         """(choice index over all prompts, chunk), as they come; closing this aborts what is unfinished.
 
-        Raises GenerationError or EngineStoppedError when a choice ends in error or with the engine,
-        DeadlineExceededError when the time is over, and SlowReaderError when whoever reads this falls too far behind.
+        Raises GenerationError, SchemaTooComplexError or EngineStoppedError when a choice ends in error or with the
+        engine, DeadlineExceededError when the time is over, and SlowReaderError when whoever reads this falls too far
+        behind.
         """
         queue = _Backlog()
         pumps = [asyncio.create_task(self._pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
@@ -103,7 +113,7 @@ class Generation:
                 if isinstance(chunk, Exception):
                     raise chunk
                 if chunk.finish_reason is FinishReason.ERROR:
-                    raise GenerationError(chunk.error or "The request failed inside the engine.")
+                    raise self._named(chunk.error or GenerationError("The request failed inside the engine."))
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise EngineStoppedError("The server stopped before the response was complete.")
                 self.completion_tokens += chunk.num_drawn
@@ -122,6 +132,12 @@ class Generation:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             await self.close()
+
+    def _named(self, error: RecontrolError) -> RecontrolError:
+        """The error with the field that it is of."""
+        if not isinstance(error, SchemaTooComplexError):
+            return error
+        return SchemaTooComplexError(f"{self.structure_field}: {error.message}", param=self.structure_field)
 
     def traced(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
         """What control did to the chunk's token, if that was asked for."""

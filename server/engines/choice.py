@@ -23,6 +23,7 @@ from server.engines.edits import EditTotals, token_edit
 from server.engines.guard import Guard
 from server.engines.segments import Markup, Piece, Segment, SegmentTracker
 from server.engines.text import StopMatcher, TextOfTokens, as_chosen, with_texts
+from server.errors import GenerationError, RecontrolError
 from server.types import (
     BrokenBound,
     ControlSummary,
@@ -34,7 +35,7 @@ from server.types import (
     TokenText,
 )
 
-FAILED = "The request failed inside the engine."
+_FAILED = "The request failed inside the engine."
 
 
 @dataclass(slots=True, frozen=True)
@@ -184,14 +185,17 @@ class Choice:
         is_call = Segment.CALL in (before, self.next_segment) and self._segment is not Segment.REASONING
         return Segment.CALL if is_call else self._segment
 
-    def finish(self, reason: FinishReason, chunk: GenerationChunk | None = None) -> GenerationChunk:
-        """The choice's last chunk, which may be one without a token."""
+    def finish(
+        self, reason: FinishReason, chunk: GenerationChunk | None = None, error: RecontrolError | None = None
+    ) -> GenerationChunk:
+        """The choice's last chunk, which may be one without a token; `error` is what ended it, if that is the
+        caller's to know."""
         self.finish_reason = reason
         return replace(
             chunk or GenerationChunk(index=self.index),
             finish_reason=reason,
             control=self._summary(reason),
-            error=FAILED if reason is FinishReason.ERROR else None,
+            error=error or GenerationError(_FAILED) if reason is FinishReason.ERROR else None,
         )
 
     def _summary(self, reason: FinishReason) -> ControlSummary | None:

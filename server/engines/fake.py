@@ -32,7 +32,13 @@ from server.engines.choice import Choice
 from server.engines.segments import FORMATS as REASONING_FORMATS
 from server.engines.segments import Markup
 from server.engines.tool_prompt import with_tool_prompt
-from server.errors import EngineStoppedError, OverloadedError, UnknownHeadError, UnsupportedFieldError
+from server.errors import (
+    EngineStoppedError,
+    GenerationError,
+    OverloadedError,
+    UnknownHeadError,
+    UnsupportedFieldError,
+)
 from server.types import (
     ChatRendering,
     FinishReason,
@@ -292,7 +298,7 @@ class FakeEngine:
         return chunk if chunk.finish_reason is None else choice.finish(chunk.finish_reason, chunk)
 
     def _failed(self, choice: Choice, chunk: GenerationChunk) -> GenerationChunk:
-        return replace(choice.finish(FinishReason.ERROR, chunk), text="", error=_FAILED)
+        return replace(choice.finish(FinishReason.ERROR, chunk), text="", error=GenerationError(_FAILED))
 
     async def _prompt_end(self, choice: Choice, chunk: GenerationChunk) -> GenerationChunk:
         if choice.request.scoring is not None:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.testclient import TestClient
 
 from server.api.structure import MAX_LITERAL_CHARS, MAX_SCHEMA_CHARS, MAX_SCHEMA_DEPTH
-from server.engines.embedded.structure import SchemaCompiler
+from server.engines.embedded.structure import SchemaCompiler, SchemaMatcher
+from server.errors import SchemaTooComplexError
 from tests.api.conftest import chat, complete, serving
 from tests.api.test_completions import joined
 
@@ -226,6 +227,26 @@ def test_keywords_are_told_from_names_and_values_that_look_like_them(tiny: TestC
     }
     response = complete(tiny, model="tiny", max_tokens=100, response_format=held_to(schema))
     assert json.loads(response.json()["choices"][0]["text"])["multipleOf"] == {"pattern": "a"}
+
+
+def test_a_text_that_comes_to_a_limit_of_its_schema_is_a_400_that_names_the_field(
+    tiny: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = SchemaMatcher.advance
+
+    def fail_at_the_third(self: SchemaMatcher, token_id: int) -> None:
+        if self.num_tokens == 2:
+            raise SchemaTooComplexError("the text has come where the schema allows too much at once")
+        works(self, token_id)
+
+    monkeypatch.setattr(SchemaMatcher, "advance", fail_at_the_third)
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "response_format": held_to(SCHEMA)}
+    field = "response_format.json_schema.schema"
+    answer = complete(tiny, **body)
+    events = [line.removeprefix("data: ") for line in complete(tiny, **body, stream=True).text.splitlines() if line]
+    for status, error in ((answer.status_code, answer.json()["error"]), (400, json.loads(events[-2])["error"])):
+        assert (status, error["type"], error["code"]) == (400, "invalid_request_error", "schema_too_complex")
+        assert (error["param"], error["message"][: len(field)]) == (field, field)
 
 
 def test_ignore_eos_cannot_go_with_a_format(tiny: TestClient) -> None:

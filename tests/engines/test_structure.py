@@ -15,10 +15,11 @@ import torch
 from llguidance import LLMatcher
 
 from server.control.params import Blocks
+from server.engines.embedded import structure
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.schemas import FORMATS
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler, SchemaMatcher, constrained
-from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
+from server.errors import GenerationError, InvalidRequestError, SchemaTooComplexError, UnsupportedFieldError
 from server.types import FinishReason, GenerationRequest, SamplingParams
 from tests.conftest import EOS, VOCAB, Collected, byte_tokenizer, control, run, waiting_again
 from tests.engines.test_scheduler import small_core
@@ -256,9 +257,16 @@ WIDE = {f"property {i}": {"type": "integer"} for i in range(450)}
         {"type": "object", "properties": LONG, "required": list(LONG), "additionalProperties": False},
         {"type": "object", "properties": WIDE},
         {"anyOf": [{"properties": {name: {}}, "type": "object"} for name in list(WIDE)[:20]]},
+        {"items": {"anyOf": [{"type": "object", "properties": {key: {} for key in "abcdefg"}} for _ in range(60)]}},
+        {"anyOf": [{"type": "string", "minLength": i, "maxLength": i + 1} for i in range(1, 126)]},
+        {"anyOf": [{"type": "number", "minimum": 1.37 * i, "maximum": 2.91 * i + 1} for i in range(300)]},
+        {"items": {"anyOf": [{"type": "string", "format": form} for form in sorted(FORMATS)]}},
     ],
-    ids=["a least length", "a greatest length", "many lengths", "many properties", "many objects"],
-)
+    ids=[
+        "a least length", "a greatest length", "many lengths", "many properties", "many objects", "alternative objects",
+        "alternative lengths", "alternative ranges", "alternative formats",
+    ],
+)  # fmt: skip
 def test_what_compiles_never_fails_on_its_way(compiler: SchemaCompiler, schema: dict[str, Any]) -> None:
     matcher, rng = compiler.compile(json.dumps(schema)).start(), random.Random(0)
     # Characters of every length, and each of JSON's escapes: what a string has the most states for.
@@ -269,6 +277,56 @@ def test_what_compiles_never_fails_on_its_way(compiler: SchemaCompiler, schema: 
         if token_id == EOS:
             break
         matcher.advance(token_id)
+
+
+def test_a_text_that_comes_where_its_schema_allows_too_much_is_ended_as_the_callers_fault(
+    core: EngineCore, compiler: SchemaCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lists of lists, each of eight kinds out of fifty.
+    kinds = [
+        [{"type": "array", "items": {"$ref": f"#/$defs/k{(7 * i + j) % 50}"}} for j in range(8)] for i in range(50)
+    ]
+    tangled = {"$defs": {f"k{i}": {"anyOf": kind} for i, kind in enumerate(kinds)}, "$ref": "#/$defs/k0"}
+    monkeypatch.setitem(structure._LIMITS, "max_items_in_row", 500)
+    bracket = byte_tokenizer()("[")["input_ids"][0]
+    sampling = {"max_tokens": 30, "logit_bias": {bracket: 100.0}}
+    plain = ask("plain", None, sampling={"max_tokens": 30})
+    alone = run(core, [plain])
+    both = run(core, [plain, ask("tangled", compiler.compile(json.dumps(tangled)), sampling=sampling)])
+    assert isinstance(both["tangled", 0].chunks[-1].error, SchemaTooComplexError)
+    assert both["plain", 0].token_ids == alone["plain", 0].token_ids
+
+
+def is_a_text_of(compiled: CompiledSchema, text: str) -> bool:
+    matcher = compiled.start()
+    for token_id in byte_tokenizer()(text)["input_ids"]:
+        if not matcher.allowed()[token_id]:
+            return False
+        matcher.advance(token_id)
+    return bool(matcher.allowed()[EOS])
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts", "others"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "0.1 0.5 0.001", "0 0.0 -0 -0.1 0.6"),
+        ({"exclusiveMinimum": 1, "maximum": 1.5}, "1.01 1.5", "1 1.0 1.6 0.9"),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, "-0.1 -0.5", "0 -0 0.0 0.1 -0.6"),
+        ({"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]}, "0.1", "0 0.0"),
+        ({"exclusiveMaximum": 10}, "9.99 9 -3", "10 10.0 11"),
+        ({"exclusiveMinimum": -100}, "-99.99 0", "-100 -100.0 -101"),
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, "0 -5 123456789.5", "true"),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**64}, "0 -5 123456789012345678", "1.5"),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 10**30}, "1 123456789012345678", "0 -1"),
+        ({"minimum": -1e300, "maximum": 1e300}, "0.5 -7", "null"),
+    ],
+)
+def test_numbers_hold_their_bounds_to_the_last(
+    compiler: SchemaCompiler, schema: dict[str, Any], texts: str, others: str
+) -> None:
+    compiled = compiler.compile(json.dumps({"type": "number", **schema}))
+    assert [text for text in texts.split() if not is_a_text_of(compiled, text)] == []
+    assert [text for text in others.split() if is_a_text_of(compiled, text)] == []
 
 
 @pytest.mark.parametrize("form", ["path", "password", "int32", "no such"])
@@ -314,6 +372,9 @@ ANY_OF_FIVE = [{"anyOf": [{"required": [f"{i}.{j}"], "type": "object"} for j in 
         ('{"type": "string", "minLength": 5, "maxLength": 3}', "^Unsatisfiable schema: minLength"),
         ('{"type": "string", "minLength": []}', "minLength"),
         ('{"items": {"maxLength": 9000}}', "^#/items/maxLength: minLength and maxLength may come to 8192"),
+        ('{"minimum": 1e18}', "^#/minimum: numbers are held to -999999999999999999 to 999999999999999999$"),
+        ('{"items": {"type": "integer", "exclusiveMaximum": -1e30}}', "^#/items/exclusiveMaximum: numbers are held to"),
+        ('{"items": {"type": "number", "minimum": 1e-300}}', "^#/items/minimum: no text can be held to such a range"),
         ('{"enum": []}', "Unsatisfiable"),
         ('{"$ref": "#/$defs/nobody"}', "does not exist"),
         ('{"$ref": "http://127.0.0.1/x.json"}', "does not fetch"),

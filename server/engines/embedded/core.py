@@ -43,7 +43,7 @@ from server.engines.embedded.structure import CompiledSchema
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
 from server.engines.vocabulary import Vocabulary
-from server.errors import ContextLengthError
+from server.errors import ContextLengthError, InvalidRequestError, RecontrolError
 from server.kernels.linear import Bits
 from server.types import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 from value_models.rewards import Reward
@@ -337,6 +337,8 @@ class EngineCore:
                 continue  # Another candidate has failed.
             with self._failing_alone(sequence):
                 if token_id < 0:
+                    if (mask := sequence.held_to) is not None:
+                        mask.check()
                     raise FloatingPointError("no token has a finite logit")
                 if sequence.breaks_guard(numbers.get(i)):
                     again += self._repair(sequence, numbers[i], hidden_BD[i])
@@ -378,7 +380,7 @@ class EngineCore:
     ) -> None:
         """Append one token to a sequence and emit it; finish the sequence when it ends here.
 
-        Raises GenerationError for a token that its schema does not allow.
+        Raises SchemaTooComplexError, and GenerationError for a token that its schema does not allow.
         """
         if (mask := sequence.held_to) is not None:
             mask.advance(token_id)
@@ -404,11 +406,20 @@ class EngineCore:
         """What is raised within ends this sequence, and no other."""
         try:
             yield
+        except InvalidRequestError as error:
+            _log.info("Request %s cannot go on: %s", sequence.request.request_id, error.message)
+            self._finish(sequence, FinishReason.ERROR, error=error)
         except Exception:
             _log.exception("Request %s failed", sequence.request.request_id)
             self._finish(sequence, FinishReason.ERROR)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, chunk: GenerationChunk | None = None) -> None:
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        chunk: GenerationChunk | None = None,
+        error: RecontrolError | None = None,
+    ) -> None:
         """Free the sequence's pages and emit its last chunk; only then what a broken device could make fail.
 
         A candidate's failure is its choice's or its rivals'.
@@ -417,7 +428,7 @@ class EngineCore:
         if sequence.state is SequenceState.FINISHED:
             return
         forgotten = self._scheduler.remove(sequence, reason)
-        sequence.emit(sequence.finish(reason, chunk))
+        sequence.emit(sequence.finish(reason, chunk, error))
         sequence.observe_finish(reason, time.monotonic(), prompt_tokens=sequence.num_prompt_computed)
         self.runner.kv.clear(forgotten)
         if sequence.rivals is not None and reason in (FinishReason.ABORT, FinishReason.ERROR):

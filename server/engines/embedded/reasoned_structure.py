@@ -63,6 +63,8 @@ class _Reasoning:
     def allowed(self) -> np.ndarray:
         return _with(np.ones(self.vocab_size, bool), self.text_ends, value=False)
 
+    def check(self) -> None: ...
+
     def advance(self, token_id: int) -> None: ...
 
 
@@ -75,6 +77,9 @@ class _Beginning:
 
     def allowed(self) -> np.ndarray:
         return _with(self.matcher.allowed().copy(), self.begins, value=True)
+
+    def check(self) -> None:
+        self.matcher.check()
 
     def advance(self, token_id: int) -> None:
         if token_id not in self.begins:

@@ -10,7 +10,6 @@ Shapes: B rows, V vocabulary, N entries of all rows' rules, M masks of W words.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,11 +19,10 @@ from torch import Tensor
 from server.engines.embedded.logits import LogitRules
 from server.engines.embedded.sequence import Sequence, SequenceState
 from server.engines.embedded.structure import TokenMask
-from server.errors import GenerationError
+from server.errors import GenerationError, SchemaTooComplexError
 from server.kernels.gpu.draw import Penalties, RulePlaces, RuleTables
 from server.kernels.transfer import on_device, to_device
 
-_log = logging.getLogger(__name__)
 _WORD_BITS = 32
 
 
@@ -151,8 +149,8 @@ def _words(mask: TokenMask, size_V: int) -> np.ndarray:
     try:
         bits = np.packbits(mask.allowed(), bitorder="little")
         words.view(np.uint8)[: len(bits)] = bits
-    except GenerationError as error:
-        _log.warning("A text cannot go on: %s", error)
+    except (SchemaTooComplexError, GenerationError):
+        pass  # What ends the row asks the mask why.
     return words
 
 

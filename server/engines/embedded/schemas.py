@@ -8,9 +8,10 @@ refused here. Messages name a keyword and, by JSON pointer, its place. Knows not
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from server.errors import InvalidRequestError
 
@@ -21,6 +22,11 @@ FORMATS = frozenset(
 # A string costs the lexer up to some 15 states a character, and an optional property the parser 4 items of a row.
 MAX_STRING_CHARS = 8192
 MAX_OPTIONAL_PROPERTIES = 450
+_LARGEST = 10**18 - 1
+"""Number that the library holds texts to; beyond it there is nothing, or a bound that is another one."""
+_NEXT = 1e-12
+"""From a whole number that is excluded to the next one that is allowed, where the library would let the number pass."""
+_BOUNDS = frozenset({"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"})
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _SCHEMAS = frozenset(
     {"items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames",
@@ -35,6 +41,7 @@ def prepared(schema: str) -> str:
         parsed = json.loads(schema)
     except ValueError:
         return schema  # The library says what is wrong.
+    is_merged = any(map(_merges_bounds, dict(subschemas(parsed)).values()))
     lengths: set[tuple[int | None, int | None]] = set()
     num_chars, num_optional = 0, 0
     for place, part in subschemas(parsed):
@@ -52,6 +59,7 @@ def prepared(schema: str) -> str:
                 f"{place}/{keyword}: minLength and maxLength may come to {MAX_STRING_CHARS} characters at most, "
                 "all different ones together"
             )
+        _narrow(part, place, is_merged=is_merged)
         num_optional += _num_optional(part)
         if num_optional > MAX_OPTIONAL_PROPERTIES:
             raise InvalidRequestError(
@@ -68,10 +76,53 @@ def explained(message: str, schema: str) -> str:
         return "#: the schema refers to itself with nothing between, so no text can hold it"
     keywords = re.search(r"Unimplemented keys: (\[.*?\])", line)
     if keywords is None:
-        return line
+        return _of_numbers(line, schema)
     names = json.loads(keywords[1])
     places = [f"{place}/{name}" for place, part in subschemas(json.loads(schema)) for name in names if name in part]
     return f"{places[0] if places else names[0]}: this keyword is not supported"
+
+
+def _of_numbers(line: str, schema: str) -> str:
+    if "Failed to generate regex for" not in line and not line.startswith("regex parse error"):
+        return line
+    places = [f"{place}/{name}" for place, part in subschemas(json.loads(schema)) for name in part if name in _BOUNDS]
+    return f"{places[0] if places else '#'}: no text can be held to such a range of numbers"
+
+
+def _merges_bounds(part: dict[str, Any]) -> bool:
+    """Whether bounds on one number may stand in several places."""
+    return "allOf" in part or bool(_BOUNDS & part.keys() and {"anyOf", "oneOf", "$ref"} & part.keys())
+
+
+def _narrow(part: dict[str, Any], place: str, *, is_merged: bool) -> None:
+    """Bounds on numbers as the library holds texts to them, none wider than it was. Raises InvalidRequestError."""
+    lower, upper = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+    for names, sign in ((lower, 1), (upper, -1)):
+        for name in names:
+            if not _is_number(bound := part.get(name)):
+                continue
+            if sign * bound > _LARGEST:
+                raise InvalidRequestError(f"{place}/{name}: numbers are held to {-_LARGEST} to {_LARGEST}")
+            part[name] = max(sign * bound, -_LARGEST) * sign
+    for names, opposite, sign in ((lower, upper, 1), (upper, lower, -1)):
+        others = [sign * other for other in map(part.get, opposite) if _is_number(other)]
+        _exclude(part, *names, sign, -math.inf if is_merged else min(others, default=math.inf))
+
+
+def _exclude(part: dict[str, Any], including: str, excluding: str, sign: int, end: float) -> None:
+    """Of 0 < x < 0.5 the library would let 0 pass, so its bound becomes the next number. `end` is the opposite bound;
+    with a negative sign all is the other way round."""
+    excluded, included = part.get(excluding), part.get(including)
+    if not _is_number(excluded) or excluded != int(excluded) or part.get("type") == "integer":
+        return
+    if end < sign * excluded + 1:
+        del part[excluding]
+        inner = sign * excluded + max(_NEXT, math.ulp(excluded))
+        part[including] = sign * (max(inner, sign * included) if _is_number(included) else inner)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def subschemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:

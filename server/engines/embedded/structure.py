@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +26,7 @@ from torch import Tensor
 from server.calls.structure import CallStructure
 from server.engines.embedded.call_grammar import call_grammar, opening
 from server.engines.embedded.schemas import explained, prepared
-from server.errors import GenerationError, InvalidRequestError, UnsupportedFieldError
+from server.errors import GenerationError, InvalidRequestError, SchemaTooComplexError, UnsupportedFieldError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -33,14 +34,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 MAX_COPIED_CHARS = 2**20
 _MAX_MESSAGE_CHARS = 200
+_OF_LIMITS = re.compile(r"[Tt]oo many|limit|max is")
+"""In errors of the library for texts that cost more than `_LIMITS` allow."""
 # Between tokens of JSON: nothing, a space, or a new line with its indentation. Models can write whitespace without end.
 _WHITESPACE = r"( |\n {0,32})?"
-# What a schema may cost: some 0.2 s to compile, a few milliseconds a step, and some 80 MB where strings are as long and
-# strange as `prepared` allows. Measured with schemas made to be slow; what is beyond it is refused or ends its request.
+# What a schema may cost: some 0.2 s to compile, a few milliseconds a step (34 at most), and some 80 MB where strings
+# are as long and strange as `prepared` allows. Measured with schemas made to be slow; what is beyond it is refused or
+# ends its request.
 _LIMITS = {
     "initial_lexer_fuel": 200_000,
-    "step_lexer_fuel": 20_000,
-    "step_max_items": 50_000,
+    "step_lexer_fuel": 1_000_000,
+    "step_max_items": 30_000,
+    "max_items_in_row": 20_000,
     "max_lexer_states": 160_000,
     "max_grammar_size": 50_000,
     "verbose_errors": False,
@@ -168,10 +173,9 @@ class SchemaMatcher:
         """Of the text that it follows."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens [V] may come next, as bool. Raises GenerationError."""
+        """Which tokens [V] may come next, as bool. Raises SchemaTooComplexError."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise GenerationError(self._matcher.get_error())
+        self.check()
         return np.unpackbits(allowed, count=self.vocab_size, bitorder="little").view(bool)
 
     def copy(self) -> SchemaMatcher:
@@ -180,10 +184,22 @@ class SchemaMatcher:
         other.num_tokens = self.num_tokens
         return other
 
+    def check(self) -> None:
+        """Raises SchemaTooComplexError where it has come to a limit, and GenerationError where it failed otherwise."""
+        if not self._matcher.is_error():
+            return
+        if _OF_LIMITS.search(error := self._matcher.get_error()):
+            raise SchemaTooComplexError(
+                "the text has come where the schema allows too much at once; it needs fewer alternatives in one place, "
+                "fewer properties that are not required, or shorter strings"
+            )
+        raise GenerationError(error)
+
     def advance(self, token_id: int) -> None:
-        """Raises GenerationError for a token that is not allowed."""
+        """Raises as `check` does, and GenerationError for a token that is not allowed."""
         if not self._matcher.consume_token(token_id):
-            raise GenerationError(self._matcher.get_error())
+            self.check()
+            raise GenerationError("the schema does not allow this token")
         self.num_tokens += 1
 
     def go_back_to(self, num_tokens: int) -> None:
@@ -198,7 +214,11 @@ class TokenMask(Protocol):
     """What says which token may come next, and hears which one came."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens [V], as bool. Raises GenerationError."""
+        """Which tokens [V], as bool. Raises SchemaTooComplexError, or GenerationError."""
+        ...
+
+    def check(self) -> None:
+        """Raises the same where it has failed."""
         ...
 
     def advance(self, token_id: int) -> None: ...
@@ -217,9 +237,8 @@ def constrained(logits_BV: Tensor, matchers: Sequence[TokenMask | None]) -> Tens
             continue
         try:
             _keep(logits_V, matcher.allowed())
-        except GenerationError as error:
-            _log.warning("A text cannot go on: %s", error)
-            logits_V.fill_(math.nan)
+        except (SchemaTooComplexError, GenerationError):
+            logits_V.fill_(math.nan)  # No token is drawn for it, and what ends it asks the matcher why.
     return out_BV
 
 
