@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from server.api.body import JsonRoute
 from server.api.generation import read_chat, start
 from server.api.running import Choice, Generation
 from server.api.schemas import ChatBody
@@ -21,7 +22,7 @@ from server.calls.calls import CallDelta
 from server.engines.base import Engine
 from server.types import FinishReason, GenerationChunk, TokenLogprob, Usage
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", responses=STREAMED)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from server.api.body import JsonRoute
 from server.api.generation import start, tokenized
 from server.api.inspection import check_may_inspect
 from server.api.running import Choice, Generation
@@ -19,7 +20,7 @@ from server.engines.base import Engine, check_token_ids
 from server.types import GenerationChunk, TokenLogprob, TokenText
 
 DEFAULT_MAX_TOKENS = 16
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", responses=STREAMED)

@@ -126,11 +126,14 @@ def _reason(error: dict[str, Any]) -> str:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.detail, RecontrolError):
+        return error_response(error.detail, request_id_of(request))
     headers, code, path = error.headers, None, request.scope["path"]
+    method = beginning(request.method)
     if error.status_code == 404:
-        message = f"There is no {request.method} {path}.{_where_it_is(path)}"
+        message = f"There is no {method} {beginning(path)}.{_where_it_is(path)}"
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {path}.{_where_it_is(path)}"
+        message = f"{method} is not allowed on {beginning(path)}.{_where_it_is(path)}"
         headers = {"Allow": await asyncio.to_thread(_allowed_methods, request, error)}
     elif error.detail == _UNREADABLE_BODY:
         code = "invalid_json"

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
+from server.api.body import JsonRoute
 from server.api.gate.auth import MANAGEMENT_PREFIX
 from server.api.gate.context import context_of
 from server.api.management import require_manager
@@ -18,7 +19,7 @@ from server.training.jobs import HeadJobs
 from server.training.request import HeadRequest
 
 _PATH = f"{MANAGEMENT_PREFIX}jobs"
-router = APIRouter(dependencies=[Depends(require_manager)])
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_manager)])
 
 
 @router.post("/v1/heads", status_code=202)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.body import JsonRoute
 from server.api.fields import MAX_PROMPT_TOKENS, TokenId
 from server.api.generation import tokenized
 from server.api.json_text import json_bytes
@@ -20,7 +21,7 @@ from server.engines.base import Engine, check_token_ids
 from server.errors import UnknownModelError
 from server.unicode import check_text
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class _TokenBody(WithUnserved):

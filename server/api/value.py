@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.body import JsonRoute
 from server.api.fields import Prompt, Seconds
 from server.api.gate.context import context_of, request_id_of
 from server.api.generation import queue, requests_for, tokenized
@@ -35,7 +36,7 @@ from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadEr
 from server.types import ChatRendering, GenerationRequest, SamplingParams, ScoringParams
 
 MAX_READ_TOKENS = 2**17
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 def _check_distinct(heads: list[str]) -> list[str]:

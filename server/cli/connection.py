@@ -60,31 +60,47 @@ class ServerConfig(uvicorn.Config):
     limits: ConnectionLimits
 
 
-class _TooManyChunksError(h11.RemoteProtocolError):
-    """A body in chunks that are far smaller than any client needs."""
+class _RefusedError(h11.RemoteProtocolError):
+    """What h11 would take, with a message for the client."""
 
 
 class _Connection(h11.Connection):
-    """h11's own, which counts the chunks of a body: a quarter of a megabyte, which is read at one go, may hold 40,000
-    of a byte each, whether or not anybody still wants the body."""
+    """h11's own, with less that it takes.
+
+    It counts the chunks of a body: a quarter of a megabyte, which is read at one go, may hold 40,000 of a byte each,
+    whether or not anybody still wants the body. And a body must have one length: of two a proxy before this server may
+    believe the other one, and what it passes on as a body would be a request here.
+    """
 
     _num_chunks = 0
     _num_bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Raises _TooManyChunksError."""
+        """Raises _RefusedError."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._num_chunks = self._num_bytes = 0
+            _check_framing(event)
         elif isinstance(event, h11.Data):
             self._num_chunks += event.chunk_start
             self._num_bytes += len(event.data)
             if self._num_chunks > _MOST_SMALL_CHUNKS + self._num_bytes // _LEAST_CHUNK_BYTES:
-                raise _TooManyChunksError(
+                raise _RefusedError(
                     f"The body comes in chunks of less than {_LEAST_CHUNK_BYTES} bytes, of which there may be "
                     f"{_MOST_SMALL_CHUNKS}; send larger ones."
                 )
         return event
+
+
+def _check_framing(request: h11.Request) -> None:
+    """RFC 9112, 6.1 and 2.5. Raises _RefusedError."""
+    names = {name for name, _ in request.headers}
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version < b"1.1"):
+        raise _RefusedError(
+            "Transfer-Encoding stands beside Content-Length, or in HTTP/1.0; a body must have one length."
+        )
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise _RefusedError("Only HTTP/1.0 and HTTP/1.1 are served.", error_status_hint=505)
 
 
 class Protocol(H11Protocol):
@@ -152,10 +168,12 @@ class Protocol(H11Protocol):
         """Called by uvicorn while it handles h11's error, which knows the better status."""
         error = sys.exc_info()[1]
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else HTTPStatus.BAD_REQUEST
-        if hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+        if isinstance(error, _RefusedError):
+            self._refuse(HTTPStatus(hint), str(error))
+        elif hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The headers are too large.")
         else:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error) if isinstance(error, _TooManyChunksError) else msg)
+            self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     @property
     def _limits(self) -> ConnectionLimits:

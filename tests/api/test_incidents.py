@@ -95,6 +95,48 @@ def test_keys_are_compared_as_bytes_in_constant_time(
     assert [(len(a), len(b)) for a, b in compared] == [(32, 32)] * 2
 
 
+@pytest.mark.parametrize(
+    ("version", "lengths", "status"),
+    [
+        (b"1.1", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400),
+        (b"1.1", b"transfer-encoding: chunked\r\ncontent-length: 62\r\n", 400),
+        (b"1.1", b"Content-Length: 5\r\nContent-Length: 62\r\n", 400),
+        (b"1.1", b"Transfer-Encoding: gzip, chunked\r\n", 400),
+        (b"1.0", b"Transfer-Encoding: chunked\r\n", 400),
+        (b"9.9", b"Content-Length: 62\r\n", 505),
+    ],
+)
+def test_a_body_has_one_length_and_nothing_behind_it_is_a_request(
+    make_app: Callable[..., FastAPI], version: bytes, lengths: bytes, status: int
+) -> None:
+    """CVE-2024-1135 and CVE-2024-6827 (gunicorn), CVE-2025-43859 (h11): smuggled requests."""
+    body = b'{"model": "fake", "prompt": "hi"}'
+    head = b"POST /v1/completions HTTP/" + version + b"\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    smuggled = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(make_app()) as url:
+        answer = raw(url, head + lengths + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) + smuggled)
+    assert (status_of(answer), answer.count(b"application/json")) == (status, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"model": "fake", "prompt": "a", "model": "fake"}', "model"),
+        (b'{"model": "fake", "prompt": "a", "control": {"max_kl": 0.1, "max_kl": 0.5}}', "max_kl"),
+        (b'{"model": "fake", "prompt": "a", "\\u006dodel": "fake"}', "model"),
+    ],
+)
+def test_a_field_that_is_given_twice_is_refused(client: TestClient, body: bytes, field: str) -> None:
+    """CVE-2017-12635 (CouchDB): one reader took the first of two, the other the last."""
+    answer = client.post("/v1/completions", content=body, headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_what_a_request_line_holds_is_told_back_in_part(client: TestClient) -> None:
+    for method, path in (("A" * 20_000, "/health"), ("GET", "/" + "a" * 20_000)):
+        assert len(client.request(method, path).text) < 1000
+
+
 @pytest.mark.parametrize("body", [{"n": 10**6}, {"n": 128, "prompt": ["a"] * 64}, {"n": 128, "max_tokens": 4000}])
 def test_the_number_of_choices_is_bounded_alone_and_together(client: TestClient, body: dict[str, Any]) -> None:
     """CVE-2026-34756 (vLLM): unbounded `n`."""

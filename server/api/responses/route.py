@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 
+from server.api.body import JsonRoute
 from server.api.generation import read_chat, start
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
@@ -36,7 +37,7 @@ _NAMES = {
     "logprobs": "include",
 }
 """What fields of a chat, which errors name, are called in a response."""
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/responses", responses=STREAMED)

@@ -97,7 +97,9 @@ class _Reader:
             key = self._string()
             metadata[key] = self._value(self._number("<I"))
         tensors = tuple(self._tensor() for _ in range(num_tensors))
-        alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if type(alignment) is not int or alignment <= 0:
+            raise ValueError("no alignment")
         begin = -(-self._at // alignment) * alignment
         ends = [begin + tensor.start + tensor.num_bytes for tensor in tensors]
         whole = max(ends, default=self._at)

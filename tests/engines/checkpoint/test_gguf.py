@@ -292,6 +292,12 @@ def test_a_conversion_draws_no_bars(llama: Any, tmp_path: Path, capfd: pytest.Ca
     assert "%|" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("alignment", [0, "x"])
+def test_a_file_whose_tensors_are_aligned_to_nothing_is_refused(alignment: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="damaged"):
+        loaded(header_only(tmp_path / "model.gguf", "llama", general__alignment=alignment))
+
+
 @pytest.mark.parametrize("length", [0, 10, 100, 3000, 50_000])
 def test_a_cut_file_is_refused_before_anything_is_converted(length: int, llama: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", "llama", llama)
