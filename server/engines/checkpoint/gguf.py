@@ -268,8 +268,8 @@ def _set_split(header: GgufHeader, tokenizer: Any) -> None:
         )
     else:
         raise ModelLoadError(
-            f"model: {header.path} splits text by the rules {split!r} (tokenizer.ggml.pre), which are not known here. "
-            "Use the model's safetensors."
+            f"model: {header.path} splits text by the rules {told(split)} (tokenizer.ggml.pre), which are not known "
+            "here. Use the model's safetensors."
         )
 
 

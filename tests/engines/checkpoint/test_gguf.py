@@ -226,7 +226,7 @@ def test_the_tokenizer_has_the_files_tokens_and_no_others(llama: Any, tmp_path: 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts of Mixtral": ({"metadata": {"expert_count": 8}}, "llama.expert_count = 8"),
-    "a scaling that is not read": ({"metadata": {"rope.scaling.type": "longrope"}}, "rotations by longrope"),
+    "a scaling that is not read": ({"metadata": {"rope.scaling.type": "longrope"}}, "rotations by 'longrope'"),
     "a tensor without a place": ({"more": {"blk.0.extra.weight": np.zeros(3, np.float32)}}, r"holds blk\.0\.extra"),
     "another width": ({"metadata": {"feed_forward_length": 96}}, "has shape"),
     "rules that are not known": ({"ggml__pre": "chameleon"}, "by the rules 'chameleon'"),
