@@ -29,7 +29,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from server.engines.checkpoint.gguf_config import ALIASES, complete_config, refuse_numbers
-from server.engines.checkpoint.gguf_header import GgufHeader, read_header
+from server.engines.checkpoint.gguf_header import GgufHeader, read_header, told
 from server.engines.checkpoint.inspection import one_line, refuse_other_architectures
 from server.engines.checkpoint.json_files import listed
 from server.engines.checkpoint.manifest import CONVERSION_VERSION, check_manifest, write_manifest
@@ -88,18 +88,20 @@ def refuse_gguf(header: GgufHeader) -> None:
     name = header.architecture
     if kind != "model" or name == "clip":
         raise ModelLoadError(
-            f"model: {header.path} is a GGUF of the type {kind} ({name}), not of a whole language model."
+            f"model: {header.path} is a GGUF of the type {told(kind)} ({told(name)}), not of a whole language model."
         )
-    if int(header.metadata.get("split.count", 0)) > 1:
+    if type(num_parts := header.metadata.get("split.count", 0)) is not int:
+        raise header.is_not("split.count", "a whole number")
+    if num_parts > 1:
         raise ModelLoadError(
-            f"model: {header.path} is one of {header.metadata['split.count']} parts. Join them first: "
+            f"model: {header.path} is one of {num_parts} parts. Join them first: "
             "`llama-gguf-split --merge FIRST_PART WHOLE.gguf`."
         )
     known = {key for key in GGUF_CONFIG_MAPPING if key not in _NOT_ARCHITECTURES} | ALIASES.keys()
     if name not in known:
         raise ModelLoadError(
-            f"model: {header.path} is of the architecture {name!r}, which transformers {transformers.__version__} does "
-            f"not read from GGUF; it reads {', '.join(sorted(known))}. Use the model's safetensors."
+            f"model: {header.path} is of the architecture {told(name)}, which transformers {transformers.__version__} "
+            f"does not read from GGUF; it reads {', '.join(sorted(known))}. Use the model's safetensors."
         )
     for tensor in header.tensors:
         if tensor.type not in _FLOATS and not _can_dequantize(tensor.type):
@@ -266,8 +268,8 @@ def _set_split(header: GgufHeader, tokenizer: Any) -> None:
         )
     else:
         raise ModelLoadError(
-            f"model: {header.path} splits text by the rules {split!r} (tokenizer.ggml.pre), which are not known here. "
-            "Use the model's safetensors."
+            f"model: {header.path} splits text by the rules {told(split)} (tokenizer.ggml.pre), which are not known "
+            "here. Use the model's safetensors."
         )
 
 

@@ -64,10 +64,7 @@ def refuse_numbers(header: GgufHeader) -> None:
         least = MIN_POSITIONS if key == "context_length" else 1
         # A list has one for each layer.
         if not isinstance(value, list) and (type(value) is not int or value < least):
-            raise ModelLoadError(
-                f"model: {header.path}: {header.architecture}.{key} is {value!r}; it must be a whole number from "
-                f"{least} up."
-            )
+            raise header.is_not(f"{header.architecture}.{key}", f"a whole number from {least} up")
     for key in _BASES:
         if (value := header.metadata.get(f"{header.architecture}.{key}")) is not None:
             positive(header, key, value)

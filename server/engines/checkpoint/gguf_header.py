@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from server.engines.checkpoint.json_files import POINTER_BYTES, refuse_pointer
 from server.errors import ModelLoadError
+from server.unicode import beginning
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -47,6 +48,15 @@ class GgufHeader:
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
+
+    def is_not(self, key: str, wanted: str) -> ModelLoadError:
+        """The error for a key whose value is something else."""
+        return ModelLoadError(f"model: {self.path}: {key} is {told(self.metadata.get(key))}; it must be {wanted}.")
+
+
+def told(value: Any) -> str:
+    """The beginning of what a file says, which may be of any length."""
+    return beginning(repr(value))
 
 
 def is_gguf(path: Path) -> bool:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from server.engines.checkpoint.gguf_header import GgufHeader
+from server.engines.checkpoint.gguf_header import GgufHeader, told
 from server.errors import ModelLoadError
+from server.unicode import beginning
 
 SCALING = "rope.scaling."
 _TYPES = ("none", "linear", "yarn")
@@ -30,11 +31,11 @@ def scaled_rotation(header: GgufHeader, max_len: int) -> dict[str, Any]:
     """
     prefix = f"{header.architecture}.{SCALING}"
     scaling = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    kind = scaling.get("type", "linear" if "factor" in scaling else "none")
+    kind = str(scaling.get("type", "linear" if "factor" in scaling else "none"))
     if kind not in _TYPES:
         raise ModelLoadError(
-            f"model: {header.path} scales its rotations by {kind} ({', '.join(scaling)}), which is not read from "
-            "GGUF here. Use the model's safetensors."
+            f"model: {header.path} scales its rotations by {told(kind)} ({beginning(', '.join(scaling))}), which is "
+            "not read from GGUF here. Use the model's safetensors."
         )
     _refuse_what_is_not_followed(header, scaling, kind)
     if kind == "none":
@@ -59,9 +60,7 @@ def scaled_rotation(header: GgufHeader, max_len: int) -> dict[str, Any]:
 def positive(header: GgufHeader, key: str, value: Any) -> float:
     """The value of an architecture's key as a number. Raises ModelLoadError, naming the key, for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ModelLoadError(
-            f"model: {header.path}: {header.architecture}.{key} is {value!r}; it must be a positive number."
-        )
+        raise header.is_not(f"{header.architecture}.{key}", "a positive number")
     return float(value)
 
 
@@ -74,6 +73,6 @@ def _refuse_what_is_not_followed(header: GgufHeader, scaling: Mapping[str, Any],
             is_followed = key in _FOLLOWED or (key in _NEUTRAL and value == _NEUTRAL[key])
         if not is_followed:
             raise ModelLoadError(
-                f"model: {header.path} asks for {header.architecture}.{SCALING}{key} = {value} with rotations of the "
-                f"type {kind}, which is not read from GGUF here. Use the model's safetensors."
+                f"model: {header.path} asks for {header.architecture}.{SCALING}{key} = {told(value)} with rotations of "
+                f"the type {kind}, which is not read from GGUF here. Use the model's safetensors."
             )

@@ -226,7 +226,7 @@ def test_the_tokenizer_has_the_files_tokens_and_no_others(llama: Any, tmp_path: 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts of Mixtral": ({"metadata": {"expert_count": 8}}, "llama.expert_count = 8"),
-    "a scaling that is not read": ({"metadata": {"rope.scaling.type": "longrope"}}, "rotations by longrope"),
+    "a scaling that is not read": ({"metadata": {"rope.scaling.type": "longrope"}}, "rotations by 'longrope'"),
     "a tensor without a place": ({"more": {"blk.0.extra.weight": np.zeros(3, np.float32)}}, r"holds blk\.0\.extra"),
     "another width": ({"metadata": {"feed_forward_length": 96}}, "has shape"),
     "rules that are not known": ({"ggml__pre": "chameleon"}, "by the rules 'chameleon'"),
@@ -292,6 +292,19 @@ def test_a_conversion_draws_no_bars(llama: Any, tmp_path: Path, capfd: pytest.Ca
     assert "%|" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"split__count": "x"}, "split.count is 'x'; it must be a whole number"),
+        ({"general__type": "a" * 10_000}, "type 'a"),
+    ],
+)
+def test_what_a_file_says_is_checked_and_told_in_part(metadata: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        loaded(header_only(tmp_path / "model.gguf", "llama", **metadata))
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("alignment", [0, "x"])
 def test_a_file_whose_tensors_are_aligned_to_nothing_is_refused(alignment: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="damaged"):
@@ -320,7 +333,7 @@ def header_only(path: Path, architecture: str, **metadata: Any) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "metadata", "words"),
     [("rwkv7", {}, r"architecture 'rwkv7'.*it reads .*llama"), ("clip", {}, "not of a whole language model"),
-     ("llama", {"general__type": "adapter"}, "of the type adapter"), ("llama", {}, "has no tokenizer"),
+     ("llama", {"general__type": "adapter"}, "of the type .adapter"), ("llama", {}, "has no tokenizer"),
      ("llama", {"split__count": 3}, "one of 3 parts.*llama-gguf-split --merge"), ("t5", {}, "has no tokenizer")],
 )  # fmt: skip
 def test_files_of_other_kinds_say_so(tmp_path: Path, architecture: str, metadata: dict[str, Any], words: str) -> None:
