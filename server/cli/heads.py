@@ -41,10 +41,6 @@ class HeadsCommand(Command):
         except HeadFileError as error:
             raise ConfigurationError(f"heads_dir: {error}") from error
 
-    def cards(self) -> list[HeadCard]:
-        heads = self.heads()
-        return [heads.card(name) for name in self.names()]
-
     def check(self, name: str) -> None:
         if name not in (names := self.names()):
             raise UnknownHeadError(name, names)
@@ -54,8 +50,17 @@ class HeadsList(HeadsCommand):
     """List the value heads of a folder."""
 
     def cli_cmd(self) -> None:
-        for card in self.cards():
-            print(printable(f"{card.name:16}{card.base_model.name:28}{card.description}"))
+        heads, unreadable = self.heads(), list[HeadFileError]()
+        for name in self.names():
+            try:
+                card = heads.card(name)
+            except HeadFileError as error:
+                unreadable.append(error)
+            else:
+                print(printable(f"{card.name:16}{card.base_model.name:28}{card.description}"))
+        if unreadable:
+            others = f" ({len(unreadable) - 1} more cannot be read)" if unreadable[1:] else ""
+            raise HeadFileError(f"{unreadable[0]}{others}")
 
 
 class HeadsShow(HeadsCommand):

@@ -29,11 +29,12 @@ from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
 from server.errors import ConfigurationError
 from server.logs import printable_text
+from server.settings import DEFAULT_MODEL
 from tests.conftest import HIDDEN, card_of, random_linear_head, write_heads
 from value_models.critic_choice import PREFIX_TRACE
 from value_models.prompt_sets import PROMPT_SETS, load_prompts
 from value_models.rewards import REWARDS
-from value_models.store import load_card, save_card
+from value_models.store import load_card, save_card, shipped_heads_folder
 
 
 def test_training_writes_a_card_that_tells_where_the_head_comes_from(workshop: tuple[list[str], Path]) -> None:
@@ -516,6 +517,17 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
     of_heads = capsys.readouterr().err
     assert "recontrol heads list " in of_heads
     assert "recontrol serve" not in of_heads
+
+
+def test_heads_that_cannot_be_read_do_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(shipped_heads_folder(DEFAULT_MODEL), tmp_path / "heads")
+    for name, card in (("plain", "["), ("neutral", "{}")):
+        (tmp_path / "heads" / name / "card.json").write_text(card)
+    assert main(["heads", "list", "--heads-dir", str(tmp_path / "heads")]) == 2
+    listed = capsys.readouterr()
+    assert [line.split()[0] for line in listed.out.splitlines()] == ["brevity", "nontoxic", "positive", "relevance"]
+    assert "neutral/card.json" in listed.err
+    assert listed.err.endswith(" (1 more cannot be read)\n")
 
 
 def test_the_help_of_a_command_tells_what_every_flag_without_a_default_does(capsys: pytest.CaptureFixture[str]) -> None:

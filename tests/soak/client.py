@@ -14,7 +14,7 @@ from typing import Self
 import httpx
 
 from tests.soak.plan import Planned
-from tests.soak.seen import Seen
+from tests.soak.seen import BUSY, Seen
 from tests.soak.slow import Crowd, exchange
 
 MAX_CONNECTIONS = 96
@@ -26,7 +26,6 @@ _NUM_IMPATIENT = 2
 """Times that a client which retries waits only a while."""
 _CROWD_S = 0.5
 _BACKOFF_S = 0.1
-_BUSY = (429, 503)
 _NO_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
@@ -130,6 +129,6 @@ def _reason_to_retry(planned: Planned, seen: Seen) -> str | None:
         may_hang_up = planned.refused is not None and planned.refused.may_hang_up
         return None if may_hang_up else "broken"
     # A refusal has to say when to come back; one that does not is judged as it is.
-    if seen.status in _BUSY and seen.headers.get("retry-after", "").isdecimal():
+    if seen.status in BUSY and seen.headers.get("retry-after", "").isdecimal():
         return str(seen.status)
     return None

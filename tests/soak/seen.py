@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+BUSY = (429, 503)
+"""Statuses that ask a client to come again."""
 _DATA, _NAME = "data: ", "event: "
 
 

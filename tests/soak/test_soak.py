@@ -121,6 +121,9 @@ def test_a_passed_deadline_and_a_client_that_left_need_no_end_of_a_choice() -> N
     assert judge.problems_of(late, streamed(EXPIRED, A, DONE)) != []
     assert judge.problems_of(STREAM, streamed(A, B, has_left=True)) == []
     assert judge.problems_of(STREAM, Seen(has_left=True)) == []
+    assert judge.problems_of(STREAM, Seen(status=429, has_left=True)) == []
+    assert judge.problems_of(STREAM, Seen(status=429)) != []
+    assert judge.problems_of(STREAM, Seen(status=500, has_left=True)) != []
     assert "broke" in judge.problems_of(STREAM, streamed(A, error="ReadError()"))[0]
 
 
