@@ -41,6 +41,10 @@ class HeadsCommand(Command):
         except HeadFileError as error:
             raise ConfigurationError(f"heads_dir: {error}") from error
 
+    def cards(self) -> list[HeadCard]:
+        heads = self.heads()
+        return [heads.card(name) for name in self.names()]
+
     def check(self, name: str) -> None:
         if name not in (names := self.names()):
             raise UnknownHeadError(name, names)
