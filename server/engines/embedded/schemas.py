@@ -41,7 +41,7 @@ def prepared(schema: str) -> str:
         parsed = json.loads(schema)
     except ValueError:
         return schema  # The library says what is wrong.
-    is_merged = any(map(_merges_bounds, dict(subschemas(parsed)).values()))
+    is_merged = any(_merges_bounds(part) for _, part in subschemas(parsed))
     lengths: set[tuple[int | None, int | None]] = set()
     num_chars, num_optional = 0, 0
     for place, part in subschemas(parsed):
