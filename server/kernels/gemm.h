@@ -1,7 +1,6 @@
 // What products with packed weights share: panels of 32 outputs, and the writing of their sums.
 #pragma once
 
-#include <cstring>
 #include <vector>
 
 #include "simd.h"
@@ -32,10 +31,7 @@ struct Inputs<float, bf16> {
     Inputs(const bf16* given, int64_t size) : wide(size), numbers(wide.data()) {
         int64_t i = 0;
         for (; i + kLanes <= size; i += kLanes) store(wide.data() + i, load_bf16(given + i));
-        for (; i < size; ++i) {
-            const uint32_t bits = (uint32_t)given[i] << 16;
-            std::memcpy(&wide[i], &bits, sizeof bits);
-        }
+        for (; i < size; ++i) wide[i] = to_float(given[i]);
     }
     std::vector<float> wide;
     const float* numbers;

@@ -73,14 +73,6 @@ void copy_finite(const T* values, int64_t count, T* finite) {
     for (int64_t i = 0; i < count; ++i) finite[i] = is_finite(values[i]) ? values[i] : T{0};
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Adds to a row's sums [value_size] what `copy_finite` left out at the slots [begin, end), with the row's weights.
 template <typename T>
 void add_nonfinite(const T* weights, const T* values, int64_t value_size, int64_t begin, int64_t end, float* sums) {

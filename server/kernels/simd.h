@@ -22,6 +22,14 @@ namespace {
 using bf16 = uint16_t;
 constexpr int kLanes = 16;
 
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 }  // namespace
 }  // namespace recontrol
 
