@@ -129,9 +129,7 @@ def largest_added_scale(
     return _by_rows(divergence, max_kl_R, base_RV, moved_RV, delta_RV)
 
 
-def _by_rows(
-    divergence: Callable[..., Divergence], max_kl_R: Tensor, *logits_RV: Tensor
-) -> tuple[Tensor, Tensor]:
+def _by_rows(divergence: Callable[..., Divergence], max_kl_R: Tensor, *logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """`largest_scale` of the divergence that these logits make.
 
     On a CPU each row is searched by itself, since the bits of torch's sums and functions may depend on where a row lies
