@@ -27,7 +27,7 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.drawing import TokenDraw
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
-from server.engines.embedded.model.layout import Segment, StepWatch
+from server.engines.embedded.model.layout import PromptChunk, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -247,25 +247,25 @@ class EngineCore:
 
         Raises ContextLengthError where there is no room for all of them.
         """
-        segments: list[Segment] = []
+        chunks: list[PromptChunk] = []
         try:
             for token_ids in texts:
                 pages = self.page_pool.take(num_pages_for(len(token_ids)))
                 if pages is None:
                     raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
-                segments.append(Segment(pages, 0, token_ids))
-            hidden_TD = self.runner.forward([], segments, watch=watch)
+                chunks.append(PromptChunk(pages, 0, token_ids))
+            hidden_TD = self.runner.forward([], chunks, watch=watch)
             return list(hidden_TD.split([len(token_ids) for token_ids in texts]))
         finally:
-            for segment in segments:
-                self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))
+            for chunk in chunks:
+                self.runner.kv.clear(self.page_pool.release(chunk.pages, forget=True))
 
     def _launch(self, drawn_B: Tensor | None = None) -> tuple[Step, Tensor]:
         """Schedule a step and run the model; its states [T, D]. Tokens that have not been read yet are among these."""
         step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
-        segments = [segment for _, segment in step.chunks]
-        hidden_TD = self.runner.forward(decode, segments, drawn_B=drawn_B) if decode or segments else torch.empty(0)
+        chunks = [chunk for _, chunk in step.chunks]
+        hidden_TD = self.runner.forward(decode, chunks, drawn_B=drawn_B) if decode or chunks else torch.empty(0)
         return step, hidden_TD
 
     def _launch_behind(self, drawn: Drawn) -> tuple[Step, Tensor] | None:
@@ -297,14 +297,14 @@ class EngineCore:
             first += len(its_rows)
             if sequence.num_computed == sequence.num_tokens:
                 computed.append((sequence, hidden_TD[first - 1]))
-        for sequence, segment in step.chunks:
-            end = first + len(segment.token_ids)
+        for sequence, chunk in step.chunks:
+            end = first + len(chunk.token_ids)
             if sequence.shadow_of is None:
-                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+                self._scores.add_prompt(sequence, chunk, hidden_TD[first:end])
                 add_token_values(sequence, hidden_TD[first:end], self.registry)
             if sequence.prompt_states is not None:
                 sequence.prompt_states.append(hidden_TD[first:end])
-            if segment.end == sequence.prompt_len:
+            if chunk.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
         for sequence in step.complete:

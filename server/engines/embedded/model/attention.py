@@ -1,6 +1,6 @@
 """Attention of a step's flattened rows over the paged key-value cache.
 
-A step holds one row for each newest token (a decode row), then one segment for each prompt chunk. All rows run through
+A step holds one row for each newest token (a decode row), then the chunks of prompts. All rows run through
 the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page of
 a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
 was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
@@ -189,13 +189,13 @@ def _attend_in_batches(
         mask = step.decode_mask(how.span)
         keys_BNSP, values_BNSP = _gather(keys, tables), _gather(values, tables)
         outputs.append(_attend(query_TNQP[:first], keys_BNSP, values_BNSP, mask, how, sinks_NQ))
-    for index, segment in enumerate(step.segments, start=first):
+    for index, chunk in enumerate(step.chunks, start=first):
         table = step.tables[index]
-        for page in range(segment.start // PAGE_TOKENS, num_pages_for(segment.end)):
-            start, end = max(segment.start, page * PAGE_TOKENS), min(segment.end, (page + 1) * PAGE_TOKENS)
-            span = slice(first + start - segment.start, first + end - segment.start)
+        for page in range(chunk.start // PAGE_TOKENS, num_pages_for(chunk.end)):
+            start, end = max(chunk.start, page * PAGE_TOKENS), min(chunk.end, (page + 1) * PAGE_TOKENS)
+            span = slice(first + start - chunk.start, first + end - chunk.start)
             outputs.append(_attend_page(query_TNQP[span], keys, values, table[: page + 1], start, how, sinks_NQ))
-        first += len(segment.token_ids)
+        first += len(chunk.token_ids)
     return torch.cat(outputs)
 
 
