@@ -52,7 +52,7 @@ class Rollout:
     logp_grads_TD: Tensor
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
     sampled_grads_TD: Tensor | None = None
-    """The same of a token that the model itself draws in that state, where the text is not its own."""
+    """Where the text is not the model's own: such gradients of a token that the model draws in that state."""
     text_ends: tuple[int, ...] | None = None
     """How many characters of the response stand before each token, where that is known."""
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])

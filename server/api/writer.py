@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 
-from server.api.gate.context import request_id_of
+from server.api.gate.context import CLIENT_CLOSED_REQUEST, request_id_of
 from server.api.json_text import json_bytes
 from server.api.running import Choice, Generation, collect
 from server.api.schemas import ChoicesBody, GenerationBody
@@ -24,7 +24,6 @@ from server.api.sse import EventStream, large_event
 from server.api.workers import LARGE
 from server.types import ControlSummary, FinishReason, GenerationChunk, Usage
 
-_CLIENT_CLOSED_REQUEST = 499
 _Result = TypeVar("_Result")
 
 
@@ -190,7 +189,7 @@ async def whole_response(
         text = await generation.workers.run(lambda: json_bytes(answer), size=generation.size)
         return Response(text, media_type="application/json")
     except ClientDisconnectedError:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         await generation.close()
 

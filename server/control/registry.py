@@ -63,7 +63,7 @@ class HeadStack:
     earned: tuple[float, ...] | None
     """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
     earned_K: Tensor | None
-    """The same."""
+    """`earned`, as a tensor."""
 
     @property
     def num_bytes(self) -> int:

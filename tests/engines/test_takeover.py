@@ -139,7 +139,7 @@ def test_attention_that_forgets_a_window_is_refused(window: int, monkeypatch: py
 def test_where_there_are_kernels_every_model_attends_by_them(
     name: str, traits: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_attend_by_torch", lambda *_: pytest.fail("attended by torch"))
+    monkeypatch.setattr(attention, "_attend_without_native", lambda *_: pytest.fail("attended by torch"))
     create(tiny(name, dtype, **traits))
 
 

@@ -58,7 +58,7 @@ class Attended:
         step = StepLayout.of(self.kv, decode, chunks, torch.device("cpu"))
         keys, values = self.kv.layer(0, *rows[1:])
         if self.way != "native":
-            out = attention._attend_by_torch(rows, keys, values, step, how, self.sinks)
+            out = attention._attend_without_native(rows, keys, values, step, how, self.sinks)
             if self.way in ("plain", "triton"):
                 return out
             num_kv_heads = self.shape.num_kv_heads

@@ -10,6 +10,9 @@ from starlette.types import Scope
 
 from server.api.gate.limits import Caller
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status, for the log alone: whoever asked has left."""
+
 
 @dataclass(slots=True)
 class RequestContext:

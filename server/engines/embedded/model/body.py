@@ -58,7 +58,8 @@ class Body:
         return output.last_hidden_state[0]
 
     def watched_states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
-        """The same while the step's watch is told what each layer gets, and says what it goes on with."""
+        """States [T, D] as from `states`, while the step's watch is told what each layer gets, and says what it goes on
+        with."""
         with _watched(self.layers, step.watch):
             return self.states(token_ids_T, step)
 
