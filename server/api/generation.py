@@ -133,8 +133,8 @@ async def start(
             replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)
         ]
     check_size(requests, info, field=body.size_field)
-    if not body.stream:
-        check_told(requests)
+    if not body.stream or body.is_kept_whole:
+        check_told(requests, may_stream=not body.is_kept_whole)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user

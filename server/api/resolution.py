@@ -298,14 +298,15 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field
         )
 
 
-def check_told(requests: Sequence[GenerationRequest]) -> None:
-    """The cap on log-probabilities of new tokens, which a whole answer keeps until its end."""
+def check_told(requests: Sequence[GenerationRequest], *, may_stream: bool) -> None:
+    """The cap on log-probabilities of new tokens, where they are kept until the end; `may_stream` says whether that
+    could be avoided by a stream. Raises InvalidRequestError."""
     sampling, num_choices = requests[0].sampling, len(requests) * requests[0].num_choices
     num_scores = num_choices * sampling.max_tokens * ((sampling.logprobs or 0) + 1)
     if sampling.logprobs is not None and num_scores > MAX_TOLD_SCORES:
         raise InvalidRequestError(
             f"logprobs: this may be {num_scores} log-probabilities (choices x max_tokens x (logprobs + 1)); at most "
-            f"{MAX_TOLD_SCORES} are allowed without stream: true",
+            f"{MAX_TOLD_SCORES} are allowed{' without stream: true' if may_stream else ''}",
             param="logprobs",
         )
 

@@ -40,6 +40,8 @@ class GenerationBody(WithUnserved):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     unserved: ClassVar[Mapping[str, Unserved]] = GENERATION
 
+    is_kept_whole: ClassVar[bool] = False
+    """Whether the answer is kept until its end even where it is streamed."""
     size_field: ClassVar[str] = "max_tokens"
     """The one that says how many new tokens."""
 

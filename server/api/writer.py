@@ -51,6 +51,10 @@ class ResponseWriter(ABC):
     def events(self) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         """The events of one that is; those that are bytes are ready."""
 
+    async def large(self, event: dict[str, Any], *, size: int) -> bytes:
+        """An event of so many tokens, log-probabilities or bytes as it is sent, written beside the event loop."""
+        return await self._generation.workers.run(partial(large_event, event, is_named=self.is_named), size=size)
+
     def failure(self, body: dict[str, Any]) -> dict[str, Any]:
         """The event that ends a stream which failed, from the body that the error would have had."""
         return body
@@ -135,8 +139,7 @@ class ChoicesWriter(ResponseWriter):
                     elif self._include_usage:
                         event["usage"] = None
                     if is_large:
-                        size = self._generation.size
-                        yield await self._generation.workers.run(partial(large_event, event), size=size)
+                        yield await self.large(event, size=self._generation.size)
                         continue
                     yield event
         if self._include_usage:

@@ -52,6 +52,8 @@ class ResponseStreamOptions(WithUnserved):
 
 class ResponseBody(GenerationBody, TemplateFields):
     unserved: ClassVar[Mapping[str, Unserved]] = RESPONSE
+    is_kept_whole: ClassVar[bool] = True
+    """Its last events tell it again."""
     size_field: ClassVar[str] = "max_output_tokens"
 
     input: Input

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -38,7 +38,7 @@ from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reasoned_structure import check_structure
 from server.engines.embedded.reports import Drawn, Scores
 from server.engines.embedded.scheduler import Scheduler, Step
-from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.sequence import Sequence, SequenceState, one_by_one
 from server.engines.embedded.structure import CompiledSchema
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
@@ -177,14 +177,19 @@ class EngineCore:
         request: GenerationRequest,
         emit: Callable[[GenerationChunk], None],
         *,
+        emit_all: Callable[[Iterable[GenerationChunk]], None] | None = None,
         keep_states: bool = False,
         observer: EngineObserver | None = None,
     ) -> list[Sequence]:
-        """The request's choices, ready for `add`. The request must have passed `check`."""
+        """The request's choices, ready for `add`. The request must have passed `check`.
+
+        `emit_all` takes many chunks at a time in a moment, where that is less work than one by one.
+        """
         choices = Sequence.choices(
             request,
             make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
+            emit_all=emit_all or one_by_one(emit),
             observer=observer or self._observer,
             eos_token_ids=self._eos_token_ids,
             markup=self._markup,

@@ -109,7 +109,7 @@ class EmbeddedEngine(ModelEngine):
                     self._post(lambda: core.abort(sequences))
 
         stream = ChunkQueue(request.num_choices, close)
-        sequences = core.sequences(request, stream.put_threadsafe)
+        sequences = core.sequences(request, stream.put_threadsafe, emit_all=stream.put_all_threadsafe)
         self._post(lambda: core.add(sequences))
         self._num_open += request.num_rows
         return stream
