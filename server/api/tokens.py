@@ -89,7 +89,7 @@ def _tokenized(engine: Engine, body: TokenizeBody) -> dict[str, Any]:
 
 async def _answer(request: Request, content: Callable[[], dict[str, Any]]) -> Response:
     """Read and written off the event loop, since both take as long as the text is."""
-    text = await tokenized(request, lambda: json_bytes(content()), is_all=True)
+    text = await tokenized(request, lambda: json_bytes(content()))
     return Response(text, media_type="application/json")
 
 
