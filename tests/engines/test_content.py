@@ -175,7 +175,7 @@ def test_a_template_makes_no_control_token_of_what_it_leaves_of_a_content(rewrit
       "a</think>b</think>c")],
 )  # fmt: skip
 def test_a_control_token_that_a_template_would_make_of_a_content_is_refused(rewriting: str, earlier: str) -> None:
-    """Where a mark would keep the template from what it does to contents, such as taking out a word with a `<` in it."""
+    """Where a mark would keep the template from what it does to contents, as from taking out a word with a `<`."""
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", f"({rewriting})")
     word = "<|br|>" if "<|br" in rewriting else "<br>"
