@@ -12,6 +12,7 @@ Shapes: R controlled rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -114,7 +115,7 @@ def largest_general_scale(
     base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Do what `largest_scale` does, for logits that are finish(base + s * delta)."""
-    return _by_rows(lambda base, delta: GeneralDivergence(base, delta, finish), max_kl_R, base_RV, delta_RV)
+    return _by_rows(partial(GeneralDivergence, finish=finish), max_kl_R, base_RV, delta_RV)
 
 
 def largest_added_scale(
