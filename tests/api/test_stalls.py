@@ -168,6 +168,29 @@ async def test_an_answer_with_all_log_probabilities_is_written_beside_others(mak
     assert stall.is_short, stall
 
 
+async def test_the_last_events_of_a_response_are_written_beside_others(make_app: Callable[..., FastAPI]) -> None:
+    """Each of them holds all log-probabilities; the first ones hold what was asked."""
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "instructions": "é" * 2**17}
+    body = {"model": "fake", "input": "hi", "max_output_tokens": 3500, "stream": True, "ignore_eos": True, **asked}
+    stall, response = await longest_stall(make_app(settings=ROOM), "/v1/responses", body)
+    assert response.status_code == 200
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in response.text.split("\n") if line.startswith("data: ")
+    ]
+    assert events[-1]["type"] == "response.incomplete"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    (item,) = events[-1]["response"]["output"]
+    assert len(item["content"][0]["logprobs"]) == 3500
+    assert stall.is_short, stall
+
+
+def test_a_response_keeps_no_more_log_probabilities_than_fit_streamed_or_not(client: TestClient) -> None:
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "max_output_tokens": 60_000}
+    for stream in (False, True):
+        refused = client.post("/v1/responses", json={"model": "fake", "input": "hi", "stream": stream, **asked})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include")
+
+
 def test_an_answer_that_is_no_stream_holds_no_more_log_probabilities_than_fit(client: TestClient) -> None:
     body = {"n": 16, "max_tokens": 4000, "logprobs": 20}
     refused = complete(client, **body)
