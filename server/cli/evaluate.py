@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory, Instruction
@@ -47,6 +48,7 @@ from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 from value_models.training_data import TrainingData, load_training_data
 
+_log = logging.getLogger(__name__)
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
 # By built-in reward: judges that the reward does not contain.
@@ -117,6 +119,8 @@ class Evaluation(HeadsModelCommand):
     work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's folder")
+    _fitted_to: dict[str, Any] | None = PrivateAttr(None)
+    """How the rollouts were sampled that rivals are fitted to, where any are."""
 
     @model_validator(mode="after")
     def _with_flags_that_go_together(self) -> Self:
@@ -172,6 +176,7 @@ class Evaluation(HeadsModelCommand):
         study = self.study_of(loaded, registry)
         result = {
             **study.run(),
+            **({} if self._fitted_to is None else {"rollouts": self._fitted_to}),
             "sampling": self.sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -309,12 +314,20 @@ class Evaluation(HeadsModelCommand):
         return load_training_data(self.rollouts, reward, self.training_texts())
 
     def check_rollouts(self, card: HeadCard) -> None:
-        """Raises ConfigurationError where rivals would be fitted to other prompts than the head."""
-        prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
+        """Raises ConfigurationError where rivals would be fitted to other prompts than the head, and warns where these
+        were sampled in another way."""
+        manifest = open_rollouts(self.rollouts).manifest
+        prompts_sha256 = manifest.get("prompts_sha256")
         if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
             raise ConfigurationError(
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
+        settings, its_own = manifest["settings"], card.data.get("rollouts", {})
+        differing = [name for name in its_own if name in settings and settings[name] != its_own[name]]
+        if differing and self._fitted_to is None:
+            told = ", ".join(f"{name} {settings[name]} (the head's {its_own[name]})" for name in differing)
+            _log.warning("Rivals are fitted to rollouts of another kind than the head was: %s", told)
+        self._fitted_to = settings
 
     def training_texts(self) -> dict[str, str]:
         """Of the rollouts' prompts, by id."""
