@@ -199,7 +199,7 @@ def test_a_stream_whose_client_reads_too_little_of_it_ends_and_keeps_no_more(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "_MAX_UNREAD", 50)
-    monkeypatch.setattr(running, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(running, "_PATIENCE_S", 0.01)
     app = make_app()
     with serving(app, send_buffer_bytes=SMALL) as url, connected(url, UNREAD) as reader:
         assert eventually(lambda: app.state.engine.num_open == 1)
