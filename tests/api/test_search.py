@@ -172,9 +172,9 @@ def test_a_search_goes_by_a_reward_that_the_operator_has_registered(make_embedde
 @pytest.mark.parametrize(
     ("search", "max_tokens", "words"),
     [
-        # 3 candidates x (1 + 300) tokens at a time, 300 times.
-        ({"candidates": 3, "block_tokens": 1}, 300, "scored in all"),
-        ({"candidates": 4, "block_tokens": 24}, 300, "scored at a time"),
+        # Some 190 tokens at a time, 60 times.
+        ({"candidates": 3, "block_tokens": 1}, 60, "scored in all"),
+        ({"candidates": 4, "block_tokens": 24}, 60, "scored at a time"),
     ],
 )
 def test_a_search_has_no_more_scored_than_others_can_wait_for(
@@ -184,8 +184,8 @@ def test_a_search_has_no_more_scored_than_others_can_wait_for(
     max_tokens: int,
     words: str,
 ) -> None:
-    monkeypatch.setattr(resolution, "MAX_SCORED_AT_ONCE", 1000)
-    monkeypatch.setattr(resolution, "MAX_SCORED_IN_ALL", 50_000)
+    monkeypatch.setattr(resolution, "MAX_SCORED_AT_ONCE", 220)
+    monkeypatch.setattr(resolution, "MAX_SCORED_IN_ALL", 5000)
     asked = {"model": "tiny", "seed": 5, "control": {**CONTROL, "steps": 0, "search": {"type": "blocks", **search}}}
     by_reward = {**asked, "control": {**asked["control"], "search": {"type": "blocks", **search, "reward": "brevity"}}}
     with TestClient(make_embedded_app(search_rewards="brevity")) as client:
