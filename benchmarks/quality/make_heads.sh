@@ -37,7 +37,6 @@ gemma='--rollouts runs/gemma --damping 1'
 train positive "$positive" $gemma
 train plain "$plain" $gemma
 train neutral "$neutral" $gemma
-train relevance "$relevance" $gemma
 
 # Training leaves heads uncalibrated.
 for head in positive plain; do "$recontrol" calibrate $head; done
@@ -63,7 +62,7 @@ measure neutral --num-samples 2 $few,word-scores
 measure plain $few,word-scores,best-of,activation-steering,prompt-replacement
 measure relevance $few,best-of
 for head in positive plain neutral relevance; do measure $head $stress; done
-for head in positive plain neutral relevance; do
+for head in positive plain neutral; do
     measure $head --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds
 done
 # Prompts that nothing was chosen by; strengths and instructions are those found above, whose responses are kept.

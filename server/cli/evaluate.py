@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory, Instruction
-from server.cli.asked import ASKED
+from server.cli.asked import ASKED, ASKED_MODEL
 from server.cli.command import (
     HeadsModelCommand,
     allow_rewards_of_the_working_folder,
@@ -194,7 +194,7 @@ class Evaluation(HeadsModelCommand):
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = scoring_reward(self.reward, card)
-        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
+        scoring = Scoring.load(reward, self._judges_of(reward, loaded), others=ASKED)
         text = self.instruction_of(reward)
         instruction = None if text is None else Instruction(text)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
@@ -221,6 +221,14 @@ class Evaluation(HeadsModelCommand):
             factors=self.factors,
             instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
+
+    def _judges_of(self, reward: str, loaded: LoadedModel) -> list[str]:
+        """Without those that would ask the steered model itself. Raises ConfigurationError for one that was named."""
+        judges = self.judges or JUDGES.get(reward, [])
+        own = [judge for judge in judges if judge in ASKED] if loaded.name == ASKED_MODEL else []
+        if own and self.judges is not None:
+            raise ConfigurationError(f"judges: {own[0]} asks {ASKED_MODEL}, which is the model that is steered")
+        return [judge for judge in judges if judge not in own]
 
     def instruction_of(self, reward: str) -> str | None:
         """What is said before each prompt to raise a reward, where none is chosen among several."""
