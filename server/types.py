@@ -57,6 +57,10 @@ class Opening(StrEnum):
     """The model says itself whether it reasons first."""
 
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it a row is greedy: its logits over its temperature would not be finite in float32."""
+
+
 class SamplingParams(BaseModel):
     """How tokens are drawn. Temperature 0 is greedy. `seed` None draws a fresh seed."""
 
@@ -83,6 +87,12 @@ class SamplingParams(BaseModel):
     """It is taken from the logit of a token for each time that the output holds it."""
     repetition_penalty: RepetitionPenalty = 1.0
     """It divides the logits (multiplies those below 0) of each token that prompt or output hold."""
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a distribution always gives the same token."""
+        return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
+
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Most likely alternatives reported a token, after control; None reports nothing."""
     prompt_logprobs: bool = False

@@ -105,12 +105,16 @@ def test_without_a_budget_the_published_method_collapses_and_with_one_it_does_no
     assert lowest["with budget"] > 0.9
 
 
-def test_a_head_steers_a_model_of_another_architecture() -> None:
-    other = load_card(shipped_heads_folder("gemma-3-270m") / "plain")
+@pytest.mark.parametrize("name", ["neutral", "plain", "positive"])
+def test_heads_steer_a_model_of_another_architecture(name: str) -> None:
+    other = load_card(shipped_heads_folder("gemma-3-270m") / name)
     assert other.base_model.architecture == "Gemma3ForCausalLM"
     assert other.evaluation is not None
-    arms = other.evaluation["project"]["arms"]
-    assert arms["head"]["gain_over"]["base"]["reward"]["low"] > 0
+    result = other.evaluation["project"]
+    gains = result["arms"]["head"]["gain_over"]
+    assert all(gains[rival]["reward"]["low"] > 0 for rival in ("base", "static vector", "token log-odds"))
+    # The model is not its own judge.
+    assert not [judge for judge in result["judges"] if judge.startswith("asked_")]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
-"""Claims that one way to steer is above another: how likely each is by luck, and what is left of it among many.
+"""Claims that one way to steer differs from another: how likely each is by luck, and what is left of it among many.
 
-Prompts are drawn again, and not responses, as for intervals (intervals.py). Knows nothing of arms or heads. Enter at
-`gain_interval` and `holm`.
+What is by luck is a prompt's difference, and not a response's, as for intervals (intervals.py). Knows nothing of arms
+or heads. Enter at `gain_interval` and `holm`.
 
 Shapes: P prompts, S responses to each.
 """
@@ -14,30 +14,32 @@ import numpy as np
 
 from value_models.intervals import mean_interval
 
-_NUM_RESAMPLES = 20_000
-_ROWS_AT_ONCE = 1000
+_NUM_DRAWS = 200_000
+_DRAWS_AT_ONCE = 4000
+_ROUNDING = 1e-9
 
 
 def gain_interval(differences_PS: np.ndarray) -> dict[str, float]:
-    """{mean, low, high, p} of paired differences, prompt by prompt; see `chance_of_no_gain`."""
-    return mean_interval(differences_PS) | {"p": chance_of_no_gain(differences_PS)}
+    """{mean, low, high, p} of paired differences, prompt by prompt; see `chance_of_no_difference`."""
+    return mean_interval(differences_PS) | {"p": chance_of_no_difference(differences_PS)}
 
 
-def chance_of_no_gain(differences_PS: np.ndarray) -> float:
-    """One-sided p-value that the mean of paired differences is above zero, by the bootstrap over prompts.
+def chance_of_no_difference(differences_PS: np.ndarray) -> float:
+    """Two-sided p-value that paired differences have a mean of zero, by flipped signs.
 
-    (1 + the resamples whose mean is not above zero) / (1 + all), but no less than 2^-P, the least that a test by
-    flipped signs could say of so few prompts. It is never zero, and the same for the same prompts.
-    Source: Davison and Hinkley 1997, section 4.2.
+    Were neither way above the other, each prompt's mean difference would as likely have the other sign. (1 + the draws
+    of signs that put the mean as far from zero, or farther) / (1 + all draws), but no less than 2^(1-P), the least that
+    so few prompts can say. It is never zero, and the same for the same prompts.
+    Source: Davison and Hinkley 1997, sections 4.3 and 4.4.
     """
     means_P = differences_PS.mean(axis=1)
     rng = np.random.default_rng(0)
-    size = (_ROWS_AT_ONCE, len(means_P))
-    num_not_above = sum(
-        int((means_P[rng.integers(0, len(means_P), size)].mean(axis=1) <= 0).sum())
-        for _ in range(_NUM_RESAMPLES // _ROWS_AT_ONCE)
-    )
-    return max((1 + num_not_above) / (1 + _NUM_RESAMPLES), 0.5 ** len(means_P))
+    least = abs(means_P.sum()) - _ROUNDING * np.abs(means_P).sum()
+    num_as_far = 0
+    for _ in range(_NUM_DRAWS // _DRAWS_AT_ONCE):
+        signs_DP = 2 * rng.integers(0, 2, (_DRAWS_AT_ONCE, len(means_P)), dtype=np.int8) - 1
+        num_as_far += int((np.abs(signs_DP @ means_P) >= least).sum())
+    return max((1 + num_as_far) / (1 + _NUM_DRAWS), 0.5 ** (len(means_P) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -53,7 +53,7 @@ class GivenText:
 
     @property
     def prompt_id(self) -> str:
-        """The same for the same prompt. Texts without any are a prompt each."""
+        """It is one for all texts with the same prompt. A text without a prompt has its own."""
         text = json.dumps(self.prompt if self.prompt else [self.line], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

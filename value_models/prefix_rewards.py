@@ -27,8 +27,9 @@ from torch import Tensor
 
 from value_models.errors import PrefixRewardError, RewardError, RolloutError
 from value_models.files import write_whole
+from value_models.kept_fits import fit_key
 from value_models.rewards import Reward, is_read_by_a_model
-from value_models.scores import identity_digest, reward_identity
+from value_models.scores import reward_identity
 
 STRIDE, MODEL_STRIDE = 1, 8
 """Tokens from one score to the next, of functions and of models."""
@@ -59,7 +60,7 @@ class PrefixRewards:
         stride = stride or (MODEL_STRIDE if is_read_by_a_model(name) else STRIDE)
         identity = reward_identity(name, dtype) | {"stride": stride}
         self._name, self._reward, self._run_folder = name, reward, run_folder
-        self.report = PrefixReport(run_folder / "prefix-rewards" / identity_digest(identity), stride)
+        self.report = PrefixReport(run_folder / "prefix-rewards" / fit_key(identity), stride)
 
     def prepare(
         self, shard: int, prompts: Sequence[str], rows: Sequence[dict[str, Any]], lengths: Tensor, scores: list[float]

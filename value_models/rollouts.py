@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
@@ -52,7 +52,7 @@ class Rollout:
     logp_grads_TD: Tensor
     """Gradient of each token's log-probability under the base model by the state that predicts it."""
     sampled_grads_TD: Tensor | None = None
-    """The same of a token that the model itself draws in that state, where the text is not its own."""
+    """Where the text is not the model's own: such gradients of a token that the model draws in that state."""
     text_ends: tuple[int, ...] | None = None
     """How many characters of the response stand before each token, where that is known."""
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -197,16 +197,45 @@ def collect_shards(
     return RolloutSet(folder, manifest)
 
 
+class _Given(BaseModel):
+    kind: str
+    file: str
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest, which may hold more."""
+
+    model_config = ConfigDict(strict=True)
+
+    base_model: dict[str, Any]
+    settings: dict[str, Any]
+    num_shards: PositiveInt
+    prompts_sha256: str | None = None
+    given: _Given | None = None
+
+    @model_validator(mode="after")
+    def _tells_its_texts(self) -> Self:
+        if self.prompts_sha256 is None and self.given is None:
+            raise ValueError("is missing, as is given; one of them tells what the texts are")
+        return self
+
+
 def open_rollouts(folder: Path) -> RolloutSet:
     """Open a run that is complete. Raises RolloutError."""
     try:
-        read: object = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        read: object = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RolloutError(f"{folder} holds no rollouts ({error}); make them with `recontrol rollouts`") from error
     manifest = cast("dict[str, Any]", read) if isinstance(read, dict) else {}
     version = manifest.get("format")
     if version != FORMAT:
         raise RolloutError(f"{folder} has format {version}, this version reads {FORMAT}; sample them anew")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "prompts_sha256"
+        raise RolloutError(f"{folder / MANIFEST}: {field}: {problem['msg'].removeprefix('Value error, ')}") from error
     missing = [i for i in range(manifest["num_shards"]) if not shard_path(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(
@@ -232,7 +261,7 @@ def claim_run(folder: Path, manifest: dict[str, Any]) -> None:
         return
     try:
         existing = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise RolloutError(f"{path} is no manifest of rollouts ({error}); choose another --out") from error
     # Through JSON, as the one on disk went.
     wanted = _flat(json.loads(json.dumps(manifest)))

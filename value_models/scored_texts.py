@@ -42,7 +42,7 @@ class TextSource(Protocol):
 
     def score(self, texts: Sequence[GivenText], settings: ScoreSettings) -> Iterator[Rollout]:
         """The texts in their order, with the states and both kinds of gradients. What it draws may depend on the
-        settings' seed and the text only. The field `sample` is not set."""
+        settings' seed and the text only."""
         ...
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from value_models.errors import RewardError
 from value_models.files import write_text
+from value_models.kept_fits import fit_key
 from value_models.reward_models import PREFIX, model_identity
 from value_models.rewards import Reward
 
@@ -30,7 +31,7 @@ class RunScores:
         self._reward = reward
         self._folder: Path | None = None
         if name.startswith(PREFIX):
-            self._folder = run_folder / "scores" / identity_digest(reward_identity(name, dtype))
+            self._folder = run_folder / "scores" / fit_key(reward_identity(name, dtype))
 
     def of(self, shard: int, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """The scores of a shard's responses, kept ones where they are of the same texts.
@@ -63,11 +64,6 @@ def reward_identity(name: str, dtype: str) -> dict[str, Any]:
     if not name.startswith(PREFIX):
         return {"reward": name}
     return {"reward": name, "dtype": dtype, **model_identity(name.removeprefix(PREFIX))}
-
-
-def identity_digest(identity: dict[str, Any]) -> str:
-    """The name of a folder for what belongs to it alone."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _kept(path: Path, texts_sha256: str, count: int) -> list[float] | None:

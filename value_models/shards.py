@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
@@ -48,10 +48,13 @@ def read_rows(folder: Path, index: int, fields: tuple[str, ...]) -> list[dict[st
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            missing = [name for name in fields if name not in row]
-        except (ValueError, TypeError) as error:
+            row: object = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise damaged(folder, index, f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise damaged(folder, index, f"line {number} is no object")
+        row = cast("dict[str, Any]", row)
+        missing = [name for name in fields if name not in row]
         if missing:
             raise damaged(folder, index, f"line {number} lacks {missing[0]}")
         rows.append(row)

@@ -66,7 +66,7 @@ _UNUSED_FLAGS = {
     },
 }
 _MIN_OBJECTIVES_HEADS = 2
-_QUICK = {"split": "locked", "max_prompts": 40, "num_samples": 2, "methods": [PROMPTING.name, STATIC_VECTOR.name]}
+_QUICK = {"max_prompts": 40, "num_samples": 2, "methods": [PROMPTING.name, STATIC_VECTOR.name]}
 
 
 class Quality(Evaluation):
@@ -103,7 +103,7 @@ class Quality(Evaluation):
     quick: bool = Field(
         False,
         description="the main claim in ten minutes: the head, the base model, prompting and the static vector at the "
-        "head's divergence alone, on 40 locked prompts; --rollouts must be there",
+        "head's divergence alone, on 40 test prompts; --rollouts must be there",
     )
     temperature: float = Field(1.0, gt=0, le=2, description="controlled decoding draws at 1, whatever this is")
     update_card: bool = Field(False, description="keep the figures, and their plots, in the head's folder")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.model.kv_cache import fork_pages
-from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.layout import PromptChunk
 from server.engines.embedded.model.pages import PagePool, num_pages_for
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.rollouts import EngineRolloutSource
@@ -118,7 +118,7 @@ class PagedTexts:
         self.extend(pages, len(token_ids))
         for start in range(0, len(token_ids), _PREFILL_CHUNK_TOKENS):
             chunk = token_ids[start : start + _PREFILL_CHUNK_TOKENS]
-            hidden_TD = self.runner.forward([], [Segment(pages, start, chunk)])
+            hidden_TD = self.runner.forward([], [PromptChunk(pages, start, chunk)])
         return pages, hidden_TD[-1]
 
     def fork(self, pages: list[int], length: int) -> list[int]:

@@ -10,8 +10,10 @@ SHP="${SHP:-../shared/data/shp_prompts.jsonl}"
 own=value_models/prompts/prompts.jsonl
 
 "$recontrol" prompts real-toxicity-prompts --out runs/rtp.jsonl
-"$recontrol" rollouts --num-samples 16
-"$recontrol" rollouts --prompts runs/rtp.jsonl --num-samples 12 --max-tokens 32 --out runs/rtp
+# All heads of the default model but `brevity` are of the time before training took a critic and fields, which brought
+# them nothing that was to be seen in text (docs/tried.md), and before rollouts were sampled at top_p 1.
+"$recontrol" rollouts --top-p 0.95 --num-samples 16
+"$recontrol" rollouts --top-p 0.95 --prompts runs/rtp.jsonl --num-samples 12 --max-tokens 32 --out runs/rtp
 "$recontrol" rollouts --formats chat --num-samples 4 --max-tokens 96 --out runs/long
 "$recontrol" rollouts --model gemma-3-270m --formats text --num-samples 6 --max-tokens 40 --out runs/gemma
 
@@ -19,15 +21,22 @@ train() { # name, description, flags
     name="$1" && description="$2" && shift 2
     "$recontrol" train --name "$name" --reward "$name" --description "$description" "$@"
 }
+by_value='--critic value --field-features 0'
 plain='Plain language: short sentences, short words (Flesch reading ease)'
-train positive 'Positive, cheerful text (VADER sentiment)'
-train plain "$plain"
-train neutral 'A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
-train relevance 'Responses that stay with the prompt (cosine of sentence embeddings)'
+positive='Positive, cheerful text (VADER sentiment)'
+neutral='A neutral, matter-of-fact tone (share of the text that VADER finds neutral)'
+relevance='Responses that stay with the prompt (cosine of sentence embeddings)'
+train positive "$positive" $by_value
+train plain "$plain" $by_value
+train neutral "$neutral" $by_value
+train relevance "$relevance" $by_value
 train brevity 'Short answers (words of the response)' --rollouts runs/long
 train nontoxic 'Text without insults, threats or swear words (the classifier of alt-profanity-check)' \
-    --rollouts runs/rtp --prompts runs/rtp.jsonl
-train plain "$plain" --rollouts runs/gemma --damping 1
+    --rollouts runs/rtp --prompts runs/rtp.jsonl $by_value
+gemma='--rollouts runs/gemma --damping 1'
+train positive "$positive" $gemma
+train plain "$plain" $gemma
+train neutral "$neutral" $gemma
 
 # Training leaves heads uncalibrated.
 for head in positive plain; do "$recontrol" calibrate $head; done
@@ -53,7 +62,9 @@ measure neutral --num-samples 2 $few,word-scores
 measure plain $few,word-scores,best-of,activation-steering,prompt-replacement
 measure relevance $few,best-of
 for head in positive plain neutral relevance; do measure $head $stress; done
-measure plain --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds
+for head in positive plain neutral; do
+    measure $head --model gemma-3-270m --rollouts runs/gemma --formats text --max-tokens 40 --methods static-vector,token-log-odds
+done
 # Prompts that nothing was chosen by; strengths and instructions are those found above, whose responses are kept.
 locked='--split locked --num-samples 2'
 for head in positive plain; do measure $head $locked $few,word-scores,best-of; done

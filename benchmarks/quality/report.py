@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from server.cli.methods import HEAD
 from value_models.claims import holm
 from value_models.store import HeadCard
 
+_SURE = 0.05
+"""After Holm's correction."""
 _NOT_YET = "None of the results above is of a study that tells them."
 TRANSCRIPT_FILE = "transcript.json"
 """In a folder of heads: the output of `recontrol compare` that the pages show."""
@@ -109,7 +111,8 @@ def commands(cards: Sequence[HeadCard]) -> str:
 
 
 def claims_table(cards: Sequence[HeadCard]) -> str:
-    """Each head over every rival, test set and judge, with p-values corrected for all of them together.
+    """Each head over every rival, test set and judge, with p-values corrected for all of them together, and which of
+    the two is ahead after that, if either is.
 
     Of results that have p-values, which older ones have not.
     """
@@ -119,20 +122,29 @@ def claims_table(cards: Sequence[HeadCard]) -> str:
         for result in (card.evaluation or {}).values()
         for claim in result.get("claims", ())
     ]
-    lines = header(["head", "test set", "over", "by", "gain", "p", "p after Holm"])
+    lines = header(["head", "test set", "over", "by", "gain", "p", "p after Holm", "ahead"])
     for (name, test_set, claim), corrected in zip(made, holm([claim["p"] for *_, claim in made]), strict=True):
-        cells = [signed(claim), f"{claim['p']:.5f}", f"{corrected:.5f}"]
+        ahead = "" if corrected > _SURE else "head" if claim["mean"] > 0 else claim["over"]
+        cells = [signed(claim), f"{claim['p']:.5f}", f"{corrected:.5f}", ahead]
         lines.append(row([f"`{name}`", test_set, claim["over"], claim["metric"], *cells]))
     return "\n".join(lines) if made else _NOT_YET
 
 
 def areas_table(cards: Sequence[HeadCard]) -> str:
-    """The mean gain of reward over all divergences up to a bound, on validation prompts, by head and method."""
-    lines = header(["head", "test set", "method", "up to KL", "mean gain", "head over it", "p"])
+    """The mean gain of reward over all divergences up to a bound, on validation prompts, by head and method.
+
+    Results on several test sets may be of one sweep, which is shown once.
+    """
+    lines = header(["head", "with test set", "method", "up to KL", "mean gain", "head over it", "p"])
     is_measured = False
     for card in cards:
+        shown: list[Mapping[str, Any]] = []
         for result in (card.evaluation or {}).values():
-            for method, figure in (areas := result.get("areas") or {"gain": {}})["gain"].items():
+            areas = result.get("areas") or {"gain": {}}
+            if areas in shown:
+                continue
+            shown.append(areas)
+            for method, figure in areas["gain"].items():
                 is_measured, over = True, areas["head_over"].get(method)
                 more = [signed(over), f"{over['p']:.5f}"] if over else ["", ""]
                 cells = [method, f"{figure.get('max_kl', areas['max_kl']):.2f}", signed(figure), *more]

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: the same through the model's own chat template."""
+"""POST /v1/chat/completions: a conversation, through the model's own chat template, and the answer to it."""
 
 from __future__ import annotations
 

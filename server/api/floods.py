@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticCustomError
 
+from server.field_errors import UNKNOWN, field_error
 from server.unicode import beginning
 
 MAX_MEMBERS = 2**15
 """Of all objects and lists of a field together; token ids do not count."""
-UNKNOWN = "unknown_field"
 _FEW = 16
 
 
@@ -26,12 +25,10 @@ def refuse_flood(model: type[BaseModel], body: Any) -> None:
     allowed = [field.alias or name for name, field in model.model_fields.items()]
     if len(body) > len(allowed) + _FEW:
         name = beginning(next(name for name in body if name not in allowed))
-        context = {"name": name, "allowed": ", ".join(allowed)}
-        raise PydanticCustomError(UNKNOWN, "{name}: there is no such field. Allowed here: {allowed}.", context)
+        raise field_error(name, f"there is no such field. Allowed here: {', '.join(allowed)}.", UNKNOWN)
     for name, value in body.items():
         if isinstance(value, dict | list) and _has_many(value):
-            context = {"name": beginning(name), "most": MAX_MEMBERS}
-            raise PydanticCustomError("field", "{name}: holds more than {most} fields and items in all", context)
+            raise field_error(beginning(name), f"holds more than {MAX_MEMBERS} fields and items in all")
 
 
 def _has_many(value: dict[str, Any] | list[Any]) -> bool:

@@ -17,6 +17,7 @@ from server.api.messages import ChatMessage
 from server.api.pinned import check_beside_pinned
 from server.api.resolution import (
     check_scored,
+    check_search,
     check_size,
     check_told,
     resolve_best_of,
@@ -42,19 +43,18 @@ LEAST_NEW_TOKENS = 16
 _Result = TypeVar("_Result")
 
 
-async def tokenized(request: Request, read: Callable[[], _Result], *, is_all: bool = False) -> _Result:
+async def tokenized(request: Request, read: Callable[[], _Result]) -> _Result:
     """What `read` makes of a body's texts, off the event loop.
 
-    The caller pays before it is done. What it paid is given back when it is, since `queue` then charges for the tokens,
-    unless this is all that was asked. Raises RateLimitError, OverloadedError, and what `read` raises.
+    The caller pays before it is done, once for a body. That is part of what `queue` then charges for the tokens; where
+    nothing is queued in the end, the reading was done all the same. Raises RateLimitError, OverloadedError, and what
+    `read` raises.
     """
     workers: Workers = request.app.state.workers
     context = context_of(request)
-    charge = None if context.caller is None else await context.caller.pay_reading(context.num_body_bytes)
-    result = await workers.run(read, size=context.num_body_bytes)
-    if charge is not None and not is_all:
-        charge.settle(0)
-    return result
+    if context.caller is not None and context.reading is None:
+        context.reading = await context.caller.pay_reading(context.num_body_bytes)
+    return await workers.run(read, size=context.num_body_bytes)
 
 
 @dataclass(slots=True, frozen=True)
@@ -133,8 +133,9 @@ async def start(
             replace(one, instructed_token_ids=tuple(ids)) for one, ids in zip(requests, instructed, strict=True)
         ]
     check_size(requests, info, field=body.size_field)
-    if not body.stream:
-        check_told(requests)
+    check_search(requests)
+    if not body.stream or body.is_kept_whole:
+        check_told(requests, may_stream=not body.is_kept_whole)
     if prompt_logprobs:
         check_scored(prompts, num_choices, logprobs or 0)
     user = body.safety_identifier if body.user is None else body.user
@@ -193,7 +194,8 @@ async def queue(
     if context.caller is not None:
         max_tokens = requests[0].sampling.max_tokens
         least = _num_tokens(requests, min(max_tokens, LEAST_NEW_TOKENS)) if takes_less else None
-        charge = await context.caller.pay(_num_tokens(requests, max_tokens), least=least, field=size_field)
+        num_tokens, reading = _num_tokens(requests, max_tokens), context.reading
+        charge = await context.caller.pay(num_tokens, least=least, field=size_field, paid=reading)
         requests = _within(requests, charge.tokens)
     streams: list[ChunkStream] = []
     try:

@@ -13,11 +13,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api.floods import UNKNOWN
 from server.api.gate.context import request_id_of
 from server.api.gate.encodings import ENCODINGS
 from server.api.schemas import locate
-from server.api.unserved import REFUSED
 from server.errors import (
     AuthenticationError,
     ContentEncodingError,
@@ -28,6 +26,7 @@ from server.errors import (
     SlowBodyError,
     UnknownHeadError,
 )
+from server.field_errors import KINDS, REFUSED, UNKNOWN
 from server.unicode import beginning
 
 _UNREADABLE_BODY = "There was an error parsing the body"
@@ -89,7 +88,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         path = [*path, context["discriminator"].strip("'")]
     # A name comes from the request, so only its beginning is sent back.
     where = ".".join(beginning(str(part)) for part in path)
-    if first["type"] in (REFUSED, UNKNOWN, "field"):
+    if first["type"] in KINDS:
         holder = f"{where}." if where else ""
         content = _body(400, f"{holder}{first['msg']}", f"{holder}{context['name']}", _code(first["type"]))
         return JSONResponse(content, 400)

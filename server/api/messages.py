@@ -19,11 +19,11 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, MAX_PROMPTS
-from server.api.unserved import MESSAGE, REFUSED, ROLE, without_unserved
+from server.api.unserved import MESSAGE, ROLE, without_unserved
 from server.calls.calls import MalformedError, json_of, parsed
+from server.field_errors import REFUSED, field_error
 from server.types import ChatRendering
 from server.unicode import check_text
 
@@ -157,14 +157,14 @@ class ChatMessage(BaseModel):
         if not isinstance(message, dict):
             return message
         if message.get("role") == "function":
-            raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": "role", "reason": ROLE.reason})
+            raise field_error("role", ROLE.reason, REFUSED)
         return message
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
         if not self.content and self.role != "assistant":
             reason = "must be a string or a list of text parts; only an assistant's may be null or empty"
-            raise PydanticCustomError("field", "{name}: {reason}", {"name": "content", "reason": reason})
+            raise field_error("content", reason)
         return self
 
     @model_validator(mode="after")
@@ -175,7 +175,7 @@ class ChatMessage(BaseModel):
         elif (self.tool_call_id is not None) != (self.role == "tool"):
             name, reason = "tool_call_id", "a tool's message has one, which says what it answers, and no other has"
         if name:
-            raise PydanticCustomError("field", "{name}: {reason}", {"name": name, "reason": reason})
+            raise field_error(name, reason)
         return self
 
     @model_validator(mode="after")
@@ -183,8 +183,7 @@ class ChatMessage(BaseModel):
         places: dict[str, int] = {}
         for i, call in enumerate(self.tool_calls or ()):
             if (first := places.setdefault(call.id, i)) != i:
-                context = {"name": f"tool_calls.{i}.id", "first": first}
-                raise PydanticCustomError("field", "{name}: it is the id of tool_calls.{first} already", context)
+                raise field_error(f"tool_calls.{i}.id", f"it is the id of tool_calls.{first} already")
         return self
 
     @property
@@ -224,11 +223,7 @@ def _check_answers(messages: list[ChatMessage]) -> list[ChatMessage]:
         elif message.tool_call_id in open_ids:
             open_ids.discard(message.tool_call_id)
         else:
-            raise PydanticCustomError(
-                "field",
-                "{name}: it answers no call of the assistant's message before",
-                {"name": f"{i}.tool_call_id"},
-            )
+            raise field_error(f"{i}.tool_call_id", "it answers no call of the assistant's message before")
     return messages
 
 
@@ -323,8 +318,7 @@ class TemplateFields(BaseModel):
         elif self.continue_final_message and messages[-1].role != "assistant":
             problem = f"the last message must be the assistant's; its role is {messages[-1].role}"
         if problem is not None:
-            context = {"name": "continue_final_message", "problem": problem}
-            raise PydanticCustomError("field", "{name}: {problem}", context)
+            raise field_error("continue_final_message", problem)
 
     def rendering(
         self, *, reasoning_effort: str | None = None, tools: tuple[dict[str, Any], ...] = ()

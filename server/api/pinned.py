@@ -25,8 +25,11 @@ _HARMLESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "response_format": (lambda shape: isinstance(shape, TextFormat), '{"type": "text"}'),
     "tools": (lambda tools: not tools, "empty"),
     "tool_choice": (lambda choice: choice.mode != "required", "none or auto"),
-}
-"""Fields that take nothing back at some values; any other does not at null and false."""
+} | dict.fromkeys(
+    ("add_generation_prompt", "add_special_tokens", "parallel_tool_calls", "include_reasoning"), (bool, "true")
+)
+"""Fields that take nothing back at some values, of which some are true by default; any other does not at null and
+false."""
 FIELDS = frozenset({*CompletionBody.model_fields, *ChatBody.model_fields} - {"model", "control", "messages"})
 """What `--pinned-refuses` may name; `prompt` leaves chats and responses, whose fields go by a chat's names."""
 

@@ -5,6 +5,7 @@ Everything here raises before anything is queued. Knows nothing of streams or re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,10 @@ MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 MAX_TOLD_SCORES = 2**20
 """Log-probabilities of new tokens in an answer that is no stream: some 100 MB of text."""
+MAX_SCORED_AT_ONCE = 2**15
+"""Tokens of the texts that a search may have a reward score at one go, prompts included: all others wait for it."""
+MAX_SCORED_IN_ALL = 2**22
+"""Tokens that it may have it score over all blocks."""
 _WEIGHTS = "control.objective.weights"
 _COMPOSED = frozenset(
     {"objective", "step_size", "steps", "max_kl", "max_shift", "stop_below", "on_stop", "search", "trace"}
@@ -268,7 +273,8 @@ def with_rest_of_context(
     most_told = MAX_TOLD_SCORES // (asked.num_sequences * ((asked.sampling.logprobs or 0) + 1))
     most_new = MAX_NEW_TOKENS // asked.num_sequences - (0 if asked.control is None else asked.control.max_redrawn)
     most_here = info.max_model_len - max(num_prompt_tokens, num_instructed)
-    max_tokens = max(min(most_here, most_new, most_told), 1)
+    most_scored = _most_scored(asked, num_prompt_tokens, most_here)
+    max_tokens = max(min(most_here, most_new, most_told, most_scored), 1)
     return replace(asked, sampling=asked.sampling.model_copy(update={"max_tokens": max_tokens}))
 
 
@@ -298,14 +304,48 @@ def check_size(requests: Sequence[GenerationRequest], info: EngineInfo, *, field
         )
 
 
-def check_told(requests: Sequence[GenerationRequest]) -> None:
-    """The cap on log-probabilities of new tokens, which a whole answer keeps until its end."""
+def _most_scored(asked: GenerationRequest, num_prompt_tokens: int, most: int) -> int:
+    """New tokens, `most` at most, whose texts a search may have scored as they grow."""
+    if asked.search is None or asked.search.reward is None:
+        return most
+    most_at_once = MAX_SCORED_AT_ONCE // asked.num_sequences - num_prompt_tokens
+    in_all = MAX_SCORED_IN_ALL * asked.search.block_tokens // asked.num_sequences
+    # The largest T with T (prompt + T) within that.
+    return min(most, most_at_once, (math.isqrt(num_prompt_tokens**2 + 4 * in_all) - num_prompt_tokens) // 2)
+
+
+def check_search(requests: Sequence[GenerationRequest]) -> None:
+    """The caps on what a search has a reward score, block by block, by the thread of the decoding steps. Raises
+    InvalidRequestError."""
+    search, first = requests[0].search, requests[0]
+    if search is None or search.reward is None:
+        return
+    max_tokens = first.sampling.max_tokens
+    at_once = sum(one.num_sequences * (len(one.prompt_token_ids) + max_tokens) for one in requests)
+    for num_tokens, most, what in (
+        (at_once, MAX_SCORED_AT_ONCE, "scored at a time (choices x candidates x (prompt + max_tokens))"),
+        (
+            at_once * max_tokens // search.block_tokens,
+            MAX_SCORED_IN_ALL,
+            "scored in all (that x max_tokens / block_tokens)",
+        ),
+    ):
+        if num_tokens > most:
+            raise InvalidRequestError(
+                f"control.search.reward: {num_tokens} tokens of text might be {what}; at most {most} are allowed",
+                param="control.search.reward",
+            )
+
+
+def check_told(requests: Sequence[GenerationRequest], *, may_stream: bool) -> None:
+    """The cap on log-probabilities of new tokens, where they are kept until the end; `may_stream` says whether that
+    could be avoided by a stream. Raises InvalidRequestError."""
     sampling, num_choices = requests[0].sampling, len(requests) * requests[0].num_choices
     num_scores = num_choices * sampling.max_tokens * ((sampling.logprobs or 0) + 1)
     if sampling.logprobs is not None and num_scores > MAX_TOLD_SCORES:
         raise InvalidRequestError(
             f"logprobs: this may be {num_scores} log-probabilities (choices x max_tokens x (logprobs + 1)); at most "
-            f"{MAX_TOLD_SCORES} are allowed without stream: true",
+            f"{MAX_TOLD_SCORES} are allowed{' without stream: true' if may_stream else ''}",
             param="logprobs",
         )
 

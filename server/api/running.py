@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -36,7 +38,11 @@ from server.types import (
 )
 
 _MAX_UNREAD = 2**15
-"""Of a stream whose client does not read it: tokens and log-probabilities, some 10 MB of them."""
+"""Tokens and log-probabilities of a stream, some 10 MB of them, more of which may lie unread for a while alone."""
+_PATIENCE_S = 2.0
+"""How long more may lie there and get no less."""
+_CHUNKS_AT_ONCE = 64
+"""That are taken from an engine before others have their turn of the event loop."""
 
 
 @dataclass(slots=True)
@@ -157,14 +163,18 @@ class Generation:
 
     async def _pump(self, index: int, stream: ChunkStream, queue: _Backlog) -> None:
         try:
+            num_taken = 0
             async for chunk in stream:
                 self.num_drawn += chunk.num_drawn
                 self.num_held += chunk.num_held
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
-                if queue.size > _MAX_UNREAD:
+                if queue.is_neglected:
                     await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
                     return
                 queue.put(index, chunk)
+                num_taken += 1
+                if num_taken % _CHUNKS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
         except Exception as error:
             queue.put(index, error)
 
@@ -231,6 +241,26 @@ class _Backlog:
         self._queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
         self.size = 0
         """Tokens and log-probabilities."""
+        self._most = 0
+        self._judged_s = math.inf
+        """When there must be less than was there at most in the time before; infinite while there is little."""
+
+    @property
+    def is_neglected(self) -> bool:
+        """Whether there has been too much for some time, and it did not get less meanwhile; asked before each `put`.
+
+        What an engine tells at one go, such as a block that a search has kept, nobody can have read yet.
+        """
+        if self.size <= _MAX_UNREAD:
+            self._judged_s = math.inf
+            return False
+        now_s = time.monotonic()
+        if self._judged_s <= now_s and self.size >= self._most:
+            return True
+        if not now_s < self._judged_s < math.inf:
+            self._most, self._judged_s = 0, now_s + _PATIENCE_S
+        self._most = max(self._most, self.size)
+        return False
 
     def put(self, index: int, chunk: GenerationChunk | Exception) -> None:
         self.size += _size(chunk)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER, LogitBias, Prompt, Seconds, Stop, StopTokenIds
 from server.api.messages import CHAT_FORMS, Messages, TemplateFields
@@ -17,6 +16,7 @@ from server.api.structure import AnySchema, ResponseFormat, Structure, Structure
 from server.api.tools import ToolFields
 from server.api.unserved import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, Unserved, WithUnserved
 from server.control.params import ControlParams
+from server.field_errors import field_error
 from server.types import MAX_CHOICES, MAX_LOGPROBS, Penalty, RepetitionPenalty
 
 MAX_USER_CHARS = 256
@@ -40,6 +40,8 @@ class GenerationBody(WithUnserved):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     unserved: ClassVar[Mapping[str, Unserved]] = GENERATION
 
+    is_kept_whole: ClassVar[bool] = False
+    """Whether the answer is kept until its end even where it is streamed."""
     size_field: ClassVar[str] = "max_tokens"
     """The one that says how many new tokens."""
 
@@ -96,9 +98,7 @@ class GenerationBody(WithUnserved):
     def _has_one_structure(self) -> GenerationBody:
         given = list(self.structures)
         if len(given) > 1:
-            raise PydanticCustomError(
-                "field", "{name}: {other} says already what the text has to hold", {"name": given[1], "other": given[0]}
-            )
+            raise field_error(given[1], f"{given[0]} says already what the text has to hold")
         return self
 
 
@@ -130,9 +130,7 @@ class ChoicesBody(GenerationBody):
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> ChoicesBody:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "field", "stream_options: only allowed with stream: true", {"name": "stream_options"}
-            )
+            raise field_error("stream_options", "only allowed with stream: true")
         return self
 
 
@@ -150,18 +148,15 @@ class CompletionBody(ChoicesBody):
     @model_validator(mode="after")
     def _nothing_needs_echo(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise PydanticCustomError("field", "max_tokens: 0 is only allowed with echo: true", {"name": "max_tokens"})
+            raise field_error("max_tokens", "0 is only allowed with echo: true")
         return self
 
     @model_validator(mode="after")
     def _special_tokens_need_a_text(self) -> CompletionBody:
         is_text = isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
         if self.add_special_tokens and not is_text:
-            raise PydanticCustomError(
-                "field",
-                "{name}: token ids are taken as they are; true is only allowed with text",
-                {"name": "add_special_tokens"},
-            )
+            reason = "token ids are taken as they are; true is only allowed with text"
+            raise field_error("add_special_tokens", reason)
         return self
 
     @model_validator(mode="after")
@@ -177,7 +172,7 @@ class CompletionBody(ChoicesBody):
         elif self.max_tokens == 0:
             problem = "with max_tokens 0 there is nothing to choose from"
         if problem is not None:
-            raise PydanticCustomError("field", "best_of: {problem}", {"name": "best_of", "problem": problem})
+            raise field_error("best_of", problem)
         return self
 
 
@@ -198,13 +193,9 @@ class ChatBody(ChoicesBody, TemplateFields, ToolFields):
     def _fields_agree(self) -> ChatBody:
         self.check_rendering(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "field", "top_logprobs: only allowed with logprobs: true", {"name": "top_logprobs"}
-            )
+            raise field_error("top_logprobs", "only allowed with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError(
-                "field", "max_tokens: differs from max_completion_tokens; give one of them", {"name": "max_tokens"}
-            )
+            raise field_error("max_tokens", "differs from max_completion_tokens; give one of them")
         return self
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -23,7 +24,7 @@ from server.errors import RecontrolError
 _log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 """Not line ends in an event stream, but many clients cut lines as Python's `splitlines` does. JSON may escape them."""
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No cache keeps a stream, and nginx passes events on, which it would otherwise hold back until they fill a buffer."""
@@ -51,7 +52,7 @@ class EventStream(StreamingResponse):
         failure: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body,
         is_named: bool = False,
     ) -> None:
-        encode = _named_event if is_named else _event
+        encode = partial(_event, is_named=is_named)
         encoded = _encoded(events, request_id, failure, encode, b"" if is_named else _DONE)
         super().__init__(encoded, media_type="text/event-stream", headers=_HEADERS)
         self._on_end = on_end
@@ -114,15 +115,22 @@ async def _encoded(
             yield end
 
 
-def _named_event(data: dict[str, Any]) -> bytes:
-    return f"event: {data['type']}\n".encode() + _event(data)
-
-
-def large_event(data: dict[str, Any]) -> bytes:
+def large_event(data: dict[str, Any], *, is_named: bool) -> bytes:
     """An event as it is sent, written in pieces, for a thread."""
-    return b"data: " + b"".join(piece.translate(_LINE_ENDS).encode() for piece in json_pieces(data)) + b"\n\n"
+    return _name(data, is_named) + b"data: " + b"".join(map(_on_one_line, json_pieces(data))) + b"\n\n"
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_LINE_ENDS)
-    return f"data: {text}\n\n".encode()
+def _event(data: dict[str, Any], *, is_named: bool) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _name(data, is_named) + b"data: " + _on_one_line(text) + b"\n\n"
+
+
+def _name(data: dict[str, Any], is_named: bool) -> bytes:
+    return f"event: {data['type']}\n".encode() if is_named else b""
+
+
+def _on_one_line(text: str) -> bytes:
+    if not text.isascii():
+        for end, escape in _LINE_ENDS.items():
+            text = text.replace(end, escape)
+    return text.encode()

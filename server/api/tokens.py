@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.body import JsonRoute
 from server.api.fields import MAX_PROMPT_TOKENS, TokenId
@@ -19,6 +18,7 @@ from server.api.tools import Tools, offered
 from server.api.unserved import WithUnserved
 from server.engines.base import Engine, check_token_ids
 from server.errors import UnknownModelError
+from server.field_errors import field_error
 from server.unicode import check_text
 
 router = APIRouter(route_class=JsonRoute)
@@ -46,13 +46,13 @@ class TokenizeBody(_TokenBody, TemplateFields):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("field", "prompt: give either prompt or messages", {"name": "prompt"})
+            raise field_error("prompt", "give either prompt or messages")
         if self.messages is not None:
             self.check_rendering(self.messages)
             return self
         for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(self, name) is not None:
-                raise PydanticCustomError("field", "{name}: only allowed with messages", {"name": name})
+                raise field_error(name, "only allowed with messages")
         return self
 
 
@@ -89,7 +89,7 @@ def _tokenized(engine: Engine, body: TokenizeBody) -> dict[str, Any]:
 
 async def _answer(request: Request, content: Callable[[], dict[str, Any]]) -> Response:
     """Read and written off the event loop, since both take as long as the text is."""
-    text = await tokenized(request, lambda: json_bytes(content()), is_all=True)
+    text = await tokenized(request, lambda: json_bytes(content()))
     return Response(text, media_type="application/json")
 
 

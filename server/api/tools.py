@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -28,6 +29,8 @@ MAX_TOOLS = 128
 MAX_TOOL_CHARS = 65_536
 MAX_FORCED_CALLS = 16
 """A model that has to call would otherwise do so without end."""
+_BLAMING_S = 0.5
+"""How long it may take to find out which of many schemas is the wrong one."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}", re.ASCII)
 _SPEAK_OF_OTHERS = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
@@ -237,12 +240,18 @@ class ToolPlan:
     """The schemas in the structure by the fields that they come from."""
 
     async def compile(self, engine: Engine) -> object:
-        """What the engine has to hold a text to. Raises InvalidRequestError, which names the field."""
+        """What the engine has to hold a text to.
+
+        Raises InvalidRequestError, which names the field, or `tools` where it takes too long to find out which.
+        """
         assert self.structure is not None
         try:
             return await engine.compile_calls(self.structure)
         except InvalidRequestError as error:
+            until_s = time.monotonic() + _BLAMING_S
             for field, schema in (self.fields or {}).items():
+                if time.monotonic() > until_s:
+                    break
                 try:
                     await engine.compile_schema(schema)
                 except InvalidRequestError as own:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.floods import refuse_flood
-
-REFUSED = "unsupported_field"
+from server.field_errors import REFUSED, field_error
 
 
 @dataclass(slots=True, frozen=True)
@@ -41,7 +39,7 @@ def without_unserved(body: Any, fields: Mapping[str, Unserved]) -> Any:
         return body
     for name, field in fields.items():
         if field.refuses(body.get(name)):
-            raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": name, "reason": field.reason})
+            raise field_error(name, field.reason, REFUSED)
     return {name: value for name, value in body.items() if name not in fields}
 
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.body import JsonRoute
 from server.api.fields import Prompt, Seconds
@@ -33,6 +32,7 @@ from server.api.writer import whole_response
 from server.control.objectives import MAX_HEADS_PER_REQUEST, HeadName
 from server.engines.base import Engine, EngineInfo, check_token_ids
 from server.errors import ContextLengthError, InvalidRequestError, UnknownHeadError
+from server.field_errors import field_error
 from server.types import ChatRendering, GenerationRequest, SamplingParams, ScoringParams
 
 MAX_READ_TOKENS = 2**17
@@ -68,7 +68,7 @@ class ValueBody(WithUnserved):
     @model_validator(mode="after")
     def _one_of_both(self) -> ValueBody:
         if (self.input is None) == (self.messages is None):
-            raise PydanticCustomError("field", "input: give either input or messages", {"name": "input"})
+            raise field_error("input", "give either input or messages")
         return self
 
     @property

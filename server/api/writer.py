@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 
-from server.api.gate.context import request_id_of
+from server.api.gate.context import CLIENT_CLOSED_REQUEST, request_id_of
 from server.api.json_text import json_bytes
 from server.api.running import Choice, Generation, collect
 from server.api.schemas import ChoicesBody, GenerationBody
@@ -24,7 +24,6 @@ from server.api.sse import EventStream, large_event
 from server.api.workers import LARGE
 from server.types import ControlSummary, FinishReason, GenerationChunk, Usage
 
-_CLIENT_CLOSED_REQUEST = 499
 _Result = TypeVar("_Result")
 
 
@@ -51,6 +50,10 @@ class ResponseWriter(ABC):
     @abstractmethod
     def events(self) -> AsyncGenerator[dict[str, Any] | bytes, None]:
         """The events of one that is; those that are bytes are ready."""
+
+    async def large(self, event: dict[str, Any], *, size: int) -> bytes:
+        """An event of so many tokens, log-probabilities or bytes as it is sent, written beside the event loop."""
+        return await self._generation.workers.run(partial(large_event, event, is_named=self.is_named), size=size)
 
     def failure(self, body: dict[str, Any]) -> dict[str, Any]:
         """The event that ends a stream which failed, from the body that the error would have had."""
@@ -136,8 +139,7 @@ class ChoicesWriter(ResponseWriter):
                     elif self._include_usage:
                         event["usage"] = None
                     if is_large:
-                        size = self._generation.size
-                        yield await self._generation.workers.run(partial(large_event, event), size=size)
+                        yield await self.large(event, size=self._generation.size)
                         continue
                     yield event
         if self._include_usage:
@@ -190,7 +192,7 @@ async def whole_response(
         text = await generation.workers.run(lambda: json_bytes(answer), size=generation.size)
         return Response(text, media_type="application/json")
     except ClientDisconnectedError:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         await generation.close()
 

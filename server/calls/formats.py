@@ -28,7 +28,7 @@ class CallFormat:
     openers: Mapping[str, Callable[[Tools], Region]]
     """What opens a call, and how what follows is read."""
     starts: Mapping[str, Callable[[Tools], Region]]
-    """The same of what opens one at the beginning of the text alone, and belongs to it."""
+    """What opens a call at the beginning of the text alone, and belongs to it, and how that is read."""
     frame: Frame | None
     write: Writer
     """Calls in this form."""

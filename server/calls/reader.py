@@ -63,7 +63,7 @@ class CallReader(Protocol):
         ...
 
     def end(self) -> tuple[str, tuple[CallDelta, ...]]:
-        """The same of what is held back, where the text ends."""
+        """What is text, and of calls, of what was held back, where the text ends."""
         ...
 
     def copy(self) -> CallReader:

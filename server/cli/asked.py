@@ -23,7 +23,7 @@ from server.engines.embedded.model.loader import LoadedModel, load_model
 from value_models.anchors import AIMS
 from value_models.reward_models import batches_by_length
 
-_MODEL = "gemma-3-270m"
+ASKED_MODEL = "gemma-3-270m"
 _MAX_TOKENS = 256
 """Of a response: what comes after is not read."""
 
@@ -87,7 +87,7 @@ def _last_states(judge: LoadedModel, ids: Sequence[Sequence[int]]) -> Iterator[t
 
 @functools.cache
 def _judge() -> LoadedModel:
-    return load_model(_MODEL, device="cpu")
+    return load_model(ASKED_MODEL, device="cpu")
 
 
 @functools.cache

@@ -22,7 +22,7 @@ MAX_TIMES = 8.0
 
 
 def claims(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """That the head is above each rival, by the reward and each judge, with p-values corrected for their number."""
+    """How far the head is above each rival, by the reward and each judge, with p-values corrected for their number."""
     made = [
         {"over": rival, "metric": metric, **figure}
         for rival, gains in arms[HEAD.label]["gain_over"].items()

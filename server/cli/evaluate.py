@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic_settings import CliPositionalArg
 
 from server.cli.arms import ArmFactory, Instruction
-from server.cli.asked import ASKED
+from server.cli.asked import ASKED, ASKED_MODEL
 from server.cli.command import (
     HeadsModelCommand,
     allow_rewards_of_the_working_folder,
@@ -47,6 +48,7 @@ from value_models.rollouts import RolloutSettings, open_rollouts
 from value_models.store import HeadCard, shipped_heads_folder
 from value_models.training_data import TrainingData, load_training_data
 
+_log = logging.getLogger(__name__)
 _DEFAULTS = {name: field.default for name, field in ControlParams.model_fields.items()}
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "seed")
 # By built-in reward: judges that the reward does not contain.
@@ -117,6 +119,8 @@ class Evaluation(HeadsModelCommand):
     work: Path = Field(Path("runs/eval"), description="folder for responses and rivals, used again by later runs")
     out: Path | None = Field(None, description="JSON file to write")
     update_card: bool = Field(False, description="keep the figures in the head's folder")
+    _fitted_to: dict[str, Any] | None = PrivateAttr(None)
+    """How the rollouts were sampled that rivals are fitted to, where any are."""
 
     @model_validator(mode="after")
     def _with_flags_that_go_together(self) -> Self:
@@ -172,6 +176,7 @@ class Evaluation(HeadsModelCommand):
         study = self.study_of(loaded, registry)
         result = {
             **study.run(),
+            **({} if self._fitted_to is None else {"rollouts": self._fitted_to}),
             "sampling": self.sampling().model_dump(include={"num_samples", *_SAMPLING_FLAGS}),
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {loaded.model.device}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -189,7 +194,7 @@ class Evaluation(HeadsModelCommand):
         registry.check([self.head], param="head")
         card = open_heads(self.heads_location(loaded)).card(self.head)
         reward = scoring_reward(self.reward, card)
-        scoring = Scoring.load(reward, self.judges or JUDGES.get(reward, []), others=ASKED)
+        scoring = Scoring.load(reward, self._judges_of(reward, loaded), others=ASKED)
         text = self.instruction_of(reward)
         instruction = None if text is None else Instruction(text)
         if instruction is None and any(method.needs_instruction for method in self.rivals()):
@@ -216,6 +221,14 @@ class Evaluation(HeadsModelCommand):
             factors=self.factors,
             instructions=[] if self.instruction is not None else load_instructions().get(reward, []),
         )
+
+    def _judges_of(self, reward: str, loaded: LoadedModel) -> list[str]:
+        """Without those that would ask the steered model itself. Raises ConfigurationError for one that was named."""
+        judges = self.judges or JUDGES.get(reward, [])
+        own = [judge for judge in judges if judge in ASKED] if loaded.name == ASKED_MODEL else []
+        if own and self.judges is not None:
+            raise ConfigurationError(f"judges: {own[0]} asks {ASKED_MODEL}, which is the model that is steered")
+        return [judge for judge in judges if judge not in own]
 
     def instruction_of(self, reward: str) -> str | None:
         """What is said before each prompt to raise a reward, where none is chosen among several."""
@@ -309,12 +322,20 @@ class Evaluation(HeadsModelCommand):
         return load_training_data(self.rollouts, reward, self.training_texts())
 
     def check_rollouts(self, card: HeadCard) -> None:
-        """Raises ConfigurationError where rivals would be fitted to other prompts than the head."""
-        prompts_sha256 = open_rollouts(self.rollouts).manifest["prompts_sha256"]
+        """Raises ConfigurationError where rivals would be fitted to other prompts than the head, and warns where these
+        were sampled in another way."""
+        manifest = open_rollouts(self.rollouts).manifest
+        prompts_sha256 = manifest.get("prompts_sha256")
         if prompts_sha256 != card.data.get("prompts_sha256", prompts_sha256):
             raise ConfigurationError(
                 f"rollouts: {self.rollouts} is of other prompts than {card.name} was trained on; name its own run"
             )
+        settings, its_own = manifest["settings"], card.data.get("rollouts", {})
+        differing = [name for name in its_own if name in settings and settings[name] != its_own[name]]
+        if differing and self._fitted_to is None:
+            told = ", ".join(f"{name} {settings[name]} (the head's {its_own[name]})" for name in differing)
+            _log.warning("Rivals are fitted to rollouts of another kind than the head was: %s", told)
+        self._fitted_to = settings
 
     def training_texts(self) -> dict[str, str]:
         """Of the rollouts' prompts, by id."""

@@ -45,7 +45,7 @@ class Ascent:
     """It is None where no row has a gate."""
 
     def taken(self, scale_R: Tensor, hidden_RD: Tensor) -> Ascent:
-        """So much of it."""
+        """As much [R] of this ascent, from the states [R, D], as the scale says."""
         return self.joined_with(self, scale_R, torch.zeros_like(scale_R), hidden_RD)
 
     def joined_with(self, other: Ascent, scale_R: Tensor, other_scale_R: Tensor, hidden_RD: Tensor) -> Ascent:

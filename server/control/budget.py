@@ -4,7 +4,7 @@ The LM head is linear, so the logits at scale s of an edit are l0 + s * dl, and 
 softmax(l0)) costs no further product with the LM head. It grows with s, and its square root is close to linear, which
 makes regula falsi on the root converge in a few evaluations. Only scales that were evaluated and found within budget
 are returned, so the budget holds exactly. server/kernels/budget.h does the same natively. Knows nothing of heads or
-models. Enter at `largest_linear_scale` and `largest_general_scale`.
+models. Enter at `largest_linear_scale`, `largest_general_scale` and `largest_added_scale`.
 
 Shapes: R controlled rows, V vocabulary.
 """
@@ -12,6 +12,7 @@ Shapes: R controlled rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -107,49 +108,38 @@ def largest_linear_scale(base_BV: Tensor, rows_R: Tensor, delta_RV: Tensor, max_
     """Do what `largest_scale` does, for logits that are base[rows] + s * delta exactly; natively where that can be."""
     if ops.can_run_natively(base_BV):
         return ops.largest_scales(base_BV, rows_R, delta_RV, max_kl_R - ROUNDING_NATS)
-    return _by_rows(LinearDivergence, base_BV[rows_R], delta_RV, max_kl_R)
+    return _by_rows(LinearDivergence, max_kl_R, base_BV[rows_R], delta_RV)
 
 
 def largest_general_scale(
     base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Do what `largest_scale` does, for logits that are finish(base + s * delta)."""
-    return _by_rows(lambda base, delta: GeneralDivergence(base, delta, finish), base_RV, delta_RV, max_kl_R)
+    return _by_rows(partial(GeneralDivergence, finish=finish), max_kl_R, base_RV, delta_RV)
 
 
 def largest_added_scale(
     base_RV: Tensor, moved_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Do what `largest_scale` does, for logits that are finish(base + moved + s * delta), with the divergence of
-    finish(base + moved), which must be within the budget, where nothing may be added."""
-    alone_R = _added_divergence(base_RV, moved_RV, delta_RV, finish)(torch.zeros_like(max_kl_R))
-    if base_RV.device.type != "cpu" or not len(base_RV):
-        scale_R, kl_R = largest_scale(_added_divergence(base_RV, moved_RV, delta_RV, finish), max_kl_R)
-    else:
-        rows = [torch.split(part, 1) for part in (base_RV, moved_RV, delta_RV, max_kl_R)]
-        found = [
-            largest_scale(_added_divergence(base.clone(), moved.clone(), delta.clone(), finish), max_kl)
-            for base, moved, delta, max_kl in zip(*rows, strict=True)
-        ]
-        scale_R, kl_R = torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
-    return scale_R, torch.where(scale_R > 0, kl_R, alone_R)
+    """Do what `largest_scale` does, for logits that are finish(base + moved + s * delta), of which finish(base + moved)
+    must be within the budget."""
+
+    def divergence(base: Tensor, moved: Tensor, delta: Tensor) -> Divergence:
+        return GeneralDivergence(base + moved, delta, finish, from_RV=base)
+
+    return _by_rows(divergence, max_kl_R, base_RV, moved_RV, delta_RV)
 
 
-def _added_divergence(
-    base_RV: Tensor, moved_RV: Tensor, delta_RV: Tensor, finish: Callable[[Tensor], Tensor]
-) -> GeneralDivergence:
-    return GeneralDivergence(base_RV + moved_RV, delta_RV, finish, from_RV=base_RV)
+def _by_rows(divergence: Callable[..., Divergence], max_kl_R: Tensor, *logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest_scale` of the divergence that these logits make.
 
-
-def _by_rows(
-    divergence: Callable[[Tensor, Tensor], Divergence], base_RV: Tensor, delta_RV: Tensor, max_kl_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """On a CPU each row is searched by itself, since the bits of torch's sums and functions may depend on where a row
-    lies among others; it is copied, so that it lies in memory as it does alone."""
-    if base_RV.device.type != "cpu" or not len(base_RV):
-        return largest_scale(divergence(base_RV, delta_RV), max_kl_R)
-    rows = zip(torch.split(base_RV, 1), torch.split(delta_RV, 1), torch.split(max_kl_R, 1), strict=True)
-    found = [largest_scale(divergence(base.clone(), delta.clone()), max_kl) for base, delta, max_kl in rows]
+    On a CPU each row is searched by itself, since the bits of torch's sums and functions may depend on where a row lies
+    among others; it is copied, so that it lies in memory as it does alone.
+    """
+    if max_kl_R.device.type != "cpu" or not len(max_kl_R):
+        return largest_scale(divergence(*logits_RV), max_kl_R)
+    rows = zip(torch.split(max_kl_R, 1), *(torch.split(part, 1) for part in logits_RV), strict=True)
+    found = [largest_scale(divergence(*(part.clone() for part in parts)), max_kl) for max_kl, *parts in rows]
     return torch.cat([scale for scale, _ in found]), torch.cat([kl for _, kl in found])
 
 

@@ -16,9 +16,8 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +26,13 @@ from server.control.ascent import Ascent, ascend, leaves_bounds
 from server.control.budget import ROUNDING_NATS, largest_general_scale, largest_linear_scale
 from server.control.fused import FusedRows, HeadBank
 from server.control.group_edit import GroupEdit, GroupStats, stats_of, takeable
-from server.control.guidance import InstructedLogits, guidance_weights, instructed_states
+from server.control.guidance import guidance_move, guidance_weights, instructed_states
 from server.control.over_pinned import edit_over_pinned
 from server.control.params import ControlParams
 from server.control.plan import EditGroup, EditPlan
 from server.control.registry import HeadRegistry, HeadStack
 from server.control.row_logits import RowLogits
-from server.control.shared import SharedEdit, SharedRows, shared_shift
+from server.control.shared import SharedRows, shared_shift
 from server.kernels import ops
 from server.kernels.gpu import edit_kernels_on
 
@@ -67,14 +66,13 @@ class Unembedding(Protocol):
     def finish(self, projected_MV: Tensor) -> Tensor: ...
 
 
-@dataclass(slots=True)
-class _Products:
-    """What the LM head makes of a step's states and of shifts, before `finish`; groups take theirs in turn."""
+class _Projected(NamedTuple):
+    """What the LM head makes of what a group needs besides the step's states, float32, before `finish`."""
 
-    base_BV: Tensor
-    deltas: Iterator[Tensor]
-    """Float32 [R, V] for each ascent of heads that are not straight."""
-    guidance: InstructedLogits
+    delta_RV: Tensor | None
+    """Of the shift, where heads are not straight."""
+    instructed_RV: Tensor | None
+    """Of the states behind the instructed texts, where rows follow one; a row for each of the group's."""
 
 
 class StateEditor:
@@ -110,35 +108,35 @@ class StateEditor:
 
         `instructed` holds the state [D] behind the instructed text of each row that follows an instruction.
         """
-        edits, shared, logits_BV = self._edits(hidden_BD, plan, instructed or {})
+        edits, stats, logits_BV = self._edits(hidden_BD, plan, instructed or {})
         for edit in edits:
             if edit.delta_RV is not None:
                 _move(logits_BV, edit)
         if not self._unembedding.is_linear:
             logits_BV = self._unembedding.finish(logits_BV)
-        return logits_BV, _all_stats(edits, shared)
+        return logits_BV, [stats_of(edit) for edit in edits] + stats
 
     def _edits(
         self, hidden_BD: Tensor, plan: EditPlan, instructed: Mapping[int, Tensor]
-    ) -> tuple[list[GroupEdit], list[SharedEdit], Tensor]:
-        """Every group's edit, and what to add them to [B, V]: logits if they are linear along an edit, else their
-        projection. These have been moved already by the shared and fused edits, and by those without a delta."""
+    ) -> tuple[list[GroupEdit], list[GroupStats], Tensor]:
+        """Edits, what happened to the groups that are edited otherwise, and what to add the edits to [B, V]: logits if
+        they are linear along an edit, else their projection. These have been moved already by the shared and fused
+        edits, of which nothing but the stats is told, and by edits without a delta."""
         fused, sharing, others = self._sorted(plan, hidden_BD)
         ascents = [ascend(hidden_BD, group.pinned or group) for group in others]
-        products = self._products(hidden_BD, ascents, instructed)
-        base_BV = products.base_BV
+        base_BV, projected = self._projected(hidden_BD, ascents, instructed)
         if self._unembedding.is_linear:
             base_BV = self._unembedding.finish(base_BV)
         assert not (fused and sharing), "rows of straight heads are all the kernels' or none"
         if fused:
-            base_BV, shared = self._fused_edits(hidden_BD, fused, base_BV)
+            base_BV, stats = self._fused_edits(hidden_BD, fused, base_BV)
         else:
-            base_BV, shared = self._shared_edits(hidden_BD, sharing, base_BV)
+            base_BV, stats = self._shared_edits(hidden_BD, sharing, base_BV)
         edits = [
-            self._edit(group, ascent, hidden_BD, base_BV, products)
-            for group, ascent in zip(others, ascents, strict=True)
+            self._edit(group, ascent, hidden_BD, base_BV, its)
+            for group, ascent, its in zip(others, ascents, projected, strict=True)
         ]
-        return edits, shared, base_BV
+        return edits, stats, base_BV
 
     def _sorted(self, plan: EditPlan, hidden_BD: Tensor) -> tuple[list[EditGroup], list[EditGroup], list[EditGroup]]:
         """Groups for the kernels of a GPU's edit, those that share their shift, and all others."""
@@ -155,43 +153,50 @@ class StateEditor:
                 others.append(group)
         return fused, sharing, others
 
-    def _products(self, hidden_BD: Tensor, ascents: Sequence[Ascent], instructed: Mapping[int, Tensor]) -> _Products:
-        """One product with the LM head serves all states and shifts; those of straight heads need none."""
-        nonlinear = [ascent for ascent in ascents if not ascent.group.stack.is_straight]
-        added = [ascent.shift_RD.to(hidden_BD.dtype) for ascent in nonlinear]
-        added += [state_D[None] for state_D in instructed_states((ascent.group for ascent in ascents), instructed)]
+    def _projected(
+        self, hidden_BD: Tensor, ascents: Sequence[Ascent], instructed: Mapping[int, Tensor]
+    ) -> tuple[Tensor, list[_Projected]]:
+        """The projection [B, V] of the step's states, and that of what each ascent needs besides: one product with the
+        LM head serves all."""
+        needed: list[Tensor | None] = []
+        for ascent in ascents:
+            needed.append(None if ascent.group.stack.is_straight else ascent.shift_RD.to(hidden_BD.dtype))
+            needed.append(instructed_states(ascent.group, instructed))
+        added = [part for part in needed if part is not None]
         projected = self._unembedding.project(torch.cat([hidden_BD, *added]) if added else hidden_BD)
-        num_rows = hidden_BD.shape[0]
-        base_BV = projected[:num_rows]
-        parts = torch.split(projected[num_rows:].float(), [len(part) for part in added])
-        deltas, of_instructions = parts[: len(nonlinear)], parts[len(nonlinear) :]
-        return _Products(base_BV, iter(deltas), InstructedLogits(base_BV, [part[0] for part in of_instructions]))
+        num_rows = len(hidden_BD)
+        parts = iter(torch.split(projected[num_rows:].float(), [len(part) for part in added]))
+        found = [None if part is None else next(parts) for part in needed]
+        return projected[:num_rows], [_Projected(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
 
     def _edit(
-        self, group: EditGroup, ascent: Ascent, hidden_BD: Tensor, base_BV: Tensor, products: _Products
+        self, group: EditGroup, ascent: Ascent, hidden_BD: Tensor, base_BV: Tensor, projected: _Projected
     ) -> GroupEdit:
         """A group's edit, whose ascent is that of what is pinned if something is."""
         if group.beneath is None and self._is_made_in_place(group, base_BV):
             return self._made_in_place(ascent, base_BV)
-        delta_RV = self._delta(ascent, products.deltas, num_logits=base_BV.shape[1])
+        delta_RV = projected.delta_RV
+        if delta_RV is None:
+            delta_RV = self._straight_change(ascent, num_logits=base_BV.shape[1])
         weight_R = guidance_weights(ascent)
-        if weight_R is not None:
-            delta_RV = delta_RV + products.guidance.moves(ascent.group, weight_R)
+        if weight_R is not None and projected.instructed_RV is not None:
+            instructed_RV = ascent.group.held(projected.instructed_RV)
+            delta_RV = delta_RV + guidance_move(weight_R, instructed_RV, base_BV[ascent.group.rows_R])
         edit = self._within_budget(ascent, delta_RV, base_BV, weight_R)
         if group.beneath is None:
             return edit
         change = functools.partial(self._change, dtype=hidden_BD.dtype)
         return edit_over_pinned(group, edit, hidden_BD, base_BV, change, self._finish)
 
-    def _delta(self, ascent: Ascent, deltas: Iterator[Tensor], *, num_logits: int) -> Tensor:
-        """What an ascent changes of the projected logits [R, V]; `deltas` are those of stacks that are not straight."""
+    def _straight_change(self, ascent: Ascent, *, num_logits: int) -> Tensor:
+        """What an ascent of straight heads, or of none, changes of the projected logits [R, V]."""
         stack = ascent.group.stack
         if not stack.heads:
             return ascent.shift_ratio_R.new_zeros(len(ascent.shift_ratio_R), num_logits)
-        return self._row_logits.change(stack, ascent.coefficients_RU) if stack.is_straight else next(deltas)
+        return self._row_logits.change(stack, ascent.coefficients_RU)
 
     def _change(self, ascent: Ascent, dtype: torch.dtype) -> Tensor:
-        """The same for an ascent of its own, whose state is rounded to the dtype."""
+        """What any ascent changes of the projected logits [R, V], its shift rounded to the dtype of states."""
         if ascent.group.stack.is_straight:
             return self._row_logits.change(ascent.group.stack, ascent.coefficients_RU)
         return self._unembedding.project(ascent.shift_RD.to(dtype)).float()
@@ -207,16 +212,14 @@ class StateEditor:
 
     def _made_in_place(self, ascent: Ascent, base_BV: Tensor) -> GroupEdit:
         group = ascent.group
-        held, count = len(group.rows_R), len(group.rows)
         found = ops.edit_straight(
             base_BV,
-            group.rows_R[:count],
-            ascent.coefficients_RU[:count],
+            group.once(group.rows_R),
+            group.once(ascent.coefficients_RU),
             self._row_logits.of(group.stack),
-            group.max_kl_R[:count] - ROUNDING_NATS,
+            group.once(group.max_kl_R) - ROUNDING_NATS,
         )
-        # A group of one row has it twice.
-        scale_R, kl_R, is_finite_R = (found_R.repeat(held // count) for found_R in found)
+        scale_R, kl_R, is_finite_R = map(group.held, found)
         return GroupEdit(
             ascent=ascent,
             scale_R=scale_R,
@@ -228,8 +231,8 @@ class StateEditor:
 
     def _shared_edits(
         self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor
-    ) -> tuple[Tensor, list[SharedEdit]]:
-        """Logits in float32, moved by the edits of these groups, and the edits."""
+    ) -> tuple[Tensor, list[GroupStats]]:
+        """Logits in float32, moved by the edits of these groups, and what happened to them."""
         if not groups:
             return logits_BV.float(), []
         num_rows = len(logits_BV)
@@ -239,8 +242,8 @@ class StateEditor:
 
     def _fused_edits(
         self, hidden_BD: Tensor, groups: list[EditGroup], logits_BV: Tensor
-    ) -> tuple[Tensor, list[SharedEdit]]:
-        """The same by the kernels on a GPU."""
+    ) -> tuple[Tensor, list[GroupStats]]:
+        """Logits in float32, moved by the kernels on a GPU, and what happened to the groups."""
         num_rows, device = len(logits_BV), hidden_BD.device
         kernels = self.kernels_on(device)
         assert kernels is not None
@@ -291,14 +294,13 @@ class StateEditor:
 
 
 def _move(logits_BV: Tensor, edit: GroupEdit) -> None:
-    """Add what an edit adds, in place; a single row's was computed twice."""
-    count = len(edit.ascent.group.rows)
-    rows_R = edit.ascent.group.rows_R[:count]
+    """Add what an edit adds, in place."""
+    group = edit.ascent.group
+    rows_R, scale_R = group.once(group.rows_R), group.once(edit.scale_R)
     if edit.delta_RV is not None and ops.can_run_natively(logits_BV):
-        ops.move_rows(logits_BV, rows_R, edit.delta_RV[:count], edit.scale_R[:count])
+        ops.move_rows(logits_BV, rows_R, group.once(edit.delta_RV), scale_R)
     else:
-        taken_RV = takeable(edit)[:count]
-        logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], edit.scale_R[:count, None], taken_RV)
+        logits_BV[rows_R] = torch.addcmul(logits_BV[rows_R], scale_R[:, None], group.once(takeable(edit)))
 
 
 def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made]) -> Made:
@@ -308,7 +310,3 @@ def _kept(kept: dict[Key, Made], at_most: int, key: Key, make: Callable[[], Made
             del kept[next(iter(kept))]
         kept[key] = make()
     return kept[key]
-
-
-def _all_stats(edits: list[GroupEdit], shared: list[SharedEdit]) -> list[GroupStats]:
-    return [stats_of(edit) for edit in edits] + [GroupStats(edit.group, edit.report_RN) for edit in shared]

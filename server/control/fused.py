@@ -20,10 +20,10 @@ from torch import Tensor
 
 from server.control.ascent import TOLERANCE
 from server.control.budget import ROUNDING_NATS
+from server.control.group_edit import GroupStats
 from server.control.plan import EditGroup, are_same
 from server.control.registry import HeadStack
 from server.control.row_numbers import units_in_order
-from server.control.shared import SharedEdit
 from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
 from server.kernels.gpu import layout
 from server.kernels.transfer import to_device
@@ -76,7 +76,6 @@ class FusedRows:
     def __init__(self, groups: Sequence[EditGroup], bank: HeadBank, num_rows: int, device: torch.device) -> None:
         self._groups = groups
         self._num_rows = num_rows
-        self._counts = [len(group.rows) for group in groups]
         self._bank = bank
         table_EW, self._num_beside = _entries(groups, bank.places([group.stack for group in groups]))
         self._table_EW = to_device(table_EW, device)
@@ -92,8 +91,8 @@ class FusedRows:
 
     def edit(
         self, kernels: EditKernels, hidden_BD: Tensor, logits_BV: Tensor, soft_cap: tuple[float, float] | None
-    ) -> tuple[Tensor, list[SharedEdit]]:
-        """Logits [B, V] in float32, moved by each group's edit, and the edits.
+    ) -> tuple[Tensor, list[GroupStats]]:
+        """Logits [B, V] in float32, moved by each group's edit, and what happened to the groups.
 
         Logits must be linear along an edit, if only before a `soft_cap` (`Unembedding.soft_cap`). Those in float32 are
         moved in place; those in bfloat16 are widened here.
@@ -112,11 +111,7 @@ class FusedRows:
             hidden_BD, logits_BV, self._table_EW, self._places_B, self._heads, codes,
             num_beside=self._num_beside, soft_cap=soft_cap,
         )  # fmt: skip
-        parts = torch.split(report_RN, self._counts)
-        return logits_BV, [
-            SharedEdit(group, part[:, : 2 * len(group.stack.names) + NUM_FIGURES])
-            for group, part in zip(self._groups, parts, strict=True)
-        ]
+        return logits_BV, GroupStats.split(report_RN, self._groups)
 
 
 def _entries(groups: Sequence[EditGroup], places: Mapping[HeadStack, Sequence[int]]) -> tuple[Tensor, int]:
@@ -134,7 +129,7 @@ def _entries(groups: Sequence[EditGroup], places: Mapping[HeadStack, Sequence[in
 
 
 def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
-    """The numbers [R, W] of a group's rows; one that a plan has twice is taken once."""
+    """The numbers [R, W] of a group's rows, each once."""
     assert group.fixed_RW is not None
     table_RW = group.fixed_RW.clone()
     table_RW[:, layout.PLACES : layout.PLACES + len(places)] = torch.tensor(places, dtype=torch.float32)
@@ -156,7 +151,7 @@ def _table(group: EditGroup, places: Sequence[int]) -> Tensor:
         }  # fmt: skip
     for column, numbers_R in columns.items():
         table_RW[:, column] = numbers_R.float()
-    return table_RW[: len(group.rows)]
+    return group.once(table_RW)
 
 
 def _bank(heads: Sequence[ValueHead], held_MV: Tensor | None, row_logits: Callable[[Tensor], Tensor]) -> Bank:

@@ -7,6 +7,7 @@ Shapes: R rows of a group, K heads, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,13 @@ class GroupStats:
 
     group: EditGroup
     numbers_RN: Tensor
+
+    @classmethod
+    def split(cls, report_RN: Tensor, groups: Sequence[EditGroup]) -> list[GroupStats]:
+        """What kernels report of all groups' rows, in order, and of as many heads as any of the groups has."""
+        reports = torch.split(report_RN, [len(group.rows) for group in groups])
+        widths = [2 * len(group.stack.names) + NUM_FIGURES for group in groups]
+        return [cls(group, report[:, :width]) for group, report, width in zip(groups, reports, widths, strict=True)]
 
     @property
     def values_before_RK(self) -> Tensor:
@@ -104,8 +112,7 @@ def stats_of(edit: GroupEdit) -> GroupStats:
     ]
     values = [stack.rewards(before_RK), stack.rewards(after_RK)]
     numbers_RN = torch.cat([*values, torch.stack(columns, dim=1)], dim=1)
-    # A single row was computed twice.
-    return GroupStats(ascent.group, numbers_RN[: len(ascent.group.rows)])
+    return GroupStats(ascent.group, ascent.group.once(numbers_RN))
 
 
 def _held_by(edit: GroupEdit, after_RK: Tensor) -> Tensor:

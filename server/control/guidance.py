@@ -4,16 +4,15 @@ A row's state h has read the text, and its shadow's state h' the same text behin
 weight x (project(h') - project(h)), which is weight x (log p(token | instruction, text) - log p(token | text)) but for
 a constant that no distribution feels; a soft cap comes after, as it does for the shift of a state. That move is added
 to the one that heads ask for, and both are scaled together to the row's budget (editor.py). Knows nothing of requests,
-sequences or engines. Enter at `InstructedLogits`.
+sequences or engines. Enter at `guidance_move`.
 
-Shapes: B rows of the step, R rows of a group, D hidden size, V vocabulary.
+Shapes: R rows of a group, D hidden size, V vocabulary.
 Source: Sanchez et al. 2023 (arXiv 2306.17806); Shi et al. 2023, context-aware decoding (arXiv 2305.14739).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,26 +21,20 @@ from server.control.ascent import Ascent
 from server.control.plan import EditGroup
 
 
-def instructed_states(groups: Iterable[EditGroup], instructed: Mapping[int, Tensor]) -> list[Tensor]:
-    """The states [D] behind the instructed texts of the groups' rows, in the order that `InstructedLogits` takes."""
-    return [instructed[row] for group in groups if group.guidance_R is not None for row in group.rows]
+def instructed_states(group: EditGroup, instructed: Mapping[int, Tensor]) -> Tensor | None:
+    """The states [number of rows, D] behind the instructed texts of a group's rows; None of a group without.
+
+    `instructed` holds the state [D] of each row of the step that follows an instruction.
+    """
+    if group.guidance_R is None:
+        return None
+    return torch.stack([instructed[row] for row in group.rows])
 
 
-@dataclass(slots=True)
-class InstructedLogits:
-    """The projected logits [B, V] of a step's rows, and those of the instructed states, a row each, in order."""
-
-    own_BV: Tensor
-    instructed_V: list[Tensor]
-    num_taken: int = 0
-
-    def moves(self, group: EditGroup, weight_R: Tensor) -> Tensor:
-        """By how much the logits [R, V] of the next group with instructions would move before their budgets."""
-        end = self.num_taken + len(group.rows)
-        instructed_RV, self.num_taken = torch.stack(self.instructed_V[self.num_taken : end]), end
-        direction_RV = instructed_RV - self.own_BV[list(group.rows)].float()
-        # A single row is held twice.
-        return weight_R[:, None] * direction_RV.repeat(len(group.controls) // len(group.rows), 1)
+def guidance_move(weight_R: Tensor, instructed_RV: Tensor, own_RV: Tensor) -> Tensor:
+    """By how much logits [R, V] move before their budgets, given those of the instructed and of the rows' own states,
+    both projected, the latter in the LM head's dtype."""
+    return weight_R[:, None] * (instructed_RV - own_RV.float())
 
 
 def guidance_weights(ascent: Ascent) -> Tensor | None:

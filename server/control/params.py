@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.control.conditions import Gate, Schedule, Window
 from server.control.objectives import (
@@ -32,6 +31,7 @@ from server.control.state import Segment
 from server.control.turns import OverTurns, Turn
 from server.control.wire import WireModel
 from server.errors import ConfigurationError, InvalidRequestError
+from server.field_errors import field_error
 
 # Ranges whose corners the stress study of the shipped heads measures: the text keeps most of its diversity there.
 MAX_STEP_SIZE = 10.0
@@ -113,7 +113,7 @@ class ControlParams(WireModel):
                 elif rule.to is not None and rule.to < bounds[head]:
                     name, problem = f"{name}.to", f"must be {bounds[head]:g}, the bound that rises to it, or more"
                 if problem is not None:
-                    raise PydanticCustomError("field", "{name}: {problem}", {"name": name, "problem": problem})
+                    raise field_error(name, problem)
         return self
 
     @model_validator(mode="after")

@@ -48,8 +48,10 @@ class GateRows:
 
 @dataclass(slots=True, frozen=True)
 class EditGroup:
-    """R rows that share a stack of heads. A group of one row is held twice: torch may sum a single row in
-    another order than the same row among others.
+    """R rows that share a stack of heads.
+
+    A group of one row is held twice, in all that has a place R: torch may sum a single row in another order than the
+    same row among others. `once` and `held` lead from the one to the other.
 
     `factors`: what every row takes each head's ascent times, [K], when all heads are straight; otherwise, and on a GPU,
     where more groups cost more than what they share saves, None.
@@ -87,9 +89,17 @@ class EditGroup:
     guidance_R: Tensor | None = None
     """The weights of the rows' instructions; None of rows without."""
 
+    def once(self, held_R: Tensor) -> Tensor:
+        """Of what [R, ...] is there for each held row, that of each row."""
+        return held_R[: len(self.rows)]
+
+    def held(self, once_R: Tensor) -> Tensor:
+        """Of what [number of rows, ...] is there for each row, that of each held row [R, ...]."""
+        return torch.cat([once_R, once_R]) if len(self.rows) == 1 else once_R
+
     def at(self, state_of: Callable[[int], ControlState]) -> EditGroup:
         """The group for the token that comes next, given the rows' states."""
-        device, held = self.rows_R.device, self.rows * (len(self.controls) // len(self.rows))
+        device, held = self.rows_R.device, _held(self.rows)
         pairs = [(control, state_of(row)) for control, row in zip(self.controls, held, strict=True)]
         strengths, reasons = zip(*(_strength(control, state.num_tokens) for control, state in pairs), strict=True)
         sizes = [_steps(self.stack, c)[1] * strength for c, strength in zip(self.controls, strengths, strict=True)]
@@ -141,6 +151,11 @@ def are_same(some: Sequence[object], others: Sequence[object]) -> bool:
     """Whether groups or controls are those of before, by identity: a step has no time to compare what they hold, and
     they stay the same objects while nothing changes."""
     return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def _held(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The rows of a group as it holds them."""
+    return rows * 2 if len(rows) == 1 else rows
 
 
 class _Shared(NamedTuple):
@@ -251,7 +266,7 @@ def _group(
     shared: _Shared, indices: list[int], rows: Sequence[ControlParams | None], device: torch.device
 ) -> EditGroup:
     stack = shared.stack
-    held = indices * 2 if len(indices) == 1 else indices
+    held = _held(tuple(indices))
     controls = tuple(control for i in held if (control := rows[i]) is not None)
     steps, sizes = zip(*(_steps(stack, control) for control in controls), strict=True)
     objectives = [control.heads_objective for control in controls]

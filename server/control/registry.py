@@ -16,6 +16,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ _MAX_STACKS_BYTES = 2**30
 _LEAST_LENGTH = 1e-9
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class HeadStack:
-    """K heads seen as one. A stack is equal to itself alone.
+    """K heads seen as one. A stack is equal to itself alone. What an ascent needs, and a reading does not, is made when
+    it is first asked for.
 
     Shapes: U units of all heads together; `spans` are each head's units in that order.
     """
@@ -52,18 +54,32 @@ class HeadStack:
     input_bias_U: Tensor
     inputs: FrozenLinear
     """It maps h [R, D] to z [R, U] by the two above."""
-    gram: FrozenLinear
-    """It maps c [R, U] to the change of z [R, U] by a step of size one."""
-    ascent: FrozenLinear
-    """It maps c [R, U] to the change of h [R, D] by a step of size one."""
-    ascent_gram: FrozenLinear
-    """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
     reward_mean_K: Tensor
     reward_scale_K: Tensor
     earned: tuple[float, ...] | None
     """What each head's own ascent of length one adds to a response (`HeadCard.earned`); None unless all are known."""
     earned_K: Tensor | None
-    """The same."""
+    """`earned`, as a tensor."""
+
+    @cached_property
+    def ascent(self) -> FrozenLinear:
+        """It maps c [R, U] to the change of h [R, D] by a step of size one."""
+        return frozen_linear(self._ascent_UD.T)
+
+    @cached_property
+    def gram(self) -> FrozenLinear:
+        """It maps c [R, U] to the change of z [R, U] by a step of size one."""
+        moved_UD = self.inputs_UD * torch.cat([head.moved_units() for head in self.heads])[:, None]
+        return frozen_linear(moved_UD @ self._ascent_UD.T)
+
+    @cached_property
+    def ascent_gram(self) -> FrozenLinear:
+        """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
+        return frozen_linear(self._ascent_UD @ self._ascent_UD.T)
+
+    @property
+    def _ascent_UD(self) -> Tensor:
+        return torch.cat([head.folded_ascent() for head in self.heads])
 
     @property
     def num_bytes(self) -> int:
@@ -280,12 +296,10 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
     if not heads:
         none = torch.empty(0)
         no_map = PackedLinear(torch.empty(0, 0))
-        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, no_map, no_map, no_map, none, none, None, None)
+        return HeadStack((), (), (), torch.empty(0, 0), none, no_map, none, none, earned=None, earned_K=None)
     folded = [head.folded_inputs() for head in heads]
     inputs_UD = torch.cat([weight for weight, _ in folded])
     bias_U = torch.cat([bias for _, bias in folded])
-    ascent_UD = torch.cat([head.folded_ascent() for head in heads])
-    moved_UD = inputs_UD * torch.cat([head.moved_units() for head in heads])[:, None]
     ends = itertools.accumulate(head.num_units for head in heads)
     return HeadStack(
         names=names,
@@ -294,9 +308,6 @@ def _stack(names: tuple[str, ...], heads: tuple[ValueHead, ...], earned: list[fl
         inputs_UD=inputs_UD.float().contiguous(),
         input_bias_U=bias_U.float().contiguous(),
         inputs=frozen_linear(inputs_UD, bias_U),
-        gram=frozen_linear(moved_UD @ ascent_UD.T),
-        ascent=frozen_linear(ascent_UD.T),
-        ascent_gram=frozen_linear(ascent_UD @ ascent_UD.T),
         reward_mean_K=torch.stack([head.reward[0] for head in heads]),
         reward_scale_K=torch.stack([head.reward[1] for head in heads]),
         earned=None if earned is None else tuple(earned),

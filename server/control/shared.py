@@ -11,16 +11,16 @@ Shapes: B rows of the step, R rows of a group, K heads, U units, D hidden size, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.control.budget import ROUNDING_NATS
+from server.control.group_edit import GroupStats
 from server.control.plan import EditGroup, are_same
 from server.control.registry import HeadStack
 from server.control.row_logits import RowLogits
-from server.control.state import HELD_BY, NUM_FIGURES, HeldBy
+from server.control.state import HELD_BY, HeldBy
 from server.kernels import ops
 from value_models.heads import MAX_FEATURE
 from value_models.linalg import vector_norm
@@ -53,17 +53,10 @@ def _of_all_states(stack: HeadStack, factor_U: Tensor, row_logits: RowLogits) ->
 
 
 def _of_each_state(stack: HeadStack, row_logits: RowLogits) -> tuple[Tensor, ops.RowAscents]:
-    """The same of a shift that follows the state, whose length and largest change are each row's own."""
+    """A length and a largest change of 0, which are each row's own where the shift follows the state, and what its rows
+    do to the logits."""
     ascent_UD = torch.cat([head.folded_ascent() for head in stack.heads])
     return torch.zeros(2), ops.RowAscents.of(ascent_UD, row_logits.of(stack))
-
-
-@dataclass(slots=True, frozen=True)
-class SharedEdit:
-    """A group's edit. `report_RN` is as `GroupStats.numbers_RN`."""
-
-    group: EditGroup
-    report_RN: Tensor
 
 
 class SharedRows:
@@ -73,23 +66,20 @@ class SharedRows:
         self._groups = groups
         self._shifts = shifts
         self._num_rows = num_rows
-        self._counts = [len(group.rows) for group in groups]
         self._num_heads = max(len(group.stack.names) for group in groups)
         self._entries_G8 = torch.tensor([shift.entry() for shift in shifts])
-        self._shift_of_R = torch.repeat_interleave(torch.tensor(self._counts))
-        # What a plan has of a single row twice is taken once.
+        self._shift_of_R = torch.repeat_interleave(torch.tensor([len(group.rows) for group in groups]))
         rows = [row for group in groups for row in group.rows]
         self._rows_B = torch.tensor([*rows, *sorted(set(range(num_rows)).difference(rows))])
-        held = list(zip(groups, self._counts, strict=True))
-        self._max_shift_R = torch.cat([group.max_shift_R[:count] for group, count in held])
-        self._limit_R = torch.cat([group.max_kl_R[:count] for group, count in held]) - ROUNDING_NATS
+        self._max_shift_R = torch.cat([group.once(group.max_shift_R) for group in groups])
+        self._limit_R = torch.cat([group.once(group.max_kl_R) for group in groups]) - ROUNDING_NATS
 
     def are_for(self, groups: Sequence[EditGroup], num_rows: int) -> bool:
         """Whether it was made for these groups."""
         return num_rows == self._num_rows and are_same(groups, self._groups)
 
-    def edit(self, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[SharedEdit]]:
-        """Logits [B, V] in float32, moved by each group's edit, and the edits.
+    def edit(self, hidden_BD: Tensor, logits_BV: Tensor) -> tuple[Tensor, list[GroupStats]]:
+        """Logits [B, V] in float32, moved by each group's edit, and what happened to the groups.
 
         Logits must be linear along an edit. Those in float32 are moved in place; those in bfloat16 are widened here.
         """
@@ -105,7 +95,4 @@ class SharedRows:
             held_by_kl=_HELD_BY_KL,
             held_by_cap=_HELD_BY_CAP,
         )
-        edits: list[SharedEdit] = []
-        for group, report in zip(self._groups, torch.split(report_RN, self._counts), strict=True):
-            edits.append(SharedEdit(group, report[:, : 2 * len(group.stack.names) + NUM_FIGURES]))
-        return logits_BV, edits
+        return logits_BV, GroupStats.split(report_RN, self._groups)

@@ -96,7 +96,7 @@ class EngineStatus:
     num_running: int
     num_waiting: int
     kv_cache_usage: float
-    """Share of the slots' positions that hold a token, from 0 to 1."""
+    """Share of the key-value cache's pages that are held, from 0 to 1."""
     num_preemptions: int = 0
     """Sequences that gave their pages up and waited again, since the start, as all that follows."""
     num_cache_queries: int = 0
@@ -232,11 +232,13 @@ class Engine(Protocol):
         ...
 
     async def compile_choices(self, choices: Sequence[str]) -> object:
-        """The same for texts that are one of these. Raises as `compile_schema` does."""
+        """Texts of which a response has to be one, made ready for `GenerationRequest.structure` as a schema is by
+        `compile_schema`, with the same errors."""
         ...
 
     async def compile_calls(self, structure: CallStructure) -> object:
-        """The same for texts that hold calls of tools. Raises as `compile_schema` does."""
+        """The calls of tools that a response may or has to hold, made ready for `GenerationRequest.structure` as
+        a schema is by `compile_schema`, with the same errors."""
         ...
 
     def generate(self, request: GenerationRequest) -> ChunkStream:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,8 @@ def encode_chat(
             shown = _shown(tokenizer, told, control, mark, text)
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message.replace(mark, ""), param=error.param) from error
+        if control.may_be_made:
+            _check_that_none_is_made(tokenizer, told, control, text if shown is None else shown)
     if shown is None:
         return control.encode(text, add_special_tokens=rendering.add_special_tokens)
     return control.encode(shown, mark, add_special_tokens=rendering.add_special_tokens)
@@ -81,16 +83,17 @@ class _Told:
     rendering: ChatRendering
     call_format: CallFormat | None
 
-    def marked(self, control: ControlTokens, mark: str, *, everywhere: bool = False) -> _Told:
-        def marked(value: Any) -> Any:
-            return control.marked(value, mark, everywhere=everywhere)
-
+    def changed(self, change: Callable[[Any], Any]) -> _Told:
+        """With all that callers wrote changed."""
         rendering = replace(
-            self.rendering, tools=tuple(marked(self.rendering.tools)), variables=marked(self.rendering.variables)
+            self.rendering, tools=tuple(change(self.rendering.tools)), variables=change(self.rendering.variables)
         )
         # Templates compare a message's role, and no caller can choose it freely; what else is called so is content.
-        messages = [{**marked(message), "role": message["role"]} for message in self.messages]
+        messages = [{**change(message), "role": message["role"]} for message in self.messages]
         return replace(self, messages=messages, rendering=rendering)
+
+    def marked(self, control: ControlTokens, mark: str, *, everywhere: bool = False) -> _Told:
+        return self.changed(lambda value: control.marked(value, mark, everywhere=everywhere))
 
     def text(self, tokenizer: Any) -> str:
         return _text(tokenizer, self.messages, self.rendering, self.call_format)
@@ -170,6 +173,21 @@ def _shown_everywhere(tokenizer: Any, told: _Told, control: ControlTokens, mark:
     except InvalidRequestError:
         return None
     return shown if shown is not None and shown.replace(mark, "") == text else None
+
+
+def _check_that_none_is_made(tokenizer: Any, told: _Told, control: ControlTokens, shown: str) -> None:
+    """Where marks everywhere would change what the template does: that it shows the control tokens that it shows of
+    contents without any character that one begins with, so that all of them are its own. Raises InvalidRequestError."""
+    try:
+        own = control.names_in(told.changed(control.disarmed).text(tokenizer))
+    except InvalidRequestError:
+        own = None
+    if control.names_in(shown) != own:
+        raise InvalidRequestError(
+            "messages: this model's chat template may make a control token of what they spell, which is in none of "
+            "them; write it otherwise",
+            param="messages",
+        )
 
 
 def _shown(

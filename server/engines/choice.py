@@ -246,7 +246,7 @@ class Choice:
         assert self.guard is not None
         assert self.totals is not None
         values = token_edit(self.totals.names, numbers).value_after
-        count = self.guard.go_back(values, is_greedy=self.request.sampling.temperature == 0)
+        count = self.guard.go_back(values, is_certain=self.request.sampling.is_certain)
         taken_back = self.guard.take_back(count)
         if taken_back is not None:
             self.go_back_to(taken_back.before)

@@ -51,6 +51,8 @@ class ControlTokens:
         self._first = re.compile(
             "|".join(re.escape(first) for first in sorted({name[0] for name in self._names})) or "(?!)"
         )
+        self._harmless = next(letter for letter in map(chr, range(0xE000, 0xF8FF)) if not self._first.match(letter))
+        """Of Unicode's private characters."""
         self.may_be_made = _REWRITES.search(template) is not None
         """Whether the template may make a control token of a content that spells none."""
 
@@ -75,6 +77,19 @@ class ControlTokens:
         is_list = isinstance(value, list | tuple)
         return [self.marked(each, mark, everywhere=everywhere) for each in value] if is_list else value
 
+    def disarmed(self, value: Any) -> Any:
+        """The same plain data with another character for each that a control token begins with. Words alone are left,
+        which templates compare."""
+        if isinstance(value, str):
+            return value if value.isidentifier() else self._first.sub(self._harmless, value)
+        if isinstance(value, Mapping):
+            return {self.disarmed(name): self.disarmed(each) for name, each in value.items()}
+        return [self.disarmed(each) for each in value] if isinstance(value, list | tuple) else value
+
+    def names_in(self, text: str) -> list[str]:
+        """The control tokens that a text spells, in order."""
+        return [match[0] for match in self._pattern.finditer(text)]
+
     @property
     def added_before(self) -> list[int]:
         """What the tokenizer adds before a text, such as BOS."""
@@ -85,7 +100,7 @@ class ControlTokens:
 
         Raises InvalidRequestError where this tokenizer makes a control token of text whatever it is called.
         """
-        expected = sum(1 for _ in self._pattern.finditer(rendered))
+        expected = len(self.names_in(rendered))
         if mark is None:
             ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         else:

@@ -95,12 +95,12 @@ class Guard:
         """What is told of a token that was drawn from a state below the bound, and is no part of the text."""
         return GenerationChunk(self._index, num_held=1)
 
-    def go_back(self, values: Mapping[str, float], *, is_greedy: bool) -> int | None:
+    def go_back(self, values: Mapping[str, float], *, is_certain: bool) -> int | None:
         """A token was drawn from a state with these values, some of which are below their bounds: how many of those
         that are held are taken back for the choice to draw again, None where it ends."""
         bounds = self._asked.broken_bounds(values)
         self.broken = {name: BrokenBound(values[name], bound) for name, bound in bounds.items()}
-        count = self._retried(values, is_greedy=is_greedy)
+        count = self._retried(values, is_certain=is_certain)
         if count is None:
             return None
         self.num_retries += 1
@@ -116,7 +116,7 @@ class Guard:
             first = self._held.pop()
         return first
 
-    def _retried(self, values: Mapping[str, float], *, is_greedy: bool) -> int | None:
+    def _retried(self, values: Mapping[str, float], *, is_certain: bool) -> int | None:
         """How many tokens a retry takes back; None where there is none, or it could only come to the same."""
         on_stop = self._asked.on_stop
         if not isinstance(on_stop, Retry) or self.num_retries >= on_stop.max_retries:
@@ -128,4 +128,4 @@ class Guard:
         place = next((i for i, held in enumerate(last) if held.is_watched), None)
         if place is None:
             return 0 if is_stronger else None
-        return len(last) - place if is_stronger or not is_greedy else None
+        return len(last) - place if is_stronger or not is_certain else None

@@ -188,7 +188,8 @@ class SegmentTracker:
         return pieces
 
     def add_token(self, token_id: int, token: TokenText, text: OpenText) -> list[Piece]:
-        """The same for a token as the text of its response has it; a character that is open ends with its part."""
+        """Text that belongs to its part for good, as from `add`, of a token as the response's text has it. A character
+        that is open ends with its part."""
         is_boundary = token.is_special and token_id in self._markup.symbols
         return self.add(token_id, text.flush() if is_boundary else token.text)
 

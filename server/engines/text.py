@@ -119,7 +119,7 @@ class TextOfTokens(Protocol):
         ...
 
     def peek(self, token_id: int) -> TokenText:
-        """The same of a token that is not added, and completes nothing."""
+        """What the token would be there, without adding it; it completes no character."""
         ...
 
     def flush(self) -> str:
@@ -181,7 +181,8 @@ def with_texts(score: TokenLogprob, text: TextOfTokens) -> TokenLogprob:
 
 
 def as_chosen(score: TokenLogprob, token: TokenText) -> TokenLogprob:
-    """The same under the text that it completed, which is how tokens join to the text, wherever it is named."""
+    """The log-probabilities with the token, wherever they name it, under the text that it completed, so that tokens
+    join to the text."""
     top = tuple(other._replace(text=token.shown) if other.token_id == score.token_id else other for other in score.top)
     return replace(score, text=token.shown, data=token.data, num_chars=len(token.text), top=top)
 

@@ -24,7 +24,7 @@ def on_device(values: Sequence[object], device: torch.device, *, dtype: torch.dt
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """The same for a tensor that lies on the host already."""
+    """The table, from the host's memory, on the device; a copy to a GPU goes by pinned memory, as in `on_device`."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)

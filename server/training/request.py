@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
-from pydantic_core import PydanticCustomError
 
+from server.field_errors import field_error
 from server.training.recipe import FromInstruction, FromTexts, Recipe
 from server.unicode import check_text
 from value_models.ascent import Metric
@@ -74,12 +74,12 @@ class HeadRequest(BaseModel):
     def _has_one_source(self) -> HeadRequest:
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if not given:
-            raise _problem("instruction", "give one of pairs, texts and instruction")
+            raise field_error("instruction", "give one of pairs, texts and instruction")
         if len(given) > 1:
-            raise _problem(given[1], f"{given[0]} is given already; a head is made of one of them")
+            raise field_error(given[1], f"{given[0]} is given already; a head is made of one of them")
         for name, partners in _ONLY_WITH.items():
             if getattr(self, name) is not None and given[0] not in partners:
-                raise _problem(name, f"goes with {' or '.join(partners)} alone")
+                raise field_error(name, f"goes with {' or '.join(partners)} alone")
         return self
 
     def recipe(self) -> Recipe:
@@ -120,7 +120,3 @@ class HeadRequest(BaseModel):
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def _problem(name: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("field", "{name}: {message}", {"name": name, "message": message})

@@ -199,6 +199,32 @@ async def test_tokens_that_were_paid_for_and_not_used_are_given_back_once() -> N
         await caller.pay(101)
 
 
+async def test_what_was_paid_for_reading_is_part_of_the_price() -> None:
+    caller = Caller("k", Limits(tokens_per_minute=100), LocalRates(Clock()))
+    reading = await caller.pay_reading(64 * 30)
+    charge = await caller.pay(80, paid=reading)
+    assert charge.tokens == 80
+    with pytest.raises(RateLimitError):
+        await caller.pay(21)
+    charge.settle(10)
+    assert (await caller.pay(90)).tokens == 90
+
+
+async def test_a_reading_that_costs_more_than_the_tokens_is_given_back_at_the_end() -> None:
+    caller = Caller("k", Limits(tokens_per_minute=100), LocalRates(Clock()))
+    charge = await caller.pay(10, paid=await caller.pay_reading(64 * 60))
+    assert charge.tokens == 60
+    charge.settle(10)
+    assert (await caller.pay(90)).tokens == 90
+
+
+def test_what_is_refused_after_it_was_read_has_cost_its_reading(keyed: Callable[..., TestClient]) -> None:
+    with keyed(tokens_per_minute=1000) as client:
+        long = "a" * 64 * 400
+        codes = [complete(client, prompt=long, max_tokens=1).status_code for _ in range(3)]
+        assert codes == [400, 400, 429]
+
+
 async def test_who_left_open_how_many_tokens_gets_what_the_minute_has_left() -> None:
     caller = Caller("k", Limits(tokens_per_minute=100), LocalRates(Clock()))
     first = await caller.pay(8000, least=20)
@@ -235,11 +261,12 @@ def test_tokens_are_counted_as_they_are_used_whatever_was_asked_for(keyed: Calla
 def test_a_chat_that_leaves_its_length_open_gets_what_the_minute_has_left(keyed: Callable[..., TestClient]) -> None:
     with keyed(tokens_per_minute=300) as client:
         assert complete(client, max_tokens=95).json()["usage"]["total_tokens"] == 100
+        # Refused, and read for two tokens.
         assert complete(client, max_tokens=300).status_code == 400
         done = chat(client, n=2)
         usage = done.json()["usage"]
         assert {choice["finish_reason"] for choice in done.json()["choices"]} == {"length"}
-        assert usage["completion_tokens"] == (200 - usage["prompt_tokens"]) // 2 * 2
+        assert usage["completion_tokens"] == (198 - usage["prompt_tokens"]) // 2 * 2
         assert chat(client).status_code == 429
 
 

@@ -201,6 +201,15 @@ def test_an_operator_says_what_else_is_refused(make_app: Callable[..., FastAPI])
         assert chat(client, logit_bias={"5": 8.0}, temperature=2.0, max_tokens=2, **harmless).status_code == 200
 
 
+@pytest.mark.parametrize("field", ["add_generation_prompt", "parallel_tool_calls", "include_reasoning"])
+def test_of_what_is_true_by_default_false_is_refused(make_app: Callable[..., FastAPI], field: str) -> None:
+    settings = {"pinned_control": json.dumps(PINNED), "pinned_refuses": field}
+    with TestClient(make_app(settings=settings)) as client:
+        assert chat(client, max_tokens=2, **{field: True}).status_code == 200
+        refused = chat(client, max_tokens=2, **{field: False})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
 def test_what_an_operator_refuses_is_refused_of_a_response_too(make_app: Callable[..., FastAPI]) -> None:
     open_answer = {"type": "message", "role": "assistant", "content": "Bad", "status": "incomplete"}
     said: dict[str, tuple[str, dict[str, Any]]] = {

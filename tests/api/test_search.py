@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.api import resolution
 from server.api.resolution import MAX_NEW_TOKENS
 from server.types import GenerationRequest
 from tests.api.conftest import chat, complete, eventually, recording
@@ -166,6 +167,32 @@ def test_a_search_goes_by_a_reward_that_the_operator_has_registered(make_embedde
         error = error_of(complete(client, **options, control={**CONTROL, "search": {**BLOCKS, "reward": "brevity"}}))
         assert (error["param"], "registered are plain, terse" in error["message"]) == ("control.search.reward", True)
         assert client.get("/v1/heads").json()["search_rewards"] == ["plain", "terse"]
+
+
+@pytest.mark.parametrize(
+    ("search", "max_tokens", "words"),
+    [
+        # Some 190 tokens at a time, 60 times.
+        ({"candidates": 3, "block_tokens": 1}, 60, "scored in all"),
+        ({"candidates": 4, "block_tokens": 24}, 60, "scored at a time"),
+    ],
+)
+def test_a_search_has_no_more_scored_than_others_can_wait_for(
+    make_embedded_app: Callable[..., FastAPI],
+    monkeypatch: pytest.MonkeyPatch,
+    search: dict[str, Any],
+    max_tokens: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(resolution, "MAX_SCORED_AT_ONCE", 220)
+    monkeypatch.setattr(resolution, "MAX_SCORED_IN_ALL", 5000)
+    asked = {"model": "tiny", "seed": 5, "control": {**CONTROL, "steps": 0, "search": {"type": "blocks", **search}}}
+    by_reward = {**asked, "control": {**asked["control"], "search": {"type": "blocks", **search, "reward": "brevity"}}}
+    with TestClient(make_embedded_app(search_rewards="brevity")) as client:
+        error = error_of(complete(client, **by_reward, max_tokens=max_tokens))
+        assert (error["param"], words in error["message"]) == ("control.search.reward", True)
+        # What has no reward to ask is bounded by the tokens alone.
+        assert complete(client, **asked, max_tokens=max_tokens).status_code == 200
 
 
 def test_more_candidates_than_rows_are_refused_and_more_whole_responses_are_not(tiny: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 import server.app
 from server.api import running
 from server.api.gate.limits import LocalRates
+from server.types import GenerationChunk
 from tests.api.conftest import eventually, serving
 from tests.api.test_sse import connected
 
@@ -197,6 +199,7 @@ def test_a_stream_whose_client_reads_too_little_of_it_ends_and_keeps_no_more(
     make_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "_MAX_UNREAD", 50)
+    monkeypatch.setattr(running, "_PATIENCE_S", 0.01)
     app = make_app()
     with serving(app, send_buffer_bytes=SMALL) as url, connected(url, UNREAD) as reader:
         assert eventually(lambda: app.state.engine.num_open == 1)
@@ -206,6 +209,27 @@ def test_a_stream_whose_client_reads_too_little_of_it_ends_and_keeps_no_more(
             read += part
         assert b'"code":"slow_reader"' in read
         assert read.count(b"data: ") < 450
+
+
+async def test_what_comes_at_one_go_is_given_time_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that a search has kept, or the scores of many prompts: nobody can have read it yet."""
+    monkeypatch.setattr(running, "_PATIENCE_S", 0.2)
+    backlog, chunk = running._Backlog(), GenerationChunk(0, token_ids=(5,))
+
+    def put(number: int) -> None:
+        for _ in range(number):
+            assert not backlog.is_neglected
+            backlog.put(0, chunk)
+
+    put(running._MAX_UNREAD * 2)
+    for _ in range(3):
+        # It gets less from time to time, though more comes meanwhile.
+        for _ in range(100):
+            await backlog.get()
+        put(50)
+        await asyncio.sleep(0.25)
+    # Nothing has been read since.
+    assert backlog.is_neglected
 
 
 @pytest.mark.parametrize("data", [None, HEAD + b"content-length: 100\r\n\r\n"])

@@ -29,7 +29,7 @@ UNREAD = {"model": "fake", "prompt": "hi", "max_tokens": 1000, "n": 16, "logprob
 def test_an_event_is_one_line_for_whoever_cuts_lines_as_python_does() -> None:
     """httpx does, and so do clients that are built on it; a model draws such characters now and then."""
     data = {"text": "".join(map(chr, [*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0x1F600]))}
-    line, empty = _event(data).decode().splitlines()
+    line, empty = _event(data, is_named=False).decode().splitlines()
     assert not empty
     assert json.loads(line.removeprefix("data: ")) == data
 

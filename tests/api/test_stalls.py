@@ -20,6 +20,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from server.api import resolution
 from server.api.json_text import json_bytes
 from tests.api.conftest import complete
 from tests.api.test_incidents import JSON
@@ -166,6 +167,32 @@ async def test_an_answer_with_all_log_probabilities_is_written_beside_others(mak
     assert response.status_code == 200
     assert len(response.content) > MIB
     assert stall.is_short, stall
+
+
+async def test_the_last_events_of_a_response_are_written_beside_others(make_app: Callable[..., FastAPI]) -> None:
+    """Each of them holds all log-probabilities."""
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "instructions": "é" * 100}
+    body = {"model": "fake", "input": "hi", "max_output_tokens": 3500, "stream": True, "ignore_eos": True, **asked}
+    stall, response = await longest_stall(make_app(settings=ROOM), "/v1/responses", body)
+    assert response.status_code == 200
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in response.text.split("\n") if line.startswith("data: ")
+    ]
+    assert events[-1]["type"] == "response.incomplete"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    (item,) = events[-1]["response"]["output"]
+    assert len(item["content"][0]["logprobs"]) == 3500
+    assert stall.is_short, stall
+
+
+def test_a_response_keeps_no_more_log_probabilities_than_fit_streamed_or_not(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution, "MAX_TOLD_SCORES", 1000)
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "max_output_tokens": 60}
+    for stream in (False, True):
+        refused = client.post("/v1/responses", json={"model": "fake", "input": "hi", "stream": stream, **asked})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include")
 
 
 def test_an_answer_that_is_no_stream_holds_no_more_log_probabilities_than_fit(client: TestClient) -> None:

@@ -280,7 +280,7 @@ def test_a_schema_is_compiled_beside_the_event_loop_and_before_anything_is_queue
     monkeypatch.setattr(SchemaCompiler, "compile", watched)
     assert complete(tiny, model="tiny", response_format=held_to(SCHEMA), prompt=["a", "b"]).status_code == 200
     ((thread, num_queued),) = compiled
-    assert thread.startswith("asyncio_")
+    assert thread.startswith("recontrol-schema_")
     assert num_queued == 0
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from server.control.registry import HeadRegistry
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.layout import PromptChunk
 from server.engines.embedded.model.loader import load_model
 from server.engines.embedded.model.pages import PAGE_TOKENS, num_pages_for
 from server.errors import RecontrolError
@@ -224,7 +224,7 @@ def _states(core: EngineCore, text: list[int], size: int) -> Tensor:
     pages = core.page_pool.take(num_pages_for(len(text)))
     assert pages is not None
     starts = range(0, len(text), size)
-    states = [core.runner.forward([], [Segment(pages, start, text[start : start + size])]) for start in starts]
+    states = [core.runner.forward([], [PromptChunk(pages, start, text[start : start + size])]) for start in starts]
     core.runner.kv.clear(core.page_pool.release(pages, forget=True))
     return torch.cat(states)
 

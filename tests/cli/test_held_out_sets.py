@@ -30,7 +30,7 @@ def test_a_file_of_prompts_beside_the_locked_ones_is_refused(tmp_path: Path) -> 
 
 def test_the_quick_study_is_small_but_for_what_was_given() -> None:
     quick = Quality.model_validate({"head": "positive", "quick": True, "num_samples": 1})
-    assert (len(quick.test_prompts()), quick.num_samples, quick.test_set) == (40, 1, "locked")
+    assert (len(quick.test_prompts()), quick.num_samples, quick.test_set) == (40, 1, "project")
     assert [method.name for method in quick.rivals()] == ["prompting", "static-vector"]
     assert list(quick.factors) == []
     assert len(Quality.model_validate({"head": "positive"}).factors) > 0

@@ -14,7 +14,7 @@ import pytest_asyncio
 from torch import Tensor
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.loader import load_model
 from server.engines.vllm.engine import VllmEngine
 from server.settings import Settings
@@ -29,9 +29,9 @@ def prompt_tokens_read(core: EngineCore) -> list[int]:
     read: list[int] = []
     forward = core.runner.forward
 
-    def counting(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
-        read.append(sum(len(segment.token_ids) for segment in segments))
-        return forward(decode, segments, **options)
+    def counting(decode: list[DecodeRow], chunks: list[PromptChunk], **options: Any) -> Tensor:
+        read.append(sum(len(chunk.token_ids) for chunk in chunks))
+        return forward(decode, chunks, **options)
 
     core.runner.forward = counting  # type: ignore[method-assign]
     return read

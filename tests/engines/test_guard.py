@@ -254,9 +254,10 @@ def test_a_prompt_that_stronger_control_lifts_over_the_bound_goes_on(core: Engin
 
 def test_the_most_likely_token_is_not_drawn_again_without_stronger_control(core: EngineCore) -> None:
     bound = bound_of(core, 1 / 3, sampling=ask("r", None, temperature=0.0).sampling)
-    for growth in (1.0, 2.0):
+    certain: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1e-6}, {"top_k": 1}]
+    for sampling, growth in itertools.product(certain, (1.0, 2.0)):
         way = {"type": "retry", "step_growth": growth, "max_retries": 3}
-        result = run(core, [ask("r", guarded(bound, way), temperature=0.0)])["r", 0]
+        result = run(core, [ask("r", guarded(bound, way), **sampling)])["r", 0]
         assert (result.finish_reasons == ["guardrail"]) or growth > 1
         assert (report_of(result).retries > 0) == (growth > 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.sequence import Sequence
 from server.engines.embedded.shares import Budget
 from server.types import GenerationChunk, GenerationRequest, SamplingParams, ScoringParams
@@ -31,15 +31,15 @@ class Machine:
     def runs(self, core: EngineCore) -> EngineCore:
         forward, add_prompt = core.runner.forward, core._scores.add_prompt
 
-        def timed(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Any:
-            num_tokens = len(decode) + sum(len(segment.token_ids) for segment in segments)
+        def timed(decode: list[DecodeRow], chunks: list[PromptChunk], **options: Any) -> Any:
+            num_tokens = len(decode) + sum(len(chunk.token_ids) for chunk in chunks)
             self.fed.append(num_tokens - len({id(row.pages) for row in decode}))
             self.now_s += 0.016 + self.token_s * num_tokens
-            return forward(decode, segments, **options)
+            return forward(decode, chunks, **options)
 
-        def tell(sequence: Sequence, segment: Segment, hidden_TD: Any) -> None:
-            self.now_s += self.told_s * len(segment.token_ids) * sequence.tells_prompt
-            add_prompt(sequence, segment, hidden_TD)
+        def tell(sequence: Sequence, chunk: PromptChunk, hidden_TD: Any) -> None:
+            self.now_s += self.told_s * len(chunk.token_ids) * sequence.tells_prompt
+            add_prompt(sequence, chunk, hidden_TD)
 
         core.runner.forward = timed  # type: ignore[method-assign]
         core._scores.add_prompt = tell  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.engines.embedded.core import EngineCore
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.structure import CompiledSchema, SchemaCompiler
 from server.kernels.transfer import Arriving
 from server.types import FinishReason, GenerationRequest, SamplingParams
@@ -107,9 +107,9 @@ class _Order:
         self.events: list[str] = []
         forward, read = core.runner.forward, Arriving.read
 
-        def launched(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
+        def launched(decode: list[DecodeRow], chunks: list[PromptChunk], **options: Any) -> Tensor:
             self.events.append("launch")
-            return forward(decode, segments, **options)
+            return forward(decode, chunks, **options)
 
         def awaited(arriving: Arriving) -> list[Tensor]:
             self.events.append("read")
@@ -140,9 +140,9 @@ def test_what_a_token_is_fed_as_is_known_to_the_device_alone(
     core, fed = make_core(runs_ahead=True), []
     forward = core.runner.forward
 
-    def watched(decode: list[DecodeRow], segments: list[Segment], **options: Any) -> Tensor:
+    def watched(decode: list[DecodeRow], chunks: list[PromptChunk], **options: Any) -> Tensor:
         fed.append([(row.drawn, row.token_id) for row in decode])
-        return forward(decode, segments, **options)
+        return forward(decode, chunks, **options)
 
     monkeypatch.setattr(core.runner, "forward", watched)
     run(core, [ask("a", max_tokens=3, ignore_eos=True), ask("b", max_tokens=3, ignore_eos=True)])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from server.engines.checkpoint.tokenizer import placeholder_ids
 from server.engines.checks import check_is_text
 from server.engines.embedded.model import attention, llama
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.runner import ModelRunner
 from server.engines.embedded.model.spans import ALL_BEFORE, AttentionKind, Span
@@ -64,8 +64,8 @@ def logits(runner: ModelRunner, text: list[int], cut: int) -> torch.Tensor:
     """Of a prompt in two chunks and a decode row."""
     pages = list(range(1, 5))
     parts = [
-        runner.forward([], [Segment(pages, 0, text[:cut])]),
-        runner.forward([], [Segment(pages, cut, text[cut:-1])]),
+        runner.forward([], [PromptChunk(pages, 0, text[:cut])]),
+        runner.forward([], [PromptChunk(pages, cut, text[cut:-1])]),
         runner.forward([DecodeRow(pages, len(text) - 1, text[-1])], []),
     ]
     return runner.lm_head.logits(torch.cat(parts))
@@ -139,7 +139,7 @@ def test_attention_that_forgets_a_window_is_refused(window: int, monkeypatch: py
 def test_where_there_are_kernels_every_model_attends_by_them(
     name: str, traits: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_attend_by_torch", lambda *_: pytest.fail("attended by torch"))
+    monkeypatch.setattr(attention, "_attend_without_native", lambda *_: pytest.fail("attended by torch"))
     create(tiny(name, dtype, **traits))
 
 
@@ -266,10 +266,10 @@ def test_experts_and_what_chooses_them_give_a_row_the_same_bits_beside_any_other
         traits |= {"head_dim": 32}
     runner = create(tiny(name, **traits))
     text = [(11 * i) % 250 for i in range(60)]
-    whole = runner.forward([], [Segment([1], 0, text)])
+    whole = runner.forward([], [PromptChunk([1], 0, text)])
     last = DecodeRow([1], 59, text[59])
     alone = runner.forward([last], [])
-    beside = runner.forward([last], [Segment([2], 0, text[:7]), Segment([3], 0, text)])
+    beside = runner.forward([last], [PromptChunk([2], 0, text[:7]), PromptChunk([3], 0, text)])
     assert torch.equal(beside[:1], alone)
     assert torch.equal(beside[8:], whole)
 

@@ -9,7 +9,7 @@ import torch
 
 from server.engines.embedded.model import attention
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, StepLayout
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk, StepLayout
 from server.engines.embedded.model.spans import AttentionKind, Span
 
 PAGES = [3, 11, 7, 1, 9, 5]
@@ -53,12 +53,12 @@ class Attended:
         self.sinks = torch.randn(shape.num_heads, generator=rng) + 2.0 if shape.has_sinks else None
 
     def __call__(
-        self, rows: list[torch.Tensor], decode: list[DecodeRow], segments: list[Segment], how: AttentionKind
+        self, rows: list[torch.Tensor], decode: list[DecodeRow], chunks: list[PromptChunk], how: AttentionKind
     ) -> torch.Tensor:
-        step = StepLayout.of(self.kv, decode, segments, torch.device("cpu"))
+        step = StepLayout.of(self.kv, decode, chunks, torch.device("cpu"))
         keys, values = self.kv.layer(0, *rows[1:])
         if self.way != "native":
-            out = attention._attend_by_torch(rows, keys, values, step, how, self.sinks)
+            out = attention._attend_without_native(rows, keys, values, step, how, self.sinks)
             if self.way in ("plain", "triton"):
                 return out
             num_kv_heads = self.shape.num_kv_heads
@@ -73,7 +73,7 @@ class Attended:
         return out
 
     def prompt(self, rows: list[torch.Tensor], how: AttentionKind, first: int = 0) -> torch.Tensor:
-        return self(rows, [], [Segment(PAGES, first, [0] * len(rows[0]))], how)
+        return self(rows, [], [PromptChunk(PAGES, first, [0] * len(rows[0]))], how)
 
     def rows(self, count: int, seed: int) -> list[torch.Tensor]:
         """Queries, keys and values."""

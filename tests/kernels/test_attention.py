@@ -10,7 +10,7 @@ import torch
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.spans import AttentionKind
@@ -77,15 +77,15 @@ def test_rows_of_prompts_and_of_decoding_are_torchs(
     one, other = Attended(shape, dtype), Attended(shape, dtype, way=way)
     long, short = [3, 1, 7], [5]
     steps = [
-        ([], [Segment(long, 0, [0] * 90), Segment(short, 0, [0] * 7)]),
-        ([], [Segment(long, 90, [0] * 41)]),
+        ([], [PromptChunk(long, 0, [0] * 90), PromptChunk(short, 0, [0] * 7)]),
+        ([], [PromptChunk(long, 90, [0] * 41)]),
         ([DecodeRow(short, 7, 0), DecodeRow(long, 131, 0)], []),
-        ([DecodeRow(long, 132, 0)], [Segment([9], 0, [0] * 33)]),
+        ([DecodeRow(long, 132, 0)], [PromptChunk([9], 0, [0] * 33)]),
     ]
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
-    for number, (decode, segments) in enumerate(steps):
-        rows = one.rows(len(decode) + sum(len(segment.token_ids) for segment in segments), number)
-        got, expected = (attended(rows, decode, segments, how).float() for attended in (one, other))
+    for number, (decode, chunks) in enumerate(steps):
+        rows = one.rows(len(decode) + sum(len(chunk.token_ids) for chunk in chunks), number)
+        got, expected = (attended(rows, decode, chunks, how).float() for attended in (one, other))
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -101,8 +101,8 @@ def test_how_a_prompt_was_cut_and_what_else_a_step_holds_cannot_be_seen(
     for first, last in itertools.pairwise(cuts):
         own, extra = part(rows, first, last), cut.rows(71, last)
         step = [torch.cat([other[:1], row, other[1:]]) for row, other in zip(own, extra, strict=True)]
-        segments = [Segment(PAGES, first, [0] * (last - first)), Segment([4, 10], 0, [0] * 70)]
-        got = cut(step, [DecodeRow([2], first % 64, 0)], segments, how)
+        chunks = [PromptChunk(PAGES, first, [0] * (last - first)), PromptChunk([4, 10], 0, [0] * 70)]
+        got = cut(step, [DecodeRow([2], first % 64, 0)], chunks, how)
         assert torch.equal(got[1 : 1 + last - first], expected[first:last])
 
 
@@ -140,7 +140,7 @@ def test_the_number_of_threads_cannot_be_seen(
         attended = Attended(PLAIN_SHAPE, dtype)
         rows = attended.rows(303, 4)
         decode = [DecodeRow([page], 20, 0) for page in STRANGERS]
-        results.append(attended(rows, decode, [Segment(PAGES, 0, [0] * 301)], how))
+        results.append(attended(rows, decode, [PromptChunk(PAGES, 0, [0] * 301)], how))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from server.engines.embedded.core import EngineCore
 from server.engines.embedded.model import attention
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.spans import AttentionKind
 from tests.conftest import run
 from tests.engines.test_laws import requests, tokens
@@ -75,7 +75,7 @@ def test_a_prompt_is_the_same_to_the_bit_however_it_is_cut_and_beside_others(cut
     whole = attended.prompt(rows, PLAIN)
     first = other.prompt(part(rows, 0, cut), PLAIN)
     joined = [torch.cat(pair) for pair in zip(strange, part(rows, cut, 130), strict=True)]
-    rest = other(joined, [], [Segment(STRANGERS, 0, [0] * 41), Segment(PAGES, cut, [0] * (130 - cut))], PLAIN)
+    rest = other(joined, [], [PromptChunk(STRANGERS, 0, [0] * 41), PromptChunk(PAGES, cut, [0] * (130 - cut))], PLAIN)
     assert torch.equal(torch.cat([first, rest[41:]]), whole)
 
 
@@ -87,7 +87,7 @@ def test_a_decoding_row_is_the_same_to_the_bit_alone_and_beside_one_whose_pages_
     rows, strange = alone.rows(30, 1), alone.rows(100, 2)
     for attended in (alone, beside):
         attended.prompt(part(rows, 0, 29), PLAIN)
-    beside(part(strange, 0, 99), [], [Segment(STRANGERS, 0, [0] * 99)], PLAIN)
+    beside(part(strange, 0, 99), [], [PromptChunk(STRANGERS, 0, [0] * 99)], PLAIN)
     joined = [torch.cat(pair) for pair in zip(part(rows, 29, 30), part(strange, 99, 100), strict=True)]
     got = beside(joined, [DecodeRow(PAGES, 29, 0), DecodeRow(STRANGERS, 99, 0)], [], PLAIN)
     assert torch.equal(got[:1], alone(part(rows, 29, 30), [DecodeRow(PAGES, 29, 0)], [], PLAIN))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.engines.embedded.model import plain_attention
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.plain_attention import _exp, _sum
 from server.engines.embedded.model.spans import AttentionKind
 from tests.kernels.attended import KINDS, PAGES, Attended, Shape, each_case, each_dtype, part
@@ -43,8 +43,8 @@ def test_how_a_prompt_was_cut_and_what_else_a_step_holds_cannot_be_seen(
     for first, last in itertools.pairwise(cuts):
         own, extra = part(rows, first, last), cut.rows(71, last)
         step = [torch.cat([other[:1], row, other[1:]]) for row, other in zip(own, extra, strict=True)]
-        segments = [Segment(PAGES, first, [0] * (last - first)), Segment([4, 10], 0, [0] * 70)]
-        got = cut(step, [DecodeRow([2, 6, 8, 0], 200, 0)], segments, how)
+        chunks = [PromptChunk(PAGES, first, [0] * (last - first)), PromptChunk([4, 10], 0, [0] * 70)]
+        got = cut(step, [DecodeRow([2, 6, 8, 0], 200, 0)], chunks, how)
         assert torch.equal(got[1 : 1 + last - first], expected[first:last])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,6 +101,45 @@ def test_a_folder_with_someone_elses_manifest_is_refused(tmp_path: Path, content
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(RolloutError, match="no manifest"):
         collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+
+
+MANIFEST_OF_ONE = {"format": 2, "base_model": {}, "settings": {}, "num_shards": 1, "prompts_sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_shards": None}, "num_shards"),
+        ({"num_shards": "1"}, "num_shards"),
+        ({"num_shards": 0}, "num_shards"),
+        ({"base_model": []}, "base_model"),
+        ({"settings": None}, "settings"),
+        ({"prompts_sha256": None}, "prompts_sha256: is missing"),
+        ({"given": {"kind": 1, "file": "x"}}, r"given\.kind"),
+    ],
+)
+def test_a_manifest_without_what_is_read_of_it_is_refused_by_name(
+    tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(MANIFEST_OF_ONE | changed))
+    with pytest.raises(RolloutError, match=words):
+        open_rollouts(tmp_path)
+
+
+def test_a_manifest_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(RolloutError, match="holds no rollouts"):
+        open_rollouts(tmp_path)
+    with pytest.raises(RolloutError, match="no manifest"):
+        collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("line", ['"prompt_id sample response is_finished"', "[1]", "7"])
+def test_a_line_that_is_no_object_is_told_by_its_file(tmp_path: Path, line: str) -> None:
+    collect_rollouts(ListedSource(*GOOD), PROMPTS, tmp_path, SETTINGS)
+    (tmp_path / "shard-00000.jsonl").write_text(f"{line}\n")
+    with pytest.raises(RolloutError, match="line 1 is no object"):
+        open_rollouts(tmp_path).rows(0)
 
 
 def test_a_prompt_given_twice_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 from fastapi import Request
 from starlette.types import Scope
 
-from server.api.gate.limits import Caller
+from server.api.gate.limits import Caller, Charge
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status, for the log alone: whoever asked has left."""
 
 
 @dataclass(slots=True)
@@ -19,6 +22,8 @@ class RequestContext:
     is_manager: bool = False
     num_body_bytes: int = 0
     """Once the body is there, decoded."""
+    reading: Charge | None = None
+    """What was paid for the reading of its texts, until their tokens are paid for."""
     may_inspect: bool = False
     """Whether the caller may see what heads could be read from (inspection.py)."""
     facts: dict[str, Any] = field(default_factory=dict)

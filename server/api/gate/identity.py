@@ -1,4 +1,5 @@
-"""A request's id, its line in the access log, and the answer to what nobody else caught. The outermost layer."""
+"""A request's id, its line in the access log, and the answer to what nobody else caught. All other layers of the gate
+lie within it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.gate.context import RequestContext
+from server.api.gate.context import CLIENT_CLOSED_REQUEST, RequestContext
 from server.api.handlers import generic_error
 from server.logs import request_id_var
 
@@ -22,7 +23,6 @@ _access = logging.getLogger("recontrol.access")
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_PATH_CHARS = 256
-_CLIENT_CLOSED_REQUEST = 499
 
 
 class Identity:
@@ -43,7 +43,7 @@ class Identity:
         context = RequestContext(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         scope.setdefault("state", {})["context"] = context
         request_id_var.set(context.request_id)
-        started_s, status = time.monotonic(), _CLIENT_CLOSED_REQUEST
+        started_s, status = time.monotonic(), CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -56,7 +56,7 @@ class Identity:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             _log.exception("Request %s failed", context.request_id)
-            if status != _CLIENT_CLOSED_REQUEST:
+            if status != CLIENT_CLOSED_REQUEST:
                 raise
             await JSONResponse(generic_error(error, context.request_id), 500)(scope, receive, send_with_id)
         finally:

@@ -121,24 +121,30 @@ class Caller:
     def end(self) -> None:
         self.num_running -= 1
 
-    async def pay(self, tokens: int, *, least: int | None = None, field: str = "max_tokens") -> Charge:
+    async def pay(
+        self, tokens: int, *, least: int | None = None, field: str = "max_tokens", paid: Charge | None = None
+    ) -> Charge:
         """Pay for tokens in advance, or, down to `least`, for as many as there are.
 
-        Raises RateLimitError, or for more than a minute's worth InvalidRequestError, which names `field`.
+        What was `paid` for reading them is part of it. Raises RateLimitError, or for more than a minute's worth
+        InvalidRequestError, which names `field`; what was paid before is then gone.
         """
         capacity, least = self._tokens.capacity, tokens if least is None else least
         if least > capacity:
             raise InvalidRequestError(
                 f"{field}: prompt and new tokens are {least}; this key may use {capacity} a minute", param=field
             )
+        held = 0 if paid is None else paid.tokens
         amount = math.floor(min(tokens, capacity))
-        taken = await self._tokens.take(amount)
+        taken = await self._tokens.take(max(amount - held, 0))
         if taken.wait_s and least < amount:
             amount = max(math.floor(amount - taken.wait_s * capacity / MINUTE_S), least)
-            taken = await self._tokens.take(amount)
+            taken = await self._tokens.take(max(amount - held, 0))
         if taken.wait_s:
             raise _rate_error(f"{capacity} tokens a minute", taken.wait_s)
-        return Charge(amount, taken.put_back)
+        if paid is not None:
+            paid.settle(held)
+        return Charge(max(amount, held), taken.put_back)
 
     async def pay_reading(self, num_bytes: int) -> Charge:
         """Pay for the reading of so many bytes into tokens, before it is done. Raises RateLimitError."""
@@ -161,7 +167,8 @@ class Charge:
         """Give back what was not used; nothing happens when it is repeated."""
         if not self._is_settled:
             self._is_settled = True
-            self._put_back(self.tokens - used)
+            if used != self.tokens:
+                self._put_back(self.tokens - used)
 
 
 class Callers:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.fields import MAX_INTEGER
 from server.api.messages import ChatMessage, TemplateFields, Text
@@ -15,6 +14,7 @@ from server.api.responses.tools import ResponseToolChoice, ResponseTools
 from server.api.schemas import GenerationBody, ReasoningEffort
 from server.api.structure import JsonObjectFormat, NamedSchema, Structure, TextFormat
 from server.api.unserved import REASONING, RESPONSE, RESPONSE_STREAM_OPTIONS, TEXT, Unserved, WithUnserved
+from server.field_errors import field_error
 from server.types import MAX_LOGPROBS, ChatRendering
 
 LOGPROBS = "message.output_text.logprobs"
@@ -52,6 +52,8 @@ class ResponseStreamOptions(WithUnserved):
 
 class ResponseBody(GenerationBody, TemplateFields):
     unserved: ClassVar[Mapping[str, Unserved]] = RESPONSE
+    is_kept_whole: ClassVar[bool] = True
+    """Its last events tell it again."""
     size_field: ClassVar[str] = "max_output_tokens"
 
     input: Input
@@ -140,7 +142,6 @@ class ResponseBody(GenerationBody, TemplateFields):
         elif self.stream_options is not None and not self.stream:
             problem = ("stream_options", "only allowed with stream: true")
         if problem is not None:
-            name, reason = problem
-            raise PydanticCustomError("field", "{name}: {reason}", {"name": name, "reason": reason})
+            raise field_error(*problem)
         self.check_rendering(messages)
         return self

@@ -25,7 +25,8 @@ from server.api.messages import (
     TextPart,
     ToolCall,
 )
-from server.api.unserved import ITEM, ITEMS, NO_ITEM, REFUSED, without_unserved
+from server.api.unserved import ITEM, ITEMS, NO_ITEM, without_unserved
+from server.field_errors import REFUSED, field_error
 from server.unicode import beginning
 
 _MAX_TYPE_CHARS = 32
@@ -77,7 +78,7 @@ class ReasoningItem(_Item):
     def _is_readable(self) -> ReasoningItem:
         if self.encrypted_content and not self.content:
             reason = "what another server has encrypted cannot be read here; give content, or leave the item out"
-            raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": "encrypted_content", "reason": reason})
+            raise field_error("encrypted_content", reason, REFUSED)
         return self
 
     @property
@@ -134,8 +135,7 @@ def _as_item(item: Any) -> Any:
     if kind == "message":
         item = without_unserved(item, ITEM)
         if item.get("role") in ("tool", "function"):
-            reason = ITEM["tool_call_id"].reason
-            raise PydanticCustomError(REFUSED, "{name}: {reason}", {"name": "role", "reason": reason})
+            raise field_error("role", ITEM["tool_call_id"].reason, REFUSED)
     return {**item, "type": kind}
 
 
@@ -179,7 +179,7 @@ def messages_of(instructions: str | None, items: Sequence[InputItem]) -> list[Ch
 
 
 def _wrong_call_id(place: int, reason: str) -> PydanticCustomError:
-    return PydanticCustomError("field", "{name}: {reason}", {"name": f"input.{place}.call_id", "reason": reason})
+    return field_error(f"input.{place}.call_id", reason)
 
 
 class _Chat:

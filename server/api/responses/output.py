@@ -58,6 +58,11 @@ class Output:
             yield from self._begin_message()
         yield from self._end_item(status)
 
+    def forget_logprobs(self) -> None:
+        """For an output that has been told once."""
+        for part in (part for item in self.items for part in item.get("content", ()) if "logprobs" in part):
+            part["logprobs"] = []
+
     def _is_in(self, kind: str) -> bool:
         return self._is_open and self.items[-1]["type"] == kind
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from fastapi import APIRouter, Request, Response
 
 from server.api.body import JsonRoute
+from server.api.gate.context import context_of
 from server.api.generation import read_chat, start
 from server.api.responses.answer import Answer
 from server.api.responses.body import ResponseBody
@@ -20,6 +21,7 @@ from server.api.shown import shown_logprobs
 from server.api.sse import STREAMED
 from server.api.tools import resolve_tools
 from server.api.turns import Conversation, turn_of
+from server.api.workers import LARGE
 from server.api.writer import ResponseWriter
 from server.engines.base import Engine
 from server.errors import InvalidRequestError, NotFoundError
@@ -37,6 +39,8 @@ _NAMES = {
     "logprobs": "include",
 }
 """What fields of a chat, which errors name, are called in a response."""
+_FEW = 64
+"""Tokens' log-probabilities in one event."""
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -100,17 +104,25 @@ class _Writer(ResponseWriter):
             pass
         return self._finished()
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[Event | bytes, None]:
         for name in ("created", "in_progress"):
-            yield self._lifecycle(name, self._answer.told("in_progress", []))
+            yield await self._written(self._lifecycle(name, self._answer.told("in_progress", [])))
         async with contextlib.aclosing(self._growth()) as growth:
             async for event in growth:
-                yield self._numbered(event)
-        yield self._lifecycle(self._status, self._finished())
+                yield await self._written(self._numbered(event))
+        yield await self._written(self._lifecycle(self._status, self._finished()))
+
+    async def _written(self, event: Event) -> Event | bytes:
+        """An event that may hold the whole request or answer, if that is large, as it is sent."""
+        size = max(self._generation.size, context_of(self._request).num_body_bytes)
+        is_small = event["type"].endswith(".delta") and len(event.get("logprobs", ())) <= _FEW
+        return event if is_small or size <= LARGE // 16 else await self.large(event, size=size)
 
     def failure(self, body: dict[str, Any]) -> Event:
         if self._output.items:
             deque(self._output.end("incomplete"), maxlen=0)
+        # There is no time to write them beside the event loop, and they have been told.
+        self._output.forget_logprobs()
         told = self._answer.told("failed", self._output.items, usage=self._generation.usage, error=body["error"])
         return self._lifecycle("failed", told)
 

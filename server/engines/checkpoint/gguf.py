@@ -55,7 +55,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # How text is split before merges (tokenizer.ggml.pre): as GPT-2 does, or so and digit by digit.
 _AS_GPT2 = {"gpt-2", "gpt2", "default", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling", "exaone4"}
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-_ENDS = ("eos", "eot", "eom")
+_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>", "<turn|>")
 """Tokens that end a turn; where a file's chat template has one, a response ends with it."""
 
@@ -109,6 +109,9 @@ def refuse_gguf(header: GgufHeader) -> None:
                 f"model: {header.path} holds {tensor.name} as {tensor.type.name}, which cannot be dequantized here. "
                 "Take another quantization of the model, such as Q8_0 or Q4_K_M."
             )
+    for key in _ENDS:
+        if (token_id := header.metadata.get(key)) is not None and (type(token_id) is not int or token_id < 0):
+            raise header.is_not(key, "a whole number from 0 up")
     if not header.metadata.get("tokenizer.ggml.model"):
         raise ModelLoadError(f"model: {header.path} has no tokenizer in it.")
     refuse_numbers(header)
@@ -297,8 +300,8 @@ def _splits_of_transformers() -> Container[str]:
 
 def _ends_of_text(header: GgufHeader, tokenizer: Any) -> list[int]:
     """The file's own ends of text, and of turns where its chat template uses them."""
-    ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    ends = [header.metadata.get(key) for key in _ENDS]
     template = str(header.metadata.get("tokenizer.chat_template", ""))
     vocabulary = tokenizer.get_vocab()
     ends += [vocabulary.get(token) for token in _TURN_ENDS if token in template]
-    return sorted({int(token) for token in ends if token is not None})
+    return sorted({token for token in ends if token is not None})

@@ -47,7 +47,7 @@ def with_candidates(choices: list[Sequence]) -> list[Sequence]:
             choice.emit = _keeping_answer(choice)
             choice.candidates = [_candidate(choice, number) for number in range(request.search.candidates)]
     elif request.best_of is not None:
-        rivals = Rivals(choices, emit)
+        rivals = Rivals(choices, emit, choices[0].emit_all)
         for choice in choices:
             choice.rivals, choice.trial = rivals, Trial(emit, index=0)
             choice.emit = _taking(rivals, choice)
@@ -155,8 +155,8 @@ class Candidates:
         for candidate in leader.candidates:
             candidate.own_trial.num_told = 0
         self._scheduler.gather(leader, winner)
-        for chunk in chunks[:-1]:
-            leader.emit(chunk)
+        leader.answer += "".join(chunk.text for chunk in chunks[:-1])
+        leader.emit_all(chunks[:-1])
         if trial.reason is not None:
             self._finish(leader, trial.reason, chunks[-1])
             return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ from server.engines.embedded.candidates import Candidates, check_room, with_cand
 from server.engines.embedded.drawing import TokenDraw
 from server.engines.embedded.guidance import both_read, check_shadows, instructed_states, with_shadows
 from server.engines.embedded.model.kv_cache import default_kv_bytes, high_water_pages
-from server.engines.embedded.model.layout import Segment, StepWatch
+from server.engines.embedded.model.layout import PromptChunk, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.loader import LoadedModel
 from server.engines.embedded.model.pages import PagePool, num_pages_for
@@ -38,7 +38,7 @@ from server.engines.embedded.prompt_values import add_token_values, prompt_chunk
 from server.engines.embedded.reasoned_structure import check_structure
 from server.engines.embedded.reports import Drawn, Scores
 from server.engines.embedded.scheduler import Scheduler, Step
-from server.engines.embedded.sequence import Sequence, SequenceState
+from server.engines.embedded.sequence import Sequence, SequenceState, one_by_one
 from server.engines.embedded.structure import CompiledSchema
 from server.engines.segments import Markup, OutputFormat
 from server.engines.text import Detokenizer
@@ -177,14 +177,19 @@ class EngineCore:
         request: GenerationRequest,
         emit: Callable[[GenerationChunk], None],
         *,
+        emit_all: Callable[[Iterable[GenerationChunk]], None] | None = None,
         keep_states: bool = False,
         observer: EngineObserver | None = None,
     ) -> list[Sequence]:
-        """The request's choices, ready for `add`. The request must have passed `check`."""
+        """The request's choices, ready for `add`. The request must have passed `check`.
+
+        `emit_all` takes many chunks at a time in a moment, where that is less work than one by one.
+        """
         choices = Sequence.choices(
             request,
             make_detokenizer=lambda: Detokenizer(self._vocabulary, request.prompt_token_ids),
             emit=emit,
+            emit_all=emit_all or one_by_one(emit),
             observer=observer or self._observer,
             eos_token_ids=self._eos_token_ids,
             markup=self._markup,
@@ -247,25 +252,25 @@ class EngineCore:
 
         Raises ContextLengthError where there is no room for all of them.
         """
-        segments: list[Segment] = []
+        chunks: list[PromptChunk] = []
         try:
             for token_ids in texts:
                 pages = self.page_pool.take(num_pages_for(len(token_ids)))
                 if pages is None:
                     raise ContextLengthError(f"There is no room for the keys and values of {len(token_ids)} tokens.")
-                segments.append(Segment(pages, 0, token_ids))
-            hidden_TD = self.runner.forward([], segments, watch=watch)
+                chunks.append(PromptChunk(pages, 0, token_ids))
+            hidden_TD = self.runner.forward([], chunks, watch=watch)
             return list(hidden_TD.split([len(token_ids) for token_ids in texts]))
         finally:
-            for segment in segments:
-                self.runner.kv.clear(self.page_pool.release(segment.pages, forget=True))
+            for chunk in chunks:
+                self.runner.kv.clear(self.page_pool.release(chunk.pages, forget=True))
 
     def _launch(self, drawn_B: Tensor | None = None) -> tuple[Step, Tensor]:
         """Schedule a step and run the model; its states [T, D]. Tokens that have not been read yet are among these."""
         step = self._scheduler.schedule(time.monotonic())
         decode = [row for _, rows in step.decoding for row in rows]
-        segments = [segment for _, segment in step.chunks]
-        hidden_TD = self.runner.forward(decode, segments, drawn_B=drawn_B) if decode or segments else torch.empty(0)
+        chunks = [chunk for _, chunk in step.chunks]
+        hidden_TD = self.runner.forward(decode, chunks, drawn_B=drawn_B) if decode or chunks else torch.empty(0)
         return step, hidden_TD
 
     def _launch_behind(self, drawn: Drawn) -> tuple[Step, Tensor] | None:
@@ -297,14 +302,14 @@ class EngineCore:
             first += len(its_rows)
             if sequence.num_computed == sequence.num_tokens:
                 computed.append((sequence, hidden_TD[first - 1]))
-        for sequence, segment in step.chunks:
-            end = first + len(segment.token_ids)
+        for sequence, chunk in step.chunks:
+            end = first + len(chunk.token_ids)
             if sequence.shadow_of is None:
-                self._scores.add_prompt(sequence, segment, hidden_TD[first:end])
+                self._scores.add_prompt(sequence, chunk, hidden_TD[first:end])
                 add_token_values(sequence, hidden_TD[first:end], self.registry)
             if sequence.prompt_states is not None:
                 sequence.prompt_states.append(hidden_TD[first:end])
-            if segment.end == sequence.prompt_len:
+            if chunk.end == sequence.prompt_len:
                 sequence.group.last_hidden_D = hidden_TD[end - 1]
             first = end
         for sequence in step.complete:

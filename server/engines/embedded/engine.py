@@ -14,7 +14,9 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +43,7 @@ from server.types import FinishReason, GenerationRequest
 _log = logging.getLogger(__name__)
 _BITS: dict[str, Bits] = {"none": 16, "int8": 8, "int4": 4}
 _STOP_TIMEOUT_S = 30.0
+_NUM_SCHEMA_THREADS = 2
 _Result = TypeVar("_Result")
 
 
@@ -53,6 +56,7 @@ class EmbeddedEngine(ModelEngine):
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
         self._schemas: SchemaCompiler | None = None
+        self._schema_threads = ThreadPoolExecutor(_NUM_SCHEMA_THREADS, thread_name_prefix="recontrol-schema")
         self._training_tokenizer: Any = None
         self._thread: threading.Thread | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -84,13 +88,17 @@ class EmbeddedEngine(ModelEngine):
         return self._status if is_running else self._idle_status
 
     async def compile_schema(self, schema: str) -> CompiledSchema:
-        return await asyncio.to_thread(self._compiler().compile, schema)
+        return await self._compiled(partial(self._compiler().compile, schema))
 
     async def compile_choices(self, choices: Sequence[str]) -> CompiledSchema:
-        return await asyncio.to_thread(self._compiler().compile_choices, choices)
+        return await self._compiled(partial(self._compiler().compile_choices, choices))
 
     async def compile_calls(self, structure: CallStructure) -> CompiledSchema:
-        return await asyncio.to_thread(self._compiler().compile_calls, structure)
+        return await self._compiled(partial(self._compiler().compile_calls, structure))
+
+    async def _compiled(self, compile_it: Callable[[], CompiledSchema]) -> CompiledSchema:
+        """In threads of their own, since large schemas take long and what else is done in threads shall not wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._schema_threads, compile_it)
 
     def _compiler(self) -> SchemaCompiler:
         if self._schemas is None:
@@ -109,7 +117,7 @@ class EmbeddedEngine(ModelEngine):
                     self._post(lambda: core.abort(sequences))
 
         stream = ChunkQueue(request.num_choices, close)
-        sequences = core.sequences(request, stream.put_threadsafe)
+        sequences = core.sequences(request, stream.put_threadsafe, emit_all=stream.put_all_threadsafe)
         self._post(lambda: core.add(sequences))
         self._num_open += request.num_rows
         return stream

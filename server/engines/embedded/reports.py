@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.control.group_edit import GroupStats
-from server.engines.embedded.model.layout import Segment
+from server.engines.embedded.model.layout import PromptChunk
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.sequence import PromptGroup, Sequence
 from server.engines.text import Detokenizer, as_chosen, with_texts
@@ -117,9 +117,9 @@ class Scores:
             for batch in batches
         }
 
-    def add_prompt(self, sequence: Sequence, segment: Segment, hidden_TD: Tensor) -> None:
-        """Those of the prompt tokens that follow the segment's positions, without control, if they are asked for."""
-        following = sequence.group.token_ids[segment.start + 1 : segment.end + 1]
+    def add_prompt(self, sequence: Sequence, chunk: PromptChunk, hidden_TD: Tensor) -> None:
+        """Those of the prompt tokens that follow the chunk's positions, without control, if they are asked for."""
+        following = sequence.group.token_ids[chunk.start + 1 : chunk.end + 1]
         if not following or not sequence.tells_prompt:
             return
         logits_TV = self._lm_head.logits(hidden_TD)[: len(following)]

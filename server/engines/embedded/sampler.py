@@ -18,12 +18,10 @@ from torch import Tensor
 
 from server.kernels import gpu, ops
 from server.kernels.transfer import on_device
+from server.types import LEAST_TEMPERATURE
 
 if TYPE_CHECKING:
     from server.kernels.gpu.draw import RuleTables
-
-# Below it a row is greedy: its logits over its temperature would not be finite in float32.
-_MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,7 +38,7 @@ class RowSampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < _MIN_TEMPERATURE
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def is_filtered(self) -> bool:

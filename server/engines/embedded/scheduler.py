@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from server.engines.embedded.background import in_background, of_requests, shared_budget
 from server.engines.embedded.model.kv_cache import KVCache, fork_pages
-from server.engines.embedded.model.layout import DecodeRow, Segment
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk
 from server.engines.embedded.model.pages import PAGE_TOKENS, PagePool, num_pages_for
 from server.engines.embedded.pace import Pace
 from server.engines.embedded.prefix_cache import PrefixCache
@@ -37,7 +37,7 @@ class Step:
 
     decoding: list[tuple[Sequence, list[DecodeRow]]] = field(default_factory=list)
     """A sequence's rows; several while it feeds again what it had before it lost its pages, for which it comes last."""
-    chunks: list[tuple[Sequence, Segment]] = field(default_factory=list)
+    chunks: list[tuple[Sequence, PromptChunk]] = field(default_factory=list)
     complete: list[Sequence] = field(default_factory=list)
     """Those whose prompt is computed after this step."""
     void: set[Sequence] = field(default_factory=set)
@@ -172,8 +172,8 @@ class Scheduler:
         for sequence, rows in step.decoding:
             if _decodes(sequence) and sequence not in step.void:
                 sequence.num_computed += len(rows)
-        for sequence, segment in step.chunks:
-            sequence.num_computed = segment.end
+        for sequence, chunk in step.chunks:
+            sequence.num_computed = chunk.end
             if sequence.state is not SequenceState.FINISHED:
                 self._prefixes.remember(sequence)
 
@@ -332,9 +332,9 @@ class Scheduler:
                 if rows := self._decode_rows(sequence, min(count, _MAX_REPLAYED_TOKENS)):
                     step.decoding.append((sequence, rows))
             elif count and self._find_pages(sequence, sequence.prompt_len):
-                segment = _next_chunk(sequence, count)
-                step.chunks.append((sequence, segment))
-                if segment.end == sequence.prompt_len:
+                chunk = _next_chunk(sequence, count)
+                step.chunks.append((sequence, chunk))
+                if chunk.end == sequence.prompt_len:
                     computed.add(id(sequence.group))
             if sequence.state is SequenceState.PREFILLING and (
                 id(sequence.group) in computed or self._is_computed_by_sibling(sequence)
@@ -423,7 +423,7 @@ def _num_missing(sequence: Sequence, known: list[int]) -> int:
     return 1 if sequence.group.residents else num_pages_for(sequence.prompt_len) - len(known)
 
 
-def _next_chunk(sequence: Sequence, count: int) -> Segment:
+def _next_chunk(sequence: Sequence, count: int) -> PromptChunk:
     """About so many of the prompt's next tokens: to a page's end where that leaves out a quarter at most, since pages
     are attended one by one."""
     start = sequence.num_computed
@@ -431,4 +431,4 @@ def _next_chunk(sequence: Sequence, count: int) -> Segment:
     paged = end // PAGE_TOKENS * PAGE_TOKENS
     if end < sequence.prompt_len and 4 * (end - paged) <= count:
         end = paged
-    return Segment(sequence.pages, start, sequence.group.token_ids[start:end])
+    return PromptChunk(sequence.pages, start, sequence.group.token_ids[start:end])

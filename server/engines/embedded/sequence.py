@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -60,6 +60,8 @@ class PromptGroup:
 class Sequence(Choice):
     group: PromptGroup
     emit: Callable[[GenerationChunk], None]
+    emit_all: Callable[[Iterable[GenerationChunk]], None]
+    """Takes what a comparison of candidates has decided. It passes by what `emit` may lead through."""
     row_sampling: RowSampling
     logit_rules: LogitRules | None = None
     structure: CompiledSchema | None = None
@@ -109,6 +111,7 @@ class Sequence(Choice):
         *,
         make_detokenizer: Callable[[], TextOfTokens],
         emit: Callable[[GenerationChunk], None],
+        emit_all: Callable[[Iterable[GenerationChunk]], None],
         observer: EngineObserver,
         eos_token_ids: frozenset[int],
         markup: Markup | None = None,
@@ -132,6 +135,7 @@ class Sequence(Choice):
                 arrival_s=arrival_s,
                 group=group,
                 emit=emit,
+                emit_all=emit_all,
                 row_sampling=RowSampling(
                     sampling.temperature, sampling.top_p, sampling.top_k, (seed, index), sampling.min_p
                 ),
@@ -310,6 +314,16 @@ class Trial:
             self.emit(GenerationChunk(index=self.index, segment=chunk.segment, num_drawn=1))
 
 
+def one_by_one(emit: Callable[[GenerationChunk], None]) -> Callable[[Iterable[GenerationChunk]], None]:
+    """A way for many chunks at a time that is that for one."""
+
+    def emit_each(chunks: Iterable[GenerationChunk]) -> None:
+        for chunk in chunks:
+            emit(chunk)
+
+    return emit_each
+
+
 def with_search(chunk: GenerationChunk, report: SearchReport) -> GenerationChunk:
     """The chunk, its summary telling how the search came off if it has one."""
     return chunk if chunk.control is None else replace(chunk, control=replace(chunk.control, search=report))
@@ -321,6 +335,7 @@ class Rivals:
 
     members: list[Sequence]
     emit: Callable[[GenerationChunk], None]
+    emit_all: Callable[[Iterable[GenerationChunk]], None]
     is_over: bool = False
 
     def take(self, member: Sequence, chunk: GenerationChunk) -> None:
@@ -334,7 +349,10 @@ class Rivals:
     def tell(self, order: list[tuple[int, SearchReport]], scores: PromptScores | None) -> None:
         """The first of them in this order are the choices; the prompt's scores go with the first."""
         self.is_over = True
-        for index, (chosen, report) in enumerate(order[: self.members[0].request.num_choices]):
-            for chunk in self.members[chosen].own_trial.chunks:
-                self.emit(replace(with_search(chunk, report), index=index, prompt_logprobs=scores))
+        self.emit_all(self._told(order[: self.members[0].request.num_choices], scores))
+
+    def _told(self, chosen: list[tuple[int, SearchReport]], scores: PromptScores | None) -> Iterator[GenerationChunk]:
+        for index, (place, report) in enumerate(chosen):
+            for chunk in self.members[place].own_trial.chunks:
+                yield replace(with_search(chunk, report), index=index, prompt_logprobs=scores)
                 scores = None

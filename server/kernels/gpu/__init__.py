@@ -72,7 +72,7 @@ def are_used_on(device: torch.device) -> bool:
 
 @functools.cache
 def _are_used_on_a_gpu(told: str) -> bool:
-    """The same for one, and says it."""
+    """Whether a GPU's kernels are used, given what the variable holds; said in the log, once for each value."""
     if told == "torch":
         _log.info("On the GPU torch's operations attend, edit rows and draw tokens: %s asks for them", VARIABLE)
         return False

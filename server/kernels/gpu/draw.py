@@ -76,7 +76,10 @@ def draw(logits_BV: Tensor, drawings: Sequence[Drawing], rules: RuleTables | Non
 
 
 def launch(logits_BV: Tensor, table_BW: Tensor, rules: RuleTables | None) -> Tensor:
-    """The same from a table of `Drawing`s. What is launched depends on shapes and on whether there are rules alone."""
+    """Token ids [B] as from `draw`, given the `Drawing`s as a table on the device.
+
+    What is launched depends on nothing but shapes and whether there are rules.
+    """
     assert logits_BV.stride(1) == 1
     device, (num_rows, size) = logits_BV.device, logits_BV.shape
     tokens_B = torch.empty(num_rows, dtype=torch.int64, device=device)

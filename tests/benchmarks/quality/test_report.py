@@ -36,12 +36,15 @@ def test_a_column_says_where_divergences_behind_an_instruction_are_estimates(arm
 
 
 def test_claims_of_all_heads_are_corrected_together() -> None:
-    claim = {"over": "prompting", "metric": "reward", "p": 0.01, "holm": 0.01, **FIGURE}
-    claimed = result([], claims=[claim])
-    text = claims_table([card(project=claimed), card("plain", project=claimed), card("old", project=result([]))])
-    assert text.splitlines()[2:] == [
-        f"| `{name}` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.01000 | 0.02000 |"
-        for name in ("good", "plain")
+    def claimed(p: float, sign: int = 1) -> dict[str, Any]:
+        figure = {name: sign * value for name, value in FIGURE.items()}
+        return result([], claims=[{"over": "prompting", "metric": "reward", "p": p, "holm": p, **figure}])
+
+    cards = [card(project=claimed(0.01)), card("plain", project=claimed(0.01, -1)), card("vague", project=claimed(0.2))]
+    assert claims_table([*cards, card("old", project=result([]))]).splitlines()[2:] == [
+        "| `good` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.01000 | 0.03000 | head |",
+        "| `plain` | project | prompting | reward | -0.50 [-0.40, -0.60] | 0.01000 | 0.03000 | prompting |",
+        "| `vague` | project | prompting | reward | +0.50 [+0.40, +0.60] | 0.20000 | 0.20000 |  |",
     ]
     assert claims_table([card(project=result([]))]).startswith("None of the results")
 

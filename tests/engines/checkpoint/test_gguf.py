@@ -297,6 +297,8 @@ def test_a_conversion_draws_no_bars(llama: Any, tmp_path: Path, capfd: pytest.Ca
     [
         ({"split__count": "x"}, "split.count is 'x'; it must be a whole number"),
         ({"general__type": "a" * 10_000}, "type 'a"),
+        ({"tokenizer__ggml__eot_token_id": "x"}, r"tokenizer.ggml.eot_token_id is 'x'; it must be a whole number"),
+        ({"tokenizer__ggml__eom_token_id": [1]}, r"tokenizer.ggml.eom_token_id is \[1\]; it must be a whole number"),
     ],
 )
 def test_what_a_file_says_is_checked_and_told_in_part(metadata: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_a_cut_file_is_refused_before_anything_is_converted(length: int, llama: 
 def header_only(path: Path, architecture: str, **metadata: Any) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint16
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_uint16)
         add(key.replace("__", "."), value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

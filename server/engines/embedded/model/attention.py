@@ -1,6 +1,6 @@
 """Attention of a step's flattened rows over the paged key-value cache.
 
-A step holds one row for each newest token (a decode row), then one segment for each prompt chunk. All rows run through
+A step holds one row for each newest token (a decode row), then the chunks of prompts. All rows run through
 the model as one sequence of T tokens; only attention looks at whose pages they read. Every decode row and every page of
 a prompt is attended on its own, so a sequence's numbers never depend on the step's other rows, nor on where its prompt
 was cut into chunks. Registered with transformers' AttentionInterface; knows nothing of requests, sampling or control.
@@ -83,7 +83,7 @@ def paged_attention(
         strides = [row.stride(0) for row in rows]
         attend_natively(addresses, strides, out_TNV.data_ptr(), keys, values, step, query.shape[1], how, sinks)
         return out_TNV[None], None
-    return _attend_by_torch(rows, keys, values, step, how, sinks)[None], None
+    return _attend_without_native(rows, keys, values, step, how, sinks)[None], None
 
 
 def unknown_options(options: Mapping[str, Any]) -> set[str]:
@@ -128,7 +128,7 @@ def attend_natively(
     )  # fmt: skip
 
 
-def _attend_by_torch(
+def _attend_without_native(
     rows: list[Tensor],
     keys: Tensor,
     values: Tensor,
@@ -136,7 +136,10 @@ def _attend_by_torch(
     how: AttentionKind,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As above, [T, heads, V]; rows are queries, keys and values [T, heads, P], sinks [heads] float32."""
+    """Cache the step's keys and values, and attend by Triton or torch: [T, heads, V].
+
+    Rows are queries, keys and values [T, heads, P], sinks [heads] float32.
+    """
     query_TNP, key_TNP, value_TNP = rows
     num_kv_heads = key_TNP.shape[1]
     pages_T = step.tables[step.sequences_T, step.positions_T // PAGE_TOKENS]
@@ -189,13 +192,13 @@ def _attend_in_batches(
         mask = step.decode_mask(how.span)
         keys_BNSP, values_BNSP = _gather(keys, tables), _gather(values, tables)
         outputs.append(_attend(query_TNQP[:first], keys_BNSP, values_BNSP, mask, how, sinks_NQ))
-    for index, segment in enumerate(step.segments, start=first):
+    for index, chunk in enumerate(step.chunks, start=first):
         table = step.tables[index]
-        for page in range(segment.start // PAGE_TOKENS, num_pages_for(segment.end)):
-            start, end = max(segment.start, page * PAGE_TOKENS), min(segment.end, (page + 1) * PAGE_TOKENS)
-            span = slice(first + start - segment.start, first + end - segment.start)
+        for page in range(chunk.start // PAGE_TOKENS, num_pages_for(chunk.end)):
+            start, end = max(chunk.start, page * PAGE_TOKENS), min(chunk.end, (page + 1) * PAGE_TOKENS)
+            span = slice(first + start - chunk.start, first + end - chunk.start)
             outputs.append(_attend_page(query_TNQP[span], keys, values, table[: page + 1], start, how, sinks_NQ))
-        first += len(segment.token_ids)
+        first += len(chunk.token_ids)
     return torch.cat(outputs)
 
 
@@ -208,7 +211,7 @@ def _attend_page(
     how: AttentionKind,
     sinks_NQ: Tensor | None,
 ) -> Tensor:
-    """[T, N, Q, P]: those of a prompt's tokens from `start` on that lie in the last of its pages so far, causally.
+    """[T, N, Q, V]: those of a prompt's tokens from `start` on that lie in the last of its pages so far, causally.
 
     They are computed in the place and among as many rows as if all of the page's were there, which a product's order of
     summation can depend on.
@@ -219,7 +222,7 @@ def _attend_page(
     rows_TNQP[first : first + num_tokens] = query_TNQP
     positions = torch.arange(len(pages) * PAGE_TOKENS, device=keys.device)
     mask_TS = how.span.visible(positions, positions[-PAGE_TOKENS:, None])
-    out_1NQP = _attend(
+    out_1NQV = _attend(
         rows_TNQP.transpose(0, 1).flatten(1, 2)[None],
         _gather(keys, pages[None]),
         _gather(values, pages[None]),
@@ -227,8 +230,8 @@ def _attend_page(
         how,
         None if sinks_NQ is None else sinks_NQ.repeat(1, PAGE_TOKENS),
     )
-    out_TNQP = out_1NQP[0].unflatten(1, (PAGE_TOKENS, queries_per_head)).transpose(0, 1)
-    return out_TNQP[first : first + num_tokens]
+    out_TNQV = out_1NQV[0].unflatten(1, (PAGE_TOKENS, queries_per_head)).transpose(0, 1)
+    return out_TNQV[first : first + num_tokens]
 
 
 def _gather(cache: Tensor, tables: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, StepLayout, StepSlot, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk, StepLayout, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.spans import Span
 from server.engines.embedded.model.steady import Steady
@@ -41,13 +41,13 @@ class Body:
         return isinstance(self.backbone, NativeLlama)
 
     def layout(
-        self, kv: KVCache, decode: list[DecodeRow], segments: list[Segment], watch: StepWatch | None = None
+        self, kv: KVCache, decode: list[DecodeRow], chunks: list[PromptChunk], watch: StepWatch | None = None
     ) -> tuple[Tensor, StepLayout]:
-        """Token ids [T], and where they stand: a row for each decode row, then for each token of the segments."""
+        """Token ids [T], and where they stand: a row for each decode row, then for each token of the chunks."""
         token_ids = [row.token_id for row in decode]
-        for segment in segments:
-            token_ids += segment.token_ids
-        step = StepLayout.of(kv, decode, segments, self.device, self.spans, watch)
+        for chunk in chunks:
+            token_ids += chunk.token_ids
+        step = StepLayout.of(kv, decode, chunks, self.device, self.spans, watch)
         return on_device(token_ids, self.device), step
 
     def states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
@@ -58,7 +58,8 @@ class Body:
         return output.last_hidden_state[0]
 
     def watched_states(self, token_ids_T: Tensor, step: StepLayout) -> Tensor:
-        """The same while the step's watch is told what each layer gets, and says what it goes on with."""
+        """States [T, D] as from `states`, while the step's watch is told what each layer gets, and says what it goes on
+        with."""
         with _watched(self.layers, step.watch):
             return self.states(token_ids_T, step)
 

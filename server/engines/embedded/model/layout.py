@@ -32,7 +32,7 @@ class DecodeRow:
 
 
 @dataclass(slots=True, frozen=True)
-class Segment:
+class PromptChunk:
     """A chunk of one prompt: token_ids go to positions start.. of the sequence that holds `pages`."""
 
     pages: list[int]
@@ -60,9 +60,9 @@ class StepLayout:
     positions_T: Tensor
     sequences_T: Tensor
     tables: Tensor
-    """Pages of the decode rows, then of the segments' sequences, [B + segments, M] int32, padded with the null page."""
+    """Pages of the decode rows, then of the chunks' sequences, [B + chunks, M] int32, padded with the null page."""
     num_decode: int
-    segments: list[Segment]
+    chunks: list[PromptChunk]
     spans: Mapping[int, Span] = field(default_factory=dict)
     """By index of the layer."""
     watch: StepWatch | None = None
@@ -70,30 +70,30 @@ class StepLayout:
     masks: dict[Span, Tensor] = field(default_factory=dict)
     """Of the decode rows, made when a layer first asks."""
     blocks: dict[int, Tensor] = field(default_factory=dict)
-    """Of the segments' tokens by the most that a block has, made when a layer first asks."""
+    """Of the chunks' tokens by the most that a block has, made when a layer first asks."""
 
     @classmethod
     def of(
         cls,
         kv: KVCache,
         decode: list[DecodeRow],
-        segments: list[Segment],
+        chunks: list[PromptChunk],
         device: torch.device,
         spans: Mapping[int, Span] | None = None,
         watch: StepWatch | None = None,
     ) -> StepLayout:
         positions = [row.position for row in decode]
         owners = list(range(len(decode)))
-        for index, segment in enumerate(segments, start=len(decode)):
-            positions += range(segment.start, segment.end)
-            owners += [index] * len(segment.token_ids)
+        for index, chunk in enumerate(chunks, start=len(decode)):
+            positions += range(chunk.start, chunk.end)
+            owners += [index] * len(chunk.token_ids)
         used = [row.pages[: row.position // PAGE_TOKENS + 1] for row in decode]
-        used += [segment.pages[: (segment.end - 1) // PAGE_TOKENS + 1] for segment in segments]
+        used += [chunk.pages[: (chunk.end - 1) // PAGE_TOKENS + 1] for chunk in chunks]
         widest = max(map(len, used))
         padded = [pages + [NULL_PAGE] * (widest - len(pages)) for pages in used]
         both_2T = on_device([positions, owners], device)
         tables = on_device(padded, device, dtype=torch.int32)
-        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), segments, spans or {}, watch)
+        return cls(kv, both_2T[0], both_2T[1], tables, len(decode), chunks, spans or {}, watch)
 
     def decode_mask(self, span: Span) -> Tensor:
         """[B, 1, 1, S] bool, true where attended."""
@@ -105,17 +105,17 @@ class StepLayout:
 
     def prompt_blocks(self, tokens: int) -> Tensor | None:
         """The first row and the number of rows of each block [.., 2] int32 of at most so many tokens; None of no
-        segments. Blocks begin at multiples of it, wherever a prompt was cut."""
-        if not self.segments:
+        chunks. Blocks begin at multiples of it, wherever a prompt was cut."""
+        if not self.chunks:
             return None
         if tokens not in self.blocks:
             blocks: list[tuple[int, int]] = []
             first = self.num_decode
-            for segment in self.segments:
-                for start in range(segment.start // tokens * tokens, segment.end, tokens):
-                    begin, end = max(start, segment.start), min(start + tokens, segment.end)
-                    blocks.append((first + begin - segment.start, end - begin))
-                first += len(segment.token_ids)
+            for chunk in self.chunks:
+                for start in range(chunk.start // tokens * tokens, chunk.end, tokens):
+                    begin, end = max(start, chunk.start), min(start + tokens, chunk.end)
+                    blocks.append((first + begin - chunk.start, end - begin))
+                first += len(chunk.token_ids)
             self.blocks[tokens] = on_device(blocks, self.positions_T.device, dtype=torch.int32)
         return self.blocks[tokens]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.graphs import DecodeGraphs, record_on_cuda
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk, StepWatch
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.pages import NULL_PAGE, num_pages_for
 from server.engines.embedded.model.takeover.takeover import take_over
@@ -64,22 +64,22 @@ class ModelRunner:
     def forward(
         self,
         decode: list[DecodeRow],
-        segments: list[Segment],
+        chunks: list[PromptChunk],
         *,
         drawn_B: Tensor | None = None,
         watch: StepWatch | None = None,
     ) -> Tensor:
-        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each segment token.
+        """Post-norm states [T, D] in the model's dtype: a row for each decode row, then for each token of the chunks.
 
         `drawn_B` are the tokens that were drawn last, for rows that name theirs by its place among them. A watch is
         told what each layer gets ("entered", [T, D]), and says what the layer goes on with.
         """
-        token_ids_T, step = self._body.layout(self.kv, decode, segments, watch)
+        token_ids_T, step = self._body.layout(self.kv, decode, chunks, watch)
         if drawn_B is not None:
             _take_drawn(token_ids_T, decode, drawn_B)
         if watch is not None:
             return self._body.watched_states(token_ids_T, step)
-        if self.graphs is not None and not segments:
+        if self.graphs is not None and not chunks:
             return self.graphs.forward(token_ids_T, step)
         return self._body.states(token_ids_T, step)
 

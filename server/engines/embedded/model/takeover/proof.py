@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from server.engines.embedded.model.attention import PROJECTIONS
-from server.engines.embedded.model.layout import DecodeRow, Segment, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk, StepWatch
 from server.engines.embedded.model.pages import NULL_PAGE, PAGE_TOKENS
 from server.engines.embedded.model.takeover.facts import LayerFacts
 
@@ -251,8 +251,8 @@ def _steps(long: int, short: int) -> list[_Step]:
     ]
 
 
-Forward = Callable[[list[DecodeRow], list[Segment], StepWatch], Tensor]
-"""Decode rows, segments and who watches -> states [T, D]."""
+Forward = Callable[[list[DecodeRow], list[PromptChunk], StepWatch], Tensor]
+"""Decode rows, chunks and who watches -> states [T, D]."""
 
 
 class Follower:
@@ -278,8 +278,8 @@ class Follower:
             for number, step in enumerate(self._steps):
                 self._number, self._is_first_layer = number, True
                 rows = [DecodeRow(_PAGES[text], position, texts[text][position]) for text, position in step.decode]
-                segments = [Segment(_PAGES[text], start, texts[text][start:end]) for text, start, end in step.chunks]
-                hidden_TD = forward(rows, segments, self)
+                chunks = [PromptChunk(_PAGES[text], start, texts[text][start:end]) for text, start, end in step.chunks]
+                hidden_TD = forward(rows, chunks, self)
                 expected_TD = torch.stack([states[text][position] for text, position in step.tokens])
                 self._compare(hidden_TD, expected_TD, "the state behind its last norm")
         difference = Difference()

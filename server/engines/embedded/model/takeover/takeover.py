@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from server.engines.embedded.model.attention import UnsupportedAttentionError, register_attention
 from server.engines.embedded.model.body import Body
 from server.engines.embedded.model.kv_cache import KVCache
-from server.engines.embedded.model.layout import DecodeRow, Segment, StepSlot, StepWatch
+from server.engines.embedded.model.layout import DecodeRow, PromptChunk, StepSlot, StepWatch
 from server.engines.embedded.model.llama import NativeLlama
 from server.engines.embedded.model.lm_head import LMHead
 from server.engines.embedded.model.spans import Span
@@ -159,8 +159,8 @@ class _Takeover:
         return body if body.steady is not None and body.steady.is_needed else replace(body, steady=None)
 
     def _follow(self, follower: Follower, body: Body) -> Difference:
-        def forward(decode: list[DecodeRow], segments: list[Segment], watch: StepWatch) -> Tensor:
-            return body.states(*body.layout(self._kv, decode, segments, watch))
+        def forward(decode: list[DecodeRow], chunks: list[PromptChunk], watch: StepWatch) -> Tensor:
+            return body.states(*body.layout(self._kv, decode, chunks, watch))
 
         try:
             return follower.follow(forward, watch_modules=not body.is_native)
