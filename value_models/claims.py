@@ -16,6 +16,8 @@ from value_models.intervals import mean_interval
 
 _NUM_DRAWS = 200_000
 _DRAWS_AT_ONCE = 4000
+_MOST_ENUMERATED = 16
+"""Prompts, all ways to sign whose differences are counted."""
 _ROUNDING = 1e-9
 
 
@@ -27,19 +29,25 @@ def gain_interval(differences_PS: np.ndarray) -> dict[str, float]:
 def chance_of_no_difference(differences_PS: np.ndarray) -> float:
     """Two-sided p-value that paired differences have a mean of zero, by flipped signs.
 
-    Were neither way above the other, each prompt's mean difference would as likely have the other sign. (1 + the draws
-    of signs that put the mean as far from zero, or farther) / (1 + all draws), but no less than 2^(1-P), the least that
-    so few prompts can say. It is never zero, and the same for the same prompts.
+    Were neither way above the other, each prompt's mean difference would as likely have the other sign. The share of
+    all ways to sign them that put the mean as far from zero, or farther; of more than 16 prompts an estimate of it,
+    (1 + such draws of signs) / (1 + all draws). It is never zero, and the same for the same prompts.
     Source: Davison and Hinkley 1997, sections 4.3 and 4.4.
     """
     means_P = differences_PS.mean(axis=1)
-    rng = np.random.default_rng(0)
+    num_prompts = len(means_P)
     least = abs(means_P.sum()) - _ROUNDING * np.abs(means_P).sum()
-    num_as_far = 0
+
+    def num_as_far(bits_DP: np.ndarray) -> int:
+        return int((np.abs((2 * bits_DP - 1) @ means_P) >= least).sum())
+
+    if num_prompts <= _MOST_ENUMERATED:
+        ways_D1 = np.arange(2**num_prompts)[:, None]
+        return num_as_far((ways_D1 >> np.arange(num_prompts)) & 1) / 2**num_prompts
+    rng, count = np.random.default_rng(0), 0
     for _ in range(_NUM_DRAWS // _DRAWS_AT_ONCE):
-        signs_DP = 2 * rng.integers(0, 2, (_DRAWS_AT_ONCE, len(means_P)), dtype=np.int8) - 1
-        num_as_far += int((np.abs(signs_DP @ means_P) >= least).sum())
-    return max((1 + num_as_far) / (1 + _NUM_DRAWS), 0.5 ** (len(means_P) - 1))
+        count += num_as_far(rng.integers(0, 2, (_DRAWS_AT_ONCE, num_prompts), dtype=np.int8))
+    return (1 + count) / (1 + _NUM_DRAWS)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -39,7 +39,7 @@ def test_one_method_over_another_is_paired_by_prompt() -> None:
     low, high = (Curve.of(kl_QP, base_P[None] + gain, base_P) for gain in (0.2, 0.4))
     over = area_over(high, low, 0.2)
     assert (over["mean"], over["low"], over["high"]) == pytest.approx((0.1, 0.1, 0.1))
-    assert over["p"] == 1 / 16
+    assert over["p"] == 2 / 16
     assert area_over(low, low, 0.2)["p"] == 1.0
 
 
@@ -67,4 +67,4 @@ def test_a_strength_that_a_mixture_of_others_beats_does_not_count() -> None:
 
 def test_areas_over_compute_are_compared_prompt_by_prompt() -> None:
     over = area_over(frontier([1.0], [0.4]), frontier([1.0], [0.1]), 8.0)
-    assert (over["mean"], over["p"]) == (pytest.approx(0.3), 1 / 8)
+    assert (over["mean"], over["p"]) == (pytest.approx(0.3), 2 / 8)
