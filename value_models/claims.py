@@ -8,6 +8,7 @@ Shapes: P prompts, S responses to each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,8 +43,7 @@ def chance_of_no_difference(differences_PS: np.ndarray) -> float:
         return int((np.abs((2 * bits_DP - 1) @ means_P) >= least).sum())
 
     if num_prompts <= _MOST_ENUMERATED:
-        ways_D1 = np.arange(2**num_prompts)[:, None]
-        return num_as_far((ways_D1 >> np.arange(num_prompts)) & 1) / 2**num_prompts
+        return num_as_far(np.array(list(itertools.product((0, 1), repeat=num_prompts)))) / 2**num_prompts
     rng, count = np.random.default_rng(0), 0
     for _ in range(_NUM_DRAWS // _DRAWS_AT_ONCE):
         count += num_as_far(rng.integers(0, 2, (_DRAWS_AT_ONCE, num_prompts), dtype=np.int8))
