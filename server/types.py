@@ -87,16 +87,15 @@ class SamplingParams(BaseModel):
     """It is taken from the logit of a token for each time that the output holds it."""
     repetition_penalty: RepetitionPenalty = 1.0
     """It divides the logits (multiplies those below 0) of each token that prompt or output hold."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Most likely alternatives reported a token, after control; None reports nothing."""
+    prompt_logprobs: bool = False
+    """Also report the prompt's own tokens (used by `echo`), always without control."""
 
     @property
     def is_certain(self) -> bool:
         """Whether a distribution always gives the same token."""
         return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
-
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Most likely alternatives reported a token, after control; None reports nothing."""
-    prompt_logprobs: bool = False
-    """Also report the prompt's own tokens (used by `echo`), always without control."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -21,6 +21,14 @@ and keeps its traceback. `server/errors.py` is the server's own tree.
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
+
+def first_problem(error: ValidationError, whole: str = "") -> str:
+    """`FIELD: REASON` of the first thing that is wrong; `whole` stands for the field where that is all of it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
+
 
 class ValueModelError(ValueError):
     """Root of the tree. The message is for the user."""

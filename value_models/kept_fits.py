@@ -15,7 +15,8 @@ from value_models.files import write_bytes
 
 
 def fit_key(made_from: Mapping[str, Any]) -> str:
-    """Part of a file's name that tells a fit from those that were made from other things, given as plain data."""
+    """Part of a file's or a folder's name that tells what is kept there from what was made from other things, given as
+    plain data."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from value_models.errors import RolloutError, TextsFileError
+from value_models.errors import RolloutError, TextsFileError, first_problem
 from value_models.lines import read_records
 from value_models.messages import Message, read_prompt_messages, transcript
 from value_models.packages import package_folder
@@ -108,8 +108,7 @@ def _prompt(record: dict[str, Any], where: str) -> RolloutPrompt:
     try:
         return RolloutPrompt.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise TextsFileError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise TextsFileError(f"{where}: {first_problem(error)}") from error
 
 
 def in_mixed_order(prompts: Iterable[RolloutPrompt]) -> list[RolloutPrompt]:

@@ -24,11 +24,12 @@ from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] (a PathLike of what)
 from torch import Tensor
 from tqdm import tqdm
 
-from value_models.errors import RolloutError
+from value_models.errors import RolloutError, first_problem
 from value_models.files import SCRATCH_SUFFIX, write_text, write_whole
 from value_models.prompt_sets import RolloutPrompt
 from value_models.shards import SAMPLED, ShardTensors, map_tensors, read_rows, shard_path
@@ -216,7 +217,7 @@ class _Manifest(BaseModel):
     @model_validator(mode="after")
     def _tells_its_texts(self) -> Self:
         if self.prompts_sha256 is None and self.given is None:
-            raise ValueError("is missing, as is given; one of them tells what the texts are")
+            raise PydanticCustomError("missing", "is missing, as is given; one of them tells what the texts are")
         return self
 
 
@@ -233,9 +234,7 @@ def open_rollouts(folder: Path) -> RolloutSet:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"])) or "prompts_sha256"
-        raise RolloutError(f"{folder / MANIFEST}: {field}: {problem['msg'].removeprefix('Value error, ')}") from error
+        raise RolloutError(f"{folder / MANIFEST}: {first_problem(error, 'prompts_sha256')}") from error
     missing = [i for i in range(manifest["num_shards"]) if not shard_path(folder, i, ".jsonl").exists()]
     if missing:
         raise RolloutError(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from value_models.calibration import ExpectedRewards, RewardLevels
-from value_models.errors import HeadFileError, HeadShapeError
+from value_models.errors import HeadFileError, HeadShapeError, first_problem
 from value_models.files import write_bytes, write_text
 from value_models.heads import UNIT_COST_NATS, ValueHead, head_from_tensors
 from value_models.linalg import vector_norm
@@ -253,9 +253,7 @@ def parse_card(data: bytes, where: str) -> HeadCard:
     try:
         return HeadCard.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise HeadFileError(f"{where} is not a head card: {field}: {first['msg']}") from error
+        raise HeadFileError(f"{where} is not a head card: {first_problem(error, 'the file')}") from error
 
 
 def read_file(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ConfigurationError
-from value_models.errors import TextsFileError
+from value_models.errors import TextsFileError, first_problem
 from value_models.lines import read_records
 
 FILE = Path(__file__).parent / "dialogues.jsonl"
@@ -60,8 +60,7 @@ def _dialogue(record: dict[str, Any], where: str, others: Mapping[str, Dialogue]
     try:
         dialogue = Dialogue.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigurationError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ConfigurationError(f"{where}: {first_problem(error)}") from error
     if dialogue.id in others:
         raise ConfigurationError(f"{where}: id: {dialogue.id!r} occurs twice")
     num_turns = {len(other.messages) for other in others.values()}

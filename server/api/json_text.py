@@ -1,6 +1,6 @@
 """JSON of any size, written in pieces: the encoder of Python holds its lock for as long as one call takes.
 
-Enter at `json_bytes`.
+Enter at `json_bytes`, or at `json_text` for what is small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MOST_DEPTH = 6
 
 
 def json_bytes(value: Any) -> bytes:
-    """As `json.dumps` without blanks and without escapes, in UTF-8. Raises ValueError for NaN and infinity."""
+    """A value as `json_text` has it, in UTF-8. Raises ValueError for NaN and infinity."""
     return b"".join(piece.encode() for piece in json_pieces(value))
 
 
@@ -25,13 +25,13 @@ def json_pieces(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, dict) and depth < _MOST_DEPTH:
         before = "{"
         for name, item in value.items():
-            yield f"{before}{_text(name)}:"
+            yield f"{before}{json_text(name)}:"
             yield from json_pieces(item, depth + 1)
             before = ","
         yield "}" if value else "{}"
     elif isinstance(value, list) and depth < _MOST_DEPTH and len(value) > _MOST_ITEMS and not _are_large(value, depth):
         for start in range(0, len(value), _MOST_ITEMS):
-            yield ("," if start else "[") + _text(value[start : start + _MOST_ITEMS])[1:-1]
+            yield ("," if start else "[") + json_text(value[start : start + _MOST_ITEMS])[1:-1]
         yield "]"
     elif isinstance(value, list) and depth < _MOST_DEPTH:
         for index, item in enumerate(value):
@@ -39,7 +39,7 @@ def json_pieces(value: Any, depth: int = 0) -> Iterator[str]:
             yield from json_pieces(item, depth + 1)
         yield "]" if value else "[]"
     else:
-        yield _text(value)
+        yield json_text(value)
 
 
 def _are_large(items: list[Any], depth: int) -> bool:
@@ -47,5 +47,6 @@ def _are_large(items: list[Any], depth: int) -> bool:
     return depth < 2 and isinstance(items[0], dict)
 
 
-def _text(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """A value by one call, without blanks and without escapes. Raises ValueError for NaN and infinity."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

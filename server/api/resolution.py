@@ -26,7 +26,7 @@ FRESH_SEED = -1
 MAX_NEW_TOKENS = 2**17
 MAX_PROMPT_SCORES = 2**18
 MAX_TOLD_SCORES = 2**20
-"""Log-probabilities of new tokens in an answer that is no stream: some 100 MB of text."""
+"""Log-probabilities of new tokens in an answer that is kept until its end: some 100 MB of text."""
 MAX_SCORED_AT_ONCE = 2**15
 """Tokens of the texts that a search may have a reward score at one go, prompts included: all others wait for it."""
 MAX_SCORED_IN_ALL = 2**22
@@ -317,10 +317,9 @@ def _most_scored(asked: GenerationRequest, num_prompt_tokens: int, most: int) ->
 def check_search(requests: Sequence[GenerationRequest]) -> None:
     """The caps on what a search has a reward score, block by block, by the thread of the decoding steps. Raises
     InvalidRequestError."""
-    search, first = requests[0].search, requests[0]
+    search, max_tokens = requests[0].search, requests[0].sampling.max_tokens
     if search is None or search.reward is None:
         return
-    max_tokens = first.sampling.max_tokens
     at_once = sum(one.num_sequences * (len(one.prompt_token_ids) + max_tokens) for one in requests)
     for num_tokens, most, what in (
         (at_once, MAX_SCORED_AT_ONCE, "scored at a time (choices x candidates x (prompt + max_tokens))"),

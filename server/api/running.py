@@ -168,7 +168,7 @@ class Generation:
                 self.num_drawn += chunk.num_drawn
                 self.num_held += chunk.num_held
                 self.telemetry.count_usage(generation_tokens=chunk.num_drawn)
-                if queue.is_neglected:
+                if queue.is_neglected():
                     await self._end(queue, SlowReaderError("The response was not read as fast as it came."))
                     return
                 queue.put(index, chunk)
@@ -245,7 +245,6 @@ class _Backlog:
         self._judged_s = math.inf
         """When there must be less than was there at most in the time before; infinite while there is little."""
 
-    @property
     def is_neglected(self) -> bool:
         """Whether there has been too much for some time, and it did not get less meanwhile; asked before each `put`.
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.handlers import error_body, generic_error
-from server.api.json_text import json_pieces
+from server.api.json_text import json_pieces, json_text
 from server.errors import RecontrolError
 
 _log = logging.getLogger(__name__)
@@ -117,16 +116,16 @@ async def _encoded(
 
 def large_event(data: dict[str, Any], *, is_named: bool) -> bytes:
     """An event as it is sent, written in pieces, for a thread."""
-    return _name(data, is_named) + b"data: " + b"".join(map(_on_one_line, json_pieces(data))) + b"\n\n"
+    return _framed(json_pieces(data), data["type"] if is_named else None)
 
 
 def _event(data: dict[str, Any], *, is_named: bool) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _name(data, is_named) + b"data: " + _on_one_line(text) + b"\n\n"
+    return _framed((json_text(data),), data["type"] if is_named else None)
 
 
-def _name(data: dict[str, Any], is_named: bool) -> bytes:
-    return f"event: {data['type']}\n".encode() if is_named else b""
+def _framed(pieces: Iterable[str], name: str | None) -> bytes:
+    before = "data: " if name is None else f"event: {name}\ndata: "
+    return before.encode() + b"".join(map(_on_one_line, pieces)) + b"\n\n"
 
 
 def _on_one_line(text: str) -> bytes:

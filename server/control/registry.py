@@ -64,21 +64,22 @@ class HeadStack:
     @cached_property
     def ascent(self) -> FrozenLinear:
         """It maps c [R, U] to the change of h [R, D] by a step of size one."""
-        return frozen_linear(self._ascent_UD.T)
+        return frozen_linear(self.ascent_UD.T)
 
     @cached_property
     def gram(self) -> FrozenLinear:
         """It maps c [R, U] to the change of z [R, U] by a step of size one."""
         moved_UD = self.inputs_UD * torch.cat([head.moved_units() for head in self.heads])[:, None]
-        return frozen_linear(moved_UD @ self._ascent_UD.T)
+        return frozen_linear(moved_UD @ self.ascent_UD.T)
 
     @cached_property
     def ascent_gram(self) -> FrozenLinear:
         """It maps c [R, U] to the inner products [R, U] of such a step with the ascent rows."""
-        return frozen_linear(self._ascent_UD @ self._ascent_UD.T)
+        return frozen_linear(self.ascent_UD @ self.ascent_UD.T)
 
     @property
-    def _ascent_UD(self) -> Tensor:
+    def ascent_UD(self) -> Tensor:
+        """The heads' ascent rows, of states as the model has them."""
         return torch.cat([head.folded_ascent() for head in self.heads])
 
     @property

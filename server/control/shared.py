@@ -55,8 +55,7 @@ def _of_all_states(stack: HeadStack, factor_U: Tensor, row_logits: RowLogits) ->
 def _of_each_state(stack: HeadStack, row_logits: RowLogits) -> tuple[Tensor, ops.RowAscents]:
     """A length and a largest change of 0, which are each row's own where the shift follows the state, and what its rows
     do to the logits."""
-    ascent_UD = torch.cat([head.folded_ascent() for head in stack.heads])
-    return torch.zeros(2), ops.RowAscents.of(ascent_UD, row_logits.of(stack))
+    return torch.zeros(2), ops.RowAscents.of(stack.ascent_UD, row_logits.of(stack))
 
 
 class SharedRows:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -67,24 +67,20 @@ class ControlTokens:
 
         With `everywhere` it is behind every character that a control token begins with.
         """
-        if isinstance(value, str):
-            return self._marked_text(value, mark, everywhere=everywhere)
-        if isinstance(value, Mapping):
-            return {
-                self._marked_text(name, mark, at_borders=False): self.marked(each, mark, everywhere=everywhere)
-                for name, each in value.items()
-            }
-        is_list = isinstance(value, list | tuple)
-        return [self.marked(each, mark, everywhere=everywhere) for each in value] if is_list else value
+        return _changed(
+            value,
+            lambda text: self._marked_text(text, mark, everywhere=everywhere),
+            lambda name: self._marked_text(name, mark, at_borders=False),
+        )
 
     def disarmed(self, value: Any) -> Any:
         """The same plain data with another character for each that a control token begins with. Words alone are left,
         which templates compare."""
-        if isinstance(value, str):
-            return value if value.isidentifier() else self._first.sub(self._harmless, value)
-        if isinstance(value, Mapping):
-            return {self.disarmed(name): self.disarmed(each) for name, each in value.items()}
-        return [self.disarmed(each) for each in value] if isinstance(value, list | tuple) else value
+
+        def disarmed(text: str) -> str:
+            return text if text.isidentifier() else self._first.sub(self._harmless, text)
+
+        return _changed(value, disarmed, disarmed)
 
     def names_in(self, text: str) -> list[str]:
         """The control tokens that a text spells, in order."""
@@ -187,6 +183,15 @@ class ControlTokens:
         starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
         start = starts[0] if plain and starts else len(whole)
         return whole[:start], whole[start + len(plain) :]
+
+
+def _changed(value: Any, of_text: Callable[[str], str], of_name: Callable[[str], str]) -> Any:
+    """Plain data with all of its texts and the names of its members changed; tuples are lists then."""
+    if isinstance(value, str):
+        return of_text(value)
+    if isinstance(value, Mapping):
+        return {of_name(name): _changed(each, of_text, of_name) for name, each in value.items()}
+    return [_changed(each, of_text, of_name) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _id_of(tokenizer: Tokenizer, name: str) -> int:

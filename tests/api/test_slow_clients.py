@@ -218,7 +218,7 @@ async def test_what_comes_at_one_go_is_given_time_to_be_read(monkeypatch: pytest
 
     def put(number: int) -> None:
         for _ in range(number):
-            assert not backlog.is_neglected
+            assert not backlog.is_neglected()
             backlog.put(0, chunk)
 
     put(running._MAX_UNREAD * 2)
@@ -229,7 +229,7 @@ async def test_what_comes_at_one_go_is_given_time_to_be_read(monkeypatch: pytest
         put(50)
         await asyncio.sleep(0.25)
     # Nothing has been read since.
-    assert backlog.is_neglected
+    assert backlog.is_neglected()
 
 
 @pytest.mark.parametrize("data", [None, HEAD + b"content-length: 100\r\n\r\n"])

@@ -41,6 +41,8 @@ _NAMES = {
 """What fields of a chat, which errors name, are called in a response."""
 _FEW = 64
 """Tokens' log-probabilities in one event."""
+_SMALL = LARGE // 16
+"""Of an answer, or bytes of a body, that are written at once."""
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -116,7 +118,7 @@ class _Writer(ResponseWriter):
         """An event that may hold the whole request or answer, if that is large, as it is sent."""
         size = max(self._generation.size, context_of(self._request).num_body_bytes)
         is_small = event["type"].endswith(".delta") and len(event.get("logprobs", ())) <= _FEW
-        return event if is_small or size <= LARGE // 16 else await self.large(event, size=size)
+        return event if is_small or size <= _SMALL else await self.large(event, size=size)
 
     def failure(self, body: dict[str, Any]) -> Event:
         if self._output.items:
