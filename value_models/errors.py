@@ -21,7 +21,10 @@ and keeps its traceback. `server/errors.py` is the server's own tree.
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def first_problem(error: ValidationError, whole: str = "") -> str:
